@@ -1,0 +1,1 @@
+"""Training losses of one-stage detectors in one pass over the predictions."""

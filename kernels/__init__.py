@@ -1,0 +1,1 @@
+"""Triton kernels: terms on loaded values, and the drivers that load and store."""
