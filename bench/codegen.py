@@ -1,0 +1,160 @@
+"""What the kernels compile to, with no GPU: registers, stack, spills and the widths of global accesses.
+
+A kernel is specialised on the arguments of its launch, so it is compiled from a real launch: Triton's own binder
+derives the signature, and the tools in Triton's wheel (``ptxas``, ``cuobjdump``, ``nvdisasm``) read the result.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .registry import Case, Workload
+
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+@dataclass
+class Resources:
+    """Of one compiled kernel; access widths are in bits, each with its number of instructions.
+
+    ``stack`` is bytes of local memory a thread, ``spills`` the instructions that touch it. ``scalar_spills``, of AMD
+    only, are scalar registers kept in lanes of vector registers: no memory is touched.
+    """
+
+    target: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    instructions: int
+    loads: dict[int, int] = field(default_factory=dict)
+    stores: dict[int, int] = field(default_factory=dict)
+    scalar_spills: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def widths(counts: Mapping[int, int]) -> str:
+    """``{128: 90, 8: 1}`` as ``90x128 1x8``, the widest first."""
+    return " ".join(f"{number}x{width}" for width, number in sorted(counts.items(), reverse=True)) or "none"
+
+
+def launches(case: Case, work: Workload) -> dict[str, Any]:
+    """The two launches of a training step on memory that is never touched: ``loss`` and ``grad``."""
+    from fusedyolo import ops
+
+    criterion, preds, rows = case.build(work.classes, "auto"), case.predictions(work, empty=True), work.targets()
+    outputs, state = ops._grid_outputs(preds, criterion.head, True)
+    common = rows, None, criterion.class_weights, criterion.head
+    grads = [torch.empty_like(pred) for pred in preds]
+    return {
+        "loss": ops.grid_launch(preds, None, state, *common, outputs, None),
+        "grad": ops.grid_launch(preds, grads, state, *common, None, torch.ones(())),
+    }
+
+
+def compile_launch(kernel, arguments: Mapping[str, Any], num_warps: int, target: str) -> Resources:
+    """Compile ``kernel[grid](**arguments, num_warps=num_warps)`` for ``target``, a key of ``TARGETS``.
+
+    ``kernel`` must be a real ``JITFunction``: it must have been imported without ``TRITON_INTERPRET``. Tensors count as
+    aligned as they are.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import ASTSource, make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    if not isinstance(kernel, JITFunction):
+        raise ValueError(f"kernel: {type(kernel).__name__}, want a JITFunction; is TRITON_INTERPRET set?")
+    gpu = GPUTarget(*TARGETS[target])
+    backend = make_backend(gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {"num_warps": num_warps}
+    bound, specialization, _ = bind(**arguments, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=gpu, options=parsed.__dict__)
+    if gpu.backend == "cuda":
+        return _read_cubin(target, compiled.asm["cubin"])
+    return read_amdgcn(target, compiled.asm["amdgcn"])
+
+
+def _read_cubin(target: str, cubin: bytes) -> Resources:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
+        sass = _run(knobs.nvidia.nvdisasm.path, "-c", str(path))
+    return read_sass(target, usage, sass)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def read_sass(target: str, usage: str, sass: str) -> Resources:
+    """From the texts of ``cuobjdump -res-usage`` and ``nvdisasm -c``."""
+    names = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    names = [name for name in names if name != "NOP"]  # padding
+    sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
+    loads, stores, spills = Counter[int](), Counter[int](), 0
+    for name in names:
+        head, *modifiers = name.split(".")
+        if head in ("LDG", "STG"):
+            (loads if head == "LDG" else stores)[_sass_width(modifiers)] += 1
+        spills += head in ("LDL", "STL")
+    return Resources(
+        target, sizes["REG"], sizes["STACK"], spills, sizes["SHARED"], len(names), dict(loads), dict(stores)
+    )
+
+
+def _sass_width(modifiers: list[str]) -> int:
+    for modifier in modifiers:
+        match = re.fullmatch(r"[US]?(8|16|64|128|256)", modifier)
+        if match:
+            return int(match[1])
+    return 32
+
+
+_AMD_WIDTHS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "sshort": 16, "dword": 32}
+
+
+def read_amdgcn(target: str, text: str) -> Resources:
+    """From AMD assembly. Registers are the vector ones."""
+    sizes = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    names = re.findall(r"^\s+([svbgf](?:_|uffer_|lobal_|lat_|cratch_)\w+)", text, re.MULTILINE)
+    loads, stores = Counter[int](), Counter[int]()
+    for name in names:
+        match = re.match(r"(?:global|buffer|flat)_(load|store)_(u?s?(?:byte|short|dword))(?:_d16\w*|x(\d))?", name)
+        if match:
+            width = _AMD_WIDTHS[match[2]] * int(match[3] or 1)
+            (loads if match[1] == "load" else stores)[width] += 1
+    return Resources(
+        target,
+        sizes["vgpr_count"],
+        sizes["private_segment_fixed_size"],
+        sum(name.startswith("scratch_") for name in names),
+        sizes["group_segment_fixed_size"],
+        len(names),
+        dict(loads),
+        dict(stores),
+        sizes["sgpr_spill_count"],
+    )

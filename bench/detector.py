@@ -1,0 +1,127 @@
+"""A small anchor-grid detector: network, anchors from the training boxes, and boxes from its predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bench.objects import Annotation
+from fusedyolo.heads import GridHead
+from fusedyolo.reference import DECODE
+
+STRIDES = (8, 16, 32)
+ANCHORS_PER_LEVEL = 3
+PRIOR = 0.01  # objectness of an untrained prediction
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution, group norm (the same at any batch size), SiLU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.GroupNorm(8, outputs), nn.SiLU()
+    )
+
+
+class Detector(nn.Module):
+    """Three prediction maps [B, 3 (5 + C), H / s, W / s], s = 8, 16, 32, from images [B, 3, H, W] in 0 ... 1."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.to_8 = nn.Sequential(conv(3, 16, stride=2), conv(16, 32, stride=2), conv(32, 48, stride=2), conv(48, 48))
+        self.to_16 = nn.Sequential(conv(48, 64, stride=2), conv(64, 64))
+        self.to_32 = nn.Sequential(conv(64, 96, stride=2), conv(96, 64, kernel=1))
+        self.at_16 = conv(128, 64, kernel=1)
+        self.at_8 = nn.Sequential(conv(112, 64, kernel=1), conv(64, 64))
+        self.heads = nn.ModuleList(nn.Conv2d(64, ANCHORS_PER_LEVEL * (5 + num_classes), 1) for _ in STRIDES)
+        self.up = nn.Upsample(scale_factor=2)
+        for head in self.heads:
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
+            nn.init.constant_(head.bias.view(ANCHORS_PER_LEVEL, -1)[:, 4], -math.log(1 / PRIOR - 1))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The raw predictions at strides 8, 16 and 32."""
+        eighth = self.to_8(images - 0.5)
+        sixteenth = self.to_16(eighth)
+        top = self.to_32(sixteenth)
+        middle = self.at_16(torch.cat([sixteenth, self.up(top)], 1))
+        bottom = self.at_8(torch.cat([eighth, self.up(middle)], 1))
+        return [head(x) for head, x in zip(self.heads, (bottom, middle, top), strict=True)]
+
+
+def fit_anchors(sizes: Tensor, rounds: int = 30) -> list[list[tuple[float, float]]]:
+    """Anchors of each level, in pixels: k-means by IoU over widths and heights [N, 2], from quantiles of the area."""
+    count = ANCHORS_PER_LEVEL * len(STRIDES)
+    sizes = sizes[sizes.prod(1).argsort()].double()
+    anchors = sizes[torch.linspace(0, len(sizes) - 1, 2 * count + 1).long()[1::2]]
+    for _ in range(rounds):
+        overlap = torch.minimum(sizes[:, None], anchors).prod(2)
+        nearest = (overlap / (sizes.prod(1)[:, None] + anchors.prod(1) - overlap)).argmax(1)
+        members = [sizes[nearest == k] for k in range(count)]
+        anchors = torch.stack([own.mean(0) if len(own) else old for own, old in zip(members, anchors, strict=True)])
+    anchors = [(round(w, 1), round(h, 1)) for w, h in anchors[anchors.prod(1).argsort()].tolist()]
+    return [anchors[k : k + ANCHORS_PER_LEVEL] for k in range(0, count, ANCHORS_PER_LEVEL)]
+
+
+def decode(preds: Sequence[Tensor], head: GridHead) -> tuple[Tensor, Tensor]:
+    """Boxes [B, N, 4] (corners in pixels) and scores [B, N, C] (objectness times class) of prediction maps."""
+    boxes, scores = [], []
+    for raw, own, stride, scale in zip(preds, head.levels, head.strides, head.scale_x_y, strict=True):
+        raw = raw.unflatten(1, (len(own), -1)).permute(0, 1, 3, 4, 2)  # [B, A, H, W, 5 + C]
+        anchors = raw.new_tensor([head.anchors[k] for k in own])[:, None, None]
+        rows, columns = torch.meshgrid(*(torch.arange(n, device=raw.device) for n in raw.shape[2:4]), indexing="ij")
+        offset, size = DECODE[head.decode](raw[..., :2], raw[..., 2:4], anchors, stride, scale)
+        centre = offset + stride * torch.stack([columns, rows], -1)
+        boxes.append(torch.cat([centre - size / 2, centre + size / 2], -1).flatten(1, 3))
+        scores.append((raw[..., 4:5].sigmoid() * raw[..., 5:].sigmoid()).flatten(1, 3))
+    return torch.cat(boxes, 1), torch.cat(scores, 1)
+
+
+def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU [N, M] of boxes [N, 4] and others [M, 4], as corners."""
+    low = torch.maximum(boxes[:, None, :2], others[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    shared = (high - low).clamp(min=0).prod(2)
+    return shared / ((boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None] + (others[:, 2:] - others[:, :2]).prod(1) - shared)
+
+
+def nms(boxes: Tensor, scores: Tensor, threshold: float) -> list[int]:
+    """Greedy non-maximum suppression of boxes [N, 4]: indices of those kept, best first."""
+    iou = overlaps(boxes, boxes)
+    keep, order = [], scores.argsort(descending=True)
+    while len(order):
+        keep.append(int(order[0]))
+        order = order[1:][iou[order[0], order[1:]] < threshold]
+    return keep
+
+
+def detect(
+    boxes: Tensor, scores: Tensor, score: float = 0.4, iou: float = 0.45
+) -> list[tuple[int, float, list[float]]]:
+    """Detections (class, score, corners) of one image from its boxes [N, 4] and scores [N, C], class by class."""
+    found = []
+    for label in range(scores.shape[1]):
+        likely = scores[:, label] > score
+        own_boxes, own_scores = boxes[likely], scores[likely, label]
+        found += [(label, float(own_scores[k]), own_boxes[k].tolist()) for k in nms(own_boxes, own_scores, iou)]
+    return found
+
+
+def hits(found: list[tuple[int, float, list[float]]], annotation: Annotation, iou: float = 0.5) -> int:
+    """How many annotated boxes are found: a detection of their class with an IoU above ``iou``, each used once."""
+    size = torch.tensor([annotation.width, annotation.height])
+    centre, half = (annotation.boxes * size.repeat(2)).split(2, dim=1)
+    half = half / 2
+    match = overlaps(
+        torch.tensor([box for *_, box in found]).reshape(-1, 4), torch.cat([centre - half, centre + half], 1)
+    )
+    match *= torch.tensor([label for label, *_ in found])[:, None] == annotation.classes
+    count = 0
+    for _ in range(min(match.shape)):
+        best = int(match.argmax())
+        row, column = divmod(best, match.shape[1])
+        count += bool(match[row, column] > iou)
+        match[row], match[:, column] = 0, 0
+    return count

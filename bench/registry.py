@@ -1,0 +1,137 @@
+"""What is measured: a loss with its anchors (a case) on predictions and objects of some size (a workload)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from . import objects as samplers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+FORMS = ("packed", "Targets")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss under one recipe: ``cls`` is the class in ``fusedyolo``, anchors are in pixels, a tuple a level."""
+
+    loss: str
+    recipe: str
+    cls: str
+    anchors: tuple[tuple[tuple[int, int], ...], ...]
+    strides: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """As in ``--loss``: the loss, or the loss and its recipe."""
+        return f"{self.loss}/{self.recipe}"
+
+    def prediction_bytes(self, work: Workload) -> int:
+        """P: what the predictions take in memory."""
+        cells = sum(
+            len(level) * (work.size // stride) ** 2 for level, stride in zip(self.anchors, self.strides, strict=True)
+        )
+        return work.batch * cells * (5 + work.classes) * DTYPES[work.dtype].itemsize
+
+    def build(self, num_classes: int, backend: str) -> torch.nn.Module:
+        """The loss module on one backend."""
+        import fusedyolo
+
+        return getattr(fusedyolo, self.cls)(
+            [list(level) for level in self.anchors], self.strides, num_classes, recipe=self.recipe, backend=backend
+        )
+
+    def predictions(self, work: Workload, device: str = "cpu", empty: bool = False) -> list[torch.Tensor]:
+        """Normal logits, objectness and classes low as in a trained detector, one leaf a level; or untouched memory."""
+        generator = torch.Generator().manual_seed(work.seed)
+        preds = []
+        for level, stride in zip(self.anchors, self.strides, strict=True):
+            shape = work.batch, len(level), 5 + work.classes, work.size // stride, work.size // stride
+            logits = torch.empty(shape, dtype=DTYPES[work.dtype], device=device)
+            if not empty:
+                values = torch.randn(shape, generator=generator)
+                values[:, :, 4:] -= 4.0
+                logits.copy_(values)
+            preds.append(logits.flatten(1, 2).requires_grad_())
+        return preds
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes, type and objects: ``coco``, ``crowded:N`` for N objects in each image, or the path of label files."""
+
+    batch: int = 16
+    size: int = 640
+    classes: int = 80
+    dtype: str = "float32"
+    objects: str = "coco"
+    form: str = "packed"
+    seed: int = 0
+
+    def targets(self, device: str = "cpu") -> Any:
+        """Packed rows [M, 6], or with the form ``Targets`` those made of them, as in ``collate_fn``."""
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.objects == "coco":
+            rows = samplers.coco_like(self.batch, generator, num_classes=self.classes)
+        elif self.objects.startswith("crowded:"):
+            rows = samplers.crowded(self.batch, generator, int(self.objects[8:]), num_classes=self.classes)
+        else:
+            rows = samplers.sample_labels(_labels(self.objects).annotations, self.batch, generator)
+            if len(rows) and rows[:, 1].max() >= self.classes:
+                raise ValueError(f"labels: class {int(rows[:, 1].max())}, want fewer than --classes {self.classes}")
+        if self.form == "Targets":
+            from fusedyolo.targets import Targets
+
+            return Targets.from_packed(rows, self.batch).to(device)
+        return rows.to(device)
+
+    def small(self) -> Workload:
+        """The same in small, for parity and for compiling."""
+        objects = "crowded:64" if self.objects.startswith("crowded:") else self.objects
+        return replace(self, batch=min(self.batch, 2), size=min(self.size, 128), objects=objects)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@lru_cache(maxsize=1)
+def _labels(path: str):
+    return samplers.load_labels(path)
+
+
+_V3 = (
+    ((10, 13), (16, 30), (33, 23)),
+    ((30, 61), (62, 45), (59, 119)),
+    ((116, 90), (156, 198), (373, 326)),
+)
+_V4 = (
+    ((12, 16), (19, 36), (40, 28)),
+    ((36, 75), (76, 55), (72, 146)),
+    ((142, 110), (192, 243), (459, 401)),
+)
+_STRIDES = (8, 16, 32)
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("YOLOv3", "paper", "YOLOv3Loss", _V3, _STRIDES),
+        Case("YOLOv3", "darknet", "YOLOv3Loss", _V3, _STRIDES),
+        Case("YOLOv4", "paper", "YOLOv4Loss", _V4, _STRIDES),
+        Case("YOLOv4", "darknet", "YOLOv4Loss", _V4, _STRIDES),
+    )
+}
+
+
+def select(names: list[str]) -> list[Case]:
+    """Cases by ``loss`` or ``loss/recipe``, in any case of letters; all of them for no names."""
+    chosen = []
+    for name in names:
+        found = [c for c in CASES.values() if name.lower() in (c.name.lower(), c.loss.lower())]
+        if not found:
+            raise ValueError(f"--loss: {name}, want one of {', '.join(CASES)}")
+        chosen += [c for c in found if c not in chosen]
+    return chosen or list(CASES.values())

@@ -1,0 +1,63 @@
+"""Which implementation runs: the Triton kernels or the eager reference."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+from . import checks
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def _set(name: str) -> bool:
+    """Whether an environment variable is on, by the spellings that Triton accepts."""
+    return os.environ.get(name, "").strip().lower() in ("1", "y", "yes", "t", "true", "on")
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    try:
+        return find_spec("triton") is not None
+    except (ImportError, ValueError):  # an import hook that forbids it, a module put there by hand
+        return False
+
+
+@torch.compiler.assume_constant_result
+def _choose(backend: str, device_type: str) -> str:
+    if _set("FUSEDYOLO_DISABLE"):
+        return "torch"
+    gpu = device_type == "cuda"  # PyTorch calls a HIP device by that name too
+    runs = _has_triton() and (gpu or (device_type == "cpu" and _set("TRITON_INTERPRET")))
+    if backend == "auto":
+        return "triton" if runs else "torch"
+    if backend == "triton" and not runs:
+        if not _has_triton():
+            checks.fail(
+                "backend", "'triton', but Triton is not installed", "backend='auto' or 'torch', or Triton installed"
+            )
+        if device_type == "cpu":
+            checks.fail(
+                "backend",
+                "'triton' on a CPU",
+                "tensors on a GPU, or TRITON_INTERPRET=1 set before Triton is imported, or backend='auto' or 'torch'",
+            )
+        checks.fail("backend", f"'triton' on a device of type {device_type}", "a CUDA or HIP GPU, or backend='auto'")
+    return backend
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The implementation that runs, ``"triton"`` or ``"torch"``, for tensors on ``device``.
+
+    ``"auto"`` takes Triton on a CUDA or HIP GPU when it is installed, and on a CPU when ``TRITON_INTERPRET=1``; the
+    eager reference otherwise. ``FUSEDYOLO_DISABLE=1`` takes the reference whatever was asked for. Both variables are
+    read at each call; under ``torch.compile``, when the graph is traced.
+
+    Raises:
+        ValueError: ``backend`` is no known name, or is ``"triton"`` where Triton cannot run.
+    """
+    checks.one_of("backend", backend, BACKENDS)
+    return _choose(backend, device.type)

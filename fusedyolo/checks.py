@@ -1,0 +1,307 @@
+"""Every ``ValueError`` about an argument: its name, what came, what was wanted.
+
+Nothing here launches work or waits for a device, so the checks run on every call, and ``torch.compile`` traces through
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("sum", "mean")
+
+Pair = tuple[float, float]
+
+
+def fail(name: str, got: object, want: object) -> NoReturn:
+    """Raise the ``ValueError`` that every check raises."""
+    raise ValueError(f"{name}: {got}, want {want}")
+
+
+def describe(value: object) -> str:
+    """What came, in a few words: the shape of a tensor, otherwise a short value or a type."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 40 else f"a {type(value).__name__}"
+
+
+# Scalars.
+
+
+def one_of(name: str, value: object, allowed: Collection[str]) -> str:
+    """``value``, one of ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        fail(name, describe(value), "one of " + ", ".join(map(repr, allowed)))
+    return value
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
+    """``value`` as a float, finite and in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
+    want = "a finite number"
+    if high < math.inf:
+        want += f" in {'(' if open_low else '['}{low:g}, {high:g}]"
+    elif low > -math.inf:
+        want += f" {'>' if open_low else '>='} {low:g}"
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        fail(name, describe(value), want)
+    result = float(value)
+    if not math.isfinite(result) or not low <= result <= high or (open_low and result == low):
+        fail(name, describe(value), want)
+    return result
+
+
+def count(name: str, value: Any, low: int = 1) -> int:
+    """``value`` as an int, at least ``low``."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < low:
+        fail(name, describe(value), f"an integer >= {low}")
+    return int(value)
+
+
+def size(name: str, value: Any) -> tuple[float, float]:
+    """``value`` as (height, width), both positive; one number stands for a square."""
+    pair = (value, value) if isinstance(value, Real) else value
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        fail(name, describe(value), "(height, width)")
+    return _whole(number(name, pair[0], 0, open_low=True)), _whole(number(name, pair[1], 0, open_low=True))
+
+
+def image_sizes(value: Any, images: int) -> list[tuple[float, float]]:
+    """The (height, width) of each image, from one pair (or side) for all of them or one for each."""
+    if isinstance(value, Sequence) and value and isinstance(value[0], Sequence):
+        if len(value) != images:
+            fail("image_size", f"{len(value)} pairs", f"(height, width), or one pair for each of {images} images")
+        return [size(f"image_size[{i}]", pair) for i, pair in enumerate(value)]
+    return [size("image_size", value)] * images
+
+
+def _whole(value: float) -> float:
+    """An int where the value is one: products with it stay exact, and symbolic sizes stay integers."""
+    return int(value) if float(value).is_integer() else value
+
+
+# The construction of an anchor-grid loss.
+
+
+def _pairs(name: str, value: Any, want: str) -> tuple[Pair, ...]:
+    try:
+        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value, dtype=np.float64)
+    except (TypeError, ValueError):
+        fail(name, describe(value), want)
+    if array.ndim == 1 and array.size % 2 == 0:
+        array = array.reshape(-1, 2)
+    if array.ndim != 2 or array.shape[1] != 2 or not array.size:
+        fail(name, describe(value), want)
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not (np.isfinite(array) & (array > 0)).all():
+        fail(name, describe(value), "positive, finite widths and heights")
+    return tuple((float(w), float(h)) for w, h in array)
+
+
+def _items(name: str, value: Any, want: str) -> list:
+    if isinstance(value, str | bytes | dict) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        fail(name, describe(value), want)
+    items = list(value)
+    if not items:
+        fail(name, describe(value), want)
+    return items
+
+
+def level_anchors(anchors: Any) -> tuple[tuple[Pair, ...], ...]:
+    """Anchors as one tuple of (width, height) a level; a level may also be flat, or an array."""
+    want = "for each level its (width, height) pairs"
+    levels = _items("anchors", anchors, want)
+    return tuple(
+        _pairs(f"anchors[{i}]", level, "(width, height) pairs, or a flat list of even length")
+        for i, level in enumerate(levels)
+    )
+
+
+def all_anchors(anchors: Any) -> tuple[Pair, ...]:
+    """The competing anchors as one tuple of (width, height), from a flat list, a list of pairs or a list of levels."""
+    want = "(width, height) pairs, flat or one list a level"
+    found: list[Pair] = []
+    flat: list[Any] = []
+    for item in _items("all_anchors", anchors, want):
+        if isinstance(item, Real) or getattr(item, "ndim", 1) == 0:
+            flat.append(float(item))
+        else:
+            found.extend(_pairs("all_anchors", item, want))
+    if flat and found:
+        fail("all_anchors", describe(anchors), want)
+    return _pairs("all_anchors", flat, want) if flat else tuple(found)
+
+
+def locate(levels: Sequence[Sequence[Pair]], pool: Sequence[Pair]) -> tuple[tuple[int, ...], ...]:
+    """For each level, the places of its anchors in ``pool``; no place is taken twice.
+
+    A level takes the first free contiguous run that equals it, and otherwise the first free place of each anchor.
+    """
+    free = [True] * len(pool)
+    found = []
+    for level, anchors in enumerate(levels):
+        n = len(anchors)
+        starts = range(len(pool) - n + 1)
+        run = next((s for s in starts if all(free[s : s + n]) and tuple(pool[s : s + n]) == tuple(anchors)), None)
+        places: list[int] = []
+        for k, anchor in enumerate(anchors):
+            if run is not None:
+                place: int | None = run + k
+            else:
+                place = next((i for i, other in enumerate(pool) if free[i] and other == anchor), None)
+            if place is None:
+                fail(
+                    "all_anchors",
+                    f"{len(pool)} anchors of which none is left for anchors[{level}][{k}] = {anchor}",
+                    "every anchor of every level among them",
+                )
+            free[place] = False
+            places.append(place)
+        found.append(tuple(places))
+    return tuple(found)
+
+
+def per_level(name: str, value: Any, levels: int) -> tuple[float, ...]:
+    """``value`` as one positive number a level; a single number stands for all of them."""
+    if isinstance(value, Real):
+        return (number(name, value, 0, open_low=True),) * levels
+    items = _items(name, value, f"a number or one number for each of {levels} levels")
+    if len(items) != levels:
+        fail(name, f"{len(items)} numbers", f"one for each of {levels} levels")
+    return tuple(number(f"{name}[{i}]", item, 0, open_low=True) for i, item in enumerate(items))
+
+
+def strides(value: Any, levels: int) -> tuple[float, ...]:
+    """Strides in pixels per cell, one a level."""
+    items = _items("strides", value, "a sequence of numbers, one a level")
+    if len(items) != levels:
+        fail("strides", f"{len(items)} numbers", f"{levels}, one for each level of anchors")
+    return tuple(number(f"strides[{i}]", item, 0, open_low=True) for i, item in enumerate(items))
+
+
+def class_counts(value: Any, num_classes: int) -> tuple[float, ...]:
+    """Objects of each class in the data set: ``num_classes`` positive numbers."""
+    items = _items("counters_per_class", value, f"{num_classes} positive numbers, one a class")
+    if len(items) != num_classes:
+        fail("counters_per_class", f"{len(items)} numbers", f"{num_classes}, one a class")
+    return tuple(number(f"counters_per_class[{c}]", item, 0, open_low=True) for c, item in enumerate(items))
+
+
+# The call of an anchor-grid loss.
+
+
+def grid_predictions(
+    preds: Any,
+    anchors: Sequence[int],
+    strides: Sequence[float],
+    num_classes: int,
+    image_size: tuple[float, float] | None,
+) -> tuple[int, tuple[float, float]]:
+    """Check the prediction maps of a grid head; batch size and image (height, width) come back.
+
+    ``anchors`` is the number of anchors a level. ``image_size`` is what the maps have to amount to, if it is known.
+    """
+    levels = len(anchors)
+    if not isinstance(preds, list | tuple):
+        fail("preds", describe(preds), f"a list of {levels} tensors, one a level")
+    if len(preds) != levels:
+        fail("preds", f"{len(preds)} levels", f"{levels}, one for each level of anchors")
+    sizes = []
+    for i, pred in enumerate(preds):
+        if not isinstance(pred, Tensor):
+            fail(f"preds[{i}]", describe(pred), "a tensor")
+        shape, channels = pred.shape, 5 + num_classes
+        flat = len(shape) == 4 and shape[1] == anchors[i] * channels
+        if not flat and not (len(shape) == 5 and shape[1] == anchors[i] and shape[4] == channels):
+            fail(
+                f"preds[{i}]",
+                f"shape {tuple(shape)}",
+                f"(B, {anchors[i]} * (5 + {num_classes}), H, W) or (B, {anchors[i]}, H, W, 5 + {num_classes})",
+            )
+        height, width = shape[2], shape[3]
+        if shape[0] < 1 or height < 1 or width < 1:
+            fail(f"preds[{i}]", f"shape {tuple(shape)}", "no empty dimension")
+        first = preds[0]
+        if pred.dtype not in FLOATS:
+            fail(f"preds[{i}]", f"dtype {pred.dtype}", "one of " + ", ".join(map(str, FLOATS)))
+        if pred.dtype != first.dtype:
+            fail(f"preds[{i}]", f"dtype {pred.dtype}", f"{first.dtype} as preds[0]")
+        if pred.device != first.device:
+            fail(f"preds[{i}]", f"device {pred.device}", f"{first.device} as preds[0]")
+        if shape[0] != first.shape[0]:
+            fail(f"preds[{i}]", f"batch size {shape[0]}", f"{first.shape[0]} as preds[0]")
+        sizes.append((height * strides[i], width * strides[i]))
+        if sizes[i] != sizes[0]:
+            fail(
+                f"preds[{i}]",
+                f"a map of {height} x {width} cells of {strides[i]} pixels, an image of {sizes[i]} (height, width)",
+                f"{sizes[0]} as preds[0]: maps in the order of strides, of an image whose sides all strides divide",
+            )
+    if image_size is not None and sizes[0] != image_size:
+        fail("preds", f"maps of an image of {sizes[0]} (height, width)", f"image_size {image_size}")
+    return preds[0].shape[0], sizes[0]
+
+
+# Targets.
+
+
+def same_device(name: str, value: Tensor, device: torch.device | None) -> None:
+    """``value`` lies on ``device``, where the predictions are; anything will do without one."""
+    if device is not None and value.device != device:
+        fail(name, f"device {value.device}", f"{device} as preds")
+
+
+def rows(name: str, value: Any, columns: int, ndim: int, layout: str) -> Tensor:
+    """``value``, a floating tensor of ``ndim`` dimensions and ``columns`` columns."""
+    if not isinstance(value, Tensor):
+        fail(name, describe(value), f"a tensor of shape {layout}")
+    if value.dim() != ndim or value.shape[-1] != columns:
+        fail(name, f"shape {tuple(value.shape)}", layout)
+    if value.dtype not in FLOATS:
+        fail(name, f"dtype {value.dtype}", "torch.float32")
+    return value
+
+
+def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
+    """The boxes ``[N, 4]`` and labels ``[N]`` of the ``i``-th image of a torchvision target list."""
+    name = f"targets[{i}]"
+    if not isinstance(item, dict):
+        fail(name, describe(item), "a dict with 'boxes' and 'labels'")
+    if "boxes" not in item or "labels" not in item:
+        fail(name, f"keys {list(item)}", "'boxes' and 'labels'")
+    boxes, labels = item["boxes"], item["labels"]
+    if not isinstance(boxes, Tensor) or boxes.dim() != 2 or boxes.shape[1] != 4:
+        fail(f"{name}['boxes']", describe(boxes), "a tensor of shape (N, 4)")
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.shape[0] != boxes.shape[0]:
+        fail(f"{name}['labels']", describe(labels), f"a tensor of shape ({boxes.shape[0]},), one a box")
+    for key, value in (("boxes", boxes), ("labels", labels)):
+        if value.is_complex() or value.dtype == torch.bool:
+            fail(f"{name}['{key}']", f"dtype {value.dtype}", "a real number type")
+    if labels.device != boxes.device:
+        fail(f"{name}['labels']", f"device {labels.device}", f"{boxes.device} as the boxes")
+    return boxes, labels
+
+
+# Pairs of tensors, for fusedyolo.functional.
+
+
+def pair(name1: str, value1: Any, name2: str, value2: Any) -> None:
+    """Two tensors of real numbers on one device."""
+    for name, value in ((name1, value1), (name2, value2)):
+        if not isinstance(value, Tensor):
+            fail(name, describe(value), "a tensor")
+        if value.is_complex() or value.dtype == torch.bool:
+            fail(name, f"dtype {value.dtype}", "a real number type")
+    if value1.device != value2.device:
+        fail(name2, f"device {value2.device}", f"{value1.device} as {name1}")

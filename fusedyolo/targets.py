@@ -1,0 +1,232 @@
+"""Targets in one form, from each form that data loaders make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+SORT_ABOVE = 4096
+"""Packed rows beyond this many are sorted by image, so that a kernel reads only those of its own image."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Targets:
+    """The objects of a batch, sorted by image; made once, in ``collate_fn`` for example.
+
+    Attributes:
+        rows: float32 ``[M, 6]``: image, class, cx, cy, w, h, the box normalised to the image. Rows of one image keep
+            the order in which they came.
+        offsets: int32 ``[B + 2]``: the rows of image ``b`` are ``rows[offsets[b]:offsets[b + 1]]``. Rows that name no
+            image of the batch follow (a loss counts them as invalid) and end at ``offsets[B + 1]``; what is beyond is
+            capacity, and no row at all.
+        batch_size: B, the number of images.
+
+    With a fixed ``capacity`` the tensors have the same shape in every batch, as a CUDA graph needs: copy them into the
+    ones that were captured.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or device.
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    batch_size: int
+
+    def __post_init__(self):
+        checks.count("batch_size", self.batch_size, 0)
+        checks.rows("rows", self.rows, 6, 2, "(M, 6)")
+        if self.rows.dtype != torch.float32 or not self.rows.is_contiguous():
+            got = f"dtype {self.rows.dtype}" if self.rows.dtype != torch.float32 else "a strided view"
+            checks.fail("rows", got, "a contiguous tensor of torch.float32")
+        if not isinstance(self.offsets, Tensor) or self.offsets.shape != (self.batch_size + 2,):
+            checks.fail("offsets", checks.describe(self.offsets), f"a tensor of shape ({self.batch_size + 2},)")
+        if self.offsets.dtype != torch.int32:
+            checks.fail("offsets", f"dtype {self.offsets.dtype}", "torch.int32")
+        if self.offsets.device != self.rows.device:
+            checks.fail("offsets", f"device {self.offsets.device}", f"{self.rows.device} as rows")
+
+    @classmethod
+    def from_packed(cls, packed: Tensor, batch_size: int, capacity: int | None = None) -> Targets:
+        """From rows ``[M, 6]`` of image, class, cx, cy, w, h (normalised) in any order.
+
+        Raises:
+            ValueError: another shape or dtype, or more rows than ``capacity``.
+        """
+        batch_size = checks.count("batch_size", batch_size, 0)
+        checks.rows("packed", packed, 6, 2, "(M, 6)")
+        rows, offsets = _sort(packed.detach().to(torch.float32), batch_size)
+        return cls(_fill("packed", rows, capacity), offsets, batch_size)
+
+    @classmethod
+    def from_torchvision(
+        cls,
+        targets: Sequence[dict[str, Tensor]],
+        image_size: int | Sequence[Any],
+        capacity: int | None = None,
+    ) -> Targets:
+        """From one dict an image with ``"boxes"`` (``[N, 4]``, x1, y1, x2, y2 in pixels) and ``"labels"`` (``[N]``).
+
+        ``image_size`` is the (height, width) of the batch, or one pair for each image. Labels are taken as they are:
+        class 0 is a class, not the background.
+
+        Raises:
+            ValueError: another layout, or more boxes than ``capacity``.
+        """
+        if not isinstance(targets, list | tuple) or not targets:
+            checks.fail("targets", checks.describe(targets), "a list of {'boxes', 'labels'}, one an image")
+        rows, offsets = _from_list(targets, checks.image_sizes(image_size, len(targets)))
+        return cls(_fill("targets", rows, capacity), offsets, len(targets))
+
+    @classmethod
+    def from_padded(cls, padded: Tensor, capacity: int | None = None) -> Targets:
+        """From ``[B, G, 5]`` of class, cx, cy, w, h (normalised).
+
+        A row of zeros and a row whose class is below 0 are padding, wherever they stand, and are not counted.
+
+        Raises:
+            ValueError: another shape or dtype, or a ``capacity`` below ``B * G``.
+        """
+        checks.rows("padded", padded, 5, 3, "(B, G, 5)")
+        rows, offsets = _from_padded(padded)
+        return cls(_fill("padded", rows, capacity), offsets, padded.shape[0])
+
+    def pin_memory(self) -> Targets:
+        """A copy in page-locked memory; a ``DataLoader`` with ``pin_memory=True`` calls it."""
+        return Targets(self.rows.pin_memory(), self.offsets.pin_memory(), self.batch_size)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Targets:
+        """The same targets on ``device``."""
+        rows = self.rows.to(device, non_blocking=non_blocking)
+        offsets = self.offsets.to(device, non_blocking=non_blocking)
+        return self if rows is self.rows and offsets is self.offsets else Targets(rows, offsets, self.batch_size)
+
+    def validate(self, num_classes: int) -> Targets:
+        """These targets, if every row is one that a loss would use; free in ``collate_fn``, a host sync on a GPU.
+
+        Raises:
+            ValueError: names the first row, by its place in ``rows``, that a loss would skip and count as invalid.
+        """
+        num_classes = checks.count("num_classes", num_classes)
+        end = int(self.offsets[-1])
+        rows = self.rows[:end].cpu()
+        image, label, cx, cy, w, h = rows.unbind(1)
+        faults = (
+            (~rows.isfinite().all(1), "not finite", "six finite numbers"),
+            ((image < 0) | (image >= self.batch_size), "no such image", f"0 <= image < {self.batch_size}"),
+            ((label < 0) | (label >= num_classes), "class out of range", f"0 <= class < {num_classes}"),
+            ((w <= 0) | (h <= 0), "zero area", "w > 0 and h > 0"),
+            ((cx < 0) | (cx >= 1) | (cy < 0) | (cy >= 1), "centre outside the image", "0 <= cx < 1 and 0 <= cy < 1"),
+        )
+        for i in torch.stack([bad for bad, _, _ in faults]).any(0).nonzero().flatten().tolist():
+            reason, want = next((reason, want) for bad, reason, want in faults if bad[i])
+            row = ", ".join(f"{v:g}" for v in rows[i].tolist())
+            checks.fail(f"targets row {i} [{row}] (image, class, cx, cy, w, h)", reason, want)
+        return self
+
+    def __repr__(self) -> str:
+        return f"Targets(rows={list(self.rows.shape)}, batch_size={self.batch_size}, device={self.rows.device})"
+
+
+def as_targets(
+    targets: Any,
+    batch_size: int,
+    image_size: tuple[float, float],
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Rows ``[M, 6]``, and their offsets where they are sorted, from any form of targets a loss accepts.
+
+    The forms: :class:`Targets`; packed ``[M, 6]``, which passes through untouched if it is contiguous float32 of up to
+    ``SORT_ABOVE`` rows; padded ``[B, G, 5]``; a torchvision list of dicts, in pixels of ``image_size`` (height,
+    width). Nothing waits for the device.
+
+    Raises:
+        ValueError: none of these, or for another batch size, or on another device than ``device``.
+    """
+    if isinstance(targets, Targets):
+        checks.same_device("targets", targets.rows, device)
+        if targets.batch_size != batch_size:
+            checks.fail("targets", f"Targets of {targets.batch_size} images", f"{batch_size} as preds")
+        return targets.rows, targets.offsets
+    if isinstance(targets, Tensor):
+        checks.same_device("targets", targets, device)
+        if targets.dim() == 3:
+            checks.rows("targets", targets, 5, 3, "(M, 6) or (B, G, 5)")
+            if targets.shape[0] != batch_size:
+                checks.fail(
+                    "targets", f"shape {tuple(targets.shape)}", f"({batch_size}, G, 5), as many images as preds"
+                )
+            return _from_padded(targets)
+        checks.rows("targets", targets, 6, 2, "(M, 6) or (B, G, 5)")
+        packed = targets.detach() if targets.requires_grad else targets
+        packed = packed.to(torch.float32)
+        if packed.shape[0] > SORT_ABOVE:
+            return _sort(packed, batch_size)
+        return packed.contiguous(), None
+    if isinstance(targets, list | tuple):
+        if len(targets) != batch_size:
+            checks.fail("targets", f"a list of {len(targets)}", f"{batch_size} dicts, one an image of preds")
+        rows, offsets = _from_list(targets, [image_size] * batch_size)
+        checks.same_device("targets", rows, device)
+        return rows, offsets
+    checks.fail(
+        "targets",
+        checks.describe(targets),
+        "a tensor (M, 6) or (B, G, 5), a list of {'boxes', 'labels'}, or fusedyolo.Targets",
+    )
+
+
+def _sort(packed: Tensor, batch_size: int, image: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows sorted stably by image, and where each image begins.
+
+    ``image`` (int32 ``[M]``) overrides the column: ``batch_size`` for a row of no image, one more for no row at all.
+    """
+    if image is None:
+        column = packed[:, 0]
+        image = torch.where((column >= 0) & (column < batch_size), column, batch_size).to(torch.int32)
+    key, order = torch.sort(image, stable=True)
+    return packed.index_select(0, order), _offsets(key, batch_size)
+
+
+def _offsets(key: Tensor, batch_size: int) -> Tensor:
+    bounds = torch.arange(batch_size + 2, dtype=torch.int32, device=key.device)
+    return torch.searchsorted(key, bounds, out_int32=True)
+
+
+def _from_padded(padded: Tensor) -> tuple[Tensor, Tensor]:
+    batch_size, per_image, _ = padded.shape
+    padded = padded.detach().to(torch.float32)
+    image = torch.arange(batch_size, dtype=torch.float32, device=padded.device)[:, None, None]
+    packed = torch.cat([image.expand(-1, per_image, -1), padded], 2).flatten(0, 1)
+    absent = ((padded[..., 0] < 0) | (padded == 0).all(-1)).flatten()
+    return _sort(packed, batch_size, torch.where(absent, batch_size + 1, packed[:, 0]).to(torch.int32))
+
+
+def _from_list(targets: Sequence[Any], sizes: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    pieces: list[Tensor] = []
+    for i, item in enumerate(targets):
+        boxes, labels = checks.image_boxes(i, item)
+        if pieces and boxes.device != pieces[0].device:
+            checks.fail(f"targets[{i}]['boxes']", f"device {boxes.device}", f"{pieces[0].device} as targets[0]")
+        height, width = sizes[i]
+        x1, y1, x2, y2 = boxes.detach().to(torch.float32).unbind(1)
+        label = labels.detach().to(torch.float32)
+        columns = (torch.full_like(label, i), label, (x1 + x2) * 0.5 / width, (y1 + y2) * 0.5 / height)
+        pieces.append(torch.stack((*columns, (x2 - x1) / width, (y2 - y1) / height), 1))
+    rows = torch.cat(pieces)
+    return rows, _offsets(rows[:, 0].to(torch.int32), len(targets))
+
+
+def _fill(name: str, rows: Tensor, capacity: int | None) -> Tensor:
+    """``rows`` and as many rows of zeros as make up the capacity."""
+    if capacity is None:
+        return rows
+    spare = checks.count("capacity", capacity, 0) - rows.shape[0]
+    if spare < 0:
+        checks.fail(name, f"{rows.shape[0]} rows", f"at most {capacity}, the capacity")
+    return torch.nn.functional.pad(rows, (0, 0, 0, spare))

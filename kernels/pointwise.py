@@ -1,0 +1,94 @@
+"""The driver of `fusedyolo.functional`: one label or box term over flat tensors, forward or gradient.
+
+A program owns BLOCK elements (label) or box pairs. REDUCE leaves ``scale`` times the sum, else one loss an element;
+a gradient is scaled by ``grad_out``, one an element or, with REDUCE, one in all.
+"""
+
+import triton
+import triton.language as tl
+
+from .reduce import column_sum, is_last
+
+
+@triton.jit
+def _finish(loss, mask, at, loss_ptr, partial_ptr, done_ptr, scale, REDUCE: tl.constexpr, ACC: tl.constexpr):
+    if REDUCE:
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, loss, 0.0), axis=0))
+        if is_last(done_ptr, tl.num_programs(0)):
+            tl.store(loss_ptr, column_sum(partial_ptr, tl.num_programs(0), 0, 1, ACC) * scale)
+            tl.store(done_ptr, 0)
+    else:
+        tl.store(loss_ptr + at, loss, mask=mask)
+
+
+@triton.jit
+def _grad_out(grad_out_ptr, at, mask, scale, REDUCE: tl.constexpr, ACC: tl.constexpr):
+    if REDUCE:
+        grad_out = tl.load(grad_out_ptr).to(ACC) * scale
+    else:
+        grad_out = tl.load(grad_out_ptr + at, mask=mask, other=0.0).to(ACC)
+    return grad_out
+
+
+@triton.jit(do_not_specialize=["scale"])
+def label_kernel(
+    x_ptr, t_ptr, n, args, scale, loss_ptr, partial_ptr, done_ptr, grad_out_ptr, dx_ptr,
+    LABEL: tl.constexpr, REDUCE: tl.constexpr, WITH_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A label term over ``n`` logits and targets."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
+    t = tl.load(t_ptr + at, mask=mask, other=0.0).to(ACC)
+    loss, d_x = LABEL(x, t, args)
+    if WITH_GRAD:
+        d_x = d_x * _grad_out(grad_out_ptr, at, mask, scale, REDUCE, ACC)
+        tl.store(dx_ptr + at, d_x.to(dx_ptr.dtype.element_ty), mask=mask)
+    else:
+        _finish(loss, mask, at, loss_ptr, partial_ptr, done_ptr, scale, REDUCE, ACC)
+
+
+@triton.jit
+def _load_boxes(ptr, at, mask, ACC: tl.constexpr):
+    """x1, y1, x2, y2; unit boxes where masked out."""
+    return (
+        tl.load(ptr + 4 * at, mask=mask, other=0.0).to(ACC),
+        tl.load(ptr + 4 * at + 1, mask=mask, other=0.0).to(ACC),
+        tl.load(ptr + 4 * at + 2, mask=mask, other=1.0).to(ACC),
+        tl.load(ptr + 4 * at + 3, mask=mask, other=1.0).to(ACC),
+    )
+
+
+@triton.jit
+def _axis(p1, p2, g1, g2):
+    """The four differences a box term takes."""
+    return p2 - p1, g2 - g1, p1 - g1, g2 - p2
+
+
+@triton.jit
+def _store_boxes(ptr, at, mask, gx, gy, grad_out):
+    out = ptr.dtype.element_ty
+    tl.store(ptr + 4 * at, (gx[0] * grad_out).to(out), mask=mask)
+    tl.store(ptr + 4 * at + 1, (gy[0] * grad_out).to(out), mask=mask)
+    tl.store(ptr + 4 * at + 2, (gx[1] * grad_out).to(out), mask=mask)
+    tl.store(ptr + 4 * at + 3, (gy[1] * grad_out).to(out), mask=mask)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def box_kernel(
+    p_ptr, g_ptr, n, args, scale, loss_ptr, partial_ptr, done_ptr, grad_out_ptr, dp_ptr, dg_ptr,
+    BOX: tl.constexpr, REDUCE: tl.constexpr, WITH_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A box term over ``n`` pairs of boxes; its gradient by both, for the term is symmetric in them."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    p = _load_boxes(p_ptr, at, mask, ACC)
+    g = _load_boxes(g_ptr, at, mask, ACC)
+    loss, px, py = BOX(_axis(p[0], p[2], g[0], g[2]), _axis(p[1], p[3], g[1], g[3]), args)
+    if WITH_GRAD:
+        grad_out = _grad_out(grad_out_ptr, at, mask, scale, REDUCE, ACC)
+        _loss, gx, gy = BOX(_axis(g[0], g[2], p[0], p[2]), _axis(g[1], g[3], p[1], p[3]), args)
+        _store_boxes(dp_ptr, at, mask, px, py, grad_out)
+        _store_boxes(dg_ptr, at, mask, gx, gy, grad_out)
+    else:
+        _finish(loss, mask, at, loss_ptr, partial_ptr, done_ptr, scale, REDUCE, ACC)

@@ -1,0 +1,65 @@
+"""Arithmetic that Triton lacks, in plain operations that the interpreter and every backend have."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def step(d):
+    """Derivative of max(x, y) with respect to x, for d = x - y: 0.5 at a tie, as torch.maximum and torch.minimum."""
+    return tl.where(d > 0, 1.0, tl.where(d < 0, 0.0, 0.5))
+
+
+@triton.jit
+def safe_div(a, b):
+    """a / b, and 0 where b is 0."""
+    return tl.where(b != 0, a / tl.where(b != 0, b, 1.0), 0.0)
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for e in [0, 1], to full precision: the rounding of 1 + e cancels in the quotient (Kahan)."""
+    u = 1.0 + e
+    return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def logistic(x):
+    """sigmoid(x), sigmoid(-x) and e^-|x|, none of them from a difference, so that each keeps its digits in its tail."""
+    e = tl.exp(-tl.abs(x))
+    high = 1.0 / (1.0 + e)
+    low = e * high
+    return tl.where(x >= 0, high, low), tl.where(x >= 0, low, high), e
+
+
+@triton.jit
+def pow_pos(q, g):
+    """q ** g for q >= 0 and g >= 0; 0 ** 0 is 1."""
+    return tl.where(q > 0, tl.exp(g * tl.log(tl.where(q > 0, q, 1.0))), tl.where(g == 0, 1.0, 0.0))
+
+
+@triton.jit
+def angle(w, h):
+    """atan(w / h) in radians, pi/2 at h = 0 and 0 at w = h = 0.
+
+    The smaller side is divided by the larger, and the quotient q is taken below tan(pi/8) by
+    atan(q) = pi/4 + atan((q - 1) / (q + 1)); there a polynomial in q^2 (Chebyshev fit, error below 4e-17) suffices.
+    """
+    aw = tl.abs(w)
+    ah = tl.abs(h)
+    q = safe_div(tl.minimum(aw, ah), tl.maximum(aw, ah))
+    upper = q > 0.4142135623730950
+    x = tl.where(upper, (q - 1.0) / (q + 1.0), q)
+    z = x * x
+    p = 0.021135373157693246 * z - 0.04348052215716462
+    p = p * z + 0.056883492268090106
+    p = p * z - 0.06640233930429408
+    p = p * z + 0.07689953496306857
+    p = p * z - 0.09090773074808414
+    p = p * z + 0.11111106180455946
+    p = p * z - 0.14285714180976467
+    p = p * z + 0.1999999999885511
+    p = p * z - 0.3333333333332844
+    a = tl.where(upper, 0.7853981633974483, 0.0) + (x + x * z * p)
+    a = tl.where(aw > ah, 1.5707963267948966 - a, a)
+    return tl.where((w < 0) != (h < 0), -a, a)

@@ -1,0 +1,23 @@
+"""Sums without atomics on floats: a partial per program, added up in a fixed order by the last program to finish."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def is_last(done_ptr, programs):
+    """Whether all other programs of this launch have finished and their partial sums can be read."""
+    tl.debug_barrier()  # this program's own partial sums come first
+    return tl.atomic_add(done_ptr, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def column_sum(partial_ptr, programs, column, COLUMNS: tl.constexpr, ACC: tl.constexpr):
+    """Sum of one column of ``partial[programs, COLUMNS]``, in an order that depends on nothing but its length."""
+    lane = tl.arange(0, 256)
+    total = tl.zeros([256], ACC)
+    for i in range(0, programs, 256):
+        # .cg: other programs wrote these, so a line this multiprocessor has cached would be stale
+        at = partial_ptr + (i + lane) * COLUMNS + column
+        total += tl.load(at, mask=i + lane < programs, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, axis=0)

@@ -1,0 +1,708 @@
+"""YOLOv3Loss and YOLOv4Loss: recipes, hyper-parameters, and the numbers of papers and of darknet."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import pickle
+import subprocess
+import sys
+from collections import Counter
+
+import golden
+import numpy as np
+import pytest
+import torch
+
+import fusedyolo
+from fusedyolo import LossOutput, Targets, YOLOv3Loss, YOLOv4Loss, backend, reference
+from fusedyolo.losses import RECIPES, rounded
+
+BACKENDS = ["torch", "triton"]
+ANCHORS = [[(10, 13), (16, 30), (33, 23)], [(30, 61), (62, 45), (59, 48)]]
+FLAT = [*ANCHORS[0], *ANCHORS[1]]
+STRIDES = (8, 16)
+CLASSES = 4
+HEIGHT, WIDTH = 48, 64
+LOSSES = [YOLOv3Loss, YOLOv4Loss]
+
+
+def f32(value):
+    """A constant as the losses hold it."""
+    return float(np.float32(value))
+
+
+def maps(dtype=torch.float32, batch=2, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, 3 * (5 + CLASSES), HEIGHT // s, WIDTH // s) for s in STRIDES]
+    preds = [torch.randn(shape, generator=generator) * scale for shape in shapes]
+    return [pred.to(dtype).requires_grad_() for pred in preds]
+
+
+def objects(seed=0):
+    """Eleven objects on two images: two in one cell and of one shape, one of them twice, and a crowd."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.rand(11, 6, generator=generator)
+    rows[:, 0] = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0, 0, 0, 1])
+    rows[:, 1] = torch.arange(11) % CLASSES
+    rows[:, 2:4] = rows[:, 2:4] * 0.9 + 0.05
+    rows[:, 4:] = 0.1 + 0.6 * rows[:, 4:]
+    rows[7] = rows[5] + torch.tensor([0, 0, 1e-3, -1e-3, 1e-2, 0])
+    rows[7, 1] = (rows[5, 1] + 1) % CLASSES
+    rows[8] = rows[5]
+    return rows
+
+
+def criterion(cls=YOLOv3Loss, **kwargs):
+    return cls(**({"anchors": ANCHORS, "strides": STRIDES, "num_classes": CLASSES, "backend": "torch"} | kwargs))
+
+
+# The papers, one object and one prediction at a time.
+
+
+def bce(logit, target):
+    return -target * torch.nn.functional.logsigmoid(logit) - (1 - target) * torch.nn.functional.logsigmoid(-logit)
+
+
+def box_iou(p, g):
+    """Of boxes (cx, cy, w, h)."""
+    sides = [torch.minimum(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2) for i in (0, 1)]
+    sides = [side - torch.maximum(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2) for i, side in enumerate(sides)]
+    inter = sides[0].clamp(min=0) * sides[1].clamp(min=0)
+    return inter / (p[2] * p[3] + g[2] * g[3] - inter)
+
+
+def ciou_loss(p, g):
+    overlap = box_iou(p, g)
+    hull = [
+        torch.maximum(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2)
+        - torch.minimum(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2)
+        for i in (0, 1)
+    ]
+    distance = ((p[0] - g[0]) ** 2 + (p[1] - g[1]) ** 2) / (hull[0] ** 2 + hull[1] ** 2)
+    v = 4 / math.pi**2 * (torch.atan(g[2] / g[3]) - torch.atan(p[2] / p[3])) ** 2
+    alpha = (v / (1 - overlap + v + f32(1e-7))).detach()
+    return 1 - overlap + distance + alpha * v
+
+
+def paper(preds, rows, box, scale, iou_thresh, ignore_thresh=0.5, lambda_coord=5.0, lambda_noobj=0.5, eps=0.0):
+    """Loss parts of the papers, in the precision of ``preds``, and how often each case came up."""
+    seen = Counter()
+    parts = {"box": 0.0, "obj": 0.0, "cls": 0.0}
+    size = torch.tensor([WIDTH, HEIGHT], dtype=torch.float64)
+    truths = [(int(r[0]), int(r[1]), torch.cat([r[2:4] * size, r[4:] * size])) for r in rows.double()]
+
+    owners = {}
+    for image, label, truth in truths:
+        shapes = []
+        for w, h in FLAT:
+            inter = min(w, truth[2].item()) * min(h, truth[3].item())
+            shapes.append(inter / (w * h + truth[2].item() * truth[3].item() - inter))
+        best = shapes.index(max(shapes))
+        for k, shape in enumerate(shapes):
+            if k == best or (iou_thresh < 1 and shape > iou_thresh):
+                level, anchor = divmod(k, 3)
+                x, y = int(truth[0] // STRIDES[level]), int(truth[1] // STRIDES[level])
+                owners.setdefault((level, image, anchor, y, x), []).append((label, truth))
+                seen["assigned" if k == best else "assigned too"] += 1
+
+    for level, pred in enumerate(preds):
+        s, stride = scale[level], STRIDES[level]
+        for image, anchor, y, x in np.ndindex(pred.shape[0], 3, *pred.shape[2:]):
+            v = pred[image, anchor * (5 + CLASSES) : (anchor + 1) * (5 + CLASSES), y, x]
+            aw, ah = ANCHORS[level][anchor]
+            sx, sy = (s * v[i].sigmoid() - (s - 1) / 2 for i in (0, 1))
+            decoded = ((sx + x) * stride, (sy + y) * stride, aw * v[2].exp(), ah * v[3].exp())
+            own = owners.get((level, image, anchor, y, x))
+            if own is None:
+                overlaps = [box_iou(decoded, truth).item() for b, _, truth in truths if b == image]
+                if max(overlaps, default=0.0) > ignore_thresh:
+                    seen["ignored"] += 1
+                else:
+                    parts["obj"] += lambda_noobj * bce(v[4], 0.0)
+                continue
+            seen["shared"] += len(own) > 1
+            parts["obj"] += bce(v[4], 1.0)
+            for c in range(CLASSES):
+                parts["cls"] += bce(v[5 + c], 1 - eps / 2 if c in [label for label, _ in own] else eps / 2)
+            for _, truth in own:
+                if box == "ciou":
+                    parts["box"] += lambda_coord * ciou_loss(decoded, truth)
+                else:
+                    target = (
+                        truth[0] / stride - x,
+                        truth[1] / stride - y,
+                        (truth[2] / aw).log(),
+                        (truth[3] / ah).log(),
+                    )
+                    errors = [p - t for p, t in zip((sx, sy, v[2], v[3]), target, strict=True)]
+                    parts["box"] += lambda_coord * sum(error**2 for error in errors)
+    return parts, seen, len(owners)
+
+
+V4 = (f32(1.1), f32(0.213))
+PAPERS = {
+    "YOLOv3": (YOLOv3Loss, {}, {"box": "mse", "scale": (1, 1), "iou_thresh": 1}),
+    "YOLOv4": (YOLOv4Loss, {}, {"box": "ciou", "scale": (V4[0],) * 2, "iou_thresh": V4[1]}),
+    "YOLOv3 with everything set": (
+        YOLOv3Loss,
+        {
+            "iou_loss": "ciou",
+            "scale_x_y": (1.25, 2),
+            "iou_thresh": 0.375,
+            "ignore_thresh": 0.25,
+            "lambda_coord": 2,
+            "lambda_noobj": 0.75,
+            "label_smooth_eps": 0.125,
+        },
+        {
+            "box": "ciou",
+            "scale": (1.25, 2),
+            "iou_thresh": 0.375,
+            "ignore_thresh": 0.25,
+            "lambda_coord": 2,
+            "lambda_noobj": 0.75,
+            "eps": 0.125,
+        },
+    ),
+    "YOLOv4 with squared errors": (
+        YOLOv4Loss,
+        {"iou_loss": "mse", "scale_x_y": 1.5},
+        {"box": "mse", "scale": (1.5, 1.5), "iou_thresh": V4[1]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_formulas(name):
+    cls, arguments, formula = PAPERS[name]
+    rows = objects()
+    exact = maps(torch.float64)
+    parts, seen, num_pos = paper(exact, rows, **formula)
+    total = sum(parts.values())
+    grads = torch.autograd.grad(total, exact)
+    assert seen["ignored"] > 2
+    assert seen["shared"] > 0
+    assert seen["assigned"] == len(rows)
+    assert (seen["assigned too"] > 2) == (formula["iou_thresh"] < 1)
+
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        for which in BACKENDS:
+            preds = maps(dtype)
+            out = criterion(cls, backend=which, **arguments)(preds, rows)
+            assert (out.num_pos, out.num_invalid) == (num_pos, 0)
+            assert out.total.dtype == dtype
+            assert out.total.shape == ()
+            torch.testing.assert_close(out.total.double(), total, rtol=tolerance, atol=0)
+            for part, value in parts.items():
+                assert not out.parts[part].requires_grad
+                torch.testing.assert_close(out.parts[part].double(), value.detach(), rtol=tolerance, atol=0)
+            for grad, want in zip(torch.autograd.grad(out.total, preds), grads, strict=True):
+                assert (grad - want).abs().max() <= tolerance * want.abs().max()
+
+
+# darknet.
+
+SQUARED = [*golden.names("darknet", "yolov3_mse_*"), *golden.names("darknet", "yolov4_b_*_mse4")]
+WEIGHTED = golden.names("darknet", "yolov4_b_*_mult")
+COUNTS = [100, 50, 25, 10, 80, 33]  # what those files were made with
+
+
+def darknet_module(name, **arguments):
+    """A darknet layer as its user would write it."""
+    case = golden.yolo(name)
+    layer = case.layer
+    pool = list(zip(layer["anchors"][::2], layer["anchors"][1::2], strict=True))
+    cls = YOLOv3Loss if name.startswith("yolov3") else YOLOv4Loss
+    keys = ("scale_x_y", "iou_thresh", "ignore_thresh", "iou_normalizer", "obj_normalizer", "cls_normalizer")
+    module = cls(
+        anchors=[[pool[k] for k in layer["mask"]]],
+        strides=[layer["net_w"] / layer["w"]],
+        num_classes=layer["classes"],
+        recipe="darknet",
+        all_anchors=pool,
+        iou_loss=("iou", "giou", "mse", "diou", "ciou")[layer["iou_loss"]],
+        label_smooth_eps=layer["label_smooth_eps"],
+        **{key: layer[key] for key in keys},
+        **arguments,
+    )
+    return module, case
+
+
+def gradient(module, case, targets):
+    pred = case.logits.clone().requires_grad_()
+    out = module([pred], targets)
+    return out, torch.autograd.grad(out.total, pred)[0]
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("name", SQUARED)
+def test_every_delta_of_a_squared_error_layer_of_darknet(name, which):
+    module, case = darknet_module(name, backend=which)
+    assert module.head.levels == (tuple(case.layer["mask"]),)
+    targets = Targets.from_packed(case.rows, case.logits.shape[0])
+    out, grad = gradient(module, case, targets)
+    assert (grad + case.delta).abs().max() <= 1e-4
+    terms = case.terms
+    assert out.parts["obj"].item() == pytest.approx(terms["obj"], rel=1e-4)
+    assert out.parts["cls"].item() == pytest.approx(terms["cls"], rel=1e-4)
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_class_weights_of_darknet(name, which):
+    module, case = darknet_module(name, counters_per_class=COUNTS, max_delta=5, backend=which)
+    torch.testing.assert_close(module.class_weights, case.class_weights, rtol=1e-7, atol=0)
+    _, grad = gradient(module, case, case.rows)
+    channels = grad.unflatten(1, (len(case.layer["mask"]), -1))[:, :, 4:]
+    want = case.delta.unflatten(1, (len(case.layer["mask"]), -1))[:, :, 4:]
+    assert (channels + want).abs().max() <= 1e-4
+
+
+def test_max_delta_limits_class_weights_alone():
+    assert criterion(recipe="darknet", counters_per_class=[1, 100, 10, 50]).class_weights.tolist() == [100, 1, 10, 2]
+    limited = criterion(YOLOv4Loss, recipe="darknet", counters_per_class=[1, 100, 10, 50])
+    assert limited.class_weights.tolist() == [5, 1, 5, 2]
+    preds, rows = maps(scale=4.0), objects()
+    totals = [criterion(YOLOv4Loss, recipe="darknet", max_delta=value)(preds, rows).total for value in (5, 1e-3, None)]
+    assert totals[0] == totals[1] == totals[2]
+
+
+# Recipes and hyper-parameters.
+
+HEADS = {
+    ("YOLOv3Loss", "paper"): {
+        "box": "mse",
+        "area_weight": 0.0,
+        "scale_x_y": (1.0, 1.0),
+        "iou_thresh": 1.0,
+        "ignore_thresh": 0.5,
+        "box_gain": 5.0,
+        "noobj_gain": 0.5,
+        "class_gate": None,
+        "relative": False,
+        "average_box": False,
+        "box_args": (0.0, f32(1e-7)),
+    },
+    ("YOLOv4Loss", "paper"): {
+        "box": "ciou",
+        "scale_x_y": (f32(1.1),) * 2,
+        "iou_thresh": f32(0.213),
+        "ignore_thresh": 0.5,
+        "box_gain": 5.0,
+        "noobj_gain": 0.5,
+        "class_gate": None,
+        "relative": False,
+        "average_box": False,
+        "box_args": (0.0, f32(1e-7)),
+    },
+    ("YOLOv3Loss", "darknet"): {
+        "box": "bce_mse",
+        "area_weight": 1.0,
+        "scale_x_y": (1.0, 1.0),
+        "iou_thresh": 1.0,
+        "ignore_thresh": f32(0.7),
+        "box_gain": 0.75,
+        "noobj_gain": 1.0,
+        "class_gate": f32(-math.log(3)),
+        "relative": True,
+        "average_box": False,
+        "box_args": (0.0, f32(1e-6)),
+    },
+    ("YOLOv4Loss", "darknet"): {
+        "box": "ciou",
+        "scale_x_y": (f32(1.1),) * 2,
+        "iou_thresh": f32(0.213),
+        "ignore_thresh": f32(0.7),
+        "box_gain": f32(0.07),
+        "noobj_gain": 1.0,
+        "class_gate": f32(-math.log(3)),
+        "relative": True,
+        "average_box": True,
+        "box_args": (0.0, f32(1e-6)),
+    },
+}
+
+
+@pytest.mark.parametrize(("detector", "recipe"), HEADS)
+def test_defaults(detector, recipe):
+    head = criterion(getattr(fusedyolo, detector), recipe=recipe).head
+    for name, value in HEADS[detector, recipe].items():
+        assert getattr(head, name) == value, name
+    assert (head.obj_gain, head.cls_gain, head.first_weight) == (1, 1, 1)
+    assert (head.decode, head.label, head.label_args, head.class_targets) == ("exp", "bce", (), (1, 0))
+    assert head.anchors == tuple(FLAT)
+    assert head.levels == ((0, 1, 2), (3, 4, 5))
+    assert head.strides == STRIDES
+
+
+def test_the_paper_is_the_default():
+    assert set(RECIPES) == set(HEADS)
+    for cls in LOSSES:
+        assert criterion(cls).head == criterion(cls, recipe="paper").head
+        assert cls.__doc__
+
+
+@pytest.mark.parametrize("cls", LOSSES)
+@pytest.mark.parametrize("recipe", ["paper", "darknet"])
+@pytest.mark.parametrize("iou_loss", ["mse", "iou", "giou", "diou", "ciou"])
+def test_every_box_loss_goes_with_every_recipe(cls, recipe, iou_loss):
+    module = criterion(cls, recipe=recipe, iou_loss=iou_loss)
+    preds = maps()
+    out = module(preds, objects())
+    assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(out.total, preds))
+    assert out.parts["box"] > 0
+    torch.testing.assert_close(out.total.detach(), sum(out.parts.values()), rtol=1e-6, atol=0)
+    default = criterion(cls, recipe=recipe).head
+    assert (module.head.box_args, module.head.area_weight) == (default.box_args, default.area_weight)
+
+
+def test_several_anchors_average_boxes_in_darknet_alone():
+    assert criterion(recipe="darknet", iou_thresh=0.3).head.average_box
+    assert not criterion(YOLOv4Loss, recipe="darknet", iou_thresh=1).head.average_box
+    assert not criterion(iou_thresh=0.3).head.average_box
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "part"),
+    [
+        ("paper", "lambda_coord", "box"),
+        ("darknet", "iou_normalizer", "box"),
+        ("darknet", "obj_normalizer", "obj"),
+    ],
+)
+def test_gains_scale_their_part(recipe, name, part):
+    preds, rows = maps(), objects()
+    one, three = (criterion(recipe=recipe, **{name: gain})(preds, rows).parts for gain in (1, 3))
+    for key in one:
+        assert three[key].item() == pytest.approx((3 if key == part else 1) * one[key].item(), rel=1e-6)
+
+
+def test_cls_normalizer_acts_with_class_weights_only():
+    preds, rows = maps(), objects()
+    plain = [criterion(recipe="darknet", cls_normalizer=gain)(preds, rows).total for gain in (1, 3)]
+    assert plain[0] == plain[1]
+    weighted = [
+        criterion(recipe="darknet", cls_normalizer=gain, counters_per_class=[1, 2, 3, 4])(preds, rows)
+        for gain in (1, 3)
+    ]
+    assert weighted[1].parts["cls"] > weighted[0].parts["cls"]
+    assert weighted[1].parts["obj"] == weighted[0].parts["obj"]
+
+
+@pytest.mark.parametrize(
+    ("hyp", "label", "args"),
+    [
+        ({}, "bce", ()),
+        ({"focal_gamma": 0}, "bce", ()),
+        ({"focal_gamma": 1.5}, "focal", (-1.0, 1.5)),
+        ({"focal_alpha": 0.25}, "focal", (0.25, 0.0)),
+        ({"focal_alpha": 0}, "focal", (0.0, 0.0)),
+        ({"focal_alpha": 0.25, "focal_gamma": 2}, "focal", (0.25, 2.0)),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["paper", "darknet"])
+def test_focal_classes(recipe, hyp, label, args):
+    module = criterion(recipe=recipe, **hyp)
+    assert (module.head.label, module.head.label_args) == (label, args)
+    preds, rows = maps(), objects()
+    out, plain = module(preds, rows), criterion(recipe=recipe)(preds, rows)
+    assert out.parts["obj"] == plain.parts["obj"]
+    assert (out.parts["cls"] < plain.parts["cls"]) == (label == "focal")
+
+
+@pytest.mark.parametrize("recipe", ["paper", "darknet"])
+def test_label_smoothing(recipe):
+    assert criterion(recipe=recipe, label_smooth_eps=0.25).head.class_targets == (0.875, 0.125)
+
+
+@pytest.mark.parametrize(("which", "batch"), [("torch", 1), ("torch", 2), ("torch", 3), ("triton", 2)])
+def test_mean_is_the_sum_over_the_batch_size(which, batch):
+    rows = objects()
+    rows[:, 0] = rows[:, 0] % batch
+    preds = maps(batch=batch)
+    total, mean = (criterion(reduction=r, backend=which)(preds, rows) for r in ("sum", "mean"))
+    torch.testing.assert_close(mean.total, total.total / batch, rtol=1e-6, atol=0)
+    assert (mean.num_pos, mean.num_invalid) == (total.num_pos, total.num_invalid)
+    for part in ("box", "obj", "cls"):
+        torch.testing.assert_close(mean.parts[part], total.parts[part] / batch, rtol=1e-6, atol=0)
+    got = torch.autograd.grad(mean.total, preds)
+    want = [grad / batch for grad in torch.autograd.grad(total.total, preds)]
+    torch.testing.assert_close(got, tuple(want), rtol=1e-6, atol=1e-9)
+
+
+# Anchors.
+
+
+@pytest.mark.parametrize(
+    "anchors",
+    [
+        [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 48]],
+        np.array(ANCHORS),
+        torch.tensor(ANCHORS),
+        tuple(tuple(level) for level in ANCHORS),
+        [np.array(ANCHORS[0], dtype=np.float16), torch.tensor(ANCHORS[1]).flatten()],
+    ],
+)
+def test_forms_of_anchors(anchors):
+    assert criterion(anchors=anchors).head == criterion().head
+
+
+@pytest.mark.parametrize(
+    "anchors",
+    [
+        FLAT,
+        ANCHORS,
+        [side for pair in FLAT for side in pair],
+        [[side for pair in level for side in pair] for level in ANCHORS],
+        np.array(FLAT),
+        np.array(ANCHORS),
+        torch.tensor(FLAT).float(),
+        torch.tensor(FLAT).flatten(),
+    ],
+)
+def test_forms_of_all_anchors(anchors):
+    assert criterion(all_anchors=anchors).head == criterion().head
+    half = criterion(anchors=ANCHORS[1:], strides=(16,), all_anchors=anchors).head
+    assert half.anchors == criterion().head.anchors
+    assert half.levels == ((3, 4, 5),)
+
+
+@pytest.mark.parametrize(
+    ("pool", "levels", "places"),
+    [
+        ("abcdef", ("def", "abc"), ((3, 4, 5), (0, 1, 2))),
+        ("aabb", ("ab", "ab"), ((1, 2), (0, 3))),  # the run first, then what is left
+        ("abab", ("ab", "ab"), ((0, 1), (2, 3))),
+        ("aab", ("ab", "a"), ((1, 2), (0,))),
+        ("abcabd", ("abd", "ab"), ((3, 4, 5), (0, 1))),
+        ("cba", ("abc",), ((2, 1, 0),)),
+    ],
+)
+def test_a_level_is_a_run_of_all_anchors_if_it_can_be(pool, levels, places):
+    sizes = {letter: (10 + i, 20 + i) for i, letter in enumerate("abcdef")}
+    module = criterion(
+        anchors=[[sizes[x] for x in level] for level in levels],
+        strides=(8,) * len(levels),
+        all_anchors=[sizes[x] for x in pool],
+    )
+    assert module.head.levels == places
+
+
+def test_an_object_of_a_level_not_given_is_not_learnt():
+    rows = torch.tensor([[0, 1, 0.3, 0.3, 13 / WIDTH, 15 / HEIGHT]])
+    preds = maps()
+    alone = criterion(anchors=ANCHORS[1:], strides=(16,))(preds[1:], rows)
+    among = criterion(anchors=ANCHORS[1:], strides=(16,), all_anchors=FLAT)(preds[1:], rows)
+    assert (alone.num_pos, among.num_pos) == (1, 0)
+    assert (among.num_invalid, among.parts["box"]) == (0, 0)
+
+
+def test_strides_and_scales_may_come_from_a_tensor():
+    head = criterion(strides=torch.tensor([8.0, 16.0]), scale_x_y=np.array([1.1, 1.2])).head
+    assert head.strides == (8, 16)
+    assert head.scale_x_y == (f32(1.1), f32(1.2))
+
+
+def test_every_number_is_one_of_float32():
+    module = criterion(YOLOv4Loss, anchors=[[10.1, 13.3], [30.7, 61.9]], lambda_coord=0.1, label_smooth_eps=0.1)
+    assert rounded(module.head) == module.head
+    assert module.head.anchors[0] == (f32(10.1), f32(13.3))
+    assert module.head.class_targets == (f32(0.95), f32(0.05))
+    assert module.head.box_gain == f32(0.1)
+
+
+# The module.
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+def test_both_layouts_and_every_form_of_targets_agree(which):
+    module, rows = criterion(YOLOv4Loss, backend=which), objects()
+    preds = maps()
+    want = module(preds, rows)
+    order = rows[:, 0].sort(stable=True).indices
+    padded = torch.zeros(2, 8, 5)
+    images = []
+    for b in range(2):
+        own = rows[rows[:, 0] == b]
+        padded[b, 1 : 1 + len(own)] = own[:, 1:]
+        size = torch.tensor([WIDTH, HEIGHT])
+        corners = torch.cat([(own[:, 2:4] - own[:, 4:] / 2) * size, (own[:, 2:4] + own[:, 4:] / 2) * size], 1)
+        images.append({"boxes": corners, "labels": own[:, 1].long()})
+    forms = [rows[order], Targets.from_packed(rows, 2), Targets.from_packed(rows, 2, capacity=30), padded, images]
+    views = [pred.unflatten(1, (3, 5 + CLASSES)).permute(0, 1, 3, 4, 2) for pred in preds]
+    last = [pred.contiguous(memory_format=torch.channels_last) for pred in preds]
+    for inputs, targets in [*((preds, form) for form in forms), (views, rows), (tuple(last), rows)]:
+        out = module(inputs, targets)
+        torch.testing.assert_close(out.total, want.total, rtol=1e-5, atol=0)
+        assert (out.num_pos, out.num_invalid) == (want.num_pos, 0)
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("cls", LOSSES)
+def test_no_objects(cls, which):
+    module = criterion(cls, backend=which)
+    preds = maps()
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    forms = [torch.zeros(0, 6), torch.zeros(2, 0, 5), torch.zeros(2, 3, 5), [empty] * 2]
+    forms += [Targets.from_packed(torch.zeros(0, 6), 2, capacity=c) for c in (None, 0, 4)]
+    want = 0.5 * sum(torch.nn.functional.softplus(pred.unflatten(1, (3, 5 + CLASSES))[:, :, 4]).sum() for pred in preds)
+    for targets in forms:
+        out = module(preds, targets)
+        torch.testing.assert_close(out.total, want, rtol=1e-6, atol=0)
+        assert out.parts["box"] == out.parts["cls"] == out.num_pos == out.num_invalid == 0
+        assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(out.total, preds))
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_predictions_have_a_float32_loss(dtype, which):
+    module, rows = criterion(YOLOv4Loss, backend=which), objects()
+    preds = maps(dtype)
+    out = module(preds, rows)
+    want = module([pred.detach().float() for pred in preds], rows)
+    assert out.total.dtype == out.parts["box"].dtype == torch.float32
+    torch.testing.assert_close(out.total.detach(), want.total, rtol=1e-6, atol=0)
+    assert [grad.dtype for grad in torch.autograd.grad(out.total, preds)] == [dtype] * 2
+
+
+def test_output():
+    out = criterion()(maps(), objects())
+    assert isinstance(out, LossOutput)
+    assert out._fields == ("total", "parts", "num_pos", "num_invalid")
+    assert list(out.parts) == ["box", "obj", "cls"]
+    assert out.num_pos.shape == out.num_invalid.shape == ()
+    assert not out.num_pos.is_floating_point()
+
+
+def test_no_gradient_is_needed():
+    module, rows = criterion(), objects()
+    with torch.no_grad():
+        out = module(maps(), rows)
+    assert not out.total.requires_grad
+    assert not module([pred.detach() for pred in maps()], rows).total.requires_grad
+
+
+WEIGHTS = {"recipe": "darknet", "counters_per_class": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+@pytest.mark.parametrize("arguments", [{}, WEIGHTS, {"reduction": "mean"}])
+def test_copies(clone, arguments):
+    module = criterion(YOLOv4Loss, **arguments)
+    preds, rows = maps(), objects()
+    assert module(preds, rows).total == clone(module)(preds, rows).total
+    assert clone(module).head == module.head
+
+
+def test_a_checkpoint_holds_nothing_of_the_loss():
+    module = criterion(**WEIGHTS)
+    assert dict(module.state_dict()) == {}
+    assert list(module.parameters()) == []
+    assert module.load_state_dict({}) == ([], [])
+
+
+def test_class_weights_stay_float32_and_follow_the_predictions():
+    module = criterion(YOLOv4Loss, recipe="darknet", counters_per_class=[3, 7, 11, 1])
+    preds, rows = maps(), objects()
+    want = module(preds, rows).total
+    weights = module.class_weights.clone()
+    assert not torch.equal(weights, weights.half().float())
+    for moved in (module.half(), module.double(), module.to("meta")):
+        assert moved(preds, rows).total == want
+        assert torch.equal(moved.class_weights, weights)
+
+
+def test_repr():
+    text = repr(criterion(YOLOv4Loss, recipe="darknet", obj_normalizer=0.5, reduction="mean"))
+    assert text == (
+        "YOLOv4Loss(strides=(8, 16), num_classes=4, recipe='darknet', iou_loss='ciou', reduction='mean', "
+        "backend='torch', obj_normalizer=0.5)"
+    )
+
+
+def test_arguments_have_the_documented_names():
+    for cls in LOSSES:
+        parameters = inspect.signature(cls).parameters
+        names = "anchors strides num_classes recipe all_anchors iou_loss scale_x_y iou_thresh ignore_thresh reduction"
+        assert list(parameters) == [*names.split(), "image_size", "backend", "hyp"]
+        assert [p.name for p in parameters.values() if p.kind == p.KEYWORD_ONLY] == list(parameters)[4:-1]
+
+
+# Which backend runs.
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    for name in ("TRITON_INTERPRET", "FUSEDYOLO_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_auto_takes_triton_where_it_runs(variables):
+    assert backend.resolve("auto", CUDA) == "triton"
+    assert backend.resolve("auto", CPU) == "torch"
+    assert backend.resolve("auto", torch.device("mps")) == "torch"
+    variables.setenv("TRITON_INTERPRET", "1")
+    assert backend.resolve("auto", CPU) == "triton"
+    assert backend.resolve("triton", CPU) == "triton"
+    assert backend.resolve("torch", CUDA) == "torch"
+    variables.setenv("TRITON_INTERPRET", "0")
+    assert backend.resolve("auto", CPU) == "torch"
+
+
+def test_auto_without_triton(variables):
+    variables.setenv("TRITON_INTERPRET", "1")
+    variables.setattr(backend, "_has_triton", lambda: False)
+    assert backend.resolve("auto", CUDA) == backend.resolve("auto", CPU) == "torch"
+
+
+@pytest.mark.parametrize("name", ["auto", "triton", "torch"])
+def test_the_switch_disables_the_kernels(variables, name):
+    variables.setenv("FUSEDYOLO_DISABLE", "1")
+    assert backend.resolve(name, CUDA) == backend.resolve(name, CPU) == "torch"
+    calls = []
+    original = reference.grid_loss
+    variables.setattr(reference, "grid_loss", lambda *args: calls.append(args) or original(*args))
+    criterion(backend=name)(maps(), objects())
+    assert len(calls) == 1
+
+
+IMPORTS = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+
+{block}
+import fusedyolo
+assert fusedyolo.__version__ == "0.1.0"
+assert {{"YOLOv3Loss", "Targets", "functional"}} < set(dir(fusedyolo))
+assert "torch" not in sys.modules and "triton" not in sys.modules
+import torch
+loss = fusedyolo.YOLOv3Loss([[(10, 13)]], (8,), 2)
+preds = [torch.zeros(1, 7, 4, 4, requires_grad=True)]
+out = loss(preds, fusedyolo.Targets.from_packed(torch.tensor([[0, 1, 0.5, 0.5, 0.2, 0.2]]), 1))
+out.total.backward()
+assert out.num_pos == 1 and preds[0].grad.isfinite().all()
+box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+assert fusedyolo.functional.generalized_box_iou_loss(box, box, "sum") < 1e-6
+assert isinstance(fusedyolo.YOLOv4Loss, type) and fusedyolo.LossOutput is type(out)
+assert "fusedyolo.ops" not in sys.modules
+try:
+    fusedyolo.YOLOv9Loss
+except AttributeError:
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("block", ["sys.meta_path.insert(0, Block())", ""])
+def test_import_needs_no_triton(variables, block):
+    result = subprocess.run([sys.executable, "-c", IMPORTS.format(block=block)], capture_output=True, text=True)
+    assert result.stdout == "done\n", result.stderr
