@@ -181,7 +181,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--form", default="packed", choices=FORMS, help="targets as packed rows, or as fusedyolo.Targets"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=Workload.seed)
     parser.add_argument(
         "--target", action="append", choices=list(TARGETS), help="to compile for; repeat for more (all)"
     )

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bench.objects import Annotation
 from fusedyolo.heads import GridHead
 from fusedyolo.reference import DECODE
+
+from .objects import Annotation
 
 STRIDES = (8, 16, 32)
 ANCHORS_PER_LEVEL = 3
@@ -31,11 +32,13 @@ class Detector(nn.Module):
         super().__init__()
         self.to_8 = nn.Sequential(conv(3, 16, stride=2), conv(16, 32, stride=2), conv(32, 48, stride=2), conv(48, 48))
         self.to_16 = nn.Sequential(conv(48, 64, stride=2), conv(64, 64))
-        self.to_32 = nn.Sequential(conv(64, 96, stride=2), conv(96, 64, kernel=1))
-        self.at_16 = conv(128, 64, kernel=1)
-        self.at_8 = nn.Sequential(conv(112, 64, kernel=1), conv(64, 64))
-        self.heads = nn.ModuleList(nn.Conv2d(64, ANCHORS_PER_LEVEL * (5 + num_classes), 1) for _ in STRIDES)
+        self.to_32 = nn.Sequential(conv(64, 64, stride=2), conv(64, 64))
         self.up = nn.Upsample(scale_factor=2)
+        self.fuse_16 = conv(128, 64, kernel=1)
+        self.fuse_8 = nn.Sequential(conv(112, 48, kernel=1), conv(48, 48))
+        self.down_16, self.merge_16 = conv(48, 64, stride=2), conv(128, 64, kernel=1)
+        self.down_32, self.merge_32 = conv(64, 64, stride=2), conv(128, 64, kernel=1)
+        self.heads = nn.ModuleList(nn.Conv2d(width, ANCHORS_PER_LEVEL * (5 + num_classes), 1) for width in (48, 64, 64))
         for head in self.heads:
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
@@ -46,8 +49,10 @@ class Detector(nn.Module):
         eighth = self.to_8(images - 0.5)
         sixteenth = self.to_16(eighth)
         top = self.to_32(sixteenth)
-        middle = self.at_16(torch.cat([sixteenth, self.up(top)], 1))
-        bottom = self.at_8(torch.cat([eighth, self.up(middle)], 1))
+        middle = self.fuse_16(torch.cat([sixteenth, self.up(top)], 1))
+        bottom = self.fuse_8(torch.cat([eighth, self.up(middle)], 1))
+        middle = self.merge_16(torch.cat([middle, self.down_16(bottom)], 1))
+        top = self.merge_32(torch.cat([top, self.down_32(middle)], 1))
         return [head(x) for head, x in zip(self.heads, (bottom, middle, top), strict=True)]
 
 
@@ -97,9 +102,7 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float) -> list[int]:
     return keep
 
 
-def detect(
-    boxes: Tensor, scores: Tensor, score: float = 0.4, iou: float = 0.45
-) -> list[tuple[int, float, list[float]]]:
+def detect(boxes: Tensor, scores: Tensor, score: float = 0.5, iou: float = 0.4) -> list[tuple[int, float, list[float]]]:
     """Detections (class, score, corners) of one image from its boxes [N, 4] and scores [N, C], class by class."""
     found = []
     for label in range(scores.shape[1]):

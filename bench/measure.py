@@ -386,7 +386,9 @@ def time_step(case: Case, work: Workload, provider: str, device: str = "cuda") -
     """Milliseconds at p20, p50, p80 with a cold cache, memory and host time; ``eager``, ``compile`` or ``fused``."""
     criterion = case.build(work.classes, "triton" if provider == "fused" else "torch")
     if provider == "compile":
-        torch._functorch.config.donated_buffer = False  # so that one forward serves many backwards
+        import torch._functorch.config as functorch_config
+
+        functorch_config.donated_buffer = False  # so that one forward serves many backwards
         criterion = torch.compile(criterion)
     preds, targets, one = case.predictions(work, device), work.targets(device), torch.ones((), device=device)
     step(criterion, preds, targets, one)

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
+from torch.nn import functional
 
-from bench.objects import Annotation, pack
+from .objects import Annotation, pack
 
 SHAPES = ("circle", "square", "triangle")
 SHAPE_COLOURS = ("#d1495b", "#2e86ab", "#edae49", "#66a182", "#8d5a97")
 CLASS_COLOURS = ("#e63946", "#0077b6", "#7b2cbf", "#2a9d8f", "#f77f00", "#bc4b51", "#3a5a40", "#b5179e")
+GREY = 114  # of what an image does not fill
 REFERENCE, FUSED = "#1d3557", "#e76f51"
 
 
@@ -60,17 +64,38 @@ class Pictures:
     pixels: Tensor
     annotations: list[Annotation]
 
-    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, S, S] and packed rows of a step; half the images are mirrored. A function of its arguments."""
+    def batch(self, step: int, size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, S, S] on the device and packed rows of a step, augmented; a function of its arguments."""
         count = len(self.annotations)
         places = torch.arange(step * size, (step + 1) * size)
         orders = {e: torch.randperm(count, generator=_generator(seed, e)) for e in (places // count).unique().tolist()}
         picks = torch.stack([orders[int(p) // count][int(p) % count] for p in places])
-        mirrored = torch.rand(size, generator=_generator(seed, -1 - step)) < 0.5
-        pixels, rows = self.pixels[picks], pack([self.annotations[i] for i in picks.tolist()])
-        pixels[mirrored] = pixels[mirrored].flip(3)
-        rows[:, 2] = torch.where(mirrored[rows[:, 0].long()], 1 - rows[:, 2], rows[:, 2])
-        return pixels, rows
+        return augment(
+            self.pixels[picks].to(device),
+            pack([self.annotations[i] for i in picks.tolist()]),
+            _generator(seed, -1 - step),
+        )
+
+
+def augment(pixels: Tensor, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images scaled by 0.8 to 1.25, shifted by up to a sixth, half of them mirrored, and their rows."""
+    count = len(pixels)
+    zoom = torch.empty(count, 1).uniform_(0.8, 1.25, generator=generator)
+    mirror = torch.where(torch.rand(count, 1, generator=generator) < 0.5, -1.0, 1.0)
+    scale = zoom * torch.cat(
+        [mirror, torch.ones(count, 1)], 1
+    )  # place in the source = scale * place + shift, in -1 ... 1
+    shift = torch.empty(count, 2).uniform_(-1 / 3, 1 / 3, generator=generator)
+    theta = torch.cat([torch.diag_embed(scale), shift[:, :, None]], 2).to(pixels.device)
+    places = functional.affine_grid(theta, pixels.shape, align_corners=False)
+    images = functional.grid_sample(pixels.float() / 255 - GREY / 255, places, align_corners=False) + GREY / 255
+
+    scale, shift = scale[rows[:, 0].long()], shift[rows[:, 0].long()]
+    centre = ((2 * rows[:, 2:4] - 1 - shift) / scale + 1) / 2
+    half = rows[:, 4:] / scale.abs() / 2
+    low, high = (centre - half).clamp(0, 1), (centre + half).clamp(0, 1)
+    seen = (high - low).prod(1) > 0.3 * (4 * half.prod(1))  # the rest lies mostly outside
+    return images, torch.cat([rows[:, :2], (low + high) / 2, high - low], 1)[seen]
 
 
 def load(annotations: Sequence[Annotation], size: int) -> Pictures:
@@ -80,7 +105,7 @@ def load(annotations: Sequence[Annotation], size: int) -> Pictures:
         image = Image.open(annotation.image).convert("RGB")
         scale = size / max(image.size)
         fitted = image.resize([max(1, round(scale * side)) for side in image.size], Image.Resampling.BILINEAR)
-        square = Image.new("RGB", (size, size), (114, 114, 114))
+        square = Image.new("RGB", (size, size), (GREY,) * 3)
         square.paste(fitted, [(size - side) // 2 for side in fitted.size])
         pixels.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
         fraction = torch.tensor(fitted.size).repeat(2) / size
@@ -121,7 +146,8 @@ def draw_predictions(
             axes.add_patch(Rectangle(low, *(high - low), fill=False, edgecolor=colour, linewidth=1.6))
             text = f"{names[label]} {score:.2f}"
             box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-            axes.text(*low, text, fontsize=6, color="white", va="bottom", bbox=box, clip_on=True)
+            place = low[0], max(low[1], 0.03 * image.height)
+            axes.text(*place, text, fontsize=6, color="white", va="bottom", bbox=box, clip_on=True)
         axes.set_xlim(0, image.width)
         axes.set_ylim(image.height, 0)
     figure.suptitle(title, fontsize=11)
@@ -132,25 +158,34 @@ def draw_curves(path: Path, reference: list[dict], fused: list[dict], difference
     """Loss curves of both backends on one another, their parts, and the relative difference of the totals."""
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     grid = figure.add_gridspec(3, 3)
-    panels = {"total": figure.add_subplot(grid[:2, :2]), "difference": figure.add_subplot(grid[2, :2])}
-    panels |= {part: figure.add_subplot(grid[k, 2]) for k, part in enumerate(("box", "obj", "cls"))}
-    for part in ("total", "box", "obj", "cls"):
-        axes = panels[part]
-        axes.plot([step[part] for step in reference], color=REFERENCE, linewidth=1, label="eager reference")
-        marks = {"marker": "o", "markersize": 3, "markerfacecolor": "none", "markeredgewidth": 0.8}
-        marks = marks if len(fused) <= 100 else {}
-        axes.plot(
-            [step[part] for step in fused], color=FUSED, linewidth=1, linestyle=(0, (2, 2)), label="fused", **marks
-        )
-        axes.set_yscale("log")
-        axes.set_title("loss an image" if part == "total" else part, fontsize=9)
-    panels["total"].legend(frameon=False)
-    panels["difference"].semilogy(difference, color=FUSED, linewidth=1, marker=".", markersize=4)
-    panels["difference"].axhline(bound, color="grey", linewidth=0.8, linestyle=":")
-    panels["difference"].set_title(f"relative difference of the totals, and its bound {bound:g}", fontsize=9)
-    panels["difference"].set_xlabel("step")
-    for axes in panels.values():
-        axes.grid(alpha=0.25, linewidth=0.5)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+    near = min(len(difference), 50)
+    panels = {
+        "total, mean over images": (grid[:2, :2], "total", len(reference)),
+        f"total, first {near} steps": (grid[2, 0], "total", near),
+        "box": (grid[0, 2], "box", len(reference)),
+        "objectness": (grid[1, 2], "obj", len(reference)),
+        "classes": (grid[2, 2], "cls", len(reference)),
+    }
+    for title, (place, part, steps) in panels.items():
+        axes = _axes(figure.add_subplot(place), title)
+        axes.plot([step[part] for step in reference[:steps]], color=REFERENCE, linewidth=1, label="eager reference")
+        marker = "o" if min(steps, len(fused)) <= 50 else ""
+        style = {"linestyle": (0, (2, 2)), "marker": marker, "markersize": 4, "markerfacecolor": "none"}
+        axes.plot([step[part] for step in fused[:steps]], color=FUSED, linewidth=1, label="fused", **style)
+        axes.set_ylim(bottom=0)
+    figure.axes[0].legend(frameon=False)
+    axes = _axes(
+        figure.add_subplot(grid[2, 1]), f"relative difference of the totals; bound {bound:g} of the first steps"
+    )
+    axes.semilogy([max(d, 1e-9) for d in difference], color=FUSED, linewidth=1, marker=".", markersize=4)
+    axes.axhline(bound, color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(path, dpi=110)
+
+
+def _axes(axes: Axes, title: str) -> Axes:
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes

@@ -69,7 +69,7 @@ class Workload:
     dtype: str = "float32"
     objects: str = "coco"
     form: str = "packed"
-    seed: int = 0
+    seed: int = 18  # 118 COCO-like objects in 16 images, 7.4 each as in COCO itself
 
     def targets(self, device: str = "cpu") -> Any:
         """Packed rows [M, 6], or with the form ``Targets`` those made of them, as in ``collate_fn``."""

@@ -64,10 +64,13 @@ def _commit(root: Path) -> str:
 def headline(work: Workload, host: Mapping[str, Any]) -> str:
     """One line on what is about to be measured, and on what."""
     gpu = host["gpu"] or "no GPU: kernels run in Triton's interpreter, times are ?"
-    objects = work.objects if ":" in work.objects or work.objects == "coco" else "from labels"
+    source = work.objects if work.objects == "coco" or work.objects.startswith("crowded:") else "from labels"
+    targets = work.targets()
+    number = len(targets.rows if work.form == "Targets" else targets)
     return (
-        f"fusedyolo {host['fusedyolo']} ({host['commit']}), torch {host['torch']}, triton {host['triton']}; {gpu}\n"
-        f"batch {work.batch}, {work.size} px, {work.classes} classes, {work.dtype}, {objects} objects, {work.form}"
+        f"fusedyolo {host['fusedyolo']} ({host['commit']}), torch {host['torch']}, triton {host['triton']}\n{gpu}\n"
+        f"batch {work.batch}, {work.size} px, {work.classes} classes, {work.dtype}, "
+        f"{number} objects ({source}, {work.form})"
     )
 
 

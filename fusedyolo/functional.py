@@ -29,7 +29,7 @@ def sigmoid_focal_loss(
 
     Args:
         inputs: logits, of any shape.
-        targets: of the same shape, in [0, 1].
+        targets: of the same shape, in [0, 1]. If they need a gradient, the reference computes it all.
         alpha: weight of the positives in [0, 1], or -1 for no weights.
         gamma: exponent of the modulating factor.
         reduction: ``"none"``, ``"mean"`` (NaN if there is nothing, as in torchvision) or ``"sum"``.
@@ -45,8 +45,10 @@ def sigmoid_focal_loss(
         checks.fail("alpha", alpha, "a number in [0, 1], or -1 for none")
     gamma = checks.number("gamma", gamma, 0)
     checks.one_of("reduction", reduction, REDUCTIONS)
-    args = (float(alpha), gamma)
-    if resolve(backend, inputs.device) == "triton":
+    args = [float(alpha), gamma]
+    fused = resolve(backend, inputs.device) == "triton" and not targets.requires_grad and inputs.numel() > 0
+    inputs, targets = _together(inputs, targets)
+    if fused:
         from . import ops
 
         return ops.label_loss(inputs, targets, "focal", args, reduction)
@@ -125,16 +127,25 @@ def _box_loss(
             checks.fail(
                 "boxes2", f"shape {tuple(boxes2.shape)}", f"one that broadcasts with {tuple(boxes1.shape)} of boxes1"
             )
-    if resolve(backend, boxes1.device) == "triton":
+    fused = resolve(backend, boxes1.device) == "triton"
+    boxes1, boxes2 = _together(boxes1, boxes2)
+    if fused:
         from . import ops
 
-        shape = boxes1.shape[:-1]
-        loss = ops.box_loss(boxes1.reshape(-1, 4), boxes2.reshape(-1, 4), kind, args, reduction)
-        return loss.reshape(shape) if reduction == "none" else loss
+        return ops.box_loss(boxes1, boxes2, kind, list(args), reduction)
     loss = reference.BOX_TERMS[kind](_wide(boxes1), _wide(boxes2), args)
     if reduction == "mean" and not loss.numel():
         return 0.0 * loss.sum()
     return _reduce(loss, reduction)
+
+
+def _together(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Floating tensors, both float64 if one is; a kernel reads float16 and bfloat16 as they are."""
+    a = a if a.is_floating_point() else a.float()
+    b = b if b.is_floating_point() else b.float()
+    if torch.float64 in (a.dtype, b.dtype):
+        return a.double(), b.double()
+    return a, b
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -247,7 +247,7 @@ class _GridLoss(nn.Module):
             total, parts, counts, _ = ops.grid_loss(list(preds), rows, offsets, weights, head.key, with_state)
         else:
             total, parts, counts = _reference_loss(preds, rows, offsets, head, weights)
-        terms = dict(zip(PARTS, parts.detach().unbind(), strict=True))
+        terms = dict(zip(PARTS, parts.unbind(), strict=True))
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, terms, num_pos, num_invalid)
 

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from .heads import GridHead
 
-IGNORE_CHUNK = 1 << 21  # (row, prediction) pairs of the ignore test that are in memory at a time
+IGNORE_CHUNK = 1 << 18  # (row, prediction) pairs of the ignore test that are in memory at a time
 
 
 def _div(a: Tensor, b: Tensor) -> Tensor:
@@ -46,12 +46,13 @@ def focal(x: Tensor, t: Tensor, args: Sequence[float]) -> Tensor:
     """alpha_t q^gamma BCE, q = 1 - p_t, args = (alpha, gamma); RetinaNet eq. 5, soft targets as torchvision.
 
     A negative alpha means no factor. q is summed from products, not from 1 - p_t, so that it keeps its digits where the
-    prediction is right. Where it underflows it counts as a constant: for gamma < 1 its derivative there is inf * 0.
+    prediction is right. Where it underflows, so does the BCE, and the loss is 0: the derivative of q^gamma is inf * 0
+    there for gamma < 1.
     """
     alpha, gamma = args
     q = x.sigmoid() * (1 - t) + (-x).sigmoid() * t
     zero = q < torch.finfo(q.dtype).tiny
-    modulator = torch.where(zero, 0.0**gamma, torch.where(zero, 1.0, q) ** gamma)
+    modulator = torch.where(zero, 0.0, torch.where(zero, 1.0, q) ** gamma)
     if alpha >= 0:
         modulator = modulator * (alpha * t + (1 - alpha) * (1 - t))
     return modulator * bce(x, t)
@@ -90,40 +91,38 @@ def _area(sides: Tensor) -> Tensor:
     return sides[..., 0] * sides[..., 1]
 
 
-def _union(p: Tensor, g: Tensor, overlap: Tensor) -> Tensor:
-    return _area(p) + _area(g) - _area(overlap)
-
-
-def _iou(p: Tensor, g: Tensor, overlap: Tensor, eps: Tensor | float = 0.0) -> Tensor:
-    """inter / (union + eps), all given by sides [..., 2]."""
-    return _div(_area(overlap), _union(p, g, overlap) + eps)
+def _iou(inter: Tensor, p: Tensor, g: Tensor, eps: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """IoU = inter / (union + eps), and the union, from three areas."""
+    union = p + g - inter
+    return _div(inter, union + eps), union
 
 
 def iou(p: Tensor, g: Tensor, args: Sequence[float]) -> Tensor:
     """1 - IoU."""
     b = _pair(p, g, args[0])
-    return 1 - _iou(b.p, b.g, b.overlap, b.eps)
+    return 1 - _iou(_area(b.overlap), _area(b.p), _area(b.g), b.eps)[0]
 
 
 def giou(p: Tensor, g: Tensor, args: Sequence[float]) -> Tensor:
     """1 - (IoU - (C - U) / (C + eps)), C the area of the enclosing box (Rezatofighi et al. 2019)."""
     b = _pair(p, g, args[0])
-    rest = _div(_area(b.enclosing) - _union(b.p, b.g, b.overlap), _area(b.enclosing) + b.eps)
-    return 1 - (_iou(b.p, b.g, b.overlap, b.eps) - rest)
+    value, union = _iou(_area(b.overlap), _area(b.p), _area(b.g), b.eps)
+    rest = _div(_area(b.enclosing) - union, _area(b.enclosing) + b.eps)
+    return 1 - (value - rest)
 
 
 def diou(p: Tensor, g: Tensor, args: Sequence[float]) -> Tensor:
     """1 - IoU + rho^2 / (c^2 + eps): distance of the centres over the enclosing box's diagonal (Zheng et al. 2020)."""
     b = _pair(p, g, args[0])
     spread = _div((b.distance**2).sum(-1), (b.enclosing**2).sum(-1) + b.eps)
-    return 1 - _iou(b.p, b.g, b.overlap, b.eps) + spread
+    return 1 - _iou(_area(b.overlap), _area(b.p), _area(b.g), b.eps)[0] + spread
 
 
 def ciou(p: Tensor, g: Tensor, args: Sequence[float]) -> Tensor:
     """DIoU + alpha v, v = 4/pi^2 (atan(wg/hg) - atan(wp/hp))^2, alpha = v / (1 - IoU + v + eps_alpha) held constant."""
     b = _pair(p, g, args[0])
     v = 4 / math.pi**2 * (_angle(b.g) - _angle(b.p)) ** 2
-    alpha = _div(v, 1 - _iou(b.p, b.g, b.overlap, b.eps) + v + args[1]).detach()
+    alpha = _div(v, iou(p, g, args) + v + args[1]).detach()
     return diou(p, g, args) + alpha * v
 
 
@@ -283,7 +282,7 @@ def _level_loss(
     count = raw.new_zeros(M, A, C).index_put((first, anchor, label), assigned.to(raw.dtype), accumulate=True)
     positive, negative = _constants(head.class_targets, raw)
     target = torch.where(count > 0, positive, negative)
-    loss = LABEL_TERMS[head.label](torch.where(lead[..., None], logits, 0.0), target, head.label_args)
+    loss = LABEL_TERMS[head.label](logits, target, head.label_args)
     if weights is not None:
         only = (torch.arange(C, device=pred.device) == label[..., None]) & (count == 1)
         loss = loss * torch.where(count > 0, torch.where(only, head.first_weight * weights, weights), 1.0)
@@ -340,21 +339,25 @@ def _ignored(
     B, A, H, W, _ = pred.shape
     stride, scale = head.strides[level], head.scale_x_y[level]
     x, y = torch.arange(W, device=pred.device), torch.arange(H, device=pred.device)
-    origin = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1) * stride
+    origin = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(pred.dtype) * stride
     centre, size = DECODE[head.decode](pred[..., :2], pred[..., 2:4], anchors[:, None, None], stride, scale)
-    centre = (centre + origin).reshape(B, A * H * W, 2)
-    size = size.reshape(B, A * H * W, 2)
-    p1, p2 = centre - size / 2, centre + size / 2
-    true_centre, true_size = boxes[:, None, :2] * cells * stride, boxes[:, None, 2:] * cells * stride
+    centre = centre + origin
+    edges = torch.cat((centre - size / 2, centre + size / 2, size), -1).view(B, A * H * W, 6)
+    x1, y1, x2, y2, w, h = edges.permute(2, 0, 1).contiguous()
+    true_centre, true_size = boxes[:, :2] * cells * stride, boxes[:, 2:] * cells * stride
+    edges = torch.cat((true_centre - true_size / 2, true_centre + true_size / 2), -1)
+    tx1, ty1, tx2, ty2 = edges[..., None].unbind(1)
+    area, true_area = w * h, _area(true_size)[:, None]
 
     hits = torch.zeros(B, A * H * W, dtype=torch.int32, device=pred.device)
     chunk = max(1, IGNORE_CHUNK // (A * H * W))
     for start in range(0, len(boxes), chunk):
         now = slice(start, start + chunk)
-        image, c, g = match.image[now], true_centre[now], true_size[now]
-        overlap = torch.minimum(p2[image], c + g / 2) - torch.maximum(p1[image], c - g / 2)
-        over = _iou(size[image], g, overlap.clamp(min=0)) > head.ignore_thresh
-        hits.index_add_(0, image, (over & match.valid[now, None]).int())
+        image = match.image[now]
+        ow = torch.minimum(x2.index_select(0, image), tx2[now]) - torch.maximum(x1.index_select(0, image), tx1[now])
+        oh = torch.minimum(y2.index_select(0, image), ty2[now]) - torch.maximum(y1.index_select(0, image), ty1[now])
+        overlap, _ = _iou(ow.clamp(min=0) * oh.clamp(min=0), area.index_select(0, image), true_area[now])
+        hits.index_add_(0, image, ((overlap > head.ignore_thresh) & match.valid[now, None]).int())
     ignored = (hits > 0).view(B, A, H, W)
     if head.class_gate is not None:
         ignored = ignored & (pred[..., 5:] > head.class_gate).any(-1)

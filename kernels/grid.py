@@ -58,27 +58,19 @@ def _image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
-def _row_here(row, site, rule, ACC: tl.constexpr):
-    """Cell of a row on this map, and whether the row is valid, of this image, and takes this anchor."""
-    b, W, H, stride, own = site
-    anchors, iou_thresh, B, C = rule
-    valid = row_valid(row[0], row[1], row[2], row[3], row[4], row[5], B, C) & (row[0] >= b) & (row[0] < b + 1)
-    w = tl.where(valid, row[4].to(ACC), 1.0) * (W * stride)
-    h = tl.where(valid, row[5].to(ACC), 1.0) * (H * stride)
-    cell = row_cell(tl.where(valid, row[2], 0.0), tl.where(valid, row[3], 0.0), W, H)
-    return cell, valid & anchor_assigned(w, h, own, anchors, iou_thresh)
-
-
-@triton.jit
 def _next_row(rows_ptr, after, last, cell, site, rule, BLOCK_G: tl.constexpr, ACC: tl.constexpr):
     """The first row behind ``after`` assigned to the same prediction, or ``last``."""
+    b, W, H, stride, own = site
+    anchors, iou_thresh, C = rule
     found = last
     g0 = after + 1
     while (g0 < last) & (found == last):
         g = g0 + tl.arange(0, BLOCK_G)
         row = _load_rows(rows_ptr, g, g < last)
-        its_cell, here = _row_here(row, site, rule, ACC)
-        found = tl.min(tl.where(here & (its_cell == cell), g, last), axis=0)
+        here = (row_cell(row, b, W, H, C) == cell) & anchor_assigned(
+            row[4].to(ACC) * (W * stride), row[5].to(ACC) * (H * stride), own, anchors, iou_thresh
+        )
+        found = tl.min(tl.where(here, g, last), axis=0)
         g0 += BLOCK_G
     return found
 
@@ -93,7 +85,7 @@ def _count_invalid(rows_ptr, offsets_ptr, M, B, C, BLOCK_G: tl.constexpr):
     for g0 in range(0, end, BLOCK_G):
         g = g0 + tl.arange(0, BLOCK_G)
         row = _load_rows(rows_ptr, g, g < end)
-        valid = row_valid(row[0], row[1], row[2], row[3], row[4], row[5], B, C)
+        valid = row_valid(row, 0, B, C)
         n += tl.where((g < end) & ~valid, 1, 0)
     return tl.sum(n, axis=0)
 
@@ -105,7 +97,7 @@ def _ignore_mask(
 ):  # fmt: skip
     """BACKGROUND, IGNORED or ASSIGNED for every cell of a tile."""
     b, W, H, stride, own = site
-    anchors, iou_thresh, B, C = rule
+    anchors, iou_thresh, C = rule
     x, _jx = AXIS(box[0], box[2], own_w, stride, scale)
     y, _jy = AXIS(box[1], box[3], own_h, stride, scale)
     px = x[0] + (cells % W) * stride
@@ -119,7 +111,8 @@ def _ignore_mask(
     state = tl.zeros([CELLS], tl.int32) + BACKGROUND
     for g in range(first, last):
         row = _load_rows(rows_ptr, g, True)
-        if row_valid(row[0], row[1], row[2], row[3], row[4], row[5], B, C) & (row[0] >= b) & (row[0] < b + 1):
+        cell = row_cell(row, b, W, H, C)
+        if cell >= 0:
             gw = row[4].to(ACC) * (W * stride)
             gh = row[5].to(ACC) * (H * stride)
             gx = row[2].to(ACC) * (W * stride)
@@ -128,7 +121,6 @@ def _ignore_mask(
             oh = tl.minimum(py2, gy + 0.5 * gh) - tl.maximum(py1, gy - 0.5 * gh)
             inter = tl.maximum(ow, 0.0) * tl.maximum(oh, 0.0)
             best = tl.maximum(best, inter / (area + gw * gh - inter))
-            cell = row_cell(row[2], row[3], W, H)
             if (cell >= c0) & (cell < c0 + CELLS):
                 if anchor_assigned(gw, gh, own, anchors, iou_thresh):
                     state = tl.where(cells == cell, ASSIGNED, state)
@@ -202,7 +194,7 @@ def _assigned_prediction(
 ):  # fmt: skip
     """Box, objectness and class loss of the prediction at a cell, ``g`` its first row; stores its gradient."""
     box_gain, obj_gain, _noobj, cls_gain, _ignore, _iou, _gate, area_weight, pos, neg, first_weight = numbers
-    C = rule[3]
+    C = rule[2]
     at = raw_ptr + (cell // site[1]) * s_raw[0] + (cell % site[1]) * s_raw[1]
     t = (
         tl.load(at).to(ACC),
@@ -270,8 +262,9 @@ def _tile(
 ):  # fmt: skip
     """CELLS cells from c0 of one image, level and anchor: partial sums, state and gradient."""
     noobj_gain = numbers[2]
-    W = site[1]
-    K = 5 + rule[3]
+    b, W, H, stride, own = site
+    anchors, iou_thresh, C = rule
+    K = 5 + C
     cells = c0 + tl.arange(0, CELLS)
     mask = cells < HW
     if FLAT:  # a row of cells follows the one above: one stride serves
@@ -319,9 +312,12 @@ def _tile(
             tl.debug_barrier()  # what follows overwrites entries that other threads of this program have just stored
         for g in range(first, last):
             row = _load_rows(rows_ptr, g, True)
-            cell, here = _row_here(row, site, rule, ACC)
-            if here & (cell >= c0) & (cell < c0 + CELLS):
-                if tl.max(tl.where(cells == cell, pending, 0), axis=0) > 0:  # the first row on this prediction
+            cell = row_cell(row, b, W, H, C)
+            if (cell >= c0) & (cell < c0 + CELLS):
+                gw = row[4].to(ACC) * (W * stride)
+                gh = row[5].to(ACC) * (H * stride)
+                here = anchor_assigned(gw, gh, own, anchors, iou_thresh)
+                if here & (tl.max(tl.where(cells == cell, pending, 0), axis=0) > 0):  # the first row on this prediction
                     pending = tl.where(cells == cell, 0, pending)
                     box, one, cls = _assigned_prediction(
                         raw_ptr, d_ptr, s_raw, s_d, cell, g, scale, own_w, own_h, rows_ptr, last, weights_ptr, grad_out,
@@ -386,7 +382,7 @@ def grid_kernel(
             if state_ptr is not None:
                 tile_state_ptr = state_ptr + (state_start + ba * HWs[level])
             site = (b, Ws[level], Hs[level], tl.cast(strides[level], ACC), own)
-            rule = (anchors, numbers[5], B, C)
+            rule = (anchors, numbers[5], C)
             box, obj, cls, assigned = _tile(
                 raw_ptr, d_ptr, (s_raw[2], s_raw[3], s_raw[4]), (s_d[2], s_d[3], s_d[4]), HWs[level],
                 tl.cast(scales[level], ACC), own_w, own_h, ((pid - start) % tiles) * CELLS, tile_state_ptr,

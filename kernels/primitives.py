@@ -60,6 +60,7 @@ def angle(w, h):
     p = p * z - 0.14285714180976467
     p = p * z + 0.1999999999885511
     p = p * z - 0.3333333333332844
-    a = tl.where(upper, 0.7853981633974483, 0.0) + (x + x * z * p)
+    a = x + x * z * p
+    a = tl.where(upper, 0.7853981633974483 + a, a)  # a constant alone in tl.where would be float32
     a = tl.where(aw > ah, 1.5707963267948966 - a, a)
     return tl.where((w < 0) != (h < 0), -a, a)

@@ -1,11 +1,11 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported."""
 
-import os
-
 import torch
 
+from bench import interpreter
+
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.prepare()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)  # pytest-xdist runs one process a core

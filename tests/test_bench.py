@@ -2,20 +2,17 @@
 
 import csv
 import json
-import sys
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench import __main__ as entry
+from bench import codegen, measure, registry, report
+
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # bench is not installed
-    sys.path.append(str(ROOT))
-
-from bench import __main__ as entry  # noqa: E402
-from bench import codegen, measure, registry, report  # noqa: E402
-
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 InterpretedFunction = pytest.importorskip("triton.runtime.interpreter").InterpretedFunction
@@ -466,6 +463,33 @@ def test_the_main_job_in_small(tmp_path, capsys):
     assert values["YOLOv3/paper", "eager", "other_launches"] > 20
     assert values["YOLOv3/paper", "eager", "bytes_per_P"] > fused["bytes_per_P"]
     for mode in ("loss", "grad"):
-        assert fused[f"sm_90.{mode}.stack"] == fused[f"sm_90.{mode}.spills"] == 0
+        assert fused[f"sm_90.{mode}.registers"] > 16
+        assert "128" in fused[f"sm_90.{mode}.loads"]
     assert (fused["full_ms_p50"] is None) == (not torch.cuda.is_available())
     assert {"bench.json", "bench.csv", "cost.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+# ----------------------------------------------------------------------------------------------------------- the README
+
+
+def test_the_readme_block_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    preds = [torch.randn(2, 3 * 85, 64 // s, 64 // s, requires_grad=True) for s in (8, 16, 32)]
+    weights = torch.nn.Parameter(torch.ones(()))
+    names = {
+        "model": lambda images: [p * weights for p in preds],
+        "loader": [(None, torch.tensor([[0, 3, 0.5, 0.5, 0.2, 0.3], [1, 7, 0.2, 0.7, 0.1, 0.1]]))],
+        "optimizer": torch.optim.SGD([weights], 1e-6),
+    }
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert float(weights.detach()) != 1.0
+
+
+def test_the_readme_names_the_commands_as_they_are():
+    text = (ROOT / "README.md").read_text()
+    assert 'pip install -c constraints.txt -e ".[bench]" && python -m bench\n' in text
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest\n' in text
+    for target in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / target).exists(), target

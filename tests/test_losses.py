@@ -14,6 +14,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 
 import fusedyolo
 from fusedyolo import LossOutput, Targets, YOLOv3Loss, YOLOv4Loss, backend, reference
@@ -33,14 +34,14 @@ def f32(value):
     return float(np.float32(value))
 
 
-def maps(dtype=torch.float32, batch=2, seed=0, scale=1.0):
+def maps(dtype=torch.float32, batch=2, seed=0, scale=1.0, device=DEVICE):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(batch, 3 * (5 + CLASSES), HEIGHT // s, WIDTH // s) for s in STRIDES]
     preds = [torch.randn(shape, generator=generator) * scale for shape in shapes]
-    return [pred.to(dtype).requires_grad_() for pred in preds]
+    return [pred.to(device, dtype).requires_grad_() for pred in preds]
 
 
-def objects(seed=0):
+def objects(seed=0, device=DEVICE):
     """Eleven objects on two images: two in one cell and of one shape, one of them twice, and a crowd."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.rand(11, 6, generator=generator)
@@ -51,7 +52,7 @@ def objects(seed=0):
     rows[7] = rows[5] + torch.tensor([0, 0, 1e-3, -1e-3, 1e-2, 0])
     rows[7, 1] = (rows[5, 1] + 1) % CLASSES
     rows[8] = rows[5]
-    return rows
+    return rows.to(device)
 
 
 def criterion(cls=YOLOv3Loss, **kwargs):
@@ -178,8 +179,8 @@ PAPERS = {
 def test_the_papers_formulas(name):
     cls, arguments, formula = PAPERS[name]
     rows = objects()
-    exact = maps(torch.float64)
-    parts, seen, num_pos = paper(exact, rows, **formula)
+    exact = maps(torch.float64, device="cpu")
+    parts, seen, num_pos = paper(exact, rows.cpu(), **formula)
     total = sum(parts.values())
     grads = torch.autograd.grad(total, exact)
     assert seen["ignored"] > 2
@@ -187,19 +188,19 @@ def test_the_papers_formulas(name):
     assert seen["assigned"] == len(rows)
     assert (seen["assigned too"] > 2) == (formula["iou_thresh"] < 1)
 
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        for which in BACKENDS:
-            preds = maps(dtype)
-            out = criterion(cls, backend=which, **arguments)(preds, rows)
-            assert (out.num_pos, out.num_invalid) == (num_pos, 0)
-            assert out.total.dtype == dtype
-            assert out.total.shape == ()
-            torch.testing.assert_close(out.total.double(), total, rtol=tolerance, atol=0)
-            for part, value in parts.items():
-                assert not out.parts[part].requires_grad
-                torch.testing.assert_close(out.parts[part].double(), value.detach(), rtol=tolerance, atol=0)
-            for grad, want in zip(torch.autograd.grad(out.total, preds), grads, strict=True):
-                assert (grad - want).abs().max() <= tolerance * want.abs().max()
+    runs = (("torch", torch.float64, 1e-12), ("torch", torch.float32, 1e-5), ("triton", torch.float64, 1e-12))
+    for which, dtype, tolerance in runs:
+        preds = maps(dtype)
+        out = criterion(cls, backend=which, **arguments)(preds, rows)
+        assert (out.num_pos, out.num_invalid) == (num_pos, 0)
+        assert out.total.dtype == dtype
+        assert out.total.shape == ()
+        torch.testing.assert_close(out.total.double().cpu(), total, rtol=tolerance, atol=0)
+        for part, value in parts.items():
+            assert not out.parts[part].requires_grad
+            torch.testing.assert_close(out.parts[part].double().cpu(), value.detach(), rtol=tolerance, atol=0)
+        for grad, want in zip(torch.autograd.grad(out.total, preds), grads, strict=True):
+            assert (grad.cpu() - want).abs().max() <= tolerance * want.abs().max()
 
 
 # darknet.
@@ -231,9 +232,9 @@ def darknet_module(name, **arguments):
 
 
 def gradient(module, case, targets):
-    pred = case.logits.clone().requires_grad_()
-    out = module([pred], targets)
-    return out, torch.autograd.grad(out.total, pred)[0]
+    pred = case.logits.to(DEVICE, copy=True).requires_grad_()
+    out = module([pred], targets.to(DEVICE))
+    return out, torch.autograd.grad(out.total, pred)[0].cpu()
 
 
 @pytest.mark.parametrize("which", BACKENDS)
@@ -422,14 +423,15 @@ def test_mean_is_the_sum_over_the_batch_size(which, batch):
     rows = objects()
     rows[:, 0] = rows[:, 0] % batch
     preds = maps(batch=batch)
-    total, mean = (criterion(reduction=r, backend=which)(preds, rows) for r in ("sum", "mean"))
-    torch.testing.assert_close(mean.total, total.total / batch, rtol=1e-6, atol=0)
+    total = criterion()(preds, rows)
+    mean = criterion(reduction="mean", backend=which)(preds, rows)
+    torch.testing.assert_close(mean.total, total.total / batch, rtol=1e-5, atol=0)
     assert (mean.num_pos, mean.num_invalid) == (total.num_pos, total.num_invalid)
     for part in ("box", "obj", "cls"):
-        torch.testing.assert_close(mean.parts[part], total.parts[part] / batch, rtol=1e-6, atol=0)
+        torch.testing.assert_close(mean.parts[part], total.parts[part] / batch, rtol=1e-5, atol=0)
     got = torch.autograd.grad(mean.total, preds)
-    want = [grad / batch for grad in torch.autograd.grad(total.total, preds)]
-    torch.testing.assert_close(got, tuple(want), rtol=1e-6, atol=1e-9)
+    for grad, want in zip(got, torch.autograd.grad(total.total, preds), strict=True):
+        assert (grad - want / batch).abs().max() <= 1e-5 * grad.abs().max()
 
 
 # Anchors.
@@ -491,7 +493,7 @@ def test_a_level_is_a_run_of_all_anchors_if_it_can_be(pool, levels, places):
 
 
 def test_an_object_of_a_level_not_given_is_not_learnt():
-    rows = torch.tensor([[0, 1, 0.3, 0.3, 13 / WIDTH, 15 / HEIGHT]])
+    rows = torch.tensor([[0, 1, 0.3, 0.3, 13 / WIDTH, 15 / HEIGHT]], device=DEVICE)
     preds = maps()
     alone = criterion(anchors=ANCHORS[1:], strides=(16,))(preds[1:], rows)
     among = criterion(anchors=ANCHORS[1:], strides=(16,), all_anchors=FLAT)(preds[1:], rows)
@@ -520,20 +522,31 @@ def test_every_number_is_one_of_float32():
 def test_both_layouts_and_every_form_of_targets_agree(which):
     module, rows = criterion(YOLOv4Loss, backend=which), objects()
     preds = maps()
-    want = module(preds, rows)
+    want = criterion(YOLOv4Loss)(preds, rows)
     order = rows[:, 0].sort(stable=True).indices
-    padded = torch.zeros(2, 8, 5)
+    padded = torch.zeros(2, 8, 5, device=DEVICE)
     images = []
     for b in range(2):
         own = rows[rows[:, 0] == b]
         padded[b, 1 : 1 + len(own)] = own[:, 1:]
-        size = torch.tensor([WIDTH, HEIGHT])
+        size = torch.tensor([WIDTH, HEIGHT], device=DEVICE)
         corners = torch.cat([(own[:, 2:4] - own[:, 4:] / 2) * size, (own[:, 2:4] + own[:, 4:] / 2) * size], 1)
         images.append({"boxes": corners, "labels": own[:, 1].long()})
-    forms = [rows[order], Targets.from_packed(rows, 2), Targets.from_packed(rows, 2, capacity=30), padded, images]
+    capacious = Targets.from_packed(rows, 2, capacity=30)
     views = [pred.unflatten(1, (3, 5 + CLASSES)).permute(0, 1, 3, 4, 2) for pred in preds]
-    last = [pred.contiguous(memory_format=torch.channels_last) for pred in preds]
-    for inputs, targets in [*((preds, form) for form in forms), (views, rows), (tuple(last), rows)]:
+    last = tuple(pred.contiguous(memory_format=torch.channels_last) for pred in preds)
+    cases = [(views, capacious), (last, padded)]
+    if which == "torch":  # the interpreter is slow, and the conversions are the same
+        cases += [
+            (views, rows),
+            (last, rows),
+            (preds, capacious),
+            (preds, padded),
+            (preds, images),
+            (preds, rows[order]),
+        ]
+        cases += [(preds, Targets.from_packed(rows, 2))]
+    for inputs, targets in cases:
         out = module(inputs, targets)
         torch.testing.assert_close(out.total, want.total, rtol=1e-5, atol=0)
         assert (out.num_pos, out.num_invalid) == (want.num_pos, 0)
@@ -544,9 +557,10 @@ def test_both_layouts_and_every_form_of_targets_agree(which):
 def test_no_objects(cls, which):
     module = criterion(cls, backend=which)
     preds = maps()
-    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-    forms = [torch.zeros(0, 6), torch.zeros(2, 0, 5), torch.zeros(2, 3, 5), [empty] * 2]
-    forms += [Targets.from_packed(torch.zeros(0, 6), 2, capacity=c) for c in (None, 0, 4)]
+    with torch.device(DEVICE):
+        empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+        forms = [torch.zeros(0, 6), torch.zeros(2, 0, 5), torch.zeros(2, 3, 5), [empty] * 2]
+        forms += [Targets.from_packed(torch.zeros(0, 6), 2, capacity=c) for c in (None, 0, 4)]
     want = 0.5 * sum(torch.nn.functional.softplus(pred.unflatten(1, (3, 5 + CLASSES))[:, :, 4]).sum() for pred in preds)
     for targets in forms:
         out = module(preds, targets)
@@ -561,9 +575,9 @@ def test_half_predictions_have_a_float32_loss(dtype, which):
     module, rows = criterion(YOLOv4Loss, backend=which), objects()
     preds = maps(dtype)
     out = module(preds, rows)
-    want = module([pred.detach().float() for pred in preds], rows)
+    want = criterion(YOLOv4Loss)([pred.detach().float() for pred in preds], rows)
     assert out.total.dtype == out.parts["box"].dtype == torch.float32
-    torch.testing.assert_close(out.total.detach(), want.total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.total.detach(), want.total, rtol=1e-5, atol=0)
     assert [grad.dtype for grad in torch.autograd.grad(out.total, preds)] == [dtype] * 2
 
 
@@ -612,6 +626,33 @@ def test_class_weights_stay_float32_and_follow_the_predictions():
     for moved in (module.half(), module.double(), module.to("meta")):
         assert moved(preds, rows).total == want
         assert torch.equal(moved.class_weights, weights)
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_one_graph_whatever_the_number_of_objects_and_the_image(reduction, which):
+    """Nothing breaks the graph; after the sizes have been seen to vary, nothing compiles again."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    module = YOLOv4Loss([[(10, 13)]], (8,), 2, reduction=reduction, backend=which)
+    compiled = torch.compile(module, fullgraph=True, backend=count)
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    sizes = ((2, 3), (3, 4), (4, 7), (3, 9))
+    for side, objects in sizes if which == "triton" else sizes[:2]:  # the reference compiles for each size
+        pred = torch.randn(2, 7, side, side, generator=generator).to(DEVICE).requires_grad_()
+        rows = torch.rand(objects, 6, generator=generator).to(DEVICE)
+        got, want = compiled([pred], rows), module([pred], rows)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+        grads = [torch.autograd.grad(out.total, pred)[0] for out in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-9)
+        counts.append(len(graphs))
+    assert counts == ([1, 2, 2, 2] if which == "triton" else [1, 2])
 
 
 def test_repr():

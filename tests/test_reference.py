@@ -13,6 +13,7 @@ import torch
 from loop_loss import box_term, label_term, loop_loss, offset_term
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fusedyolo import reference
 from fusedyolo.heads import IOU_KINDS, LABEL_KINDS, OFFSET_KINDS, GridHead
@@ -100,10 +101,10 @@ def test_darknet_iou_delta_is_the_gradient_up_to_its_jacobian(name):
     close((-2 * grad[..., 2:4] / wh[:, None, None])[chosen], delta[..., 2:4][chosen], rtol=0, atol=1e-4)
 
 
-def compare_finite(got: Tensor, want: Tensor) -> None:
+def compare_finite(got: Tensor, want: Tensor, unit: Tensor | float = 1.0) -> None:
     finite = want.isfinite()
     assert finite.any()
-    close(got[finite], want[finite])
+    close((got / unit)[finite], (want / unit)[finite])
 
 
 @pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
@@ -115,8 +116,10 @@ def test_torchvision_box_losses(name, kind):
     loss = BOX_TERMS[kind](p, g, (1e-7, eps))
     loss.sum().backward()
     compare_finite(loss.detach(), data[f"{kind}_none"])
-    compare_finite(p.grad, data[f"{kind}_none_grad1"])
-    compare_finite(g.grad, data[f"{kind}_none_grad2"])
+    for box, want in ((p, data[f"{kind}_none_grad1"]), (g, data[f"{kind}_none_grad2"])):
+        side = (box[:, 2:] - box[:, :2]).detach().repeat(1, 2)
+        side = torch.where(side > 0, side, 1.0)  # a gradient by the logarithm of a side is of order one
+        compare_finite(box.grad, want, 1 / side)
     assert loss.isfinite().all()
     assert p.grad.isfinite().all()
     assert g.grad.isfinite().all()
@@ -200,6 +203,15 @@ def test_ciou_alpha_is_constant():
     close(extra, alpha * torch.tensor([[-dw, -dh, dw, dh]], dtype=F64))
 
 
+def test_ciou_of_inverted_boxes_keeps_the_sign_of_the_aspect():
+    p = leaf([[0.0, 0.0, 3.0, 1.0], [0.0, 0.0, 1.0, 3.0]])
+    g = leaf([[3.0, 0.0, 0.0, 2.0], [2.0, 3.0, 0.0, 0.0]])
+    extra = BOX_TERMS["ciou"](p, g, (0.0, 0.0)) - BOX_TERMS["diou"](p, g, (0.0, 0.0))
+    turns = (math.atan(-3 / 2) - math.atan(3), math.atan(-2 / -3) - math.atan(1 / 3))
+    vs = [4 / math.pi**2 * turn**2 for turn in turns]
+    close(extra, torch.tensor([v * v / (1 + v) for v in vs], dtype=F64))  # no IoU
+
+
 TAILS = [0.0, -0.0, 0.5, 17.0, 40.0, 88.0, 100.0, 120.0, 745.0, 1e4]
 
 
@@ -255,9 +267,9 @@ def test_decode_exp():
     close(centre, (1.2 * sigmoid - 0.1) * 8)
     close(a.grad, 1.2 * 8 * sigmoid * (1 - sigmoid))
     want = 3 * torch.tensor([0.0, 1.0, 59.0, -60.0, 60.0, 60.0, -60.0], dtype=F64).exp()
-    close(size, want)
+    close(size, want, atol=0)
     size.sum().backward()
-    close(b.grad[:5], want[:5])  # as if not clamped
+    close(b.grad[:5], want[:5], atol=0)  # as if not clamped
     assert b.grad.isfinite().all()
     assert DECODE["exp"](a, b * math.nan, torch.tensor(3.0).double(), 8.0, 1.2)[1].isnan().all()
 
@@ -330,6 +342,12 @@ def test_assign_takes_the_first_of_equal_anchors():
     assert taken(rows, replace(head, iou_thresh=0.9)) == [[24, 96]]
 
 
+def test_assign_takes_no_anchor_of_iou_zero():
+    rows = [(0, 0, 0.0, 0.0, 1e-38, 1e-38)]  # an area below float32
+    assert taken(rows, head_of(), dtype=torch.float32) == [[]]
+    assert taken(rows, head_of()) == [[0]]
+
+
 def test_assign_multiplies_the_cell_in_float32():
     centre = torch.tensor(0.7).item()  # 6.9999998 of 10 cells, which float32 rounds to 7
     assert int(centre * 10) == 6
@@ -383,7 +401,7 @@ def random_case(seed: int, levels: int, tails: bool) -> tuple[list[Tensor], Tens
 
     counts = [pick(1, 2, 3) for _ in range(levels)]
     factors = [max(1, 4 >> level) for level in range(levels)]
-    strides = [16.0 / factor for factor in factors]
+    strides = [14.6 / factor for factor in factors]
     anchors = []
     for stride, count in zip(strides, counts, strict=True):
         anchors += [tuple((stride * uniform(1.0, 3.0, 2)).tolist()) for _ in range(count)]
@@ -431,7 +449,7 @@ def random_case(seed: int, levels: int, tails: bool) -> tuple[list[Tensor], Tens
         preds.append(pred.requires_grad_())
 
     n = 14
-    side = 16.0 * torch.tensor([base_w, base_h])
+    side = 14.6 * torch.tensor([base_w, base_h])
     size = torch.tensor(anchors)[torch.randint(len(anchors), (n,), generator=gen)] * uniform(0.7, 1.4, n, 2) / side
     rows = torch.cat(
         (
@@ -537,6 +555,23 @@ def test_nan_that_is_not_needed_is_not_read(label):
     bad[0][..., 5][background] = math.nan
     total, grads, _ = loss_and_grads([pred.requires_grad_() for pred in bad], rows, head)
     assert torch.equal(total, want[0])
+    assert all(torch.equal(got, expected) for got, expected in zip(grads, want[1], strict=True))
+
+
+@pytest.mark.parametrize("box", ["ciou", "mse"])
+def test_nan_beside_an_assigned_prediction_is_not_read(box):
+    """A row meets all anchors of its cell before it is known which ones it takes."""
+    preds, rows, head = small_case(box=box, iou_thresh=1.0, class_gate=100.0)
+    assert states(preds, rows, head, 0)[0][0, :, 2, 3].tolist() == [True, False]
+    want = loss_and_grads(preds, rows, head)
+    bad = [pred.detach().clone() for pred in preds]
+    bad[0][0, 1, 2, 3, 5:] = math.nan
+    total, grads, _ = loss_and_grads([pred.requires_grad_() for pred in bad], rows, head)
+    assert torch.equal(total, want[0])
+    assert all(torch.equal(got, expected) for got, expected in zip(grads, want[1], strict=True))
+    bad[0].detach()[0, 1, 2, 3, :4] = math.nan
+    total, grads, _ = loss_and_grads(bad, rows, head)
+    assert total.isnan()
     assert all(torch.equal(got, expected) for got, expected in zip(grads, want[1], strict=True))
 
 
@@ -672,20 +707,22 @@ def test_any_strides(order):
         close(a, b)
 
 
-class Largest(TorchDispatchMode):
-    """The largest number of elements that an operation returned, and the names of the operations."""
+class Watch(TorchDispatchMode):
+    """The largest number of elements that an operation returned, and the devices that tensors were on."""
 
     def __init__(self):
         super().__init__()
         self.numel = 0
-        self.names = Counter()
+        self.devices = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else (out,):
+        for value in tree_leaves((args, kwargs, out)):
+            if isinstance(value, Tensor):
+                self.devices.add(value.device.type)
+        for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self.numel = max(self.numel, value.numel())
-        self.names[str(func)] += 1
         return out
 
 
@@ -696,23 +733,25 @@ def test_ignore_test_in_chunks(monkeypatch):
     assert counts[1] > 0
     for size in (1, 100, 1000):
         monkeypatch.setattr(reference, "IGNORE_CHUNK", size)
-        with Largest() as largest:
+        with Watch() as watch:
             total, grads, _ = loss_and_grads(preds, rows, head)
         # [rows of a chunk, predictions of an image, 2], [M, A, 5 + C], the maps
-        assert largest.numel <= max(2 * max(size, 48), 160 * 5 * 6, 2 * 2 * 24 * 8)
+        assert watch.numel <= max(2 * max(size, 48), 160 * 5 * 6, 2 * 2 * 24 * 8)
         assert torch.equal(total, want)
         assert all(torch.equal(a, b) for a, b in zip(grads, want_grads, strict=True))
 
 
 @pytest.mark.parametrize("box", ["ciou", "bce_mse"])
-def test_nothing_waits_for_the_device(box):
-    """Meta tensors have no values: reading one, a shape that depends on one, and a tensor of the host are errors."""
+def test_nothing_waits_for_the_device(box, monkeypatch):
+    """Meta tensors have no values: to read one, or to let a shape depend on one, is an error. No constant is copied."""
     preds, rows, head = small_case(torch.float16, box=box, label="focal")
     preds = [torch.empty_like(pred, device="meta", requires_grad=True) for pred in preds]
-    with Largest() as seen:
-        total, parts, counts = grid_loss(preds, rows.to("meta"), head, torch.ones(3, device="meta"))
+    rows, weights = rows.to("meta"), torch.ones(3, device="meta")
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.delattr(torch, name)
+    with Watch() as watch:
+        total, parts, counts = grid_loss(preds, rows, head, weights)
         total.backward()
     assert preds[0].grad.shape == preds[0].shape
     assert (parts.shape, counts.shape) == ((3,), (2,))
-    # torch.tensor(...), and indexing by a list or a mask
-    assert not [name for name in seen.names if any(bad in name for bad in ("lift_fresh", "nonzero", "local_scalar"))]
+    assert watch.devices == {"meta"}

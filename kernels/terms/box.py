@@ -39,8 +39,10 @@ def _scaled_eps(eps, inv):
 
 @triton.jit
 def _overlap(x):
-    """min(p2, g2) - max(p1, g1)."""
-    return x[0] + tl.minimum(x[2], 0.0) + tl.minimum(x[3], 0.0)
+    """min(p2, g2) - max(p1, g1), what sticks out taken off the shorter interval, where fewer digits cancel."""
+    p = x[0] + tl.minimum(x[2], 0.0) + tl.minimum(x[3], 0.0)
+    g = x[1] - tl.maximum(x[2], 0.0) - tl.maximum(x[3], 0.0)
+    return tl.where(x[0] < x[1], p, g)
 
 
 @triton.jit

@@ -1,0 +1,22 @@
+"""What a step costs, counted at full size in the interpreter: launches, bytes, host waits."""
+
+import pytest
+from conftest import DEVICE
+
+from bench.measure import count_step
+from bench.registry import CASES, Workload
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in the interpreter")
+
+
+@pytest.mark.parametrize("form", ["packed", "Targets"])
+@pytest.mark.parametrize("name", ["YOLOv3/paper", "YOLOv3/darknet", "YOLOv4/paper", "YOLOv4/darknet"])
+def test_a_step_is_two_launches_and_little_more_than_the_gradient(name, form):
+    """Batch 16, 640 pixels, 80 classes, COCO-like objects; forward and backward."""
+    case, work = CASES[name], Workload(form=form)
+    counts = count_step(case, work, "triton")
+    assert counts.triton_launches == 2
+    assert counts.launches <= 2, counts.ops
+    assert counts.syncs == 0, counts.sync_ops
+    moved = (counts.bytes_loaded + counts.bytes_stored) / case.prediction_bytes(work)
+    assert 1.07 < moved <= 1.12  # the gradient, box and objectness logits once, objectness and a byte again

@@ -1,0 +1,147 @@
+"""What PyTorch expects of an operator: opcheck, torch.compile, autograd's corners."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICE
+from test_grid import DARKNET, HEAD, make_preds, make_rows, sort_rows
+
+import fusedyolo
+from fusedyolo import ops
+
+ANCHORS = [[(10, 13), (16, 30), (33, 23)], [(30, 61), (62, 45), (59, 110)]]
+
+
+def small_preds(**kw):
+    return make_preds(size=(32, 32), batch=1, **kw)
+
+
+def make_criterion(**kw):
+    return fusedyolo.YOLOv4Loss(ANCHORS, (8, 16), 3, backend="triton", **kw)
+
+
+def test_opcheck_loss():
+    preds = [p.requires_grad_() for p in small_preds()]
+    rows = make_rows(batch=1, n=3)
+    torch.library.opcheck(ops.grid_loss, (preds, rows, None, None, HEAD.key, True))
+    sorted_rows, offsets = sort_rows(rows, 1)
+    weights = torch.ones(3, device=DEVICE)
+    torch.library.opcheck(ops.grid_loss, (preds, sorted_rows, offsets, weights, DARKNET.key, True))
+
+
+def test_opcheck_gradient():
+    preds = small_preds()
+    rows = make_rows(batch=1, n=3)
+    state = ops.grid_loss(preds, rows, None, None, HEAD.key, True)[3]
+    one = torch.ones((), device=DEVICE)
+    torch.library.opcheck(ops.grid_loss_grad, (one, preds, rows, None, None, state, HEAD.key))
+
+
+def test_opcheck_pointwise():
+    x = torch.randn(7, 3, device=DEVICE, requires_grad=True)
+    t = torch.rand(7, 3, device=DEVICE)
+    boxes = torch.rand(2, 9, 2, 2, device=DEVICE).sort(2).values.flatten(2)
+    p, g = (b.clone().requires_grad_() for b in boxes)
+    for reduction in ("none", "mean"):
+        torch.library.opcheck(ops.label_loss, (x, t, "focal", [0.25, 2.0], reduction))
+        torch.library.opcheck(ops.box_loss, (p, g, "ciou", [1e-7, 1e-7], reduction))
+
+
+def test_compiled_is_eager_and_object_counts_do_not_recompile():
+    criterion = make_criterion()
+
+    def step(preds, targets):
+        out = criterion(preds, targets)
+        return out.total, out.parts["box"], out.num_pos
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for n in (3, 5, 0, 9):
+        packed = make_rows(batch=1, n=n)
+        targets = fusedyolo.Targets.from_packed(packed, batch_size=1, capacity=32)
+        mine = [p.requires_grad_() for p in small_preds()]
+        theirs = [p.requires_grad_() for p in small_preds()]
+        got = compiled(mine, targets)
+        want = step(theirs, targets)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+        got[0].backward()
+        want[0].backward()
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.equal(a.grad, b.grad)
+    assert counter.frame_count == 1
+
+
+def test_packed_rows_become_dynamic_after_one_recompile():
+    criterion = make_criterion()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda preds, rows: criterion(preds, rows).total, fullgraph=True, backend=counter)
+    for n in (3, 5, 6, 9):
+        rows = make_rows(batch=1, n=n)
+        assert torch.equal(compiled(small_preds(), rows), criterion(small_preds(), rows).total)
+    assert counter.frame_count <= 2
+
+
+def test_double_backward_says_what_to_do():
+    preds = [p.requires_grad_() for p in small_preds()]
+    total = make_criterion()(preds, make_rows(batch=1, n=3)).total
+    grads = torch.autograd.grad(total, preds, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"double backward is not supported; use backend='torch'"):
+        grads[0].sum().backward()
+
+
+def test_a_map_without_grad_is_allowed():
+    first, second = small_preds()
+    second.requires_grad_()
+    out = make_criterion()([first, second], make_rows(batch=1, n=3))
+    out.total.backward()
+    assert first.grad is None
+    assert second.grad.abs().sum() > 0
+
+
+def test_changing_a_prediction_before_backward_is_caught():
+    preds = [p.requires_grad_() for p in small_preds()]
+    inner = [p * 1 for p in preds]
+    total = make_criterion()(inner, make_rows(batch=1, n=3)).total
+    inner[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_grad_scaler_under_autocast_sees_finite_gradients():
+    """fp16 predictions, loss scaled by 2^16: the scale reaches the gradient inside the kernel, before rounding."""
+    scale = 2.0**16
+    rows = make_rows(batch=1, n=3)
+    half = [(p * 4).to(torch.float16).requires_grad_() for p in small_preds()]
+    full = [p.detach().double().requires_grad_() for p in half]
+    with torch.autocast(DEVICE, dtype=torch.float16 if DEVICE == "cuda" else torch.bfloat16):
+        out = make_criterion(reduction="mean")(half, rows)
+    assert out.total.dtype == torch.float32
+    (out.total * scale).backward()
+    make_criterion(reduction="mean")(full, rows).total.mul(scale).backward()
+    for a, b in zip(half, full, strict=True):
+        kept = b.grad.abs() < torch.finfo(torch.float16).max
+        torch.testing.assert_close(a.grad[kept].double(), b.grad[kept], rtol=1e-3, atol=6e-8)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_cuda_graph():
+    criterion = make_criterion()
+    preds = [p.requires_grad_() for p in small_preds()]
+    packed = make_rows(batch=1, n=3)
+    targets = fusedyolo.Targets.from_packed(packed, batch_size=1, capacity=32)
+    want = criterion(preds, targets).total
+    wanted = torch.autograd.grad(want, preds)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = criterion(preds, targets).total
+        grads = torch.autograd.grad(total, preds)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(total, want)
+        for a, b in zip(grads, wanted, strict=True):
+            assert torch.equal(a, b)
