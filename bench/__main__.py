@@ -176,7 +176,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     objects = parser.add_mutually_exclusive_group()
     objects.add_argument("--labels", metavar="PATH", help="objects of a YOLO txt folder, a COCO json or a VOC folder")
     objects.add_argument(
-        "--crowded", nargs="?", type=int, const=5000, metavar="N", help="N objects in each image (5000)"
+        "--crowded", nargs="?", type=int, const=5000, metavar="N", help="N objects an image (5000); slow without a GPU"
     )
     parser.add_argument(
         "--form", default="packed", choices=FORMS, help="targets as packed rows, or as fusedyolo.Targets"

@@ -172,11 +172,10 @@ def draw_curves(path: Path, reference: list[dict], fused: list[dict], difference
         marker = "o" if min(steps, len(fused)) <= 50 else ""
         style = {"linestyle": (0, (2, 2)), "marker": marker, "markersize": 4, "markerfacecolor": "none"}
         axes.plot([step[part] for step in fused[:steps]], color=FUSED, linewidth=1, label="fused", **style)
-        axes.set_ylim(bottom=0)
+        if steps > near:
+            axes.set_ylim(bottom=0)
     figure.axes[0].legend(frameon=False)
-    axes = _axes(
-        figure.add_subplot(grid[2, 1]), f"relative difference of the totals; bound {bound:g} of the first steps"
-    )
+    axes = _axes(figure.add_subplot(grid[2, 1]), f"relative difference (1e-9: none), bound {bound:g}")
     axes.semilogy([max(d, 1e-9) for d in difference], color=FUSED, linewidth=1, marker=".", markersize=4)
     axes.axhline(bound, color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(path, dpi=110)

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -184,31 +185,31 @@ def print_tables(console: Console, found: Sequence[Row], cases: Sequence[Case]) 
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("loss", no_wrap=True)
     return table
 
 
 def _cost_table(values: Mapping, cases: Sequence[Case]) -> Table:
-    table = _table("One training step of the loss, forward + backward; P = bytes of the predictions")
+    table = _table("Forward + backward: launches (of Triton + other), bytes, host waits; P = bytes of the predictions")
     table.add_column("provider", no_wrap=True)
-    for name in ("launches", "loads/P", "stores/P", "bytes/P", "host waits"):
+    for name in ("launches", "loads/P", "stores/P", "bytes/P", "waits"):
         table.add_column(name, justify="right")
     for case in cases:
         for provider in PROVIDERS:
             get = _getter(values, case, provider)
             each = [get(metric, ".3f") for metric in ("loads_per_P", "stores_per_P", "bytes_per_P")]
-            name, launches = "", f"{get('triton_launches')} Triton + {get('other_launches')}"
+            name, launches = "", f"{get('triton_launches')} + {get('other_launches')}"
             if provider == EAGER:
                 name, launches = case.name, get("other_launches")
             elif provider == COMPILE:  # Inductor's own count, of C++ kernels where there is no GPU
-                launches = f"{get('cpu_codegen_kernels')} (CPU codegen)"
+                launches = f"{get('cpu_codegen_kernels')} on a CPU"
             launches = "?" if launches.startswith("?") else launches
             table.add_row(name, _LABELS[provider], launches, *each, get("syncs"), end_section=provider == FUSED)
     return table
 
 
-_LABELS = {EAGER: "eager", COMPILE: "torch.compile", FUSED: "fusedyolo"}
+_LABELS = {EAGER: "eager", COMPILE: "compile", FUSED: "fused"}
 
 
 def _getter(values: Mapping, case: Case, provider: str) -> Callable[..., str]:
@@ -216,9 +217,9 @@ def _getter(values: Mapping, case: Case, provider: str) -> Callable[..., str]:
 
 
 def _time_table(values: Mapping, cases: Sequence[Case]) -> Table:
-    table = _table("Time with a cold cache, milliseconds p50 (full: p20 / p50 / p80); ? without a GPU")
+    table = _table("Milliseconds p50 (full: p20 / p50 / p80), cold cache; ? without a GPU")
     table.add_column("provider", no_wrap=True)
-    for name in ("forward", "backward", "full", "no grad", "GB/s", "x floor", "peak/P", "host us"):
+    for name in ("fwd", "bwd", "full", "no grad", "GB/s", "x floor", "peak/P", "host us"):
         table.add_column(name, justify="right")
     for case in cases:
         for provider in PROVIDERS:
@@ -245,7 +246,7 @@ def _codegen_table(values: Mapping, cases: Sequence[Case]) -> Table:
     table = _table("What the kernels compile to; loads and stores: instructions x bits")
     table.add_column("launch")
     table.add_column("target", no_wrap=True)
-    for name in ("registers", "stack", "spills", "instructions"):
+    for name in ("regs", "stack", "spills", "instr"):
         table.add_column(name, justify="right")
     table.add_column("loads")
     table.add_column("stores")
@@ -366,7 +367,7 @@ def _bars(path: Path, title: str, panels, providers: Sequence[str], values: Mapp
         axis.spines["bottom"].set_color(MUTED)
     axes[0].set_yticks(range(len(cases)), [f"{case.loss}\n{case.recipe}" for case in cases], size=9, color=INK)
     axes[0].set_ylim(len(cases) - 0.5, -0.5)
-    names = {**_LABELS, EAGER: "eager PyTorch reference", COMPILE: "torch.compile of it"}
+    names = {FUSED: "fusedyolo", EAGER: "eager PyTorch reference", COMPILE: "torch.compile of it"}
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[provider]) for provider in providers]
     labels = [names[provider] for provider in providers]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(providers), frameon=False, fontsize=9)

@@ -53,7 +53,7 @@ class GridHead:
     area_weight: float = 0.0
     class_targets: tuple[float, float] = (1.0, 0.0)
     first_weight: float = 1.0
-    box_args: tuple[float, ...] = ()
+    box_args: tuple[float, ...] = (0.0, 1e-7)
     label_args: tuple[float, ...] = ()
 
     @cached_property

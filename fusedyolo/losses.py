@@ -350,10 +350,7 @@ def _reference_loss(
     preds: Sequence[Tensor], rows: Tensor, offsets: Tensor | None, head: GridHead, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The eager loss, which knows no capacity: rows beyond the last one are emptied and taken off the invalid count."""
-    views = [
-        pred if pred.dim() == 5 else pred.unflatten(1, (len(level), -1)).permute(0, 1, 3, 4, 2)
-        for pred, level in zip(preds, head.levels, strict=True)
-    ]
+    views = [reference.grid_view(pred, len(level)) for pred, level in zip(preds, head.levels, strict=True)]
     if offsets is None:
         return reference.grid_loss(views, rows, head, weights)
     spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]

@@ -15,6 +15,7 @@ from .heads import OFFSET_KINDS, GridHead, head_from_key
 from .kernels import grid, pointwise
 from .kernels.launch import POINTWISE_BLOCK, POINTWISE_WARPS, grid_config
 from .kernels.terms import box, decode, label, offset
+from .reference import grid_view
 
 import triton.language as tl  # isort: skip
 
@@ -38,11 +39,6 @@ class Launch:
     def run(self) -> None:
         """Launch on the current device and stream."""
         self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
-
-
-def grid_view(pred: Tensor, anchors: int) -> Tensor:
-    """``[B, A (5 + C), H, W]`` or ``[B, A, H, W, 5 + C]`` as a view ``[B, A, H, W, 5 + C]``."""
-    return pred if pred.ndim == 5 else pred.unflatten(1, (anchors, -1)).permute(0, 1, 3, 4, 2)
 
 
 @lru_cache(maxsize=256)
@@ -110,6 +106,7 @@ def grid_launch(
     widths = [view.shape[3] for view in views]
     flat = all(s[2] == s[3] * width for s, width in zip(strides + (grad_strides or []), widths * 2, strict=False))
     dtype = views[0].dtype
+    ranges = None if state is None else state[_ranges_start(preds, head) :].view(torch.int32)
     total, parts, counts = outputs or (None, None, None)
     partial = done = None
     if outputs is not None:
@@ -124,6 +121,7 @@ def grid_launch(
         "Hs": tuple(view.shape[2] for view in views),
         "HWs": tuple(cells),
         "state_ptr": state,
+        "ranges_ptr": ranges,
         "rows_ptr": rows,
         "offsets_ptr": offsets,
         "M": rows.shape[0],
@@ -189,7 +187,7 @@ def grid_loss(
     """Loss of an anchor-grid head in one launch.
 
     Returns the total (0-dim), its parts box, objectness and class ``[3]``, the counts of assigned predictions and
-    invalid rows (int32 ``[2]``), and a byte a prediction for :func:`grid_loss_grad` (empty without ``with_state``).
+    invalid rows (int32 ``[2]``), and what :func:`grid_loss_grad` needs to know (uint8, empty without ``with_state``).
     """
     head = head_from_key(key)
     outputs, state = _grid_outputs(preds, head, with_state)
@@ -206,8 +204,14 @@ def _grid_outputs(
     total = pred.new_empty((), dtype=acc)
     parts = pred.new_empty(3, dtype=acc)
     counts = pred.new_empty(2, dtype=torch.int32)
+    size = _ranges_start(preds, head) + 8 * pred.shape[0] if with_state else 0
+    return (total, parts, counts), pred.new_empty(size, dtype=torch.uint8)
+
+
+def _ranges_start(preds: list[Tensor], head: GridHead) -> int:
+    """Where in the state, behind a byte a prediction, each image's range of rows begins: two int32 an image."""
     predictions = sum(pred.numel() // (5 + head.num_classes) for pred in preds)
-    return (total, parts, counts), pred.new_empty(predictions if with_state else 0, dtype=torch.uint8)
+    return -(-predictions // 4) * 4
 
 
 @grid_loss.register_fake
@@ -329,9 +333,7 @@ def label_loss_grad(
     """Gradient of :func:`label_loss` by ``inputs``."""
     grad = torch.empty_like(inputs, memory_format=torch.contiguous_format)
     term = {"LABEL": getattr(label, kind)}
-    _pointwise_grad(
-        pointwise.label_kernel, grad_out, inputs, targets, inputs.numel(), term, args, reduction, (grad,)
-    )
+    _pointwise_grad(pointwise.label_kernel, grad_out, inputs, targets, inputs.numel(), term, args, reduction, (grad,))
     return grad
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -83,8 +84,9 @@ def _pair(p: Tensor, g: Tensor, eps: float) -> _Pair:
     enclosing = torch.maximum(p2, g2) - torch.minimum(p1, g1)
     unit = enclosing.detach().amax(-1, keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)
-    lengths = (p2 - p1, g2 - g1, overlap, enclosing, (g1 + g2) / 2 - (p1 + p2) / 2)
-    return _Pair(*(v / unit for v in lengths), eps=eps / unit[..., 0] ** 2 if eps else 0.0)
+    distance = (g1 + g2) / 2 - (p1 + p2) / 2
+    eps_scaled = eps / unit[..., 0] ** 2 if eps else 0.0
+    return _Pair((p2 - p1) / unit, (g2 - g1) / unit, overlap / unit, enclosing / unit, distance / unit, eps_scaled)
 
 
 def _area(sides: Tensor) -> Tensor:
@@ -181,7 +183,8 @@ DECODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"exp": exp, "sigmoid_
 # ---- assignment
 
 
-class Match(NamedTuple):
+@dataclass(frozen=True)
+class Match:
     """Which predictions each of the M rows is assigned to, over all T = len(head.anchors) anchors."""
 
     valid: Tensor  # [M] bool
@@ -223,8 +226,7 @@ def assign(
     columns = [(nowhere.bool(), nowhere, nowhere, nowhere)] * len(head.anchors)
     start = 0
     for own, (H, W) in zip(head.levels, maps, strict=True):
-        x = (cx * W).long().clamp(max=W - 1)
-        y = (cy * H).long().clamp(max=H - 1)
+        x, y = (cx * W).long(), (cy * H).long()  # a float32 below 1 times W rounds to less than W
         for a, t in enumerate(own):
             columns[t] = (taken[:, t] & valid, x, y, start + ((image * len(own) + a) * H + y) * W + x)
         start += batch_size * len(own) * H * W
@@ -233,6 +235,11 @@ def assign(
 
 
 # ---- the anchor-grid loss
+
+
+def grid_view(pred: Tensor, anchors: int) -> Tensor:
+    """``[B, A (5 + C), H, W]`` or ``[B, A, H, W, 5 + C]`` as a view ``[B, A, H, W, 5 + C]``."""
+    return pred if pred.ndim == 5 else pred.unflatten(1, (anchors, -1)).permute(0, 1, 3, 4, 2)
 
 
 def grid_loss(

@@ -6,8 +6,9 @@ as a whole tile for the ignore mask, and again, in the few tiles that hold assig
 time. Class logits are read only there.
 
 Modes. WITH_LOSS leaves partial sums, which the last program to finish adds up in a fixed order, and, if asked, one byte
-a prediction: BACKGROUND, IGNORED or ASSIGNED. WITH_GRAD leaves the gradient; without WITH_LOSS it takes that byte in
-place of the box logits and the ignore mask. Every prediction's gradient is written by one program.
+a prediction (BACKGROUND, IGNORED, ASSIGNED or SHARED) and the range of rows of each image. WITH_GRAD leaves the
+gradient; without WITH_LOSS it takes these in place of the box logits, the ignore mask and the search for rows. Every
+prediction's gradient is written by one program.
 """
 
 import triton
@@ -19,22 +20,29 @@ from .terms.label import bce
 
 BACKGROUND: tl.constexpr = tl.constexpr(0)
 IGNORED: tl.constexpr = tl.constexpr(1)
-ASSIGNED: tl.constexpr = tl.constexpr(2)
+ASSIGNED: tl.constexpr = tl.constexpr(2)  # to one row
+SHARED: tl.constexpr = tl.constexpr(3)  # to several
 N_PARTS: tl.constexpr = tl.constexpr(4)  # box, objectness, class, assigned predictions
 
 
 @triton.jit
+def _load_row(rows_ptr, g):
+    """Image, class, cx, cy, w, h of row g, in three accesses of two."""
+    at = rows_ptr + g * 6 + tl.arange(0, 2)
+    image, label = tl.split(tl.load(at))
+    cx, cy = tl.split(tl.load(at + 2))
+    w, h = tl.split(tl.load(at + 4))
+    return image, label, cx, cy, w, h
+
+
+@triton.jit
 def _load_rows(rows_ptr, g, mask):
-    """Image, class, cx, cy, w, h of the rows g; rows masked out are of no image."""
-    at = rows_ptr + g * 6
-    return (
-        tl.load(at, mask=mask, other=-1.0),
-        tl.load(at + 1, mask=mask, other=-1.0),
-        tl.load(at + 2, mask=mask, other=-1.0),
-        tl.load(at + 3, mask=mask, other=-1.0),
-        tl.load(at + 4, mask=mask, other=-1.0),
-        tl.load(at + 5, mask=mask, other=-1.0),
-    )
+    """The same of a block of rows; rows masked out are of no image."""
+    at = (rows_ptr + g * 6)[:, None] + tl.arange(0, 2)[None, :]
+    image, label = tl.split(tl.load(at, mask=mask[:, None], other=-1.0))
+    cx, cy = tl.split(tl.load(at + 2, mask=mask[:, None], other=-1.0))
+    w, h = tl.split(tl.load(at + 4, mask=mask[:, None], other=-1.0))
+    return image, label, cx, cy, w, h
 
 
 @triton.jit
@@ -95,7 +103,7 @@ def _ignore_mask(
     at, s_k, cells, mask, c0, box, scale, own_w, own_h, rows_ptr, first, last, site, rule, ignore_thresh, gate,
     AXIS: tl.constexpr, GATED: tl.constexpr, CELLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """BACKGROUND, IGNORED or ASSIGNED for every cell of a tile."""
+    """BACKGROUND, IGNORED, ASSIGNED or SHARED for every cell of a tile."""
     b, W, H, stride, own = site
     anchors, iou_thresh, C = rule
     x, _jx = AXIS(box[0], box[2], own_w, stride, scale)
@@ -110,7 +118,7 @@ def _ignore_mask(
     best = tl.zeros([CELLS], ACC)
     state = tl.zeros([CELLS], tl.int32) + BACKGROUND
     for g in range(first, last):
-        row = _load_rows(rows_ptr, g, True)
+        row = _load_row(rows_ptr, g)
         cell = row_cell(row, b, W, H, C)
         if cell >= 0:
             gw = row[4].to(ACC) * (W * stride)
@@ -123,7 +131,7 @@ def _ignore_mask(
             best = tl.maximum(best, inter / (area + gw * gh - inter))
             if (cell >= c0) & (cell < c0 + CELLS):
                 if anchor_assigned(gw, gh, own, anchors, iou_thresh):
-                    state = tl.where(cells == cell, ASSIGNED, state)
+                    state = tl.where(cells == cell, tl.where(state == BACKGROUND, ASSIGNED, SHARED), state)
     over = (best > ignore_thresh) & mask & (state == BACKGROUND)
     if GATED:
         if tl.max(over.to(tl.int32), axis=0) > 0:
@@ -187,24 +195,28 @@ def _box_term(
 
 @triton.jit
 def _assigned_prediction(
-    raw_ptr, d_ptr, s_raw, s_d, cell, g, scale, own_w, own_h, rows_ptr, last, weights_ptr, grad_out, site, rule, numbers,
-    box_args, label_args,
+    raw_ptr, d_ptr, s_raw, s_d, cell, shared, g, scale, own_w, own_h, rows_ptr, last, weights_ptr, grad_out, site, rule,
+    numbers, box_args, label_args,
     AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, LABEL: tl.constexpr, RELATIVE: tl.constexpr,
     AVERAGE: tl.constexpr, WITH_GRAD: tl.constexpr, C_PAD: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Box, objectness and class loss of the prediction at a cell, ``g`` its first row; stores its gradient."""
+    """Box, objectness and class loss of the prediction at a cell, ``g`` its first row, ``shared`` if not its only one; stores its gradient."""
     box_gain, obj_gain, _noobj, cls_gain, _ignore, _iou, _gate, area_weight, pos, neg, first_weight = numbers
     C = rule[2]
-    at = raw_ptr + (cell // site[1]) * s_raw[0] + (cell % site[1]) * s_raw[1]
-    t = (
-        tl.load(at).to(ACC),
-        tl.load(at + s_raw[2]).to(ACC),
-        tl.load(at + 2 * s_raw[2]).to(ACC),
-        tl.load(at + 3 * s_raw[2]).to(ACC),
-    )
-    obj = tl.load(at + 4 * s_raw[2]).to(ACC)
+    # from channel to channel by one stride: multiples of it would be kept in registers across the loop over rows
     k = tl.arange(0, C_PAD)
-    z = tl.load(at + (5 + k) * s_raw[2], mask=k < C, other=0.0).to(ACC)
+    at = raw_ptr + (cell // site[1]) * s_raw[0] + (cell % site[1]) * s_raw[1]
+    tx = tl.load(at).to(ACC)
+    at += s_raw[2]
+    ty = tl.load(at).to(ACC)
+    at += s_raw[2]
+    tw = tl.load(at).to(ACC)
+    at += s_raw[2]
+    th = tl.load(at).to(ACC)
+    at += s_raw[2]
+    obj = tl.load(at).to(ACC)
+    at += s_raw[2]
+    z = tl.load(at + k * s_raw[2], mask=k < C, other=0.0).to(ACC)
     y = tl.zeros([C_PAD], ACC) + neg
     weight = tl.zeros([C_PAD], ACC) + 1.0
     m = tl.cast(1.0, ACC)
@@ -215,7 +227,7 @@ def _assigned_prediction(
     d2 = box
     d3 = box
     while g < last:
-        row = _load_rows(rows_ptr, g, True)
+        row = _load_row(rows_ptr, g)
         label = row[1].to(tl.int32)
         if weights_ptr is not None:
             m = tl.load(weights_ptr + label).to(ACC)
@@ -223,14 +235,30 @@ def _assigned_prediction(
             once = tl.cast(1.0, ACC)
         y = tl.where(k == label, pos, y)
         loss, d = _box_term(
-            t, row, cell, scale, own_w, own_h, site, area_weight, box_args, AXIS, BOX, OFFSET, RELATIVE, ACC
+            (tx, ty, tw, th),
+            row,
+            cell,
+            scale,
+            own_w,
+            own_h,
+            site,
+            area_weight,
+            box_args,
+            AXIS,
+            BOX,
+            OFFSET,
+            RELATIVE,
+            ACC,
         )
         box += m * loss
         d0 += m * d[0]
         d1 += m * d[1]
         d2 += m * d[2]
         d3 += m * d[3]
-        g = _next_row(rows_ptr, g, last, cell, site, rule, BLOCK_G, ACC)
+        if shared:
+            g = _next_row(rows_ptr, g, last, cell, site, rule, BLOCK_G, ACC)
+        else:
+            g = last
     box_scale = tl.cast(box_gain, ACC)
     if AVERAGE:
         pushed = tl.sum(tl.where((k < C) & (y > tl.sigmoid(z)), 1, 0), axis=0)
@@ -242,11 +270,16 @@ def _assigned_prediction(
         out = d_ptr.dtype.element_ty
         d_scale = grad_out * box_scale
         tl.store(d_at, (d_scale * d0).to(out))
-        tl.store(d_at + s_d[2], (d_scale * d1).to(out))
-        tl.store(d_at + 2 * s_d[2], (d_scale * d2).to(out))
-        tl.store(d_at + 3 * s_d[2], (d_scale * d3).to(out))
-        tl.store(d_at + 4 * s_d[2], (grad_out * obj_gain * m * d_obj).to(out))
-        tl.store(d_at + (5 + k) * s_d[2], (grad_out * cls_gain * weight * d_cls).to(out), mask=k < C)
+        d_at += s_d[2]
+        tl.store(d_at, (d_scale * d1).to(out))
+        d_at += s_d[2]
+        tl.store(d_at, (d_scale * d2).to(out))
+        d_at += s_d[2]
+        tl.store(d_at, (d_scale * d3).to(out))
+        d_at += s_d[2]
+        tl.store(d_at, (grad_out * obj_gain * m * d_obj).to(out))
+        d_at += s_d[2]
+        tl.store(d_at + k * s_d[2], (grad_out * cls_gain * weight * d_cls).to(out), mask=k < C)
     cls = tl.sum(tl.where(k < C, weight * loss_cls, 0.0), axis=0)
     return box_scale * box, obj_gain * m * loss_obj, cls_gain * cls
 
@@ -306,22 +339,22 @@ def _tile(
             keep = (k < K)[:, None] & mask[None, :]
             tl.store(d_ptr + (k * s_d[2])[:, None] + d_at[None, :], d.to(d_ptr.dtype.element_ty), mask=keep)
 
-    pending = ((state == ASSIGNED) & mask).to(tl.int32)
+    pending = tl.where((state >= ASSIGNED) & mask, state, 0)
     if tl.max(pending, axis=0) > 0:
         if WITH_GRAD:
             tl.debug_barrier()  # what follows overwrites entries that other threads of this program have just stored
         for g in range(first, last):
-            row = _load_rows(rows_ptr, g, True)
+            row = _load_row(rows_ptr, g)
             cell = row_cell(row, b, W, H, C)
             if (cell >= c0) & (cell < c0 + CELLS):
                 gw = row[4].to(ACC) * (W * stride)
                 gh = row[5].to(ACC) * (H * stride)
-                here = anchor_assigned(gw, gh, own, anchors, iou_thresh)
-                if here & (tl.max(tl.where(cells == cell, pending, 0), axis=0) > 0):  # the first row on this prediction
+                kind = tl.max(tl.where(cells == cell, pending, 0), axis=0)
+                if (kind > 0) & anchor_assigned(gw, gh, own, anchors, iou_thresh):  # the first row on this prediction
                     pending = tl.where(cells == cell, 0, pending)
                     box, one, cls = _assigned_prediction(
-                        raw_ptr, d_ptr, s_raw, s_d, cell, g, scale, own_w, own_h, rows_ptr, last, weights_ptr, grad_out,
-                        site, rule, numbers, box_args, label_args,
+                        raw_ptr, d_ptr, s_raw, s_d, cell, kind == SHARED, g, scale, own_w, own_h, rows_ptr, last, weights_ptr,
+                        grad_out, site, rule, numbers, box_args, label_args,
                         AXIS, BOX, OFFSET, LABEL, RELATIVE, AVERAGE, WITH_GRAD, C_PAD, BLOCK_G, ACC,
                     )  # fmt: skip
                     part_box += box
@@ -333,7 +366,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=["B", "M"])
 def grid_kernel(
-    raw_ptrs, d_ptrs, s_raws, s_ds, Ws, Hs, HWs, strides, scales, state_ptr,
+    raw_ptrs, d_ptrs, s_raws, s_ds, Ws, Hs, HWs, strides, scales, state_ptr, ranges_ptr,
     rows_ptr, offsets_ptr, M, weights_ptr, grad_out_ptr, anchors, numbers, box_args, label_args, B, C,
     total_ptr, parts_ptr, counts_ptr, partial_ptr, done_ptr,
     AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, LABEL: tl.constexpr,
@@ -370,7 +403,15 @@ def grid_kernel(
             for t in tl.static_range(1, len(anchors) // 2):
                 own_w = tl.where(own == t, tl.cast(anchors[2 * t], ACC), own_w)
                 own_h = tl.where(own == t, tl.cast(anchors[2 * t + 1], ACC), own_h)
-            first, last = _image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G)
+            if WITH_LOSS:
+                first, last = _image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G)
+                if ranges_ptr is not None:
+                    if (level == 0) & (a == 0) & (pid == start + ba * tiles):  # one program an image
+                        tl.store(ranges_ptr + 2 * b, first)
+                        tl.store(ranges_ptr + 2 * b + 1, last)
+            else:
+                first = tl.load(ranges_ptr + 2 * b)
+                last = tl.load(ranges_ptr + 2 * b + 1)
             s_raw = s_raws[level]
             raw_ptr = raw_ptrs[level] + b.to(tl.int64) * s_raw[0] + a.to(tl.int64) * s_raw[1]
             s_d = s_raw

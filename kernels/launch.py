@@ -21,7 +21,7 @@ def grid_config(largest_map: int, cells_contiguous: bool, with_grad: bool) -> Gr
     """
     if not cells_contiguous:
         return GridConfig(cells=128, channels=32, warps=4)
-    cells = 512
+    cells = 1024
     while cells > 64 and cells >= 2 * largest_map:
         cells //= 2
     return GridConfig(cells=cells, channels=4 if with_grad else 1, warps=max(1, cells // 128))

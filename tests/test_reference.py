@@ -357,6 +357,15 @@ def test_assign_multiplies_the_cell_in_float32():
     assert match.y[0, :2].tolist() == [7, 3]
 
 
+@pytest.mark.parametrize("size", [*range(1, 70), 127, 128, 129, 1000, 4095, 4097])
+def test_assign_stays_on_the_map(size):
+    below = 1 - 2.0**-24
+    head = head_of(levels=((0,), (1,)), strides=(8.0, 8.0))
+    match = assign(torch.tensor([[0, 0, below, below, 1.0, 1.0]]), head, [(size, size)] * 2, 1)
+    assert match.valid.all()
+    assert match.x[0, :2].tolist() == match.y[0, :2].tolist() == [size - 1, size - 1]
+
+
 INVALID = [
     (-1, 0, 0.5, 0.5, 0.2, 0.2),
     (2, 0, 0.5, 0.5, 0.2, 0.2),
@@ -471,9 +480,7 @@ def random_case(seed: int, levels: int, tails: bool) -> tuple[list[Tensor], Tens
 CASES = [(seed, 1 + seed % 5, seed % 3 == 2) for seed in range(40)]
 
 
-@pytest.mark.parametrize(("seed", "levels", "tails"), CASES)
-def test_grid_loss_is_the_loop(seed, levels, tails):
-    preds, rows, head, weights = random_case(seed, levels, tails)
+def compare_with_loop(preds: list[Tensor], rows: Tensor, head: GridHead, weights: Tensor | None = None) -> None:
     total, parts, counts = grid_loss(preds, rows, head, weights)
     grads = torch.autograd.grad(total, preds)
     want = loop_loss(preds, rows, head, weights)
@@ -483,6 +490,11 @@ def test_grid_loss_is_the_loop(seed, levels, tails):
     assert counts.tolist() == [want.assigned, want.invalid]
     for got, expected in zip(grads, torch.autograd.grad(want.total, preds), strict=True):
         close(got, expected)
+
+
+@pytest.mark.parametrize(("seed", "levels", "tails"), CASES)
+def test_grid_loss_is_the_loop(seed, levels, tails):
+    compare_with_loop(*random_case(seed, levels, tails))
 
 
 def test_the_cases_meet_every_situation():
@@ -624,6 +636,28 @@ def test_ignored_strictly_above_the_threshold():
     close(loss[0] - loss[1], torch.tensor(math.log(2)).double(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("box", IOU_KINDS)
+def test_a_box_far_below_the_grid_keeps_its_sides(box):
+    preds, rows, head = small_case(box=box)
+    for pred in preds:
+        pred.detach()[..., 2] = -30.0
+        pred.detach()[..., 3] = -31.5
+    compare_with_loop(preds, rows, head)
+
+
+def test_average_counts_classes_that_are_pushed_up():
+    """Two rows of two classes on one prediction."""
+    preds, rows, head = small_case(iou_thresh=1.0)
+    preds = [torch.zeros_like(pred) for pred in preds]
+    single = replace(head, average_box=False)
+    half = grid_loss(preds, rows[:2], head)[1][0] / grid_loss(preds, rows[:2], single)[1][0]
+    close(half, torch.tensor(0.5).double())
+    for logit, want in ((50.0, 1.0), (-50.0, 0.5)):  # sigmoid(50) is 1, as the target: none is pushed up
+        preds[0][..., 5:] = logit
+        ratio = grid_loss(preds, rows[:2], head)[1][0] / grid_loss(preds, rows[:2], single)[1][0]
+        close(ratio, torch.tensor(want).double())
+
+
 def test_gate_is_strict_and_of_any_class():
     preds, rows, head = small_case(F64, ignore_thresh=0.05, iou_thresh=1.0)
     preds = [torch.full_like(pred, 0.25) for pred in preds]
@@ -645,6 +679,14 @@ def test_gradient_is_the_slope(box, decode):
     preds, rows, head = small_case(box=box, decode=decode, label="focal")
     weights = torch.tensor([0.5, 1.0, 3.0])
     assert torch.autograd.gradcheck(lambda *p: grid_loss(p, rows, head, weights)[0], preds, fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("box", ["ciou", "mse"])
+def test_no_nan_is_hidden_in_the_backward(box):
+    preds, rows, head = small_case(box=box)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        grid_loss(preds, torch.cat((rows, torch.tensor(INVALID))), head)[0].backward()
 
 
 def test_weights_get_no_gradient():

@@ -6,7 +6,7 @@ Contract: ``label(x, t, args) -> loss, d_x``, elementwise, finite for |x| <= 1e4
 import triton
 import triton.language as tl
 
-from ..primitives import log1p, logistic, pow_pos
+from ..primitives import log1p, logistic, pow_pos, safe_div
 
 
 @triton.jit
@@ -32,5 +32,5 @@ def focal(x, t, args):
     p, r, _e = logistic(x)
     q = p * (1.0 - t) + r * t
     w = tl.where(alpha >= 0, alpha * t + (1.0 - alpha) * (1.0 - t), 1.0) * pow_pos(q, gamma)
-    d_w = gamma * w / tl.where(q > 0, q, 1.0) * (1.0 - 2.0 * t) * p * r
+    d_w = gamma * w * (1.0 - 2.0 * t) * safe_div(p * r, q)  # the quotient is at most 1 for a hard target
     return w * ce, w * d_ce + d_w * ce

@@ -6,7 +6,6 @@ log(true size / anchor); ``scale`` is the grid sensitivity. Smooth, no ties.
 """
 
 import triton
-import triton.language as tl
 
 from .decode import scaled_sigmoid
 from .label import bce
