@@ -69,7 +69,9 @@ def work_on(task: Task) -> Any:
     if task.kind == "codegen":
         launches = codegen.launches(case, task.work)
         return {
-            mode: codegen.compile_launch(launch.kernel, launch.arguments, launch.num_warps, task.provider).as_dict()
+            mode: codegen.compile_launch(
+                launch.kernel, launch.arguments, launch.options(task.provider != "gfx942"), task.provider
+            ).as_dict()
             for mode, launch in launches.items()
         }
     return measure.time_step(case, task.work, task.provider)

@@ -69,8 +69,8 @@ def launches(case: Case, work: Workload) -> dict[str, Any]:
     }
 
 
-def compile_launch(kernel, arguments: Mapping[str, Any], num_warps: int, target: str) -> Resources:
-    """Compile ``kernel[grid](**arguments, num_warps=num_warps)`` for ``target``, a key of ``TARGETS``.
+def compile_launch(kernel, arguments: Mapping[str, Any], options: Mapping[str, int], target: str) -> Resources:
+    """Compile ``kernel[grid](**arguments, **options)`` for ``target``, a key of ``TARGETS``.
 
     ``kernel`` must be a real ``JITFunction``: it must have been imported without ``TRITON_INTERPRET``. Tensors count as
     aligned as they are.
@@ -85,7 +85,6 @@ def compile_launch(kernel, arguments: Mapping[str, Any], num_warps: int, target:
     gpu = GPUTarget(*TARGETS[target])
     backend = make_backend(gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"num_warps": num_warps}
     bound, specialization, _ = bind(**arguments, **options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)

@@ -36,14 +36,19 @@ def generate(folder: Path, count: int, size: int, seed: int) -> None:
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "classes.txt").write_text("\n".join(SHAPES) + "\n")
     for number in range(count):
-        grain = random.normal(random.uniform(90, 220, 3), 12, (size // 4, size // 4, 3)).clip(0, 255).astype(np.uint8)
+        tint = random.uniform(150, 230) + random.uniform(-20, 20, 3)
+        grain = random.normal(tint, 10, (size // 4, size // 4, 3)).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(grain).resize((size, size), Image.Resampling.BICUBIC)
-        draw, lines = ImageDraw.Draw(image), []
-        for _ in range(random.integers(1, 8)):
-            label = int(random.integers(len(SHAPES)))
+        draw, placed, lines = ImageDraw.Draw(image), [], []
+        for _ in range(random.integers(1, 10)):
             half = size * float(np.exp(random.uniform(math.log(0.04), math.log(0.2))))
             x, y = (float(v) for v in random.uniform(half, size - half, 2))
-            colour = str(random.choice(SHAPE_COLOURS))
+            if any(
+                max(abs(x - other_x), abs(y - other_y)) < 0.8 * (half + other) for other_x, other_y, other in placed
+            ):
+                continue  # would hide it
+            placed.append((x, y, half))
+            label, colour = int(random.integers(len(SHAPES))), str(random.choice(SHAPE_COLOURS))
             if label == 0:
                 draw.ellipse([x - half, y - half, x + half, y + half], fill=colour, outline="#222222")
             elif label == 1:

@@ -34,7 +34,7 @@ from .pictures import Pictures, draw_curves, draw_predictions, generate, load
 
 LOSSES = {"yolov3": "YOLOv3Loss", "yolov4": "YOLOv4Loss"}
 NAMES = {"torch": "eager reference", "triton": "fused"}
-INTERPRETED_STEPS = 3  # of the fused run without a GPU, where one takes up to a minute
+INTERPRETED_STEPS = 3  # of the fused run without a GPU: one of the default size takes over a minute
 COMPARED = 10  # first steps, over which the curves are held to BOUND
 BOUND = 2e-5  # relative; 2e-6 was seen. Tens of steps later one flipped assignment sets any two roundings 1e-2 apart
 WARM_UP, TRACED = 3, 2  # first and last steps, left out of the timing

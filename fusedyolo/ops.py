@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .heads import OFFSET_KINDS, GridHead, head_from_key
 from .kernels import grid, pointwise
-from .kernels.launch import POINTWISE_BLOCK, POINTWISE_WARPS, grid_config
+from .kernels.launch import POINTWISE_BLOCK, POINTWISE_THREADS, grid_config
 from .kernels.terms import box, decode, label, offset
 from .reference import grid_view
 
@@ -29,16 +29,24 @@ def accumulator(dtype: torch.dtype) -> tuple[Any, torch.dtype]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, ready to run, compile or count."""
+    """One kernel launch, ready to run, compile or count. ``max_registers``, a thread's, is of NVIDIA only."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    num_warps: int
+    threads: int
+    max_registers: int | None = None
 
     def run(self) -> None:
         """Launch on the current device and stream."""
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
+        self.kernel[self.grid](**self.arguments, **self.options(torch.version.hip is None))
+
+    def options(self, nvidia: bool) -> dict[str, int]:
+        """Compiler options: a warp is 32 threads on NVIDIA's GPUs, 64 on AMD's data-centre GPUs."""
+        if not nvidia:
+            return {"num_warps": max(1, self.threads // 64)}
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.threads // 32, **limit}
 
 
 @lru_cache(maxsize=256)
@@ -141,7 +149,7 @@ def grid_launch(
         "BLOCK_G": config.rows,
         **_grid_constants(head.key, dtype),
     }
-    return Launch(grid.grid_kernel, (programs,), arguments, config.warps)
+    return Launch(grid.grid_kernel, (programs,), arguments, config.threads, config.max_registers)
 
 
 def _cell_strides(view: Tensor) -> tuple[int, ...]:
@@ -290,7 +298,7 @@ def _pointwise(
         "BLOCK": POINTWISE_BLOCK,
         **term,
     }
-    return Launch(kernel, (programs,), arguments, POINTWISE_WARPS)
+    return Launch(kernel, (programs,), arguments, POINTWISE_THREADS)
 
 
 _POINTWISE_NAMES = {

@@ -1,4 +1,4 @@
-"""Which predictions a target row is assigned to. On loaded values, scalars or blocks of rows; nothing is differentiated."""
+"""Which predictions a target row is assigned to: on loaded values, scalars or blocks; nothing is differentiated."""
 
 import triton
 import triton.language as tl

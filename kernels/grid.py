@@ -200,7 +200,10 @@ def _assigned_prediction(
     AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, LABEL: tl.constexpr, RELATIVE: tl.constexpr,
     AVERAGE: tl.constexpr, WITH_GRAD: tl.constexpr, C_PAD: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Box, objectness and class loss of the prediction at a cell, ``g`` its first row, ``shared`` if not its only one; stores its gradient."""
+    """Box, objectness and class loss of the prediction at a cell; stores its gradient.
+
+    ``g`` is its first row, ``shared`` says that there are others.
+    """
     box_gain, obj_gain, _noobj, cls_gain, _ignore, _iou, _gate, area_weight, pos, neg, first_weight = numbers
     C = rule[2]
     # from channel to channel by one stride: multiples of it would be kept in registers across the loop over rows
@@ -353,8 +356,8 @@ def _tile(
                 if (kind > 0) & anchor_assigned(gw, gh, own, anchors, iou_thresh):  # the first row on this prediction
                     pending = tl.where(cells == cell, 0, pending)
                     box, one, cls = _assigned_prediction(
-                        raw_ptr, d_ptr, s_raw, s_d, cell, kind == SHARED, g, scale, own_w, own_h, rows_ptr, last, weights_ptr,
-                        grad_out, site, rule, numbers, box_args, label_args,
+                        raw_ptr, d_ptr, s_raw, s_d, cell, kind == SHARED, g, scale, own_w, own_h, rows_ptr, last,
+                        weights_ptr, grad_out, site, rule, numbers, box_args, label_args,
                         AXIS, BOX, OFFSET, LABEL, RELATIVE, AVERAGE, WITH_GRAD, C_PAD, BLOCK_G, ACC,
                     )  # fmt: skip
                     part_box += box

@@ -6,12 +6,17 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class GridConfig:
-    """Tile of the grid driver: cells a program owns, channels stored at a time, warps, rows searched at a time."""
+    """Tile of the grid driver: cells a program owns, channels stored at a time, threads, rows searched at a time.
+
+    Told of a limit of ``max_registers`` a thread, ptxas spills nothing; left alone it stops at the same 128 (for two
+    programs of 256 threads a multiprocessor) but keeps a word or two of some variants on the stack.
+    """
 
     cells: int
     channels: int
-    warps: int
+    threads: int
     rows: int = 128
+    max_registers: int = 128
 
 
 @lru_cache(maxsize=256)
@@ -20,12 +25,12 @@ def grid_config(largest_map: int, cells_contiguous: bool, with_grad: bool) -> Gr
     in memory (NCHW), else neighbouring channels are (channels-last, ``[B, A, H, W, 5 + C]``).
     """
     if not cells_contiguous:
-        return GridConfig(cells=128, channels=32, warps=4)
+        return GridConfig(cells=128, channels=32, threads=128)
     cells = 1024
     while cells > 64 and cells >= 2 * largest_map:
         cells //= 2
-    return GridConfig(cells=cells, channels=4 if with_grad else 1, warps=max(1, cells // 128))
+    return GridConfig(cells=cells, channels=4 if with_grad else 1, threads=max(64, cells // 4))
 
 
 POINTWISE_BLOCK = 512
-POINTWISE_WARPS = 4
+POINTWISE_THREADS = 128

@@ -242,7 +242,7 @@ def test_labels_that_the_classes_do_not_cover_are_refused(tmp_path):
 def test_a_kernel_compiles_as_its_arguments_allow(n, target, width):
     kernel = triton.runtime.jit.JITFunction(copy_planes)
     arguments = {"x_ptr": torch.empty(4096), "y_ptr": torch.empty(4096), "n": n, "BLOCK": 1024}
-    found = codegen.compile_launch(kernel, arguments, 4, target)
+    found = codegen.compile_launch(kernel, arguments, {"num_warps": 4}, target)
     assert set(found.stores) == {width}
     assert found.stack == found.spills == 0
     assert 0 < found.registers < 64
@@ -255,7 +255,7 @@ def copy_planes(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 def test_an_interpreted_kernel_is_refused():
     with pytest.raises(ValueError, match="kernel: InterpretedFunction, want a JITFunction"):
-        codegen.compile_launch(InterpretedFunction(copy), {}, 4, "sm_90")
+        codegen.compile_launch(InterpretedFunction(copy), {}, {}, "sm_90")
 
 
 def test_sass_is_read():

@@ -9,8 +9,15 @@ from bench.registry import CASES, Workload
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in the interpreter")
 
 
-@pytest.mark.parametrize("form", ["packed", "Targets"])
-@pytest.mark.parametrize("name", ["YOLOv3/paper", "YOLOv3/darknet", "YOLOv4/paper", "YOLOv4/darknet"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("YOLOv3/paper", "Targets"),
+        ("YOLOv3/darknet", "packed"),
+        ("YOLOv4/paper", "packed"),
+        ("YOLOv4/darknet", "packed"),
+    ],
+)
 def test_a_step_is_two_launches_and_little_more_than_the_gradient(name, form):
     """Batch 16, 640 pixels, 80 classes, COCO-like objects; forward and backward."""
     case, work = CASES[name], Workload(form=form)

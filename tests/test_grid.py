@@ -39,7 +39,7 @@ def make_preds(dtype=torch.float32, batch=2, classes=3, size=(64, 96), seed=0) -
     return [torch.randn(shape, generator=gen, dtype=torch.float64).to(DEVICE, dtype) for shape in shapes]
 
 
-def make_rows(batch=2, n=12, classes=3, seed=0) -> Tensor:
+def make_rows(batch=2, n=8, classes=3, seed=0, invalid=3) -> Tensor:
     """Objects of the anchors' sizes, some of them twice, unsorted, with invalid rows between."""
     gen = torch.Generator().manual_seed(seed)
     size = torch.tensor(ANCHORS)[torch.randint(len(ANCHORS), (n,), generator=gen)] / torch.tensor([96.0, 64.0])
@@ -47,7 +47,7 @@ def make_rows(batch=2, n=12, classes=3, seed=0) -> Tensor:
     image = torch.randint(batch, (n, 1), generator=gen)
     label = torch.randint(classes, (n, 1), generator=gen)
     rows = torch.cat((image, label, torch.rand(n, 2, generator=gen), size), 1)
-    again = rows[: n // 3].clone()
+    again = rows[: n // 4].clone()
     again[::2, 1] = (again[::2, 1] + 1) % classes
     nan, inf = float("nan"), float("inf")
     bad = torch.tensor(
@@ -58,7 +58,7 @@ def make_rows(batch=2, n=12, classes=3, seed=0) -> Tensor:
             [0, 0, 0.5, -0.1, 0.2, 0.2], [1e9, 1e9, 1e9, 1e9, 1e9, 1e9],
         ]
     )  # fmt: skip
-    rows = torch.cat((rows, again, bad))
+    rows = torch.cat((rows, again, bad[torch.randperm(len(bad), generator=gen)[:invalid]]))
     return rows[torch.randperm(len(rows), generator=gen)].to(DEVICE)
 
 
@@ -183,7 +183,7 @@ def sort_rows(rows: Tensor, batch: int, capacity: int | None = None) -> tuple[Te
 
 @pytest.mark.parametrize("capacity", [None, 64])
 def test_offsets_give_the_same_bits(capacity):
-    preds, rows = make_preds(), make_rows()
+    preds, rows = make_preds(), make_rows(invalid=11)
     sorted_rows, offsets = sort_rows(rows, 2, capacity)
     found = []
     for r, o in ((rows, None), (sorted_rows, offsets)):
@@ -196,11 +196,11 @@ def test_offsets_give_the_same_bits(capacity):
 
 
 def test_crowded_cells_are_bit_identical_from_run_to_run():
-    """400 objects on 3 x 2 cells: every prediction has dozens of rows."""
-    rows = make_rows(n=300, seed=3)
+    """100 objects on 2 x 4 and 1 x 2 cells: every prediction has several rows."""
+    rows = make_rows(n=80, seed=3)
     preds = make_preds(size=(16, 32))
     first = None
-    for _ in range(3):
+    for _ in range(2):
         leaves = [p.clone().requires_grad_() for p in preds]
         total, parts, counts, _ = ops.grid_loss(leaves, rows, None, None, HEAD.key, True)
         found = (total.detach(), parts, counts, *torch.autograd.grad(total, leaves))

@@ -122,7 +122,7 @@ def _diou(x, y, eps, inv):
 
 @triton.jit
 def diou(x, y, args):
-    """1 - IoU + rho^2 / c^2: squared distance of the centres over squared diagonal of the enclosing box (Zheng 2020)."""
+    """1 - IoU + rho^2 / c^2: squared distance of the centres over squared diagonal of the enclosing box (Zheng)."""
     x, y, inv = _normalise(x, y)
     loss, _value, gx, gy = _diou(x, y, _scaled_eps(args[0], inv), inv)
     return loss, gx, gy
@@ -130,7 +130,7 @@ def diou(x, y, args):
 
 @triton.jit
 def ciou(x, y, args):
-    """DIoU + alpha v, v = 4/pi^2 (atan(gw/gh) - atan(pw/ph))^2, alpha = v / (1 - IoU + v) held constant (Zheng 2020)."""
+    """DIoU + alpha v, v = 4/pi^2 (atan(gw/gh) - atan(pw/ph))^2, alpha = v / (1 - IoU + v) held constant (Zheng)."""
     pw = x[0]
     ph = y[0]
     turn = angle(x[1], y[1]) - angle(pw, ph)

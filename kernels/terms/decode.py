@@ -1,8 +1,8 @@
 """Decoding, one axis at a time: raw logits to a box's centre and size.
 
 Contract: ``axis(a, b, anchor, stride, scale) -> (centre, size), (dc_da, dc_db, dw_da, dw_db)``. ``a`` and ``b`` are the
-raw logits of centre and size; ``centre`` is measured from the cell's origin; ``anchor``, ``stride`` and the results share
-one unit of length; ``scale`` is the grid sensitivity. x and y are two calls, so they cannot diverge.
+raw logits of centre and size; ``centre`` is measured from the cell's origin; ``anchor``, ``stride`` and the results
+share one unit of length; ``scale`` is the grid sensitivity. x and y are two calls, so they cannot diverge.
 """
 
 import triton

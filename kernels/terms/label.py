@@ -13,7 +13,7 @@ from ..primitives import log1p, logistic, pow_pos, safe_div
 def bce(x, t, args):
     """Binary cross-entropy of a logit, max(x, 0) - x t + log1p(e^-|x|).
 
-    Its derivative sigmoid(x) - t is taken as sigmoid(x) (1 - t) - sigmoid(-x) t, exact where a sure prediction is right.
+    Its derivative sigmoid(x) - t is taken as sigmoid(x) (1 - t) - sigmoid(-x) t, exact where a sure logit is right.
     """
     p, q, e = logistic(x)
     return tl.maximum(x, 0.0) - x * t + log1p(e), p * (1.0 - t) - q * t

@@ -6,6 +6,7 @@ log(true size / anchor); ``scale`` is the grid sensitivity. Smooth, no ties.
 """
 
 import triton
+import triton.language as tl  # noqa: F401  the interpreter asks for it
 
 from .decode import scaled_sigmoid
 from .label import bce
@@ -20,6 +21,6 @@ def mse(a, b, ta, tb, scale):
 
 @triton.jit
 def bce_mse(a, b, ta, tb, scale):
-    """scale * BCE(sigmoid(a), (ta + (scale - 1) / 2) / scale) + (b - tb)^2 / 2: what darknet's mse delta is the gradient of."""
+    """scale * BCE(sigmoid(a), (ta + (scale - 1) / 2) / scale) + (b - tb)^2 / 2: darknet's delta is its gradient."""
     loss, d_a = bce(a, (ta + 0.5 * (scale - 1.0)) / scale, ())
     return scale * loss + 0.5 * (b - tb) * (b - tb), scale * d_a, b - tb
