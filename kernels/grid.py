@@ -179,16 +179,11 @@ def _box_term(
         hx = 0.5 * (gw - x[1])
         hy = 0.5 * (gh - y[1])
         loss, g_x, g_y = BOX((x[1], gw, dcx + hx, hx - dcx), (y[1], gh, dcy + hy, hy - dcy), box_args)
-        # edges p1, p2 = centre -+ size / 2
-        cx = g_x[0] + g_x[1]
-        sx = 0.5 * (g_x[1] - g_x[0])
-        cy = g_y[0] + g_y[1]
-        sy = 0.5 * (g_y[1] - g_y[0])
         d = (
-            cx * jx[0] + sx * jx[2],
-            cy * jy[0] + sy * jy[2],
-            cx * jx[1] + sx * jx[3],
-            cy * jy[1] + sy * jy[3],
+            g_x[0] * jx[0] + g_x[1] * jx[2],
+            g_y[0] * jy[0] + g_y[1] * jy[2],
+            g_x[0] * jx[1] + g_x[1] * jx[3],
+            g_y[0] * jy[1] + g_y[1] * jy[3],
         )
     return loss, d
 

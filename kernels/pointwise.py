@@ -68,10 +68,11 @@ def _axis(p1, p2, g1, g2):
 @triton.jit
 def _store_boxes(ptr, at, mask, gx, gy, grad_out):
     out = ptr.dtype.element_ty
-    tl.store(ptr + 4 * at, (gx[0] * grad_out).to(out), mask=mask)
-    tl.store(ptr + 4 * at + 1, (gy[0] * grad_out).to(out), mask=mask)
-    tl.store(ptr + 4 * at + 2, (gx[1] * grad_out).to(out), mask=mask)
-    tl.store(ptr + 4 * at + 3, (gy[1] * grad_out).to(out), mask=mask)
+    # edges from centre and size
+    tl.store(ptr + 4 * at, ((0.5 * gx[0] - gx[1]) * grad_out).to(out), mask=mask)
+    tl.store(ptr + 4 * at + 1, ((0.5 * gy[0] - gy[1]) * grad_out).to(out), mask=mask)
+    tl.store(ptr + 4 * at + 2, ((0.5 * gx[0] + gx[1]) * grad_out).to(out), mask=mask)
+    tl.store(ptr + 4 * at + 3, ((0.5 * gy[0] + gy[1]) * grad_out).to(out), mask=mask)
 
 
 @triton.jit(do_not_specialize=["scale"])

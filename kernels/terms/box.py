@@ -1,8 +1,9 @@
 """IoU terms on decoded boxes.
 
-Contract: ``box(x, y, args) -> loss, (d_px1, d_px2), (d_py1, d_py2)``. ``x`` and ``y`` describe the predicted interval p
-and the true interval g on one axis by four differences, ``(p2 - p1, g2 - g1, p1 - g1, g2 - p2)``: the whole family is
-invariant under translation, and differences keep their digits where coordinates would cancel. ``args = (eps,
+Contract: ``box(x, y, args) -> loss, (d_cx, d_w), (d_cy, d_h)``, by the predicted centre and size: as derivatives by
+edges, the part that turns a tiny box would drown the part that moves it. ``x`` and ``y`` describe the predicted
+interval p and the true interval g on one axis by four differences, ``(p2 - p1, g2 - g1, p1 - g1, g2 - p2)``: the whole
+family is invariant under translation, and differences keep their digits where coordinates would cancel. ``args = (eps,
 eps_alpha)``; eps joins each denominator, eps_alpha that of CIoU's alpha. Any one unit of length.
 
 Rules: two boxes intersect only where both overlaps are positive (torchvision), edges that coincide share the gradient
@@ -70,11 +71,17 @@ def _iou(x, y, eps):
 
 
 @triton.jit
+def _centre_size(d1, d2, inv):
+    """Derivatives by centre and size from those by both edges, in the original unit."""
+    return (d1 + d2) * inv, 0.5 * (d2 - d1) * inv
+
+
+@triton.jit
 def iou(x, y, args):
     """1 - IoU."""
     x, y, inv = _normalise(x, y)
     value, _union, _di, d = _iou(x, y, _scaled_eps(args[0], inv))
-    return 1.0 - value, (-d[0] * inv, -d[1] * inv), (-d[2] * inv, -d[3] * inv)
+    return 1.0 - value, _centre_size(-d[0], -d[1], inv), _centre_size(-d[2], -d[3], inv)
 
 
 @triton.jit
@@ -94,7 +101,7 @@ def giou(x, y, args):
     e1 = (kx * step(-x[3]) - y[0] + di[1]) * r
     e2 = (-ky * step(-y[2]) + x[0] + di[2]) * r
     e3 = (ky * step(-y[3]) - x[0] + di[3]) * r
-    return 1.0 - value + rest, ((e0 - d[0]) * inv, (e1 - d[1]) * inv), ((e2 - d[2]) * inv, (e3 - d[3]) * inv)
+    return 1.0 - value + rest, _centre_size(e0 - d[0], e1 - d[1], inv), _centre_size(e2 - d[2], e3 - d[3], inv)
 
 
 @triton.jit
@@ -109,14 +116,8 @@ def _diou(x, y, eps, inv):
     ratio = (dx * dx + dy * dy) * r
     kx = 2.0 * ratio * cw
     ky = 2.0 * ratio * ch
-    gx = (
-        ((dx + kx * step(-x[2])) * r - d[0]) * inv,
-        ((dx - kx * step(-x[3])) * r - d[1]) * inv,
-    )
-    gy = (
-        ((dy + ky * step(-y[2])) * r - d[2]) * inv,
-        ((dy - ky * step(-y[3])) * r - d[3]) * inv,
-    )
+    gx = _centre_size((dx + kx * step(-x[2])) * r - d[0], (dx - kx * step(-x[3])) * r - d[1], inv)
+    gy = _centre_size((dy + ky * step(-y[2])) * r - d[2], (dy - ky * step(-y[3])) * r - d[3], inv)
     return 1.0 - value + ratio, value, gx, gy
 
 
@@ -143,6 +144,4 @@ def ciou(x, y, args):
     w = safe_div(pw, side)
     h = safe_div(ph, side)
     k = safe_div(alpha * 0.8105694691387022 * turn, (w * w + h * h) * side)
-    dw = -k * h
-    dh = k * w
-    return loss + alpha * v, (gx[0] - dw, gx[1] + dw), (gy[0] - dh, gy[1] + dh)
+    return loss + alpha * v, (gx[0], gx[1] - k * h), (gy[0], gy[1] + k * w)
