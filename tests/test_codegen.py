@@ -24,19 +24,18 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("name", "dtype", "target"),
     [
-        ("YOLOv4/paper", "float32"),
-        ("YOLOv4/darknet", "float32"),
-        ("YOLOv4/darknet", "bfloat16"),
-        ("YOLOv4/darknet", "float16"),
-        ("YOLOv3/paper", "float32"),
+        *(("YOLOv4/darknet", "float32", target) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
+        *(("YOLOv4/darknet", "bfloat16", target) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
+        ("YOLOv4/darknet", "float16", "sm_90"),
+        ("YOLOv4/paper", "float32", "sm_80"),
+        ("YOLOv3/paper", "float32", "sm_100"),
     ],
 )
 def test_no_spills_and_wide_accesses(name, dtype, target):
-    """Compiled in a process of its own, without the interpreter."""
+    """Compiled in a process of its own, without the interpreter; the variants that have needed the most registers."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", COMPILE, name, dtype, target], cwd=ROOT, env=env, capture_output=True, text=True
