@@ -260,6 +260,8 @@ def _save_grid(ctx, inputs, output):
 
 def _grid_backward(ctx, grad_total, _grad_parts, _grad_counts, _grad_state):
     rows, offsets, class_weights, state, *preds = ctx.saved_tensors
+    if grad_total is None:
+        return [None] * len(preds), None, None, None, None, None
     grads = grid_loss_grad(grad_total, preds, rows, offsets, class_weights, state, ctx.key)
     return grads, None, None, None, None, None
 
