@@ -11,12 +11,7 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in 
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [
-        ("YOLOv3/paper", "Targets"),
-        ("YOLOv3/darknet", "packed"),
-        ("YOLOv4/paper", "packed"),
-        ("YOLOv4/darknet", "packed"),
-    ],
+    [("YOLOv3/paper", "Targets"), ("YOLOv4/darknet", "packed")],
 )
 def test_a_step_is_two_launches_and_little_more_than_the_gradient(name, form):
     """Batch 16, 640 pixels, 80 classes, COCO-like objects; forward and backward."""
