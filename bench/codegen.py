@@ -60,7 +60,7 @@ def launches(case: Case, work: Workload) -> dict[str, Any]:
     from fusedyolo import ops
 
     criterion, preds, rows = case.build(work.classes, "auto"), case.predictions(work, empty=True), work.targets()
-    outputs, state = ops._grid_outputs(preds, criterion.head, True)
+    outputs, state = ops.grid_outputs(preds, criterion.head, True)
     common = rows, None, criterion.class_weights, criterion.head
     grads = [torch.empty_like(pred) for pred in preds]
     return {

@@ -6,34 +6,18 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import backend as backends
-from . import checks, reference
-from .heads import IOU_KINDS, GridHead, head_from_key
-from .targets import Targets, as_targets
+from .. import backend as backends
+from .. import checks, reference
+from ..heads import IOU_KINDS, GridHead, head_from_key
+from ..targets import Targets, as_targets
+from .output import LossOutput, rounded
 
 PARTS = ("box", "obj", "cls")
-
-
-class LossOutput(NamedTuple):
-    """What a loss returns.
-
-    Attributes:
-        total: the loss, 0-dim; float64 for float64 predictions, else float32.
-        parts: the terms that add up to it, gains included, detached, 0-dim.
-        num_pos: predictions that were assigned an object, 0-dim.
-        num_invalid: target rows that were skipped, 0-dim; :meth:`Targets.validate` says which and why.
-    """
-
-    total: Tensor
-    parts: dict[str, Tensor]
-    num_pos: Tensor
-    num_invalid: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,21 +95,6 @@ RECIPES = {
     ),
 }
 """A row for each detector and recipe; the first recipe of a detector is its default."""
-
-
-def rounded(head: GridHead, **changes: Any) -> GridHead:
-    """``head`` with ``changes``, every number in it one that float32 holds.
-
-    The float32 kernels and the float64 reference then compute with the same constants.
-    """
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(walk, value))
-        return float(np.float32(value)) if isinstance(value, float) else value
-
-    head = dataclasses.replace(head, **changes)
-    return GridHead(**{field.name: walk(getattr(head, field.name)) for field in dataclasses.fields(head)})
 
 
 class _GridLoss(nn.Module):
@@ -241,7 +210,7 @@ class _GridLoss(nn.Module):
         if self.reduction == "mean":
             head = _mean_head(self._key, len(range(batch)))  # of a symbolic size, range makes a number
         if backends.resolve(self.backend, device) == "triton":
-            from . import ops
+            from .. import ops
 
             with_state = torch.is_grad_enabled() and any([pred.requires_grad for pred in preds])
             total, parts, counts, _ = ops.grid_loss(list(preds), rows, offsets, weights, head.key, with_state)

@@ -1,0 +1,42 @@
+"""What every loss returns, and how its numbers are held."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ..heads import GridHead
+
+
+class LossOutput(NamedTuple):
+    """What a loss returns.
+
+    Attributes:
+        total: the loss, 0-dim; float64 for float64 predictions, else float32.
+        parts: the terms that add up to it, gains included, detached, 0-dim.
+        num_pos: predictions that were assigned an object, 0-dim.
+        num_invalid: target rows that were skipped, 0-dim; :meth:`Targets.validate` says which and why.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    num_pos: Tensor
+    num_invalid: Tensor
+
+
+def rounded(head: GridHead, **changes: Any) -> GridHead:
+    """``head`` with ``changes``, every number in it one that float32 holds.
+
+    The float32 kernels and the float64 reference then compute with the same constants.
+    """
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(walk, value))
+        return float(np.float32(value)) if isinstance(value, float) else value
+
+    head = dataclasses.replace(head, **changes)
+    return GridHead(**{field.name: walk(getattr(head, field.name)) for field in dataclasses.fields(head)})
