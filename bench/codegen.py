@@ -60,12 +60,11 @@ def launches(case: Case, work: Workload) -> dict[str, Any]:
     from fusedyolo import ops
 
     criterion, preds, rows = case.build(work.classes, "auto"), case.predictions(work, empty=True), work.targets()
-    outputs, state = ops.grid_outputs(preds, criterion.head, True)
-    common = rows, None, criterion.class_weights, criterion.head
+    outputs = ops.grid_outputs(preds, rows, criterion.head, True)
     grads = [torch.empty_like(pred) for pred in preds]
     return {
-        "loss": ops.grid_launch(preds, None, state, *common, outputs, None),
-        "grad": ops.grid_launch(preds, grads, state, *common, None, torch.ones(())),
+        "loss": ops.grid_launch(preds, rows, None, criterion.class_weights, criterion.head, outputs, True),
+        "grad": ops.grid_grad_launch(preds, grads, torch.ones(()), criterion.head, outputs),
     }
 
 

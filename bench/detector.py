@@ -1,15 +1,11 @@
-"""A small anchor-grid detector: network, anchors from the training boxes, and boxes from its predictions."""
+"""A small anchor-grid detector: network, anchors from the training boxes, and how many objects it finds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-from fusedyolo.heads import GridHead
-from fusedyolo.reference import DECODE
 
 from .objects import Annotation
 
@@ -70,20 +66,6 @@ def fit_anchors(sizes: Tensor, rounds: int = 30) -> list[list[tuple[float, float
     return [anchors[k : k + ANCHORS_PER_LEVEL] for k in range(0, count, ANCHORS_PER_LEVEL)]
 
 
-def decode(preds: Sequence[Tensor], head: GridHead) -> tuple[Tensor, Tensor]:
-    """Boxes [B, N, 4] (corners in pixels) and scores [B, N, C] (objectness times class) of prediction maps."""
-    boxes, scores = [], []
-    for raw, own, stride, scale in zip(preds, head.levels, head.strides, head.scale_x_y, strict=True):
-        raw = raw.unflatten(1, (len(own), -1)).permute(0, 1, 3, 4, 2)  # [B, A, H, W, 5 + C]
-        anchors = raw.new_tensor([head.anchors[k] for k in own])[:, None, None]
-        rows, columns = torch.meshgrid(*(torch.arange(n, device=raw.device) for n in raw.shape[2:4]), indexing="ij")
-        offset, size = DECODE[head.decode](raw[..., :2], raw[..., 2:4], anchors, stride, scale)
-        centre = offset + stride * torch.stack([columns, rows], -1)
-        boxes.append(torch.cat([centre - size / 2, centre + size / 2], -1).flatten(1, 3))
-        scores.append((raw[..., 4:5].sigmoid() * raw[..., 5:].sigmoid()).flatten(1, 3))
-    return torch.cat(boxes, 1), torch.cat(scores, 1)
-
-
 def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
     """IoU [N, M] of boxes [N, 4] and others [M, 4], as corners."""
     low = torch.maximum(boxes[:, None, :2], others[:, :2])
@@ -92,35 +74,16 @@ def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
     return shared / ((boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None] + (others[:, 2:] - others[:, :2]).prod(1) - shared)
 
 
-def nms(boxes: Tensor, scores: Tensor, threshold: float) -> list[int]:
-    """Greedy non-maximum suppression of boxes [N, 4]: indices of those kept, best first."""
-    iou = overlaps(boxes, boxes)
-    keep, order = [], scores.argsort(descending=True)
-    while len(order):
-        keep.append(int(order[0]))
-        order = order[1:][iou[order[0], order[1:]] < threshold]
-    return keep
+def hits(found: dict[str, Tensor], annotation: Annotation, iou: float = 0.5) -> int:
+    """How many annotated boxes are found: a detection of their class with an IoU above ``iou``, each used once.
 
-
-def detect(boxes: Tensor, scores: Tensor, score: float = 0.5, iou: float = 0.4) -> list[tuple[int, float, list[float]]]:
-    """Detections (class, score, corners) of one image from its boxes [N, 4] and scores [N, C], class by class."""
-    found = []
-    for label in range(scores.shape[1]):
-        likely = scores[:, label] > score
-        own_boxes, own_scores = boxes[likely], scores[likely, label]
-        found += [(label, float(own_scores[k]), own_boxes[k].tolist()) for k in nms(own_boxes, own_scores, iou)]
-    return found
-
-
-def hits(found: list[tuple[int, float, list[float]]], annotation: Annotation, iou: float = 0.5) -> int:
-    """How many annotated boxes are found: a detection of their class with an IoU above ``iou``, each used once."""
+    ``found`` is of one image, on the CPU, as ``fusedyolo.Detections.images`` returns it.
+    """
     size = torch.tensor([annotation.width, annotation.height])
     centre, half = (annotation.boxes * size.repeat(2)).split(2, dim=1)
     half = half / 2
-    match = overlaps(
-        torch.tensor([box for *_, box in found]).reshape(-1, 4), torch.cat([centre - half, centre + half], 1)
-    )
-    match *= torch.tensor([label for label, *_ in found])[:, None] == annotation.classes
+    match = overlaps(found["boxes"], torch.cat([centre - half, centre + half], 1))
+    match *= found["labels"][:, None] == annotation.classes
     count = 0
     for _ in range(min(match.shape)):
         best = int(match.argmax())

@@ -311,9 +311,14 @@ def _has_mask(indices) -> bool:
 
 def step(criterion: torch.nn.Module, preds: list[torch.Tensor], targets: torch.Tensor, one: torch.Tensor) -> Any:
     """Forward and backward of a loss; ``one`` is the gradient of the total, made beforehand."""
-    out = criterion(preds, targets)
+    out = call(criterion, preds, targets)
     out.total.backward(gradient=one)
     return out
+
+
+def call(criterion: torch.nn.Module, preds: list[torch.Tensor], targets: Any) -> Any:
+    """The loss of predictions; one of a single map takes a tensor."""
+    return criterion(preds if len(preds) > 1 else preds[0], targets)
 
 
 def parity(case: Case, work: Workload, device: str = "cpu") -> dict[str, Any]:
@@ -393,15 +398,15 @@ def time_step(case: Case, work: Workload, provider: str, device: str = "cuda") -
     preds, targets, one = case.predictions(work, device), work.targets(device), torch.ones((), device=device)
     step(criterion, preds, targets, one)
     result = {}
-    kept = [criterion(preds, targets).total]
+    kept = [call(criterion, preds, targets).total]
 
     def no_grad():
         with torch.no_grad():
-            criterion(preds, targets)
+            call(criterion, preds, targets)
 
     for mode, fn in (
         ("no_grad", no_grad),
-        ("forward", lambda: criterion(preds, targets)),
+        ("forward", lambda: call(criterion, preds, targets)),
         ("backward", lambda: kept[0].backward(gradient=one, retain_graph=True)),
         ("full", lambda: step(criterion, preds, targets, one)),
     ):

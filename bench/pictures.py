@@ -128,9 +128,9 @@ def _generator(seed: int, number: int) -> torch.Generator:
 
 
 def draw_predictions(
-    path: Path, pictures: Pictures, detections: Sequence[list], names: Sequence[str], title: str
+    path: Path, pictures: Pictures, detections: Sequence[dict[str, Tensor]], names: Sequence[str], title: str
 ) -> None:
-    """A grid of images with detections (class, score, corners in pixels), and the true boxes dashed in white."""
+    """A grid of images with detections (``boxes``, ``scores``, ``labels``), and the true boxes dashed in white."""
     columns = min(3, len(detections))
     rows = math.ceil(len(detections) / columns)
     figure = Figure(figsize=(5.2 * columns, 4.2 * rows + 0.5), layout="constrained")
@@ -141,11 +141,11 @@ def draw_predictions(
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.imshow(image)
         axes.axis("off")
-        axes.set_title(f"{len(found)} found, {len(annotation.boxes)} annotated", fontsize=9)
+        axes.set_title(f"{len(found['labels'])} found, {len(annotation.boxes)} annotated", fontsize=9)
         for cx, cy, w, h in (annotation.boxes * annotation.width * scale).tolist():
             corner = np.array([cx - w / 2, cy - h / 2]) - border
             axes.add_patch(Rectangle(corner, w, h, fill=False, edgecolor="white", linewidth=1.1, linestyle=(0, (3, 2))))
-        for label, score, corners in found:
+        for corners, score, label in zip(*(found[key].tolist() for key in ("boxes", "scores", "labels")), strict=True):
             colour = CLASS_COLOURS[label % len(CLASS_COLOURS)]
             low, high = np.array(corners[:2]) * scale - border, np.array(corners[2:]) * scale - border
             axes.add_patch(Rectangle(low, *(high - low), fill=False, edgecolor=colour, linewidth=1.6))

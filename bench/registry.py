@@ -16,18 +16,18 @@ FORMS = ("packed", "Targets")
 
 @dataclass(frozen=True)
 class Case:
-    """One loss under one recipe: ``cls`` is the class in ``fusedyolo``, anchors are in pixels, a tuple a level."""
+    """One loss under one recipe: ``cls`` is the class in ``fusedyolo``, anchors are as it takes them, a tuple a level."""
 
     loss: str
-    recipe: str
+    recipe: str | None
     cls: str
-    anchors: tuple[tuple[tuple[int, int], ...], ...]
+    anchors: tuple[tuple[tuple[float, float], ...], ...]
     strides: tuple[int, ...]
 
     @property
     def name(self) -> str:
         """As in ``--loss``: the loss, or the loss and its recipe."""
-        return f"{self.loss}/{self.recipe}"
+        return self.loss if self.recipe is None else f"{self.loss}/{self.recipe}"
 
     def prediction_bytes(self, work: Workload) -> int:
         """P: what the predictions take in memory."""
@@ -40,9 +40,11 @@ class Case:
         """The loss module on one backend."""
         import fusedyolo
 
-        return getattr(fusedyolo, self.cls)(
-            [list(level) for level in self.anchors], self.strides, num_classes, recipe=self.recipe, backend=backend
-        )
+        loss = getattr(fusedyolo, self.cls)
+        options = {"backend": backend} if self.recipe is None else {"backend": backend, "recipe": self.recipe}
+        if self.cls == "YOLOv2Loss":
+            return loss(self.anchors[0], num_classes, self.strides[0], **options)
+        return loss(self.anchors, self.strides, num_classes, **options)
 
     def predictions(self, work: Workload, device: str = "cpu", empty: bool = False) -> list[torch.Tensor]:
         """Normal logits, objectness and classes low as in a trained detector, one leaf a level; or untouched memory."""
@@ -108,6 +110,7 @@ _V3 = (
     ((30, 61), (62, 45), (59, 119)),
     ((116, 90), (156, 198), (373, 326)),
 )
+_V2 = (((1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 4.84053), (11.2364, 10.0071)),)
 _V4 = (
     ((12, 16), (19, 36), (40, 28)),
     ((36, 75), (76, 55), (72, 146)),
@@ -118,10 +121,15 @@ _STRIDES = (8, 16, 32)
 CASES = {
     case.name: case
     for case in (
+        Case("YOLOv2", "region", "YOLOv2Loss", _V2, (32,)),
+        Case("YOLOv2", "darknet", "YOLOv2Loss", _V2, (32,)),
+        Case("YOLOv2", "lightnet", "YOLOv2Loss", _V2, (32,)),
         Case("YOLOv3", "paper", "YOLOv3Loss", _V3, _STRIDES),
         Case("YOLOv3", "darknet", "YOLOv3Loss", _V3, _STRIDES),
         Case("YOLOv4", "paper", "YOLOv4Loss", _V4, _STRIDES),
         Case("YOLOv4", "darknet", "YOLOv4Loss", _V4, _STRIDES),
+        Case("ScaledYOLOv4", None, "ScaledYOLOv4Loss", _V4, _STRIDES),
+        Case("YOLOv5", None, "YOLOv5Loss", _V3, _STRIDES),
     )
 }
 

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import fusedyolo
 
 from . import interpreter
-from .detector import STRIDES, Detector, decode, detect, fit_anchors, hits
+from .detector import STRIDES, Detector, fit_anchors, hits
 from .objects import load_labels
 from .pictures import Pictures, draw_curves, draw_predictions, generate, load
 
@@ -40,6 +40,7 @@ BOUND = 2e-5  # relative; 2e-6 was seen. Tens of steps later one flipped assignm
 WARM_UP, TRACED = 3, 2  # first and last steps, left out of the timing
 CLIP = 100.0  # largest norm of the gradient
 SHOWN = 12  # pictures in predictions.png
+CONF, IOU = 0.5, 0.4  # of the detections in them
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -176,11 +177,12 @@ def train(run: Run, steps: int, pictures: Pictures, args: argparse.Namespace, co
     return profiler
 
 
-def find(run: Run, pictures: Pictures) -> list[list]:
-    """Detections on every picture."""
+def find(run: Run, pictures: Pictures) -> list[dict[str, torch.Tensor]]:
+    """Detections on every picture, on the CPU."""
     with torch.no_grad():
-        boxes, scores = decode(run.model(pictures.pixels.to(run.device).float() / 255), run.criterion.head)
-    return [detect(*each) for each in zip(boxes.cpu(), scores.cpu(), strict=True)]
+        preds = run.model(pictures.pixels.to(run.device).float() / 255)
+    found = fusedyolo.select(preds, run.criterion, conf=CONF, iou=IOU, backend=run.criterion.backend)
+    return fusedyolo.Detections(*(value.cpu() for value in found)).images()
 
 
 def fell(steps: Sequence[dict[str, float]]) -> bool:
@@ -272,7 +274,7 @@ def main(argv: Sequence[str]) -> int:
         "anchors": anchors,
         "difference": [abs(a["total"] - b["total"]) / a["total"] for a, b in zip(reference, fused, strict=False)],
         "recall": right / max(1, sum(len(annotation.boxes) for annotation in validation.annotations)),
-        "precision": right / max(1, sum(map(len, detections))),
+        "precision": right / max(1, sum(len(found["labels"]) for found in detections)),
         "runs": results,
     }
     (args.out / "train.json").write_text(json.dumps(result, indent=1))

@@ -11,14 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import functional
-    from .losses import LossOutput, YOLOv3Loss, YOLOv4Loss
+    from .detections import Detections, decode, select
+    from .losses import LossOutput, ScaledYOLOv4Loss, YOLOv1Loss, YOLOv2Loss, YOLOv3Loss, YOLOv4Loss, YOLOv5Loss
     from .targets import Targets
 
 __version__ = "0.1.0"
 
-__all__ = ["LossOutput", "Targets", "YOLOv3Loss", "YOLOv4Loss", "__version__", "functional"]
+_HOMES = {
+    "Detections": "detections",
+    "LossOutput": "losses",
+    "ScaledYOLOv4Loss": "losses",
+    "Targets": "targets",
+    "YOLOv1Loss": "losses",
+    "YOLOv2Loss": "losses",
+    "YOLOv3Loss": "losses",
+    "YOLOv4Loss": "losses",
+    "YOLOv5Loss": "losses",
+    "decode": "detections",
+    "select": "detections",
+}
 
-_HOMES = {"LossOutput": "losses", "Targets": "targets", "YOLOv3Loss": "losses", "YOLOv4Loss": "losses"}
+__all__ = [*_HOMES, "__version__", "functional"]
 
 
 def __getattr__(name: str) -> Any:

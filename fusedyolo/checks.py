@@ -182,6 +182,29 @@ def per_level(name: str, value: Any, levels: int) -> tuple[float, ...]:
     return tuple(number(f"{name}[{i}]", item, 0, open_low=True) for i, item in enumerate(items))
 
 
+def flags(name: str, value: Any, levels: int) -> tuple[bool, ...]:
+    """``value`` as one flag (0, 1, or a bool) a level; a single one stands for all of them."""
+    items = [value] * levels if isinstance(value, int) else _items(name, value, f"0 or 1, or one a level of {levels}")
+    if len(items) != levels:
+        fail(name, f"{len(items)} flags", f"one for each of {levels} levels")
+    for item in items:
+        if not isinstance(item, int) or item not in (0, 1):
+            fail(name, describe(item), "0 or 1")
+    return tuple(map(bool, items))
+
+
+def band(name: str, value: Any) -> tuple[float, float]:
+    """Two IoUs in ascending order."""
+    want = "(low, high), 0 <= low <= high <= 1"
+    items = _items(name, value, want)
+    if len(items) != 2:
+        fail(name, describe(value), want)
+    low, high = (number(f"{name}[{i}]", item, 0, 1) for i, item in enumerate(items))
+    if low > high:
+        fail(name, describe(value), want)
+    return low, high
+
+
 def strides(value: Any, levels: int) -> tuple[float, ...]:
     """Strides in pixels per cell, one a level."""
     items = _items("strides", value, "a sequence of numbers, one a level")
@@ -305,3 +328,40 @@ def pair(name1: str, value1: Any, name2: str, value2: Any) -> None:
             fail(name, f"dtype {value.dtype}", "a real number type")
     if value1.device != value2.device:
         fail(name2, f"device {value2.device}", f"{value1.device} as {name1}")
+
+
+# The loss of a grid whose cells hold one object each.
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value``, one of 0 and 1, as a bool."""
+    if not isinstance(value, Integral) or value not in (0, 1):
+        fail(name, describe(value), "0 or 1")
+    return bool(value)
+
+
+def cell_predictions(pred: Any, grid_size: int, num_boxes: int, num_classes: int) -> int:
+    """Check the predictions of a head of cells, in either layout; the batch size comes back."""
+    if not isinstance(pred, Tensor):
+        fail("pred", describe(pred), "a tensor")
+    S, channels, shape = grid_size, 5 * num_boxes + num_classes, pred.shape
+    flat = len(shape) == 2 and shape[1] == S * S * channels
+    if not flat and not (len(shape) == 4 and shape[1] == S and shape[2] == S and shape[3] == channels):
+        layout = f"5 * {num_boxes} + {num_classes}"
+        fail("pred", f"shape {tuple(shape)}", f"(B, {S}, {S}, {layout}) or (B, {S} * {S} * ({layout}))")
+    if shape[0] < 1:
+        fail("pred", f"shape {tuple(shape)}", "no empty dimension")
+    if pred.dtype not in FLOATS:
+        fail("pred", f"dtype {pred.dtype}", "one of " + ", ".join(map(str, FLOATS)))
+    return shape[0]
+
+
+# Decoding.
+
+
+def head(criterion: Any, kinds: tuple[type, ...]) -> Any:
+    """The head of a loss whose predictions can be decoded."""
+    found = getattr(criterion, "head", None)
+    if not isinstance(found, kinds):
+        fail("criterion", describe(criterion), "a loss of fusedyolo, such as YOLOv4Loss")
+    return found

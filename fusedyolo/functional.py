@@ -1,9 +1,11 @@
-"""Loss functions with the names, arguments and numbers of ``torchvision.ops``, each one kernel.
+"""Loss functions on plain tensors, each one kernel: those of ``torchvision.ops``, with its numbers, and their kin.
 
 float16 and bfloat16 inputs are computed in float32, and the loss is float32 (torchvision does so for boxes).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -38,11 +40,52 @@ def sigmoid_focal_loss(
     Raises:
         ValueError: another shape, device, ``alpha`` or ``reduction``.
     """
+    return _label_loss(inputs, targets, "focal", alpha, gamma, reduction, backend)
+
+
+def quality_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    gamma: float = 2.0,
+    alpha: float = -1.0,
+    reduction: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """Quality focal loss of logits (Li et al. 2020, arXiv 2006.04388): ``BCE * |t - p|^gamma``, p the sigmoid.
+
+    ``targets`` are qualities, such as the IoU of a prediction with its object, and 0 elsewhere. With an ``alpha`` there
+    is :func:`sigmoid_focal_loss`'s factor of it. The gradient goes through the modulating factor too, whose slope is
+    taken for 0 where ``p = t``. Arguments and errors are otherwise those of :func:`sigmoid_focal_loss`.
+    """
+    return _label_loss(inputs, targets, "qfl", alpha, gamma, reduction, backend)
+
+
+def varifocal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """Varifocal loss of logits (Zhang et al. 2021, arXiv 2008.13367): ``t * BCE`` where the target t is above 0,
+    ``alpha * p^gamma * BCE`` where it is 0, p the sigmoid.
+
+    ``alpha`` is any weight of the negatives, or -1 for none. The gradient goes through ``p^gamma`` too. Arguments and
+    errors are otherwise those of :func:`sigmoid_focal_loss`.
+    """
+    return _label_loss(inputs, targets, "varifocal", alpha, gamma, reduction, backend)
+
+
+def _label_loss(
+    inputs: Tensor, targets: Tensor, kind: str, alpha: float, gamma: float, reduction: str, backend: str
+) -> Tensor:
     checks.pair("inputs", inputs, "targets", targets)
     if inputs.shape != targets.shape:
         checks.fail("targets", f"shape {tuple(targets.shape)}", f"{tuple(inputs.shape)} as inputs")
-    if not (0 <= alpha <= 1) and alpha != -1:
-        checks.fail("alpha", alpha, "a number in [0, 1], or -1 for none")
+    high, want = (math.inf, "a finite number >= 0") if kind == "varifocal" else (1, "a number in [0, 1]")
+    if not (0 <= alpha <= high and alpha < math.inf) and alpha != -1:
+        checks.fail("alpha", alpha, f"{want}, or -1 for none")
     gamma = checks.number("gamma", gamma, 0)
     checks.one_of("reduction", reduction, REDUCTIONS)
     args = [float(alpha), gamma]
@@ -51,8 +94,8 @@ def sigmoid_focal_loss(
     if fused:
         from . import ops
 
-        return ops.label_loss(inputs, targets, "focal", args, reduction)
-    return _reduce(reference.LABEL_TERMS["focal"](_wide(inputs), _wide(targets), args), reduction)
+        return ops.label_loss(inputs, targets, kind, args, reduction)
+    return _reduce(reference.LABEL_TERMS[kind](_wide(inputs), _wide(targets), args), reduction)
 
 
 def generalized_box_iou_loss(
@@ -101,23 +144,55 @@ def box_iou_loss(
     reduction: str = "none",
     eps: float = 1e-7,
     backend: str = "auto",
+    *,
+    alpha: float = 1.0,
+    gamma: float = 0.0,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """The IoU loss called ``kind``: ``"iou"``, ``"giou"``, ``"diou"`` or ``"ciou"``, with ``eps`` in every denominator.
+    """The IoU loss called ``kind``, with ``eps`` in every denominator.
 
-    Arguments and errors are otherwise those of :func:`generalized_box_iou_loss`.
+    Args:
+        boxes1: x1, y1, x2, y2, ``[..., 4]``.
+        boxes2: the same, of a shape that broadcasts with it.
+        kind: ``"iou"``, ``"giou"``, ``"diou"``, ``"ciou"``, ``"eiou"`` (Zhang et al. 2021, arXiv 2101.08158),
+            ``"siou"`` (Gevorgyan 2022, arXiv 2205.12740) or ``"mpdiou"`` (Ma & Xu 2023, arXiv 2307.07662).
+        reduction: ``"none"`` (``[...]``), ``"mean"`` (0 if there are no boxes) or ``"sum"``.
+        eps: added to every denominator that is an area or a squared length of boxes, and to CIoU's alpha's.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        alpha: power of the IoU and of each penalty, above 0 (alpha-IoU, He et al. 2021, arXiv 2110.13675).
+        gamma: the loss is multiplied by ``IoU^gamma``, held constant (the focal factor of Focal-EIoU).
+        image_size: (height, width) of the image in the unit of the boxes, or one number for both; for ``"mpdiou"``,
+            which divides by its diagonal. The other kinds do not read it.
+
+    Raises:
+        ValueError: another shape or device, an unknown ``kind`` or ``reduction``, a number out of range, or no
+            ``image_size`` for ``"mpdiou"``.
     """
     checks.one_of("kind", kind, IOU_KINDS)
-    return _box_loss(boxes1, boxes2, kind, (eps, eps), reduction, backend)
+    alpha = checks.number("alpha", alpha, 0, open_low=True)
+    gamma = checks.number("gamma", gamma, 0)
+    extent = None
+    if kind == "mpdiou" or image_size is not None:
+        height, width = checks.size("image_size", image_size)
+        extent = [float(width), float(height)]
+    args = (eps, eps) if alpha == 1 and gamma == 0 else (eps, eps, alpha, gamma)
+    return _box_loss(boxes1, boxes2, kind, args, reduction, backend, extent if kind == "mpdiou" else None)
 
 
 def _box_loss(
-    boxes1: Tensor, boxes2: Tensor, kind: str, args: tuple[float, float], reduction: str, backend: str
+    boxes1: Tensor,
+    boxes2: Tensor,
+    kind: str,
+    args: tuple[float, ...],
+    reduction: str,
+    backend: str,
+    extent: list[float] | None = None,
 ) -> Tensor:
     checks.pair("boxes1", boxes1, "boxes2", boxes2)
     for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
         if boxes.dim() < 1 or boxes.shape[-1] != 4:
             checks.fail(name, f"shape {tuple(boxes.shape)}", "(..., 4)")
-    for eps in args:
+    for eps in args[:2]:
         checks.number("eps", eps, 0)
     checks.one_of("reduction", reduction, REDUCTIONS)
     if boxes1.shape != boxes2.shape:
@@ -132,8 +207,10 @@ def _box_loss(
     if fused:
         from . import ops
 
-        return ops.box_loss(boxes1, boxes2, kind, list(args), reduction)
-    loss = reference.BOX_TERMS[kind](_wide(boxes1), _wide(boxes2), args)
+        return ops.box_loss(boxes1, boxes2, kind, list(args), reduction, extent)
+    boxes1, boxes2 = _wide(boxes1), _wide(boxes2)
+    sides = None if extent is None else reference.terms._constants(extent, boxes1)
+    loss = reference.BOX_TERMS[kind](boxes1, boxes2, args, sides)
     if reduction == "mean" and not loss.numel():
         return 0.0 * loss.sum()
     return _reduce(loss, reduction)

@@ -6,12 +6,19 @@ Both backends read the same row, so neither the kernels nor the eager reference 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 
-IOU_KINDS = ("iou", "giou", "diou", "ciou")
+import numpy as np
+
+IOU_KINDS = ("iou", "giou", "diou", "ciou", "eiou", "siou", "mpdiou")
+BOX_KINDS = (*IOU_KINDS, "ciou_plus")
+"""Of decoded boxes: those for users, and with them one that is there for parity with a peer."""
 OFFSET_KINDS = ("mse", "bce_mse")
-LABEL_KINDS = ("bce", "focal")
+LABEL_KINDS = ("bce", "focal", "qfl", "varifocal", "sse", "softmax_ce")
+CLASS_KINDS = ("bce", "focal", "softmax_ce", "qfl", "varifocal")
 DECODE_KINDS = ("exp", "sigmoid_square")
 
 
@@ -21,16 +28,29 @@ class GridHead:
 
     Geometry. ``anchors`` are all (width, height) pairs in pixels that compete for an object; ``levels[l]`` holds, for
     the ``l``-th prediction map, the indices of its own anchors in ``anchors``. ``strides`` are in pixels per cell and
-    ``scale_x_y`` is the grid sensitivity, one a level. ``relative`` says that box terms see boxes in units of the image
-    (width and height both 1, as darknet does) rather than in pixels; it matters on images that are not square.
+    ``scale_x_y`` is the grid sensitivity, one a level. ``unit`` is the length that box terms take for 1: a ``"pixel"``,
+    a ``"cell"`` of the level, or the ``"image"`` (both sides 1); only eps and aspect ratios tell them apart.
 
-    Structure. ``box`` names an IoU term (on decoded boxes) or an offset term (on raw logits), ``label`` the class term;
-    objectness is always BCE. ``class_gate`` limits the ignore mask to predictions with some class logit above it.
-    ``average_box`` divides the box term of a prediction with several objects by its number of pushed-up classes.
+    Assignment. ``assigner`` is ``"best_anchor"`` (with ``iou_thresh``), ``"ratio"`` (with ``anchor_t``) or
+    ``"iou_band"`` (with ``band``, the IoU below which a prediction is negative and that above which it is positive).
+    ``per_level``: the anchors of each level compete among themselves. ``shared`` says what becomes of a prediction that
+    several rows want: ``"sum"``, ``"last"`` or ``"each"``. ``edge``: a centre on the right or lower border of the image
+    belongs to its last cell.
 
-    Numbers. ``area_weight`` w turns the offset term's weight into ``1 + w * (1 - gw * gh)``, gw and gh relative to the
-    image. ``class_targets`` are the positive and negative class targets. ``first_weight`` multiplies the positive
-    class of the first object on a prediction when class weights are given.
+    Structure. ``box`` names an IoU term (on decoded boxes) or an offset term (on raw logits), ``label`` the class term,
+    ``objectness`` the label term of objectness. The objectness target of an assigned prediction is 1, or, where
+    ``quality`` names an IoU term, ``1 - quality_ratio`` plus ``quality_ratio`` times that similarity.
+    ``ignore_thresh`` is the IoU above which a background prediction is left out (None: none is), ``class_gate`` limits
+    that to predictions with some class logit above it. ``smooth``, one a level: objectness is trained towards that IoU
+    instead, assigned or not. ``average_box`` divides the box term of a prediction with several objects by its number of
+    pushed-up classes. ``mean_rows``: box and class terms of a level are divided by its number of assignments.
+    ``obj_mean``: objectness of a level is a mean over its ``"cells"`` or its ``"used"`` predictions.
+
+    Numbers. ``area_weight`` w turns the offset term's weight into ``1 + w * (1 - min(gw * gh, area_cap))``, gw and gh
+    relative to the image. ``prior_gain`` weighs the box term of predictions without an object, towards the middle of
+    their cell and their anchor's size. ``obj_balance`` multiplies objectness, one a level. ``class_targets`` are the
+    positive and negative class targets. ``first_weight`` multiplies the positive class of the first object on a
+    prediction when class weights are given.
     """
 
     num_classes: int
@@ -38,28 +58,80 @@ class GridHead:
     levels: tuple[tuple[int, ...], ...]
     strides: tuple[float, ...]
     scale_x_y: tuple[float, ...]
+    unit: str = "pixel"
+    assigner: str = "best_anchor"
+    iou_thresh: float = 1.0
+    anchor_t: float = 4.0
+    band: tuple[float, float] = (0.3, 0.7)
+    per_level: bool = False
+    shared: str = "sum"
+    edge: bool = False
     decode: str = "exp"
     box: str = "ciou"
     label: str = "bce"
-    relative: bool = False
+    objectness: str = "bce"
+    quality: str | None = None
+    quality_ratio: float = 1.0
+    ignore_thresh: float | None = 0.5
     class_gate: float | None = None
+    smooth: tuple[bool, ...] = ()
     average_box: bool = False
-    ignore_thresh: float = 0.5
-    iou_thresh: float = 1.0
+    mean_rows: bool = False
+    obj_mean: str | None = None
     box_gain: float = 1.0
     obj_gain: float = 1.0
     noobj_gain: float = 1.0
     cls_gain: float = 1.0
+    prior_gain: float = 0.0
+    obj_balance: tuple[float, ...] = ()
     area_weight: float = 0.0
+    area_cap: float = 3.0e38
     class_targets: tuple[float, float] = (1.0, 0.0)
     first_weight: float = 1.0
     box_args: tuple[float, ...] = (0.0, 1e-7)
     label_args: tuple[float, ...] = ()
+    obj_args: tuple[float, ...] = ()
+    quality_args: tuple[float, ...] = (0.0, 1e-7)
 
     @cached_property
     def key(self) -> str:
         """This row as text, the form in which it passes through the PyTorch dispatcher."""
         return json.dumps(asdict(self), separators=(",", ":"))
+
+    @property
+    def centre_limit(self) -> float:
+        """Centres of valid rows lie below this, in images: 1, or the next float32 where 1 itself is valid."""
+        return 1.0 + 2.0**-23 if self.edge else 1.0
+
+    @property
+    def smooth_levels(self) -> tuple[bool, ...]:
+        """``smooth``, one a level."""
+        return self.smooth or (False,) * len(self.levels)
+
+    @property
+    def places_per_row(self) -> int:
+        """At most this many predictions are assigned to one row."""
+        own = [t for level in self.levels for t in level]
+        if self.assigner == "ratio":
+            return 5 * len(own)
+        if self.assigner == "best_anchor":
+            if self.iou_thresh < 1:
+                return len(own)
+            return len(self.levels) if self.per_level else 1
+        # an overlap above t leaves the centres less than `reach` anchors apart on each axis
+        t = max(self.band[1], 1e-3)
+        reach = max(1 - t, (1 / t - 1) / 2)
+        steps = zip(self.levels, self.strides, strict=True)
+        sides = [tuple(2 * reach * side / stride + 1 for side in self.anchors[a]) for own, stride in steps for a in own]
+        return sum(math.ceil(w) * math.ceil(h) for w, h in sides)
+
+    def obj_scales(self, maps: Sequence[tuple[int, int]]) -> tuple[float, ...]:
+        """What objectness is multiplied by on each level, for maps of (H, W) cells; numbers that float32 holds."""
+        scales = self.obj_balance or (1.0,) * len(self.levels)
+        if self.obj_mean == "cells":
+            cells = (len(own) * height * width for own, (height, width) in zip(self.levels, maps, strict=True))
+            scales = tuple(scale / n for scale, n in zip(scales, cells, strict=True))
+        return tuple(float(np.float32(scale)) for scale in scales)
 
 
 @lru_cache(maxsize=256)
@@ -70,3 +142,46 @@ def head_from_key(key: str) -> GridHead:
         return tuple(map(freeze, value)) if isinstance(value, list) else value
 
     return GridHead(**{name: freeze(value) for name, value in json.loads(key).items()})
+
+
+@dataclass(frozen=True)
+class CellHead:
+    """One loss of squared errors on a grid whose cells hold one object each.
+
+    Geometry. The image is ``grid_size`` times ``grid_size`` cells; a cell predicts ``num_boxes`` boxes (x, y, a, b),
+    each with a confidence, and ``num_classes`` class scores that its boxes share. x and y are offsets in the cell.
+
+    Structure. ``root``: a and b are square roots of the width and height relative to the image, else these themselves.
+    ``nearest``: where no box of a cell meets the object, the one at the smallest distance answers for it, else the
+    first. ``rescore``: the confidence of the box that answers is trained towards its IoU, else towards 1.
+
+    Numbers. Each gain multiplies the plain square of an error: ``box_gain`` and ``obj_gain`` of the boxes that answer
+    for an object, ``noobj_gain`` the confidences of all others, ``cls_gain`` the class scores of cells with an object.
+    """
+
+    num_classes: int
+    grid_size: int = 7
+    num_boxes: int = 2
+    root: bool = True
+    nearest: bool = False
+    rescore: bool = True
+    box_gain: float = 1.0
+    obj_gain: float = 1.0
+    noobj_gain: float = 1.0
+    cls_gain: float = 1.0
+
+    @property
+    def channels(self) -> int:
+        """Predicted numbers of a cell."""
+        return 5 * self.num_boxes + self.num_classes
+
+    @cached_property
+    def key(self) -> str:
+        """This row as text, the form in which it passes through the PyTorch dispatcher."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+@lru_cache(maxsize=256)
+def cell_head_from_key(key: str) -> CellHead:
+    """The row that :attr:`CellHead.key` was made from."""
+    return CellHead(**json.loads(key))

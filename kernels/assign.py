@@ -1,39 +1,54 @@
-"""Which predictions a target row is assigned to: on loaded values, scalars or blocks; nothing is differentiated."""
+"""Which predictions a target row is assigned to: on loaded values, scalars or blocks; nothing is differentiated.
+
+A match rule is ``rule(w, h, own, own_w, own_h, anchors, thresh)``: whether a row of this width and height takes the
+anchor with the index ``own`` in ``anchors`` = (w0, h0, w1, h1, ...), which is ``own_w`` by ``own_h``; all in pixels.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def row_valid(row, first_image, last_image, classes):
+def row_valid(row, first_image, last_image, classes, limit):
     """All six finite, image and class in range, positive area, centre inside the image. NaN compares false.
 
-    ``row`` is image, class, cx, cy, w, h; the image must lie in [first_image, last_image), the class in [0, classes).
+    ``row`` is image, class, cx, cy, w, h; the image must lie in [first_image, last_image), the class in [0, classes),
+    the centre in [0, limit).
     """
     image, label, cx, cy, w, h = row
     known = (image >= first_image) & (image < last_image) & (label >= 0) & (label < classes)
     area = (w > 0) & (w < float("inf")) & (h > 0) & (h < float("inf"))
-    return known & area & (cx >= 0) & (cx < 1) & (cy >= 0) & (cy < 1)
+    return known & area & (cx >= 0) & (cx < limit) & (cy >= 0) & (cy < limit)
 
 
 @triton.jit
-def row_cell(row, image, W, H, classes):
+def row_cell(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
     """Flat index of the cell that holds the centre of a valid row of this image, -1 for any other row.
 
-    Centres are multiplied in float32 as the peers do, whatever the compute type.
+    With NEIGHBOURS, of one of five cells: by ``kind`` its own, or that left, above, right, below, -1 unless the centre
+    lies in the half of its cell that is next to it. A centre at the far border belongs to the last cell. Centres are
+    multiplied in float32 as the peers do, whatever the compute type.
     """
-    valid = row_valid(row, image, image + 1, classes)
-    i = (tl.where(valid, row[2], 0.0) * W).to(tl.int32)
-    j = (tl.where(valid, row[3], 0.0) * H).to(tl.int32)
+    valid = row_valid(row, image, image + 1, classes, limit)
+    gx = tl.where(valid, row[2], 0.0) * W
+    gy = tl.where(valid, row[3], 0.0) * H
+    if NEIGHBOURS:
+        along = tl.where((kind == 1) | (kind == 3), gx, gy)
+        far = tl.where(kind == 3, W - gx, H - gy)
+        along = tl.where(kind >= 3, far, along)  # distance from the border on the neighbour's side
+        valid = valid & ((kind == 0) | ((along - tl.floor(along) < 0.5) & (along > 1.0)))
+        gx -= tl.where(kind == 1, 0.5, tl.where(kind == 3, -0.5, 0.0))
+        gy -= tl.where(kind == 2, 0.5, tl.where(kind == 4, -0.5, 0.0))
+    i = tl.minimum(gx.to(tl.int32), W - 1)
+    j = tl.minimum(gy.to(tl.int32), H - 1)
     return tl.where(valid, j * W + i, -1)
 
 
 @triton.jit
-def anchor_assigned(w, h, own, anchors, iou_thresh):
-    """Whether the row takes anchor ``own``: its best (the first of equals, IoU above 0), or one above iou_thresh.
+def best_anchor(w, h, own, own_w, own_h, anchors, thresh):
+    """The row's best anchor (the first of equals, IoU above 0), or one whose IoU exceeds ``thresh``.
 
-    The IoU is that of two boxes with one centre; w and h in pixels, as ``anchors`` = (w0, h0, w1, h1, ...). An
-    iou_thresh of 1 is never exceeded.
+    The IoU is that of two boxes with one centre. A threshold of 1 is never exceeded.
     """
     best = w * 0.0
     best_index = own * 0 - 1
@@ -44,4 +59,12 @@ def anchor_assigned(w, h, own, anchors, iou_thresh):
         best_index = tl.where(value > best, t, best_index)
         best = tl.maximum(best, value)
         own_iou = tl.where(own == t, value, own_iou)
-    return (best_index == own) | (own_iou > iou_thresh)
+    return (best_index == own) | (own_iou > thresh)
+
+
+@triton.jit
+def ratio(w, h, own, own_w, own_h, anchors, thresh):
+    """No side more than ``thresh`` times that of the anchor, nor less than its ``thresh``-th part."""
+    rw = w / own_w
+    rh = h / own_h
+    return tl.maximum(tl.maximum(rw, 1.0 / rw), tl.maximum(rh, 1.0 / rh)) < thresh

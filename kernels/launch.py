@@ -15,21 +15,24 @@ class GridConfig:
     cells: int
     channels: int
     threads: int
-    rows: int = 128
+    rows: int = 256
     max_registers: int = 128
 
 
+SMALLEST_TILE = 64
+
+
 @lru_cache(maxsize=256)
-def grid_config(largest_map: int, cells_contiguous: bool, with_grad: bool) -> GridConfig:
+def grid_config(largest_map: int, cells_contiguous: bool) -> GridConfig:
     """Tile for maps of at most ``largest_map`` cells; ``cells_contiguous`` says that neighbouring cells are neighbours
     in memory (NCHW), else neighbouring channels are (channels-last, ``[B, A, H, W, 5 + C]``).
     """
     if not cells_contiguous:
         return GridConfig(cells=128, channels=32, threads=128)
     cells = 1024
-    while cells > 64 and cells >= 2 * largest_map:
+    while cells > SMALLEST_TILE and cells >= 2 * largest_map:
         cells //= 2
-    return GridConfig(cells=cells, channels=4 if with_grad else 1, threads=max(64, cells // 4))
+    return GridConfig(cells=cells, channels=8, threads=max(64, cells // 4))
 
 
 POINTWISE_BLOCK = 512

@@ -60,9 +60,9 @@ def _load_boxes(ptr, at, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _axis(p1, p2, g1, g2):
-    """The four differences a box term takes."""
-    return p2 - p1, g2 - g1, p1 - g1, g2 - p2
+def _axis(p1, p2, g1, g2, extent):
+    """The lengths a box term takes."""
+    return p2 - p1, g2 - g1, p1 - g1, g2 - p2, extent
 
 
 @triton.jit
@@ -77,18 +77,23 @@ def _store_boxes(ptr, at, mask, gx, gy, grad_out):
 
 @triton.jit(do_not_specialize=["scale"])
 def box_kernel(
-    p_ptr, g_ptr, n, args, scale, loss_ptr, partial_ptr, done_ptr, grad_out_ptr, dp_ptr, dg_ptr,
+    p_ptr, g_ptr, n, args, extent, scale, loss_ptr, partial_ptr, done_ptr, grad_out_ptr, dp_ptr, dg_ptr,
     BOX: tl.constexpr, REDUCE: tl.constexpr, WITH_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A box term over ``n`` pairs of boxes; its gradient by both, for the term is symmetric in them."""
+    """A box term over ``n`` pairs of boxes; its gradient by both, for the term is symmetric in them.
+
+    ``extent`` is the image's width and height, or two Nones for a term that does not read them.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
     p = _load_boxes(p_ptr, at, mask, ACC)
     g = _load_boxes(g_ptr, at, mask, ACC)
-    loss, px, py = BOX(_axis(p[0], p[2], g[0], g[2]), _axis(p[1], p[3], g[1], g[3]), args)
+    loss, px, py = BOX(_axis(p[0], p[2], g[0], g[2], extent[0]), _axis(p[1], p[3], g[1], g[3], extent[1]), args)
     if WITH_GRAD:
         grad_out = _grad_out(grad_out_ptr, at, mask, scale, REDUCE, ACC)
-        _loss, gx, gy = BOX(_axis(g[0], g[2], p[0], p[2]), _axis(g[1], g[3], p[1], p[3]), args)
+        x = _axis(g[0], g[2], p[0], p[2], extent[0])
+        y = _axis(g[1], g[3], p[1], p[3], extent[1])
+        _loss, gx, gy = BOX(x, y, args)
         _store_boxes(dp_ptr, at, mask, px, py, grad_out)
         _store_boxes(dg_ptr, at, mask, gx, gy, grad_out)
     else:

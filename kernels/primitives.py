@@ -11,6 +11,12 @@ def step(d):
 
 
 @triton.jit
+def sign(d):
+    """Derivative of |d|, 0 at 0, as torch.abs."""
+    return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
+
+
+@triton.jit
 def safe_div(a, b):
     """a / b, and 0 where b is 0."""
     return tl.where(b != 0, a / tl.where(b != 0, b, 1.0), 0.0)
@@ -18,7 +24,7 @@ def safe_div(a, b):
 
 @triton.jit
 def log1p(e):
-    """log(1 + e) for e in [0, 1], to full precision: the rounding of 1 + e cancels in the quotient (Kahan)."""
+    """log(1 + e) for e >= 0, to full precision: the rounding of 1 + e cancels in the quotient (Kahan)."""
     u = 1.0 + e
     return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
 
@@ -34,8 +40,8 @@ def logistic(x):
 
 @triton.jit
 def pow_pos(q, g):
-    """q ** g for q >= 0 and g >= 0; 0 ** 0 is 1."""
-    return tl.where(q > 0, tl.exp(g * tl.log(tl.where(q > 0, q, 1.0))), tl.where(g == 0, 1.0, 0.0))
+    """q ** g for q >= 0 and g >= 0; 0 ** 0 is 1. NaN stays NaN."""
+    return tl.where(q <= 0, tl.where(g == 0, 1.0, 0.0), tl.exp(g * tl.log(tl.where(q <= 0, 1.0, q))))
 
 
 @triton.jit

@@ -21,3 +21,20 @@ def column_sum(partial_ptr, programs, column, COLUMNS: tl.constexpr, ACC: tl.con
         at = partial_ptr + (i + lane) * COLUMNS + column
         total += tl.load(at, mask=i + lane < programs, other=0.0, cache_modifier=".cg")
     return tl.sum(total, axis=0)
+
+
+@triton.jit
+def column_sums(partial_ptr, programs, COLUMNS: tl.constexpr, ACC: tl.constexpr):
+    """Sums of all columns of ``partial[programs, COLUMNS]`` (a power of two), each as :func:`column_sum` adds it."""
+    lane = tl.arange(0, 256)[:, None]
+    at = partial_ptr + lane * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([256, COLUMNS], ACC)
+    for i in range(0, programs, 256):
+        total += tl.load(at + i * COLUMNS, mask=i + lane < programs, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def column(sums, k):
+    """One of the sums."""
+    return tl.sum(tl.where(tl.arange(0, sums.shape[0]) == k, sums, 0.0), axis=0)

@@ -76,7 +76,7 @@ def yolo(name: str) -> YoloGolden:
         strides=(layer["net_w"] / layer["w"],),
         scale_x_y=(layer["scale_x_y"],),
         box=box,
-        relative=box != "bce_mse",
+        unit="pixel" if box == "bce_mse" else "image",
         class_gate=math.log(0.25 / 0.75),
         average_box=layer["iou_thresh"] < 1,
         ignore_thresh=layer["ignore_thresh"],
@@ -105,3 +105,30 @@ def _rows(truths: np.ndarray) -> Tensor:
                 break
             rows.append((image, label, x, y, w, h))
     return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(-1, 6))
+
+
+@dataclass(frozen=True)
+class DetectionGolden:
+    """One darknet detection layer on one batch."""
+
+    logits: Tensor  # [B, S * S * (5n + C)] float32, darknet's flat order
+    rows: Tensor  # [M, 6] float32
+    delta: Tensor  # as logits
+    responsible: np.ndarray  # [B, S * S] the box that answers for each cell's object, -1 without one
+    terms: dict[str, float]  # scalar losses by an independent float64 program: box, conf, cls
+    layer: dict[str, Any]
+
+
+def detection(name: str) -> DetectionGolden:
+    """A darknet file of a detection layer (YOLOv1)."""
+    with np.load(ROOT / "darknet" / f"{name}.npz") as data:
+        layer = json.loads(str(data["hyper"]))["layer"]
+        logits, delta = torch.from_numpy(data["logits"]), torch.from_numpy(data["delta"])
+        truths = data["truths"].reshape(len(logits), -1, 5 + layer["classes"])
+        responsible = data["responsible_ref"]
+    side, rows = layer["side"], []
+    for image, cell in np.argwhere(truths[..., 0] != 0):
+        one_hot, (x, y, w, h) = truths[image, cell, 1:-4], truths[image, cell, -4:].astype(np.float64)
+        rows.append((image, one_hot.argmax(), (cell % side + x) / side, (cell // side + y) / side, w, h))
+    table = torch.from_numpy(np.array(rows, dtype=np.float32).reshape(-1, 6))
+    return DetectionGolden(logits, table, delta, responsible, _terms()[name], layer)

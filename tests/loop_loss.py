@@ -42,11 +42,30 @@ def label_term(kind: str, x: Tensor, t: float, args: tuple[float, ...]) -> Tenso
         loss = loss * (wrong**gamma if wrong > 0 else float(gamma == 0))
         if alpha >= 0:
             loss = loss * (t * alpha + (1 - t) * (1 - alpha))
+    if kind in ("qfl", "sse"):
+        miss = (1 - t) * torch.exp(log_p) - t * torch.exp(log_q)
+        if kind == "sse":
+            return miss * miss
+        alpha, gamma = args
+        loss = loss * (abs(miss) ** gamma if miss != 0 else float(gamma == 0))
+        if alpha >= 0:
+            loss = loss * (t * alpha + (1 - t) * (1 - alpha))
+    if kind == "varifocal":
+        alpha, gamma = args
+        p = torch.exp(log_p)
+        negative = (p**gamma if p > 0 else float(gamma == 0)) * (alpha if alpha >= 0 else 1.0)
+        loss = loss * (t if t > 0 else negative)
     return loss
 
 
-def box_term(kind: str, p: tuple[Tensor, ...], g: tuple[Tensor, ...], args: tuple[float, float]) -> Tensor:
-    """Boxes as (cx, cy, w, h)."""
+def box_term(
+    kind: str,
+    p: tuple[Tensor, ...],
+    g: tuple[Tensor, ...],
+    args: tuple[float, float],
+    extent: tuple[float, float] | None = None,
+) -> Tensor:
+    """Boxes as (cx, cy, w, h), and so the image's width and height."""
     eps, eps_alpha = args
     low = [torch.maximum(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2) for i in (0, 1)]
     high = [torch.minimum(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2) for i in (0, 1)]
@@ -64,9 +83,28 @@ def box_term(kind: str, p: tuple[Tensor, ...], g: tuple[Tensor, ...], args: tupl
     if kind == "giou":
         area = hull[0] * hull[1]
         return 1 - iou + ((area - union) / (area + eps) if float(area.detach()) + eps != 0 else ZERO)
+    if kind == "mpdiou":
+        corners = ((p[i] - g[i]) + side * (p[i + 2] - g[i + 2]) / 2 for i in (0, 1) for side in (-1, 1))
+        return 1 - iou + sum(d * d for d in corners) / (extent[0] ** 2 + extent[1] ** 2)
+    if kind == "siou":
+        away = [torch.abs(p[i] - g[i]) for i in (0, 1)]
+        sigma = away[0] * away[0] + away[1] * away[1]
+        angle = 2 * away[0] * away[1] / sigma if float(sigma.detach()) != 0 else ZERO
+        loss = 1 - iou
+        for i in (0, 1):
+            square = hull[i] * hull[i] + eps
+            rho = away[i] * away[i] / square if float(square.detach()) != 0 else ZERO
+            longer = torch.maximum(p[i + 2], g[i + 2])
+            omega = torch.abs(p[i + 2] - g[i + 2]) / longer if float(longer.detach()) != 0 else ZERO
+            loss = loss + (1 - torch.exp((angle - 2) * rho) + (1 - torch.exp(-omega)) ** 4) / 2
+        return loss
     diagonal = hull[0] * hull[0] + hull[1] * hull[1] + eps
     away = (p[0] - g[0]) ** 2 + (p[1] - g[1]) ** 2
     loss = 1 - iou + (away / diagonal if float(diagonal.detach()) != 0 else ZERO)
+    if kind == "eiou":
+        for i in (0, 1):
+            square = hull[i] * hull[i] + eps
+            loss = loss + ((p[i + 2] - g[i + 2]) ** 2 / square if float(square.detach()) != 0 else ZERO)
     if kind == "ciou":
         v = 4 * (torch.atan2(g[2], g[3]) - torch.atan2(p[2], p[3])) ** 2 / math.pi**2
         below = 1 - float(iou.detach()) + float(v.detach()) + eps_alpha
@@ -230,7 +268,7 @@ def _assigned(
             term = term + offset_term(head.box, raw[1], raw[3], ty, math.log(h * image[1] / anchor[1]), scale)
             term = term * (1 + head.area_weight * (1 - w * h))
         else:
-            unit = (*image, *image) if head.relative else (1.0,) * 4
+            unit = (*image, *image) if head.unit == "image" else (1.0,) * 4
             true = (tx * stride, ty * stride, w * image[0], h * image[1])
             g = tuple(torch.tensor(value / u, dtype=torch.float64) for value, u in zip(true, unit, strict=True))
             term = box_term(head.box, tuple(value / u for value, u in zip(p, unit, strict=True)), g, head.box_args)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from bench import train
-from bench.detector import detect, fit_anchors, hits, nms
+from bench.detector import fit_anchors, hits
 from bench.objects import Annotation, coco_like, crowded, load_labels, pack, sample_labels
 from bench.pictures import augment, load
 
@@ -223,16 +223,17 @@ def test_anchors_are_sorted_by_area():
     assert fit_anchors(torch.tensor([[8.0, 9.0]])) == [[(8.0, 9.0)] * 3] * 3
 
 
-def test_nms_and_hits():
-    boxes = torch.tensor([[0, 0, 10, 10], [1, 0, 11, 10], [30, 30, 40, 40], [30, 30, 40, 41]], dtype=torch.float32)
-    assert nms(boxes, torch.tensor([0.7, 0.9, 0.8, 0.6]), 0.5) == [1, 2]
-    scores = torch.tensor([[0.9, 0.1], [0.8, 0.1], [0.1, 0.7], [0.6, 0.1]])
-    found = detect(boxes, scores)
-    assert [(label, round(score, 3)) for label, score, _ in found] == [(0, 0.9), (0, 0.6), (1, 0.7)]
+def test_hits():
+    found = {
+        "boxes": torch.tensor([[1, 0, 11, 10], [30, 30, 40, 41], [30, 30, 40, 40]], dtype=torch.float32),
+        "scores": torch.tensor([0.9, 0.8, 0.7]),
+        "labels": torch.tensor([0, 0, 1]),
+    }
     truth = torch.tensor([[0.05, 0.05, 0.1, 0.1], [0.35, 0.35, 0.1, 0.1]])
     assert hits(found, Annotation(None, 100, 100, truth, torch.tensor([0, 1]))) == 2
     assert hits(found, Annotation(None, 100, 100, truth, torch.tensor([1, 1]))) == 1
-    assert hits([], Annotation(None, 100, 100, truth, torch.tensor([1, 1]))) == 0
+    none = {key: value[:0] for key, value in found.items()}
+    assert hits(none, Annotation(None, 100, 100, truth, torch.tensor([1, 1]))) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -1,9 +1,13 @@
-"""fusedyolo.functional against what torchvision gave, and torchvision's rules for shapes, dtypes and reductions."""
+"""fusedyolo.functional against what torchvision gave, and torchvision's rules for shapes, dtypes and reductions.
+
+What torchvision lacks is checked, term by term, in test_terms.py.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
+import re
 
 import golden
 import numpy as np
@@ -11,7 +15,8 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fusedyolo import functional
+from fusedyolo import functional, ops, reference
+from fusedyolo.heads import BOX_KINDS, IOU_KINDS
 
 BACKENDS = ["torch", "triton"]
 BOXES = {
@@ -19,6 +24,7 @@ BOXES = {
     "diou": functional.distance_box_iou_loss,
     "ciou": functional.complete_box_iou_loss,
 }
+LABELS = [functional.sigmoid_focal_loss, functional.quality_focal_loss, functional.varifocal_loss]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -93,20 +99,18 @@ def run(function, inputs, *args, **kwargs):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["iou", *BOXES])
+@pytest.mark.parametrize("kind", IOU_KINDS)
 def test_boxes_of_any_number_of_dimensions(kind, backend):
-    boxes = pairs(2, 3)
-    want = run(
-        functional.box_iou_loss, [b.detach().reshape(6, 4).requires_grad_() for b in boxes], kind, backend=backend
-    )
-    got = run(functional.box_iou_loss, boxes, kind, backend=backend)
+    boxes, options = pairs(2, 3), {"kind": kind, "backend": backend, "image_size": (3, 4)}
+    want = run(functional.box_iou_loss, [b.detach().reshape(6, 4).requires_grad_() for b in boxes], **options)
+    got = run(functional.box_iou_loss, boxes, **options)
     assert got[0].shape == (2, 3)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.flatten(), b.flatten(), rtol=0, atol=0)
     strided = [b.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_() for b in boxes]
-    for a, b in zip(run(functional.box_iou_loss, strided, kind, backend=backend), got, strict=True):
+    for a, b in zip(run(functional.box_iou_loss, strided, **options), got, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    one = functional.box_iou_loss(boxes[0][1, 2], boxes[1][1, 2], kind, backend=backend)
+    one = functional.box_iou_loss(boxes[0][1, 2], boxes[1][1, 2], **options)
     assert one.shape == ()
     torch.testing.assert_close(one.detach(), got[0][1, 2], rtol=0, atol=0)
 
@@ -188,9 +192,10 @@ def test_nothing(backend):
             assert loss == 0
             assert [grad.shape for grad in torch.autograd.grad(loss, boxes)] == [(0, 4)] * 2
     x = torch.zeros(0, 3, requires_grad=True, device=DEVICE)
-    assert functional.sigmoid_focal_loss(x, x.detach(), backend=backend).shape == (0, 3)
-    assert functional.sigmoid_focal_loss(x, x.detach(), reduction="sum", backend=backend) == 0
-    assert functional.sigmoid_focal_loss(x, x.detach(), reduction="mean", backend=backend).isnan()
+    for function in LABELS:
+        assert function(x, x.detach(), backend=backend).shape == (0, 3)
+        assert function(x, x.detach(), reduction="sum", backend=backend) == 0
+        assert function(x, x.detach(), reduction="mean", backend=backend).isnan()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,20 +211,28 @@ def test_focal_targets_may_need_a_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
     boxes = pairs(2, dtype=torch.float64, seed=3)
-    for kind, reduction in (("iou", "mean"), ("giou", "none"), ("diou", "sum")):  # CIoU holds its alpha constant
-        assert torch.autograd.gradcheck(
-            lambda a, b, k=kind, r=reduction: functional.box_iou_loss(a, b, k, r, backend=backend), boxes
-        )
+    reductions = {"iou": "mean", "giou": "none", "diou": "sum", "eiou": "none", "siou": "mean", "mpdiou": "sum"}
+    for kind, reduction in reductions.items():  # CIoU holds its alpha constant, and a focal factor is held constant
+        options = {"kind": kind, "reduction": reduction, "backend": backend, "image_size": 2}
+        for alpha in (1.0, 1.5):
+            assert torch.autograd.gradcheck(
+                lambda a, b, options=options, alpha=alpha: functional.box_iou_loss(a, b, alpha=alpha, **options),
+                boxes,
+                fast_mode=True,
+            )
     x = torch.randn(5, dtype=torch.float64, requires_grad=True, device=DEVICE)
-    t = torch.rand(5, dtype=torch.float64, device=DEVICE)
-    assert torch.autograd.gradcheck(lambda x: functional.sigmoid_focal_loss(x, t, backend=backend), x)
+    t = torch.tensor([0.0, 0.3, 1.0, 0.0, 0.7], dtype=torch.float64, device=DEVICE)
+    for function in LABELS:
+        assert torch.autograd.gradcheck(lambda x, f=function: f(x, t, backend=backend), x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled(backend):
     def losses(a, b, x, t):
         boxes = [function(a, b, "mean", backend=backend) for function in BOXES.values()]
-        return sum(boxes) + functional.sigmoid_focal_loss(x, t, reduction="mean", backend=backend)
+        options = {"backend": backend, "alpha": 2.0, "gamma": 0.5, "image_size": (3, 4)}
+        boxes.append(functional.box_iou_loss(a, b, "mpdiou", "mean", **options))
+        return sum(boxes) + sum(function(x, t, reduction="mean", backend=backend) for function in LABELS)
 
     compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
     for n in (5, 6, 7):
@@ -243,3 +256,102 @@ def test_arguments_are_those_of_torchvision():
     focal = functional.sigmoid_focal_loss
     assert list(inspect.signature(focal).parameters) == ["inputs", "targets", "alpha", "gamma", "reduction", "backend"]
     assert defaults(focal) == {"alpha": 0.25, "gamma": 2, "reduction": "none", "backend": "auto"}
+    assert defaults(functional.quality_focal_loss) == {
+        "gamma": 2.0, "alpha": -1.0, "reduction": "none", "backend": "auto",
+    }  # fmt: skip
+    assert defaults(functional.varifocal_loss) == {"alpha": 0.75, "gamma": 2.0, "reduction": "none", "backend": "auto"}
+
+
+@pytest.mark.parametrize("kind", BOX_KINDS)
+def test_opcheck_boxes(kind):
+    boxes = pairs(3)
+    args = [1e-7, 1e-7] if kind == "ciou_plus" else [1e-7, 1e-7, 3.0, 0.5]
+    extent = [4.0, 3.0] if kind == "mpdiou" else None
+    torch.library.opcheck(ops.box_loss, (*boxes, kind, args, "mean", extent))
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"), [("qfl", [-1.0, 2.0]), ("varifocal", [0.75, 2.0]), ("bce", [2.0]), ("sse", [])]
+)
+def test_opcheck_labels(kind, args):
+    x, t = torch.randn(3, 2, device=DEVICE, requires_grad=True), torch.rand(3, 2, device=DEVICE)
+    torch.library.opcheck(ops.label_loss, (x, t, kind, args, "none"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", IOU_KINDS)
+def test_alpha_and_gamma(kind, backend):
+    """Powers of what the plain loss is made of, where that is known: the IoU and one penalty."""
+    boxes = pairs(6, dtype=torch.float64)
+    options = {"kind": kind, "backend": backend, "image_size": (3, 4), "eps": 0.0}
+    value = 1 - functional.box_iou_loss(*boxes, "iou", eps=0.0, backend=backend)
+    plain = functional.box_iou_loss(*boxes, **options)
+    focal = functional.box_iou_loss(*boxes, gamma=0.5, **options)
+    torch.testing.assert_close(focal, value.sqrt() * plain, rtol=1e-12, atol=0)
+    if kind in ("iou", "giou", "diou", "siou"):
+        squared = functional.box_iou_loss(*boxes, alpha=2, **options)
+        torch.testing.assert_close(squared, 1 - value**2 + (plain - 1 + value) ** 2, rtol=1e-12, atol=1e-14)
+    grads = [torch.autograd.grad(loss.sum(), boxes, retain_graph=True) for loss in (plain, focal)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(b, a * value.detach().sqrt()[:, None], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_image_size(backend):
+    boxes = pairs(4, dtype=torch.float64)
+    value = functional.box_iou_loss(*boxes, "iou", backend=backend)
+    d1, d2 = (((boxes[0] - boxes[1])[:, i : i + 2] ** 2).sum(-1) for i in (0, 2))
+    got = functional.box_iou_loss(*boxes, "mpdiou", backend=backend, image_size=(3, 4))
+    torch.testing.assert_close(got, value + (d1 + d2) / 25, rtol=1e-12, atol=0)
+    got = functional.box_iou_loss(*boxes, "mpdiou", backend=backend, image_size=5)
+    torch.testing.assert_close(got, value + (d1 + d2) / 50, rtol=1e-12, atol=0)
+    assert torch.equal(functional.box_iou_loss(*boxes, "iou", backend=backend, image_size=5), value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"kind": "ciou_plus"},
+            "kind: 'ciou_plus', want one of 'iou', 'giou', 'diou', 'ciou', 'eiou', 'siou', 'mpdiou'",
+        ),
+        ({"kind": "mpdiou"}, "image_size: None, want (height, width)"),
+        ({"kind": "mpdiou", "image_size": (480,)}, "image_size: (480,), want (height, width)"),
+        ({"kind": "mpdiou", "image_size": (480, 0)}, "image_size: 0, want a finite number > 0"),
+        ({"image_size": -1}, "image_size: -1, want a finite number > 0"),
+        ({"alpha": 0}, "alpha: 0, want a finite number > 0"),
+        ({"alpha": math.inf}, "alpha: inf, want a finite number > 0"),
+        ({"gamma": -0.5}, "gamma: -0.5, want a finite number >= 0"),
+        ({"eps": -1.0, "alpha": 2.0}, "eps: -1.0, want a finite number >= 0"),
+    ],
+)
+def test_bad_arguments_of_boxes(arguments, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        functional.box_iou_loss(*pairs(2), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (functional.quality_focal_loss, {"alpha": 1.5}, "alpha: 1.5, want a number in [0, 1], or -1 for none"),
+        (functional.quality_focal_loss, {"gamma": -1}, "gamma: -1, want a finite number >= 0"),
+        (functional.quality_focal_loss, {"reduction": "max"}, "reduction: 'max', want one of 'none', 'mean', 'sum'"),
+        (functional.quality_focal_loss, {"backend": "cpu"}, "backend: 'cpu', want one of 'auto', 'triton', 'torch'"),
+        (functional.varifocal_loss, {"alpha": -0.5}, "alpha: -0.5, want a finite number >= 0, or -1 for none"),
+        (functional.varifocal_loss, {"alpha": math.nan}, "alpha: nan, want a finite number >= 0, or -1 for none"),
+        (functional.varifocal_loss, {"gamma": math.nan}, "gamma: nan, want a finite number >= 0"),
+        (functional.varifocal_loss, {"targets": torch.zeros(3)}, "targets: shape (3,), want (2, 2) as inputs"),
+        (functional.varifocal_loss, {"inputs": None}, "inputs: None, want a tensor"),
+    ],
+)
+def test_bad_arguments_of_labels(function, arguments, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        function(**{"inputs": torch.zeros(2, 2), "targets": torch.zeros(2, 2), **arguments})
+
+
+def test_operators_refuse_what_they_cannot_compute():
+    x = torch.zeros(2, 2, device=DEVICE)
+    with pytest.raises(ValueError, match="kind: 'softmax_ce', want a label term that is elementwise"):
+        ops.label_loss(x, x, "softmax_ce", [], "none")
+    with pytest.raises(ValueError, match="extent: None, want the width and height of the image"):
+        reference.BOX_TERMS["mpdiou"](*pairs(2), (0.0, 0.0))

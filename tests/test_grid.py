@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedyolo import ops, reference
 from fusedyolo.heads import IOU_KINDS, OFFSET_KINDS, GridHead
+from fusedyolo.kernels import grid
 from fusedyolo.reference import grid_view as canonical
 
 ANCHORS = ((10.0, 13.0), (16.0, 30.0), (33.0, 23.0), (30.0, 61.0), (62.0, 45.0), (59.0, 110.0))
@@ -28,7 +29,7 @@ HEAD = GridHead(
     box_gain=5.0,
 )
 DARKNET = replace(
-    HEAD, relative=True, class_gate=-1.0, average_box=True, class_targets=(0.875, 0.125), first_weight=0.5
+    HEAD, unit="image", class_gate=-1.0, average_box=True, class_targets=(0.875, 0.125), first_weight=0.5
 )
 
 
@@ -121,10 +122,10 @@ def test_layouts_give_the_same_bits(layout):
     """Any strides: no copy, and the very gradient of the contiguous maps."""
     rows = make_rows()
     plain = [p.requires_grad_() for p in make_preds()]
-    total, parts, counts, _ = ops.grid_loss(plain, rows, None, None, DARKNET.key, True)
+    total, parts, counts, *_ = ops.grid_loss(plain, rows, None, None, DARKNET.key, True)
     want = torch.autograd.grad(total, plain)
     views = [p.detach().requires_grad_() for p in _layouts(make_preds())[layout]]
-    got_total, got_parts, got_counts, _ = ops.grid_loss(views, rows, None, None, DARKNET.key, True)
+    got_total, got_parts, got_counts, *_ = ops.grid_loss(views, rows, None, None, DARKNET.key, True)
     got = torch.autograd.grad(got_total, views)
     torch.testing.assert_close(got_total, total, rtol=1e-6, atol=0)
     torch.testing.assert_close(got_parts, parts, rtol=1e-6, atol=0)
@@ -188,7 +189,7 @@ def test_offsets_give_the_same_bits(capacity):
     found = []
     for r, o in ((rows, None), (sorted_rows, offsets)):
         leaves = [p.clone().requires_grad_() for p in preds]
-        total, parts, counts, _ = ops.grid_loss(leaves, r, o, None, DARKNET.key, True)
+        total, parts, counts, *_ = ops.grid_loss(leaves, r, o, None, DARKNET.key, True)
         found.append((total.detach(), parts, counts, *torch.autograd.grad(total, leaves)))
     assert found[0][2].tolist()[1] == 11
     for a, b in zip(*found, strict=True):
@@ -202,7 +203,7 @@ def test_crowded_cells_are_bit_identical_from_run_to_run():
     first = None
     for _ in range(2):
         leaves = [p.clone().requires_grad_() for p in preds]
-        total, parts, counts, _ = ops.grid_loss(leaves, rows, None, None, HEAD.key, True)
+        total, parts, counts, *_ = ops.grid_loss(leaves, rows, None, None, HEAD.key, True)
         found = (total.detach(), parts, counts, *torch.autograd.grad(total, leaves))
         first = first or found
         for a, b in zip(found, first, strict=True):
@@ -210,38 +211,27 @@ def test_crowded_cells_are_bit_identical_from_run_to_run():
     check_grid(preds, rows, HEAD)
 
 
-def test_gradient_and_loss_in_one_launch():
-    """The third mode of the driver: no state in between, the same bits."""
-    preds, rows = make_preds(), make_rows()
-    leaves = [p.clone().requires_grad_() for p in preds]
-    total, parts, counts, _ = ops.grid_loss(leaves, rows, None, None, DARKNET.key, True)
-    want = torch.autograd.grad(total, leaves)
-    outputs = (torch.empty_like(total), torch.empty_like(parts), torch.empty_like(counts))
-    grads = [torch.full_like(p, float("nan")) for p in preds]
-    one = torch.ones((), device=DEVICE)
-    ops.grid_launch(preds, grads, None, rows, None, None, DARKNET, outputs, one).run()
-    for a, b in zip((*outputs, *grads), (total, parts, counts, *want), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6 if a.is_floating_point() and a.ndim < 2 else 0, atol=0)
-
-
 @pytest.mark.parametrize("cells", [64, 128, 1024])
 @pytest.mark.parametrize("channels", [2, 16])
 def test_gradient_is_the_same_for_every_tile(cells, channels):
     preds, rows = make_preds(), make_rows()
     found = []
-    for tile in (None, {"CELLS": cells, "CHANNELS": channels, "BLOCK_G": 16}):
+    for tile in (None, {"CELLS": cells, "BLOCK_G": 16}):
+        outputs = ops.grid_outputs(preds, rows, HEAD, True)
         grads = [torch.full_like(p, float("nan")) for p in preds]
-        outputs = (torch.empty((), device=DEVICE), torch.empty(3, device=DEVICE), torch.empty(2, device=DEVICE).int())
-        one = torch.ones((), device=DEVICE)
-        launch = ops.grid_launch(preds, grads, None, rows, None, None, HEAD, outputs, one)
+        loss = ops.grid_launch(preds, rows, None, None, HEAD, outputs, True)
+        grad = ops.grid_grad_launch(preds, grads, torch.ones((), device=DEVICE), HEAD, outputs)
         if tile:
             programs = sum(2 * 3 * -(-p.shape[2] * p.shape[3] // cells) for p in preds)
-            partial = torch.empty(programs * 4, device=DEVICE)
-            launch = replace(launch, grid=(programs,), arguments=launch.arguments | tile | {"partial_ptr": partial})
-        launch.run()
+            partial = torch.empty(programs * grid.N_PARTS.value, device=DEVICE)
+            loss = replace(loss, grid=(programs,), arguments=loss.arguments | tile | {"partial_ptr": partial})
+            changes = {"CELLS": cells, "CHANNELS": channels}
+            grad = replace(grad, grid=(programs,), arguments=grad.arguments | changes)
+        loss.run()
+        grad.run()
         found.append((outputs, grads))
-    torch.testing.assert_close(found[0][0][0], found[1][0][0], rtol=1e-6, atol=0)
-    assert torch.equal(found[0][0][2], found[1][0][2])
+    torch.testing.assert_close(found[0][0].total, found[1][0].total, rtol=1e-6, atol=0)
+    assert torch.equal(found[0][0].counts, found[1][0].counts)
     for a, b in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(a, b)
 
@@ -262,7 +252,7 @@ def test_every_output_is_written(monkeypatch):
 def test_a_nan_stays_with_its_prediction(place):
     preds, rows = make_preds(), make_rows()
     clean = [p.clone().requires_grad_() for p in preds]
-    total, _, _, state = ops.grid_loss(clean, rows, None, None, HEAD.key, True)
+    total, _, _, state, *_ = ops.grid_loss(clean, rows, None, None, HEAD.key, True)
     want = torch.autograd.grad(total, clean)
     wanted = 2 if place.startswith("assigned") else 0
     where = (state[: preds[0][:, :3].numel()].view(canonical(preds[0], 3).shape[:4]) == wanted).nonzero()[0].tolist()
@@ -270,7 +260,7 @@ def test_a_nan_stays_with_its_prediction(place):
     dirty = [p.clone() for p in preds]
     canonical(dirty[0], 3)[(*where, channel)] = float("nan")
     dirty = [p.requires_grad_() for p in dirty]
-    total, _, _, _ = ops.grid_loss(dirty, rows, None, None, HEAD.key, True)
+    total, _, _, *_ = ops.grid_loss(dirty, rows, None, None, HEAD.key, True)
     assert total.isnan()
     got = torch.autograd.grad(total, dirty)
     for level, (a, b) in enumerate(zip(got, want, strict=True)):

@@ -11,7 +11,7 @@ import triton.language as tl
 from conftest import DEVICE
 from fusedyolo.kernels import assign, grid, primitives
 from fusedyolo.kernels.terms import box, decode, label, offset
-from oracle import check_box_term, check_grid, check_label_term
+from oracle import check_box_term, check_grid, check_label_term, check_softmax
 from test_grid import DARKNET, make_preds, make_rows
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels keep the functions they were compiled with")
@@ -40,7 +40,29 @@ def check_labels() -> None:
     check_label_term("bce", [], torch.float32)
 
 
+def check_longer_boxes() -> None:
+    for kind in ("eiou", "siou", "mpdiou", "ciou_plus"):
+        check_box_term(kind)
+
+
+def check_powers() -> None:
+    check_box_term("giou", shape=(1.0, 0.5))
+    check_box_term("eiou", shape=(3.0, 1.0))
+    check_box_term("diou", shape=(0.75, 0.0))
+
+
+def check_qualities() -> None:
+    check_label_term("bce", [2.5])
+    check_label_term("focal", [0.25, 1.5, 2.5])
+    for kind in ("qfl", "varifocal"):
+        check_label_term(kind, [0.25, 0.5])
+        check_label_term(kind, [-1.0, 2.0])
+    check_label_term("sse", [])
+
+
 # ---- broken functions: the same signatures, one thing wrong
+
+mpdiou, softmax_ce = box.mpdiou, label.softmax_ce  # their modules' names are those that are replaced
 
 
 @triton.jit
@@ -148,6 +170,217 @@ def next_row_any(rows_ptr, after, last, cell, site, rule, BLOCK_G: tl.constexpr,
     return after + 1
 
 
+@triton.jit
+def sign_of_zero(d):
+    return tl.where(d >= 0, 1.0, -1.0)
+
+
+@triton.jit
+def share_without_eps(d, c, eps):
+    r = primitives.safe_div(d, c)
+    return r * r, primitives.safe_div(2.0 * r, c), primitives.safe_div(-2.0 * r * r, c)
+
+
+@triton.jit
+def share_of_a_constant(d, c, eps):
+    r = primitives.safe_div(d, c)
+    k = 1.0 / (1.0 + primitives.safe_div(primitives.safe_div(eps, c), c))
+    return r * r * k, primitives.safe_div(2.0 * r * k, c), 0.0 * r
+
+
+@triton.jit
+def share_999(d, c, eps):
+    r = primitives.safe_div(d, c)
+    k = 1.0 / (1.0 + primitives.safe_div(primitives.safe_div(eps, c), c))
+    q = r * r * k
+    return q, primitives.safe_div(2.0 * r * k, c) * 0.999, primitives.safe_div(-2.0 * q * k, c)
+
+
+@triton.jit
+def misfit_squared(p, g):
+    longer = tl.maximum(p, g)
+    w = primitives.safe_div(tl.abs(p - g), longer)
+    c = 1.0 - tl.exp(-w)
+    s = primitives.sign(p - g) - w * primitives.step(p - g)
+    return c * c, 2.0 * c * tl.exp(-w) * primitives.safe_div(s, longer)
+
+
+@triton.jit
+def misfit_over_a_constant(p, g):
+    longer = tl.maximum(p, g)
+    c = 1.0 - tl.exp(-primitives.safe_div(tl.abs(p - g), longer))
+    return c * c * c * c, 4.0 * c * c * c * (1.0 - c) * primitives.safe_div(primitives.sign(p - g), longer)
+
+
+@triton.jit
+def side_share_twice(x, eps, inv):
+    q, by_size, by_enclosing = box._share(x[0] - x[1], box._enclose(x), eps)
+    step = primitives.step
+    return 2.0 * q, (-2.0 * by_enclosing * step(-x[2]), 2.0 * by_enclosing * step(-x[3])), 2.0 * by_size * inv
+
+
+@triton.jit
+def side_share_signed(x, eps, inv):
+    q, by_size, by_enclosing = box._share(x[0] - x[1], box._enclose(x), eps)
+    return q, (-by_enclosing * primitives.step(-x[2]), by_enclosing * primitives.step(-x[3])), -by_size * inv
+
+
+@triton.jit
+def aspect_of_the_other_sign(w, h, turn, alpha):
+    side = tl.maximum(tl.abs(w), tl.abs(h))
+    a = primitives.safe_div(w, side)
+    b = primitives.safe_div(h, side)
+    k = primitives.safe_div(tl.abs(alpha) * 0.8105694691387022 * turn, (a * a + b * b) * side)
+    return tl.abs(alpha) * (0.4052847345693511 * turn * turn), None, None, -(k * b), k * a
+
+
+@triton.jit
+def siou_without_angle(x, y, args):
+    x, y, inv = box._normalise(x, y)
+    eps = box._scaled_eps(args[0], inv)
+    value, _union, _di, d = box._iou(x, y, eps)
+    rx, rx_d, rx_c = box._share(0.5 * (x[2] - x[3]), box._enclose(x), eps)
+    ry, ry_d, ry_c = box._share(0.5 * (y[2] - y[3]), box._enclose(y), eps)
+    tx = tl.exp(-2.0 * rx)
+    ty = tl.exp(-2.0 * ry)
+    w, dw = box._misfit(x[0], x[1])
+    h, dh = box._misfit(y[0], y[1])
+    step = primitives.step
+    ex = (tx * (0.5 * rx_d - rx_c * step(-x[2])), tx * (0.5 * rx_d + rx_c * step(-x[3])))
+    ey = (ty * (0.5 * ry_d - ry_c * step(-y[2])), ty * (0.5 * ry_d + ry_c * step(-y[3])))
+    q = 0.5 * (2.0 - tx - ty + w + h)
+    return box._compose(value, d, ((q, ex, ey, 0.5 * dw * inv, 0.5 * dh * inv),), inv, args)
+
+
+@triton.jit
+def mpdiou_of_a_square(x, y, args):
+    return mpdiou((x[0], x[1], x[2], x[3], x[4]), (y[0], y[1], y[2], y[3], x[4]), args)
+
+
+@triton.jit
+def mpdiou_999(x, y, args):
+    loss, gx, gy = mpdiou(x, y, args)
+    return loss, (gx[0] * 0.999, gx[1]), gy
+
+
+@triton.jit
+def power_of_value_only(q, args):
+    if len(args) > 2:
+        raised = primitives.pow_pos(q, args[2])
+    else:
+        raised = q
+    return raised, 1.0
+
+
+@triton.jit
+def power_without_first(q, args):
+    if len(args) > 2:
+        raised = primitives.pow_pos(q, args[2])
+        slope = args[2] * primitives.safe_div(raised, q)
+    else:
+        raised = q
+        slope = 1.0
+    return raised, slope
+
+
+@triton.jit
+def pow_zero_at_zero(q, g):
+    return tl.where(q > 0, tl.exp(g * tl.log(tl.where(q > 0, q, 1.0))), 0.0)
+
+
+@triton.jit
+def pow_of_twice(q, g):
+    return tl.where(q > 0, tl.exp(2.0 * g * tl.log(tl.where(q > 0, q, 1.0))), tl.where(g == 0, 1.0, 0.0))
+
+
+@triton.jit
+def bce_weight_on_all(x, t, args):
+    p, q, e = primitives.logistic(x)
+    loss = tl.maximum(x, 0.0) - x * t + primitives.log1p(e)
+    d_x = p * (1.0 - t) - q * t
+    if len(args) == 1:
+        loss = loss * args[0]
+        d_x = d_x * args[0]
+    return loss, d_x
+
+
+@triton.jit
+def focal_weight_forgotten(x, t, args):
+    return label.bce(x, t, ())
+
+
+@triton.jit
+def balance_swapped(t, alpha):
+    return tl.where(alpha >= 0, (1.0 - alpha) * t + alpha * (1.0 - t), 1.0)
+
+
+@triton.jit
+def qfl_held(x, t, args):
+    ce, miss = label.bce(x, t, ())
+    w = label._balance(t, args[0]) * primitives.pow_pos(tl.abs(miss), args[1])
+    return w * ce, w * miss
+
+
+@triton.jit
+def qfl_unsigned(x, t, args):
+    ce, miss = label.bce(x, t, ())
+    p, r, _e = primitives.logistic(x)
+    w = label._balance(t, args[0]) * primitives.pow_pos(tl.abs(miss), args[1])
+    return w * ce, w * miss + args[1] * primitives.safe_div(w, tl.abs(miss)) * (p * r) * ce
+
+
+@triton.jit
+def varifocal_held(x, t, args):
+    ce, d_ce = label.bce(x, t, ())
+    p, _r, _e = primitives.logistic(x)
+    w = tl.where(t > 0, t, tl.where(args[0] >= 0, args[0], 1.0) * primitives.pow_pos(p, args[1]))
+    return w * ce, w * d_ce
+
+
+@triton.jit
+def varifocal_of_all(x, t, args):
+    ce, d_ce = label.bce(x, t, ())
+    p, r, _e = primitives.logistic(x)
+    w = tl.where(args[0] >= 0, args[0], 1.0) * primitives.pow_pos(p, args[1])
+    return w * ce, w * d_ce + args[1] * w * r * ce
+
+
+@triton.jit
+def sse_half(x, t, args):
+    p, q, _e = primitives.logistic(x)
+    miss = p * (1.0 - t) - q * t
+    return 0.5 * miss * miss, miss * (p * q)
+
+
+@triton.jit
+def sse_naive(x, t, args):
+    p = tl.sigmoid(x)
+    return (p - t) * (p - t), 2.0 * (p - t) * p * (1.0 - p)
+
+
+@triton.jit
+def softmax_naive(x, t, args):
+    z = x - tl.max(x, axis=-1, keep_dims=True)
+    p = tl.exp(z) / tl.sum(tl.exp(z), axis=-1, keep_dims=True)
+    return -t * tl.log(tl.maximum(p, 1e-30)), p * tl.sum(t, axis=-1, keep_dims=True) - t
+
+
+@triton.jit
+def softmax_of_one_target(x, t, args):
+    loss, d_x = softmax_ce(x, t, args)
+    p = tl.exp(x - tl.max(x, axis=-1, keep_dims=True))
+    p = p / tl.sum(p, axis=-1, keep_dims=True)
+    return loss, d_x + p * (1.0 - tl.sum(t, axis=-1, keep_dims=True))
+
+
+@triton.jit
+def softmax_of_all_rows(x, t, args):
+    z = x - tl.max(x)
+    e = tl.exp(z)
+    s = tl.sum(e)
+    return -t * (z - tl.log(s)), e / s * tl.sum(t) - t
+
+
 MUTANTS = [
     (box, "step", step_inclusive, check_boxes),
     (box, "step", step_zero_at_tie, check_boxes),
@@ -171,10 +404,46 @@ MUTANTS = [
     (grid, "_next_row", next_row_never, check_small_grid),
     (grid, "_next_row", next_row_any, check_small_grid),
     (primitives, "safe_div", safe_div_off, check_boxes),
+    (box, "step", step_inclusive, check_longer_boxes),
+    (box, "step", step_zero_at_tie, check_longer_boxes),
+    (box, "sign", sign_of_zero, check_longer_boxes),
+    (box, "_share", share_without_eps, check_longer_boxes),
+    (box, "_share", share_of_a_constant, check_longer_boxes),
+    (box, "_share", share_999, check_longer_boxes),
+    (box, "_misfit", misfit_squared, check_longer_boxes),
+    (box, "_misfit", misfit_over_a_constant, check_longer_boxes),
+    (box, "_side_share", side_share_twice, check_longer_boxes),
+    (box, "_side_share", side_share_signed, check_longer_boxes),
+    (box, "_aspect", aspect_of_the_other_sign, check_longer_boxes),
+    (box, "siou", siou_without_angle, check_longer_boxes),
+    (box, "mpdiou", mpdiou_of_a_square, check_longer_boxes),
+    (box, "mpdiou", mpdiou_999, check_longer_boxes),
+    (box, "_power", power_of_value_only, check_powers),
+    (box, "_power", power_without_first, check_powers),
+    (box, "pow_pos", pow_zero_at_zero, check_powers),
+    (box, "pow_pos", pow_of_twice, check_powers),
+    (label, "bce", bce_weight_on_all, check_qualities),
+    (label, "_weighted_bce", focal_weight_forgotten, check_qualities),
+    (label, "_balance", balance_swapped, check_qualities),
+    (label, "qfl", qfl_held, check_qualities),
+    (label, "qfl", qfl_unsigned, check_qualities),
+    (label, "varifocal", varifocal_held, check_qualities),
+    (label, "varifocal", varifocal_of_all, check_qualities),
+    (label, "sse", sse_half, check_qualities),
+    (label, "sse", sse_naive, check_qualities),
+    (label, "softmax_ce", softmax_naive, check_softmax),
+    (label, "softmax_ce", softmax_of_one_target, check_softmax),
+    (label, "softmax_ce", softmax_of_all_rows, check_softmax),
+    (label, "log1p", log1p_naive, check_softmax),
 ]
 
 
-@pytest.mark.parametrize("check", [check_boxes, check_labels, check_small_grid])
+CHECKS = [
+    check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_softmax,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_the_real_functions_pass(check):
     check()
 

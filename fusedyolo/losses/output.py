@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from ..heads import GridHead
+Head = TypeVar("Head")
 
 
 class LossOutput(NamedTuple):
@@ -27,8 +27,8 @@ class LossOutput(NamedTuple):
     num_invalid: Tensor
 
 
-def rounded(head: GridHead, **changes: Any) -> GridHead:
-    """``head`` with ``changes``, every number in it one that float32 holds.
+def rounded(head: Head) -> Head:
+    """``head`` with every number in it one that float32 holds.
 
     The float32 kernels and the float64 reference then compute with the same constants.
     """
@@ -38,5 +38,4 @@ def rounded(head: GridHead, **changes: Any) -> GridHead:
             return tuple(map(walk, value))
         return float(np.float32(value)) if isinstance(value, float) else value
 
-    head = dataclasses.replace(head, **changes)
-    return GridHead(**{field.name: walk(getattr(head, field.name)) for field in dataclasses.fields(head)})
+    return dataclasses.replace(head, **{field.name: walk(getattr(head, field.name)) for field in dataclasses.fields(head)})

@@ -1,14 +1,22 @@
 """Custom operators: what the dispatcher, autograd and torch.compile see, and the launches behind them."""
 
-from .grid import grid_launch, grid_loss, grid_loss_grad, grid_outputs
+from .cells import cell_launch, cell_loss, cell_loss_grad, cell_loss_rescale, cell_outputs
+from .grid import GridOutputs, grid_grad_launch, grid_launch, grid_loss, grid_loss_grad, grid_outputs
 from .launch import Launch, accumulator
 from .pointwise import box_loss, box_loss_grad, label_loss, label_loss_grad
 
 __all__ = [
+    "GridOutputs",
     "Launch",
     "accumulator",
     "box_loss",
     "box_loss_grad",
+    "cell_launch",
+    "cell_loss",
+    "cell_loss_grad",
+    "cell_loss_rescale",
+    "cell_outputs",
+    "grid_grad_launch",
     "grid_launch",
     "grid_loss",
     "grid_loss_grad",

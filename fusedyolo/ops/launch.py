@@ -45,20 +45,20 @@ _DONE: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def done_counter(device: torch.device) -> Tensor:
-    """The counter of finished programs, one a stream because launches on two streams overlap.
+    """The counters of finished programs and of places taken, one pair a stream because launches on two streams overlap.
 
-    The kernel leaves it at 0, so it is filled once, not once a call. A captured graph gets one of its own: memory that
+    The kernel leaves them at 0, so they are filled once, not once a call. A captured graph gets a pair of its own: memory that
     a capture allocates belongs to the graph.
     """
     if device.type == "cpu":
         stream = 0
     elif torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(2, dtype=torch.int32, device=device)
     else:
         stream = torch.cuda.current_stream(device).cuda_stream
     counter = _DONE.get((device, stream))
     if counter is None:
-        counter = _DONE[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+        counter = _DONE[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
     return counter
 
 

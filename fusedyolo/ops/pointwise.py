@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..kernels import pointwise
 from ..kernels.launch import POINTWISE_BLOCK, POINTWISE_THREADS
 from ..kernels.terms import box, label
@@ -45,13 +46,17 @@ def _pointwise(
         "BLOCK": POINTWISE_BLOCK,
         **term,
     }
-    return Launch(kernel, (programs,), arguments, POINTWISE_THREADS)
+    return Launch(kernel, (programs,), arguments, _THREADS[kernel])
 
 
 _POINTWISE_NAMES = {
     pointwise.label_kernel: ("x_ptr", "t_ptr", "dx_ptr"),
     pointwise.box_kernel: ("p_ptr", "g_ptr", "dp_ptr", "dg_ptr"),
 }
+
+
+# two boxes a thread: with four, the gradient of the longest terms by both boxes leaves the registers
+_THREADS = {pointwise.label_kernel: POINTWISE_THREADS, pointwise.box_kernel: POINTWISE_BLOCK // 2}
 
 
 def _pointwise_loss(kernel: Any, a: Tensor, b: Tensor, shape, term: dict[str, Any], args, reduction: str) -> Tensor:
@@ -69,11 +74,19 @@ def _pointwise_grad(kernel: Any, grad_out: Tensor, a: Tensor, b: Tensor, n: int,
         _pointwise(kernel, inputs, n, term, args, reduction, None, grad_out.contiguous(), grads).run()
 
 
+def _label(kind: str) -> dict[str, Any]:
+    if kind == "softmax_ce":
+        checks.fail("kind", repr(kind), "a label term that is elementwise")
+    return {"LABEL": getattr(label, kind)}
+
+
 @torch.library.custom_op("fusedyolo::label_loss", mutates_args=())
 def label_loss(inputs: Tensor, targets: Tensor, kind: str, args: list[float], reduction: str) -> Tensor:
-    """A label term of ``inputs`` (logits) against ``targets`` of the same shape; float64 for float64, else float32."""
-    term = {"LABEL": getattr(label, kind)}
-    return _pointwise_loss(pointwise.label_kernel, inputs, targets, inputs.shape, term, args, reduction)
+    """An elementwise label term of ``inputs`` (logits) against ``targets`` of the same shape.
+
+    float64 for float64, else float32.
+    """
+    return _pointwise_loss(pointwise.label_kernel, inputs, targets, inputs.shape, _label(kind), args, reduction)
 
 
 @label_loss.register_fake
@@ -87,8 +100,9 @@ def label_loss_grad(
 ) -> Tensor:
     """Gradient of :func:`label_loss` by ``inputs``."""
     grad = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-    term = {"LABEL": getattr(label, kind)}
-    _pointwise_grad(pointwise.label_kernel, grad_out, inputs, targets, inputs.numel(), term, args, reduction, (grad,))
+    _pointwise_grad(
+        pointwise.label_kernel, grad_out, inputs, targets, inputs.numel(), _label(kind), args, reduction, (grad,)
+    )
     return grad
 
 
@@ -97,35 +111,53 @@ def _(grad_out, inputs, targets, kind, args, reduction):
     return torch.empty_like(inputs, memory_format=torch.contiguous_format)
 
 
+def _box(kind: str, extent: list[float] | None) -> dict[str, Any]:
+    return {"BOX": getattr(box, kind), "extent": (None, None) if extent is None else tuple(extent)}
+
+
 @torch.library.custom_op("fusedyolo::box_loss", mutates_args=())
-def box_loss(boxes1: Tensor, boxes2: Tensor, kind: str, args: list[float], reduction: str) -> Tensor:
-    """A box term of pairs of boxes ``[..., 4]`` (xyxy); float64 for float64, else float32."""
-    term = {"BOX": getattr(box, kind)}
-    return _pointwise_loss(pointwise.box_kernel, boxes1, boxes2, boxes1.shape[:-1], term, args, reduction)
+def box_loss(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    kind: str,
+    args: list[float],
+    reduction: str,
+    extent: list[float] | None = None,
+) -> Tensor:
+    """A box term of pairs of boxes ``[..., 4]`` (xyxy); float64 for float64, else float32.
+
+    ``extent`` is the width and height of the image, for a term that needs them.
+    """
+    return _pointwise_loss(pointwise.box_kernel, boxes1, boxes2, boxes1.shape[:-1], _box(kind, extent), args, reduction)
 
 
 @box_loss.register_fake
-def _(boxes1, boxes2, kind, args, reduction):
+def _(boxes1, boxes2, kind, args, reduction, extent=None):
     return boxes1.new_empty(boxes1.shape[:-1] if reduction == "none" else (), dtype=accumulator(boxes1.dtype)[1])
 
 
 @torch.library.custom_op("fusedyolo::box_loss_grad", mutates_args=())
 def box_loss_grad(
-    grad_out: Tensor, boxes1: Tensor, boxes2: Tensor, kind: str, args: list[float], reduction: str
+    grad_out: Tensor,
+    boxes1: Tensor,
+    boxes2: Tensor,
+    kind: str,
+    args: list[float],
+    reduction: str,
+    extent: list[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of :func:`box_loss` by both sets of boxes."""
     grads = (
         torch.empty_like(boxes1, memory_format=torch.contiguous_format),
         torch.empty_like(boxes2, memory_format=torch.contiguous_format),
     )
-    term = {"BOX": getattr(box, kind)}
     n = boxes1.numel() // 4
-    _pointwise_grad(pointwise.box_kernel, grad_out, boxes1, boxes2, n, term, args, reduction, grads)
+    _pointwise_grad(pointwise.box_kernel, grad_out, boxes1, boxes2, n, _box(kind, extent), args, reduction, grads)
     return grads
 
 
 @box_loss_grad.register_fake
-def _(grad_out, boxes1, boxes2, kind, args, reduction):
+def _(grad_out, boxes1, boxes2, kind, args, reduction, extent=None):
     return (
         torch.empty_like(boxes1, memory_format=torch.contiguous_format),
         torch.empty_like(boxes2, memory_format=torch.contiguous_format),
@@ -133,7 +165,7 @@ def _(grad_out, boxes1, boxes2, kind, args, reduction):
 
 
 def _save_pair(ctx, inputs, output):
-    a, b, ctx.kind, ctx.args, ctx.reduction = inputs
+    a, b, ctx.kind, ctx.args, ctx.reduction, *ctx.extent = inputs
     ctx.save_for_backward(a, b)
 
 
@@ -143,8 +175,8 @@ def _label_backward(ctx, grad_out):
 
 
 def _box_backward(ctx, grad_out):
-    grads = box_loss_grad(grad_out, *ctx.saved_tensors, ctx.kind, ctx.args, ctx.reduction)
-    return *grads, None, None, None
+    grads = box_loss_grad(grad_out, *ctx.saved_tensors, ctx.kind, ctx.args, ctx.reduction, *ctx.extent)
+    return *grads, None, None, None, None
 
 
 label_loss.register_autograd(_label_backward, setup_context=_save_pair)

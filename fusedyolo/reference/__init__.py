@@ -4,7 +4,21 @@ Plain differentiable operations, gradients by autograd. Shapes depend on shapes 
 host, so nothing here waits for a device.
 """
 
-from .grid import Match, assign, grid_loss, grid_view
+from .cells import cell_loss, cell_views
+from .grid import Candidates, Rows, assign, grid_loss, grid_view, read_rows
 from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS
 
-__all__ = ["BOX_TERMS", "DECODE", "LABEL_TERMS", "OFFSET_TERMS", "Match", "assign", "grid_loss", "grid_view"]
+__all__ = [
+    "BOX_TERMS",
+    "DECODE",
+    "LABEL_TERMS",
+    "OFFSET_TERMS",
+    "Candidates",
+    "Rows",
+    "assign",
+    "cell_loss",
+    "cell_views",
+    "grid_loss",
+    "grid_view",
+    "read_rows",
+]

@@ -9,67 +9,161 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads import GridHead
-from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, _area, _constants, _iou, bce
+from ..heads import GridHead, head_from_key
+from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, _area, _constants, _iou
 
-IGNORE_CHUNK = 1 << 18  # (row, prediction) pairs of the ignore test that are in memory at a time
+PAIRS_CHUNK = 1 << 18  # (row, prediction) pairs whose IoU is in memory at a time
 
-
-# ---- assignment
+NEIGHBOURS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (-0.5, 0.0), (0.0, -0.5))
+"""Of the ratio assigner: what is taken off a centre, in cells, for its own cell and the left, upper, right, lower."""
 
 
 @dataclass(frozen=True)
-class Match:
-    """Which predictions each of the M rows is assigned to, over all T = len(head.anchors) anchors."""
+class Rows:
+    """Target rows, made safe: an invalid one holds a legal row, and is False in ``valid``."""
 
     valid: Tensor  # [M] bool
-    image: Tensor  # [M] int64, some legal image where the row is invalid
-    label: Tensor  # [M] int64, likewise
-    assigned: Tensor  # [M, T] bool; False for an anchor of no level
-    x: Tensor  # [M, T] int64, column of the row's cell on the map of the anchor's level
-    y: Tensor  # [M, T] int64
-    index: Tensor  # [M, T] int64 by (level, image, anchor of the level, y, x), meaningful where assigned
+    image: Tensor  # [M] int64
+    label: Tensor  # [M] int64
+    boxes: Tensor  # [M, 4] float32: cx, cy, w, h, relative to the image
 
 
-def assign(
-    rows: Tensor, head: GridHead, maps: Sequence[tuple[int, int]], batch_size: int, dtype: torch.dtype = torch.float32
-) -> Match:
-    """Match target rows [M, 6] to anchors; ``maps`` holds (H, W) for each level.
+@dataclass(frozen=True)
+class Candidates:
+    """Who may be assigned to whom on one level: R pairs of a row and a prediction, in the order in which they count.
 
-    The IoU of widths and heights is taken in ``dtype``, the cell in float32. Ties: of equal anchors the first is best;
-    an IoU equal to iou_thresh does not exceed it.
+    ``slot`` is the prediction's flat index by (image, anchor, y, x), N = B * A * H * W where there is no pair.
     """
+
+    row: Tensor  # [R] int64
+    slot: Tensor  # [R] int64
+    ignored: Tensor | None = None  # [N] bool: neither positive nor negative
+
+
+def read_rows(rows: Tensor, head: GridHead, batch_size: int) -> Rows:
+    """Validity of target rows [M, 6] by the contract, and what they hold."""
     image, label, cx, cy, w, h = rows.unbind(1)
     valid = rows.isfinite().all(1) & (w > 0) & (h > 0)
     valid = valid & (image >= 0) & (image < batch_size) & (label >= 0) & (label < head.num_classes)
-    valid = valid & (cx >= 0) & (cx < 1) & (cy >= 0) & (cy < 1)
-    image, label, cx, cy, w, h = torch.where(valid[:, None], rows, 0.5).unbind(1)  # a legal row for the invalid ones
-    image, label = image.long(), label.long()
+    valid = valid & (cx >= 0) & (cx < head.centre_limit) & (cy >= 0) & (cy < head.centre_limit)
+    safe = torch.where(valid[:, None], rows, 0.5)
+    return Rows(valid, safe[:, 0].long(), safe[:, 1].long(), safe[:, 2:])
 
-    w = w.to(dtype)[:, None] * (maps[0][1] * head.strides[0])
-    h = h.to(dtype)[:, None] * (maps[0][0] * head.strides[0])
-    aw = _constants([a[0] for a in head.anchors], w)
-    ah = _constants([a[1] for a in head.anchors], h)
-    inter = torch.minimum(w, aw) * torch.minimum(h, ah)
-    shape_iou = inter / (w * h + aw * ah - inter)
+
+def assign(
+    rows: Rows, head: GridHead, level: int, maps: Sequence[tuple[int, int]], batch_size: int, dtype: torch.dtype
+) -> Candidates:
+    """Candidates of one level; ``maps`` holds (H, W) for each level.
+
+    Shapes are compared in ``dtype``, the cell is found in float32. Ties: of equal anchors, or rows, the first is best;
+    an IoU or ratio equal to its threshold does not pass it.
+    """
+    own, (H, W) = head.levels[level], maps[level]
+    if head.assigner == "iou_band":
+        return _band(rows, head, level, (H, W), batch_size, dtype)
+    size = rows.boxes[:, None, 2:].to(dtype) * _constants((W * head.strides[level], H * head.strides[level]), rows.boxes)
+    if head.assigner == "ratio":
+        ratio = size / _anchors(head, own, size)
+        fits = torch.maximum(ratio, 1 / ratio).amax(-1) < head.anchor_t  # [M, A]
+    else:
+        fits = _best_anchor(size, head, own)
+    fits = fits & rows.valid[:, None]
+
+    centre = rows.boxes[:, :2] * _constants((W, H), rows.boxes)  # in float32, as every peer does
+    kinds = NEIGHBOURS if head.assigner == "ratio" else NEIGHBOURS[:1]
+    far = _constants((W, H), rows.boxes) - centre
+    before, behind = (centre % 1 < 0.5) & (centre > 1), (far % 1 < 0.5) & (far > 1)
+    emitted = torch.stack((torch.ones_like(rows.valid), *before.unbind(1), *behind.unbind(1)), 0)[: len(kinds)]
+    off = torch.stack([_constants(kind, rows.boxes) for kind in kinds])
+    x, y = (centre - off[:, None]).long().unbind(-1)  # [K, M]
+    x, y = x.clamp(0, W - 1), y.clamp(0, H - 1)
+
+    anchor = torch.arange(len(own), device=x.device)
+    slot = ((rows.image[:, None] * len(own) + anchor) * H + y[..., None]) * W + x[..., None]  # [K, M, A]
+    slot = torch.where(fits & emitted[..., None], slot, batch_size * len(own) * H * W)
+    row = torch.arange(len(centre), device=x.device)[:, None].expand(slot.shape)
+    return Candidates(row.flatten(), slot.flatten())
+
+
+def _anchors(head: GridHead, own: Sequence[int], like: Tensor) -> Tensor:
+    """[len(own), 2] width and height of anchors; stacked, since a tensor made of numbers would be copied to the GPU."""
+    return torch.stack([_constants(head.anchors[t], like) for t in own])
+
+
+def _best_anchor(size: Tensor, head: GridHead, own: Sequence[int]) -> Tensor:
+    """[M, A]: whether an anchor of the level is the best for a row of ``size`` [M, 1, 2], or good enough."""
+    pool = own if head.per_level else range(len(head.anchors))
+    anchors = _anchors(head, pool, size)
+    inter = _area(torch.minimum(size, anchors))
+    shape_iou = inter / (_area(size) + _area(anchors) - inter)
     best = shape_iou.argmax(1, keepdim=True)
-    taken = (torch.arange(len(head.anchors), device=rows.device) == best) & (shape_iou > 0)
+    fits = (torch.arange(len(pool), device=size.device) == best) & (shape_iou > 0)
     if head.iou_thresh < 1:
-        taken = taken | (shape_iou > head.iou_thresh)
-
-    nowhere = torch.zeros_like(image)
-    columns = [(nowhere.bool(), nowhere, nowhere, nowhere)] * len(head.anchors)
-    start = 0
-    for own, (H, W) in zip(head.levels, maps, strict=True):
-        x, y = (cx * W).long(), (cy * H).long()  # a float32 below 1 times W rounds to less than W
-        for a, t in enumerate(own):
-            columns[t] = (taken[:, t] & valid, x, y, start + ((image * len(own) + a) * H + y) * W + x)
-        start += batch_size * len(own) * H * W
-    assigned, xs, ys, index = (torch.stack(column, 1) for column in zip(*columns, strict=True))
-    return Match(valid, image, label, assigned, xs, ys, index)
+        fits = fits | (shape_iou > head.iou_thresh)
+    return torch.stack([fits[:, pool.index(t)] for t in own], 1)
 
 
-# ---- the anchor-grid loss
+def _band(
+    rows: Rows, head: GridHead, level: int, size: tuple[int, int], batch_size: int, dtype: torch.dtype
+) -> Candidates:
+    """Every prediction against the row that its anchor, at the middle of its cell, overlaps most."""
+    (H, W), own, stride = size, head.levels[level], head.strides[level]
+    boxes = rows.boxes.to(dtype)
+    x, y = torch.arange(W, device=boxes.device), torch.arange(H, device=boxes.device)
+    centre = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(dtype) * stride + 0.5 * stride
+    sides = _anchors(head, own, boxes)[:, None, None].expand(-1, H, W, -1)
+    pairs = _PairIoU(centre.expand_as(sides), sides, boxes * _constants((W, H, W, H), boxes) * stride)
+    best, match = pairs.best(rows, batch_size, with_row=True)
+    positive = best > head.band[1]
+    index = torch.arange(best.numel(), device=best.device)
+    ignored = ~positive & (best >= head.band[0])
+    slot = torch.where(positive.flatten(), index, best.numel())
+    return Candidates(torch.where(positive, match, 0).flatten(), slot, ignored.flatten())
+
+
+class _PairIoU:
+    """IoU of predictions, or anchors, with rows, a chunk of pairs at a time.
+
+    ``centre`` and ``size`` are [A, H, W, 2], for all images, or [B, A, H, W, 2]; ``boxes`` [M, 4]; all in pixels.
+    """
+
+    def __init__(self, centre: Tensor, size: Tensor, boxes: Tensor):
+        shape = (-1, math.prod(centre.shape[-4:-1]))
+        edges = torch.cat((centre - size / 2, centre + size / 2), -1).reshape(*shape, 4)
+        self.edges = edges.permute(2, 0, 1).contiguous()
+        self.area = _area(size).reshape(shape)
+        half = boxes[:, 2:] / 2
+        self.true_edges = torch.cat((boxes[:, :2] - half, boxes[:, :2] + half), 1)[..., None]
+        self.true_area = _area(boxes[:, 2:])[:, None]
+
+    def _chunk(self, now: slice, rows: Rows) -> Tensor:
+        """[rows of a chunk, N]: IoU of each row with the predictions of its image, 0 for an invalid row."""
+        image = rows.image[now] if len(self.area) > 1 else torch.zeros_like(rows.image[now])
+        x1, y1, x2, y2 = (edge.index_select(0, image) for edge in self.edges)
+        tx1, ty1, tx2, ty2 = self.true_edges[now].unbind(1)
+        ow = torch.minimum(x2, tx2) - torch.maximum(x1, tx1)
+        oh = torch.minimum(y2, ty2) - torch.maximum(y1, ty1)
+        inter = ow.clamp(min=0) * oh.clamp(min=0)
+        overlap, _ = _iou(inter, self.area.index_select(0, image), self.true_area[now])
+        return torch.where(rows.valid[now, None], overlap, 0.0)
+
+    def best(self, rows: Rows, batch_size: int, with_row: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[B, N]: the largest IoU of each prediction with a row of its image, and the first row that has it."""
+        n, m = self.area.shape[1], len(self.true_area)
+        best = self.area.new_zeros(batch_size, n)
+        match = torch.full((batch_size, n), m, device=best.device) if with_row else None
+        step = max(1, PAIRS_CHUNK // n)
+        chunks = [slice(start, start + step) for start in range(0, m, step)]
+        for now in chunks:
+            overlap = self._chunk(now, rows)
+            best.scatter_reduce_(0, rows.image[now, None].expand_as(overlap), overlap, "amax")
+        if match is not None:
+            for now in chunks:
+                overlap, image = self._chunk(now, rows), rows.image[now]
+                row = torch.arange(now.start, now.start + len(image), device=best.device)[:, None]
+                row = torch.where(rows.valid[now, None] & (overlap == best.index_select(0, image)), row, m)
+                match.scatter_reduce_(0, image[:, None].expand_as(row), row, "amin")
+        return best, match
 
 
 def grid_view(pred: Tensor, anchors: int) -> Tensor:
@@ -87,120 +181,154 @@ def grid_loss(
     of assigned predictions and of invalid rows. ``class_weights`` [C] are the m of the contract.
     """
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in preds) else torch.float32
-    match = assign(rows, head, [(p.shape[2], p.shape[3]) for p in preds], preds[0].shape[0], dtype)
-    boxes = torch.where(match.valid[:, None], rows[:, 2:], 0.5).to(dtype)
+    batch_size = preds[0].shape[0]
+    read = read_rows(rows, head, batch_size)
     weights = None if class_weights is None else class_weights.detach().to(dtype)
-    levels = [_level_loss(p.to(dtype), level, boxes, match, head, weights) for level, p in enumerate(preds)]
+    maps = [(p.shape[2], p.shape[3]) for p in preds]
+    # of a symbolic size, range makes a number
+    scales = _obj_scales(head.key, tuple((len(range(H)), len(range(W))) for H, W in maps))
+    levels = []
+    for level, pred in enumerate(preds):
+        found = assign(read, head, level, maps, batch_size, dtype)
+        levels.append(_level_loss(pred.to(dtype), level, read, found, head, weights, scales[level]))
     parts = torch.stack([torch.stack(part).sum() for part in list(zip(*levels, strict=True))[:3]])
     positives = torch.stack([level[3] for level in levels]).sum()
-    counts = torch.stack([positives, (~match.valid).sum()]).to(torch.int32)
+    counts = torch.stack([positives, (~read.valid).sum()]).to(torch.int32)
     return parts.sum(), parts.detach(), counts
 
 
+@torch.compiler.assume_constant_result
+def _obj_scales(key: str, maps: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
+    return head_from_key(key).obj_scales(maps)
+
+
 def _level_loss(
-    pred: Tensor, level: int, boxes: Tensor, match: Match, head: GridHead, weights: Tensor | None
+    pred: Tensor, level: int, rows: Rows, found: Candidates, head: GridHead, weights: Tensor | None, obj_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Box, objectness and class loss of one map, and the number of its assigned predictions."""
     B, A, H, W, channels = pred.shape
-    M, N, C = len(boxes), B * A * H * W, channels - 5
-    # one column for each anchor of the level; stacked, since indexing by a list would copy the list to the device
-    assigned, x, y = (
-        torch.stack([table[:, t] for t in head.levels[level]], 1) for table in (match.assigned, match.x, match.y)
-    )
-    anchor = torch.arange(A, device=pred.device).expand(M, A)
-    image, label = match.image[:, None].expand(M, A), match.label[:, None].expand(M, A)
-    raw = torch.where(assigned[..., None], pred[image, anchor, y, x], 0.0)  # [M, A, 5 + C], no NaN from elsewhere
-    m = boxes.new_ones(M) if weights is None else weights[match.label]
+    N, C, R = B * A * H * W, channels - 5, len(found.row)
+    slot, label = found.slot, rows.label[found.row]
+    assigned = slot < N
+    flat = pred.reshape(N, channels)
+    raw = torch.where(assigned[:, None], flat[slot.clamp(max=N - 1)], 0.0)  # [R, 5 + C], no NaN from elsewhere
+    m = pred.new_ones(R) if weights is None else weights[label]
 
-    # rows that share a prediction: the first one leads, that is, stands for the prediction; slot N is no prediction
-    slot = torch.where(assigned, ((image * A + anchor) * H + y) * W + x, N)
-    row = torch.arange(M, device=pred.device)[:, None].expand(M, A)
-    first = row.new_full((N + 1,), M).scatter_reduce(0, slot.flatten(), row.flatten(), "amin")[slot]
-    last = row.new_full((N + 1,), -1).scatter_reduce(0, slot.flatten(), row.flatten(), "amax")[slot]
-    lead = assigned & (first == row)
+    # candidates that share a prediction: the leader of each group stands for it; slot N is no prediction
+    order = torch.arange(R, device=pred.device)
+    first = order.new_full((N + 1,), R).scatter_reduce(0, slot, order, "amin")[slot]
+    last = order.new_full((N + 1,), -1).scatter_reduce(0, slot, order, "amax")[slot]
+    group = {"sum": first, "last": last, "each": order}[head.shared]
+    lead = assigned & (group == order)
+    used = lead if head.shared == "last" else assigned
+    is_last = assigned & (last == order)
 
-    # classes, where a row leads
-    logits = raw[..., 5:]
-    count = raw.new_zeros(M, A, C).index_put((first, anchor, label), assigned.to(raw.dtype), accumulate=True)
+    # classes, where a candidate leads
+    logits = raw[:, 5:]
+    count = raw.new_zeros(R, C).index_put((group, label), used.to(raw.dtype), accumulate=True)
     positive, negative = _constants(head.class_targets, raw)
     target = torch.where(count > 0, positive, negative)
     loss = LABEL_TERMS[head.label](logits, target, head.label_args)
     if weights is not None:
-        only = (torch.arange(C, device=pred.device) == label[..., None]) & (count == 1)
+        only = (torch.arange(C, device=pred.device) == label[:, None]) & (count == 1)
         loss = loss * torch.where(count > 0, torch.where(only, head.first_weight * weights, weights), 1.0)
-    cls = head.cls_gain * torch.where(lead[..., None], loss, 0.0).sum()
+    cls = head.cls_gain * torch.where(lead[:, None], loss, 0.0).sum()
 
-    # boxes, for each row
-    anchors = torch.stack([_constants(head.anchors[t], raw) for t in head.levels[level]])
+    # boxes, for each candidate in use
+    anchors = _anchors(head, head.levels[level], raw)
     cells = _constants((W, H), raw)
-    offset = boxes[:, None, :2] * cells - torch.stack((x, y), -1)
-    loss = m[:, None] * _box_loss(raw, offset, boxes[:, None, 2:], anchors, cells, level, head)
+    place = torch.where(assigned, slot, 0)
+    cell = torch.stack((place % W, place // W % H), -1)
+    boxes = rows.boxes.to(raw.dtype)[found.row]
+    offset = boxes[:, :2] * cells - cell
+    loss, quality = _box_loss(raw, offset, boxes[:, 2:], anchors[place // (H * W) % A], cells, level, head)
+    loss = m * loss
     if head.average_box:
         pushed_up = (target > logits.detach().sigmoid()).sum(-1)
-        loss = loss / pushed_up.clamp(min=1)[first, anchor]
-    box = head.box_gain * torch.where(assigned, loss, 0.0).sum()
+        loss = loss / pushed_up.clamp(min=1)[group.clamp(max=R - 1)]
+    box = head.box_gain * torch.where(used, loss, 0.0).sum()
+    owner = torch.where(is_last, slot, N)
+    is_assigned = assigned.new_zeros(N + 1).scatter(0, owner, True)[:N]
+    if head.prior_gain > 0:
+        box = box + head.prior_gain * _prior_loss(pred, ~is_assigned.view(B, A, H, W), anchors, cells, level, head)
+    if head.mean_rows:
+        box, cls = (part / used.sum().clamp(min=1) for part in (box, cls))
 
     # objectness, for each prediction
-    owner = torch.where(lead, slot, N).flatten()
-    is_assigned = assigned.new_zeros(N + 1).scatter(0, owner, True)[:N].view(B, A, H, W)
-    gain = raw.new_full((N + 1,), head.noobj_gain).scatter(0, owner, head.obj_gain * m[last].flatten())
-    used = is_assigned | ~_ignored(pred.detach(), boxes, anchors, cells, level, match, head)
-    loss = gain[:N].view(B, A, H, W) * bce(torch.where(used, pred[..., 4], 0.0), is_assigned.to(raw.dtype))
-    obj = torch.where(used, loss, 0.0).sum()
-    # a NaN box cannot be told to be ignored or not: the value says so, the gradients of other predictions stay clean
-    unknown = pred[..., :4].detach().isnan().any()
-    return box, obj + torch.zeros_like(obj.detach()).masked_fill(unknown, math.nan), cls, lead.sum()
+    overlap = _overlap(pred.detach(), rows, anchors, level, head)
+    if head.smooth_levels[level]:
+        gain, is_used, target = head.noobj_gain, torch.ones_like(is_assigned), overlap
+    else:
+        gain = raw.new_full((N + 1,), head.noobj_gain).scatter(0, owner, head.obj_gain * m)[:N]
+        target = raw.new_zeros(N + 1).scatter(0, owner, quality)[:N]
+        left_out = overlap > 0 if found.ignored is None else (overlap > 0) | found.ignored
+        is_used = is_assigned | ~left_out
+    loss = obj_scale * gain * LABEL_TERMS[head.objectness](torch.where(is_used, flat[:, 4], 0.0), target, head.obj_args)
+    obj = torch.where(is_used, loss, 0.0).sum()
+    if head.obj_mean == "used":
+        obj = obj / is_used.sum().clamp(min=1)
+    if head.ignore_thresh is not None or head.prior_gain > 0:
+        # a NaN box cannot be told to be ignored or not: the value says so, the gradients of other predictions stay clean
+        unknown = pred[..., :4].detach().isnan().any()
+        obj = obj + torch.zeros_like(obj.detach()).masked_fill(unknown, math.nan)
+    return box, obj, cls, is_assigned.sum()
 
 
 def _box_loss(
     raw: Tensor, offset: Tensor, size: Tensor, anchors: Tensor, cells: Tensor, level: int, head: GridHead
-) -> Tensor:
-    """Box term [M, A] of each row at each anchor [A, 2] of a level, from raw logits [M, A, 5 + C].
+) -> tuple[Tensor, Tensor]:
+    """Box term [R] of candidates, from raw logits [R, >= 4], and the objectness target [R] that it leaves.
 
-    ``offset`` [M, A, 2] is the true centre from the cell's origin, in cells; ``size`` [M, 1, 2] the true size, relative
-    to the image; ``cells`` the map's width and height.
+    ``offset`` is the true centre from the cell's origin, in cells; ``size`` the true size, relative to the image;
+    ``anchors`` in pixels, all [R, 2]; ``cells`` the map's width and height.
     """
     a, b, stride, scale = raw[..., :2], raw[..., 2:4], head.strides[level], head.scale_x_y[level]
     image = cells * stride
-    if head.box in OFFSET_TERMS:
-        loss = OFFSET_TERMS[head.box](a, b, offset, (size * image / anchors).log(), scale).sum(-1)
-        return loss * (1 + head.area_weight * (1 - _area(size)))
+    unit = {"pixel": torch.ones_like(image), "cell": torch.full_like(image, stride), "image": image}[head.unit]
     centre, p = DECODE[head.decode](a, b, anchors, stride, scale)
-    unit = image if head.relative else torch.ones_like(image)
     p, g, distance = p / unit, size * image / unit, (offset * stride - centre) / unit
     # from the centre of the prediction, so that a box of 1e-20 pixels keeps its sides
-    return BOX_TERMS[head.box](
-        torch.cat((-p / 2, p / 2), -1), torch.cat((distance - g / 2, distance + g / 2), -1), head.box_args
-    )
+    pair = torch.cat((-p / 2, p / 2), -1), torch.cat((distance - g / 2, distance + g / 2), -1)
+    if head.box in OFFSET_TERMS:
+        loss = OFFSET_TERMS[head.box](a, b, offset, (size * image / anchors).log(), scale).sum(-1)
+        loss = loss * (1 + head.area_weight * (1 - _area(size).clamp(max=head.area_cap)))
+    else:
+        loss = BOX_TERMS[head.box](*pair, head.box_args, image / unit)
+    quality = torch.ones_like(loss.detach())
+    if head.quality is not None:
+        value = 1 - BOX_TERMS[head.quality](*(side.detach() for side in pair), head.quality_args, image / unit)
+        quality = 1 - head.quality_ratio + head.quality_ratio * value.clamp(min=0)
+    return loss, quality
 
 
-def _ignored(
-    pred: Tensor, boxes: Tensor, anchors: Tensor, cells: Tensor, level: int, match: Match, head: GridHead
-) -> Tensor:
-    """[B, A, H, W]: whether the IoU with some valid row of the image exceeds ignore_thresh, and the gate is passed."""
-    B, A, H, W, _ = pred.shape
+def _prior_loss(pred: Tensor, free: Tensor, anchors: Tensor, cells: Tensor, level: int, head: GridHead) -> Tensor:
+    """Box terms of the predictions ``free`` [B, A, H, W] of an object, towards the middle of their cell.
+
+    An offset term takes the anchor for the true size, an IoU term a true box without size.
+    """
+    raw = torch.where(free[..., None], pred[..., :4], 0.0)
+    anchors = anchors[:, None, None].expand(*raw.shape[:-1], 2)
+    middle = torch.full_like(raw[..., :2], 0.5)
+    if head.box in OFFSET_TERMS:
+        a, b = raw[..., :2], raw[..., 2:]
+        loss = OFFSET_TERMS[head.box](a, b, middle, torch.zeros_like(b), head.scale_x_y[level]).sum(-1)
+    else:
+        loss, _ = _box_loss(raw, middle, torch.zeros_like(middle), anchors, cells, level, head)
+    return torch.where(free, loss, 0.0).sum()
+
+
+def _overlap(pred: Tensor, rows: Rows, anchors: Tensor, level: int, head: GridHead) -> Tensor:
+    """[N]: the largest IoU of a decoded box with a valid row of its image, 0 if not above ignore_thresh or gated."""
+    B, _, H, W, _ = pred.shape
+    if head.ignore_thresh is None:
+        return pred.new_zeros(pred[..., 0].numel())
     stride, scale = head.strides[level], head.scale_x_y[level]
     x, y = torch.arange(W, device=pred.device), torch.arange(H, device=pred.device)
     origin = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(pred.dtype) * stride
     centre, size = DECODE[head.decode](pred[..., :2], pred[..., 2:4], anchors[:, None, None], stride, scale)
-    centre = centre + origin
-    edges = torch.cat((centre - size / 2, centre + size / 2, size), -1).view(B, A * H * W, 6)
-    x1, y1, x2, y2, w, h = edges.permute(2, 0, 1).contiguous()
-    true_centre, true_size = boxes[:, :2] * cells * stride, boxes[:, 2:] * cells * stride
-    edges = torch.cat((true_centre - true_size / 2, true_centre + true_size / 2), -1)
-    tx1, ty1, tx2, ty2 = edges[..., None].unbind(1)
-    area, true_area = w * h, _area(true_size)[:, None]
-
-    hits = torch.zeros(B, A * H * W, dtype=torch.int32, device=pred.device)
-    chunk = max(1, IGNORE_CHUNK // (A * H * W))
-    for start in range(0, len(boxes), chunk):
-        now = slice(start, start + chunk)
-        image = match.image[now]
-        ow = torch.minimum(x2.index_select(0, image), tx2[now]) - torch.maximum(x1.index_select(0, image), tx1[now])
-        oh = torch.minimum(y2.index_select(0, image), ty2[now]) - torch.maximum(y1.index_select(0, image), ty1[now])
-        overlap, _ = _iou(ow.clamp(min=0) * oh.clamp(min=0), area.index_select(0, image), true_area[now])
-        hits.index_add_(0, image, ((overlap > head.ignore_thresh) & match.valid[now, None]).int())
-    ignored = (hits > 0).view(B, A, H, W)
+    boxes = rows.boxes.to(pred.dtype) * _constants((W, H, W, H), pred) * stride
+    best, _ = _PairIoU(centre + origin, size, boxes).best(rows, B)
+    passed = best > head.ignore_thresh
     if head.class_gate is not None:
-        ignored = ignored & (pred[..., 5:] > head.class_gate).any(-1)
-    return ignored
+        passed = passed & (pred[..., 5:] > head.class_gate).any(-1).view_as(best)
+    return torch.where(passed, best, 0.0).flatten()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .. import checks
+
 
 def _div(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 with no gradient where b is 0; the inner where keeps NaN out of the backward."""
@@ -22,37 +24,82 @@ def _constants(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([like.new_full((), value) for value in values])
 
 
-# ---- label terms: (x, t, args) -> loss, elementwise; logit x, target t in [0, 1] of one dtype. Smooth, no ties.
+# ---- label terms: (x, t, args) -> loss; logit x, target t in [0, 1] of one dtype. Elementwise but for softmax_ce, and
+# smooth but for qfl where p = t. A negative alpha means no factor; a pos_weight multiplies the positive half of BCE.
 
 
 def bce(x: Tensor, t: Tensor, args: Sequence[float] = ()) -> Tensor:
-    """-t log(p) - (1 - t) log(1 - p), p = sigmoid(x). The derivative is sigmoid(x) - t for every x, 0 included.
+    """-w t log(p) - (1 - t) log(1 - p), p = sigmoid(x), args = () or (w,). The slope is sigmoid(x) - t at 0 too.
 
     PyTorch's own, (1 - t) x - logsigmoid(x), has no digit left in float32 for a background logit of -17.
     """
-    return -(t * logsigmoid(x) + (1 - t) * logsigmoid(-x))
+    positive = t * args[0] if len(args) == 1 else t
+    return -(positive * logsigmoid(x) + (1 - t) * logsigmoid(-x))
+
+
+def _power(q: Tensor, gamma: float, empty: float = 0.0) -> Tensor:
+    """q^gamma of q >= 0; where q underflows, ``empty`` with no gradient: that of q^gamma is inf there for gamma < 1."""
+    zero = q < torch.finfo(q.dtype).tiny
+    return torch.where(zero, empty, torch.where(zero, 1.0, q) ** gamma)
+
+
+def _balance(t: Tensor, alpha: float) -> Tensor | float:
+    return alpha * t + (1 - alpha) * (1 - t) if alpha >= 0 else 1.0
 
 
 def focal(x: Tensor, t: Tensor, args: Sequence[float]) -> Tensor:
-    """alpha_t q^gamma BCE, q = 1 - p_t, args = (alpha, gamma); RetinaNet eq. 5, soft targets as torchvision.
+    """alpha_t q^gamma BCE, q = 1 - p_t, args = (alpha, gamma[, pos_weight]); RetinaNet eq. 5.
 
-    A negative alpha means no factor. q is summed from products, not from 1 - p_t, so that it keeps its digits where the
-    prediction is right. Where it underflows, so does the BCE, and the loss is 0: the derivative of q^gamma is inf * 0
-    there for gamma < 1.
+    Soft targets as torchvision. q is summed from products, not from 1 - p_t, so that it keeps its digits where the
+    prediction is right. Where it underflows, so does the BCE, and the loss is 0.
     """
-    alpha, gamma = args
+    alpha, gamma = args[:2]
     q = x.sigmoid() * (1 - t) + (-x).sigmoid() * t
-    zero = q < torch.finfo(q.dtype).tiny
-    modulator = torch.where(zero, 0.0, torch.where(zero, 1.0, q) ** gamma)
-    if alpha >= 0:
-        modulator = modulator * (alpha * t + (1 - alpha) * (1 - t))
-    return modulator * bce(x, t)
+    return _power(q, gamma) * _balance(t, alpha) * bce(x, t, args[2:])
 
 
-# ---- box terms: (p, g, args) -> loss [...]; predicted and true boxes [..., 4], x1 y1 x2 y2, in one unit of length.
-# args = (eps, eps_alpha): eps joins each denominator, eps_alpha that of CIoU's alpha. Gradients flow to both boxes.
-# Rules of torchvision: edges that coincide share the gradient half and half (torch.maximum, torch.minimum); boxes that
-# only touch do not intersect, and their intersection has no gradient. A quotient by 0 is 0.
+def qfl(x: Tensor, t: Tensor, args: Sequence[float]) -> Tensor:
+    """alpha_t |t - p|^gamma BCE, args = (alpha, gamma); quality focal loss, Li et al. 2020. |.| has no slope at 0."""
+    alpha, gamma = args
+    miss = _miss(x, t).abs()
+    return _power(miss, gamma, 0.0**gamma) * _balance(t, alpha) * bce(x, t)
+
+
+def varifocal(x: Tensor, t: Tensor, args: Sequence[float]) -> Tensor:
+    """t BCE where t > 0, else alpha p^gamma BCE, args = (alpha, gamma); Zhang et al. 2021."""
+    alpha, gamma = args
+    negative = _power(x.sigmoid(), gamma) * (alpha if alpha >= 0 else 1.0)
+    return torch.where(t > 0, t, negative) * bce(x, t)
+
+
+def sse(x: Tensor, t: Tensor, args: Sequence[float] = ()) -> Tensor:
+    """(sigmoid(x) - t)^2."""
+    return _miss(x, t) ** 2
+
+
+def _miss(x: Tensor, t: Tensor) -> Tensor:
+    """sigmoid(x) - t, with all its digits where t is 0 or 1, and its slope's too: sigmoid's own is 0 beyond 40."""
+    return logsigmoid(x).exp() * (1 - t) - logsigmoid(-x).exp() * t
+
+
+def softmax_ce(x: Tensor, t: Tensor, args: Sequence[float] = ()) -> Tensor:
+    """-t_c log softmax(x)_c over the last axis, one an entry.
+
+    log1p of the other classes' share keeps the digits of a class that is nearly sure, where log_softmax has none.
+    """
+    top, index = x.max(-1, keepdim=True)
+    z = (x - top).scatter(-1, index, 0.0)  # of the top class 0, with no slope of 1 - 1
+    rest = z.exp().scatter(-1, index, 0.0).sum(-1, keepdim=True)
+    return -t * (z - rest.log1p())
+
+
+# ---- box terms: (p, g, args, extent) -> loss [...]; predicted and true boxes [..., 4], x1 y1 x2 y2, in one unit of
+# length. args = (eps, eps_alpha): eps joins each denominator that is an area or squared length of boxes, eps_alpha that
+# of CIoU's alpha. args = (eps, eps_alpha, alpha, gamma): alpha-IoU (He et al. 2021) with a constant focal factor
+# (Focal-EIoU, Zhang et al. 2021), see _compose. extent, [2] or broadcastable, is the image's width and height, for
+# mpdiou alone. Gradients flow to both boxes. Rules of torchvision: edges that coincide share the gradient half and half
+# (torch.maximum, torch.minimum); boxes that only touch do not intersect, and their intersection has no gradient. A
+# quotient by 0 is 0.
 
 
 class _Pair(NamedTuple):
@@ -89,33 +136,109 @@ def _iou(inter: Tensor, p: Tensor, g: Tensor, eps: Tensor | float = 0.0) -> tupl
     return _div(inter, union + eps), union
 
 
-def iou(p: Tensor, g: Tensor, args: Sequence[float]) -> Tensor:
+def _overlap_share(b: _Pair) -> Tensor:
+    """IoU."""
+    return _iou(_area(b.overlap), _area(b.p), _area(b.g), b.eps)[0]
+
+
+def _compose(value: Tensor, penalties: Sequence[Tensor], args: Sequence[float]) -> Tensor:
+    """1 - IoU + penalties, or IoU^gamma (1 - IoU^alpha + the sum of penalty^alpha) with IoU^gamma held constant.
+
+    IoU^0 is 1 for every IoU. The slope of q^alpha at 0 is 0 for every alpha but 1: for alpha < 1 there is none.
+    """
+    alpha, gamma = args[2:] if len(args) > 2 else (1.0, 0.0)
+    loss = 1 - (value if alpha == 1 else _power(value, alpha))
+    for q in penalties:
+        loss = loss + (q if alpha == 1 else _power(q, alpha))
+    return loss * _power(value.detach(), gamma) if gamma else loss
+
+
+def iou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
     """1 - IoU."""
-    b = _pair(p, g, args[0])
-    return 1 - _iou(_area(b.overlap), _area(b.p), _area(b.g), b.eps)[0]
+    return _compose(_overlap_share(_pair(p, g, args[0])), (), args)
 
 
-def giou(p: Tensor, g: Tensor, args: Sequence[float]) -> Tensor:
-    """1 - (IoU - (C - U) / (C + eps)), C the area of the enclosing box (Rezatofighi et al. 2019)."""
+def giou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
+    """1 - IoU + (C - U) / (C + eps), C the area of the enclosing box (Rezatofighi et al. 2019)."""
     b = _pair(p, g, args[0])
     value, union = _iou(_area(b.overlap), _area(b.p), _area(b.g), b.eps)
-    rest = _div(_area(b.enclosing) - union, _area(b.enclosing) + b.eps)
-    return 1 - (value - rest)
+    return _compose(value, [_div(_area(b.enclosing) - union, _area(b.enclosing) + b.eps)], args)
 
 
-def diou(p: Tensor, g: Tensor, args: Sequence[float]) -> Tensor:
+def _spread(b: _Pair) -> Tensor:
+    """rho^2 / (c^2 + eps): distance of the centres over the enclosing box's diagonal."""
+    return _div((b.distance**2).sum(-1), (b.enclosing**2).sum(-1) + b.eps)
+
+
+def diou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
     """1 - IoU + rho^2 / (c^2 + eps): distance of the centres over the enclosing box's diagonal (Zheng et al. 2020)."""
     b = _pair(p, g, args[0])
-    spread = _div((b.distance**2).sum(-1), (b.enclosing**2).sum(-1) + b.eps)
-    return 1 - _iou(_area(b.overlap), _area(b.p), _area(b.g), b.eps)[0] + spread
+    return _compose(_overlap_share(b), [_spread(b)], args)
 
 
-def ciou(p: Tensor, g: Tensor, args: Sequence[float]) -> Tensor:
+def ciou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
     """DIoU + alpha v, v = 4/pi^2 (atan(wg/hg) - atan(wp/hp))^2, alpha = v / (1 - IoU + v + eps_alpha) held constant."""
     b = _pair(p, g, args[0])
+    value = _overlap_share(b)
     v = 4 / math.pi**2 * (_angle(b.g) - _angle(b.p)) ** 2
-    alpha = _div(v, iou(p, g, args) + v + args[1]).detach()
-    return diou(p, g, args) + alpha * v
+    alpha = _div(v, 1 - value + v + args[1]).detach()
+    return _compose(value, [_spread(b), alpha * v], args)
+
+
+def ciou_plus(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
+    """DIoU - alpha v, lightnet's sign: v of heights + eps, eps = args[0], alpha = v / (1 - IoU + v) held constant.
+
+    Its clip of 1 - loss to [-1, 1] is left out, for no two boxes reach further: v is at most 1 - IoU, rho at most c.
+    """
+    b = _pair(p, g, args[0])
+    value = _overlap_share(b)
+    taller = _constants((0.0, args[0]), p)
+    v = 4 / math.pi**2 * (_angle(g[..., 2:] - g[..., :2] + taller) - _angle(p[..., 2:] - p[..., :2] + taller)) ** 2
+    alpha = _div(v, 1 - value + v).detach()
+    return _compose(value, [_spread(b), -alpha * v], args[:2])
+
+
+def _share(d: Tensor, c: Tensor, eps: Tensor | float) -> Tensor:
+    """d^2 / (c^2 + eps) on each axis. In units of c: thin boxes have no c^2 in float32."""
+    unit = torch.where(c > 0, c, 1.0).detach()
+    eps = eps[..., None] / unit / unit if isinstance(eps, Tensor) else 0.0
+    return _div((d / unit) ** 2, (c / unit) ** 2 + eps)
+
+
+def eiou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
+    """DIoU + (wp - wg)^2 / (cw^2 + eps) + (hp - hg)^2 / (ch^2 + eps), cw, ch the enclosing sides (Zhang et al.)."""
+    b = _pair(p, g, args[0])
+    return _compose(_overlap_share(b), [_spread(b), *_share(b.p - b.g, b.enclosing, b.eps).unbind(-1)], args)
+
+
+def siou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
+    """1 - IoU + (distance + shape) / 2, the second a single penalty (Gevorgyan 2022).
+
+    distance = sum over axes of 1 - e^(-(2 - angle) (d / c)^2), d between the centres, c the enclosing side, eps on c^2;
+    angle = 2 |dx| |dy| / (dx^2 + dy^2), the paper's 1 - 2 sin^2(arcsin(|dy| / rho) - pi / 4). shape = sum over axes of
+    (1 - e^-w)^4, w = |difference of the sides| / the longer one.
+    """
+    b = _pair(p, g, args[0])
+    unit = b.distance.detach().abs().amax(-1, keepdim=True)
+    far = b.distance.abs() / torch.where(unit > 0, unit, 1.0)
+    angle = _div(2 * _area(far), (far**2).sum(-1))
+    distance = 1 - (-(2 - angle[..., None]) * _share(b.distance, b.enclosing, b.eps)).exp()
+    shape = (1 - (-_div((b.p - b.g).abs(), torch.maximum(b.p, b.g))).exp()) ** 4
+    return _compose(_overlap_share(b), [(distance + shape).sum(-1) / 2], args)
+
+
+def mpdiou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
+    """1 - IoU + d1^2 / (W^2 + H^2) + d2^2 / (W^2 + H^2): distances of the upper left and of the lower right corners, in
+    diagonals of the image (Ma & Xu 2023). The one term that is not bounded: beyond 1e19 images it leaves float32.
+    """
+    if extent is None:
+        checks.fail("extent", None, "the width and height of the image")
+    extent = extent.to(p)
+    unit = extent.amax(-1, keepdim=True)
+    corners = ((p - g) / unit) ** 2
+    diagonal = ((extent / unit) ** 2).sum(-1)
+    penalties = [corners[..., :2].sum(-1) / diagonal, corners[..., 2:].sum(-1) / diagonal]
+    return _compose(_overlap_share(_pair(p, g, args[0])), penalties, args)
 
 
 def _angle(sides: Tensor) -> Tensor:
@@ -164,7 +287,12 @@ def sigmoid_square(a: Tensor, b: Tensor, anchor: Tensor, stride: float, scale: f
 
 
 Term = Callable[..., Tensor]
-LABEL_TERMS: dict[str, Term] = {"bce": bce, "focal": focal}
-BOX_TERMS: dict[str, Term] = {"iou": iou, "giou": giou, "diou": diou, "ciou": ciou}
+LABEL_TERMS: dict[str, Term] = {
+    "bce": bce, "focal": focal, "qfl": qfl, "varifocal": varifocal, "sse": sse, "softmax_ce": softmax_ce,
+}  # fmt: skip
+BOX_TERMS: dict[str, Term] = {
+    "iou": iou, "giou": giou, "diou": diou, "ciou": ciou, "eiou": eiou, "siou": siou, "mpdiou": mpdiou,
+    "ciou_plus": ciou_plus,
+}  # fmt: skip
 OFFSET_TERMS: dict[str, Term] = {"mse": mse, "bce_mse": bce_mse}
 DECODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"exp": exp, "sigmoid_square": sigmoid_square}

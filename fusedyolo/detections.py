@@ -1,0 +1,234 @@
+"""Boxes and scores from predictions, and detections from those: :func:`decode` and :func:`select`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import backend as backends
+from . import checks
+from .heads import CellHead, GridHead, cell_head_from_key, head_from_key
+from .reference import select as reference
+from .reference.terms import _constants
+
+
+class Detections(NamedTuple):
+    """What :func:`select` returns, padded to ``max_det`` an image, best first; nothing in it has waited for the device.
+
+    Attributes:
+        boxes: ``[B, max_det, 4]``, x1 y1 x2 y2; 0 where there is none. float64 for float64 predictions, else float32.
+        scores: ``[B, max_det]``, of the same dtype; 0 where there is none.
+        labels: ``[B, max_det]``, int64; -1 where there is none.
+        count: ``[B]``, int32: detections of each image.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple has a method of that name
+
+    def images(self) -> list[dict[str, Tensor]]:
+        """The detections of each image as torchvision's detectors return them: ``boxes``, ``scores``, ``labels``.
+
+        Their number is data, so this waits for the device, once.
+        """
+        return [
+            {"boxes": boxes[:n], "scores": scores[:n], "labels": labels[:n]}
+            for boxes, scores, labels, n in zip(self.boxes, self.scores, self.labels, self.count.tolist(), strict=True)
+        ]
+
+
+def decode(
+    preds: Tensor | Sequence[Tensor], criterion: nn.Module, image_size: int | tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Boxes and scores of every prediction, in eager PyTorch; nothing waits for the device.
+
+    Args:
+        preds: what ``criterion`` takes, of any strides: a list of maps ``[B, A * (5 + C), H, W]`` or
+            ``[B, A, H, W, 5 + C]``, one a level, or the map itself where there is one level; of YOLOv1
+            ``[B, S, S, 5n + C]`` or darknet's flat ``[B, S * S * (5n + C)]``.
+        criterion: the loss the predictions are trained with; what it needs to know of them it has.
+        image_size: (height, width) in pixels, or one side of a square: what the boxes of YOLOv1 are scaled to, relative
+            to the image without it; elsewhere checked against the maps.
+
+    Returns:
+        Boxes ``[B, N, 4]``, x1 y1 x2 y2 in pixels, and scores ``[B, N, C]``; float64 for float64 predictions, else
+        float32. N counts levels, their anchors, rows and columns, the last of them fastest (YOLOv1: rows, columns,
+        boxes of a cell). A score is the probability of an object times that of the class: sigmoids, or a softmax over
+        classes where the loss is one; of YOLOv1 the confidence times the class score, both as they are.
+
+    Raises:
+        ValueError: names the argument, what came and what was wanted.
+    """
+    maps, head, size = _read(preds, criterion, image_size)
+    boxes, scores = _decode([pred.to(_out_dtype(pred)) for pred in maps], head)
+    return _scaled(boxes, head, size), scores
+
+
+def select(
+    preds: Tensor | Sequence[Tensor],
+    criterion: nn.Module,
+    conf: float = 0.25,
+    iou: float = 0.45,
+    max_det: int = 300,
+    class_agnostic: bool = False,
+    *,
+    candidates: int = 16384,
+    image_size: int | tuple[int, int] | None = None,
+    backend: str = "auto",
+) -> Detections:
+    """Detections: predictions decoded, scored, thresholded, and thinned out by non-maximum suppression class by class.
+
+    The result is that of ``torchvision.ops.batched_nms`` on boxes and scores decoded in float64: every pair of a
+    prediction and a class with a score above ``conf`` is a candidate; the best candidate is kept and suppresses all
+    others of its class with an IoU above ``iou``, and so on with those left. Of equal scores the lower (prediction,
+    class) comes first. A prediction with a NaN in its box or its score is no candidate. Not differentiable.
+
+    Nothing waits for the device, and the result is the same bits from run to run. On Triton: four launches, a fill and
+    a sort; class scores are read only where the objectness alone exceeds ``conf``; memory grows with ``candidates``.
+
+    Args:
+        preds: as in :func:`decode`.
+        criterion: the loss the predictions are trained with.
+        conf: scores of detections lie above it; in [0, 1].
+        iou: overlap above which the lower score of two boxes is dropped; in [0, 1].
+        max_det: most detections of an image; the best ones.
+        class_agnostic: boxes suppress those of all classes.
+        candidates: most candidates of an image that compete. Where there are more, the best ones do; scores are then
+            told apart to 1 part in 128 only, equals by (prediction, class).
+        image_size: as in :func:`decode`.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        ValueError: names the argument, what came and what was wanted.
+    """
+    conf, iou = checks.number("conf", conf, 0, 1), checks.number("iou", iou, 0, 1)
+    max_det, candidates = checks.count("max_det", max_det), checks.count("candidates", candidates)
+    maps, head, size = _read(preds, criterion, image_size)
+    backend = backends.resolve(backend, maps[0].device)
+    boxes, scores, labels, count = _select(
+        [pred.detach() for pred in maps],
+        type(head).__name__,
+        _key(head),
+        conf,
+        iou,
+        max_det,
+        bool(class_agnostic),
+        candidates,
+        backend,
+    )
+    return Detections(_scaled(boxes, head, size), scores, labels, count)
+
+
+def select_dense(
+    boxes: Tensor,
+    scores: Tensor,
+    conf: float,
+    iou: float,
+    max_det: int,
+    class_agnostic: bool,
+    candidates: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :class:`Detections` holds, of boxes [B, N, 4] and scores [B, N, C] of any detector, both float64.
+
+    ``backend`` is ``"triton"`` or ``"torch"``.
+    """
+    found, near, index = reference.candidates(boxes, scores, conf, candidates)
+    if backend == "torch":
+        return reference.nms(found, near, index % scores.shape[2], iou, max_det, class_agnostic)
+    from .ops import select as ops
+
+    outputs = _outputs(boxes, max_det)
+    order = torch.arange(found.shape[1], device=found.device).expand_as(found).contiguous()
+    slots = ops.Candidates(found, near, index.to(torch.int32))
+    ops.nms_launch(slots, order, outputs, scores.shape[2], iou, class_agnostic).run()
+    return outputs
+
+
+@torch.library.custom_op("fusedyolo::select", mutates_args=())
+def _select(
+    preds: list[Tensor],
+    kind: str,
+    key: str,
+    conf: float,
+    iou: float,
+    max_det: int,
+    class_agnostic: bool,
+    candidates: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :class:`Detections` holds, of the predictions of a head, ``kind`` its type and ``key`` the row.
+
+    One operator for both backends: ``torch.compile`` need not trace the hundreds of steps of the eager NMS.
+    """
+    head = head_from_key(key) if kind == "GridHead" else cell_head_from_key(key)
+    if backend == "torch" or not isinstance(head, GridHead):
+        exact = _decode([pred.double() for pred in preds], head)
+        boxes, scores, labels, count = select_dense(*exact, conf, iou, max_det, class_agnostic, candidates, backend)
+        dtype = _out_dtype(preds[0])
+        return boxes.to(dtype), scores.to(dtype), labels, count
+    from .ops import select as ops
+
+    outputs = _outputs(preds[0], max_det)
+    found, order = ops.scan(preds, head, conf, candidates)
+    ops.nms_launch(found, order, outputs, head.num_classes, iou, class_agnostic).run()
+    return outputs
+
+
+@_select.register_fake
+def _(preds, kind, key, conf, iou, max_det, class_agnostic, candidates, backend):
+    return _outputs(preds[0], max_det)
+
+
+@torch.compiler.assume_constant_result
+def _key(head: GridHead | CellHead) -> str:
+    """The row as text; ``torch.compile`` cannot trace how it is made the first time."""
+    return head.key
+
+
+def _outputs(like: Tensor, max_det: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what :class:`Detections` holds."""
+    batch, dtype = like.shape[0], _out_dtype(like)
+    return (
+        like.new_empty((batch, max_det, 4), dtype=dtype),
+        like.new_empty((batch, max_det), dtype=dtype),
+        like.new_empty((batch, max_det), dtype=torch.int64),
+        like.new_empty(batch, dtype=torch.int32),
+    )
+
+
+def _out_dtype(pred: Tensor) -> torch.dtype:
+    return torch.float64 if pred.dtype == torch.float64 else torch.float32
+
+
+def _read(
+    preds: Any, criterion: Any, image_size: Any
+) -> tuple[list[Tensor], GridHead | CellHead, tuple[float, float] | None]:
+    """Checked predictions as a list, their head, and the size that boxes relative to the image are scaled to."""
+    head = checks.head(criterion, (GridHead, CellHead))
+    size = getattr(criterion, "image_size", None) if image_size is None else checks.size("image_size", image_size)
+    if isinstance(head, CellHead):
+        checks.cell_predictions(preds, head.grid_size, head.num_boxes, head.num_classes)
+        return [preds], head, size
+    maps = [preds] if isinstance(preds, Tensor) and len(head.levels) == 1 else preds
+    strides = tuple(int(s) if s.is_integer() else s for s in head.strides)
+    checks.grid_predictions(maps, tuple(map(len, head.levels)), strides, head.num_classes, size)
+    return list(maps), head, None
+
+
+def _decode(preds: Sequence[Tensor], head: GridHead | CellHead) -> tuple[Tensor, Tensor]:
+    if isinstance(head, CellHead):
+        return reference.decode_cells(preds[0], head)
+    return reference.decode_grid(preds, head)
+
+
+def _scaled(boxes: Tensor, head: GridHead | CellHead, size: tuple[float, float] | None) -> Tensor:
+    """Boxes in pixels, of a head whose boxes are relative to the image."""
+    if size is None or not isinstance(head, CellHead):
+        return boxes
+    height, width = size
+    return boxes * _constants((width, height, width, height), boxes)

@@ -1,0 +1,152 @@
+"""What the losses of anchor-grid detectors share: the call, from predictions and targets to a loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backend as backends
+from .. import checks, reference
+from ..heads import GridHead, head_from_key
+from ..targets import Targets, as_targets
+from .output import LossOutput, rounded
+
+PARTS = ("box", "obj", "cls")
+
+
+class GridLoss(nn.Module):
+    """A module around a :class:`~fusedyolo.heads.GridHead`; a subclass makes the head of its arguments.
+
+    ``batch_power`` says by what power of the batch size the gains in ``batch_gains`` are multiplied: -1 for a mean over
+    images, 0 for a sum.
+    """
+
+    head: GridHead
+    class_weights: Tensor | None
+    batch_gains: tuple[str, ...] = ("box_gain", "obj_gain", "noobj_gain", "cls_gain", "prior_gain")
+
+    def __init__(
+        self,
+        head: GridHead,
+        hyp: dict[str, Any],
+        defaults: dict[str, Any],
+        image_size: int | tuple[int, int] | None,
+        backend: str,
+        batch_power: int = 0,
+        class_weights: tuple[float, ...] | None = None,
+    ):
+        super().__init__()
+        self.head = rounded(head)
+        self.hyp = hyp
+        self._changed = {name: value for name, value in hyp.items() if value != defaults[name]}
+        self.backend = checks.one_of("backend", backend, backends.BACKENDS)
+        self.image_size = None if image_size is None else checks.size("image_size", image_size)
+        self._batch_power = batch_power
+        self._weights = class_weights
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
+        # What a call needs, in the form in which it needs it: sizes as integers, and the heads of each batch size.
+        self._anchors = tuple(map(len, self.head.levels))
+        self._strides = tuple(int(s) if s.is_integer() else s for s in self.head.strides)
+
+    def forward(self, preds: Sequence[Tensor], targets: Tensor | Sequence[dict[str, Tensor]] | Targets) -> LossOutput:
+        """The loss of one batch.
+
+        Args:
+            preds: raw outputs, one tensor a level in the order of ``anchors``: ``[B, A * (5 + C), H, W]`` with channels
+                anchor by anchor, or ``[B, A, H, W, 5 + C]``; each as x, y, w, h, objectness, classes. Any strides;
+                float16, bfloat16, float32 or float64.
+            targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a torchvision list of dicts, or :class:`Targets`.
+
+        Raises:
+            ValueError: names the argument, what came and what was wanted.
+        """
+        batch, size = checks.grid_predictions(
+            preds, self._anchors, self._strides, self.head.num_classes, self.image_size
+        )
+        device = preds[0].device
+        rows, offsets = as_targets(targets, batch, size, device)
+        weights = self._weights_on(device)
+        head = self._head_of(len(range(batch)))  # of a symbolic size, range makes a number
+        if backends.resolve(self.backend, device) == "triton":
+            from .. import ops
+
+            with_state = torch.is_grad_enabled() and any([pred.requires_grad for pred in preds])
+            total, parts, counts, *_ = ops.grid_loss(list(preds), rows, offsets, weights, head.key, with_state)
+        else:
+            total, parts, counts = _reference_loss(preds, rows, offsets, head, weights)
+        terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
+        num_pos, num_invalid = counts.unbind()
+        return LossOutput(total, terms, num_pos, num_invalid)
+
+    def _head_of(self, batch: int) -> GridHead:
+        """The head for a call with this many images."""
+        return self._for_batch(self.head, batch)
+
+    def _for_batch(self, head: GridHead, batch: int) -> GridHead:
+        """``head`` as a mean, or a sum, over this many images."""
+        if self._batch_power == 0:
+            return head
+        return _batch_head(head.key, float(batch) ** self._batch_power, self.batch_gains)
+
+    def _weights_on(self, device: torch.device) -> Tensor | None:
+        """The class weights on ``device`` in float32, whatever the module itself was cast or moved to."""
+        weights = self.class_weights
+        if weights is None or (weights.device == device and weights.dtype == torch.float32):
+            return weights
+        self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=device)
+        return self.class_weights
+
+    def extra_repr(self) -> str:
+        """The arguments that tell one loss from another."""
+        hyp = "".join(f", {name}={value!r}" for name, value in self._changed.items())
+        return f"strides={self._strides}, num_classes={self.head.num_classes}, backend={self.backend!r}{hyp}"
+
+
+def hyper_parameters(given: dict[str, Any], defaults: dict[str, Any], of: str) -> dict[str, Any]:
+    """``defaults`` overridden by what was given.
+
+    Raises:
+        ValueError: a name that ``of`` does not have.
+    """
+    for name in given:
+        if name not in defaults:
+            checks.fail(name, f"no hyper-parameter of {of}", "one of " + ", ".join(defaults))
+    return {**defaults, **given}
+
+
+def box_arguments(eps: tuple[float, float], alpha: Any, gamma: Any) -> tuple[float, ...]:
+    """What an IoU term takes: eps, and ``iou_alpha`` and ``iou_gamma`` where they change anything."""
+    alpha = checks.number("iou_alpha", alpha, 0, open_low=True)
+    gamma = checks.number("iou_gamma", gamma, 0)
+    return eps if (alpha, gamma) == (1.0, 0.0) else (*eps, alpha, gamma)
+
+
+def _reference_loss(
+    preds: Sequence[Tensor], rows: Tensor, offsets: Tensor | None, head: GridHead, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The eager loss, which knows no capacity: rows beyond the last one are emptied and taken off the invalid count."""
+    views = [reference.grid_view(pred, len(level)) for pred, level in zip(preds, head.levels, strict=True)]
+    if offsets is None:
+        return reference.grid_loss(views, rows, head, weights)
+    spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
+    total, parts, counts = reference.grid_loss(views, rows.masked_fill(spare[:, None], 0.0), head, weights)
+    num_pos, num_invalid = counts.unbind()
+    return total, parts, torch.stack((num_pos, num_invalid - spare.sum()))
+
+
+@torch.compiler.assume_constant_result
+def _batch_head(key: str, factor: float, gains: tuple[str, ...]) -> GridHead:
+    """The head with these gains times a factor: a mean or a sum over images costs no launch."""
+    return _scaled_head(key, factor, gains)
+
+
+@lru_cache(maxsize=256)
+def _scaled_head(key: str, factor: float, gains: tuple[str, ...]) -> GridHead:
+    head = head_from_key(key)
+    return rounded(dataclasses.replace(head, **{gain: getattr(head, gain) * factor for gain in gains}))

@@ -1,0 +1,218 @@
+"""The loss of YOLOv1, as a module."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import backend as backends
+from .. import checks, reference
+from ..heads import CellHead, cell_head_from_key
+from ..targets import Targets, as_targets
+from .output import LossOutput
+
+PARTS = ("box", "obj", "cls")
+GAINS = ("box_gain", "obj_gain", "noobj_gain", "cls_gain")
+
+
+@dataclasses.dataclass(frozen=True)
+class CellRecipe:
+    """The defaults of one variant.
+
+    ``hyp`` are its hyper-parameters, ``gains`` the fields of the head that hyper-parameters go to, ``flags`` likewise
+    those that are 0 or 1; ``factor`` multiplies all terms.
+    """
+
+    hyp: dict[str, float]
+    gains: dict[str, str]
+    flags: dict[str, str]
+    factor: float
+    nearest: bool
+
+
+CELL_RECIPES = {
+    "paper": CellRecipe(
+        hyp={"lambda_coord": 5.0, "lambda_noobj": 0.5},
+        gains={"box_gain": "lambda_coord", "noobj_gain": "lambda_noobj"},
+        flags={},
+        factor=1.0,
+        nearest=False,
+    ),
+    "darknet": CellRecipe(
+        hyp={
+            "object_scale": 1.0,
+            "noobject_scale": 0.5,
+            "class_scale": 1.0,
+            "coord_scale": 5.0,
+            "sqrt": 1,
+            "rescore": 1,
+        },
+        gains={
+            "box_gain": "coord_scale",
+            "obj_gain": "object_scale",
+            "noobj_gain": "noobject_scale",
+            "cls_gain": "class_scale",
+        },
+        flags={"root": "sqrt", "rescore": "rescore"},
+        factor=0.5,
+        nearest=True,
+    ),
+}
+"""A row for each recipe; the first one is the default."""
+
+
+class YOLOv1Loss(nn.Module):
+    """Training loss of YOLOv1: squared errors on a grid whose cells hold one object each.
+
+    Recipes:
+        ``"paper"`` (the default; Redmon et al. 2016, arXiv 1506.02640): with (x, y) the offsets in a cell, w and h the
+        size relative to the image, and primes for the truth,
+
+            lambda_coord * sum over responsible of (x - x')^2 + (y - y')^2
+            + lambda_coord * sum over responsible of (sqrt(w) - sqrt(w'))^2 + (sqrt(h) - sqrt(h'))^2
+            + sum over responsible of (confidence - IoU)^2
+            + lambda_noobj * sum over all other predictors of confidence^2
+            + sum over cells with an object of (class scores - one-hot)^2
+
+        ``lambda_coord=5``, ``lambda_noobj=0.5``. sqrt(w) and sqrt(h) are what is predicted. Responsible is, of the
+        predictors of an object's cell, the one with the highest IoU with the object, the first of equals; that IoU is a
+        constant.
+
+        ``"darknet"`` (the detection layer of AlexeyAB/darknet): half of it, so that a gradient is minus the ``delta``
+        of darknet; where no predictor meets the object, the one at the smallest distance (root of the summed squares of
+        the differences of x / S, y / S, w, h) is responsible. ``coord_scale=5``, ``object_scale=1``,
+        ``noobject_scale=0.5``, ``class_scale=1``; ``sqrt=1``, else w and h themselves are predicted; ``rescore=1``,
+        else the confidence target is 1. ``softmax``, ``forced`` and ``random`` are off. Where all distances are 20 or
+        more, darknet writes to another cell, and this to the nearest still.
+
+    A cell holds one object: of several in a cell the first in row order counts, as in darknet's data loader.
+
+    Args:
+        num_classes: C.
+        grid_size: S, darknet's ``side``; the image is S x S cells.
+        num_boxes: n, the predictors of a cell, darknet's ``num``.
+        recipe: ``"paper"`` or ``"darknet"``.
+        image_size: (height, width) in pixels; needed for targets in pixels, a list of dicts, alone.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        reduction: ``"sum"`` over the batch, as darknet does, or ``"mean"``, that sum divided by the batch size.
+        **hyp: the recipe's hyper-parameters.
+
+    Shapes:
+        - pred: ``[B, S, S, 5n + C]``, of each cell n times x, y, sqrt(w), sqrt(h), confidence, then C class scores; or
+          darknet's ``[B, S * S * (5n + C)]``, all class scores, then all confidences, then all boxes (x, y, sqrt(w),
+          sqrt(h)), each cell by cell, row by row. float16, bfloat16, float32 or float64; no activation is applied.
+        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised, in any order; or ``[B, G, 5]``; or a list of
+          ``{"boxes": x1 y1 x2 y2 in pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
+        - output: :class:`~fusedyolo.LossOutput`; ``num_pos`` is the number of cells with an object.
+
+    Rows that cannot be (class or image out of range, not finite, no area, centre outside the image) are skipped and
+    counted in ``num_invalid``.
+
+    Raises:
+        ValueError: an argument of the constructor or of a call does not fit; it says which, what came and what was
+            wanted.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        grid_size: int = 7,
+        num_boxes: int = 2,
+        recipe: str = "paper",
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        backend: str = "auto",
+        reduction: str = "sum",
+        **hyp: Any,
+    ):
+        super().__init__()
+        self.recipe = checks.one_of("recipe", recipe, tuple(CELL_RECIPES))
+        row = CELL_RECIPES[self.recipe]
+        for name in hyp:
+            if name not in row.hyp:
+                checks.fail(name, f"no hyper-parameter of recipe {recipe!r}", "one of " + ", ".join(row.hyp))
+        self.hyp = {**row.hyp, **hyp}
+        self.reduction = checks.one_of("reduction", reduction, checks.REDUCTIONS)
+        self.backend = checks.one_of("backend", backend, backends.BACKENDS)
+        self.image_size = None if image_size is None else checks.size("image_size", image_size)
+        gains = dict.fromkeys(GAINS, 1.0) | {
+            field: checks.number(name, self.hyp[name], 0) for field, name in row.gains.items()
+        }
+        self.head = CellHead(
+            num_classes=checks.count("num_classes", num_classes),
+            grid_size=checks.count("grid_size", grid_size),
+            num_boxes=checks.count("num_boxes", num_boxes),
+            nearest=row.nearest,
+            **{field: checks.flag(name, self.hyp[name]) for field, name in row.flags.items()},
+            **{field: float(np.float32(row.factor * gain)) for field, gain in gains.items()},
+        )
+        self._key = self.head.key
+
+    def forward(self, pred: Tensor, targets: Tensor | list[dict[str, Tensor]] | Targets) -> LossOutput:
+        """The loss of one batch.
+
+        Args:
+            pred: raw output, ``[B, S, S, 5n + C]`` or ``[B, S * S * (5n + C)]``; any strides; float16, bfloat16,
+                float32 or float64.
+            targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a torchvision list of dicts (with ``image_size``), or
+                :class:`Targets`.
+
+        Raises:
+            ValueError: names the argument, what came and what was wanted.
+        """
+        head = self.head
+        batch = checks.cell_predictions(pred, head.grid_size, head.num_boxes, head.num_classes)
+        if self.image_size is None and isinstance(targets, list | tuple):
+            checks.fail("image_size", "None", "(height, width) of the images, for targets in pixels")
+        rows, offsets = as_targets(targets, batch, self.image_size or (1, 1), pred.device)
+        if self.reduction == "mean":
+            head = _mean_head(self._key, len(range(batch)))  # of a symbolic size, range makes a number
+        if backends.resolve(self.backend, pred.device) == "triton":
+            from .. import ops
+
+            # The first backward changes the gradient that the loss leaves. A compiled graph is better off without.
+            with_grad = torch.is_grad_enabled() and pred.requires_grad and not torch.compiler.is_compiling()
+            total, parts, counts, _ = ops.cell_loss(pred, rows, offsets, head.key, with_grad)
+        else:
+            total, parts, counts = _reference_loss(pred, rows, offsets, head)
+        num_pos, num_invalid = counts.unbind()
+        return LossOutput(total, dict(zip(PARTS, parts.unbind(), strict=True)), num_pos, num_invalid)
+
+    def extra_repr(self) -> str:
+        """The arguments that tell one loss from another."""
+        head, default = self.head, CELL_RECIPES[self.recipe].hyp
+        hyp = "".join(f", {name}={value!r}" for name, value in self.hyp.items() if value != default[name])
+        return (
+            f"num_classes={head.num_classes}, grid_size={head.grid_size}, num_boxes={head.num_boxes}, "
+            f"recipe={self.recipe!r}, reduction={self.reduction!r}, backend={self.backend!r}{hyp}"
+        )
+
+
+def _reference_loss(
+    pred: Tensor, rows: Tensor, offsets: Tensor | None, head: CellHead
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The eager loss, which knows no capacity: rows beyond the last one are emptied and taken off the invalid count."""
+    if offsets is None:
+        return reference.cell_loss(pred, rows, head)
+    spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
+    total, parts, counts = reference.cell_loss(pred, rows.masked_fill(spare[:, None], 0.0), head)
+    num_pos, num_invalid = counts.unbind()
+    return total, parts, torch.stack((num_pos, num_invalid - spare.sum()))
+
+
+@torch.compiler.assume_constant_result
+def _mean_head(key: str, batch: int) -> CellHead:
+    """The head whose sums are means over ``batch`` images: a mean costs no launch."""
+    return _scaled_head(key, batch)
+
+
+@lru_cache(maxsize=256)
+def _scaled_head(key: str, batch: int) -> CellHead:
+    head = cell_head_from_key(key)
+    gains = {gain: float(np.float32(getattr(head, gain) / batch)) for gain in GAINS}
+    return dataclasses.replace(head, **gains)

@@ -1,0 +1,180 @@
+"""YOLOv5 and Scaled-YOLOv4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from .. import checks
+from ..heads import IOU_KINDS, GridHead
+from .base import GridLoss, box_arguments, hyper_parameters
+
+FOCAL_ALPHA = 0.25  # fixed in the peers
+
+
+class _RatioLoss(GridLoss):
+    """What the two share; a subclass is a handful of constants."""
+
+    gain: ClassVar[str]  # the name of the box gain
+    defaults: ClassVar[dict[str, Any]]
+    eps: ClassVar[float]
+    balances: ClassVar[dict[int, tuple[float, ...]]]  # of objectness, by the number of levels
+    batch_gains = ("box_gain", "cls_gain")  # objectness is a mean over the batch, which the factor undoes
+
+    def __init__(
+        self,
+        anchors: Any,
+        strides: Sequence[float],
+        num_classes: int,
+        *,
+        iou_loss: str = "ciou",
+        image_size: int | tuple[int, int] | None = None,
+        backend: str = "auto",
+        **hyp: Any,
+    ):
+        hyp = hyper_parameters(hyp, self.defaults, type(self).__name__)
+        levels = checks.level_anchors(anchors)
+        if len(levels) not in self.balances:
+            checks.fail("anchors", f"{len(levels)} levels", f"one of {sorted(self.balances)}")
+        num_classes = checks.count("num_classes", num_classes)
+        iou_loss = checks.one_of("iou_loss", iou_loss, IOU_KINDS)
+        smooth = checks.number("label_smoothing", hyp.get("label_smoothing", 0.0), 0, 1)
+        gamma = checks.number("fl_gamma", hyp["fl_gamma"], 0)
+        label, label_args = _term(checks.number("cls_pw", hyp["cls_pw"], 0, open_low=True), gamma)
+        _, obj_args = _term(checks.number("obj_pw", hyp["obj_pw"], 0, open_low=True), gamma)
+        box, obj, cls = (checks.number(name, hyp[name], 0) for name in (self.gain, "obj", "cls"))
+        box_scale, obj_scale, cls_scale = self._scales(len(levels))
+        eps = (self.eps, self.eps)
+        head = GridHead(
+            num_classes=num_classes,
+            anchors=sum(levels, ()),
+            levels=checks.locate(levels, sum(levels, ())),
+            strides=checks.strides(strides, len(levels)),
+            scale_x_y=(2.0,) * len(levels),
+            unit="cell",
+            assigner="ratio",
+            anchor_t=checks.number("anchor_t", hyp["anchor_t"], 1),
+            shared="each",
+            edge=True,
+            decode="sigmoid_square",
+            box=iou_loss,
+            label=label,
+            objectness=label,
+            quality=iou_loss,
+            quality_ratio=checks.number("gr", hyp["gr"], 0, 1),
+            ignore_thresh=None,
+            mean_rows=True,
+            obj_mean="cells",
+            box_gain=box * box_scale,
+            obj_gain=obj * obj_scale,
+            noobj_gain=obj * obj_scale,
+            cls_gain=cls * cls_scale / num_classes if num_classes > 1 else 0.0,
+            obj_balance=self.balances[len(levels)],
+            class_targets=(1.0 - smooth / 2, smooth / 2),
+            box_args=box_arguments(eps, hyp["iou_alpha"], hyp["iou_gamma"]),
+            label_args=label_args,
+            obj_args=obj_args,
+            quality_args=eps,
+        )
+        super().__init__(head, hyp, self.defaults, image_size, backend, batch_power=1)
+        self.iou_loss = iou_loss
+
+    @staticmethod
+    def _scales(levels: int) -> tuple[float, float, float]:
+        """What the box, objectness and class gains are multiplied by."""
+        return 1.0, 1.0, 1.0
+
+
+def _term(positive_weight: float, gamma: float) -> tuple[str, tuple[float, ...]]:
+    """Binary cross-entropy, or the focal loss made of it, and its arguments."""
+    if gamma == 0:
+        return "bce", (positive_weight,)
+    return "focal", (FOCAL_ALPHA, gamma, positive_weight)
+
+
+_HYP: dict[str, Any] = {
+    "obj": 1.0,
+    "cls": 0.5,
+    "cls_pw": 1.0,
+    "obj_pw": 1.0,
+    "anchor_t": 4.0,
+    "fl_gamma": 0.0,
+    "gr": 1.0,
+    "iou_alpha": 1.0,
+    "iou_gamma": 0.0,
+}
+
+
+class YOLOv5Loss(_RatioLoss):
+    """Training loss of YOLOv5 (and of YOLOv7 without its auxiliary assigner): ``batch size * (box + objectness + class)``.
+
+    An object takes, on every level, each anchor of which no side differs from it by a factor of ``anchor_t`` or more,
+    in the cell that holds its centre and in the two neighbours nearest to it. With n the assignments of a level,
+
+        box * sum over levels of sum over assignments of (1 - CIoU) / n
+        + obj * sum over levels of balance * mean over predictions of BCE(objectness, target)
+        + cls * sum over levels of sum over assignments of mean over classes of BCE(class, one-hot) / n
+
+    The target of an assigned prediction's objectness is its CIoU, not below 0 and held constant (mixed with 1 by
+    ``gr``), else 0. Where several assignments meet on one prediction, each counts in the box and class terms, and the
+    objectness target is that of the last one in the peer's order: own cell, left, upper, right, lower neighbour, and
+    rows in the order in which they came; on every run and device. ``balance`` is 4, 1, 0.4 on three levels, else the
+    first of 4, 1, 0.25, 0.06, 0.02. The class term is left out for a single class.
+
+    Args:
+        anchors: for each level its (width, height) pairs, in pixels; any number of them.
+        strides: pixels per cell, one a level; 1 to 5 levels.
+        num_classes: C.
+        iou_loss: ``"ciou"``, or another IoU loss, for the box term and the objectness target.
+        image_size: (height, width) in pixels if it is to be checked; map sizes and strides say it otherwise.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        **hyp: ``box=0.05``, ``obj=1``, ``cls=0.5``, ``cls_pw=1`` and ``obj_pw=1`` (weights of positives),
+            ``anchor_t=4``, ``fl_gamma=0`` (above 0, focal losses with alpha 0.25), ``label_smoothing=0``, ``gr=1``, as
+            in the peer's ``hyp``; ``iou_alpha=1``, ``iou_gamma=0`` (see :func:`fusedyolo.functional.box_iou_loss`). The
+            peer scales ``box``, ``cls`` and ``obj`` by levels, classes and image size before it builds its loss; so
+            must you.
+
+    Shapes:
+        - preds: a list of ``[B, A, H, W, 5 + C]`` or ``[B, A * (5 + C), H, W]``, any strides, float16, bfloat16,
+          float32 or float64.
+        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised; ``[B, G, 5]``; a list of ``{"boxes": x1 y1 x2 y2
+          in pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
+        - output: :class:`~fusedyolo.LossOutput`; ``parts`` have the factor of the batch size too.
+
+    Raises:
+        ValueError: an argument of the constructor or of a call does not fit; it says which, what came and what was
+            wanted.
+
+    Source: the published description of ``ComputeLoss`` in ultralytics/yolov5 v7.0, and Zheng et al. (CIoU, arXiv
+    1911.08287), Lin et al. (focal loss, arXiv 1708.02002).
+    """
+
+    gain = "box"
+    defaults: ClassVar[dict[str, Any]] = {"box": 0.05, **_HYP, "label_smoothing": 0.0}
+    eps = 1e-7
+    balances: ClassVar[dict[int, tuple[float, ...]]] = {
+        n: (4.0, 1.0, 0.4) if n == 3 else (4.0, 1.0, 0.25, 0.06, 0.02)[:n] for n in range(1, 6)
+    }
+
+
+class ScaledYOLOv4Loss(_RatioLoss):
+    """Training loss of Scaled-YOLOv4 (Wang et al. 2021, arXiv 2011.08036): YOLOv5's with other weights.
+
+    The box gain is called ``giou``; with n levels, the box and class terms are multiplied by ``3 / n``, objectness by
+    ``3 / n`` and, above three levels, by 1.4; ``balance`` is 4, 1, 0.4 or 4, 1, 0.4, 0.1 or 4, 1, 0.5, 0.4, 0.1. There
+    is no label smoothing. Arguments, shapes and errors are otherwise those of :class:`YOLOv5Loss`.
+    """
+
+    gain = "giou"
+    defaults: ClassVar[dict[str, Any]] = {"giou": 0.05, **_HYP}
+    eps = 1e-16
+    balances: ClassVar[dict[int, tuple[float, ...]]] = {
+        3: (4.0, 1.0, 0.4),
+        4: (4.0, 1.0, 0.4, 0.1),
+        5: (4.0, 1.0, 0.5, 0.4, 0.1),
+    }
+
+    @staticmethod
+    def _scales(levels: int) -> tuple[float, float, float]:
+        scale = 3.0 / levels
+        return scale, scale * (1.4 if levels >= 4 else 1.0), scale

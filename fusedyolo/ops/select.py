@@ -1,0 +1,168 @@
+"""Selection of detections: launches of the scan over prediction maps and of NMS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..heads import GridHead
+from ..kernels import select as kernels
+from ..kernels.terms import decode
+from ..reference import grid_view
+from ..reference.select import LOWEST_BIN, SCORE_BINS
+from .grid import _cell_strides
+from .launch import Launch
+
+MOST_PAIRS = 2**31 - 1  # indices are int32
+SCAN_THREADS = NMS_THREADS = 256
+MAX_REGISTERS = 192  # of WRITE and NMS: ptxas would stop at 128 and keep a few words on the stack
+NMS_BLOCK, NMS_CHUNK = 64, 16
+
+
+@dataclass(frozen=True)
+class ExactLaunch(Launch):
+    """A launch whose products and sums are rounded one by one, as PyTorch's: an IoU of 1 must not come out above 1."""
+
+    def options(self, nvidia: bool) -> dict[str, int]:
+        """Compiler options."""
+        return {**super().options(nvidia), "enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs that may become detections, K slots an image: scores [B, K] (0: none), boxes [B, K, 4], indices [B, K].
+
+    Scores and boxes are float64, indices (prediction * C + class) int32.
+    """
+
+    scores: Tensor
+    boxes: Tensor
+    index: Tensor
+
+
+def _parts(value: float) -> tuple[float, float, float]:
+    """Three float32 numbers that add up to a float64."""
+    high = float(np.float32(value))
+    middle = float(np.float32(value - high))
+    return high, middle, value - high - middle
+
+
+def scan_launches(
+    preds: Sequence[Tensor], head: GridHead, conf: float, limit: int
+) -> tuple[Candidates, list[ExactLaunch]]:
+    """The launches that fill the candidates of an anchor-grid head, the best ``limit`` pairs of each image."""
+    views = [grid_view(pred, len(own)) for pred, own in zip(preds, head.levels, strict=True)]
+    strides = [_cell_strides(view) for view in views]
+    widths, cells = [view.shape[3] for view in views], [view.shape[2] * view.shape[3] for view in views]
+    anchors = [len(own) for own in head.levels]
+    batch, C = views[0].shape[0], head.num_classes
+    pairs = C * sum(a * n for a, n in zip(anchors, cells, strict=True))
+    if pairs > MOST_PAIRS:
+        checks.fail("preds", f"{pairs} pairs of a prediction and a class", f"at most {MOST_PAIRS} an image")
+    K = min(limit, pairs)
+    block, classes = _tile(max(cells), C, all(s[3] == 1 for s in strides))
+    tiles = sum(a * -(-n // block) for a, n in zip(anchors, cells, strict=True))
+
+    device = views[0].device
+    # one fill for both; like the counts below they begin at multiples of 16 bytes, whatever the sizes: one variant
+    zeros = torch.zeros(batch * (SCORE_BINS + 2 * K), dtype=torch.int32, device=device)
+    histogram, scores = zeros[: batch * SCORE_BINS], zeros[batch * SCORE_BINS :].view(torch.float64).view(batch, K)
+    boxes = torch.empty((batch, K, 4), dtype=torch.float64, device=device)
+    index = torch.empty((batch, K), dtype=torch.int32, device=device)
+    counts = torch.empty((3, -(-batch * tiles // 4) * 4), dtype=torch.int32, device=device)
+    arguments = {
+        "raw_ptrs": tuple(preds),
+        "s_raws": tuple(strides),
+        "Ws": tuple(widths),
+        "HWs": tuple(cells),
+        "anchors": tuple(tuple(side for t in own for side in head.anchors[t]) for own in head.levels),
+        "strides": head.strides,
+        "scales": head.scale_x_y,
+        "C": C,
+        "low": _below(conf),
+        "conf": _parts(conf),
+        "T": tiles,
+        "K": K,
+        "histogram_ptr": histogram,
+        "passing_ptr": counts[0],
+        "above_ptr": counts[1],
+        "edge_ptr": counts[2],
+        "cut_ptr": torch.empty(batch, dtype=torch.int32, device=device),
+        "scores_ptr": scores,
+        "boxes_ptr": boxes,
+        "index_ptr": index,
+        "AXIS": getattr(decode, head.decode),
+        "SOFTMAX": head.label == "softmax_ce",
+        "FLAT": all(s[2] == s[3] * width for s, width in zip(strides, widths, strict=True)),
+        "CELLS": block,
+        "CLASSES": classes,
+        "LOWEST": LOWEST_BIN,
+        "BINS": SCORE_BINS,
+        "BLOCK": 128,
+    }
+    modes = ((kernels.COUNT, None), (kernels.RECOUNT, None), (kernels.WRITE, MAX_REGISTERS))
+    return Candidates(scores, boxes, index), [
+        ExactLaunch(kernels.scan_kernel, (batch * tiles,), {**arguments, "MODE": mode}, SCAN_THREADS, registers)
+        for mode, registers in modes
+    ]
+
+
+def _tile(largest_map: int, num_classes: int, cells_contiguous: bool) -> tuple[int, int]:
+    """Cells and classes of a tile: wide along the axis in which neighbours are neighbours in memory."""
+    if not cells_contiguous:
+        return 32, min(32, 1 << (num_classes - 1).bit_length())
+    cells = 256
+    while cells > 32 and cells >= 2 * largest_map:
+        cells //= 2
+    return cells, min(4, 1 << (num_classes - 1).bit_length())
+
+
+def _below(conf: float) -> float:
+    """A bound in float32: any score above ``conf`` comes out above it when computed in float32 from rounded logits."""
+    return conf * (1 - 1e-4) if conf > 1e-30 else 0.0
+
+
+def nms_launch(
+    found: Candidates,
+    order: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    num_classes: int,
+    iou: float,
+    class_agnostic: bool,
+) -> ExactLaunch:
+    """NMS of candidates whose scores are in descending order and whose boxes and indices are in slots ``order``."""
+    boxes, scores, labels, count = outputs
+    batch, max_det = scores.shape
+    arguments = {
+        "scores_ptr": found.scores,
+        "order_ptr": order,
+        "boxes_ptr": found.boxes,
+        "index_ptr": found.index,
+        "C": num_classes,
+        "K": found.scores.shape[1],
+        "max_det": max_det,
+        "iou": _parts(iou),
+        "kept_ptr": torch.empty((batch, max_det), dtype=torch.int32, device=scores.device),
+        "out_boxes_ptr": boxes,
+        "out_scores_ptr": scores,
+        "out_labels_ptr": labels,
+        "out_count_ptr": count,
+        "AGNOSTIC": class_agnostic,
+        "BLOCK": NMS_BLOCK,
+        "CHUNK": NMS_CHUNK,
+    }
+    return ExactLaunch(kernels.nms_kernel, (batch,), arguments, NMS_THREADS, MAX_REGISTERS)
+
+
+def scan(preds: Sequence[Tensor], head: GridHead, conf: float, limit: int) -> tuple[Candidates, Tensor]:
+    """Candidates of an anchor-grid head with their scores in descending order, and the slots these come from."""
+    found, launches = scan_launches(preds, head, conf, limit)
+    for launch in launches:
+        launch.run()
+    scores, order = found.scores.sort(dim=1, descending=True, stable=True)
+    return replace(found, scores=scores), order
