@@ -1,6 +1,7 @@
 """``python -m bench``: parity first, then launches, bytes, host waits, compiled resources and, on a GPU, time.
 
-``python -m bench train`` profiles the training of a small detector instead. Every piece of work runs in a process of
+``python -m bench train`` profiles the training of a small detector instead, ``python -m bench assign`` draws what a
+loss assigns to the objects of an image. Every piece of work runs in a process of
 its own, because Triton decides when it is imported whether kernels are interpreted.
 """
 
@@ -249,11 +250,15 @@ def bench(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Choose between the main job, training, and the work of one process."""
+    """Choose between the main job, training, a picture of an assignment, and the work of one process."""
     if argv[:1] == ["train"]:
         from . import train
 
         return train.main(argv[1:])
+    if argv[:1] == ["assign"]:
+        from . import assign
+
+        return assign.main(argv[1:])
     if argv[:1] == ["_task"]:
         fields = json.loads(argv[1])
         task = Task(**{**fields, "work": Workload(**fields["work"])})

@@ -16,7 +16,7 @@ FORMS = ("packed", "Targets")
 
 @dataclass(frozen=True)
 class Case:
-    """One loss under one recipe: ``cls`` is the class in ``fusedyolo``, anchors are as it takes them, a tuple a level."""
+    """One loss under one recipe: ``cls`` is the class in ``fusedyolo``, anchors as it takes them, a tuple a level."""
 
     loss: str
     recipe: str | None

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import functional
+    from .assignment import Assignment, assign
     from .detections import Detections, decode, select
     from .losses import LossOutput, ScaledYOLOv4Loss, YOLOv1Loss, YOLOv2Loss, YOLOv3Loss, YOLOv4Loss, YOLOv5Loss
+    from .pictures import draw_assignment
     from .targets import Targets
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Assignment": "assignment",
     "Detections": "detections",
     "LossOutput": "losses",
     "ScaledYOLOv4Loss": "losses",
@@ -27,11 +30,30 @@ _HOMES = {
     "YOLOv3Loss": "losses",
     "YOLOv4Loss": "losses",
     "YOLOv5Loss": "losses",
+    "assign": "assignment",
     "decode": "detections",
+    "draw_assignment": "pictures",
     "select": "detections",
 }
 
-__all__ = [*_HOMES, "__version__", "functional"]
+__all__ = [
+    "Assignment",
+    "Detections",
+    "LossOutput",
+    "ScaledYOLOv4Loss",
+    "Targets",
+    "YOLOv1Loss",
+    "YOLOv2Loss",
+    "YOLOv3Loss",
+    "YOLOv4Loss",
+    "YOLOv5Loss",
+    "__version__",
+    "assign",
+    "decode",
+    "draw_assignment",
+    "functional",
+    "select",
+]
 
 
 def __getattr__(name: str) -> Any:

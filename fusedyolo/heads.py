@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -22,8 +22,21 @@ CLASS_KINDS = ("bce", "focal", "softmax_ce", "qfl", "varifocal")
 DECODE_KINDS = ("exp", "sigmoid_square")
 
 
+class _Row:
+    """What the rows share; a subclass is a frozen dataclass."""
+
+    def __post_init__(self):
+        # at once, not when asked for: torch.compile cannot trace through the lock of a cached property
+        self.__dict__["_key"] = json.dumps(asdict(self), separators=(",", ":"))
+
+    @property
+    def key(self) -> str:
+        """This row as text, the form in which it passes through the PyTorch dispatcher."""
+        return self.__dict__["_key"]
+
+
 @dataclass(frozen=True)
-class GridHead:
+class GridHead(_Row):
     """One anchor-grid loss.
 
     Geometry. ``anchors`` are all (width, height) pairs in pixels that compete for an object; ``levels[l]`` holds, for
@@ -93,11 +106,6 @@ class GridHead:
     obj_args: tuple[float, ...] = ()
     quality_args: tuple[float, ...] = (0.0, 1e-7)
 
-    @cached_property
-    def key(self) -> str:
-        """This row as text, the form in which it passes through the PyTorch dispatcher."""
-        return json.dumps(asdict(self), separators=(",", ":"))
-
     @property
     def centre_limit(self) -> float:
         """Centres of valid rows lie below this, in images: 1, or the next float32 where 1 itself is valid."""
@@ -145,7 +153,7 @@ def head_from_key(key: str) -> GridHead:
 
 
 @dataclass(frozen=True)
-class CellHead:
+class CellHead(_Row):
     """One loss of squared errors on a grid whose cells hold one object each.
 
     Geometry. The image is ``grid_size`` times ``grid_size`` cells; a cell predicts ``num_boxes`` boxes (x, y, a, b),
@@ -174,11 +182,6 @@ class CellHead:
     def channels(self) -> int:
         """Predicted numbers of a cell."""
         return 5 * self.num_boxes + self.num_classes
-
-    @cached_property
-    def key(self) -> str:
-        """This row as text, the form in which it passes through the PyTorch dispatcher."""
-        return json.dumps(asdict(self), separators=(",", ":"))
 
 
 @lru_cache(maxsize=256)

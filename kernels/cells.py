@@ -1,8 +1,8 @@
 """The driver of heads that predict one object a cell: loads and stores their predictions.
 
-Each of the S x S cells of an image predicts N boxes (x, y, a, b), each with a confidence, and C class scores of its own.
-Channels are counted N times x, y, a, b, confidence, then the class scores; where a channel lies in memory is said by
-three strided views. Every term is a gain times the squared error of a channel, so a program holds CELLS consecutive
+Each of the S x S cells of an image predicts N boxes (x, y, a, b), each with a confidence, and C class scores of its
+own. Channels are counted N times x, y, a, b, confidence, then the class scores; where a channel lies in memory is said
+by three strided views. Every term is a gain times the squared error of a channel, so a program holds CELLS consecutive
 cells of the batch as one tile, loaded once (confidences of all cells, the rest of cells with an object) and, as a
 gradient, stored once.
 
@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 
 from .assign import row_cell
-from .reduce import column_sum, is_last
+from .reduce import column, column_sums, is_last
 from .terms.box import _iou, _normalise
 
 LOW: tl.constexpr = tl.constexpr(4)
-N_PARTS: tl.constexpr = tl.constexpr(5)  # box, confidence, class, cells with an object, valid rows
+N_PARTS: tl.constexpr = tl.constexpr(8)  # box, confidence, class, cells with an object, valid rows; the rest is empty
 
 
 @triton.jit
@@ -114,10 +114,10 @@ def _places(views, cells, k, S: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _size(a, ROOT: tl.constexpr):
-    """Width or height that a box predicts, held within what the products that follow stand."""
+    """Width or height that a box predicts, held within limits whose squares float32 holds."""
     if ROOT:
         a = a * a
-    limit = 1267650600228229401496703205376.0  # 2^100
+    limit = 1152921504606846976.0  # 2^60
     return tl.minimum(tl.maximum(a, -limit), limit)
 
 
@@ -269,7 +269,7 @@ def cell_kernel(
     chosen = tl.where(has, chosen, -1)
     confidence = iou
     if not RESCORE:
-        confidence = iou * 0.0 + 1.0
+        confidence = tl.full([CELLS], 1.0, ACC)
 
     box, obj, cls = _channel_terms(
         d_ptr, d_views, tile, k, cells, end, has, chosen, confidence, truth, label, numbers, grad_out,
@@ -286,19 +286,17 @@ def cell_kernel(
         cls += more
 
     if WITH_LOSS:
-        partial = partial_ptr + tl.program_id(0) * N_PARTS
-        tl.store(partial, box)
-        tl.store(partial + 1, obj)
-        tl.store(partial + 2, cls)
-        tl.store(partial + 3, tl.sum(has.to(tl.int32), axis=0).to(ACC))
-        tl.store(partial + 4, valid.to(ACC))
+        part = tl.arange(0, N_PARTS)
+        used = tl.sum(has.to(tl.int32), axis=0).to(ACC)
+        partial = tl.where(part == 3, used, tl.where(part == 4, valid.to(ACC), 0.0))
+        partial = tl.where(part == 0, box, tl.where(part == 1, obj, tl.where(part == 2, cls, partial)))
+        tl.store(partial_ptr + tl.program_id(0) * N_PARTS + part, partial)
         programs = tl.num_programs(0)
         if is_last(done_ptr, programs):
-            box = column_sum(partial_ptr, programs, 0, N_PARTS, ACC)
-            obj = column_sum(partial_ptr, programs, 1, N_PARTS, ACC)
-            cls = column_sum(partial_ptr, programs, 2, N_PARTS, ACC)
-            used = column_sum(partial_ptr, programs, 3, N_PARTS, ACC)
-            known = column_sum(partial_ptr, programs, 4, N_PARTS, ACC)
+            sums = column_sums(partial_ptr, programs, N_PARTS, ACC)
+            box = column(sums, 0)
+            obj = column(sums, 1)
+            cls = column(sums, 2)
             rows = M
             if offsets_ptr is not None:
                 rows = tl.load(offsets_ptr + B + 1)
@@ -306,6 +304,6 @@ def cell_kernel(
             tl.store(parts_ptr + 1, obj)
             tl.store(parts_ptr + 2, cls)
             tl.store(total_ptr, box + obj + cls)
-            tl.store(counts_ptr, used.to(tl.int32))
-            tl.store(counts_ptr + 1, rows - known.to(tl.int32))
+            tl.store(counts_ptr, column(sums, 3).to(tl.int32))
+            tl.store(counts_ptr + 1, rows - column(sums, 4).to(tl.int32))
             tl.store(done_ptr, 0)  # ready for the next launch

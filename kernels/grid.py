@@ -6,12 +6,13 @@ as a whole tile for the ignore mask, and again, in the few tiles that hold assig
 time. Class logits are read only there, and only once.
 
 Two launches. The loss leaves partial sums, which the last program to finish adds up in a fixed order, and, where a
-gradient will be asked for, what that needs: one byte a prediction (BACKGROUND, IGNORED, ASSIGNED or SHARED), the gradient
-of every assigned prediction, densely packed, and where the packed ones of each program begin. The gradient launch is then a
-stream of stores: of a map it reads the objectness, of the loss launch the rest, of the target rows nothing.
+gradient will be asked for, what that needs: one byte a prediction (BACKGROUND, IGNORED, ASSIGNED or SHARED), the
+gradient of every assigned prediction, densely packed, and where the packed ones of each program begin. The gradient
+launch is then a stream of stores: of a map it reads the objectness, of the loss launch the rest, of the target rows
+nothing.
 
-A candidate is a row at one of the KINDS cells that it may take on a level. Those of one image are numbered by kind, then
-by row; in this order they count where they share a prediction.
+A candidate is a row at one of the KINDS cells that it may take on a level. Those of one image are numbered by kind,
+then by row; in this order they count where they share a prediction.
 """
 
 import triton
@@ -425,12 +426,13 @@ def _assigned_prediction(
 @triton.jit
 def _tile(
     raw_ptr, s_raw, HW, scale, c0, state_ptr, true_obj_ptr, kept_ptr, base_ptr, slots_ptr,
-    rows_ptr, first, last, weights_ptr, site, rule, gains, noobj_gain, prior_gain, band, ignore_thresh, gate, labels, shape,
-    box_args, label_args, obj_args, quality_args,
+    rows_ptr, first, last, weights_ptr, site, rule, gains, noobj_gain, prior_gain, band, ignore_thresh, gate, labels,
+    shape, box_args, label_args, obj_args, quality_args,
     AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, LABEL: tl.constexpr, OBJ: tl.constexpr,
     QUALITY: tl.constexpr, MATCH: tl.constexpr, KINDS: tl.constexpr, SHARING: tl.constexpr, UNIT: tl.constexpr,
     IGNORES: tl.constexpr, GATED: tl.constexpr, AVERAGE: tl.constexpr, SMOOTH: tl.constexpr, PRIOR: tl.constexpr,
-    MEAN_USED: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, CELLS: tl.constexpr, K_PAD: tl.constexpr, BLOCK_G: tl.constexpr,
+    MEAN_USED: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, CELLS: tl.constexpr, K_PAD: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """CELLS cells from c0 of one image, level and anchor: partial sums, and what the gradient needs."""
     b, W, H, stride, own, own_w, own_h = site
@@ -551,8 +553,8 @@ def _store_parts(at, parts):
     """Six numbers of a program, as one access of a sector."""
     i = tl.arange(0, 8)
     values = tl.where(i == 0, parts[0], 0.0)
-    for column in tl.static_range(1, 6):
-        values = tl.where(i == column, parts[column], values)
+    for part in tl.static_range(1, 6):
+        values = tl.where(i == part, parts[part], values)
     tl.store(at + i, values)
 
 
@@ -570,13 +572,13 @@ def grid_kernel(
 ):  # fmt: skip
     """Loss of an anchor-grid head; grid: one program for each level, image, anchor and CELLS cells.
 
-    Tuples ending in s, and ``anchors`` and SMOOTH, hold one entry a level: ``raw_ptrs`` the maps, ``s_raws`` their element
-    strides (image, anchor, row, column, channel), ``anchors`` those that compete. ``LEVELS`` holds, a level, the indices
-    of its own anchors among them. ``kept_ptr`` takes :func:`kept_stride` numbers for each assigned prediction: those of one program lie
-    in the order of their cells, from the place that it stores at ``bases_ptr``. ``done_ptr`` counts finished programs, and
-    places taken: 0 before and after every launch. H * W is an argument of its own because only then does the compiler know
-    that every plane is aligned. ``parts_ptr`` takes the parts and behind them, a level, what box and class terms and what
-    objectness are multiplied by for their means.
+    Tuples ending in s, and ``anchors`` and SMOOTH, hold one entry a level: ``raw_ptrs`` the maps, ``s_raws`` their
+    element strides (image, anchor, row, column, channel), ``anchors`` those that compete. ``LEVELS`` holds, a level,
+    the indices of its own anchors among them. ``kept_ptr`` takes :func:`kept_stride` numbers for each assigned
+    prediction: those of one program lie in the order of their cells, from the place that it stores at ``bases_ptr``.
+    ``done_ptr`` counts finished programs, and places taken: 0 before and after every launch. H * W is an argument of
+    its own because only then does the compiler know that every plane is aligned. ``parts_ptr`` takes the parts and
+    behind them, a level, what box and class terms and what objectness are multiplied by for their means.
     """
     pid = tl.program_id(0)
     start = 0
@@ -725,8 +727,8 @@ def _background_grad(k, d_obj, d_prior, prior_scale, PRIOR: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B"])
 def grid_grad_kernel(
-    raw_ptrs, d_ptrs, s_raws, s_ds, Ws, Hs, HWs, strides, scales, obj_scales, state_ptr, true_obj_ptr, kept_ptr, bases_ptr,
-    parts_ptr, grad_out_ptr, anchors, gains, prior_gain, shape, box_args, obj_args, B, C,
+    raw_ptrs, d_ptrs, s_raws, s_ds, Ws, Hs, HWs, strides, scales, obj_scales, state_ptr, true_obj_ptr, kept_ptr,
+    bases_ptr, parts_ptr, grad_out_ptr, anchors, gains, prior_gain, shape, box_args, obj_args, B, C,
     AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, OBJ: tl.constexpr, UNIT: tl.constexpr,
     SMOOTH: tl.constexpr, PRIOR: tl.constexpr, MEAN_ROWS: tl.constexpr, MEAN_USED: tl.constexpr,
     FLAT: tl.constexpr, ACC: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr, LEVELS: tl.constexpr,

@@ -147,7 +147,7 @@ def _write_tile(
         is_edge = (passing & (at_bin == cut)).to(tl.int32)
         slot_above = at_above[:, None] + tl.cumsum(is_above, axis=1) - is_above
         slot_edge = at_edge[:, None] + tl.cumsum(is_edge, axis=1) - is_edge
-        # the last slots hold whatever was counted: a count that came out otherwise could not reach another tile's slots
+        # the bounds tell only if a score came out otherwise than when it was counted: other tiles' slots stay theirs
         enters = ((is_above > 0) & (slot_above < places[1])) | ((is_edge > 0) & (slot_edge < places[3]))
         slot = tl.where(is_above > 0, slot_above, slot_edge)
         tl.store(scores_ptr + slot, score, mask=enters)

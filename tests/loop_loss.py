@@ -1,7 +1,7 @@
-"""The contract of docs/design.md once more: one object, one prediction at a time, in Python loops on float64 scalars.
+"""The contract of ``GridHead`` once more: one object, one prediction at a time, in Python loops on float64 scalars.
 
-Slow, and written from the text without looking at either backend: what they are compared with. Only gradients come from
-autograd. Boxes are (centre x, centre y, width, height) here, never corners.
+Slow, and written from the text and from what the peers are said to compute, without looking at either backend: what
+they are compared with. Only gradients come from autograd. Boxes are (centre x, centre y, width, height), never corners.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from fusedyolo.heads import GridHead
 
 ZERO = torch.zeros((), dtype=torch.float64)
+Place = tuple[int, ...]  # image, anchor of the level, y, x
 
 
 @dataclass
@@ -33,40 +34,44 @@ class LoopLoss:
         return self.box + self.obj + self.cls
 
 
-def label_term(kind: str, x: Tensor, t: float, args: tuple[float, ...]) -> Tensor:
+def label_term(kind: str, x: Tensor, t: float | Tensor, args: tuple[float, ...]) -> Tensor:
     log_p, log_q = -torch.logaddexp(ZERO, -x), -torch.logaddexp(ZERO, x)
-    loss = -t * log_p - (1 - t) * log_q
-    if kind == "focal":
-        alpha, gamma = args
-        wrong = (1 - t) * torch.exp(log_p) + t * torch.exp(log_q)
-        loss = loss * (wrong**gamma if wrong > 0 else float(gamma == 0))
-        if alpha >= 0:
-            loss = loss * (t * alpha + (1 - t) * (1 - alpha))
-    if kind in ("qfl", "sse"):
-        miss = (1 - t) * torch.exp(log_p) - t * torch.exp(log_q)
-        if kind == "sse":
-            return miss * miss
-        alpha, gamma = args
-        loss = loss * (abs(miss) ** gamma if miss != 0 else float(gamma == 0))
-        if alpha >= 0:
-            loss = loss * (t * alpha + (1 - t) * (1 - alpha))
+    if kind == "sse":
+        return (torch.exp(log_p) * (1 - t) - torch.exp(log_q) * t) ** 2
+    is_weighted = (kind, len(args)) in (("bce", 1), ("focal", 3))
+    loss = -t * log_p * (args[-1] if is_weighted else 1.0) - (1 - t) * log_q
+    if kind == "bce":
+        return loss
+    alpha, gamma = args[:2]
     if kind == "varifocal":
-        alpha, gamma = args
         p = torch.exp(log_p)
         negative = (p**gamma if p > 0 else float(gamma == 0)) * (alpha if alpha >= 0 else 1.0)
-        loss = loss * (t if t > 0 else negative)
-    return loss
+        return loss * (t if t > 0 else negative)
+    if kind == "focal":
+        wrong = (1 - t) * torch.exp(log_p) + t * torch.exp(log_q)
+    else:  # qfl
+        wrong = abs((1 - t) * torch.exp(log_p) - t * torch.exp(log_q))
+    loss = loss * (wrong**gamma if wrong > 0 else float(gamma == 0))
+    return loss * (t * alpha + (1 - t) * (1 - alpha)) if alpha >= 0 else loss
+
+
+def class_terms(kind: str, logits: list[Tensor], targets: list[float], args: tuple[float, ...]) -> list[Tensor]:
+    """Of one prediction, one an entry of its classes."""
+    if kind != "softmax_ce":
+        return [label_term(kind, z, t, args) for z, t in zip(logits, targets, strict=True)]
+    return [-t * (z - torch.logsumexp(torch.stack(logits), 0)) for z, t in zip(logits, targets, strict=True)]
 
 
 def box_term(
     kind: str,
     p: tuple[Tensor, ...],
     g: tuple[Tensor, ...],
-    args: tuple[float, float],
+    args: tuple[float, ...],
     extent: tuple[float, float] | None = None,
 ) -> Tensor:
     """Boxes as (cx, cy, w, h), and so the image's width and height."""
-    eps, eps_alpha = args
+    eps, eps_alpha = args[:2]
+    alpha, gamma = args[2:] or (1.0, 0.0)
     low = [torch.maximum(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2) for i in (0, 1)]
     high = [torch.minimum(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2) for i in (0, 1)]
     hull = [
@@ -77,39 +82,49 @@ def box_term(
     meets = bool(high[0] > low[0]) and bool(high[1] > low[1])
     inter = (high[0] - low[0]) * (high[1] - low[1]) if meets else ZERO
     union = p[2] * p[3] + g[2] * g[3] - inter
-    iou = inter / (union + eps) if float(union.detach()) + eps != 0 else ZERO
-    if kind == "iou":
-        return 1 - iou
+    iou = over(inter, union + eps)
+    diagonal = hull[0] * hull[0] + hull[1] * hull[1] + eps
+    away = over((p[0] - g[0]) ** 2 + (p[1] - g[1]) ** 2, diagonal)
+    penalties: list[Tensor] = []
     if kind == "giou":
         area = hull[0] * hull[1]
-        return 1 - iou + ((area - union) / (area + eps) if float(area.detach()) + eps != 0 else ZERO)
+        penalties = [over(area - union, area + eps)]
     if kind == "mpdiou":
-        corners = ((p[i] - g[i]) + side * (p[i + 2] - g[i + 2]) / 2 for i in (0, 1) for side in (-1, 1))
-        return 1 - iou + sum(d * d for d in corners) / (extent[0] ** 2 + extent[1] ** 2)
+        corners = [[(p[i] - g[i]) + side * (p[i + 2] - g[i + 2]) / 2 for i in (0, 1)] for side in (-1, 1)]
+        penalties = [(d[0] * d[0] + d[1] * d[1]) / (extent[0] ** 2 + extent[1] ** 2) for d in corners]
     if kind == "siou":
-        away = [torch.abs(p[i] - g[i]) for i in (0, 1)]
-        sigma = away[0] * away[0] + away[1] * away[1]
-        angle = 2 * away[0] * away[1] / sigma if float(sigma.detach()) != 0 else ZERO
-        loss = 1 - iou
+        sides = [torch.abs(p[i] - g[i]) for i in (0, 1)]
+        angle = over(2 * sides[0] * sides[1], sides[0] * sides[0] + sides[1] * sides[1])
+        spread = ZERO
         for i in (0, 1):
-            square = hull[i] * hull[i] + eps
-            rho = away[i] * away[i] / square if float(square.detach()) != 0 else ZERO
-            longer = torch.maximum(p[i + 2], g[i + 2])
-            omega = torch.abs(p[i + 2] - g[i + 2]) / longer if float(longer.detach()) != 0 else ZERO
-            loss = loss + (1 - torch.exp((angle - 2) * rho) + (1 - torch.exp(-omega)) ** 4) / 2
-        return loss
-    diagonal = hull[0] * hull[0] + hull[1] * hull[1] + eps
-    away = (p[0] - g[0]) ** 2 + (p[1] - g[1]) ** 2
-    loss = 1 - iou + (away / diagonal if float(diagonal.detach()) != 0 else ZERO)
+            rho = over(sides[i] * sides[i], hull[i] * hull[i] + eps)
+            omega = over(torch.abs(p[i + 2] - g[i + 2]), torch.maximum(p[i + 2], g[i + 2]))
+            spread = spread + (1 - torch.exp((angle - 2) * rho) + (1 - torch.exp(-omega)) ** 4) / 2
+        penalties = [spread]
+    if kind in ("diou", "ciou", "eiou"):
+        penalties = [away]
     if kind == "eiou":
-        for i in (0, 1):
-            square = hull[i] * hull[i] + eps
-            loss = loss + ((p[i + 2] - g[i + 2]) ** 2 / square if float(square.detach()) != 0 else ZERO)
+        penalties += [over((p[i + 2] - g[i + 2]) ** 2, hull[i] * hull[i] + eps) for i in (0, 1)]
     if kind == "ciou":
         v = 4 * (torch.atan2(g[2], g[3]) - torch.atan2(p[2], p[3])) ** 2 / math.pi**2
         below = 1 - float(iou.detach()) + float(v.detach()) + eps_alpha
-        loss = loss + (float(v.detach()) / below if below != 0 else 0.0) * v
-    return loss
+        penalties.append((float(v.detach()) / below if below != 0 else 0.0) * v)
+    if kind == "ciou_plus":
+        v = 4 * (torch.atan2(g[2], g[3] + eps) - torch.atan2(p[2], p[3] + eps)) ** 2 / math.pi**2
+        below = 1 - float(iou.detach()) + float(v.detach())
+        return 1 - torch.clamp(iou - away + (float(v.detach()) / below if below != 0 else 0.0) * v, -1, 1)
+    loss = 1 - power(iou, alpha) + sum((power(penalty, alpha) for penalty in penalties), ZERO)
+    return loss * power(iou.detach(), gamma)
+
+
+def over(a: Tensor, b: Tensor) -> Tensor:
+    return a / b if float(b.detach()) != 0 else ZERO
+
+
+def power(x: Tensor, exponent: float) -> Tensor:
+    if exponent == 1:
+        return x
+    return x**exponent if x > 0 else ZERO + float(exponent == 0)
 
 
 def sensitive(a: Tensor, scale: float) -> Tensor:
@@ -145,131 +160,270 @@ def plain_iou(p: tuple[float, ...], g: tuple[float, ...]) -> float:
     return inter / (p[2] * p[3] + g[2] * g[3] - inter) if inter else 0.0
 
 
-def is_valid(row: list[float], batch: int, classes: int) -> bool:
+def is_valid(row: list[float], batch: int, head: GridHead) -> bool:
     image, label, cx, cy, w, h = row
     if not all(math.isfinite(value) for value in row):
         return False
-    return 0 <= image < batch and 0 <= label < classes and w > 0 and h > 0 and 0 <= cx < 1 and 0 <= cy < 1
+    inside = all(0 <= c < 1 or (head.edge and c == 1) for c in (cx, cy))
+    return inside and 0 <= image < batch and 0 <= label < head.num_classes and w > 0 and h > 0
 
 
-def winners(w: float, h: float, head: GridHead) -> list[int]:
-    """Anchors that a box of w x h pixels is assigned to."""
+# ---- assignment
+
+
+def winners(w: float, h: float, head: GridHead, level: int) -> list[int]:
+    """Anchors of a level that a box of w x h pixels is assigned to, as indices among those of the level."""
+    own = head.levels[level]
+    if head.assigner == "ratio":
+        sides = [(w / head.anchors[t][0], h / head.anchors[t][1]) for t in own]
+        return [a for a, ratios in enumerate(sides) if all(max(r, 1 / r) < head.anchor_t for r in ratios)]
+    pool = list(own) if head.per_level else list(range(len(head.anchors)))
     ious = []
-    for aw, ah in head.anchors:
+    for t in pool:
+        aw, ah = head.anchors[t]
         inter = min(w, aw) * min(h, ah)
         ious.append(inter / (w * h + aw * ah - inter))
     best = ious.index(max(ious))
-    own = [best] if ious[best] > 0 else []
+    taken = [pool[best]] if ious[best] > 0 else []
     if head.iou_thresh < 1:
-        own += [t for t, value in enumerate(ious) if t != best and value > head.iou_thresh]
-    return own
+        taken += [t for n, t in enumerate(pool) if n != best and ious[n] > head.iou_thresh]
+    return [a for a, t in enumerate(own) if t in taken]
+
+
+def cells_of(row: list[float], W: int, H: int, neighbours: bool) -> list[tuple[int, int] | None]:
+    """(y, x) of the cell of a centre and, if asked for, of the left, upper, right and lower one where it is near these.
+
+    All in float32, as the peers have it.
+    """
+    gx, gy = np.float32(row[2]) * np.float32(W), np.float32(row[3]) * np.float32(H)
+    half = np.float32(0.5)
+
+    def near(border: np.float32) -> bool:
+        return bool(border % 1 < half and border > 1)
+
+    kinds = [(gx, gy, True)]
+    if neighbours:
+        kinds.append((gx - half, gy, near(gx)))
+        kinds.append((gx, gy - half, near(gy)))
+        kinds.append((gx + half, gy, near(np.float32(W) - gx)))
+        kinds.append((gx, gy + half, near(np.float32(H) - gy)))
+    return [(min(int(y), H - 1), min(int(x), W - 1)) if emitted else None for x, y, emitted in kinds]
+
+
+def owners_by_place(
+    listed: list[list[float]], valid: list[bool], head: GridHead, level: int, shape: tuple[int, ...], seen: Counter
+) -> tuple[dict[Place, list[int]], set[Place]]:
+    """Rows of each assigned prediction in the order in which they count, and predictions that are not negative."""
+    batch, anchors, H, W = shape
+    stride = head.strides[level]
+    owned: dict[Place, list[int]] = {}
+    rows = [r for r in range(len(listed)) if valid[r]]
+    if head.assigner == "iou_band":
+        left_out = set()
+        for b, a, j, i in np.ndindex(batch, anchors, H, W):
+            prior = ((i + 0.5) * stride, (j + 0.5) * stride, *head.anchors[head.levels[level][a]])
+            best, owner = 0.0, -1
+            for r in rows:
+                _, _, cx, cy, w, h = listed[r]
+                true = (cx * (W * stride), cy * (H * stride), w * (W * stride), h * (H * stride))
+                overlap = plain_iou(prior, true) if int(listed[r][0]) == b else 0.0
+                if overlap == best and owner >= 0:
+                    seen["equal overlaps"] += 1
+                if overlap > best:
+                    best, owner = overlap, r
+            if best > head.band[1]:
+                owned[b, a, j, i] = [owner]
+            elif best >= head.band[0]:
+                left_out.add((b, a, j, i))
+        return owned, left_out
+
+    cells = {r: cells_of(listed[r], W, H, head.assigner == "ratio") for r in rows}
+    fits = {r: winners(listed[r][4] * (W * stride), listed[r][5] * (H * stride), head, level) for r in rows}
+    for kind in range(5 if head.assigner == "ratio" else 1):
+        for a in range(anchors):
+            for r in rows:
+                cell = cells[r][kind]
+                if cell is not None and a in fits[r]:
+                    owned.setdefault((int(listed[r][0]), a, *cell), []).append(r)
+                    seen["neighbour"] += kind > 0
+                    seen["border of the image"] += listed[r][2] == 1 or listed[r][3] == 1
+    return owned, set()
+
+
+# ---- the loss
 
 
 def loop_loss(preds: list[Tensor], rows: Tensor, head: GridHead, class_weights: Tensor | None = None) -> LoopLoss:
     """``preds`` are float64 ``[B, A, H, W, 5 + C]``."""
     out = LoopLoss()
     listed = [[float(value) for value in row] for row in rows]
-    batch = preds[0].shape[0]
-    valid = [is_valid(row, batch, head.num_classes) for row in listed]
+    valid = [is_valid(row, preds[0].shape[0], head) for row in listed]
     out.invalid = valid.count(False)
-    weight = [1.0] * head.num_classes if class_weights is None else [float(m) for m in class_weights]
-
     for level, pred in enumerate(preds):
-        _, _, H, W, channels = pred.shape
-        stride, scale = head.strides[level], head.scale_x_y[level]
-        image_w, image_h = W * stride, H * stride
-        owned: dict[tuple[int, ...], list[int]] = {}
-        for r, row in enumerate(listed):
-            if valid[r]:
-                i, j = int(np.float32(row[2]) * np.float32(W)), int(np.float32(row[3]) * np.float32(H))
-                for t in winners(row[4] * image_w, row[5] * image_h, head):
-                    if t in head.levels[level]:
-                        owned.setdefault((int(row[0]), head.levels[level].index(t), j, i), []).append(r)
-        out.assigned += len(owned)
-
-        scalars = pred.reshape(-1).unbind()
-        for at in np.ndindex(*pred.shape[:4]):
-            b, a, j, i = at
-            start = int(np.ravel_multi_index((*at, 0), pred.shape))
-            raw = list(scalars[start : start + channels])
-            anchor = head.anchors[head.levels[level][a]]
-            p = decoded(head.decode, raw, anchor, stride, scale)
-            if any(math.isnan(float(value.detach())) for value in raw[:4]):
-                out.obj = out.obj + math.nan
-            if at in owned:
-                _assigned(
-                    out,
-                    raw,
-                    p,
-                    owned[at],
-                    listed,
-                    (i, j),
-                    (W, H),
-                    anchor,
-                    level,
-                    head,
-                    weight,
-                    class_weights is not None,
-                )
-                continue
-            x, y, w, h = (float(value.detach()) for value in p)
-            over = any(
-                plain_iou(
-                    (x + i * stride, y + j * stride, w, h),
-                    (row[2] * image_w, row[3] * image_h, row[4] * image_w, row[5] * image_h),
-                )
-                > head.ignore_thresh
-                for r, row in enumerate(listed)
-                if valid[r] and int(row[0]) == b
-            )
-            hot = head.class_gate is None or any(float(z.detach()) > head.class_gate for z in raw[5:])
-            if over and hot:
-                out.seen["ignored"] += 1
-            else:
-                out.seen["kept by the gate"] += over
-                out.obj = out.obj + head.noobj_gain * label_term("bce", raw[4], 0.0, ())
+        found = _level(pred, level, listed, valid, head, class_weights, out.seen)
+        out.assigned += found.assigned
+        out.box, out.obj, out.cls = out.box + found.box, out.obj + found.obj, out.cls + found.cls
     return out
 
 
-def _assigned(
-    out: LoopLoss, raw: list[Tensor], p: tuple[Tensor, ...], owners: list[int], listed: list[list[float]],
-    cell: tuple[int, int], cells: tuple[int, int], anchor: tuple[float, float], level: int, head: GridHead,
-    weight: list[float], weighted: bool,
-) -> None:  # fmt: skip
-    stride, scale = head.strides[level], head.scale_x_y[level]
-    labels = [int(listed[r][1]) for r in owners]
-    out.seen["shared"] += len(owners) > 1
-    out.seen["repeated class"] += len(set(labels)) < len(labels)
-    out.seen["several classes"] += len(set(labels)) > 1
+def _level(
+    pred: Tensor, level: int, listed: list[list[float]], valid: list[bool], head: GridHead,
+    class_weights: Tensor | None, seen: Counter,
+) -> LoopLoss:  # fmt: skip
+    _, anchors, H, W, channels = pred.shape
+    owned, left_out = owners_by_place(listed, valid, head, level, pred.shape[:4], seen)
+    smooth = bool(head.smooth) and head.smooth[level]
+    out = LoopLoss(assigned=len(owned), seen=seen)
+    rows_used = objectness_used = 0
+    scalars = pred.reshape(-1).unbind()
+    for at in np.ndindex(*pred.shape[:4]):
+        start = int(np.ravel_multi_index((*at, 0), pred.shape))
+        one = _Prediction(list(scalars[start : start + channels]), at, (W, H), level, head, seen)
+        if any(math.isnan(float(value.detach())) for value in one.raw[:4]):
+            out.obj = out.obj + math.nan
+        best = one.best_overlap([row for row, is_one in zip(listed, valid, strict=True) if is_one])
+        owners = owned.get(at, [])
+        seen["shared"] += len(owners) > 1
+        if head.shared == "last":
+            owners = owners[-1:]
+        rows_used += len(owners)
 
-    # classes
-    targets = [head.class_targets[0] if c in labels else head.class_targets[1] for c in range(head.num_classes)]
-    for c, (z, t) in enumerate(zip(raw[5:], targets, strict=True)):
-        w = weight[c] if c in labels else 1.0
-        if weighted and c == labels[0] and labels.count(c) == 1:
-            w *= head.first_weight
-        out.cls = out.cls + head.cls_gain * w * label_term(head.label, z, t, head.label_args)
+        gain, target = head.noobj_gain, 0.0
+        if owners:
+            m = [1.0 if class_weights is None else float(class_weights[int(listed[r][1])]) for r in owners]
+            out.cls = out.cls + one.class_loss([int(listed[r][1]) for r in owners], class_weights)
+            boxes = [one.box_loss(listed[r]) for r in owners]
+            out.box = out.box + sum(w * box for w, box in zip(m, boxes, strict=True)) / one.pushed_up(listed, owners)
+            gain, target = head.obj_gain * m[-1], one.quality(listed[owners[-1]])
+        elif head.prior_gain > 0:
+            seen["prior"] += 1
+            out.box = out.box + head.prior_gain * one.prior_loss()
+        if smooth:
+            gain, target = head.noobj_gain, best
+            seen["smooth"] += best > 0
+        elif not owners and (best > 0 or at in left_out):
+            seen["ignored"] += best > 0
+            seen["left out by the band"] += at in left_out
+            continue
+        objectness_used += 1
+        out.obj = out.obj + gain * label_term(head.objectness, one.raw[4], target, head.obj_args)
 
-    # objectness
-    out.obj = out.obj + head.obj_gain * weight[labels[-1]] * label_term("bce", raw[4], 1.0, ())
+    if head.mean_rows:
+        out.box, out.cls = out.box / max(1, rows_used), out.cls / max(1, rows_used)
+    balance = head.obj_balance[level] if head.obj_balance else 1.0
+    if head.obj_mean == "cells":  # of one image: over the images it stays a sum
+        balance /= anchors * H * W
+    out.obj = float(np.float32(balance)) * out.obj
+    if head.obj_mean == "used":
+        out.obj = out.obj / max(1, objectness_used)
+    return out
 
-    # box
-    K = 1
-    if head.average_box:
-        pushed = [t > float(torch.sigmoid(z.detach())) for z, t in zip(raw[5:], targets, strict=True)]
-        K = max(1, sum(pushed))
-    out.seen["averaged"] += K > 1
-    for r, label in zip(owners, labels, strict=True):
-        _, _, cx, cy, w, h = listed[r]
-        tx, ty = cx * cells[0] - cell[0], cy * cells[1] - cell[1]
-        image = (cells[0] * stride, cells[1] * stride)
-        if head.box in ("mse", "bce_mse"):
-            term = offset_term(head.box, raw[0], raw[2], tx, math.log(w * image[0] / anchor[0]), scale)
-            term = term + offset_term(head.box, raw[1], raw[3], ty, math.log(h * image[1] / anchor[1]), scale)
-            term = term * (1 + head.area_weight * (1 - w * h))
-        else:
-            unit = (*image, *image) if head.unit == "image" else (1.0,) * 4
-            true = (tx * stride, ty * stride, w * image[0], h * image[1])
-            g = tuple(torch.tensor(value / u, dtype=torch.float64) for value, u in zip(true, unit, strict=True))
-            term = box_term(head.box, tuple(value / u for value, u in zip(p, unit, strict=True)), g, head.box_args)
-        out.box = out.box + head.box_gain * weight[label] * term / K
+
+@dataclass
+class _Prediction:
+    raw: list[Tensor]
+    at: Place
+    cells: tuple[int, int]  # the map's width and height
+    level: int
+    head: GridHead
+    seen: Counter
+
+    def __post_init__(self) -> None:
+        self.stride, self.scale = self.head.strides[self.level], self.head.scale_x_y[self.level]
+        self.anchor = self.head.anchors[self.head.levels[self.level][self.at[1]]]
+        self.image = (self.cells[0] * self.stride, self.cells[1] * self.stride)
+        self.p = decoded(self.head.decode, self.raw, self.anchor, self.stride, self.scale)
+
+    def similarity_loss(self, kind: str, args: tuple[float, ...], true: tuple[float, ...]) -> Tensor:
+        """``true`` in pixels from the cell's origin."""
+        unit = {"pixel": (1.0, 1.0), "cell": (self.stride, self.stride), "image": self.image}[self.head.unit]
+        g = tuple(torch.tensor(value / u, dtype=torch.float64) for value, u in zip(true, unit * 2, strict=True))
+        p = tuple(value / u for value, u in zip(self.p, unit * 2, strict=True))
+        return box_term(kind, p, g, args, (self.image[0] / unit[0], self.image[1] / unit[1]))
+
+    def true_box(self, row: list[float]) -> tuple[float, ...]:
+        """In pixels, from the cell's origin."""
+        _, _, j, i = self.at
+        _, _, cx, cy, w, h = row
+        x, y = (cx * self.cells[0] - i) * self.stride, (cy * self.cells[1] - j) * self.stride
+        return x, y, w * self.image[0], h * self.image[1]
+
+    def offset_loss(self, true: tuple[float, ...]) -> Tensor:
+        axes = (
+            offset_term(
+                self.head.box,
+                self.raw[i],
+                self.raw[i + 2],
+                true[i] / self.stride,
+                math.log(true[i + 2] / self.anchor[i]),
+                self.scale,
+            )
+            for i in (0, 1)
+        )
+        return sum(axes, ZERO)
+
+    def box_loss(self, row: list[float]) -> Tensor:
+        head, true = self.head, self.true_box(row)
+        if head.box not in ("mse", "bce_mse"):
+            return head.box_gain * self.similarity_loss(head.box, head.box_args, true)
+        weight = 1 + head.area_weight * (1 - min(row[4] * row[5], head.area_cap))
+        return head.box_gain * weight * self.offset_loss(true)
+
+    def prior_loss(self) -> Tensor:
+        middle = (self.stride / 2, self.stride / 2)
+        if self.head.box in ("mse", "bce_mse"):
+            return self.offset_loss((*middle, *self.anchor))
+        return self.similarity_loss(self.head.box, self.head.box_args, (*middle, 0.0, 0.0))
+
+    def quality(self, row: list[float]) -> float:
+        """The objectness target that a row leaves."""
+        if self.head.quality is None:
+            return 1.0
+        value = 1 - float(self.similarity_loss(self.head.quality, self.head.quality_args, self.true_box(row)).detach())
+        self.seen["similarity below 0"] += value < 0
+        return 1 - self.head.quality_ratio + self.head.quality_ratio * max(0.0, value)
+
+    def class_targets(self, labels: list[int]) -> list[float]:
+        pos, neg = self.head.class_targets
+        return [pos if c in labels else neg for c in range(self.head.num_classes)]
+
+    def pushed_up(self, listed: list[list[float]], owners: list[int]) -> int:
+        """By how much the sum over owners of box losses is divided."""
+        if not self.head.average_box:
+            return 1
+        targets = self.class_targets([int(listed[r][1]) for r in owners])
+        pushed = [t > float(torch.sigmoid(z.detach())) for z, t in zip(self.raw[5:], targets, strict=True)]
+        self.seen["averaged"] += sum(pushed) > 1
+        return max(1, sum(pushed))
+
+    def best_overlap(self, rows: list[list[float]]) -> float:
+        """The largest IoU with a row of the image, if it is above the threshold and the classes let it pass, else 0."""
+        b, _, j, i = self.at
+        if self.head.ignore_thresh is None:
+            return 0.0
+        x, y, w, h = (float(value.detach()) for value in self.p)
+        p = (x + i * self.stride, y + j * self.stride, w, h)
+        image_w, image_h = self.image
+        true = [(r[2] * image_w, r[3] * image_h, r[4] * image_w, r[5] * image_h) for r in rows if int(r[0]) == b]
+        best = max((plain_iou(p, g) for g in true), default=0.0)
+        if not best > self.head.ignore_thresh:
+            return 0.0
+        gate = self.head.class_gate
+        if gate is not None and not any(float(z.detach()) > gate for z in self.raw[5:]):
+            self.seen["kept by the gate"] += 1
+            return 0.0
+        return best
+
+    def class_loss(self, labels: list[int], class_weights: Tensor | None) -> Tensor:
+        head = self.head
+        self.seen["repeated class"] += len(set(labels)) < len(labels)
+        self.seen["several classes"] += len(set(labels)) > 1
+        total = ZERO
+        for group in [[label] for label in labels] if head.shared == "each" else [labels]:
+            terms = class_terms(head.label, self.raw[5:], self.class_targets(group), head.label_args)
+            for c, term in enumerate(terms):
+                w = 1.0
+                if class_weights is not None and c in group:
+                    w = float(class_weights[c]) * (head.first_weight if c == group[0] and group.count(c) == 1 else 1.0)
+                total = total + head.cls_gain * w * term
+        return total

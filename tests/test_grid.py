@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import DEVICE
+from fusedyolo.kernels import grid
 from oracle import check_grid
 from torch import Tensor
 
 from fusedyolo import ops, reference
 from fusedyolo.heads import IOU_KINDS, OFFSET_KINDS, GridHead
-from fusedyolo.kernels import grid
 from fusedyolo.reference import grid_view as canonical
 
 ANCHORS = ((10.0, 13.0), (16.0, 30.0), (33.0, 23.0), (30.0, 61.0), (62.0, 45.0), (59.0, 110.0))

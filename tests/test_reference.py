@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusedyolo import reference
-from fusedyolo.heads import IOU_KINDS, LABEL_KINDS, OFFSET_KINDS, GridHead
-from fusedyolo.reference import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, assign, grid_loss
+from fusedyolo.heads import BOX_KINDS, IOU_KINDS, LABEL_KINDS, OFFSET_KINDS, GridHead
+from fusedyolo.reference import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, assign, grid_loss, read_rows
 
 F64 = torch.float64
 
@@ -90,8 +89,8 @@ def test_darknet_iou_delta_is_the_gradient_up_to_its_jacobian(name):
     (own,) = g.head.levels
     B, A, H, W, _ = grad.shape
     stride = g.head.strides[0]
-    match = assign(g.rows, g.head, [(H, W)], B, F64)
-    owners = torch.bincount(match.index[match.assigned], minlength=B * A * H * W).view(B, A, H, W)
+    found = assign(read_rows(g.rows, g.head, B), g.head, 0, [(H, W)], B, F64)
+    owners = torch.bincount(found.slot, minlength=B * A * H * W + 1)[:-1].view(B, A, H, W)
     chosen = (owners == 1) & overlapping[..., :4].any(-1) & (delta[..., :4].abs() < g.layer["max_delta"]).all(-1)
     assert chosen.sum() >= 2
     slope = torch.sigmoid(golden.canonical(g.logits.double(), A)[..., :2])
@@ -307,15 +306,32 @@ def head_of(**changes) -> GridHead:
 MAPS = [(4, 6), (2, 3)]  # 48 x 32 pixels
 
 
-def taken(rows: list[tuple[float, ...]], head: GridHead, batch: int = 2, dtype: torch.dtype = F64) -> list[list[int]]:
-    match = assign(torch.tensor(rows), head, MAPS, batch, dtype)
-    for index, assigned, x, y in zip(match.index, match.assigned, match.x, match.y, strict=True):
-        for t in range(len(head.anchors)):
-            if assigned[t]:  # x and y say the same as the index
-                level, at = (0, int(index[t])) if int(index[t]) < 96 else (1, int(index[t]) - 96)
-                H, W = MAPS[level]
-                assert (at // W % H, at % W) == (int(y[t]), int(x[t]))
-    return [index[on].tolist() for index, on in zip(match.index, match.assigned, strict=True)]
+def places(
+    rows: list[tuple[float, ...]], head: GridHead, maps: list[tuple[int, int]] = MAPS, batch: int = 2,
+    dtype: torch.dtype = F64,
+) -> list[list[tuple[int, ...]]]:  # fmt: skip
+    """Of each row the predictions (level, image, anchor of the level, y, x) that it is assigned to, in order."""
+    read = read_rows(torch.tensor(rows), head, batch)
+    found: list[list[tuple[int, ...]]] = [[] for _ in rows]
+    for level, (own, (H, W)) in enumerate(zip(head.levels, maps, strict=True)):
+        candidates = assign(read, head, level, maps, batch, dtype)
+        for row, slot in zip(candidates.row.tolist(), candidates.slot.tolist(), strict=True):
+            assert 0 <= slot <= batch * len(own) * H * W
+            if slot < batch * len(own) * H * W:
+                a, cell = divmod(slot, H * W)
+                assert a // len(own) == read.image[row]
+                found[row].append((level, a // len(own), a % len(own), *divmod(cell, W)))
+    return found
+
+
+def taken(rows: list[tuple[float, ...]], head: GridHead, dtype: torch.dtype = F64) -> list[list[int]]:
+    """The same as one number, counted through the levels of ``MAPS`` by image, anchor, y, x; two anchors a level."""
+
+    def number(level: int, b: int, a: int, y: int, x: int) -> int:
+        H, W = MAPS[level]
+        return level * 2 * 2 * 24 + ((b * 2 + a) * H + y) * W + x
+
+    return [[number(*place) for place in own] for own in places(rows, head, dtype=dtype)]
 
 
 def test_assign_by_hand():
@@ -354,19 +370,18 @@ def test_assign_takes_no_anchor_of_iou_zero():
 def test_assign_multiplies_the_cell_in_float32():
     centre = torch.tensor(0.7).item()  # 6.9999998 of 10 cells, which float32 rounds to 7
     assert int(centre * 10) == 6
-    rows = torch.tensor([[0, 0, centre, centre, 0.1, 0.1]])
-    match = assign(rows, head_of(levels=((0,), (1,))), [(10, 10), (5, 5)], 1, F64)
-    assert match.x[0, :2].tolist() == [7, 3]
-    assert match.y[0, :2].tolist() == [7, 3]
+    head = head_of(levels=((0,), (1,)), iou_thresh=0.0)
+    found = places([(0, 0, centre, centre, 0.1, 0.1)], head, [(10, 10), (5, 5)], 1)
+    assert found == [[(0, 0, 0, 7, 7), (1, 0, 0, 3, 3)]]
 
 
 @pytest.mark.parametrize("size", [*range(1, 70), 127, 128, 129, 1000, 4095, 4097])
 def test_assign_stays_on_the_map(size):
     below = 1 - 2.0**-24
-    head = head_of(levels=((0,), (1,)), strides=(8.0, 8.0))
-    match = assign(torch.tensor([[0, 0, below, below, 1.0, 1.0]]), head, [(size, size)] * 2, 1)
-    assert match.valid.all()
-    assert match.x[0, :2].tolist() == match.y[0, :2].tolist() == [size - 1, size - 1]
+    head = head_of(levels=((0,), (1,)), strides=(8.0, 8.0), iou_thresh=0.0)
+    for centre, edge in ((below, False), (1.0, True)):
+        found = places([(0, 0, centre, centre, 1.0, 1.0)], replace(head, edge=edge), [(size, size)] * 2, 1)
+        assert found == [[(level, 0, 0, size - 1, size - 1) for level in (0, 1)]]
 
 
 INVALID = [
@@ -390,19 +405,97 @@ INVALID = [
 
 def test_assign_rejects_invalid_rows_only():
     valid = [(1.9, 2.9, 0.999, 0.0, 1.5, 1e-3), (0, 0, 0.0, 0.999, 1e-3, 7.0)]
-    match = assign(torch.tensor(valid + INVALID), head_of(iou_thresh=0.01), MAPS, 2)
-    assert match.valid.tolist() == [True] * 2 + [False] * len(INVALID)
-    assert match.image[:2].tolist() == [1, 0]
-    assert match.label[:2].tolist() == [2, 0]
-    assert not match.assigned[2:].any()
-    assert match.assigned[:2].any(1).all()
+    head = head_of(iou_thresh=0.01)
+    read = read_rows(torch.tensor(valid + INVALID), head, 2)
+    assert read.valid.tolist() == [True] * 2 + [False] * len(INVALID)
+    assert read.image[:2].tolist() == [1, 0]
+    assert read.label[:2].tolist() == [2, 0]
+    for assigner in ("best_anchor", "ratio", "iou_band"):
+        generous = replace(head, assigner=assigner, anchor_t=1e9, band=(0.0, 1e-9))
+        found = places(valid + INVALID, generous)
+        assert not any(found[2:])
+        assert all(found[:2])
 
 
 # ---- the whole loss against loops
 
 
-def random_case(seed: int, levels: int, tails: bool) -> tuple[list[Tensor], Tensor, GridHead, Tensor | None]:
-    """Crowded images that are not square, with objects where predictions are, and invalid rows."""
+def random_head(gen: torch.Generator, anchors: list[tuple[float, float]], own: list[list[int]]) -> GridHead:
+    """Every field by itself, but for what no loss combines; strides and scales are the caller's."""
+
+    def pick(*values):
+        return values[int(torch.randint(len(values), (), generator=gen))]
+
+    levels = len(own)
+    box = pick(*BOX_KINDS, *OFFSET_KINDS)
+    is_offset = box in OFFSET_KINDS
+    assigner = pick("best_anchor", "ratio", "iou_band")
+    smooth = pick(True, False, False)
+    shared = pick("sum", "last", *(() if smooth else ("each",)))
+    mean_rows, obj_mean = not smooth and pick(True, False), None if smooth else pick(None, "cells", "used")
+    label, objectness = pick(*LABEL_KINDS), pick(*(kind for kind in LABEL_KINDS if kind != "softmax_ce"))
+    eps = pick((0.0, 1e-6), (1e-7, 1e-7), (1e-16, 1e-16))
+    quality = pick(None, "box", *IOU_KINDS)
+    if quality == "box":
+        quality = "iou" if is_offset else box
+    quality_args = eps if quality == box else pick((0.0, 1e-6), (1e-3, 1e-7))
+    soften = pick(0.0, 0.2)
+
+    def label_args(kind: str) -> tuple[float, ...]:
+        heavier = pick((), (1.75,))
+        modulated = (pick(-1.0, 0.25), pick(0.0, 1.5, 2.0))
+        return {"bce": heavier, "focal": (*modulated, *heavier), "qfl": modulated, "varifocal": modulated}.get(kind, ())
+
+    return GridHead(
+        num_classes=pick(1, 3, 5),
+        anchors=tuple(anchors),
+        levels=tuple(map(tuple, own)),
+        strides=(1.0,) * levels,
+        scale_x_y=tuple((1.0 + torch.rand(levels, generator=gen)).tolist()),
+        unit=pick("image", "pixel", "cell"),
+        assigner=assigner,
+        iou_thresh=pick(1.0, 0.2, 0.45),
+        anchor_t=pick(1.5, 2.0, 4.0),
+        band=pick((0.2, 0.4), (0.3, 0.3), (0.0, 0.5)),
+        per_level=pick(True, False),
+        shared=shared,
+        edge=pick(True, False),
+        decode="exp" if is_offset else pick("exp", "sigmoid_square"),
+        box=box,
+        label=label,
+        objectness=objectness,
+        quality=quality,
+        quality_ratio=pick(1.0, 0.75),
+        ignore_thresh=pick(0.3, 0.5) if smooth else pick(None, 0.3, 0.5),
+        class_gate=pick(None, -1.0, 1.0),
+        smooth=tuple(pick(True, False) for _ in own) if smooth else (),
+        average_box=shared != "each" and pick(True, False),
+        mean_rows=mean_rows,
+        obj_mean=obj_mean,
+        box_gain=0.07,
+        obj_gain=1.3,
+        noobj_gain=0.6,
+        cls_gain=0.9,
+        prior_gain=pick(0.0, 0.0, 0.02),
+        obj_balance=pick((), tuple((0.5 + torch.rand(levels, generator=gen)).tolist())),
+        area_weight=pick(0.0, 1.0),
+        area_cap=pick(3.0e38, 0.25),
+        class_targets=(1 - soften / 2, soften / 2),
+        first_weight=0.5,
+        box_args=eps if box == "ciou_plus" else (*eps, *pick((), (), (2.0, 0.5))),
+        label_args=label_args(label),
+        obj_args=label_args(objectness),
+        quality_args=quality_args,
+    )
+
+
+def random_case(
+    seed: int, levels: int, tails: bool, dyadic: bool = False
+) -> tuple[list[Tensor], Tensor, GridHead, Tensor | None]:
+    """Crowded images that are not square, with objects where predictions are, and invalid rows.
+
+    Dyadic: centres on the borders and middles of cells and of the image, and sizes whose overlaps tie exactly.
+    """
     gen = torch.Generator().manual_seed(seed)
 
     def pick(*values):
@@ -413,41 +506,19 @@ def random_case(seed: int, levels: int, tails: bool) -> tuple[list[Tensor], Tens
 
     counts = [pick(1, 2, 3) for _ in range(levels)]
     factors = [max(1, 4 >> level) for level in range(levels)]
-    strides = [14.6 / factor for factor in factors]
-    anchors = []
+    coarse = 16.0 if dyadic else 14.6
+    strides = [coarse / factor for factor in factors]
+    anchors: list[tuple[float, float]] = []
     for stride, count in zip(strides, counts, strict=True):
-        anchors += [tuple((stride * uniform(1.0, 3.0, 2)).tolist()) for _ in range(count)]
+        sides = stride * uniform(1.0, 3.0, count, 2)
+        anchors += map(tuple, (sides.round() if dyadic else sides).tolist())
     anchors += [(7.0, 50.0), anchors[0]]  # one of no level, one twice
     order = torch.randperm(len(anchors), generator=gen).tolist()
     anchors = [anchors[i] for i in order]
     own = iter(order.index(i) for i in range(sum(counts)))
-    classes = pick(1, 3, 5)
-    box = pick(*IOU_KINDS, *OFFSET_KINDS)
-    smooth = pick(0.0, 0.2)
-    head = GridHead(
-        num_classes=classes,
-        anchors=tuple(anchors),
-        levels=tuple(tuple(next(own) for _ in range(count)) for count in counts),
-        strides=tuple(strides),
-        scale_x_y=tuple(uniform(1.0, 2.0, levels).tolist()),
-        decode=pick("exp", "sigmoid_square") if box in IOU_KINDS else "exp",
-        box=box,
-        label=pick(*LABEL_KINDS),
-        unit=pick("image", "pixel"),
-        class_gate=pick(None, -1.0, 1.0),
-        average_box=pick(True, False),
-        ignore_thresh=pick(0.3, 0.5),
-        iou_thresh=pick(1.0, 0.2, 0.45),
-        box_gain=0.07,
-        obj_gain=1.3,
-        noobj_gain=0.6,
-        cls_gain=0.9,
-        area_weight=pick(0.0, 1.0),
-        class_targets=(1 - smooth / 2, smooth / 2),
-        first_weight=0.5,
-        box_args=pick((0.0, 1e-6), (1e-7, 1e-7)),
-        label_args=(pick(-1.0, 0.25), pick(0.0, 1.5, 2.0)),
-    )
+    head = random_head(gen, anchors, [[next(own) for _ in range(count)] for count in counts])
+    head = replace(head, strides=tuple(strides))
+    classes = head.num_classes
     batch = pick(1, 2)
     base_h, base_w = pick((1, 2), (2, 1), (2, 3))
     preds = []
@@ -461,13 +532,18 @@ def random_case(seed: int, levels: int, tails: bool) -> tuple[list[Tensor], Tens
         preds.append(pred.requires_grad_())
 
     n = 14
-    side = 14.6 * torch.tensor([base_w, base_h])
+    side = coarse * torch.tensor([base_w, base_h])
     size = torch.tensor(anchors)[torch.randint(len(anchors), (n,), generator=gen)] * uniform(0.7, 1.4, n, 2) / side
+    centre = uniform(0, 1, n, 2)
+    if dyadic:
+        size = (16 * size).round().clamp(min=1) / 16
+        centre = (16 * centre).round() / 16
+        centre[: n // 2 : 3, 0] = 1.0  # out of the image, but for head.edge
     rows = torch.cat(
         (
             torch.randint(batch, (n, 1), generator=gen),
             torch.randint(classes, (n, 1), generator=gen),
-            uniform(0, 1, n, 2),
+            centre,
             size,
         ),
         1,
@@ -475,12 +551,14 @@ def random_case(seed: int, levels: int, tails: bool) -> tuple[list[Tensor], Tens
     rows[n // 2 : n - 2, 2:] = rows[: n // 2 - 2, 2:]  # the same places and sizes again, partly with the same class
     rows[n // 2 : n - 2, 0] = rows[: n // 2 - 2, 0]
     rows[n - 2 :] = rows[:2]
+    rows[n - 3, 4:] = 2.5  # an object larger than the image
     rows = torch.cat((rows, torch.tensor(INVALID)[torch.randperm(len(INVALID), generator=gen)[:4]]))
     rows = rows[torch.randperm(len(rows), generator=gen)]
-    return preds, rows, head, uniform(0.2, 4.0, classes) if pick(True, False) else None
+    weighted = head.shared != "each" and head.label != "softmax_ce" and pick(True, False)
+    return preds, rows, head, uniform(0.2, 4.0, classes) if weighted else None
 
 
-CASES = [(seed, 1 + seed % 5, seed % 3 == 2) for seed in range(40)]
+CASES = [(seed, 1 + seed % 3 if seed % 8 else 5, seed % 4 == 2, seed % 2 == 1) for seed in range(80)]
 
 
 def compare_with_loop(preds: list[Tensor], rows: Tensor, head: GridHead, weights: Tensor | None = None) -> None:
@@ -491,21 +569,25 @@ def compare_with_loop(preds: list[Tensor], rows: Tensor, head: GridHead, weights
     close(total, want.total)
     assert counts.dtype == torch.int32
     assert counts.tolist() == [want.assigned, want.invalid]
-    for got, expected in zip(grads, torch.autograd.grad(want.total, preds), strict=True):
+    # a map of which nothing counts has no part in the loops' graph
+    for got, expected in zip(grads, torch.autograd.grad(want.total, preds, materialize_grads=True), strict=True):
         close(got, expected)
 
 
-@pytest.mark.parametrize(("seed", "levels", "tails"), CASES)
-def test_grid_loss_is_the_loop(seed, levels, tails):
-    compare_with_loop(*random_case(seed, levels, tails))
+@pytest.mark.parametrize(("seed", "levels", "tails", "dyadic"), CASES)
+def test_grid_loss_is_the_loop(seed, levels, tails, dyadic):
+    compare_with_loop(*random_case(seed, levels, tails, dyadic))
 
 
 def test_the_cases_meet_every_situation():
     seen = Counter()
-    for seed, levels, tails in CASES:
-        if levels <= 2:
-            seen += loop_loss(*random_case(seed, levels, tails)).seen
-    situations = ("ignored", "kept by the gate", "shared", "repeated class", "several classes", "averaged")
+    for seed, levels, tails, dyadic in CASES:
+        if levels == 1:
+            seen += loop_loss(*random_case(seed, levels, tails, dyadic)).seen
+    situations = (
+        "ignored", "kept by the gate", "shared", "repeated class", "several classes", "averaged", "neighbour",
+        "border of the image", "left out by the band", "equal overlaps", "prior", "smooth", "similarity below 0",
+    )  # fmt: skip
     assert {name: seen[name] for name in situations if seen[name] < 5} == {}
 
 
@@ -777,7 +859,7 @@ def test_ignore_test_in_chunks(monkeypatch):
     want, want_grads, counts = loss_and_grads(preds, rows, head)
     assert counts[1] > 0
     for size in (1, 100, 1000):
-        monkeypatch.setattr("fusedyolo.reference.grid.IGNORE_CHUNK", size)
+        monkeypatch.setattr("fusedyolo.reference.grid.PAIRS_CHUNK", size)
         with Watch() as watch:
             total, grads, _ = loss_and_grads(preds, rows, head)
         # [rows of a chunk, predictions of an image, 2], [M, A, 5 + C], the maps

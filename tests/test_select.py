@@ -167,7 +167,9 @@ def random_case(seed: int) -> tuple[list[Tensor], Criterion, dict]:
         strides=tuple(map(float, strides)),
         scale_x_y=tuple(draw(1.0, 1.125, 2.0) for _ in strides),
         decode="sigmoid_square" if kind == "no_area" else draw("exp", "sigmoid_square"),
-        label=draw("bce", "bce", "softmax_ce"),
+        label="bce"
+        if kind == "lattice"
+        else draw("bce", "bce", "softmax_ce"),  # sums in another order are no exact ties
     )
     batch, dtype = draw(1, 2), draw(*DTYPES)
     options = {
@@ -239,7 +241,7 @@ def test_equals_torchvision(seed):
         n, c = (s > options["conf"]).nonzero().unbind(1)
         groups = torch.zeros_like(c) if options["class_agnostic"] else c
         kept = batched_nms(b[n], s[n, c], groups, options["iou"]).sort().values
-        kept = kept[s[n, c][kept].argsort(descending=True, stable=True)]  # the order of ties is not torchvision's concern
+        kept = kept[s[n, c][kept].argsort(descending=True, stable=True)]  # torchvision leaves the order of ties open
         kept = kept[: options["max_det"]]
         assert image["labels"].tolist() == c[kept].tolist()
         torch.testing.assert_close(image["scores"].double(), s[n, c][kept], rtol=1e-6, atol=0)
@@ -587,7 +589,7 @@ for launch in launches:
         ("flat", "bfloat16", "sm_100"),
         ("flat", "float32", "gfx942"),
         ("channels_last", "float16", "sm_90"),
-        ("softmax", "float32", "sm_80"),
+        ("softmax", "float32", "sm_100"),
     ],
 )
 def test_compiles_without_spills(form, dtype, target):

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from torch import Tensor
 
-Head = TypeVar("Head")
+from ..heads import CellHead, GridHead
+
+Head = TypeVar("Head", GridHead, CellHead)
 
 
 class LossOutput(NamedTuple):
@@ -38,4 +40,5 @@ def rounded(head: Head) -> Head:
             return tuple(map(walk, value))
         return float(np.float32(value)) if isinstance(value, float) else value
 
-    return dataclasses.replace(head, **{field.name: walk(getattr(head, field.name)) for field in dataclasses.fields(head)})
+    names = [field.name for field in dataclasses.fields(head)]
+    return dataclasses.replace(head, **{name: walk(getattr(head, name)) for name in names})

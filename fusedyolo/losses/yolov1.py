@@ -6,7 +6,6 @@ import dataclasses
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +13,9 @@ from .. import backend as backends
 from .. import checks, reference
 from ..heads import CellHead, cell_head_from_key
 from ..targets import Targets, as_targets
-from .output import LossOutput
+from .base import PARTS, hyper_parameters
+from .output import LossOutput, rounded
 
-PARTS = ("box", "obj", "cls")
 GAINS = ("box_gain", "obj_gain", "noobj_gain", "cls_gain")
 
 
@@ -133,24 +132,19 @@ class YOLOv1Loss(nn.Module):
         super().__init__()
         self.recipe = checks.one_of("recipe", recipe, tuple(CELL_RECIPES))
         row = CELL_RECIPES[self.recipe]
-        for name in hyp:
-            if name not in row.hyp:
-                checks.fail(name, f"no hyper-parameter of recipe {recipe!r}", "one of " + ", ".join(row.hyp))
-        self.hyp = {**row.hyp, **hyp}
+        self.hyp = hyper_parameters(hyp, row.hyp, f"recipe {recipe!r}")
         self.reduction = checks.one_of("reduction", reduction, checks.REDUCTIONS)
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
-        gains = dict.fromkeys(GAINS, 1.0) | {
-            field: checks.number(name, self.hyp[name], 0) for field, name in row.gains.items()
-        }
-        self.head = CellHead(
+        gains: dict[str, Any] = {field: checks.number(name, self.hyp[name], 0) for field, name in row.gains.items()}
+        flags: dict[str, Any] = {field: checks.flag(name, self.hyp[name]) for field, name in row.flags.items()}
+        head = CellHead(
             num_classes=checks.count("num_classes", num_classes),
             grid_size=checks.count("grid_size", grid_size),
             num_boxes=checks.count("num_boxes", num_boxes),
             nearest=row.nearest,
-            **{field: checks.flag(name, self.hyp[name]) for field, name in row.flags.items()},
-            **{field: float(np.float32(row.factor * gain)) for field, gain in gains.items()},
         )
+        self.head = _scaled(dataclasses.replace(head, **gains, **flags), row.factor)
         self._key = self.head.key
 
     def forward(self, pred: Tensor, targets: Tensor | list[dict[str, Tensor]] | Targets) -> LossOutput:
@@ -213,6 +207,10 @@ def _mean_head(key: str, batch: int) -> CellHead:
 
 @lru_cache(maxsize=256)
 def _scaled_head(key: str, batch: int) -> CellHead:
-    head = cell_head_from_key(key)
-    gains = {gain: float(np.float32(getattr(head, gain) / batch)) for gain in GAINS}
-    return dataclasses.replace(head, **gains)
+    return _scaled(cell_head_from_key(key), 1 / batch)
+
+
+def _scaled(head: CellHead, factor: float) -> CellHead:
+    """The head with all gains times ``factor``."""
+    gains: dict[str, Any] = {gain: getattr(head, gain) * factor for gain in GAINS}
+    return rounded(dataclasses.replace(head, **gains))

@@ -67,8 +67,8 @@ class YOLOv2Loss(GridLoss):
         without an object are drawn to the middle of their cell and their anchor's size, with weight 0.01.
 
         ``"lightnet"`` (``RegionLoss`` of lightnet 4.0): darknet's as a mean over images; the box term times
-        ``2 - min(w * h, 1.5)`` of the object, or with ``coord_regression="ciou"`` its variant of the CIoU loss, in which
-        the aspect term has the other sign; ``coord_grid_sensitivity=1``, ``class_smoothing=0``,
+        ``2 - min(w * h, 1.5)`` of the object, or with ``coord_regression="ciou"`` its variant of the CIoU loss, whose
+        aspect term has the other sign; ``coord_grid_sensitivity=1``, ``class_smoothing=0``,
         ``iou_ignore_thresh=0.6``, ``coord_prefill=12800`` (weight ``sqrt(0.01 / coord_scale)``). With several strides,
         its ``MultiScaleRegionLoss``: an object is assigned on every scale, and the sum over scales is divided by their
         number less one.
@@ -91,8 +91,8 @@ class YOLOv2Loss(GridLoss):
     Shapes:
         - pred: ``[B, A * (5 + C), H, W]`` or ``[B, A, H, W, 5 + C]``, any strides, float16, bfloat16, float32 or
           float64; a list of them with several strides.
-        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised; ``[B, G, 5]``; a list of ``{"boxes": x1 y1 x2 y2
-          in pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
+        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised; ``[B, G, 5]``; a list of ``{"boxes": corners in
+          pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput`.
 
     Raises:
@@ -155,11 +155,11 @@ class YOLOv2Loss(GridLoss):
         targets: Tensor | Sequence[dict[str, Tensor]] | Targets,
     ) -> LossOutput:
         """The loss of one batch; see the class for shapes, and :meth:`GridLoss.forward` for errors."""
-        if not self._several:
-            if not isinstance(pred, Tensor):
-                checks.fail("pred", checks.describe(pred), "a tensor")
-            pred = [pred]
-        return super().forward(pred, targets)
+        if self._several:
+            return super().forward(list(pred), targets)
+        if not isinstance(pred, Tensor):
+            checks.fail("pred", checks.describe(pred), "a tensor")
+        return super().forward([pred], targets)
 
     def _head_of(self, batch: int) -> GridHead:
         head = self.head

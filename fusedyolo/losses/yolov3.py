@@ -38,7 +38,7 @@ _COMMON_HYP: dict[str, Any] = {
     "label_smooth_eps": 0.0,
     "cls_loss": None,
     "focal_alpha": None,
-    "focal_gamma": 0.0,
+    "focal_gamma": None,
     "iou_alpha": 1.0,
     "iou_gamma": 0.0,
     "iou_band": (0.3, 0.7),
@@ -177,15 +177,17 @@ class _AnchorLoss(GridLoss):
 
 def _label(hyp: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
     """The class term and its arguments."""
-    alpha, gamma = hyp["focal_alpha"], checks.number("focal_gamma", hyp["focal_gamma"], 0)
-    kind = hyp["cls_loss"]
+    kind, alpha, gamma = hyp["cls_loss"], hyp["focal_alpha"], hyp["focal_gamma"]
+    if gamma is None:
+        gamma = 0.0 if kind is None else 2.0
+    gamma = checks.number("focal_gamma", gamma, 0)
     if kind is None:
         kind = "bce" if alpha is None and gamma == 0 else "focal"
     checks.one_of("cls_loss", kind, CLASS_KINDS)
     if kind in ("bce", "softmax_ce"):
         return kind, ()
     if alpha is None:
-        alpha = 1.0 if kind == "varifocal" else -1.0
+        alpha = 0.75 if kind == "varifocal" else -1.0
     return kind, (alpha if alpha == -1.0 else checks.number("focal_alpha", alpha, 0, 1), gamma)
 
 
@@ -196,6 +198,8 @@ def _class_weights(hyp: dict[str, Any], num_classes: int) -> tuple[float, ...] |
         limit = math.inf
     if hyp.get("counters_per_class") is None:
         return None
+    if hyp["cls_loss"] == "softmax_ce":
+        checks.fail("cls_loss", "'softmax_ce' with counters_per_class", "a term that judges each class by itself")
     counts = checks.class_counts(hyp["counters_per_class"], num_classes)
     return tuple(min(max(counts) / count, limit) for count in counts)
 
@@ -238,8 +242,16 @@ class YOLOv3Loss(_AnchorLoss):
         ``counters_per_class`` weighs an object by ``min(max(counts) / count, max_delta)``; ``cls_normalizer=1`` acts
         only together with it.
 
-    Both take ``label_smooth_eps=0`` (targets ``1 - eps / 2`` and ``eps / 2``), and ``focal_alpha=None``,
-    ``focal_gamma=0``, which turn the class term into a focal loss.
+        For all levels or one by one, ``obj_normalizer`` and ``objectness_smooth=0`` (1: objectness is trained towards
+        the IoU that the ignore mask looks at, where that is above ``ignore_thresh``, and 0 elsewhere, whether an object
+        is assigned or not, as darknet does). ``new_coords=1`` is the layer of yolov4-csp: sizes
+        ``anchor * (2 sigmoid)^2``, half squared errors of sigmoids for objectness and classes; predictions are still
+        logits.
+
+    Both take ``label_smooth_eps=0`` (targets ``1 - eps / 2`` and ``eps / 2``); ``cls_loss=None``, or ``"bce"``,
+    ``"focal"``, ``"qfl"``, ``"varifocal"``, ``"softmax_ce"``, with ``focal_alpha=None`` (0.75 for varifocal) and
+    ``focal_gamma=None`` (2 for a named ``cls_loss``; either of them alone asks for a focal loss); ``iou_alpha=1`` and
+    ``iou_gamma=0``, the powers of :func:`fusedyolo.functional.box_iou_loss`; and ``iou_band=(0.3, 0.7)``.
 
     Args:
         anchors: for each level its (width, height) pairs, in pixels.
@@ -248,7 +260,11 @@ class YOLOv3Loss(_AnchorLoss):
         recipe: ``"paper"`` or ``"darknet"``.
         all_anchors: the anchors among which the best one of an object is chosen, if more than those of the levels given
             (darknet's ``mask``): an object whose best anchor is on a level not given is not learnt here.
-        iou_loss: ``"mse"`` (the default), or of decoded boxes ``"iou"``, ``"giou"``, ``"diou"``, ``"ciou"``.
+        assigner: ``"best_anchor"``, or ``"iou_band"``: an anchor in the middle of its cell is positive, for the object
+            that it overlaps most, where that IoU exceeds the upper end of ``iou_band``; negative where it is below the
+            lower end; and left out between. An object that no anchor overlaps so well is not learnt.
+        iou_loss: ``"mse"`` (the default), or of decoded boxes ``"iou"``, ``"giou"``, ``"diou"``, ``"ciou"``,
+            ``"eiou"``, ``"siou"``, ``"mpdiou"``.
         scale_x_y: grid sensitivity, ``x = s * sigmoid - (s - 1) / 2``; a number, or one a level. 1 by default.
         iou_thresh: every anchor whose IoU of widths and heights with the object exceeds it is assigned too. 1 (none) by
             default.
@@ -292,5 +308,3 @@ class YOLOv4Loss(_AnchorLoss):
     """
 
     detector = "YOLOv4Loss"
-
-

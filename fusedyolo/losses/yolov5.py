@@ -106,7 +106,7 @@ _HYP: dict[str, Any] = {
 
 
 class YOLOv5Loss(_RatioLoss):
-    """Training loss of YOLOv5 (and of YOLOv7 without its auxiliary assigner): ``batch size * (box + objectness + class)``.
+    """Training loss of YOLOv5: ``batch size * (box + objectness + class)``.
 
     An object takes, on every level, each anchor of which no side differs from it by a factor of ``anchor_t`` or more,
     in the cell that holds its centre and in the two neighbours nearest to it. With n the assignments of a level,
@@ -137,8 +137,8 @@ class YOLOv5Loss(_RatioLoss):
     Shapes:
         - preds: a list of ``[B, A, H, W, 5 + C]`` or ``[B, A * (5 + C), H, W]``, any strides, float16, bfloat16,
           float32 or float64.
-        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised; ``[B, G, 5]``; a list of ``{"boxes": x1 y1 x2 y2
-          in pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
+        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised; ``[B, G, 5]``; a list of ``{"boxes": corners in
+          pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput`; ``parts`` have the factor of the batch size too.
 
     Raises:

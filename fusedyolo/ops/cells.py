@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..heads import CellHead, cell_head_from_key
+from ..heads import cell_head_from_key
 from ..kernels import cells
 from ..reference import cell_views
 from .launch import Launch, accumulator, done_counter, refuse_double_backward

@@ -15,7 +15,6 @@ from ..kernels.terms import box, decode, label, offset
 from ..reference.grid import NEIGHBOURS, grid_view
 from .launch import Launch, accumulator, done_counter, refuse_double_backward
 
-
 _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
 
 
@@ -72,7 +71,9 @@ def _grid_constants(key: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 class GridOutputs(NamedTuple):
-    """What a loss launch leaves: the operator's outputs; the last three are empty where no gradient will be asked for."""
+    """What a loss launch leaves. The last three are empty where no gradient will be asked for; only what the gradient
+    launch reads of them is ever written.
+    """
 
     total: Tensor  # 0-dim
     parts: Tensor  # [3], and where the row asks for means two numbers a level that the gradient takes
@@ -109,7 +110,9 @@ def _bases_start(predictions: int) -> int:
     return -(-predictions // 4) * 4
 
 
-def _common_arguments(preds: list[Tensor], grads: list[Tensor] | None, head: GridHead, outputs: GridOutputs, kept: bool):
+def _common_arguments(
+    preds: list[Tensor], grads: list[Tensor] | None, head: GridHead, outputs: GridOutputs, kept: bool
+):
     """What both launches take, and their tile; they must agree on it."""
     views = [grid_view(pred, len(level)) for pred, level in zip(preds, head.levels, strict=True)]
     strides = [_cell_strides(view) for view in views]
@@ -215,7 +218,7 @@ def grid_loss(
     head = head_from_key(key)
     outputs = grid_outputs(preds, rows, head, with_state)
     grid_launch(preds, rows, offsets, class_weights, head, outputs, with_state).run()
-    return tuple(outputs)
+    return outputs.total, outputs.parts, outputs.counts, outputs.state, outputs.kept, outputs.true_obj
 
 
 @grid_loss.register_fake

@@ -47,8 +47,8 @@ _DONE: dict[tuple[torch.device, int], Tensor] = {}
 def done_counter(device: torch.device) -> Tensor:
     """The counters of finished programs and of places taken, one pair a stream because launches on two streams overlap.
 
-    The kernel leaves them at 0, so they are filled once, not once a call. A captured graph gets a pair of its own: memory that
-    a capture allocates belongs to the graph.
+    The kernel leaves them at 0, so they are filled once, not once a call. A captured graph gets a pair of its own:
+    memory that a capture allocates belongs to the graph.
     """
     if device.type == "cpu":
         stream = 0

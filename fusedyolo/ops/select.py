@@ -20,7 +20,7 @@ from .launch import Launch
 
 MOST_PAIRS = 2**31 - 1  # indices are int32
 SCAN_THREADS = NMS_THREADS = 256
-MAX_REGISTERS = 192  # of WRITE and NMS: ptxas would stop at 128 and keep a few words on the stack
+COUNT_REGISTERS, MAX_REGISTERS = 128, 192  # left alone, ptxas stops at 64 or 128 and keeps a few words on the stack
 NMS_BLOCK, NMS_CHUNK = 64, 16
 
 
@@ -105,7 +105,11 @@ def scan_launches(
         "BINS": SCORE_BINS,
         "BLOCK": 128,
     }
-    modes = ((kernels.COUNT, None), (kernels.RECOUNT, None), (kernels.WRITE, MAX_REGISTERS))
+    modes = (
+        (kernels.COUNT, COUNT_REGISTERS),
+        (kernels.RECOUNT, COUNT_REGISTERS),
+        (kernels.WRITE, MAX_REGISTERS),
+    )
     return Candidates(scores, boxes, index), [
         ExactLaunch(kernels.scan_kernel, (batch * tiles,), {**arguments, "MODE": mode}, SCAN_THREADS, registers)
         for mode, registers in modes

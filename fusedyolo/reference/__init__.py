@@ -5,20 +5,24 @@ host, so nothing here waits for a device.
 """
 
 from .cells import cell_loss, cell_views
-from .grid import Candidates, Rows, assign, grid_loss, grid_view, read_rows
-from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS
+from .grid import Candidates, Rows, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets, read_rows
+from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS
 
 __all__ = [
     "BOX_TERMS",
     "DECODE",
+    "ENCODE",
     "LABEL_TERMS",
     "OFFSET_TERMS",
     "Candidates",
     "Rows",
     "assign",
+    "box_loss",
     "cell_loss",
     "cell_views",
     "grid_loss",
     "grid_view",
+    "level_anchors",
+    "objectness_targets",
     "read_rows",
 ]

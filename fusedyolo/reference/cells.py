@@ -10,7 +10,7 @@ from torch import Tensor
 from ..heads import CellHead
 from .terms import _area, _iou, _pair
 
-LARGEST_SIZE = 2.0**100  # of a predicted box, in images: products of it stay finite in float32
+LARGEST_SIZE = 2.0**60  # of a predicted box, in images: its square stays finite in float32
 
 
 def cell_views(pred: Tensor, head: CellHead) -> tuple[Tensor, Tensor, Tensor]:

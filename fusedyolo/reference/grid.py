@@ -61,7 +61,8 @@ def assign(
     own, (H, W) = head.levels[level], maps[level]
     if head.assigner == "iou_band":
         return _band(rows, head, level, (H, W), batch_size, dtype)
-    size = rows.boxes[:, None, 2:].to(dtype) * _constants((W * head.strides[level], H * head.strides[level]), rows.boxes)
+    image = _constants((W * head.strides[level], H * head.strides[level]), rows.boxes)
+    size = rows.boxes[:, None, 2:].to(dtype) * image
     if head.assigner == "ratio":
         ratio = size / _anchors(head, own, size)
         fits = torch.maximum(ratio, 1 / ratio).amax(-1) < head.anchor_t  # [M, A]
@@ -83,6 +84,11 @@ def assign(
     slot = torch.where(fits & emitted[..., None], slot, batch_size * len(own) * H * W)
     row = torch.arange(len(centre), device=x.device)[:, None].expand(slot.shape)
     return Candidates(row.flatten(), slot.flatten())
+
+
+def level_anchors(head: GridHead, level: int, like: Tensor) -> Tensor:
+    """[A, 2] width and height of the anchors of a level, in pixels."""
+    return _anchors(head, head.levels[level], like)
 
 
 def _anchors(head: GridHead, own: Sequence[int], like: Tensor) -> Tensor:
@@ -113,7 +119,8 @@ def _band(
     centre = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(dtype) * stride + 0.5 * stride
     sides = _anchors(head, own, boxes)[:, None, None].expand(-1, H, W, -1)
     pairs = _PairIoU(centre.expand_as(sides), sides, boxes * _constants((W, H, W, H), boxes) * stride)
-    best, match = pairs.best(rows, batch_size, with_row=True)
+    best = pairs.best(rows, batch_size)
+    match = pairs.first(rows, best)
     positive = best > head.band[1]
     index = torch.arange(best.numel(), device=best.device)
     ignored = ~positive & (best >= head.band[0])
@@ -147,23 +154,28 @@ class _PairIoU:
         overlap, _ = _iou(inter, self.area.index_select(0, image), self.true_area[now])
         return torch.where(rows.valid[now, None], overlap, 0.0)
 
-    def best(self, rows: Rows, batch_size: int, with_row: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, N]: the largest IoU of each prediction with a row of its image, and the first row that has it."""
-        n, m = self.area.shape[1], len(self.true_area)
-        best = self.area.new_zeros(batch_size, n)
-        match = torch.full((batch_size, n), m, device=best.device) if with_row else None
-        step = max(1, PAIRS_CHUNK // n)
-        chunks = [slice(start, start + step) for start in range(0, m, step)]
-        for now in chunks:
+    def _chunks(self) -> list[slice]:
+        step = max(1, PAIRS_CHUNK // self.area.shape[1])
+        return [slice(start, start + step) for start in range(0, len(self.true_area), step)]
+
+    def best(self, rows: Rows, batch_size: int) -> Tensor:
+        """[B, N]: the largest IoU of each prediction with a row of its image."""
+        best = self.area.new_zeros(batch_size, self.area.shape[1])
+        for now in self._chunks():
             overlap = self._chunk(now, rows)
             best.scatter_reduce_(0, rows.image[now, None].expand_as(overlap), overlap, "amax")
-        if match is not None:
-            for now in chunks:
-                overlap, image = self._chunk(now, rows), rows.image[now]
-                row = torch.arange(now.start, now.start + len(image), device=best.device)[:, None]
-                row = torch.where(rows.valid[now, None] & (overlap == best.index_select(0, image)), row, m)
-                match.scatter_reduce_(0, image[:, None].expand_as(row), row, "amin")
-        return best, match
+        return best
+
+    def first(self, rows: Rows, best: Tensor) -> Tensor:
+        """[B, N]: the first row that has the largest IoU; M where there is none."""
+        m = len(self.true_area)
+        match = torch.full(best.shape, m, device=best.device)
+        for now in self._chunks():
+            overlap, image = self._chunk(now, rows), rows.image[now]
+            row = torch.arange(now.start, now.start + len(image), device=best.device)[:, None]
+            row = torch.where(rows.valid[now, None] & (overlap == best.index_select(0, image)), row, m)
+            match.scatter_reduce_(0, image[:, None].expand_as(row), row, "amin")
+        return match
 
 
 def grid_view(pred: Tensor, anchors: int) -> Tensor:
@@ -210,8 +222,9 @@ def _level_loss(
     N, C, R = B * A * H * W, channels - 5, len(found.row)
     slot, label = found.slot, rows.label[found.row]
     assigned = slot < N
-    flat = pred.reshape(N, channels)
-    raw = torch.where(assigned[:, None], flat[slot.clamp(max=N - 1)], 0.0)  # [R, 5 + C], no NaN from elsewhere
+    place = torch.where(assigned, slot, 0)
+    image, anchor, y, x = place // (A * H * W), place // (H * W) % A, place // W % H, place % W
+    raw = torch.where(assigned[:, None], pred[image, anchor, y, x], 0.0)  # [R, 5 + C], no NaN from elsewhere
     m = pred.new_ones(R) if weights is None else weights[label]
 
     # candidates that share a prediction: the leader of each group stands for it; slot N is no prediction
@@ -235,55 +248,96 @@ def _level_loss(
     cls = head.cls_gain * torch.where(lead[:, None], loss, 0.0).sum()
 
     # boxes, for each candidate in use
-    anchors = _anchors(head, head.levels[level], raw)
-    cells = _constants((W, H), raw)
-    place = torch.where(assigned, slot, 0)
-    cell = torch.stack((place % W, place // W % H), -1)
-    boxes = rows.boxes.to(raw.dtype)[found.row]
-    offset = boxes[:, :2] * cells - cell
-    loss, quality = _box_loss(raw, offset, boxes[:, 2:], anchors[place // (H * W) % A], cells, level, head)
+    loss, quality = box_loss(raw, rows, found, level, (H, W), head)
     loss = m * loss
     if head.average_box:
         pushed_up = (target > logits.detach().sigmoid()).sum(-1)
         loss = loss / pushed_up.clamp(min=1)[group.clamp(max=R - 1)]
     box = head.box_gain * torch.where(used, loss, 0.0).sum()
-    owner = torch.where(is_last, slot, N)
-    is_assigned = assigned.new_zeros(N + 1).scatter(0, owner, True)[:N]
+    answers = objectness_targets(pred.detach(), rows, found, quality, level, head)
     if head.prior_gain > 0:
-        box = box + head.prior_gain * _prior_loss(pred, ~is_assigned.view(B, A, H, W), anchors, cells, level, head)
+        box = box + head.prior_gain * _prior_loss(pred, ~answers.assigned.view(B, A, H, W), level, head)
     if head.mean_rows:
         box, cls = (part / used.sum().clamp(min=1) for part in (box, cls))
 
     # objectness, for each prediction
-    overlap = _overlap(pred.detach(), rows, anchors, level, head)
-    if head.smooth_levels[level]:
-        gain, is_used, target = head.noobj_gain, torch.ones_like(is_assigned), overlap
-    else:
+    used = answers.used
+    gain = raw.new_full((), head.noobj_gain)
+    if not head.smooth_levels[level]:
+        owner = torch.where(is_last, slot, N)
         gain = raw.new_full((N + 1,), head.noobj_gain).scatter(0, owner, head.obj_gain * m)[:N]
-        target = raw.new_zeros(N + 1).scatter(0, owner, quality)[:N]
-        left_out = overlap > 0 if found.ignored is None else (overlap > 0) | found.ignored
-        is_used = is_assigned | ~left_out
-    loss = obj_scale * gain * LABEL_TERMS[head.objectness](torch.where(is_used, flat[:, 4], 0.0), target, head.obj_args)
-    obj = torch.where(is_used, loss, 0.0).sum()
+    term = LABEL_TERMS[head.objectness](torch.where(used, pred[..., 4].flatten(), 0.0), answers.target, head.obj_args)
+    obj = torch.where(used, obj_scale * gain * term, 0.0).sum()
     if head.obj_mean == "used":
-        obj = obj / is_used.sum().clamp(min=1)
+        obj = obj / used.sum().clamp(min=1)
     if head.ignore_thresh is not None or head.prior_gain > 0:
-        # a NaN box cannot be told to be ignored or not: the value says so, the gradients of other predictions stay clean
+        # a NaN box cannot be told to be ignored or not: the value says so, other gradients stay clean
         unknown = pred[..., :4].detach().isnan().any()
         obj = obj + torch.zeros_like(obj.detach()).masked_fill(unknown, math.nan)
-    return box, obj, cls, is_assigned.sum()
+    return box, obj, cls, answers.assigned.sum()
 
 
-def _box_loss(
-    raw: Tensor, offset: Tensor, size: Tensor, anchors: Tensor, cells: Tensor, level: int, head: GridHead
+@dataclass(frozen=True)
+class Answers:
+    """What the N = B * A * H * W predictions of a level are to say of objects, in flat order."""
+
+    row: Tensor  # [N] int64: the row it answers for, the last of several; M where none
+    assigned: Tensor  # [N] bool
+    target: Tensor  # [N]: objectness
+    used: Tensor  # [N] bool: its objectness is trained
+
+
+def objectness_targets(
+    pred: Tensor, rows: Rows, found: Candidates, quality: Tensor, level: int, head: GridHead
+) -> Answers:
+    """Who answers for what on one map [B, A, H, W, 5 + C], and with what objectness.
+
+    ``quality`` [R] is the objectness target that each candidate leaves.
+    """
+    N, M = pred[..., 0].numel(), len(rows.label)
+    order = torch.arange(len(found.slot), device=pred.device)
+    last = order.new_full((N + 1,), -1).scatter_reduce(0, found.slot, order, "amax")[:N]
+    assigned = last >= 0
+    place = last.clamp(min=0)
+    row = torch.where(assigned, found.row[place] if M else M, M)
+    overlap = _overlap(pred, rows, level, head)
+    if head.smooth_levels[level]:
+        return Answers(row, assigned, overlap, torch.ones_like(assigned))
+    target = torch.where(assigned, quality[place] if M else 0.0, 0.0)
+    left_out = overlap > 0 if found.ignored is None else (overlap > 0) | found.ignored
+    return Answers(row, assigned, target, assigned | ~left_out)
+
+
+def box_loss(
+    raw: Tensor, rows: Rows, found: Candidates, level: int, size: tuple[int, int], head: GridHead
 ) -> tuple[Tensor, Tensor]:
-    """Box term [R] of candidates, from raw logits [R, >= 4], and the objectness target [R] that it leaves.
+    """Box term [R] of candidates on a map of ``size`` (H, W), from raw logits [R, >= 4], and the objectness target [R]
+    that each leaves.
+    """
+    boxes = rows.boxes.to(raw.dtype)[found.row]
+    offset, anchors = locate(rows, found, level, size, head, raw.dtype)
+    return _box_term(raw, offset, boxes[:, 2:], anchors, level, size, head)
 
-    ``offset`` is the true centre from the cell's origin, in cells; ``size`` the true size, relative to the image;
-    ``anchors`` in pixels, all [R, 2]; ``cells`` the map's width and height.
+
+def locate(
+    rows: Rows, found: Candidates, level: int, size: tuple[int, int], head: GridHead, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Of candidates, the true centre [R, 2] from the cell's origin, in cells, and the anchor [R, 2], in pixels."""
+    (H, W), own = size, head.levels[level]
+    boxes = rows.boxes.to(dtype)[found.row]
+    place = found.slot % (len(own) * H * W)
+    cell = torch.stack((place % W, place // W % H), -1)
+    return boxes[:, :2] * _constants((W, H), boxes) - cell, _anchors(head, own, boxes)[place // (H * W)]
+
+
+def _box_term(
+    raw: Tensor, offset: Tensor, size: Tensor, anchors: Tensor, level: int, cells: tuple[int, int], head: GridHead
+) -> tuple[Tensor, Tensor]:
+    """Box term [...] and objectness target [...] from logits [..., >= 4] and, all [..., 2], the true centre from the
+    cell's origin in cells, the true size relative to the image, and the anchors in pixels; ``cells`` is (H, W).
     """
     a, b, stride, scale = raw[..., :2], raw[..., 2:4], head.strides[level], head.scale_x_y[level]
-    image = cells * stride
+    image = _constants((cells[1] * stride, cells[0] * stride), raw)
     unit = {"pixel": torch.ones_like(image), "cell": torch.full_like(image, stride), "image": image}[head.unit]
     centre, p = DECODE[head.decode](a, b, anchors, stride, scale)
     p, g, distance = p / unit, size * image / unit, (offset * stride - centre) / unit
@@ -301,23 +355,24 @@ def _box_loss(
     return loss, quality
 
 
-def _prior_loss(pred: Tensor, free: Tensor, anchors: Tensor, cells: Tensor, level: int, head: GridHead) -> Tensor:
+def _prior_loss(pred: Tensor, free: Tensor, level: int, head: GridHead) -> Tensor:
     """Box terms of the predictions ``free`` [B, A, H, W] of an object, towards the middle of their cell.
 
     An offset term takes the anchor for the true size, an IoU term a true box without size.
     """
     raw = torch.where(free[..., None], pred[..., :4], 0.0)
-    anchors = anchors[:, None, None].expand(*raw.shape[:-1], 2)
     middle = torch.full_like(raw[..., :2], 0.5)
     if head.box in OFFSET_TERMS:
         a, b = raw[..., :2], raw[..., 2:]
         loss = OFFSET_TERMS[head.box](a, b, middle, torch.zeros_like(b), head.scale_x_y[level]).sum(-1)
     else:
-        loss, _ = _box_loss(raw, middle, torch.zeros_like(middle), anchors, cells, level, head)
+        anchors = _anchors(head, head.levels[level], raw)[:, None, None].expand_as(middle)
+        size = (raw.shape[2], raw.shape[3])
+        loss, _ = _box_term(raw, middle, torch.zeros_like(middle), anchors, level, size, head)
     return torch.where(free, loss, 0.0).sum()
 
 
-def _overlap(pred: Tensor, rows: Rows, anchors: Tensor, level: int, head: GridHead) -> Tensor:
+def _overlap(pred: Tensor, rows: Rows, level: int, head: GridHead) -> Tensor:
     """[N]: the largest IoU of a decoded box with a valid row of its image, 0 if not above ignore_thresh or gated."""
     B, _, H, W, _ = pred.shape
     if head.ignore_thresh is None:
@@ -325,9 +380,10 @@ def _overlap(pred: Tensor, rows: Rows, anchors: Tensor, level: int, head: GridHe
     stride, scale = head.strides[level], head.scale_x_y[level]
     x, y = torch.arange(W, device=pred.device), torch.arange(H, device=pred.device)
     origin = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(pred.dtype) * stride
-    centre, size = DECODE[head.decode](pred[..., :2], pred[..., 2:4], anchors[:, None, None], stride, scale)
+    anchors = _anchors(head, head.levels[level], pred)[:, None, None]
+    centre, size = DECODE[head.decode](pred[..., :2], pred[..., 2:4], anchors, stride, scale)
     boxes = rows.boxes.to(pred.dtype) * _constants((W, H, W, H), pred) * stride
-    best, _ = _PairIoU(centre + origin, size, boxes).best(rows, B)
+    best = _PairIoU(centre + origin, size, boxes).best(rows, B)
     passed = best > head.ignore_thresh
     if head.class_gate is not None:
         passed = passed & (pred[..., 5:] > head.class_gate).any(-1).view_as(best)

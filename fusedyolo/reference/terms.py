@@ -286,6 +286,26 @@ def sigmoid_square(a: Tensor, b: Tensor, anchor: Tensor, stride: float, scale: f
     return _scaled_sigmoid(a, scale) * stride, anchor * (2 * b.sigmoid()) ** 2
 
 
+# ---- encoding: (centre, size, anchor, stride, scale) -> a, b, the logits that decode to a centre and a size; where
+# none does (a centre beyond what the sigmoid reaches, say), the nearest within 1e-6 of its range.
+
+
+def _logit(p: Tensor) -> Tensor:
+    return p.clamp(1e-6, 1 - 1e-6).logit()
+
+
+def encode_exp(centre: Tensor, size: Tensor, anchor: Tensor, stride: float, scale: float) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`exp`."""
+    return _logit((centre / stride + (scale - 1) / 2) / scale), (size / anchor).log()
+
+
+def encode_sigmoid_square(
+    centre: Tensor, size: Tensor, anchor: Tensor, stride: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`sigmoid_square`."""
+    return _logit((centre / stride + (scale - 1) / 2) / scale), _logit((size / anchor).sqrt() / 2)
+
+
 Term = Callable[..., Tensor]
 LABEL_TERMS: dict[str, Term] = {
     "bce": bce, "focal": focal, "qfl": qfl, "varifocal": varifocal, "sse": sse, "softmax_ce": softmax_ce,
@@ -296,3 +316,7 @@ BOX_TERMS: dict[str, Term] = {
 }  # fmt: skip
 OFFSET_TERMS: dict[str, Term] = {"mse": mse, "bce_mse": bce_mse}
 DECODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"exp": exp, "sigmoid_square": sigmoid_square}
+ENCODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "exp": encode_exp,
+    "sigmoid_square": encode_sigmoid_square,
+}
