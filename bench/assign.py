@@ -13,14 +13,14 @@ from rich.console import Console
 import fusedyolo
 
 from . import objects, pictures
-from .registry import CASES, Workload
+from .registry import CASES, CellCase, Workload
 
 CALM = -4.0  # logits of predictions that are sure of nothing
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    names = [name for name, case in CASES.items() if len(case.anchors)]
+    names = [name for name, case in CASES.items() if not isinstance(case, CellCase)]
     parser = argparse.ArgumentParser(prog="python -m bench assign", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of images; drawn ones if left out")
     parser.add_argument(

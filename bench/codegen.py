@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .registry import Case, Workload
+from .registry import Case, CellCase, Workload
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -60,11 +60,19 @@ def launches(case: Case, work: Workload) -> dict[str, Any]:
     from fusedyolo import ops
 
     criterion, preds, rows = case.build(work.classes, "auto"), case.predictions(work, empty=True), work.targets()
-    outputs = ops.grid_outputs(preds, rows, criterion.head, True)
+    one = torch.ones(())
+    if isinstance(case, CellCase):
+        outputs, grad = ops.cell_outputs(preds[0], True)
+        key = criterion.head.key
+        return {
+            "loss": ops.cell_launch(preds[0], grad, rows, None, key, outputs),
+            "grad": ops.cell_launch(preds[0], grad, rows, None, key, None, one, True),
+        }
+    kept = ops.grid_outputs(preds, rows, criterion.head, True)
     grads = [torch.empty_like(pred) for pred in preds]
     return {
-        "loss": ops.grid_launch(preds, rows, None, criterion.class_weights, criterion.head, outputs, True),
-        "grad": ops.grid_grad_launch(preds, grads, torch.ones(()), criterion.head, outputs),
+        "loss": ops.grid_launch(preds, rows, None, criterion.class_weights, criterion.head, kept, True),
+        "grad": ops.grid_grad_launch(preds, grads, one, criterion.head, kept),
     }
 
 

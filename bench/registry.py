@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -12,6 +13,7 @@ from . import objects as samplers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FORMS = ("packed", "Targets")
+WARMED_UP = 1 << 20  # images, after which YOLOv2 no longer draws boxes to their anchors
 
 
 @dataclass(frozen=True)
@@ -29,36 +31,79 @@ class Case:
         """As in ``--loss``: the loss, or the loss and its recipe."""
         return self.loss if self.recipe is None else f"{self.loss}/{self.recipe}"
 
+    def shapes(self, work: Workload) -> list[tuple[int, ...]]:
+        """Of the predictions, ``[B, A, 5 + C, H, W]`` a level."""
+        sides = [work.size // stride for stride in self.strides]
+        return [
+            (work.batch, len(level), 5 + work.classes, side, side)
+            for level, side in zip(self.anchors, sides, strict=True)
+        ]
+
     def prediction_bytes(self, work: Workload) -> int:
         """P: what the predictions take in memory."""
-        cells = sum(
-            len(level) * (work.size // stride) ** 2 for level, stride in zip(self.anchors, self.strides, strict=True)
-        )
-        return work.batch * cells * (5 + work.classes) * DTYPES[work.dtype].itemsize
+        return sum(math.prod(shape) for shape in self.shapes(work)) * DTYPES[work.dtype].itemsize
 
     def build(self, num_classes: int, backend: str) -> torch.nn.Module:
         """The loss module on one backend."""
+        loss, options = self._class(), self._options(backend)
+        if self.cls == "YOLOv2Loss":
+            criterion = loss(self.anchors[0], num_classes, self.strides[0], **options)
+            criterion.seen = WARMED_UP
+            return criterion
+        return loss(self.anchors, self.strides, num_classes, **options)
+
+    def _class(self) -> Any:
         import fusedyolo
 
-        loss = getattr(fusedyolo, self.cls)
-        options = {"backend": backend} if self.recipe is None else {"backend": backend, "recipe": self.recipe}
-        if self.cls == "YOLOv2Loss":
-            return loss(self.anchors[0], num_classes, self.strides[0], **options)
-        return loss(self.anchors, self.strides, num_classes, **options)
+        return getattr(fusedyolo, self.cls)
+
+    def _options(self, backend: str) -> dict[str, str]:
+        return {"backend": backend} if self.recipe is None else {"backend": backend, "recipe": self.recipe}
 
     def predictions(self, work: Workload, device: str = "cpu", empty: bool = False) -> list[torch.Tensor]:
         """Normal logits, objectness and classes low as in a trained detector, one leaf a level; or untouched memory."""
         generator = torch.Generator().manual_seed(work.seed)
         preds = []
-        for level, stride in zip(self.anchors, self.strides, strict=True):
-            shape = work.batch, len(level), 5 + work.classes, work.size // stride, work.size // stride
+        for shape in self.shapes(work):
             logits = torch.empty(shape, dtype=DTYPES[work.dtype], device=device)
             if not empty:
-                values = torch.randn(shape, generator=generator)
-                values[:, :, 4:] -= 4.0
-                logits.copy_(values)
-            preds.append(logits.flatten(1, 2).requires_grad_())
+                logits.copy_(self.values(shape, generator))
+            preds.append(self.layout(logits).requires_grad_())
         return preds
+
+    def values(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """What predictions look like."""
+        values = torch.randn(shape, generator=generator)
+        values[:, :, 4:] -= 4.0
+        return values
+
+    def layout(self, logits: torch.Tensor) -> torch.Tensor:
+        """As the loss takes them."""
+        return logits.flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class CellCase(Case):
+    """YOLOv1: predictions in darknet's flat order, of a grid whose size is that of no image."""
+
+    anchors: tuple = ()
+    strides: tuple[int, ...] = (32,)
+
+    def shapes(self, work: Workload) -> list[tuple[int, ...]]:
+        """``[B, S * S * (5 n + C)]``, of 7 x 7 cells and 2 boxes."""
+        return [(work.batch, 7 * 7 * (5 * 2 + work.classes))]
+
+    def build(self, num_classes: int, backend: str) -> torch.nn.Module:
+        """The loss module on one backend."""
+        return self._class()(num_classes, **self._options(backend))
+
+    def values(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """Raw numbers in 0 ... 1, as probabilities, offsets and roots of sizes are."""
+        return torch.rand(shape, generator=generator)
+
+    def layout(self, logits: torch.Tensor) -> torch.Tensor:
+        """As they are."""
+        return logits
 
 
 @dataclass(frozen=True)
@@ -121,6 +166,8 @@ _STRIDES = (8, 16, 32)
 CASES = {
     case.name: case
     for case in (
+        CellCase("YOLOv1", "paper", "YOLOv1Loss"),
+        CellCase("YOLOv1", "darknet", "YOLOv1Loss"),
         Case("YOLOv2", "region", "YOLOv2Loss", _V2, (32,)),
         Case("YOLOv2", "darknet", "YOLOv2Loss", _V2, (32,)),
         Case("YOLOv2", "lightnet", "YOLOv2Loss", _V2, (32,)),

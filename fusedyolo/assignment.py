@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, reference
-from .heads import GridHead
+from .heads import CellHead, GridHead
 from .targets import Targets, as_targets
 
 if TYPE_CHECKING:
+    from .losses import YOLOv1Loss
     from .losses.base import GridLoss
 
 
@@ -61,14 +62,15 @@ class Assignment(NamedTuple):
 
 
 def assign(
-    criterion: GridLoss,
+    criterion: GridLoss | YOLOv1Loss,
     preds: Tensor | Sequence[Tensor],
     targets: Tensor | Sequence[dict[str, Tensor]] | Targets,
 ) -> Assignment:
     """What ``criterion`` would train each prediction for. Runs on the device of ``preds``, and waits for nothing.
 
     Args:
-        criterion: a loss of an anchor-grid detector.
+        criterion: a loss of this package. :class:`~fusedyolo.YOLOv1Loss` has one level, and its boxes stand where others
+            have anchors; without ``image_size`` its lengths are in images.
         preds: as the loss takes them. Matches depend on their shapes alone, but for objectness targets that are an IoU,
             and for what is ignored.
         targets: as the loss takes them.
@@ -77,22 +79,69 @@ def assign(
         ValueError: names the argument, what came and what was wanted.
     """
     head = getattr(criterion, "head", None)
+    if isinstance(head, CellHead):
+        return _assign_cells(criterion, head, preds, targets)
     if not isinstance(head, GridHead):
-        checks.fail("criterion", checks.describe(criterion), "a loss of an anchor-grid detector")
+        checks.fail("criterion", checks.describe(criterion), "a loss of this package")
     maps = [preds] if isinstance(preds, Tensor) else preds
     batch, size = checks.grid_predictions(
         maps, tuple(map(len, head.levels)), head.strides, head.num_classes, criterion.image_size
     )
-    rows, offsets = as_targets(targets, batch, size, maps[0].device)
-    if offsets is not None:  # rows beyond the last one are no rows
-        spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
-        rows = rows.masked_fill(spare[:, None], 0.0)
+    rows = _rows(targets, batch, size, maps[0].device)
     with torch.no_grad():
         views = [reference.grid_view(pred, len(own)) for pred, own in zip(maps, head.levels, strict=True)]
         read = reference.read_rows(rows, head, batch)
         levels = tuple(_level(views, level, read, head) for level in range(len(views)))
     anchors = tuple(tuple(head.anchors[t] for t in own) for own in head.levels)
     return Assignment(levels, rows, read.valid, head.strides, anchors)
+
+
+def _rows(targets: Any, batch: int, size: tuple[float, float], device: torch.device) -> Tensor:
+    """Rows of any targets; those of capacity are emptied."""
+    rows, offsets = as_targets(targets, batch, size, device)
+    if offsets is None:
+        return rows
+    spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
+    return rows.masked_fill(spare[:, None], 0.0)
+
+
+def _assign_cells(criterion: Any, head: CellHead, pred: Any, targets: Any) -> Assignment:
+    batch = checks.cell_predictions(pred, head.grid_size, head.num_boxes, head.num_classes)
+    size = criterion.image_size
+    if size is None and isinstance(targets, list | tuple):
+        checks.fail("image_size", None, "(height, width) in pixels with targets in pixels")
+    rows = _rows(targets, batch, size or (1.0, 1.0), pred.device)
+    S, n = head.grid_size, head.num_boxes
+    with torch.no_grad():
+        pred = pred.to(torch.float64 if pred.dtype == torch.float64 else torch.float32)
+        boxes = reference.cell_views(pred, head)[0]
+        found = reference.cell_assign(boxes, rows, head)
+    height, width = size or (1.0, 1.0)
+    image = torch.stack([pred.new_full((), side) for side in (width, height)])
+    cell = torch.arange(S, device=pred.device)
+    origin = torch.stack(torch.meshgrid(cell, cell, indexing="xy"), -1)
+    centre, half = (found.offset + origin) / S * image, found.size * image / 2
+    encoded = torch.cat((found.offset, found.size.sqrt() if head.root else found.size), -1)
+    mine = found.mine.permute(0, 3, 1, 2)
+
+    def everywhere(value: Tensor, none: float = 0) -> Tensor:
+        """[B, S, S, ...] of each cell as [B, n, S, S, ...] of the boxes that answer."""
+        answers = mine.view(*mine.shape, *[1] * (value.ndim - 3))
+        return torch.where(answers, value[:, None], none)
+
+    order = torch.arange(mine.numel(), device=pred.device).view(mine.shape)
+    slot = torch.where(mine, order, mine.numel()).flatten()
+    row = everywhere(found.row, -1)
+    level = LevelAssignment(
+        row,
+        everywhere(found.label, -1),
+        everywhere(torch.cat((centre - half, centre + half), -1)),
+        everywhere(encoded),
+        found.answer.permute(0, 3, 1, 2),
+        torch.zeros_like(mine),
+        torch.stack((row.clamp(min=0).flatten(), slot)),
+    )
+    return Assignment((level,), rows, found.valid, (width / S,), (((width / S, height / S),) * n,))
 
 
 def _level(views: list[Tensor], level: int, rows: reference.Rows, head: GridHead) -> LevelAssignment:

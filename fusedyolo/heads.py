@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -109,7 +108,7 @@ class GridHead(_Row):
     @property
     def centre_limit(self) -> float:
         """Centres of valid rows lie below this, in images: 1, or the next float32 where 1 itself is valid."""
-        return 1.0 + 2.0**-23 if self.edge else 1.0
+        return CENTRE_LIMITS[self.edge]
 
     @property
     def smooth_levels(self) -> tuple[bool, ...]:
@@ -133,13 +132,20 @@ class GridHead(_Row):
         sides = [tuple(2 * reach * side / stride + 1 for side in self.anchors[a]) for own, stride in steps for a in own]
         return sum(math.ceil(w) * math.ceil(h) for w, h in sides)
 
-    def obj_scales(self, maps: Sequence[tuple[int, int]]) -> tuple[float, ...]:
-        """What objectness is multiplied by on each level, for maps of (H, W) cells; numbers that float32 holds."""
-        scales = self.obj_balance or (1.0,) * len(self.levels)
-        if self.obj_mean == "cells":
-            cells = (len(own) * height * width for own, (height, width) in zip(self.levels, maps, strict=True))
-            scales = tuple(scale / n for scale, n in zip(scales, cells, strict=True))
-        return tuple(float(np.float32(scale)) for scale in scales)
+
+CENTRE_LIMITS = (1.0, 1.0 + 2.0**-23)
+"""Centres of valid rows lie below this, in images, without and with ``edge``: 1, or the next float32."""
+
+
+def obj_scales(balance: tuple[float, ...], mean: str | None, cells: tuple[int, ...]) -> tuple[float, ...]:
+    """What objectness is multiplied by on each level of so many ``cells`` times anchors; numbers that float32 holds.
+
+    ``balance`` and ``mean`` are ``obj_balance`` and ``obj_mean`` of a :class:`GridHead`.
+    """
+    scales = balance or (1.0,) * len(cells)
+    if mean == "cells":
+        scales = tuple(scale / n for scale, n in zip(scales, cells, strict=True))
+    return tuple(float(np.float32(scale)) for scale in scales)
 
 
 @lru_cache(maxsize=256)

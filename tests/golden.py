@@ -1,7 +1,8 @@
 """Outputs recorded from other libraries' own code, in ``tests/goldens``, as our inputs and their answers.
 
 ``darknet``: AlexeyAB darknet 59596d78, CPU. ``delta`` is minus the gradient of the loss; for the IoU kinds its box
-entries are no gradient of any loss. ``torch``: torchvision 0.28.0 in float64 on float32 values.
+entries are no gradient of any loss. ``torch``: torchvision 0.28.0, ultralytics/yolov5 5081342f, ScaledYOLOv4 67680036
+and lightnet 4.0.0 in float64 on float32 values.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def canonical(maps: Tensor, anchors: int) -> Tensor:
     return maps.unflatten(1, (anchors, -1)).permute(0, 1, 3, 4, 2)
 
 
-def torchvision(name: str) -> dict[str, Any]:
-    """Arrays of a torchvision file as tensors, and its ``meta``."""
+def arrays(name: str) -> dict[str, Any]:
+    """Arrays of a file in ``torch`` as tensors, and its ``meta``."""
     with np.load(ROOT / "torch" / f"{name}.npz") as data:
         arrays: dict[str, Any] = {key: torch.from_numpy(data[key]) for key in data.files if key != "meta"}
         return arrays | {"meta": json.loads(str(data["meta"]))}
@@ -105,6 +106,30 @@ def _rows(truths: np.ndarray) -> Tensor:
                 break
             rows.append((image, label, x, y, w, h))
     return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(-1, 6))
+
+
+@dataclass(frozen=True)
+class LayerGolden:
+    """One darknet layer on one batch, for a loss that makes its head itself."""
+
+    logits: Tensor  # [B, A (5 + C), H, W] float32
+    rows: Tensor  # [M, 6] float32
+    delta: Tensor  # as logits, and by them
+    terms: dict[str, float]  # scalar losses by an independent float64 program
+    layer: dict[str, Any]
+    anchors: list[tuple[float, float]]  # all of them, in the layer's unit
+    stride: float
+
+
+def layer(name: str) -> LayerGolden:
+    """A darknet file of a region layer, or of a yolo layer."""
+    with np.load(ROOT / "darknet" / f"{name}.npz") as data:
+        fields = json.loads(str(data["hyper"]))["layer"]
+        logits, rows = torch.from_numpy(data["logits"]), _rows(data["truths"])
+        # behind a logistic convolution, darknet's delta is by the activation
+        delta = torch.from_numpy(data["delta_logits" if "delta_logits" in data.files else "delta"])
+    anchors = list(zip(fields["anchors"][::2], fields["anchors"][1::2], strict=True))
+    return LayerGolden(logits, rows, delta, _terms()[name], fields, anchors, fields["net_w"] / fields["w"])
 
 
 @dataclass(frozen=True)

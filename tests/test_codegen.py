@@ -25,16 +25,19 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "target"),
+    ("name", "dtype", "target", "planes"),
     [
-        *(("YOLOv4/darknet", "float32", target) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
-        *(("YOLOv4/darknet", "bfloat16", target) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
-        ("YOLOv4/darknet", "float16", "sm_90"),
-        ("YOLOv4/paper", "float32", "sm_80"),
-        ("YOLOv3/paper", "float32", "sm_100"),
+        *(("YOLOv4/darknet", "float32", target, 15) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
+        ("YOLOv4/darknet", "bfloat16", "sm_80", 15),
+        ("YOLOv4/darknet", "bfloat16", "gfx942", 15),
+        ("YOLOv4/darknet", "float16", "sm_90", 15),
+        ("YOLOv5", "float32", "sm_80", 3),
+        ("YOLOv5", "float32", "gfx942", 3),
+        ("YOLOv5", "bfloat16", "sm_90", 3),
+        ("YOLOv2/region", "float32", "sm_100", 5),
     ],
 )
-def test_no_spills_and_wide_accesses(name, dtype, target):
+def test_no_spills_and_wide_accesses(name, dtype, target, planes):
     """Compiled in a process of its own, without the interpreter; the variants that have needed the most registers."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -45,9 +48,7 @@ def test_no_spills_and_wide_accesses(name, dtype, target):
     for mode, resources in found.items():
         assert resources["stack"] == 0, (mode, resources)
         assert resources["spills"] == 0, (mode, resources)
-    stores = {int(width): n for width, n in found["grad"]["stores"].items()}
+    assert set(found["grad"]["stores"]) == {"128"}  # 16 bytes a thread, nothing else
     element = 32 if dtype == "float32" else 16
-    assert stores.pop(128) >= 3  # the gradient of each level's tiles, 16 bytes a thread
-    assert set(stores) == {element}  # single entries, of assigned predictions
     loads = {int(width): n for width, n in found["loss"]["loads"].items()}
-    assert loads[4 * element] >= 15  # five planes of each level, four cells a thread
+    assert loads[4 * element] >= planes  # of each level, four cells a thread

@@ -10,10 +10,10 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in 
 
 
 @pytest.mark.parametrize(
-    ("name", "form"),
-    [("YOLOv3/paper", "Targets"), ("YOLOv4/darknet", "packed")],
+    ("name", "form", "limit"),
+    [("YOLOv2/darknet", "Targets", 1.12), ("YOLOv4/darknet", "packed", 1.10), ("YOLOv5", "packed", 1.09)],
 )
-def test_a_step_is_two_launches_and_little_more_than_the_gradient(name, form):
+def test_a_step_is_two_launches_and_little_more_than_the_gradient(name, form, limit):
     """Batch 16, 640 pixels, 80 classes, COCO-like objects; forward and backward."""
     case, work = CASES[name], Workload(form=form)
     counts = count_step(case, work, "triton")
@@ -21,4 +21,6 @@ def test_a_step_is_two_launches_and_little_more_than_the_gradient(name, form):
     assert counts.launches <= 2, counts.ops
     assert counts.syncs == 0, counts.sync_ops
     moved = (counts.bytes_loaded + counts.bytes_stored) / case.prediction_bytes(work)
-    assert 1.07 < moved <= 1.12  # the gradient, box and objectness logits once, objectness and a byte again
+    # the gradient, objectness twice, a byte a prediction twice; box logits where there is an ignore mask
+    floor = 1 + 2 * 4 / (4 * 85) + 2 / (4 * 85) + (0 if name == "YOLOv5" else 4 * 4 / (4 * 85))
+    assert floor < moved <= limit

@@ -45,7 +45,7 @@ def assert_close(got, want, bound, what):
 @pytest.mark.parametrize("kind", BOXES)
 @pytest.mark.parametrize("name", golden.names("torch", "tv_boxloss_*"))
 def test_box_losses_of_torchvision(name, kind, dtype, backend):
-    data = golden.torchvision(name)
+    data = golden.arrays(name)
     boxes = [data[key].to(DEVICE, dtype).requires_grad_() for key in ("boxes1", "boxes2")]
     checked = 0
     for reduction in ("none", "sum", "mean"):
@@ -62,7 +62,7 @@ def test_box_losses_of_torchvision(name, kind, dtype, backend):
 
 
 def focal_cases(name):
-    return golden.torchvision(name)["meta"]["cases"]
+    return golden.arrays(name)["meta"]["cases"]
 
 
 FOCAL = [(name, *case) for name in golden.names("torch", "tv_focal_*") for case in focal_cases(name)]
@@ -72,7 +72,7 @@ FOCAL = [(name, *case) for name in golden.names("torch", "tv_focal_*") for case 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("name", "key", "alpha", "gamma"), FOCAL)
 def test_focal_loss_of_torchvision(name, key, alpha, gamma, dtype, backend):
-    data = golden.torchvision(name)
+    data = golden.arrays(name)
     inputs, targets = data["logits"].to(DEVICE, dtype).requires_grad_(), data["targets"].to(DEVICE, dtype)
     exact = backend == "torch" or float(np.float32(alpha)) == alpha
     bound = TOLERANCE[dtype] if exact else max(TOLERANCE[dtype], 1e-7)  # a number reaches a kernel as float32

@@ -28,9 +28,7 @@ HEAD = GridHead(
     noobj_gain=0.5,
     box_gain=5.0,
 )
-DARKNET = replace(
-    HEAD, unit="image", class_gate=-1.0, average_box=True, class_targets=(0.875, 0.125), first_weight=0.5
-)
+DARKNET = replace(HEAD, unit="image", class_gate=-1.0, average_box=True, class_targets=(0.875, 0.125), first_weight=0.5)
 
 
 def make_preds(dtype=torch.float32, batch=2, classes=3, size=(64, 96), seed=0) -> list[Tensor]:
@@ -74,6 +72,96 @@ def test_every_box_term(box, dtype):
 def test_darknet_rules(box, dtype):
     weights = torch.tensor([1.0, 2.5, 0.75], device=DEVICE)
     check_grid(make_preds(dtype), make_rows(), replace(DARKNET, box=box, area_weight=1.0), weights)
+
+
+RATIO = replace(
+    HEAD, unit="cell", assigner="ratio", anchor_t=2.5, shared="each", edge=True, decode="sigmoid_square",
+    scale_x_y=(2.0, 2.0), quality="ciou", quality_args=HEAD.box_args, ignore_thresh=None, noobj_gain=1.0, mean_rows=True,
+    obj_mean="cells", obj_balance=(4.0, 0.5), label_args=(1.75,), obj_args=(0.5,),
+)  # fmt: skip
+REGION = replace(
+    HEAD, per_level=True, shared="last", iou_thresh=1.0, scale_x_y=(1.0, 1.0), box="mse", label="softmax_ce",
+    objectness="sse", quality="iou", quality_args=(0.0, 0.0), mean_rows=True, obj_mean="used",
+)  # fmt: skip
+LIGHTNET = replace(
+    REGION, unit="cell", edge=True, scale_x_y=(1.25, 1.25), area_weight=1.0, area_cap=0.25, prior_gain=0.125,
+    mean_rows=False, obj_mean=None, quality_args=(2.0**-53, 0.0), class_targets=(0.9375, 0.03125),
+)  # fmt: skip
+NEW_COORDS = replace(
+    DARKNET, decode="sigmoid_square", label="sse", objectness="sse", smooth=(False, True), obj_balance=(4.0, 0.5)
+)
+BAND = replace(HEAD, assigner="iou_band", band=(0.125, 0.375), quality="giou", quality_args=(0.0, 0.0))
+HEADS = {
+    "yolov5": RATIO,
+    "ratio, similarity of another kind": replace(RATIO, quality="diou", quality_ratio=0.75, obj_mean=None),
+    "ratio, last": replace(RATIO, shared="last", box="giou", quality="giou", label="softmax_ce", label_args=()),
+    "ratio, ignoring": replace(RATIO, ignore_thresh=0.25, class_gate=-1.0, prior_gain=0.125, shared="sum"),
+    "scaled": replace(
+        RATIO, label="focal", label_args=(0.25, 1.5, 0.75), objectness="focal", obj_args=(0.25, 1.5, 1.25),
+        box_args=(2.0**-53, 2.0**-53), quality_args=(2.0**-53, 2.0**-53),
+    ),
+    "region": REGION,
+    "lightnet": LIGHTNET,
+    "lightnet, ciou": replace(LIGHTNET, box="ciou_plus", box_args=(2.0**-53, 0.0), prior_gain=0.0),
+    "prior of an iou": replace(LIGHTNET, box="ciou", prior_gain=0.125),
+    "new coords": NEW_COORDS,
+    "band": BAND,
+    "band, smooth": replace(BAND, smooth=(True, False), objectness="qfl", obj_args=(-1.0, 2.0), class_gate=0.5),
+    "band, means": replace(BAND, ignore_thresh=None, mean_rows=True, obj_mean="used", box="mse", shared="last"),
+    "per level": replace(DARKNET, per_level=True, shared="last", label="varifocal", label_args=(0.75, 2.0)),
+}  # fmt: skip
+
+
+def bordering_rows() -> Tensor:
+    """Centres on borders and middles of cells, and of the image, on levels of 6 x 4 and 3 x 2 cells; some coincide.
+
+    Sizes are dyadic, so that anchors overlap some rows alike.
+    """
+    rows = [
+        (0, 0, 0.0, 0.0, 0.25, 0.5), (0, 1, 0.25, 0.5, 0.625, 0.75), (1, 2, 0.5, 0.5, 0.375, 0.875),
+        (0, 0, 0.5, 0.5, 0.375, 0.875), (0, 0, 0.5, 0.5, 0.375, 0.875), (0, 1, 0.75, 0.125, 1.5, 2.0),
+        (1, 2, 1.0, 1.0, 0.25, 0.5), (0, 0, 0.375, 1.0, 0.625, 0.75), (0, 1, 0.5, 0.5, 0.375, 0.875),
+        (1, 0, 1.0000001, 0.5, 0.2, 0.2),
+    ]  # fmt: skip
+    return torch.tensor(rows, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", list(HEADS))
+def test_every_kind_of_head(name, dtype):
+    head = HEADS[name]
+    weights = torch.tensor([1.0, 2.5, 0.75], device=DEVICE) if name in ("new coords", "per level") else None
+    rows = torch.cat((bordering_rows(), make_rows(n=3, invalid=1)))
+    check_grid(make_preds(dtype, size=(32, 48)), rows, head, weights)
+
+
+@pytest.mark.parametrize("name", ["yolov5", "scaled", "region", "lightnet", "new coords", "band"])
+@pytest.mark.parametrize("case", ["no rows", "one class", "tails", "small"])
+def test_corners_of_every_kind_of_head(case, name):
+    head, preds, rows = HEADS[name], make_preds(size=(32, 48)), bordering_rows()
+    if case == "no rows":
+        rows = rows[:0]
+    if case == "one class":
+        head = replace(head, num_classes=1)
+        preds = make_preds(classes=1, size=(32, 48))
+    if case == "tails":
+        gen = torch.Generator().manual_seed(1)
+        preds = [torch.where(torch.rand(p.shape, generator=gen).to(p) < 0.2, 40 * p.sign(), p) for p in preds]
+    if case == "small":
+        preds = make_preds(batch=1, size=(16, 16))
+    check_grid(preds, rows, head)
+
+
+def test_the_ratio_rule_without_and_with_offsets_gives_the_same_bits():
+    preds, rows = make_preds(size=(16, 48)), bordering_rows()
+    sorted_rows, offsets = sort_rows(rows, 2, 16)
+    found = []
+    for r, o in ((rows, None), (sorted_rows, offsets)):
+        leaves = [p.clone().requires_grad_() for p in preds]
+        total, parts, counts, *_ = ops.grid_loss(leaves, r, o, None, RATIO.key, True)
+        found.append((total.detach(), parts, counts, *torch.autograd.grad(total, leaves)))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("decode", ["exp", "sigmoid_square"])

@@ -12,7 +12,9 @@ from conftest import DEVICE
 from fusedyolo.kernels import assign, grid, primitives
 from fusedyolo.kernels.terms import box, decode, label, offset
 from oracle import check_box_term, check_grid, check_label_term, check_softmax
-from test_grid import DARKNET, make_preds, make_rows
+from test_grid import DARKNET, HEADS, LIGHTNET, RATIO, make_preds, make_rows
+
+from fusedyolo.ops import grid as grid_ops
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels keep the functions they were compiled with")
 
@@ -26,6 +28,35 @@ def check_small_grid() -> None:
     for kind in ("ciou", "mse", "bce_mse"):
         head = replace(DARKNET, box=kind, area_weight=1.0)
         check_grid(preds, rows, head, weights, tolerance=1e-11)
+
+
+def check_ratio_grid() -> None:
+    """The ratio rule on one anchor of 8 x 4 cells, with centres and sides on every one of its limits."""
+    head = replace(
+        RATIO, anchors=((16.0, 16.0),), levels=((0,),), strides=(8.0,), scale_x_y=(2.0,), obj_balance=(), anchor_t=2.0
+    )
+    rows = torch.tensor(
+        [
+            [0, 0, 1.5 / 8, 1.5 / 4, 0.25, 0.375], [0, 1, 0.4 / 8, 0.3 / 4, 0.3, 0.6], [0, 2, 1.0, 1.0, 0.25, 0.5],
+            [0, 1, 0.25, 0.5, 0.5, 0.5], [0, 0, 5.25 / 8, 2.25 / 4, 0.3, 0.5], [0, 2, 4.75 / 8, 2.3 / 4, 0.25, 0.45],
+        ]
+    )  # fmt: skip
+    pred = make_preds(torch.float64, batch=1, size=(32, 64))[0][:, :8]
+    check_grid([pred], rows, head, tolerance=1e-11)
+
+
+def check_prior_grid() -> None:
+    """One object among predictions that are drawn to their cell's middle."""
+    pred = make_preds(torch.float64, batch=1, size=(16, 24))[0][:, :8]
+    head = replace(LIGHTNET, levels=((0,),), strides=(8.0,), scale_x_y=(1.25,))
+    check_grid([pred], torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.75]]), head, tolerance=1e-11)
+
+
+def check_band_grid() -> None:
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 0.25, 0.5], [0, 1, 0.55, 0.5, 0.25, 0.5], [0, 2, 0.25, 0.25, 0.375, 0.5]])
+    pred = make_preds(torch.float64, batch=1, size=(32, 48))[0][:, :8]
+    head = replace(HEADS["band"], levels=((1,),), strides=(8.0,), scale_x_y=(1.0,))
+    check_grid([pred], rows, head, tolerance=1e-11)
 
 
 def check_boxes() -> None:
@@ -62,7 +93,10 @@ def check_qualities() -> None:
 
 # ---- broken functions: the same signatures, one thing wrong
 
-mpdiou, softmax_ce = box.mpdiou, label.softmax_ce  # their modules' names are those that are replaced
+# their modules' names are those that are replaced
+mpdiou, softmax_ce = box.mpdiou, label.softmax_ce
+real_best_anchor, real_row_cell = assign.best_anchor, assign.row_cell
+real_box_term, real_iou, real_next_candidate = grid._box_term, grid._iou, grid._next_candidate
 
 
 @triton.jit
@@ -142,32 +176,130 @@ def sensitive_without_scaled_slope(a, scale):
 
 
 @triton.jit
-def valid_anywhere(row, first_image, last_image, classes):
+def valid_anywhere(row, first_image, last_image, classes, limit):
     image, label_, cx, cy, w, h = row
     known = (image >= first_image) & (image < last_image) & (label_ >= 0) & (label_ < classes)
-    return known & (w > 0) & (h > 0) & (cx >= 0) & (cx <= 1) & (cy >= 0) & (cy < 1) & (w < float("inf"))
+    return known & (w > 0) & (h > 0) & (cx >= 0) & (cx <= 1) & (cy >= 0) & (cy < limit) & (w < float("inf"))
 
 
 @triton.jit
-def best_anchor_only(w, h, own, anchors, iou_thresh):
-    best = w * 0.0
-    best_index = own * 0 - 1
-    for t in tl.static_range(len(anchors) // 2):
-        inter = tl.minimum(w, anchors[2 * t]) * tl.minimum(h, anchors[2 * t + 1])
-        value = inter / (w * h + anchors[2 * t] * anchors[2 * t + 1] - inter)
-        best_index = tl.where(value > best, t, best_index)
-        best = tl.maximum(best, value)
-    return best_index == own
+def best_anchor_only(w, h, own, own_w, own_h, anchors, thresh):
+    return real_best_anchor(w, h, own, own_w, own_h, anchors, 1.0)
 
 
 @triton.jit
-def next_row_never(rows_ptr, after, last, cell, site, rule, BLOCK_G: tl.constexpr, ACC: tl.constexpr):
-    return last
+def ratio_inclusive(w, h, own, own_w, own_h, anchors, thresh):
+    rw = w / own_w
+    rh = h / own_h
+    return tl.maximum(tl.maximum(rw, 1.0 / rw), tl.maximum(rh, 1.0 / rh)) <= thresh
 
 
 @triton.jit
-def next_row_any(rows_ptr, after, last, cell, site, rule, BLOCK_G: tl.constexpr, ACC: tl.constexpr):
+def ratio_of_larger_rows(w, h, own, own_w, own_h, anchors, thresh):
+    return tl.maximum(w / own_w, h / own_h) < thresh
+
+
+@triton.jit
+def _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, AT_MOST_HALF, NEXT_TO_BORDER, CLAMPED):
+    """``assign.row_cell`` with three switches."""
+    valid = assign.row_valid(row, image, image + 1, classes, limit)
+    gx = tl.where(valid, row[2], 0.0) * W
+    gy = tl.where(valid, row[3], 0.0) * H
+    if NEIGHBOURS:
+        along = tl.where((kind == 1) | (kind == 3), gx, gy)
+        along = tl.where(kind >= 3, tl.where(kind == 3, W - gx, H - gy), along)
+        near = along - tl.floor(along) < 0.5
+        if AT_MOST_HALF:
+            near = near | (along - tl.floor(along) == 0.5)
+        if not NEXT_TO_BORDER:
+            near = near & (along > 1.0)
+        valid = valid & ((kind == 0) | near)
+        gx -= tl.where(kind == 1, 0.5, tl.where(kind == 3, -0.5, 0.0))
+        gy -= tl.where(kind == 2, 0.5, tl.where(kind == 4, -0.5, 0.0))
+    i = gx.to(tl.int32)
+    j = gy.to(tl.int32)
+    if CLAMPED:
+        i = tl.minimum(i, W - 1)
+        j = tl.minimum(j, H - 1)
+    return tl.where(valid, j * W + i, -1)
+
+
+@triton.jit
+def cell_at_most_half_away(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
+    return _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, True, False, True)
+
+
+@triton.jit
+def cell_beyond_the_border(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
+    return _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, False, True, True)
+
+
+@triton.jit
+def cell_not_clamped(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
+    return _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, False, False, False)
+
+
+@triton.jit
+def cell_of_no_neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
+    return tl.where(kind == 0, real_row_cell(row, 0, image, W, H, classes, limit, False), -1)
+
+
+@triton.jit
+def candidate_never(
+    rows_ptr, after, first, last, cell, site, rule,
+    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    return (last - first) * KINDS
+
+
+@triton.jit
+def candidate_any(
+    rows_ptr, after, first, last, cell, site, rule,
+    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     return after + 1
+
+
+@triton.jit
+def candidates_backwards(
+    rows_ptr, after, first, last, cell, site, rule,
+    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The last candidate before ``after``: the first one in order becomes the last to write."""
+    end = (last - first) * KINDS
+    before = tl.where(after < 0, end, after)
+    found = end
+    q = real_next_candidate(rows_ptr, -1, first, last, cell, site, rule, MATCH, KINDS, BLOCK_G, ACC)
+    while q < before:
+        found = q
+        q = real_next_candidate(rows_ptr, q, first, last, cell, site, rule, MATCH, KINDS, BLOCK_G, ACC)
+    return found
+
+
+@triton.jit
+def prior_of_nobody(
+    t, scale, site, shape, box_args,
+    AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    none = 0.0 * t[0]
+    return none, (none, none, none, none)
+
+
+@triton.jit
+def similarity_below_zero(
+    t, true, scale, site, shape, box_args, quality_args,
+    AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, QUALITY: tl.constexpr, UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    loss, d, _similarity = real_box_term(
+        t, true, scale, site, shape, box_args, quality_args, AXIS, BOX, OFFSET, QUALITY, UNIT, ACC
+    )
+    return loss, d, 1.0 - loss
+
+
+@triton.jit
+def iou_half(x1, x2, y1, y2, area, gx, gy, gw, gh):
+    return 0.5 * real_iou(x1, x2, y1, y2, area, gx, gy, gw, gh)
 
 
 @triton.jit
@@ -392,17 +524,27 @@ MUTANTS = [
     (label, "log1p", log1p_naive, check_labels),
     (label, "pow_pos", pow_without_zero, check_labels),
     (label, "bce", bce_sign, check_labels),
-    (grid, "bce", bce_sign, check_small_grid),
-    (grid, "bce", bce_999, check_small_grid),
-    (grid, "bce", bce_naive_log, check_small_grid),
+    (label, "bce", bce_sign, check_small_grid),
+    (label, "bce", bce_999, check_small_grid),
+    (label, "bce", bce_naive_log, check_small_grid),
     (decode, "scaled_sigmoid", sensitive_without_shift, check_small_grid),
     (decode, "scaled_sigmoid", sensitive_without_scaled_slope, check_small_grid),
     (offset, "scaled_sigmoid", sensitive_without_shift, check_small_grid),
     (offset, "bce", bce_999, check_small_grid),
     (assign, "row_valid", valid_anywhere, check_small_grid),
-    (grid, "anchor_assigned", best_anchor_only, check_small_grid),
-    (grid, "_next_row", next_row_never, check_small_grid),
-    (grid, "_next_row", next_row_any, check_small_grid),
+    (assign, "best_anchor", best_anchor_only, check_small_grid),
+    (grid, "_next_candidate", candidate_never, check_small_grid),
+    (grid, "_next_candidate", candidate_any, check_small_grid),
+    (grid, "row_cell", cell_at_most_half_away, check_ratio_grid),
+    (grid, "row_cell", cell_beyond_the_border, check_ratio_grid),
+    (grid, "row_cell", cell_not_clamped, check_ratio_grid),
+    (grid, "row_cell", cell_of_no_neighbour, check_ratio_grid),
+    (assign, "ratio", ratio_inclusive, check_ratio_grid),
+    (assign, "ratio", ratio_of_larger_rows, check_ratio_grid),
+    (grid, "_next_candidate", candidates_backwards, check_ratio_grid),
+    (grid, "_box_term", similarity_below_zero, check_ratio_grid),
+    (grid, "_prior_term", prior_of_nobody, check_prior_grid),
+    (grid, "_iou", iou_half, check_band_grid),
     (primitives, "safe_div", safe_div_off, check_boxes),
     (box, "step", step_inclusive, check_longer_boxes),
     (box, "step", step_zero_at_tie, check_longer_boxes),
@@ -440,7 +582,16 @@ MUTANTS = [
 
 CHECKS = [
     check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_softmax,
+    check_ratio_grid, check_prior_grid, check_band_grid,
 ]  # fmt: skip
+
+
+@pytest.fixture
+def fresh_constants():
+    """Launches look their functions up anew, and leave no broken one behind."""
+    grid_ops._grid_constants.cache_clear()
+    yield
+    grid_ops._grid_constants.cache_clear()
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -453,7 +604,9 @@ def test_the_real_functions_pass(check):
     MUTANTS,
     ids=[f"{m.__name__.split('.')[-1]}-{b.__name__}" for m, _, b, _ in MUTANTS],
 )
-def test_a_broken_function_is_caught(module, name, broken, check, monkeypatch):
+def test_a_broken_function_is_caught(module, name, broken, check, monkeypatch, fresh_constants):
     monkeypatch.setattr(module, name, broken)
+    if name in grid_ops._MATCH:
+        monkeypatch.setitem(grid_ops._MATCH, name, broken)
     with pytest.raises(AssertionError):
         check()

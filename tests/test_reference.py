@@ -109,7 +109,7 @@ def compare_finite(got: Tensor, want: Tensor, unit: Tensor | float = 1.0) -> Non
 @pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
 @pytest.mark.parametrize("name", golden.names("torch", "tv_boxloss*"))
 def test_torchvision_box_losses(name, kind):
-    data = golden.torchvision(name)
+    data = golden.arrays(name)
     p, g = leaf(data["boxes1"]), leaf(data["boxes2"])
     eps = data["meta"]["eps"]
     loss = BOX_TERMS[kind](p, g, (1e-7, eps))
@@ -126,7 +126,7 @@ def test_torchvision_box_losses(name, kind):
 
 @pytest.mark.parametrize("name", golden.names("torch", "tv_focal*"))
 def test_torchvision_focal_loss(name):
-    data = golden.torchvision(name)
+    data = golden.arrays(name)
     for key, alpha, gamma in data["meta"]["cases"]:
         x, t = leaf(data["logits"]), data["targets"].double()
         loss = LABEL_TERMS["focal"](x, t, (alpha, gamma))
@@ -469,7 +469,7 @@ def random_head(gen: torch.Generator, anchors: list[tuple[float, float]], own: l
         ignore_thresh=pick(0.3, 0.5) if smooth else pick(None, 0.3, 0.5),
         class_gate=pick(None, -1.0, 1.0),
         smooth=tuple(pick(True, False) for _ in own) if smooth else (),
-        average_box=shared != "each" and pick(True, False),
+        average_box=shared != "each" and pick(True, True, False),
         mean_rows=mean_rows,
         obj_mean=obj_mean,
         box_gain=0.07,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from conftest import DEVICE
 from fusedyolo.kernels import cells as kernels
+from fusedyolo.kernels import launch
 from torch import Tensor
 
 import fusedyolo
@@ -523,8 +524,8 @@ def test_runs_are_bit_identical_for_every_tile(monkeypatch):
     pred, rows = make_pred(8, 7).requires_grad_(), make_rows(8, M=60)
     criterion = YOLOv1Loss(3, 7, backend="triton")
     totals, grads = [], []
-    for tile in (ops.cells.TILE, ops.cells.TILE, 2048):
-        monkeypatch.setattr(ops.cells, "TILE", tile)
+    for tile in (launch.CELL_TILE, launch.CELL_TILE, 2048):
+        monkeypatch.setattr(launch, "CELL_TILE", tile)
         ops.cells._constants.cache_clear()
         total = criterion(pred, rows).total
         totals.append(total.detach())

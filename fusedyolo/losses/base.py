@@ -53,6 +53,7 @@ class GridLoss(nn.Module):
         # What a call needs, in the form in which it needs it: sizes as integers, and the heads of each batch size.
         self._anchors = tuple(map(len, self.head.levels))
         self._strides = tuple(int(s) if s.is_integer() else s for s in self.head.strides)
+        self._key = self.head.key
 
     def forward(self, preds: Sequence[Tensor], targets: Tensor | Sequence[dict[str, Tensor]] | Targets) -> LossOutput:
         """The loss of one batch.
@@ -72,27 +73,27 @@ class GridLoss(nn.Module):
         device = preds[0].device
         rows, offsets = as_targets(targets, batch, size, device)
         weights = self._weights_on(device)
-        head = self._head_of(len(range(batch)))  # of a symbolic size, range makes a number
+        head, key = self._head_of(len(range(batch)))  # of a symbolic size, range makes a number
         if backends.resolve(self.backend, device) == "triton":
             from .. import ops
 
             with_state = torch.is_grad_enabled() and any([pred.requires_grad for pred in preds])
-            total, parts, counts, *_ = ops.grid_loss(list(preds), rows, offsets, weights, head.key, with_state)
+            total, parts, counts, *_ = ops.grid_loss(list(preds), rows, offsets, weights, key, with_state)
         else:
             total, parts, counts = _reference_loss(preds, rows, offsets, head, weights)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, terms, num_pos, num_invalid)
 
-    def _head_of(self, batch: int) -> GridHead:
-        """The head for a call with this many images."""
-        return self._for_batch(self.head, batch)
+    def _head_of(self, batch: int) -> tuple[GridHead, str]:
+        """The head for a call with this many images, and its key."""
+        return self._for_batch(self.head, self._key, batch)
 
-    def _for_batch(self, head: GridHead, batch: int) -> GridHead:
-        """``head`` as a mean, or a sum, over this many images."""
+    def _for_batch(self, head: GridHead, key: str, batch: int) -> tuple[GridHead, str]:
+        """``head`` as a mean, or a sum, over this many images, and its key."""
         if self._batch_power == 0:
-            return head
-        return _batch_head(head.key, float(batch) ** self._batch_power, self.batch_gains)
+            return head, key
+        return _batch_head(key, float(batch) ** self._batch_power, self.batch_gains)
 
     def _weights_on(self, device: torch.device) -> Tensor | None:
         """The class weights on ``device`` in float32, whatever the module itself was cast or moved to."""
@@ -141,12 +142,13 @@ def _reference_loss(
 
 
 @torch.compiler.assume_constant_result
-def _batch_head(key: str, factor: float, gains: tuple[str, ...]) -> GridHead:
-    """The head with these gains times a factor: a mean or a sum over images costs no launch."""
+def _batch_head(key: str, factor: float, gains: tuple[str, ...]) -> tuple[GridHead, str]:
+    """The head with these gains times a factor, and its key: a mean or a sum over images costs no launch."""
     return _scaled_head(key, factor, gains)
 
 
 @lru_cache(maxsize=256)
-def _scaled_head(key: str, factor: float, gains: tuple[str, ...]) -> GridHead:
+def _scaled_head(key: str, factor: float, gains: tuple[str, ...]) -> tuple[GridHead, str]:
     head = head_from_key(key)
-    return rounded(dataclasses.replace(head, **{gain: getattr(head, gain) * factor for gain in gains}))
+    head = rounded(dataclasses.replace(head, **{gain: getattr(head, gain) * factor for gain in gains}))
+    return head, head.key

@@ -148,6 +148,7 @@ class YOLOv2Loss(GridLoss):
         self._several = several
         self._prefill = checks.count("coord_prefill", hyp.get("coord_prefill", 0), 0)
         self._prior_head = rounded(dataclasses.replace(head, prior_gain=prior_gain))
+        self._prior_key = self._prior_head.key
 
     def forward(
         self,
@@ -161,13 +162,12 @@ class YOLOv2Loss(GridLoss):
             checks.fail("pred", checks.describe(pred), "a tensor")
         return super().forward([pred], targets)
 
-    def _head_of(self, batch: int) -> GridHead:
-        head = self.head
+    def _head_of(self, batch: int) -> tuple[GridHead, str]:
         if self.training:
             self.seen += batch
             if self.seen < self._prefill:
-                head = self._prior_head
-        return self._for_batch(head, batch)
+                return self._for_batch(self._prior_head, self._prior_key, batch)
+        return super()._head_of(batch)
 
     def get_extra_state(self) -> dict[str, int]:
         """``seen``, for ``state_dict``."""

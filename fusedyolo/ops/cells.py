@@ -10,14 +10,9 @@ from torch import Tensor
 
 from ..heads import cell_head_from_key
 from ..kernels import cells
+from ..kernels.launch import cell_config
 from ..reference import cell_views
 from .launch import Launch, accumulator, done_counter, refuse_double_backward
-
-TILE = 32768  # bytes of a program's tile
-WIDEST = 128  # channels in it, unless the boxes of a cell have more
-ROWS = 16  # searched at a time
-THREADS = 512
-MAX_REGISTERS = 128  # told so, ptxas spills nothing
 
 
 @lru_cache(maxsize=256)
@@ -26,12 +21,9 @@ def _constants(key: str, dtype: torch.dtype, shape: tuple[int, ...], stride: tup
     head = cell_head_from_key(key)
     triton_acc, acc = accumulator(dtype)
     total = shape[0] * head.grid_size**2
-    boxes = _power(5 * head.num_boxes)
-    channels = max(boxes, min(_power(head.channels), WIDEST))
-    several = channels < head.channels  # what is kept from one tile to the next takes registers
-    tile = max(16, min(_power(total), TILE // channels // acc.itemsize // (1 + several)))
+    config = cell_config(total, head.channels, 5 * head.num_boxes, acc.itemsize)
     return {
-        "programs": -(-total // tile),
+        "programs": -(-total // config.cells),
         "views": _view_strides(key, shape, stride),
         "numbers": (head.box_gain, head.obj_gain, head.noobj_gain, head.cls_gain),
         "B": shape[0],
@@ -42,15 +34,12 @@ def _constants(key: str, dtype: torch.dtype, shape: tuple[int, ...], stride: tup
         "NEAREST": head.nearest,
         "RESCORE": head.rescore,
         "ACC": triton_acc,
-        "CELLS": tile,
-        "CHANNELS": channels,
-        "BLOCK_G": ROWS,
+        "CELLS": config.cells,
+        "CHANNELS": config.channels,
+        "BLOCK_G": config.rows,
+        "threads": config.threads,
+        "max_registers": config.max_registers,
     }
-
-
-def _power(n: int) -> int:
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
 
 
 @lru_cache(maxsize=256)
@@ -75,7 +64,7 @@ def cell_launch(
     The gradient is multiplied by ``grad_total``; if ``skip_one`` it is left as it is where that is 1.
     """
     constants = dict(_constants(key, pred.dtype, tuple(pred.shape), pred.stride()))
-    programs = constants.pop("programs")
+    programs, threads, limit = (constants.pop(name) for name in ("programs", "threads", "max_registers"))
     total, parts, counts = outputs or (None, None, None)
     partial = done = None
     if outputs is not None:
@@ -99,7 +88,7 @@ def cell_launch(
         "SKIP_ONE": skip_one,
         **constants,
     }
-    return Launch(cells.cell_kernel, (programs,), arguments, THREADS, MAX_REGISTERS)
+    return Launch(cells.cell_kernel, (programs,), arguments, threads, limit)
 
 
 def cell_outputs(pred: Tensor, with_grad: bool) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:

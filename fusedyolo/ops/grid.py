@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..heads import OFFSET_KINDS, GridHead, head_from_key
+from ..heads import OFFSET_KINDS, GridHead, head_from_key, obj_scales
 from ..kernels import assign, grid
 from ..kernels.launch import SMALLEST_TILE, grid_config
 from ..kernels.terms import box, decode, label, offset
@@ -122,7 +122,7 @@ def _common_arguments(
         grad_strides = [_cell_strides(view) for view in grad_views]
     batch, widths = views[0].shape[0], [view.shape[3] for view in views]
     cells = [view.shape[2] * view.shape[3] for view in views]
-    config = grid_config(max(cells), all(s[3] == 1 for s in strides))
+    config = grid_config(max(cells), all(s[3] == 1 for s in strides), preds[0].element_size())
     programs = sum(batch * len(own) * -(-count // config.cells) for own, count in zip(head.levels, cells, strict=True))
     flat = all(s[2] == s[3] * width for s, width in zip(strides + (grad_strides or []), widths * 2, strict=False))
     start = _bases_start(sum(view[..., 0].numel() for view in views))
@@ -132,7 +132,9 @@ def _common_arguments(
         "Ws": tuple(widths),
         "Hs": tuple(view.shape[2] for view in views),
         "HWs": tuple(cells),
-        "obj_scales": head.obj_scales([(view.shape[2], view.shape[3]) for view in views]),
+        "obj_scales": obj_scales(
+            head.obj_balance, head.obj_mean, tuple(view.shape[1] * n for view, n in zip(views, cells, strict=True))
+        ),
         "state_ptr": outputs.state if kept else None,
         "bases_ptr": outputs.state[start:].view(torch.int32) if kept else None,
         "kept_ptr": outputs.kept if kept else None,

@@ -4,7 +4,7 @@ Plain differentiable operations, gradients by autograd. Shapes depend on shapes 
 host, so nothing here waits for a device.
 """
 
-from .cells import cell_loss, cell_views
+from .cells import cell_assign, cell_loss, cell_views
 from .grid import Candidates, Rows, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets, read_rows
 from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS
 
@@ -18,6 +18,7 @@ __all__ = [
     "Rows",
     "assign",
     "box_loss",
+    "cell_assign",
     "cell_loss",
     "cell_views",
     "grid_loss",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..heads import CellHead
+from .grid import read_rows
 from .terms import _area, _iou, _pair
 
 LARGEST_SIZE = 2.0**60  # of a predicted box, in images: its square stays finite in float32
@@ -41,50 +43,60 @@ def cell_loss(pred: Tensor, rows: Tensor, head: CellHead) -> tuple[Tensor, Tenso
     """
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     boxes, confidence, scores = cell_views(pred.to(dtype), head)
-    row, valid = _first_rows(rows, head, pred.shape[0])
-    has = row[..., 0] >= 0
-    label, centre, size = row[..., 1].long(), row[..., 2:4].to(dtype), row[..., 4:].to(dtype)
-    cell = torch.arange(head.grid_size, device=pred.device)
-    origin = torch.stack(torch.meshgrid(cell, cell, indexing="xy"), -1)
-    offset = centre * head.grid_size - origin
-
+    found = cell_assign(boxes.detach(), rows, head)
+    has, mine, offset, size = found.has, found.mine, found.offset, found.size
     boxes = torch.where(has[..., None, None], boxes, 0.0)  # no NaN from cells that are not asked
-    with torch.no_grad():
-        overlap, distance = _overlap(boxes, offset, size, head)
-        chosen = overlap.argmax(-1)  # the first of equals
-        if head.nearest:
-            chosen = torch.where(overlap.amax(-1) > 0, chosen, distance.argmin(-1))
-        mine = (torch.arange(head.num_boxes, device=pred.device) == chosen[..., None]) & has[..., None]
-        answer = overlap if head.rescore else torch.ones_like(overlap)
 
     target = torch.cat((offset, size.sqrt() if head.root else size), -1)[..., None, :]
     box = head.box_gain * torch.where(mine[..., None], boxes, target).sub(target).square().sum()
-    gain = torch.where(mine, torch.full_like(overlap, head.obj_gain), head.noobj_gain)
-    obj = (gain * (confidence - torch.where(mine, answer, 0.0)).square()).sum()
-    one_hot = (torch.arange(head.num_classes, device=pred.device) == label[..., None]).to(dtype)
+    gain = torch.where(mine, torch.full_like(found.answer, head.obj_gain), head.noobj_gain)
+    obj = (gain * (confidence - found.answer).square()).sum()
+    one_hot = (torch.arange(head.num_classes, device=pred.device) == found.label[..., None]).to(dtype)
     cls = head.cls_gain * torch.where(has[..., None], scores, one_hot).sub(one_hot).square().sum()
 
     # a NaN among the boxes that were compared shows in the total, whether or not that box answers
     box = box + torch.zeros_like(box.detach()).masked_fill(boxes.detach().isnan().any(), math.nan)
     parts = torch.stack((box, obj, cls))
-    counts = torch.stack((has.sum(), (~valid).sum())).to(torch.int32)
+    counts = torch.stack((has.sum(), (~found.valid).sum())).to(torch.int32)
     return parts.sum(), parts.detach(), counts
 
 
-def _first_rows(rows: Tensor, head: CellHead, batch_size: int) -> tuple[Tensor, Tensor]:
-    """The first valid row [B, S, S, 6] in each cell, of image -1 where there is none; and which rows [M] are valid."""
-    image, label, cx, cy, w, h = rows.unbind(1)
-    valid = rows.isfinite().all(1) & (w > 0) & (h > 0)
-    valid = valid & (image >= 0) & (image < batch_size) & (label >= 0) & (label < head.num_classes)
-    valid = valid & (cx >= 0) & (cx < 1) & (cy >= 0) & (cy < 1)
-    S, M = head.grid_size, rows.shape[0]
-    image, _, cx, cy, _, _ = torch.where(valid[:, None], rows, 0.0).unbind(1)
-    cell = (image.long() * S + (cy * S).long()) * S + (cx * S).long()  # in float32: below 1 times S is below S
-    slot = torch.where(valid, cell, batch_size * S * S)
+@dataclass(frozen=True)
+class CellAnswers:
+    """Which box of which cell answers for which row; what a cell without an object holds is of no use."""
+
+    valid: Tensor  # [M] bool: rows that can be
+    row: Tensor  # [B, S, S] int64: the first valid row in the cell, M where there is none
+    has: Tensor  # [B, S, S] bool
+    label: Tensor  # [B, S, S] int64
+    offset: Tensor  # [B, S, S, 2]: its centre from the cell's origin, in cells
+    size: Tensor  # [B, S, S, 2]: relative to the image
+    mine: Tensor  # [B, S, S, n] bool: the box that answers for it
+    answer: Tensor  # [B, S, S, n]: the target of confidence
+
+
+def cell_assign(boxes: Tensor, rows: Tensor, head: CellHead) -> CellAnswers:
+    """The boxes [B, S, S, n, 4] of a prediction, which take no gradient, against target rows [M, 6]."""
+    batch_size, S, M = boxes.shape[0], head.grid_size, rows.shape[0]
+    read = read_rows(rows, head, batch_size)
+    x, y = (read.boxes[:, :2] * S).long().unbind(1)  # in float32: below 1 times S is below S
+    slot = torch.where(read.valid, (read.image * S + y) * S + x, batch_size * S * S)
     order = torch.arange(M, device=rows.device)
     first = order.new_full((batch_size * S * S + 1,), M).scatter_reduce(0, slot, order, "amin")[:-1]
-    none = torch.cat((rows.new_full((1, 1), -1.0), rows.new_zeros(1, 5)), 1)
-    return torch.cat((rows, none))[first].unflatten(0, (batch_size, S, S)), valid
+    row = first.view(batch_size, S, S)
+    has = row < M
+    label = torch.cat((read.label, read.label.new_zeros(1)))[row]
+    centre, size = torch.cat((read.boxes, read.boxes.new_zeros(1, 4))).to(boxes.dtype)[row].split(2, -1)
+    cell = torch.arange(S, device=rows.device)
+    offset = centre * S - torch.stack(torch.meshgrid(cell, cell, indexing="xy"), -1)
+
+    overlap, distance = _overlap(torch.where(has[..., None, None], boxes, 0.0), offset, size, head)
+    chosen = overlap.argmax(-1)  # the first of equals
+    if head.nearest:
+        chosen = torch.where(overlap.amax(-1) > 0, chosen, distance.argmin(-1))
+    mine = (torch.arange(head.num_boxes, device=rows.device) == chosen[..., None]) & has[..., None]
+    answer = torch.where(mine, overlap if head.rescore else torch.ones_like(overlap), 0.0)
+    return CellAnswers(read.valid, row, has, label, offset, size, mine, answer)
 
 
 def _overlap(boxes: Tensor, offset: Tensor, size: Tensor, head: CellHead) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads import GridHead, head_from_key
+from ..heads import CENTRE_LIMITS, CellHead, GridHead, obj_scales
 from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, _area, _constants, _iou
 
 PAIRS_CHUNK = 1 << 18  # (row, prediction) pairs whose IoU is in memory at a time
@@ -40,12 +40,13 @@ class Candidates:
     ignored: Tensor | None = None  # [N] bool: neither positive nor negative
 
 
-def read_rows(rows: Tensor, head: GridHead, batch_size: int) -> Rows:
+def read_rows(rows: Tensor, head: GridHead | CellHead, batch_size: int) -> Rows:
     """Validity of target rows [M, 6] by the contract, and what they hold."""
     image, label, cx, cy, w, h = rows.unbind(1)
     valid = rows.isfinite().all(1) & (w > 0) & (h > 0)
     valid = valid & (image >= 0) & (image < batch_size) & (label >= 0) & (label < head.num_classes)
-    valid = valid & (cx >= 0) & (cx < head.centre_limit) & (cy >= 0) & (cy < head.centre_limit)
+    limit = CENTRE_LIMITS[isinstance(head, GridHead) and head.edge]
+    valid = valid & (cx >= 0) & (cx < limit) & (cy >= 0) & (cy < limit)
     safe = torch.where(valid[:, None], rows, 0.5)
     return Rows(valid, safe[:, 0].long(), safe[:, 1].long(), safe[:, 2:])
 
@@ -198,7 +199,8 @@ def grid_loss(
     weights = None if class_weights is None else class_weights.detach().to(dtype)
     maps = [(p.shape[2], p.shape[3]) for p in preds]
     # of a symbolic size, range makes a number
-    scales = _obj_scales(head.key, tuple((len(range(H)), len(range(W))) for H, W in maps))
+    cells = tuple(len(own) * len(range(H)) * len(range(W)) for own, (H, W) in zip(head.levels, maps, strict=True))
+    scales = _obj_scales(head.obj_balance, head.obj_mean, cells)
     levels = []
     for level, pred in enumerate(preds):
         found = assign(read, head, level, maps, batch_size, dtype)
@@ -209,9 +211,7 @@ def grid_loss(
     return parts.sum(), parts.detach(), counts
 
 
-@torch.compiler.assume_constant_result
-def _obj_scales(key: str, maps: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
-    return head_from_key(key).obj_scales(maps)
+_obj_scales = torch.compiler.assume_constant_result(obj_scales)
 
 
 def _level_loss(
@@ -263,7 +263,7 @@ def _level_loss(
     # objectness, for each prediction
     used = answers.used
     gain = raw.new_full((), head.noobj_gain)
-    if not head.smooth_levels[level]:
+    if not (head.smooth and head.smooth[level]):
         owner = torch.where(is_last, slot, N)
         gain = raw.new_full((N + 1,), head.noobj_gain).scatter(0, owner, head.obj_gain * m)[:N]
     term = LABEL_TERMS[head.objectness](torch.where(used, pred[..., 4].flatten(), 0.0), answers.target, head.obj_args)
@@ -301,7 +301,7 @@ def objectness_targets(
     place = last.clamp(min=0)
     row = torch.where(assigned, found.row[place] if M else M, M)
     overlap = _overlap(pred, rows, level, head)
-    if head.smooth_levels[level]:
+    if head.smooth and head.smooth[level]:
         return Answers(row, assigned, overlap, torch.ones_like(assigned))
     target = torch.where(assigned, quality[place] if M else 0.0, 0.0)
     left_out = overlap > 0 if found.ignored is None else (overlap > 0) | found.ignored
