@@ -69,8 +69,8 @@ def assign(
     """What ``criterion`` would train each prediction for. Runs on the device of ``preds``, and waits for nothing.
 
     Args:
-        criterion: a loss of this package. :class:`~fusedyolo.YOLOv1Loss` has one level, and its boxes stand where others
-            have anchors; without ``image_size`` its lengths are in images.
+        criterion: a loss of this package. :class:`~fusedyolo.YOLOv1Loss` has one level, and boxes where others have
+            anchors; without ``image_size`` its lengths are in images.
         preds: as the loss takes them. Matches depend on their shapes alone, but for objectness targets that are an IoU,
             and for what is ignored.
         targets: as the loss takes them.

@@ -76,8 +76,8 @@ def test_darknet_rules(box, dtype):
 
 RATIO = replace(
     HEAD, unit="cell", assigner="ratio", anchor_t=2.5, shared="each", edge=True, decode="sigmoid_square",
-    scale_x_y=(2.0, 2.0), quality="ciou", quality_args=HEAD.box_args, ignore_thresh=None, noobj_gain=1.0, mean_rows=True,
-    obj_mean="cells", obj_balance=(4.0, 0.5), label_args=(1.75,), obj_args=(0.5,),
+    scale_x_y=(2.0, 2.0), quality="ciou", quality_args=HEAD.box_args, ignore_thresh=None, noobj_gain=1.0,
+    mean_rows=True, obj_mean="cells", obj_balance=(4.0, 0.5), label_args=(1.75,), obj_args=(0.5,),
 )  # fmt: skip
 REGION = replace(
     HEAD, per_level=True, shared="last", iou_thresh=1.0, scale_x_y=(1.0, 1.0), box="mse", label="softmax_ce",

@@ -39,9 +39,11 @@ def check_ratio_grid() -> None:
         [
             [0, 0, 1.5 / 8, 1.5 / 4, 0.25, 0.375], [0, 1, 0.4 / 8, 0.3 / 4, 0.3, 0.6], [0, 2, 1.0, 1.0, 0.25, 0.5],
             [0, 1, 0.25, 0.5, 0.5, 0.5], [0, 0, 5.25 / 8, 2.25 / 4, 0.3, 0.5], [0, 2, 4.75 / 8, 2.3 / 4, 0.25, 0.45],
+            [0, 1, 0.7, 0.3, 0.1, 0.5],
         ]
     )  # fmt: skip
     pred = make_preds(torch.float64, batch=1, size=(32, 64))[0][:, :8]
+    pred[0, 2:4, 0, 0] = torch.tensor([-6.0, 4.0])  # a similarity below 0
     check_grid([pred], rows, head, tolerance=1e-11)
 
 

@@ -708,6 +708,68 @@ def test_nothing_to_assign(kind, box, dtype):
     assert total.isfinite()
 
 
+@pytest.mark.parametrize("assigner", ["best_anchor", "ratio", "iou_band"])
+def test_no_rows_at_all(assigner):
+    """An image without objects is background everywhere, and so is a batch without a single row."""
+    preds, rows, head = small_case(assigner=assigner)
+    total, grads, counts = loss_and_grads(preds, rows[:0], head)
+    assert counts.tolist() == [0, 0]
+    close(total, sum(torch.nn.functional.softplus(pred.detach()[..., 4]).sum() for pred in preds))
+    for pred, grad in zip(preds, grads, strict=True):
+        close(grad[..., 4], pred.detach()[..., 4].sigmoid())
+        assert not grad[..., :4].any()
+        assert not grad[..., 5:].any()
+
+
+@pytest.mark.parametrize("unit", ["pixel", "cell", "image"])
+@pytest.mark.parametrize("box", [*BOX_KINDS, *OFFSET_KINDS])
+def test_prior_of_predictions_without_an_object(box, unit):
+    """An IoU term sees a true box without size there; lightnet's eps makes the slope of its aspect 1e16."""
+    preds, rows, head = small_case(box=box, unit=unit, prior_gain=0.5, average_box=False, box_args=(1e-16, 0.0))
+    compare_with_loop(preds, rows, head)
+
+
+def test_ratio_by_hand():
+    """Its own cell and the neighbours nearest to the centre; a side at the limit does not fit."""
+    head = head_of(
+        assigner="ratio", anchor_t=2.0, anchors=((16.0, 8.0), (64.0, 64.0)), levels=((0, 1),), strides=(8.0,)
+    )
+    head = replace(head, scale_x_y=(1.0,), edge=True)
+
+    def cells(x: float, y: float, w: float = 20.0, h: float = 8.0) -> list[tuple[int, ...]]:
+        """(x, y) of the cells, for a centre in cells of an 8 x 4 map and a size in pixels."""
+        (found,) = places([(0, 0, x / 8, y / 4, w / 64, h / 32)], head, [(4, 8)], 1)
+        assert all(place[:3] == (0, 0, 0) for place in found)
+        return [(x, y) for *_, y, x in found]
+
+    assert cells(2.25, 1.75) == [(2, 1), (1, 1), (2, 2)]  # own, left, lower
+    assert cells(2.5, 1.5) == [(2, 1)]  # in the middle of a cell
+    assert cells(2.0, 1.0) == [(2, 1), (1, 1), (2, 1), (2, 1)]  # at a corner: right and lower are its own cell again
+    assert cells(0.25, 0.25) == [(0, 0)]  # nothing beyond the border
+    assert cells(1.0, 3.0) == [(1, 3), (1, 2), (1, 3)]  # 1 from the border is not more than 1
+    assert cells(7.75, 3.75) == [(7, 3)]
+    assert cells(8.0, 4.0) == [(7, 3), (7, 3), (7, 3)]  # own, left and upper, all held on the map
+    assert cells(2.5, 1.5, w=32.0) == cells(2.5, 1.5, w=8.0) == cells(2.5, 1.5, h=16.0) == cells(2.5, 1.5, h=4.0) == []
+    assert cells(2.5, 1.5, w=31.0, h=4.25) == [(2, 1)]
+
+
+def test_band_by_hand():
+    """Anchors of 16 x 16 on cells of 16: objects of 16 x 8, of 16 x 16 between two cells, and one twice."""
+    head = head_of(assigner="iou_band", anchors=((16.0, 16.0),), levels=((0,),), strides=(16.0,), scale_x_y=(1.0,))
+    rows = [(0, 0, 0.125, 0.5, 0.25, 0.5), (0, 1, 0.5, 0.5, 0.25, 1.0), (0, 2, 0.125, 0.5, 0.25, 0.5)]
+    third = 1 / 3  # of each of the two cells that the second object covers by half
+
+    def found(low: float, high: float) -> tuple[list[list[int]], list[int]]:
+        banded = replace(head, band=(low, high))
+        (ignored,) = assign(read_rows(torch.tensor(rows), banded, 1), banded, 0, [(1, 4)], 1, F64).ignored.view(1, -1)
+        own = places(rows, banded, [(1, 4)], 1)
+        return [[x for *_, x in places_] for places_ in own], ignored.nonzero()[:, 0].tolist()
+
+    assert found(third, 0.5) == ([[], [], []], [0, 1, 2])  # an IoU at an end is in the band
+    assert found(math.nextafter(third, 1), math.nextafter(0.5, 0)) == ([[0], [], []], [])  # of equals the first
+    assert found(0.1, math.nextafter(third, 0)) == ([[0], [1, 2], []], [])
+
+
 def test_ignored_strictly_above_the_threshold():
     """Logits 0 are the anchor at the cell's centre; here its IoU with the object is exactly 1/2."""
     head = head_of(anchors=((8.0, 8.0), (1.0, 1.0), (8.0, 16.0), (1.0, 2.0), (2.0, 1.0)), scale_x_y=(1.0, 1.0))

@@ -15,6 +15,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import triton
 import triton.language as tl
 from conftest import DEVICE
@@ -700,6 +701,7 @@ def test_a_step_is_two_launches_and_little_more_than_the_gradient(layout, packed
 COMPILE = """
 import json, sys
 import torch
+import torch._dynamo.testing
 from bench.codegen import compile_launch
 from fusedyolo import YOLOv1Loss, ops
 dtype, target = getattr(torch, sys.argv[1]), sys.argv[2]
