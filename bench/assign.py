@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     found = fusedyolo.assign(criterion, preds, objects.pack(loaded.annotations))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure = fusedyolo.draw_assignment(loaded.pixels[0], found, names=labels.names)
-    figure.suptitle(f"{case.name}, {len(loaded.annotations[0].boxes)} objects", fontsize=11)
+    figure.suptitle(f"{case.name}, objects: {len(loaded.annotations[0].boxes)}", fontsize=11)
     figure.savefig(args.out, dpi=110)
     console.print(f"wrote {args.out}", highlight=False)
     return 0
