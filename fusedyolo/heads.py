@@ -56,7 +56,8 @@ class GridHead(_Row):
     that to predictions with some class logit above it. ``smooth``, one a level: objectness is trained towards that IoU
     instead, assigned or not. ``average_box`` divides the box term of a prediction with several objects by its number of
     pushed-up classes. ``mean_rows``: box and class terms of a level are divided by its number of assignments.
-    ``obj_mean``: objectness of a level is a mean over its ``"cells"`` or its ``"used"`` predictions.
+    ``obj_mean``: objectness of a level is divided by its ``"cells"`` times anchors (a sum over images remains), or by
+    the number of its ``"used"`` predictions in the batch. ``"each"`` knows no class weights and no ``average_box``.
 
     Numbers. ``area_weight`` w turns the offset term's weight into ``1 + w * (1 - min(gw * gh, area_cap))``, gw and gh
     relative to the image. ``prior_gain`` weighs the box term of predictions without an object, towards the middle of

@@ -34,6 +34,9 @@ def raises(message):
 
 # The constructor.
 
+KINDS = "'iou', 'giou', 'diou', 'ciou', 'eiou', 'siou', 'mpdiou'"
+COMMON = "label_smooth_eps, cls_loss, focal_alpha, focal_gamma, iou_alpha, iou_gamma, iou_band"
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -42,7 +45,7 @@ def raises(message):
         ({"recipe": None}, "recipe: None, want one of 'paper', 'darknet'"),
         ({"backend": "cuda"}, "backend: 'cuda', want one of 'auto', 'triton', 'torch'"),
         ({"reduction": "none"}, "reduction: 'none', want one of 'sum', 'mean'"),
-        ({"iou_loss": "l2"}, "iou_loss: 'l2', want one of 'iou', 'giou', 'diou', 'ciou', 'mse'"),
+        ({"iou_loss": "l2"}, f"iou_loss: 'l2', want one of {KINDS}, 'mse'"),
         ({"num_classes": 0}, "num_classes: 0, want an integer >= 1"),
         ({"num_classes": 2.0}, "num_classes: 2.0, want an integer >= 1"),
         ({"num_classes": True}, "num_classes: True, want an integer >= 1"),
@@ -71,16 +74,15 @@ def raises(message):
         ({"lambda_noobj": None}, "lambda_noobj: None, want a finite number >= 0"),
         (
             {"iou_normalizer": 0.07},
-            "iou_normalizer: no hyper-parameter of recipe 'paper', "
-            "want one of lambda_coord, lambda_noobj, label_smooth_eps, focal_alpha, focal_gamma",
+            f"iou_normalizer: no hyper-parameter of recipe 'paper', want one of lambda_coord, lambda_noobj, {COMMON}",
         ),
         (
             {"recipe": "darknet", "lambda_coord": 5},
             "lambda_coord: no hyper-parameter of recipe 'darknet', want one of iou_normalizer, obj_normalizer, "
-            "cls_normalizer, counters_per_class, max_delta, label_smooth_eps, focal_alpha, focal_gamma",
+            f"cls_normalizer, counters_per_class, max_delta, objectness_smooth, new_coords, {COMMON}",
         ),
         ({"recipe": "darknet", "iou_normalizer": INF}, "iou_normalizer: inf, want a finite number >= 0"),
-        ({"recipe": "darknet", "obj_normalizer": -1}, "obj_normalizer: -1, want a finite number >= 0"),
+        ({"recipe": "darknet", "obj_normalizer": -1}, "obj_normalizer: -1, want a finite number > 0"),
         ({"recipe": "darknet", "cls_normalizer": "1"}, "cls_normalizer: '1', want a finite number >= 0"),
         ({"recipe": "darknet", "max_delta": 0}, "max_delta: 0, want a finite number > 0"),
         ({"recipe": "darknet", "counters_per_class": [1, 2]}, "counters_per_class: 2 numbers, want 3, one a class"),
@@ -398,8 +400,9 @@ def test_box_functions(function, boxes1, boxes2, arguments, message):
 
 
 def test_kind():
-    with raises("kind: 'eiou', want one of 'iou', 'giou', 'diou', 'ciou'"):
-        functional.box_iou_loss(BOXES, BOXES, kind="eiou")
+    for kind in ("ciou_plus", "mse"):  # of a peer, and of logits
+        with raises(f"kind: {kind!r}, want one of {KINDS}"):
+            functional.box_iou_loss(BOXES, BOXES, kind=kind)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,7 @@ LOSSES = {
     ),
     "v4": lambda **kw: YOLOv4Loss([[(8, 8)]], (8,), CLASSES, recipe="darknet", **kw),
     "v5": lambda **kw: YOLOv5Loss([[(8, 8)]], (8,), CLASSES, **kw),
-    "scaled": lambda **kw: ScaledYOLOv4Loss(
-        [[(8, 8)], [(1e5, 1e5)], [(1e5, 1e5)]], (8, 8, 8), CLASSES, **kw
-    ),
+    "scaled": lambda **kw: ScaledYOLOv4Loss([[(8, 8)], [(1e5, 1e5)], [(1e5, 1e5)]], (8, 8, 8), CLASSES, **kw),
 }
 
 
@@ -70,20 +68,21 @@ def outcome(criterion, preds, targets):
     return (out.total.detach(), *out.parts.values(), out.num_pos, out.num_invalid, *grads)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "scaled"])  # it is v5 in the kernels
 def test_crowded_cells_are_bit_identical_from_run_to_run(name):
-    preds, rows = make_preds(name), make_rows(4)
+    preds, rows = make_preds(name, width=1), make_rows(3, 1)
     criterion = LOSSES[name](backend="triton")
     first = outcome(criterion, preds, rows)
-    assert 0 < first[4] < 4
+    assert first[4] == 1
     for _ in range(19):
         assert all(torch.equal(a, b) for a, b in zip(outcome(criterion, preds, rows), first, strict=True))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_crowd_by_both_backends(name):
-    """Two hundred objects on two cells, in float64."""
-    preds, rows = make_preds(name, torch.float64), make_rows(60)
+    """Many objects on two cells, in float64."""
+    n = 12 if name in ("v5", "scaled") else 40
+    preds, rows = make_preds(name, torch.float64), make_rows(n)
     want, got = (outcome(LOSSES[name](backend=backend), preds, rows) for backend in ("torch", "triton"))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11 * max(1.0, b.abs().max().item()))
@@ -104,20 +103,48 @@ def test_thousands_of_objects_in_an_image_eagerly(name):
     assert watch.largest <= max(2**18, 5000 * 5 * (5 + CLASSES))
 
 
-KERNELS = {"v2": 200, "v4": 200, "v5": 200}
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_thousands_of_objects_in_an_image_by_the_kernels(name):
-    n, preds = KERNELS[name], make_preds(name, width=1)
+def crowd_of_strangers(n, of_map):
+    """Objects on one cell: ``of_map`` of them, spread over all rows, of its anchor, the rest too large for it."""
     rows = make_rows(n, 1)
-    criterion = LOSSES[name](backend="triton")
+    rows[:, 4:] = 0.5 * rows[:, 4:] + 100.0
+    own = torch.linspace(0, n - 1, of_map, device=rows.device).long()
+    rows[own, 4:] = 0.5 + 0.2 * torch.rand(of_map, 2, generator=torch.Generator().manual_seed(2)).to(rows)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["v4", "v5"])
+def test_thousands_of_objects_in_an_image_by_the_kernels(name):
+    """More rows than are searched at a time; in the interpreter each takes milliseconds, so it gets 300 of them."""
+    n = 5000 if DEVICE == "cuda" else 300
+    preds, rows = make_preds(name, width=1), crowd_of_strangers(n, 4)
+
+    def make(backend):
+        if name == "v4":  # most objects are for an anchor of another level
+            return YOLOv4Loss([[(8, 8)]], (8,), CLASSES, "darknet", all_anchors=[(8, 8), (800, 800)], backend=backend)
+        return LOSSES[name](backend=backend)
+
     targets = Targets.from_packed(rows, 1)
-    began = time.perf_counter()
     with Watch() as watch:
-        got = outcome(criterion, preds, targets)
-    print(name, n, time.perf_counter() - began)
-    assert watch.largest <= 64  # one prediction: state, kept gradient, partial sums
-    want = outcome(LOSSES[name](backend="torch"), preds, targets)
+        got = outcome(make("triton"), preds, targets)
+    assert watch.largest <= 256  # one prediction: state, kept gradient, partial sums
+    assert got[4] == 1
+    want = outcome(make("torch"), preds, targets)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_the_operator_allocates_is_linear_in_the_predictions(name):
+    """However many the rows, no more gradients are kept than there are predictions, and fewer for few rows."""
+    from fusedyolo.ops.grid import grid_outputs
+
+    head = LOSSES[name](backend="torch").head
+    maps = [torch.empty(2, 5 + CLASSES, 20, 30, device="meta") for _ in head.levels]
+    predictions, channels = sum(p[:, 0].numel() for p in maps), 8
+    for m in (0, 1, 3, 5000):
+        rows = torch.empty(m, 6, device="meta")
+        with Watch() as watch:
+            outputs = grid_outputs(maps, rows, head, True)
+        assert outputs.kept.shape == (min(predictions, m * head.places_per_row), channels)
+        assert watch.largest <= max(outputs.kept.numel(), 2 * predictions)
+        assert watch.allocated <= predictions * (4 * channels + 4) + 4096

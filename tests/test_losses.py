@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
+from test_yolov5 import similarity
 
 import fusedyolo
 from fusedyolo import LossOutput, Targets, YOLOv3Loss, YOLOv4Loss, backend, reference
@@ -203,6 +204,250 @@ def test_the_papers_formulas(name):
             assert (grad.cpu() - want).abs().max() <= tolerance * want.abs().max()
 
 
+# What else there is to choose, on one small map, one prediction at a time.
+
+SMALL = {"anchors": ANCHORS[1:], "strides": (16,)}
+
+
+def best_anchor_owners(rows):
+    """Rows of each prediction (image, anchor, y, x) of the small map, by the best anchor."""
+    owners = {}
+    for r, row in enumerate(rows.double().tolist()):
+        w, h = row[4] * WIDTH, row[5] * HEIGHT
+        inter = [min(w, aw) * min(h, ah) for aw, ah in ANCHORS[1]]
+        shapes = [i / (w * h + aw * ah - i) for i, (aw, ah) in zip(inter, ANCHORS[1], strict=True)]
+        place = (int(row[0]), shapes.index(max(shapes)), int(row[3] * HEIGHT / 16), int(row[2] * WIDTH / 16))
+        owners.setdefault(place, []).append(r)
+    return owners
+
+
+def in_pixels(rows):
+    return rows.double()[:, 2:] * torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
+
+
+def band_owners(rows, low, high, batch=2):
+    """Rows, one each, of predictions whose anchor overlaps it by more than ``high``; those between ``low`` and that."""
+    owners, between = {}, set()
+    for image, anchor, y, x in np.ndindex(batch, 3, HEIGHT // 16, WIDTH // 16):
+        box = torch.tensor([(x + 0.5) * 16, (y + 0.5) * 16, *ANCHORS[1][anchor]], dtype=torch.float64)
+        overlaps = [
+            box_iou(box, truth).item() if row[0] == image else 0.0
+            for row, truth in zip(rows, in_pixels(rows), strict=True)
+        ]
+        if max(overlaps) > high:
+            owners[image, anchor, y, x] = [overlaps.index(max(overlaps))]
+        elif max(overlaps) >= low:
+            between.add((image, anchor, y, x))
+    return owners, between
+
+
+def class_bce(z, t):
+    return bce(z, t)
+
+
+CLASS_TERMS = {
+    "bce": (("bce", {}), class_bce),
+    "focal": (("focal", {}), lambda z, t: (z.sigmoid() * (1 - t) + (1 - z.sigmoid()) * t) ** 2 * bce(z, t)),
+    "focal with alpha": (
+        ("focal", {"focal_alpha": 0.25, "focal_gamma": 1.5}),
+        lambda z, t: (z.sigmoid() + t - 2 * z.sigmoid() * t) ** 1.5 * (0.25 * t + 0.75 * (1 - t)) * bce(z, t),
+    ),
+    "softmax_ce": (("softmax_ce", {}), lambda z, t: -t * z.log_softmax(0)),
+    "qfl": (("qfl", {}), lambda z, t: (t - z.sigmoid()).abs() ** 2 * bce(z, t)),
+    "qfl with gamma": (("qfl", {"focal_gamma": 1.0}), lambda z, t: (t - z.sigmoid()).abs() * bce(z, t)),
+    "varifocal": (("varifocal", {}), lambda z, t: torch.where(t > 0, t, 0.75 * z.sigmoid() ** 2) * bce(z, t)),
+    "varifocal with both": (
+        ("varifocal", {"focal_alpha": 0.5, "focal_gamma": 1.0, "label_smooth_eps": 0.25}),
+        lambda z, t: torch.where(t > 0, t, 0.5 * z.sigmoid()) * bce(z, t),
+    ),
+}
+
+
+def direct(pred, rows, owners, between=(), box="mse", term=class_bce, powers=(1, 0), eps=0.0, gate=None, smooth=None):
+    """Parts of the paper's loss on the small map for each way to assign, weigh and judge.
+
+    ``smooth``: objectness of every prediction is trained towards its largest IoU if that is above this.
+    """
+    parts = {"box": 0.0, "obj": 0.0, "cls": 0.0}
+    boxes, seen = in_pixels(rows), Counter()
+    pred = pred.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2)
+    for place in np.ndindex(*pred.shape[:4]):
+        v, (image, anchor, y, x) = pred[place], place
+        aw, ah = ANCHORS[1][anchor]
+        sx, sy = v[0].sigmoid(), v[1].sigmoid()
+        decoded = torch.stack(((sx + x) * 16, (sy + y) * 16, aw * v[2].exp(), ah * v[3].exp()))
+        best = max(
+            (box_iou(decoded, g).item() for row, g in zip(rows, boxes, strict=True) if row[0] == image), default=0
+        )
+        if gate is not None and not (v[5:].sigmoid() > gate).any():
+            best = 0.0
+        own = owners.get(place)
+        if smooth is not None:
+            parts["obj"] = parts["obj"] + bce(v[4], best if best > smooth else 0.0)
+            seen["smooth"] += best > smooth
+        elif own is not None:
+            parts["obj"] = parts["obj"] + bce(v[4], 1.0)
+        elif place in between:
+            seen["between"] += 1
+        elif best <= 0.5:
+            parts["obj"] = parts["obj"] + 0.5 * bce(v[4], 0.0)
+        if own is None:
+            continue
+        seen["shared"] += len(own) > 1
+        labels = {int(rows[r, 1]) for r in own}
+        t = torch.tensor([1 - eps / 2 if c in labels else eps / 2 for c in range(CLASSES)], dtype=torch.float64)
+        parts["cls"] = parts["cls"] + term(v[5:], t).sum()
+        for r in own:
+            g = boxes[r]
+            if box == "mse":
+                wanted = (g[0] / 16 - x, g[1] / 16 - y, (g[2] / aw).log(), (g[3] / ah).log())
+                loss = sum((p - t) ** 2 for p, t in zip((sx, sy, v[2], v[3]), wanted, strict=True))
+            else:
+                value = similarity(box, decoded, g, 0.0, (WIDTH, HEIGHT), f32(1e-7))
+                alpha, gamma = powers
+                loss = 1 - value if powers == (1, 0) else value.detach() ** gamma * (1 - value**alpha)
+            parts["box"] = parts["box"] + 5.0 * loss
+    return parts, seen
+
+
+def agrees_with(module_arguments, parts, exact, rows, num_pos):
+    """Both backends, value and gradient, in float64."""
+    want = torch.autograd.grad(sum(parts.values()), exact)[0]
+    for which in BACKENDS:
+        pred = exact.detach().to(DEVICE).requires_grad_()
+        out = criterion(backend=which, **SMALL, **module_arguments)([pred], rows.to(DEVICE))
+        assert (out.num_pos, out.num_invalid) == (num_pos, 0)
+        for part, value in parts.items():
+            torch.testing.assert_close(out.parts[part].cpu(), value.detach(), rtol=1e-11, atol=0)
+        (grad,) = torch.autograd.grad(out.total, pred)
+        assert (grad.cpu() - want).abs().max() <= 1e-11 * want.abs().max()
+
+
+def small_map():
+    return maps(torch.float64, device="cpu")[1]
+
+
+@pytest.mark.parametrize("name", CLASS_TERMS)
+def test_class_terms(name):
+    (kind, hyp), term = CLASS_TERMS[name]
+    exact, rows = small_map(), objects(device="cpu")
+    owners = best_anchor_owners(rows)
+    parts, seen = direct(exact, rows, owners, term=term, eps=hyp.get("label_smooth_eps", 0.0))
+    assert seen["shared"] > 0
+    agrees_with({"cls_loss": kind, **hyp}, parts, exact, rows, len(owners))
+
+
+@pytest.mark.parametrize("box", ["eiou", "siou", "mpdiou"])
+def test_later_box_terms(box):
+    exact, rows = small_map(), objects(device="cpu")
+    owners = best_anchor_owners(rows)
+    parts, _ = direct(exact, rows, owners, box=box)
+    agrees_with({"iou_loss": box}, parts, exact, rows, len(owners))
+
+
+@pytest.mark.parametrize("powers", [(3.0, 0.0), (1.0, 0.5), (2.0, 1.0)])
+def test_powers_of_the_iou(powers):
+    exact, rows = small_map(), objects(device="cpu")
+    owners = best_anchor_owners(rows)
+    parts, _ = direct(exact, rows, owners, box="iou", powers=powers)
+    agrees_with({"iou_loss": "iou", "iou_alpha": powers[0], "iou_gamma": powers[1]}, parts, exact, rows, len(owners))
+
+
+@pytest.mark.parametrize("band", [None, (0.25, 0.375), (0.5, 0.5)])
+def test_iou_band(band):
+    exact, rows = small_map(), objects(device="cpu")
+    rows[:3, 2:] = torch.tensor([0.375, 0.5, 60 / WIDTH, 45 / HEIGHT])  # the second anchor in the middle of a cell
+    rows[2, 0] = 1
+    owners, between = band_owners(rows, *((f32(0.3), f32(0.7)) if band is None else band))
+    assert owners
+    parts, seen = direct(exact, rows, owners, between)
+    assert (seen["between"] > 0) == (band != (0.5, 0.5))
+    arguments = {"assigner": "iou_band"} | ({} if band is None else {"iou_band": band})
+    agrees_with(arguments, parts, exact, rows, len(owners))
+
+
+def test_edges_of_the_iou_band():
+    """An IoU of 1/2 and of 1 exactly: the upper end itself is no object, the lower end is no background."""
+    pred = torch.zeros(1, 10, 1, 1, device=DEVICE, requires_grad=True)
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 0.5, 0.5]], device=DEVICE)
+    for which in BACKENDS:
+        for band, num_pos, objectness in (
+            ((0.3, 0.5), 1, 1),
+            ((0.5, 0.7), 1, 1),
+            ((0.5, 0.99), 1, 1),
+            ((0.5, 1.0), 0, 0),
+        ):
+            module = YOLOv3Loss(
+                [[(8, 8)] + [(4, 8)] * 0], (16,), 5, assigner="iou_band", iou_band=band, ignore_thresh=1, backend=which
+            )
+            out = module([pred], rows)
+            assert out.num_pos == num_pos, band
+            assert (out.parts["obj"] != 0) == objectness, band
+        # an anchor of twice the area
+        for band, num_pos, objectness in (((0.3, 0.5), 0, False), ((0.5, 0.7), 0, False), ((0.51, 0.7), 0, True)):
+            module = YOLOv3Loss(
+                [[(8, 16)]], (16,), 5, assigner="iou_band", iou_band=band, ignore_thresh=1, backend=which
+            )
+            out = module([pred], rows)
+            assert out.num_pos == num_pos
+            assert (out.parts["obj"] != 0) == objectness, band
+
+
+def test_smooth_objectness():
+    exact, rows = small_map(), objects(device="cpu")
+    owners = best_anchor_owners(rows)
+    parts, seen = direct(exact, rows, owners, gate=0.25, smooth=0.5)
+    assert seen["smooth"] > 2
+    want = torch.autograd.grad(parts["obj"], exact)[0].unflatten(1, (3, -1))[:, :, 4]
+    for which in BACKENDS:
+        pred = exact.detach().to(DEVICE).requires_grad_()
+        arguments = {"recipe": "darknet", "objectness_smooth": 1, "ignore_thresh": 0.5, "backend": which}
+        out = criterion(**SMALL, **arguments)([pred], rows.to(DEVICE))
+        torch.testing.assert_close(out.parts["obj"].cpu(), parts["obj"].detach(), rtol=1e-11, atol=0)
+        got = torch.autograd.grad(out.total, pred)[0].cpu().unflatten(1, (3, -1))[:, :, 4]
+        assert (got - want).abs().max() <= 1e-11 * want.abs().max()
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+def test_objectness_level_by_level(which):
+    """A loss of two levels is the sum of those of one, each with its own numbers."""
+    preds, rows = maps(torch.float64), objects()
+    per_level = {"objectness_smooth": (0, 1), "obj_normalizer": (4.0, 0.5), "scale_x_y": (1.25, 1.0)}
+    common = {"recipe": "darknet", "backend": which, "all_anchors": FLAT, "ignore_thresh": 0.25}
+    both = criterion(**common, **per_level)(preds, rows)
+    singles = [
+        criterion(
+            anchors=[ANCHORS[i]], strides=STRIDES[i : i + 1], **common, **{k: v[i] for k, v in per_level.items()}
+        )(preds[i : i + 1], rows)
+        for i in range(2)
+    ]
+    total = sum(single.total for single in singles)
+    torch.testing.assert_close(both.total, total, rtol=1e-12, atol=0)
+    for a, b in zip(torch.autograd.grad(both.total, preds), torch.autograd.grad(total, preds), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+    plain = criterion(**{**common, "obj_normalizer": (4.0, 0.5), "scale_x_y": (1.25, 1.0)})(preds, rows)
+    assert plain.parts["obj"] != both.parts["obj"]
+    assert plain.parts["cls"] == both.parts["cls"]
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+def test_new_coords_by_hand(which):
+    """One cell, one object, logits of 0: sigmoids of 1/2, the box of the anchor in the middle of the cell."""
+    arguments = {"recipe": "darknet", "new_coords": 1, "iou_loss": "iou", "obj_normalizer": 2, "iou_normalizer": 3}
+    pred = torch.zeros(1, 7, 1, 1, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 0.25, 0.5]], device=DEVICE)
+    out = YOLOv4Loss([[(8, 8)]], (16,), 2, scale_x_y=2, backend=which, **arguments)([pred], rows)
+    assert out.num_pos == 1
+    values = [out.parts[part].item() for part in ("box", "obj", "cls")]
+    assert values == pytest.approx([3 * 0.5, 2 * 0.5 * 0.25, 2 * 0.5 * 0.25], rel=1e-12)
+    (grad,) = torch.autograd.grad(out.total, pred)
+    # the true box (4, 8) in the predicted one (w, h): IoU = 32 / (w h), and dw / dlogit = 8 * 8 sigmoid^2 / 4 = w
+    # in darknet's half squares (p - t) p (1 - p)
+    want = [0, 0, 3 * 0.5, 0, 2 * -0.5 * 0.25, 0.5 * 0.25, -0.5 * 0.25]
+    assert grad.flatten().tolist()[:3] == pytest.approx(want[:3], abs=1e-12)
+    assert grad.flatten().tolist()[4:] == pytest.approx(want[4:], abs=1e-12)
+
+
 # darknet.
 
 SQUARED = [*golden.names("darknet", "yolov3_mse_*"), *golden.names("darknet", "yolov4_b_*_mse4")]
@@ -347,7 +592,7 @@ def test_the_paper_is_the_default():
 
 @pytest.mark.parametrize("cls", LOSSES)
 @pytest.mark.parametrize("recipe", ["paper", "darknet"])
-@pytest.mark.parametrize("iou_loss", ["mse", "iou", "giou", "diou", "ciou"])
+@pytest.mark.parametrize("iou_loss", ["mse", "iou", "giou", "diou", "ciou", "eiou", "siou", "mpdiou"])
 def test_every_box_loss_goes_with_every_recipe(cls, recipe, iou_loss):
     module = criterion(cls, recipe=recipe, iou_loss=iou_loss)
     preds = maps()
@@ -658,16 +903,16 @@ def test_one_graph_whatever_the_number_of_objects_and_the_image(reduction, which
 def test_repr():
     text = repr(criterion(YOLOv4Loss, recipe="darknet", obj_normalizer=0.5, reduction="mean"))
     assert text == (
-        "YOLOv4Loss(strides=(8, 16), num_classes=4, recipe='darknet', iou_loss='ciou', reduction='mean', "
-        "backend='torch', obj_normalizer=0.5)"
+        "YOLOv4Loss(strides=(8, 16), num_classes=4, backend='torch', obj_normalizer=0.5, recipe='darknet', "
+        "iou_loss='ciou', reduction='mean')"
     )
 
 
 def test_arguments_have_the_documented_names():
     for cls in LOSSES:
         parameters = inspect.signature(cls).parameters
-        names = "anchors strides num_classes recipe all_anchors iou_loss scale_x_y iou_thresh ignore_thresh reduction"
-        assert list(parameters) == [*names.split(), "image_size", "backend", "hyp"]
+        names = "anchors strides num_classes recipe all_anchors assigner iou_loss scale_x_y iou_thresh ignore_thresh"
+        assert list(parameters) == [*names.split(), "reduction", "image_size", "backend", "hyp"]
         assert [p.name for p in parameters.values() if p.kind == p.KEYWORD_ONLY] == list(parameters)[4:-1]
 
 

@@ -12,9 +12,11 @@ from test_grid import make_preds, make_rows, sort_rows
 
 import fusedyolo
 from fusedyolo import ops
+from fusedyolo.ops.grid import GridOutputs
 
 ANCHORS = [[(10, 13)], [(30, 61)]]
 HEAD, DARKNET = (replace(head, levels=((0,), (3,))) for head in (test_grid.HEAD, test_grid.DARKNET))
+SMOOTH = replace(HEAD, smooth=(True, False))
 
 
 def small_preds(**kw):
@@ -25,21 +27,44 @@ def make_criterion(**kw):
     return fusedyolo.YOLOv4Loss(ANCHORS, (8, 16), 3, backend="triton", **kw)
 
 
-def test_opcheck_loss():
+def make_v5(**kw):
+    return fusedyolo.YOLOv5Loss([[(12, 16)], [(30, 40)]], (8, 16), 3, backend="triton", **kw)
+
+
+@pytest.fixture
+def cleared(monkeypatch):
+    """Memory comes as zeros: a launch leaves alone what the gradient will not read, and opcheck compares it all."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+
+
+def test_opcheck_loss(cleared):
     preds = [p.requires_grad_() for p in small_preds()]
     rows = make_rows(batch=1, n=3)
     torch.library.opcheck(ops.grid_loss, (preds, rows, None, None, HEAD.key, True))
     sorted_rows, offsets = sort_rows(rows, 1)
     weights = torch.ones(3, device=DEVICE)
     torch.library.opcheck(ops.grid_loss, (preds, sorted_rows, offsets, weights, DARKNET.key, True))
+    torch.library.opcheck(ops.grid_loss, (preds, rows, None, None, SMOOTH.key, True))
+    torch.library.opcheck(ops.grid_loss, (small_preds(), rows, None, None, HEAD.key, False))
+
+
+@pytest.mark.parametrize("make", [lambda: make_v5(), lambda: fusedyolo.YOLOv2Loss([(1, 2)], 3, 8)])
+def test_opcheck_of_losses_with_means(make, cleared):
+    """Of a row whose gradient takes the means from the loss launch."""
+    head = make().head
+    preds = [p.requires_grad_() for p in small_preds()[: len(head.levels)]]
+    rows = make_rows(batch=1, n=2, invalid=1)
+    torch.library.opcheck(ops.grid_loss, (preds, rows, None, None, head.key, True))
 
 
 def test_opcheck_gradient():
     preds = small_preds()
     rows = make_rows(batch=1, n=3)
-    state = ops.grid_loss(preds, rows, None, None, HEAD.key, True)[3]
     one = torch.ones((), device=DEVICE)
-    torch.library.opcheck(ops.grid_loss_grad, (one, preds, rows, None, None, state, HEAD.key))
+    for key in (HEAD.key, SMOOTH.key):
+        outputs = GridOutputs(*ops.grid_loss(preds, rows, None, None, key, True))
+        saved = (outputs.parts, outputs.state, outputs.kept, outputs.true_obj)
+        torch.library.opcheck(ops.grid_loss_grad, (one, preds, *saved, key))
 
 
 def test_opcheck_pointwise():
@@ -52,8 +77,9 @@ def test_opcheck_pointwise():
         torch.library.opcheck(ops.box_loss, (p, g, "ciou", [1e-7, 1e-7], reduction))
 
 
-def test_compiled_is_eager_and_object_counts_do_not_recompile():
-    criterion = make_criterion()
+@pytest.mark.parametrize("make", [make_criterion, make_v5])
+def test_compiled_is_eager_and_object_counts_do_not_recompile(make):
+    criterion = make()
 
     def step(preds, targets):
         out = criterion(preds, targets)
@@ -62,8 +88,8 @@ def test_compiled_is_eager_and_object_counts_do_not_recompile():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for n in (3, 5, 0, 9):
-        packed = make_rows(batch=1, n=n)
+    for n in (3, 5, 0, 9) if make is make_criterion else (2, 3, 0, 4):
+        packed = make_rows(batch=1, n=n, invalid=1)
         targets = fusedyolo.Targets.from_packed(packed, batch_size=1, capacity=32)
         mine = [p.requires_grad_() for p in small_preds()]
         theirs = [p.requires_grad_() for p in small_preds()]
@@ -78,20 +104,27 @@ def test_compiled_is_eager_and_object_counts_do_not_recompile():
     assert counter.frame_count == 1
 
 
-def test_packed_rows_become_dynamic_after_one_recompile():
-    criterion = make_criterion()
+@pytest.mark.parametrize("make", [make_criterion, make_v5])
+def test_packed_rows_become_dynamic_after_one_recompile(make):
+    """The places that are allocated, min(predictions, rows times so many), are a symbol then."""
+    criterion = make()
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda preds, rows: criterion(preds, rows).total, fullgraph=True, backend=counter)
-    for n in (3, 5, 6, 9):
-        rows = make_rows(batch=1, n=n)
-        assert torch.equal(compiled(small_preds(), rows), criterion(small_preds(), rows).total)
+    for n in (3, 5, 1, 9) if make is make_criterion else (2, 3, 5):
+        rows = make_rows(batch=1, n=n, invalid=1)
+        mine, theirs = ([p.requires_grad_() for p in small_preds()] for _ in range(2))
+        got, want = compiled(mine, rows), criterion(theirs, rows).total
+        assert torch.equal(got, want)
+        for a, b in zip(torch.autograd.grad(got, mine), torch.autograd.grad(want, theirs), strict=True):
+            assert torch.equal(a, b)
     assert counter.frame_count <= 2
 
 
-def test_double_backward_says_what_to_do():
+@pytest.mark.parametrize("make", [make_criterion, make_v5])
+def test_double_backward_says_what_to_do(make):
     preds = [p.requires_grad_() for p in small_preds()]
-    total = make_criterion()(preds, make_rows(batch=1, n=3)).total
+    total = make()(preds, make_rows(batch=1, n=3)).total
     grads = torch.autograd.grad(total, preds, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"double backward is not supported; use backend='torch'"):
         grads[0].sum().backward()

@@ -125,6 +125,8 @@ def _band(
     positive = best > head.band[1]
     index = torch.arange(best.numel(), device=best.device)
     ignored = ~positive & (best >= head.band[0])
+    if len(boxes) == 0:  # a candidate must name a row
+        return Candidates(index[:0], index[:0], ignored.flatten())
     slot = torch.where(positive.flatten(), index, best.numel())
     return Candidates(torch.where(positive, match, 0).flatten(), slot, ignored.flatten())
 

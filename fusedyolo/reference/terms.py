@@ -189,11 +189,14 @@ def ciou_plus(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None
     """DIoU - alpha v, lightnet's sign: v of heights + eps, eps = args[0], alpha = v / (1 - IoU + v) held constant.
 
     Its clip of 1 - loss to [-1, 1] is left out, for no two boxes reach further: v is at most 1 - IoU, rho at most c.
+    Sides of g that are 0 take no gradient: theirs, 1 / eps, would drown that of its place.
     """
     b = _pair(p, g, args[0])
     value = _overlap_share(b)
     taller = _constants((0.0, args[0]), p)
-    v = 4 / math.pi**2 * (_angle(g[..., 2:] - g[..., :2] + taller) - _angle(p[..., 2:] - p[..., :2] + taller)) ** 2
+    sides = g[..., 2:] - g[..., :2]
+    sides = torch.where(sides > 0, sides, sides.detach())
+    v = 4 / math.pi**2 * (_angle(sides + taller) - _angle(p[..., 2:] - p[..., :2] + taller)) ** 2
     alpha = _div(v, 1 - value + v).detach()
     return _compose(value, [_spread(b), -alpha * v], args[:2])
 
