@@ -172,14 +172,14 @@ def locate(levels: Sequence[Sequence[Pair]], pool: Sequence[Pair]) -> tuple[tupl
     return tuple(found)
 
 
-def per_level(name: str, value: Any, levels: int) -> tuple[float, ...]:
-    """``value`` as one positive number a level; a single number stands for all of them."""
+def per_level(name: str, value: Any, levels: int, open_low: bool = True) -> tuple[float, ...]:
+    """``value`` as one positive number a level (or 0, unless ``open_low``); a single number stands for all of them."""
     if isinstance(value, Real):
-        return (number(name, value, 0, open_low=True),) * levels
+        return (number(name, value, 0, open_low=open_low),) * levels
     items = _items(name, value, f"a number or one number for each of {levels} levels")
     if len(items) != levels:
         fail(name, f"{len(items)} numbers", f"one for each of {levels} levels")
-    return tuple(number(f"{name}[{i}]", item, 0, open_low=True) for i, item in enumerate(items))
+    return tuple(number(f"{name}[{i}]", item, 0, open_low=open_low) for i, item in enumerate(items))
 
 
 def flags(name: str, value: Any, levels: int) -> tuple[bool, ...]:

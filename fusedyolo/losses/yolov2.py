@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,10 @@ class YOLOv2Loss(GridLoss):
         **hyp: the recipe's hyper-parameters.
 
     Attributes:
-        seen: images so far, as a call in training mode counts them before it begins; saved in ``state_dict``. Set it
-            to go on with a training run from elsewhere.
+        seen: images so far, as a call in training mode counts them before it begins, where there is a warm-up; saved in
+            ``state_dict``. Set it to go on with a training run from elsewhere. Under ``torch.compile`` a number that
+            changes at every step is a recompilation at every step, unless
+            ``torch._dynamo.config.allow_unspec_int_on_nn_module = True``, or ``coord_prefill=0``.
 
     Shapes:
         - pred: ``[B, A * (5 + C), H, W]`` or ``[B, A, H, W, 5 + C]``, any strides, float16, bfloat16, float32 or
@@ -114,7 +117,7 @@ class YOLOv2Loss(GridLoss):
     ):
         recipe = checks.one_of("recipe", recipe, list(RECIPES))
         hyp = hyper_parameters(hyp, RECIPES[recipe], f"recipe {recipe!r}")
-        several = not isinstance(stride, int | float)
+        several = not isinstance(stride, Real)
         if several and recipe != "lightnet":
             checks.fail("stride", checks.describe(stride), f"a number with recipe {recipe!r}")
         levels = checks.level_anchors(anchors if several else [anchors])
@@ -163,7 +166,7 @@ class YOLOv2Loss(GridLoss):
         return super().forward([pred], targets)
 
     def _head_of(self, batch: int) -> tuple[GridHead, str]:
-        if self.training:
+        if self.training and self._prefill:
             self.seen += batch
             if self.seen < self._prefill:
                 return self._for_batch(self._prior_head, self._prior_key, batch)
@@ -190,7 +193,7 @@ def _region(common: dict[str, Any], hyp: dict[str, Any]) -> tuple[GridHead, floa
         scale_x_y=(1.0,),
         quality="iou",
         quality_args=(0.0, 0.0),
-        ignore_thresh=float(np.nextafter(np.float32(thresh), np.float32(0))),  # counted only below thresh itself
+        ignore_thresh=float(np.nextafter(np.float32(thresh), np.float32(-1))),  # counted only below thresh itself
         mean_rows=True,
         obj_mean="used",
         box_gain=checks.number("lambda_coord", hyp["lambda_coord"], 0),

@@ -208,7 +208,7 @@ def _darknet(head: GridHead, hyp: dict[str, Any]) -> GridHead:
     """With darknet's ``new_coords`` and what it sets for each level."""
     levels = len(head.levels)
     smooth = checks.flags("objectness_smooth", hyp["objectness_smooth"], levels)
-    balance = checks.per_level("obj_normalizer", hyp["obj_normalizer"], levels)
+    balance = checks.per_level("obj_normalizer", hyp["obj_normalizer"], levels, open_low=False)
     head = dataclasses.replace(head, smooth=smooth if any(smooth) else (), obj_balance=balance)
     (new_coords,) = checks.flags("new_coords", hyp["new_coords"], 1)
     if not new_coords:

@@ -262,6 +262,8 @@ def _grid_backward(ctx, grad_total, *_grads):
     parts, state, kept, true_obj, *preds = ctx.saved_tensors
     if grad_total is None:
         return [None] * len(preds), None, None, None, None, None
+    if state.numel() == 0:
+        raise RuntimeError("grid_loss: no gradient was prepared, with_state was False")
     return grid_loss_grad(grad_total, preds, parts, state, kept, true_obj, ctx.key), None, None, None, None, None
 
 
