@@ -420,7 +420,7 @@ def test_pictures_show_what_there_is(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--loss", "YOLOv9"], "--loss: YOLOv9, want one of YOLOv3/paper"),
+        (["--loss", "YOLOv9"], "--loss: YOLOv9, want one of YOLOv1/paper"),
         (["--size", "100"], "--size: 100, want a multiple of 32"),
         (["--batch", "-1"], "--batch: -1, want at least 1"),
         (["--labels", "/does/not/exist"], "does not exist"),
@@ -489,14 +489,15 @@ def test_the_main_job_in_small(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------- the README
 
 
-def test_the_readme_block_runs():
+def test_the_readme_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     preds = [torch.randn(2, 3 * 85, 64 // s, 64 // s, requires_grad=True) for s in (8, 16, 32)]
     weights = torch.nn.Parameter(torch.ones(()))
     names = {
         "model": lambda images: [p * weights for p in preds],
-        "loader": [(None, torch.tensor([[0, 3, 0.5, 0.5, 0.2, 0.3], [1, 7, 0.2, 0.7, 0.1, 0.1]]))],
+        "loader": [(torch.zeros(2, 3, 64, 64), torch.tensor([[0, 3, 0.5, 0.5, 0.2, 0.3], [1, 7, 0.2, 0.7, 0.1, 0.1]]))],
         "optimizer": torch.optim.SGD([weights], 1e-6),
     }
     for block in blocks:

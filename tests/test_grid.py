@@ -291,19 +291,9 @@ def test_offsets_give_the_same_bits(capacity):
         assert torch.equal(a, b)
 
 
-def test_crowded_cells_are_bit_identical_from_run_to_run():
-    """100 objects on 2 x 4 and 1 x 2 cells: every prediction has several rows."""
-    rows = make_rows(n=80, seed=3)
-    preds = make_preds(size=(16, 32))
-    first = None
-    for _ in range(2):
-        leaves = [p.clone().requires_grad_() for p in preds]
-        total, parts, counts, *_ = ops.grid_loss(leaves, rows, None, None, HEAD.key, True)
-        found = (total.detach(), parts, counts, *torch.autograd.grad(total, leaves))
-        first = first or found
-        for a, b in zip(found, first, strict=True):
-            assert torch.equal(a, b)
-    check_grid(preds, rows, HEAD)
+def test_crowded_cells():
+    """50 objects on 2 x 4 and 1 x 2 cells: predictions have several rows. test_crowds.py repeats such runs."""
+    check_grid(make_preds(size=(16, 32)), make_rows(n=40, seed=3), HEAD)
 
 
 @pytest.mark.parametrize("cells", [64, 128, 1024])
