@@ -151,7 +151,7 @@ def _counted(counted: Mapping[str, Any] | None, size: int) -> dict[str, Any]:
 
 def index(found: Iterable[Row]) -> dict[tuple[str, str, str], Any]:
     """Values by loss/recipe, provider and metric."""
-    return {(f"{r['loss']}/{r['recipe']}", r["provider"], r["metric"]): r["value"] for r in found}
+    return {("/".join(filter(None, (r["loss"], r["recipe"]))), r["provider"], r["metric"]): r["value"] for r in found}
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -365,7 +365,7 @@ def _bars(path: Path, title: str, panels, providers: Sequence[str], values: Mapp
         axis.tick_params(axis="x", labelsize=8, colors=MUTED)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.spines["bottom"].set_color(MUTED)
-    axes[0].set_yticks(range(len(cases)), [f"{case.loss}\n{case.recipe}" for case in cases], size=9, color=INK)
+    axes[0].set_yticks(range(len(cases)), [case.name.replace("/", "\n") for case in cases], size=9, color=INK)
     axes[0].set_ylim(len(cases) - 0.5, -0.5)
     names = {FUSED: "fusedyolo", EAGER: "eager PyTorch reference", COMPILE: "torch.compile of it"}
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[provider]) for provider in providers]

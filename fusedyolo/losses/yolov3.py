@@ -170,9 +170,8 @@ class _AnchorLoss(GridLoss):
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""
-        return f"{super().extra_repr()}, recipe={self.recipe!r}, iou_loss={self.iou_loss!r}, {self.reduction=}".replace(
-            "self.", ""
-        )
+        own = {"recipe": self.recipe, "iou_loss": self.iou_loss, "reduction": self.reduction}
+        return super().extra_repr() + "".join(f", {name}={value!r}" for name, value in own.items())
 
 
 def _label(hyp: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
