@@ -28,9 +28,6 @@ print(json.dumps(found))
     ("name", "dtype", "target", "planes"),
     [
         ("YOLOv4/darknet", "float32", "sm_80", 15),
-        ("YOLOv4/darknet", "float32", "gfx942", 15),
-        ("YOLOv4/darknet", "float16", "sm_90", 15),
-        ("YOLOv5", "float32", "sm_80", 3),
         ("YOLOv5", "bfloat16", "gfx942", 3),
         ("YOLOv2/region", "float32", "sm_100", 5),
     ],

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in 
     ("name", "batch", "form", "limit"),
     [
         ("YOLOv2/darknet", 16, "Targets", 1.12),
-        ("YOLOv4/darknet", 4, "packed", 1.12),
-        ("YOLOv5", 4, "packed", 1.15),
+        ("YOLOv4/darknet", 2, "packed", 1.12),
+        ("YOLOv5", 2, "packed", 1.15),
     ],
 )
 def test_a_step_is_two_launches_and_little_more_than_the_gradient(name, batch, form, limit):

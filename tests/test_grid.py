@@ -130,10 +130,7 @@ def bordering_rows() -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        *((name, torch.float64) for name in HEADS),
-        *((name, torch.float32) for name in ("scaled", "region", "lightnet", "new coords", "band")),
-    ],
+    [*((name, torch.float64) for name in HEADS), ("new coords", torch.float32), ("band", torch.float32)],
 )
 def test_every_kind_of_head(name, dtype):
     head = HEADS[name]
@@ -142,7 +139,7 @@ def test_every_kind_of_head(name, dtype):
     check_grid(make_preds(dtype, size=(32, 48)), rows, head, weights)
 
 
-@pytest.mark.parametrize("name", ["yolov5", "scaled", "region", "lightnet", "new coords", "band"])
+@pytest.mark.parametrize("name", ["yolov5", "region", "band"])
 @pytest.mark.parametrize("case", ["no rows", "one class", "tails", "small"])
 def test_corners_of_every_kind_of_head(case, name):
     head, preds, rows = HEADS[name], make_preds(size=(32, 48)), bordering_rows()
@@ -215,11 +212,11 @@ def _layouts(preds: list[Tensor]) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("layout", list(_layouts(make_preds())))
 def test_layouts_give_the_same_bits(layout):
     """Any strides: no copy, and the very gradient of the contiguous maps."""
-    rows = make_rows()
-    plain = [p.requires_grad_() for p in make_preds()]
+    rows = make_rows(n=6)
+    plain = [p.requires_grad_() for p in make_preds(size=(32, 48))]
     total, parts, counts, *_ = ops.grid_loss(plain, rows, None, None, DARKNET.key, True)
     want = torch.autograd.grad(total, plain)
-    views = [p.detach().requires_grad_() for p in _layouts(make_preds())[layout]]
+    views = [p.detach().requires_grad_() for p in _layouts(make_preds(size=(32, 48)))[layout]]
     got_total, got_parts, got_counts, *_ = ops.grid_loss(views, rows, None, None, DARKNET.key, True)
     got = torch.autograd.grad(got_total, views)
     torch.testing.assert_close(got_total, total, rtol=1e-6, atol=0)
@@ -296,8 +293,7 @@ def test_crowded_cells():
     check_grid(make_preds(size=(16, 32)), make_rows(n=40, seed=3), HEAD)
 
 
-@pytest.mark.parametrize("cells", [64, 128, 1024])
-@pytest.mark.parametrize("channels", [2, 16])
+@pytest.mark.parametrize(("cells", "channels"), [(64, 16), (1024, 2)])
 def test_gradient_is_the_same_for_every_tile(cells, channels):
     preds, rows = make_preds(), make_rows()
     found = []
