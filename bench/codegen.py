@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .registry import Case, CellCase, Workload
+from .registry import Case, CellCase, DenseCase, Workload
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -55,12 +55,27 @@ def widths(counts: Mapping[int, int]) -> str:
     return " ".join(f"{number}x{width}" for width, number in sorted(counts.items(), reverse=True)) or "none"
 
 
+_NAMES = {"overlap_kernel": "overlap", "match_kernel": "match", "dense_kernel": "loss", "rank_kernel": "rank"}
+
+
 def launches(case: Case, work: Workload) -> dict[str, Any]:
-    """The two launches of a training step on memory that is never touched: ``loss`` and ``grad``."""
+    """The launches of a training step by name, on memory that is never touched."""
     from fusedyolo import ops
 
-    criterion, preds, rows = case.build(work.classes, "auto"), case.predictions(work, empty=True), work.targets()
+    criterion, preds, rows = case.build(work.classes, "auto"), case.predictions(work, empty=True), case.targets(work)
     one = torch.ones(())
+    if isinstance(case, DenseCase):
+        anchors, head = case.anchor_boxes(work), criterion.head
+        geometry = ops.Geometry((float(work.size),) * 2, False, (case.sizes(work)[0], case.sizes(work)[-1]))
+        outputs = ops.dense_outputs(preds, anchors, head, True)
+        forward = ops.loss_launches(preds, anchors, rows, None, head, geometry, outputs)
+        found = {_NAMES[launch.kernel.__name__]: launch for launch in forward}
+        grads = [torch.empty_like(pred) for pred in preds]
+        ones = (one, None, None, None)
+        skip = head.negatives == 0
+        return found | {
+            "grad": ops.dense_launch(preds, anchors, rows, head, geometry, outputs, False, grads, ones, skip)
+        }
     if isinstance(case, CellCase):
         outputs, grad = ops.cell_outputs(preds[0], True)
         key = criterion.head.key

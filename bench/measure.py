@@ -309,16 +309,14 @@ def _has_mask(indices) -> bool:
 # ------------------------------------------------------------------------------------------------ one loss, one backend
 
 
-def step(criterion: torch.nn.Module, preds: list[torch.Tensor], targets: torch.Tensor, one: torch.Tensor) -> Any:
-    """Forward and backward of a loss; ``one`` is the gradient of the total, made beforehand."""
-    out = call(criterion, preds, targets)
+Loss = Callable[[Any, Any], Any]
+
+
+def step(loss: Loss, preds: list[torch.Tensor], targets: Any, one: torch.Tensor) -> Any:
+    """Forward and backward of a bound loss; ``one`` is the gradient of the total, made beforehand."""
+    out = loss(preds, targets)
     out.total.backward(gradient=one)
     return out
-
-
-def call(criterion: torch.nn.Module, preds: list[torch.Tensor], targets: Any) -> Any:
-    """The loss of predictions; one of a single map takes a tensor."""
-    return criterion(preds if len(preds) > 1 else preds[0], targets)
 
 
 def parity(case: Case, work: Workload, device: str = "cpu") -> dict[str, Any]:
@@ -328,7 +326,7 @@ def parity(case: Case, work: Workload, device: str = "cpu") -> dict[str, Any]:
     entries, relative to the largest entry. The kernels pass at 1e-5 beyond the eager reference's own error.
     """
     work = work.small()
-    targets = work.targets(device)
+    targets = case.targets(work, device)
     outputs = {}
     for name, backend, dtype in (
         ("fused", "triton", None),
@@ -336,7 +334,8 @@ def parity(case: Case, work: Workload, device: str = "cpu") -> dict[str, Any]:
         ("truth", "torch", torch.float64),
     ):
         preds = [p.detach().to(dtype or p.dtype).requires_grad_() for p in case.predictions(work, device)]
-        out = step(case.build(work.classes, backend), preds, targets, torch.ones((), device=device))
+        loss = case.bind(case.build(work.classes, backend), work, device)
+        out = step(loss, preds, targets, torch.ones((), device=device))
         losses = torch.stack([out.total.detach(), *out.parts.values()]).double()
         outputs[name] = losses, torch.cat([p.grad.double().flatten() for p in preds]), int(out.num_pos)
     losses, grads, positives = outputs["truth"]
@@ -353,9 +352,9 @@ def count_step(case: Case, work: Workload, backend: str, on_program: OnProgram |
     """Counts of forward and backward on CPU tensors, of a call that is not the first."""
     criterion, one = case.build(work.classes, backend), torch.ones(())
     tiny = replace(work.small(), batch=1, size=max(case.strides))
-    step(criterion, case.predictions(tiny), tiny.targets(), one)
-    preds, targets = case.predictions(work), work.targets()
-    return count(lambda: step(criterion, preds, targets, one), on_program)
+    step(case.bind(criterion, tiny), case.predictions(tiny), case.targets(tiny), one)
+    loss, preds, targets = case.bind(criterion, work), case.predictions(work), case.targets(work)
+    return count(lambda: step(loss, preds, targets, one), on_program)
 
 
 def count_compiled(case: Case, work: Workload) -> dict[str, int]:
@@ -368,7 +367,7 @@ def count_compiled(case: Case, work: Workload) -> dict[str, int]:
     torch._dynamo.reset()
     metrics.reset()
     counters.clear()
-    step(compiled, case.predictions(work), work.targets(), torch.ones(()))
+    step(case.bind(compiled, work), case.predictions(work), case.targets(work), torch.ones(()))
     return {
         "cpu_codegen_kernels": metrics.generated_kernel_count,
         "graph_breaks": sum(counters["graph_break"].values()),
@@ -395,25 +394,26 @@ def time_step(case: Case, work: Workload, provider: str, device: str = "cuda") -
 
         functorch_config.donated_buffer = False  # so that one forward serves many backwards
         criterion = torch.compile(criterion)
-    preds, targets, one = case.predictions(work, device), work.targets(device), torch.ones((), device=device)
-    step(criterion, preds, targets, one)
+    loss, one = case.bind(criterion, work, device), torch.ones((), device=device)
+    preds, targets = case.predictions(work, device), case.targets(work, device)
+    step(loss, preds, targets, one)
     result = {}
-    kept = [call(criterion, preds, targets).total]
+    kept = [loss(preds, targets).total]
 
     def no_grad():
         with torch.no_grad():
-            call(criterion, preds, targets)
+            loss(preds, targets)
 
     for mode, fn in (
         ("no_grad", no_grad),
-        ("forward", lambda: call(criterion, preds, targets)),
+        ("forward", lambda: loss(preds, targets)),
         ("backward", lambda: kept[0].backward(gradient=one, retain_graph=True)),
-        ("full", lambda: step(criterion, preds, targets, one)),
+        ("full", lambda: step(loss, preds, targets, one)),
     ):
         for quantile, value in zip(QUANTILES, _milliseconds(fn, preds), strict=True):
             result[f"{mode}_ms_p{quantile * 100:.0f}"] = value
     kept.clear()
-    result["peak_bytes"] = _peak(lambda: step(criterion, preds, targets, one), preds)
+    result["peak_bytes"] = _peak(lambda: step(loss, preds, targets, one), preds)
     result["host_us"] = _host_microseconds(criterion, case, work, device)
     return result
 
@@ -439,8 +439,9 @@ def _peak(fn: Callable[[], Any], leaves: list[torch.Tensor]) -> float:
 def _host_microseconds(criterion: torch.nn.Module, case: Case, work: Workload, device: str, calls: int = 50) -> float:
     """Median time of forward and backward on predictions so small that the host is what takes time."""
     work = replace(work.small(), batch=1, size=max(case.strides))
-    preds, targets, one = case.predictions(work, device), work.targets(device), torch.ones((), device=device)
-    step(criterion, preds, targets, one)
+    loss, one = case.bind(criterion, work, device), torch.ones((), device=device)
+    preds, targets = case.predictions(work, device), case.targets(work, device)
+    step(loss, preds, targets, one)
     times = []
     for _ in range(calls):
         for pred in preds:
@@ -448,6 +449,6 @@ def _host_microseconds(criterion: torch.nn.Module, case: Case, work: Workload, d
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        step(criterion, preds, targets, one)
+        step(loss, preds, targets, one)
         times.append(time.perf_counter() - start)
     return 1e6 * sorted(times)[calls // 2]

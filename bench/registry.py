@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from . import objects as samplers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FORMS = ("packed", "Targets")
+PYRAMID = (8, 16, 32, 64, 128)  # strides
 WARMED_UP = 1 << 20  # images, after which YOLOv2 no longer draws boxes to their anchors
 
 
@@ -71,6 +73,14 @@ class Case:
             preds.append(self.layout(logits).requires_grad_())
         return preds
 
+    def targets(self, work: Workload, device: str = "cpu") -> Any:
+        """The objects, with classes as the loss counts them."""
+        return work.targets(device)
+
+    def bind(self, criterion: torch.nn.Module, work: Workload, device: str = "cpu") -> Callable[[Any, Any], Any]:
+        """The loss as a function of predictions and targets alone."""
+        return lambda preds, targets: criterion(preds if len(preds) > 1 else preds[0], targets)
+
     def values(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """What predictions look like."""
         values = torch.randn(shape, generator=generator)
@@ -100,6 +110,70 @@ class CellCase(Case):
     def values(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """Raw numbers in 0 ... 1, as probabilities, offsets and roots of sizes are."""
         return torch.rand(shape, generator=generator)
+
+    def layout(self, logits: torch.Tensor) -> torch.Tensor:
+        """As they are."""
+        return logits
+
+
+@dataclass(frozen=True)
+class DenseCase(Case):
+    """A loss over anchors: predictions in one piece, ``anchors`` anchors a cell at each level."""
+
+    anchors: tuple = ()
+    strides: tuple[int, ...] = PYRAMID
+    cell: tuple[int, ...] = ()  # anchors of a cell, one a level
+    background: int = 0  # 1 if class 0 is no object
+
+    def maps(self, work: Workload) -> list[tuple[int, int]]:
+        """(height, width) of each level."""
+        return [(-(-work.size // stride),) * 2 for stride in self.strides]
+
+    def sizes(self, work: Workload) -> list[int]:
+        """Anchors of each level."""
+        return [height * width * n for (height, width), n in zip(self.maps(work), self.cell, strict=True)]
+
+    def shapes(self, work: Workload) -> list[tuple[int, ...]]:
+        """``[B, N, C]``, ``[B, N, 4]`` and of FCOS ``[B, N, 1]``."""
+        channels = (work.classes + self.background, 4, 1)[: 3 if self.cls == "FCOSLoss" else 2]
+        return [(work.batch, sum(self.sizes(work)), c) for c in channels]
+
+    def build(self, num_classes: int, backend: str) -> torch.nn.Module:
+        """The loss module on one backend."""
+        return self._class()(num_classes + self.background, **self._options(backend))
+
+    def targets(self, work: Workload, device: str = "cpu") -> Any:
+        """The objects, their classes counted from 1 where 0 is the background."""
+        targets = work.targets(device)
+        if self.background:
+            (targets if isinstance(targets, torch.Tensor) else targets.rows)[:, 1] += 1
+        return targets
+
+    def anchor_boxes(self, work: Workload, device: str = "cpu") -> torch.Tensor:
+        """``[N, 4]``, x1 y1 x2 y2 in pixels."""
+        from fusedyolo import anchors
+
+        maps = self.maps(work)
+        if self.cls == "SSDLoss":
+            return anchors.ssd_anchors(maps, work.size, [(2,) if n == 4 else (2, 3) for n in self.cell], device=device)
+        make = anchors.fcos_anchors if self.cls == "FCOSLoss" else anchors.retinanet_anchors
+        return make(maps, work.size, device=device)
+
+    def bind(self, criterion: torch.nn.Module, work: Workload, device: str = "cpu") -> Callable[[Any, Any], Any]:
+        """The loss as a function of predictions and targets alone."""
+        return partial(
+            criterion,
+            anchors=self.anchor_boxes(work, device),
+            num_anchors_per_level=self.sizes(work),
+            image_size=work.size,
+        )
+
+    def values(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """Normal numbers; class logits low, and distances not negative."""
+        values = torch.randn(shape, generator=generator)
+        if shape[2] == 4:
+            return values.abs() if self.cls == "FCOSLoss" else values
+        return values if shape[2] == 1 or self.background else values - 4.0
 
     def layout(self, logits: torch.Tensor) -> torch.Tensor:
         """As they are."""
@@ -177,6 +251,9 @@ CASES = {
         Case("YOLOv4", "darknet", "YOLOv4Loss", _V4, _STRIDES),
         Case("ScaledYOLOv4", None, "ScaledYOLOv4Loss", _V4, _STRIDES),
         Case("YOLOv5", None, "YOLOv5Loss", _V3, _STRIDES),
+        DenseCase("RetinaNet", None, "RetinaNetLoss", cell=(9,) * 5),
+        DenseCase("SSD", None, "SSDLoss", strides=(*PYRAMID, 256), cell=(4, 6, 6, 6, 4, 4), background=1),
+        DenseCase("FCOS", None, "FCOSLoss", cell=(1,) * 5),
     )
 }
 

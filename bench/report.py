@@ -252,8 +252,8 @@ def _codegen_table(values: Mapping, cases: Sequence[Case]) -> Table:
     table.add_column("stores")
     metrics = ("registers", "stack", "spills", "instructions", "loads", "stores")
     for case in cases:
-        for mode in ("loss", "grad"):
-            label = case.name if mode == "loss" else ""
+        label = case.name
+        for mode in ("overlap", "match", "loss", "rank", "grad"):
             for target in TARGETS:
                 each = [values.get((case.name, FUSED, f"{target}.{mode}.{metric}")) for metric in metrics]
                 if each[0] is not None:

@@ -10,10 +10,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import functional
+    from . import anchors, functional
     from .assignment import Assignment, assign
     from .detections import Detections, decode, select
-    from .losses import LossOutput, ScaledYOLOv4Loss, YOLOv1Loss, YOLOv2Loss, YOLOv3Loss, YOLOv4Loss, YOLOv5Loss
+    from .losses import (
+        FCOSLoss,
+        LossOutput,
+        RetinaNetLoss,
+        ScaledYOLOv4Loss,
+        SSDLoss,
+        YOLOv1Loss,
+        YOLOv2Loss,
+        YOLOv3Loss,
+        YOLOv4Loss,
+        YOLOv5Loss,
+    )
     from .pictures import draw_assignment
     from .targets import Targets
 
@@ -22,7 +33,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "Assignment": "assignment",
     "Detections": "detections",
+    "FCOSLoss": "losses",
     "LossOutput": "losses",
+    "RetinaNetLoss": "losses",
+    "SSDLoss": "losses",
     "ScaledYOLOv4Loss": "losses",
     "Targets": "targets",
     "YOLOv1Loss": "losses",
@@ -39,7 +53,10 @@ _HOMES = {
 __all__ = [
     "Assignment",
     "Detections",
+    "FCOSLoss",
     "LossOutput",
+    "RetinaNetLoss",
+    "SSDLoss",
     "ScaledYOLOv4Loss",
     "Targets",
     "YOLOv1Loss",
@@ -48,6 +65,7 @@ __all__ = [
     "YOLOv4Loss",
     "YOLOv5Loss",
     "__version__",
+    "anchors",
     "assign",
     "decode",
     "draw_assignment",
@@ -57,8 +75,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "functional":
-        return import_module(".functional", __name__)
+    if name in ("anchors", "functional"):
+        return import_module(f".{name}", __name__)
     if name in _HOMES:
         value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
         globals()[name] = value

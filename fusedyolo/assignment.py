@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .heads import CellHead, GridHead
-from .targets import Targets, as_targets
+from .heads import CellHead, DenseHead, GridHead
+from .targets import Targets, as_targets, without_spare
 
 if TYPE_CHECKING:
     from .losses import YOLOv1Loss
     from .losses.base import GridLoss
+    from .losses.dense import DenseLoss
 
 
 class LevelAssignment(NamedTuple):
@@ -61,11 +62,42 @@ class Assignment(NamedTuple):
     anchors: tuple[tuple[tuple[float, float], ...], ...]
 
 
+class AnchorAssignment(NamedTuple):
+    """The result of :func:`assign` for a loss over N anchors; every tensor ``[B, N]``, or that and 4.
+
+    Attributes:
+        row: int64, the row of ``rows`` that an anchor takes; -1 for none.
+        label: int64, the class of that row; -1 for none.
+        boxes: x1, y1, x2, y2 of that row, in pixels; 0 where there is none.
+        encoded: the four raw outputs that decode to that box; 0 where there is none.
+        objectness: 1 for anchors with a row, or the target of their centreness; 0 elsewhere.
+        ignored: bool, class logits are not trained. Which negatives SSD leaves out depends on their loss, and is not
+            said here.
+        rows: float32 ``[M, 6]``, the target rows as the loss sees them: image, class, and a box either by its corners
+            in pixels, of a list of dicts, or by centre and size relative to the image.
+        valid: bool ``[M]``; the other rows are assigned to nothing.
+        true_boxes: ``[M, 4]``, the boxes of the rows, x1, y1, x2, y2 in pixels; of no meaning for invalid ones.
+        anchors: ``[N, 4]``, x1, y1, x2, y2 in pixels.
+    """
+
+    row: Tensor
+    label: Tensor
+    boxes: Tensor
+    encoded: Tensor
+    objectness: Tensor
+    ignored: Tensor
+    rows: Tensor
+    valid: Tensor
+    true_boxes: Tensor
+    anchors: Tensor
+
+
 def assign(
-    criterion: GridLoss | YOLOv1Loss,
-    preds: Tensor | Sequence[Tensor],
+    criterion: GridLoss | YOLOv1Loss | DenseLoss,
+    preds: Any,
     targets: Tensor | Sequence[dict[str, Tensor]] | Targets,
-) -> Assignment:
+    **geometry: Any,
+) -> Assignment | AnchorAssignment:
     """What ``criterion`` would train each prediction for. Runs on the device of ``preds``, and waits for nothing.
 
     Args:
@@ -74,11 +106,20 @@ def assign(
         preds: as the loss takes them. Matches depend on their shapes alone, but for objectness targets that are an IoU,
             and for what is ignored.
         targets: as the loss takes them.
+        **geometry: what a loss over anchors (RetinaNet, SSD, FCOS) takes beside these: ``anchors`` and, where it needs
+            them, ``num_anchors_per_level`` and ``image_size``.
+
+    Returns:
+        :class:`Assignment`, or :class:`AnchorAssignment` for a loss over anchors.
 
     Raises:
         ValueError: names the argument, what came and what was wanted.
     """
     head = getattr(criterion, "head", None)
+    if isinstance(head, DenseHead):
+        return _assign_anchors(criterion, head, preds, targets, geometry)
+    for name in geometry:
+        checks.fail(name, checks.describe(geometry[name]), "no such argument for this loss")
     if isinstance(head, CellHead):
         return _assign_cells(criterion, head, preds, targets)
     if not isinstance(head, GridHead):
@@ -98,25 +139,47 @@ def assign(
 
 def _rows(targets: Any, batch: int, size: tuple[float, float], device: torch.device) -> Tensor:
     """Rows of any targets; those of capacity are emptied."""
-    rows, offsets = as_targets(targets, batch, size, device)
-    if offsets is None:
-        return rows
-    spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
-    return rows.masked_fill(spare[:, None], 0.0)
+    return without_spare(*as_targets(targets, batch, size, device))[0]
+
+
+def _assign_anchors(criterion: Any, head: DenseHead, preds: Any, targets: Any, geometry: Any) -> AnchorAssignment:
+    if "anchors" not in geometry:
+        checks.fail("anchors", None, "a tensor of shape (N, 4)")
+    call = criterion.read(preds, targets, **geometry)
+    rows, _ = without_spare(call.rows, call.offsets)
+    anchors, batch = call.anchors, len(call.levels[0][0])
+    with torch.no_grad():
+        read = reference.read_corners(rows, head, batch, call.size, call.corners, anchors.dtype)
+        match = reference.dense_match(anchors, read, head, batch, call.ends)
+        has = match >= 0
+        taken = torch.where(has, match, len(read.label))  # a row of nothing behind them
+        true = torch.cat((read.boxes, read.boxes.new_zeros(1, 4)))[taken]
+        safe = torch.where(has[..., None], true, anchors)
+        encoded = reference.encode_anchors(anchors, safe, head)
+        target = reference.centreness(anchors, safe) if head.centreness else torch.ones_like(safe[..., 0])
+    return AnchorAssignment(
+        torch.where(has, match, -1),
+        torch.cat((read.label, read.label.new_full((1,), -1)))[taken],
+        true,
+        torch.where(has[..., None], encoded, 0.0),
+        torch.where(has, target, 0.0),
+        match == reference.IGNORED,
+        rows,
+        read.valid,
+        read.boxes,
+        anchors,
+    )
 
 
 def _assign_cells(criterion: Any, head: CellHead, pred: Any, targets: Any) -> Assignment:
     batch = checks.cell_predictions(pred, head.grid_size, head.num_boxes, head.num_classes)
-    size = criterion.image_size
-    if size is None and isinstance(targets, list | tuple):
-        checks.fail("image_size", None, "(height, width) in pixels with targets in pixels")
-    rows = _rows(targets, batch, size or (1.0, 1.0), pred.device)
+    height, width = size = checks.target_size(criterion.image_size, targets)
+    rows = _rows(targets, batch, size, pred.device)
     S, n = head.grid_size, head.num_boxes
     with torch.no_grad():
         pred = pred.to(torch.float64 if pred.dtype == torch.float64 else torch.float32)
         boxes = reference.cell_views(pred, head)[0]
         found = reference.cell_assign(boxes, rows, head)
-    height, width = size or (1.0, 1.0)
     image = torch.stack([pred.new_full((), side) for side in (width, height)])
     cell = torch.arange(S, device=pred.device)
     origin = torch.stack(torch.meshgrid(cell, cell, indexing="xy"), -1)

@@ -279,6 +279,13 @@ def grid_predictions(
 # Targets.
 
 
+def target_size(image_size: tuple[float, float] | None, targets: Any) -> tuple[float, float]:
+    """``image_size``, which targets in pixels, a list of dicts, cannot do without; others make do with (1, 1)."""
+    if image_size is None and isinstance(targets, list | tuple):
+        fail("image_size", None, "(height, width) of the images, for targets in pixels")
+    return image_size or (1, 1)
+
+
 def same_device(name: str, value: Tensor, device: torch.device | None) -> None:
     """``value`` lies on ``device``, where the predictions are; anything will do without one."""
     if device is not None and value.device != device:
@@ -354,6 +361,83 @@ def cell_predictions(pred: Any, grid_size: int, num_boxes: int, num_classes: int
     if pred.dtype not in FLOATS:
         fail("pred", f"dtype {pred.dtype}", "one of " + ", ".join(map(str, FLOATS)))
     return shape[0]
+
+
+# The call of a loss over anchors.
+
+
+def dense_predictions(
+    preds: Any, names: Sequence[str], channels: Sequence[int], anchors: Any
+) -> tuple[list[list[Tensor]], list[int]]:
+    """Check the predictions of a dense head; each as a list of levels comes back, and the anchors of a level.
+
+    ``names`` and ``channels`` are those of each prediction: ``[B, N, channels]``, or maps ``[B, A * channels, H, W]``.
+    """
+    if not isinstance(preds, list | tuple) or len(preds) != len(names):
+        fail("preds", describe(preds), f"({', '.join(names)})")
+    levels = [list(pred) if isinstance(pred, list | tuple) else [pred] for pred in preds]
+    first = levels[0][0] if levels[0] else None
+    sizes: list[int] = []
+    for name, maps, width in zip(names, levels, channels, strict=True):
+        if not maps or len(maps) != len(levels[0]):
+            fail(name, f"{len(maps)} levels", f"{max(len(levels[0]), 1)} as {names[0]}")
+        for i, pred in enumerate(maps):
+            where = name if len(maps) == 1 else f"{name}[{i}]"
+            if not isinstance(pred, Tensor):
+                fail(where, describe(pred), "a tensor, or a list of maps")
+            shape = tuple(pred.shape)
+            maps_form = pred.dim() == 4 and shape[1] % width == 0
+            if not maps_form and not (pred.dim() == 3 and len(maps) == 1 and shape[2] == width):
+                fail(where, f"shape {shape}", f"(B, N, {width}), or a list of maps (B, A * {width}, H, W)")
+            if 0 in shape:
+                fail(where, f"shape {shape}", "no empty dimension")
+            if pred.dtype not in FLOATS:
+                fail(where, f"dtype {pred.dtype}", "one of " + ", ".join(map(str, FLOATS)))
+            for what in ("dtype", "device"):
+                if getattr(pred, what) != getattr(first, what):
+                    fail(where, f"{what} {getattr(pred, what)}", f"{getattr(first, what)} as {names[0]}")
+            found = _cells(pred, width)
+            if name == names[0]:
+                sizes.append(math.prod(found[1:]))
+            if found != _cells(levels[0][i], channels[0]) or found[0] != len(levels[0][0]):
+                fail(
+                    where, f"shape {shape}", f"that of {names[0]}, {tuple(levels[0][i].shape)}, in all but its channels"
+                )
+    if not isinstance(anchors, Tensor) or anchors.dim() != 2 or anchors.shape[1] != 4:
+        fail("anchors", describe(anchors), "a tensor of shape (N, 4)")
+    if anchors.dtype not in FLOATS:
+        fail("anchors", f"dtype {anchors.dtype}", "torch.float32")
+    if first is not None and anchors.device != first.device:
+        fail("anchors", f"device {anchors.device}", f"{first.device} as {names[0]}")
+    if anchors.shape[0] != sum(sizes):
+        fail("anchors", f"shape {tuple(anchors.shape)}", f"({sum(sizes)}, 4), one for each of {names[0]}")
+    return levels, sizes
+
+
+def _cells(pred: Tensor, channels: int) -> tuple[int, ...]:
+    """Images and anchors of a prediction; of maps images, anchors of a cell, rows, columns."""
+    if pred.dim() == 3:
+        return len(pred), pred.shape[1]
+    return len(pred), pred.shape[1] // channels, *pred.shape[2:]
+
+
+def level_sizes(value: Any, levels: Sequence[int], needed: bool) -> tuple[int, int]:
+    """The numbers of anchors of the first and of the last level, from ``num_anchors_per_level`` or the maps themselves.
+
+    ``levels`` are the anchors of each prediction that came; where they came in one piece, levels must be ``needed`` for
+    ``num_anchors_per_level`` to be missed.
+    """
+    if value is None:
+        if needed and len(levels) == 1:
+            fail("num_anchors_per_level", None, "the number of anchors of each level")
+        return levels[0], levels[-1]
+    want = f"integers that add up to {sum(levels)}, one a level"
+    if not isinstance(value, list | tuple) or not value:
+        fail("num_anchors_per_level", describe(value), want)
+    sizes = [count("num_anchors_per_level", item) for item in value]
+    if sum(sizes) != sum(levels):
+        fail("num_anchors_per_level", describe(value), want)
+    return sizes[0], sizes[-1]
 
 
 # Decoding.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from . import checks
-from .heads import CellHead, GridHead, cell_head_from_key, head_from_key
+from .heads import CellHead, DenseHead, GridHead, head_from_key
+from .reference import decode_anchors, flat_maps
 from .reference import select as reference
-from .reference.terms import _constants
+from .reference.terms import constants
 
 
 class Detections(NamedTuple):
@@ -42,34 +42,39 @@ class Detections(NamedTuple):
 
 
 def decode(
-    preds: Tensor | Sequence[Tensor], criterion: nn.Module, image_size: int | tuple[int, int] | None = None
+    preds: Any,
+    criterion: nn.Module,
+    image_size: int | tuple[int, int] | None = None,
+    anchors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Boxes and scores of every prediction, in eager PyTorch; nothing waits for the device.
 
     Args:
         preds: what ``criterion`` takes, of any strides: a list of maps ``[B, A * (5 + C), H, W]`` or
             ``[B, A, H, W, 5 + C]``, one a level, or the map itself where there is one level; of YOLOv1
-            ``[B, S, S, 5n + C]`` or darknet's flat ``[B, S * S * (5n + C)]``.
+            ``[B, S, S, 5n + C]`` or darknet's flat ``[B, S * S * (5n + C)]``; of RetinaNet, SSD and FCOS the pair, or
+            triple, of class logits, boxes and centreness.
         criterion: the loss the predictions are trained with; what it needs to know of them it has.
         image_size: (height, width) in pixels, or one side of a square: what the boxes of YOLOv1 are scaled to, relative
-            to the image without it; elsewhere checked against the maps.
+            to the image without it; what those of RetinaNet, SSD and FCOS are clipped to, if it is known; elsewhere
+            checked against the maps.
+        anchors: ``[N, 4]``, x1 y1 x2 y2 in pixels, for RetinaNet, SSD and FCOS.
 
     Returns:
         Boxes ``[B, N, 4]``, x1 y1 x2 y2 in pixels, and scores ``[B, N, C]``; float64 for float64 predictions, else
         float32. N counts levels, their anchors, rows and columns, the last of them fastest (YOLOv1: rows, columns,
-        boxes of a cell). A score is the probability of an object times that of the class: sigmoids, or a softmax over
-        classes where the loss is one; of YOLOv1 the confidence times the class score, both as they are.
+        boxes of a cell; RetinaNet, SSD, FCOS: as ``anchors``). A score is the probability of an object times that of
+        the class: sigmoids, or a softmax over classes where the loss is one; of YOLOv1 the confidence times the class
+        score, both as they are; of FCOS the root of the sigmoids' product. SSD's background, class 0, scores 0.
 
     Raises:
         ValueError: names the argument, what came and what was wanted.
     """
-    maps, head, size = _read(preds, criterion, image_size)
-    boxes, scores = _decode([pred.to(_out_dtype(pred)) for pred in maps], head)
-    return _scaled(boxes, head, size), scores
+    return _decode(_read(preds, criterion, image_size, anchors))
 
 
 def select(
-    preds: Tensor | Sequence[Tensor],
+    preds: Any,
     criterion: nn.Module,
     conf: float = 0.25,
     iou: float = 0.45,
@@ -78,6 +83,7 @@ def select(
     *,
     candidates: int = 16384,
     image_size: int | tuple[int, int] | None = None,
+    anchors: Tensor | None = None,
     backend: str = "auto",
 ) -> Detections:
     """Detections: predictions decoded, scored, thresholded, and thinned out by non-maximum suppression class by class.
@@ -87,8 +93,9 @@ def select(
     others of its class with an IoU above ``iou``, and so on with those left. Of equal scores the lower (prediction,
     class) comes first. A prediction with a NaN in its box or its score is no candidate. Not differentiable.
 
-    Nothing waits for the device, and the result is the same bits from run to run. On Triton: four launches, a fill and
-    a sort; class scores are read only where the objectness alone exceeds ``conf``; memory grows with ``candidates``.
+    Nothing waits for the device, and the result is the same bits from run to run. Anchor grids on Triton take four
+    launches, a fill and a sort; class scores are read only where the objectness alone exceeds ``conf``; memory grows
+    with ``candidates``. YOLOv1, RetinaNet, SSD and FCOS are decoded in eager PyTorch.
 
     Args:
         preds: as in :func:`decode`.
@@ -100,6 +107,7 @@ def select(
         candidates: most candidates of an image that compete. Where there are more, the best ones do; scores are then
             told apart to 1 part in 128 only, equals by (prediction, class).
         image_size: as in :func:`decode`.
+        anchors: as in :func:`decode`.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -107,23 +115,23 @@ def select(
     """
     conf, iou = checks.number("conf", conf, 0, 1), checks.number("iou", iou, 0, 1)
     max_det, candidates = checks.count("max_det", max_det), checks.count("candidates", candidates)
-    maps, head, size = _read(preds, criterion, image_size)
-    backend = backends.resolve(backend, maps[0].device)
-    boxes, scores, labels, count = _select(
-        [pred.detach() for pred in maps],
-        type(head).__name__,
-        _key(head),
-        conf,
-        iou,
-        max_det,
-        bool(class_agnostic),
-        candidates,
-        backend,
-    )
-    return Detections(_scaled(boxes, head, size), scores, labels, count)
+    read = _read(preds, criterion, image_size, anchors)
+    read = read._replace(preds=[pred.detach() for pred in read.preds])
+    backend = backends.resolve(backend, read.preds[0].device)
+    settings = conf, iou, max_det, bool(class_agnostic), candidates
+    if backend == "triton" and isinstance(read.head, GridHead):
+        return Detections(*_select_maps(read.preds, _key(read.head), *settings))
+    dtype = _out_dtype(read.preds[0])
+    exact = _decode(read._replace(preds=[pred.double() for pred in read.preds]))
+    boxes, scores, labels, count = _select_decoded(*exact, *settings, backend)
+    return Detections(boxes.to(dtype), scores.to(dtype), labels, count)
 
 
-def select_dense(
+# Operators, so that torch.compile need not trace what launches kernels, nor the hundreds of steps of the eager NMS.
+
+
+@torch.library.custom_op("fusedyolo::select_decoded", mutates_args=())
+def _select_decoded(
     boxes: Tensor,
     scores: Tensor,
     conf: float,
@@ -149,43 +157,32 @@ def select_dense(
     return outputs
 
 
-@torch.library.custom_op("fusedyolo::select", mutates_args=())
-def _select(
-    preds: list[Tensor],
-    kind: str,
-    key: str,
-    conf: float,
-    iou: float,
-    max_det: int,
-    class_agnostic: bool,
-    candidates: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What :class:`Detections` holds, of the predictions of a head, ``kind`` its type and ``key`` the row.
+@_select_decoded.register_fake
+def _(boxes, scores, conf, iou, max_det, class_agnostic, candidates, backend):
+    return _outputs(boxes, max_det)
 
-    One operator for both backends: ``torch.compile`` need not trace the hundreds of steps of the eager NMS.
-    """
-    head = head_from_key(key) if kind == "GridHead" else cell_head_from_key(key)
-    if backend == "torch" or not isinstance(head, GridHead):
-        exact = _decode([pred.double() for pred in preds], head)
-        boxes, scores, labels, count = select_dense(*exact, conf, iou, max_det, class_agnostic, candidates, backend)
-        dtype = _out_dtype(preds[0])
-        return boxes.to(dtype), scores.to(dtype), labels, count
+
+@torch.library.custom_op("fusedyolo::select_maps", mutates_args=())
+def _select_maps(
+    preds: list[Tensor], key: str, conf: float, iou: float, max_det: int, class_agnostic: bool, candidates: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :class:`Detections` holds, of the maps of an anchor grid, ``key`` its row, on Triton."""
     from .ops import select as ops
 
+    head = head_from_key(key)
     outputs = _outputs(preds[0], max_det)
     found, order = ops.scan(preds, head, conf, candidates)
     ops.nms_launch(found, order, outputs, head.num_classes, iou, class_agnostic).run()
     return outputs
 
 
-@_select.register_fake
-def _(preds, kind, key, conf, iou, max_det, class_agnostic, candidates, backend):
+@_select_maps.register_fake
+def _(preds, key, conf, iou, max_det, class_agnostic, candidates):
     return _outputs(preds[0], max_det)
 
 
 @torch.compiler.assume_constant_result
-def _key(head: GridHead | CellHead) -> str:
+def _key(head: GridHead) -> str:
     """The row as text; ``torch.compile`` cannot trace how it is made the first time."""
     return head.key
 
@@ -205,30 +202,48 @@ def _out_dtype(pred: Tensor) -> torch.dtype:
     return torch.float64 if pred.dtype == torch.float64 else torch.float32
 
 
-def _read(
-    preds: Any, criterion: Any, image_size: Any
-) -> tuple[list[Tensor], GridHead | CellHead, tuple[float, float] | None]:
-    """Checked predictions as a list, their head, and the size that boxes relative to the image are scaled to."""
-    head = checks.head(criterion, (GridHead, CellHead))
+class _Predictions(NamedTuple):
+    """Checked predictions, and what their boxes depend on."""
+
+    preds: list[Tensor]
+    head: GridHead | CellHead | DenseHead
+    size: tuple[float, float] | None  # of the image, where boxes are scaled or clipped to it
+    anchors: Tensor | None
+
+
+def _read(preds: Any, criterion: Any, image_size: Any, anchors: Any) -> _Predictions:
+    head = checks.head(criterion, (GridHead, CellHead, DenseHead))
     size = getattr(criterion, "image_size", None) if image_size is None else checks.size("image_size", image_size)
+    if isinstance(head, DenseHead):
+        names = ("cls_logits", "bbox_regression", "bbox_ctrness")[: 3 if head.centreness else 2]
+        channels = (head.num_classes, 4, 1)
+        levels, _ = checks.dense_predictions(preds, names, channels[: len(names)], anchors)
+        flat = [flat_maps(maps, width) for maps, width in zip(levels, channels, strict=False)]
+        return _Predictions(flat, head, size, anchors)
+    if anchors is not None:
+        checks.fail("anchors", checks.describe(anchors), "none: this loss has its own")
     if isinstance(head, CellHead):
         checks.cell_predictions(preds, head.grid_size, head.num_boxes, head.num_classes)
-        return [preds], head, size
+        return _Predictions([preds], head, size, None)
     maps = [preds] if isinstance(preds, Tensor) and len(head.levels) == 1 else preds
     strides = tuple(int(s) if s.is_integer() else s for s in head.strides)
     checks.grid_predictions(maps, tuple(map(len, head.levels)), strides, head.num_classes, size)
-    return list(maps), head, None
+    return _Predictions(list(maps), head, None, None)
 
 
-def _decode(preds: Sequence[Tensor], head: GridHead | CellHead) -> tuple[Tensor, Tensor]:
+def _decode(read: _Predictions) -> tuple[Tensor, Tensor]:
+    """Boxes and scores in float64 for float64 predictions, else in float32."""
+    head, preds = read.head, [pred.to(_out_dtype(pred)) for pred in read.preds]
+    if isinstance(head, GridHead):
+        return reference.decode_grid(preds, head)
     if isinstance(head, CellHead):
-        return reference.decode_cells(preds[0], head)
-    return reference.decode_grid(preds, head)
-
-
-def _scaled(boxes: Tensor, head: GridHead | CellHead, size: tuple[float, float] | None) -> Tensor:
-    """Boxes in pixels, of a head whose boxes are relative to the image."""
-    if size is None or not isinstance(head, CellHead):
-        return boxes
-    height, width = size
-    return boxes * _constants((width, height, width, height), boxes)
+        boxes, scores = reference.decode_cells(preds[0], head)
+    else:
+        assert read.anchors is not None
+        centre = preds[2] if head.centreness else None
+        boxes, scores = decode_anchors(preds[0], preds[1], centre, read.anchors.to(preds[0].dtype), head)
+    if read.size is not None:
+        height, width = read.size
+        image = constants((width, height, width, height), boxes)
+        boxes = boxes * image if isinstance(head, CellHead) else boxes.clamp(min=0).minimum(image)
+    return boxes, scores

@@ -209,7 +209,7 @@ def _box_loss(
 
         return ops.box_loss(boxes1, boxes2, kind, list(args), reduction, extent)
     boxes1, boxes2 = _wide(boxes1), _wide(boxes2)
-    sides = None if extent is None else reference.terms._constants(extent, boxes1)
+    sides = None if extent is None else reference.terms.constants(extent, boxes1)
     loss = reference.BOX_TERMS[kind](boxes1, boxes2, args, sides)
     if reduction == "mean" and not loss.numel():
         return 0.0 * loss.sum()

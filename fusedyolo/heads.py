@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,10 @@ IOU_KINDS = ("iou", "giou", "diou", "ciou", "eiou", "siou", "mpdiou")
 BOX_KINDS = (*IOU_KINDS, "ciou_plus")
 """Of decoded boxes: those for users, and with them one that is there for parity with a peer."""
 OFFSET_KINDS = ("mse", "bce_mse")
+DELTA_KINDS = ("l1", "smooth_l1")
+"""Of offsets too, those that take raw logits for them."""
 LABEL_KINDS = ("bce", "focal", "qfl", "varifocal", "sse", "softmax_ce")
 CLASS_KINDS = ("bce", "focal", "softmax_ce", "qfl", "varifocal")
-DECODE_KINDS = ("exp", "sigmoid_square")
 
 
 class _Row:
@@ -195,3 +197,53 @@ class CellHead(_Row):
 def cell_head_from_key(key: str) -> CellHead:
     """The row that :attr:`CellHead.key` was made from."""
     return CellHead(**json.loads(key))
+
+
+@dataclass(frozen=True)
+class DenseHead(_Row):
+    """One loss over anchors that each predict a box and the logits of all classes.
+
+    Matching. ``"iou"``: an anchor takes the row that it overlaps most (the first of equals) if their IoU is at least
+    ``band[1]``, and is ignored from ``band[0]`` to there. ``rescue`` says what becomes of rows that are left out:
+    with ``"equal"`` every anchor whose IoU with a row equals the largest that this row has takes the row that it
+    overlaps most itself, whatever their IoU; with ``"best"`` the best anchor of each row (the first of equals) takes
+    that row, the last one of several; with None, nothing. ``"centre"``: an anchor takes the smallest row (the first of
+    equals) among those that hold its centre, have their own less than ``radius`` anchors from it on both axes, and
+    whose farthest side is between ``scale_range`` anchors away; on the first level that range has no lower, on the
+    last no upper end.
+
+    Structure. With ``background`` logit 0 is that of no object, and rows are of the classes from 1 on. ``decode`` is
+    ``"delta"`` (with ``weights`` of x, y, w, h) or ``"ltrb"``; ``box`` an IoU term on decoded boxes, or a term of
+    :data:`DELTA_KINDS` on deltas, ``beta`` where it is quadratic. ``label`` is an elementwise term against one-hot
+    targets, or ``"softmax_ce"``. ``negatives``: of the anchors without a row that many times the number of those with
+    one count, an image's hardest; 0 for all of them. ``centreness``: a third prediction, of the square root of min(l,
+    r) / max(l, r) * min(t, b) / max(t, b), distances of an anchor's centre from the sides of its row. ``mean``: sums
+    are divided by the anchors with a row of their own ``"image"``, and averaged over images, or by those of the
+    ``"batch"``; a count of 0 divides by 1.
+    """
+
+    num_classes: int
+    background: bool = False
+    matcher: str = "iou"
+    band: tuple[float, float] = (0.4, 0.5)
+    rescue: str | None = "equal"
+    radius: float = 1.5
+    scale_range: tuple[float, float] = (4.0, 8.0)
+    decode: str = "delta"
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    box: str = "l1"
+    beta: float = 1.0
+    label: str = "focal"
+    negatives: float = 0.0
+    centreness: bool = False
+    mean: str = "image"
+    box_args: tuple[float, ...] = (1e-7, 1e-7)
+    label_args: tuple[float, ...] = (0.25, 2.0)
+
+
+@lru_cache(maxsize=256)
+def dense_head_from_key(key: str) -> DenseHead:
+    """The row that :attr:`DenseHead.key` was made from."""
+    fields = json.loads(key).items()
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields}
+    return DenseHead(**values)

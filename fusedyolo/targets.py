@@ -181,6 +181,18 @@ def as_targets(
     )
 
 
+def without_spare(rows: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows and offsets of :func:`as_targets`, for code that knows no capacity: such rows emptied, and their number.
+
+    That is a 0-dim int32 tensor; without offsets there is no capacity, ``rows`` is untouched, and it is None. Nothing
+    waits for the device.
+    """
+    if offsets is None:
+        return rows, None
+    spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
+    return rows.masked_fill(spare[:, None], 0.0), spare.sum(dtype=torch.int32)
+
+
 def _sort(packed: Tensor, batch_size: int, image: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rows sorted stably by image, and where each image begins.
 
@@ -207,19 +219,39 @@ def _from_padded(padded: Tensor) -> tuple[Tensor, Tensor]:
     return _sort(packed, batch_size, torch.where(absent, batch_size + 1, packed[:, 0]).to(torch.int32))
 
 
+def corner_rows(targets: Sequence[Any], batch_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Rows ``[M, 6]`` of image, label, x1, y1, x2, y2 and their offsets, from a torchvision list; boxes as they are.
+
+    Raises:
+        ValueError: no such list, or for another batch size, or on another device than ``device``.
+    """
+    if len(targets) != batch_size:
+        checks.fail("targets", f"a list of {len(targets)}", f"{batch_size} dicts, one an image of preds")
+    pairs = [checks.image_boxes(i, item) for i, item in enumerate(targets)]
+    first = pairs[0][0].device
+    for i, (boxes, _) in enumerate(pairs):
+        if boxes.device != first:
+            checks.fail(f"targets[{i}]['boxes']", f"device {boxes.device}", f"{first} as targets[0]")
+    checks.same_device("targets", pairs[0][0], device)
+    boxes = torch.cat([boxes.detach().to(torch.float32) for boxes, _ in pairs])
+    label = torch.cat([label.detach().to(torch.float32) for _, label in pairs])
+    image = torch.cat([boxes.new_full((len(label),), i, dtype=torch.float32) for i, (boxes, label) in enumerate(pairs)])
+    return torch.cat((image[:, None], label[:, None], boxes), 1), _offsets(image.to(torch.int32), batch_size)
+
+
 def _from_list(targets: Sequence[Any], sizes: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    pieces: list[Tensor] = []
-    for i, item in enumerate(targets):
-        boxes, labels = checks.image_boxes(i, item)
-        if pieces and boxes.device != pieces[0].device:
-            checks.fail(f"targets[{i}]['boxes']", f"device {boxes.device}", f"{pieces[0].device} as targets[0]")
-        height, width = sizes[i]
-        x1, y1, x2, y2 = boxes.detach().to(torch.float32).unbind(1)
-        label = labels.detach().to(torch.float32)
-        columns = (torch.full_like(label, i), label, (x1 + x2) * 0.5 / width, (y1 + y2) * 0.5 / height)
-        pieces.append(torch.stack((*columns, (x2 - x1) / width, (y2 - y1) / height), 1))
-    rows = torch.cat(pieces)
-    return rows, _offsets(rows[:, 0].to(torch.int32), len(targets))
+    rows, offsets = corner_rows(targets, len(targets))
+    image, label, x1, y1, x2, y2 = rows.unbind(1)
+    height, width = (_each(side, targets, rows) for side in zip(*sizes, strict=True))
+    centre = (x1 + x2) * 0.5 / width, (y1 + y2) * 0.5 / height
+    return torch.stack((image, label, *centre, (x2 - x1) / width, (y2 - y1) / height), 1), offsets
+
+
+def _each(values: Sequence[float], targets: Sequence[Any], like: Tensor) -> Tensor | float:
+    """One number for each row of the images of a list; a single one if all are the same."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return torch.cat([like.new_full((len(item["labels"]),), side) for side, item in zip(values, targets, strict=True)])
 
 
 def _fill(name: str, rows: Tensor, capacity: int | None) -> Tensor:

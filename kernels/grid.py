@@ -21,6 +21,7 @@ import triton.language as tl
 from .assign import row_cell, row_valid
 from .primitives import logistic
 from .reduce import column, column_sums, is_last
+from .rows import image_rows, load_row, load_rows
 
 BACKGROUND: tl.constexpr = tl.constexpr(0)
 IGNORED: tl.constexpr = tl.constexpr(1)
@@ -29,34 +30,6 @@ SHARED: tl.constexpr = tl.constexpr(3)  # to several
 # columns of the partial sums: box, objectness, class, assigned predictions; with MEANS what they are divided by:
 # candidates in use, and predictions whose objectness counts; two to spare
 N_PARTS: tl.constexpr = tl.constexpr(8)
-
-
-@triton.jit
-def _row_of(values):
-    """Of rows of eight numbers [..., 2, 2, 2] the first six."""
-    even, odd = tl.split(values)
-    zero_four, two_six = tl.split(even)
-    one_five, three_seven = tl.split(odd)
-    zero, four = tl.split(zero_four)
-    one, five = tl.split(one_five)
-    two, _spare = tl.split(two_six)
-    three, _spare = tl.split(three_seven)
-    return zero, one, two, three, four, five
-
-
-@triton.jit
-def _load_row(rows_ptr, g):
-    """Image, class, cx, cy, w, h of row g, in one access."""
-    i = tl.arange(0, 8)
-    return _row_of(tl.reshape(tl.load(rows_ptr + g * 6 + i, mask=i < 6, other=-1.0), (2, 2, 2)))
-
-
-@triton.jit
-def _load_rows(rows_ptr, g, mask, BLOCK_G: tl.constexpr):
-    """The same of a block of rows; rows masked out are of no image."""
-    i = tl.arange(0, 8)[None, :]
-    at = (rows_ptr + g * 6)[:, None] + i
-    return _row_of(tl.reshape(tl.load(at, mask=mask[:, None] & (i < 6), other=-1.0), (BLOCK_G, 2, 2, 2)))
 
 
 @triton.jit
@@ -86,25 +59,6 @@ def _load_box(at, s_k, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G: tl.constexpr):
-    """The range that holds all rows of image b: exact with offsets, else from its first to its last row."""
-    if offsets_ptr is not None:
-        first, last = tl.split(tl.load(offsets_ptr + b + tl.arange(0, 2)))
-    else:
-        g = tl.arange(0, BLOCK_G)
-        lowest = g * 0 + M
-        highest = g * 0
-        for g0 in range(0, M, BLOCK_G):
-            image = tl.load(rows_ptr + (g0 + g) * 6, mask=g0 + g < M, other=-1.0)
-            here = (image >= b) & (image < b + 1)
-            lowest = tl.where(here, tl.minimum(lowest, g0 + g), lowest)
-            highest = tl.where(here, g0 + g + 1, highest)
-        first = tl.min(lowest, axis=0)
-        last = tl.max(highest, axis=0)
-    return first, last
-
-
-@triton.jit
 def _next_candidate(
     rows_ptr, after, first, last, cell, site, rule,
     MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
@@ -123,7 +77,7 @@ def _next_candidate(
         else:
             kind = q // (last - first)
             g = first + q % (last - first)
-        row = _load_rows(rows_ptr, g, q < end, BLOCK_G)
+        row = load_rows(rows_ptr, g, q < end, BLOCK_G)
         here = (row_cell(row, kind, b, W, H, C, limit, KINDS > 1) == cell) & MATCH(
             row[4].to(ACC) * (W * stride), row[5].to(ACC) * (H * stride), own, own_w, own_h, anchors, thresh
         )
@@ -141,7 +95,7 @@ def _count_invalid(rows_ptr, offsets_ptr, M, B, C, limit, BLOCK_G: tl.constexpr)
     n = tl.zeros([BLOCK_G], tl.int32)
     for g0 in range(0, end, BLOCK_G):
         g = g0 + tl.arange(0, BLOCK_G)
-        row = _load_rows(rows_ptr, g, g < end, BLOCK_G)
+        row = load_rows(rows_ptr, g, g < end, BLOCK_G)
         valid = row_valid(row, 0, B, C, limit)
         n += tl.where((g < end) & ~valid, 1, 0)
     return tl.sum(n, axis=0)
@@ -184,7 +138,7 @@ def _scan_rows(
         ax = ((cells % W).to(ACC) + 0.5) * stride
         ay = ((cells // W).to(ACC) + 0.5) * stride
     for g in range(first, last):
-        row = _load_row(rows_ptr, g)
+        row = load_row(rows_ptr, g)
         cell = row_cell(row, 0, b, W, H, C, limit, False)
         if cell >= 0:
             gw = row[4].to(ACC) * (W * stride)
@@ -370,9 +324,9 @@ def _assigned_prediction(
                 later = _next_candidate(rows_ptr, q, first, last, cell, site, rule, MATCH, KINDS, BLOCK_G, ACC)
     while q < end:
         if KINDS == 1:
-            row = _load_row(rows_ptr, first + q)
+            row = load_row(rows_ptr, first + q)
         else:
-            row = _load_row(rows_ptr, first + q % (last - first))
+            row = load_row(rows_ptr, first + q % (last - first))
         label = row[1].to(tl.int32)
         if weights_ptr is not None:
             m = tl.load(weights_ptr + label).to(ACC)
@@ -484,7 +438,7 @@ def _tile(
             tl.store(base_ptr, base)
             place_ptr = kept_ptr + base.to(tl.int64) * kept_stride(C)
         for g in range(first, last):
-            row = _load_row(rows_ptr, g)
+            row = load_row(rows_ptr, g)
             gw = row[4].to(ACC) * (W * stride)
             gh = row[5].to(ACC) * (H * stride)
             steps = KINDS
@@ -587,7 +541,7 @@ def grid_kernel(
         here = B * len(LEVELS[level]) * tl.cdiv(HWs[level], CELLS)
         if (pid >= start) & (pid < start + here):
             b, a, c0, own, own_w, own_h = _place(pid, start, HWs[level], anchors[level], LEVELS, level, CELLS)
-            first, last = _image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G)
+            first, last = image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G)
             s_raw = s_raws[level]
             raw_ptr = raw_ptrs[level] + b.to(tl.int64) * s_raw[0] + a.to(tl.int64) * s_raw[1]
             before = state_start + (b * len(LEVELS[level]) + a) * HWs[level]

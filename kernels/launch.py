@@ -55,5 +55,46 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@dataclass(frozen=True)
+class DenseConfig:
+    """Tile of the driver of dense heads: numbers of a stream a program takes at a time and how often, cells and planes
+    of a level in planes, anchors whose boxes it owns; threads, and their limit of registers.
+    """
+
+    block: int
+    steps: int
+    cells: int
+    planes: int
+    anchors: int
+    threads: int
+    max_registers: int = 128
+
+
+@lru_cache(maxsize=256)
+def dense_config(smallest_stream: int, largest_map: int, classes: int, ranked: bool) -> DenseConfig:
+    """Tile for streams of at least so many numbers an image, so that a chunk meets two images at most, and for maps of
+    at most so many cells; ``ranked`` takes all classes of an anchor at once.
+
+    Sixteen tiles a program keep the last one's sum of all partial sums short.
+    """
+    chunk = 1 << (max(smallest_stream, 1).bit_length() - 1)
+    block = min(2048, chunk)
+    cells = max(1, 2048 // _power(classes)) if ranked else 512
+    return DenseConfig(
+        block=block,
+        steps=16 if ranked else min(16, chunk // block),
+        cells=min(cells, _power(largest_map)),
+        planes=4,
+        anchors=min(512, _power(largest_map)),
+        threads=256,
+    )
+
+
+MATCH_BLOCK = 1024  # anchors of a program
+MATCH_ROWS = 256  # rows it searches at a time for those of its image
+RANK_BLOCK = 2048  # anchors of an image looked at at a time
+RANK_THREADS = 512
+
+
 POINTWISE_BLOCK = 512
 POINTWISE_THREADS = 128

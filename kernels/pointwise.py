@@ -7,7 +7,7 @@ a gradient is scaled by ``grad_out``, one an element or, with REDUCE, one in all
 import triton
 import triton.language as tl
 
-from .reduce import column_sum, is_last
+from .reduce import column, column_sums, is_last
 
 
 @triton.jit
@@ -15,7 +15,8 @@ def _finish(loss, mask, at, loss_ptr, partial_ptr, done_ptr, scale, REDUCE: tl.c
     if REDUCE:
         tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, loss, 0.0), axis=0))
         if is_last(done_ptr, tl.num_programs(0)):
-            tl.store(loss_ptr, column_sum(partial_ptr, tl.num_programs(0), 0, 1, ACC) * scale)
+            sums = column_sums(partial_ptr, tl.num_programs(0), 1, ACC)
+            tl.store(loss_ptr, column(sums, 0) * scale)
             tl.store(done_ptr, 0)
     else:
         tl.store(loss_ptr + at, loss, mask=mask)

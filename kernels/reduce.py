@@ -12,24 +12,15 @@ def is_last(done_ptr, programs):
 
 
 @triton.jit
-def column_sum(partial_ptr, programs, column, COLUMNS: tl.constexpr, ACC: tl.constexpr):
-    """Sum of one column of ``partial[programs, COLUMNS]``, in an order that depends on nothing but its length."""
-    lane = tl.arange(0, 256)
-    total = tl.zeros([256], ACC)
-    for i in range(0, programs, 256):
-        # .cg: other programs wrote these, so a line this multiprocessor has cached would be stale
-        at = partial_ptr + (i + lane) * COLUMNS + column
-        total += tl.load(at, mask=i + lane < programs, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
 def column_sums(partial_ptr, programs, COLUMNS: tl.constexpr, ACC: tl.constexpr):
-    """Sums of all columns of ``partial[programs, COLUMNS]`` (a power of two), each as :func:`column_sum` adds it."""
+    """Sums of all columns of ``partial[programs, COLUMNS]`` (a power of two), in an order that depends on nothing but
+    ``programs``.
+    """
     lane = tl.arange(0, 256)[:, None]
     at = partial_ptr + lane * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([256, COLUMNS], ACC)
     for i in range(0, programs, 256):
+        # .cg: other programs wrote these, so a line this multiprocessor has cached would be stale
         total += tl.load(at + i * COLUMNS, mask=i + lane < programs, other=0.0, cache_modifier=".cg")
     return tl.sum(total, axis=0)
 

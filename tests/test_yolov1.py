@@ -336,6 +336,20 @@ def test_every_form_of_targets(which):
     assert criterion(pred, strange).num_invalid == 6
 
 
+@pytest.mark.parametrize("which", BACKENDS)
+def test_rows_of_capacity_are_no_rows(which):
+    """Nor are those that an earlier batch left there; invalid rows before them still count, as int32."""
+    pred, rows = make_pred(), make_rows(invalid=6)
+    targets, fresh = Targets.from_packed(torch.cat((rows, rows)), 2, capacity=64), Targets.from_packed(rows, 2)
+    targets.rows[: len(rows)] = fresh.rows
+    targets.offsets.copy_(fresh.offsets)
+    criterion = YOLOv1Loss(3, 4, backend=which)
+    got, want = criterion(pred, targets), criterion(pred, rows)
+    assert got.num_pos.dtype == got.num_invalid.dtype == torch.int32
+    assert (got.num_pos, got.num_invalid) == (want.num_pos, 6)
+    torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
+
+
 def views_of(pred: Tensor) -> dict[str, Tensor]:
     wide = torch.stack((pred, pred + 9), -1)[..., 0]
     views = {"as it is": pred, "entries apart": wide, "images last": pred.movedim(0, -1).contiguous().movedim(-1, 0)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import backend as backends
 from .. import checks, reference
 from ..heads import GridHead, head_from_key
-from ..targets import Targets, as_targets
+from ..targets import Targets, as_targets, without_spare
 from .output import LossOutput, rounded
 
 PARTS = ("box", "obj", "cls")
@@ -128,17 +128,22 @@ def box_arguments(eps: tuple[float, float], alpha: Any, gamma: Any) -> tuple[flo
     return eps if (alpha, gamma) == (1.0, 0.0) else (*eps, alpha, gamma)
 
 
+def counts_without_spare(counts: Tensor, spare: Tensor | None) -> Tensor:
+    """``counts``, int32 [2], with the emptied rows of :func:`~fusedyolo.targets.without_spare` off the invalid ones."""
+    if spare is None:
+        return counts
+    num_pos, num_invalid = counts.unbind()
+    return torch.stack((num_pos, num_invalid - spare))
+
+
 def _reference_loss(
     preds: Sequence[Tensor], rows: Tensor, offsets: Tensor | None, head: GridHead, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The eager loss, which knows no capacity: rows beyond the last one are emptied and taken off the invalid count."""
+    """The eager loss of rows that may have capacity behind them."""
     views = [reference.grid_view(pred, len(level)) for pred, level in zip(preds, head.levels, strict=True)]
-    if offsets is None:
-        return reference.grid_loss(views, rows, head, weights)
-    spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
-    total, parts, counts = reference.grid_loss(views, rows.masked_fill(spare[:, None], 0.0), head, weights)
-    num_pos, num_invalid = counts.unbind()
-    return total, parts, torch.stack((num_pos, num_invalid - spare.sum(dtype=torch.int32)))
+    rows, spare = without_spare(rows, offsets)
+    total, parts, counts = reference.grid_loss(views, rows, head, weights)
+    return total, parts, counts_without_spare(counts, spare)
 
 
 @torch.compiler.assume_constant_result

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from torch import Tensor
 
-from ..heads import CellHead, GridHead
+from ..heads import CellHead, DenseHead, GridHead
 
-Head = TypeVar("Head", GridHead, CellHead)
+Head = TypeVar("Head", GridHead, CellHead, DenseHead)
 
 
 class LossOutput(NamedTuple):

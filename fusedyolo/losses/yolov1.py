@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .. import backend as backends
 from .. import checks, reference
 from ..heads import CellHead, cell_head_from_key
-from ..targets import Targets, as_targets
-from .base import PARTS, hyper_parameters
+from ..targets import Targets, as_targets, without_spare
+from .base import PARTS, counts_without_spare, hyper_parameters
 from .output import LossOutput, rounded
 
 GAINS = ("box_gain", "obj_gain", "noobj_gain", "cls_gain")
@@ -161,9 +161,8 @@ class YOLOv1Loss(nn.Module):
         """
         head = self.head
         batch = checks.cell_predictions(pred, head.grid_size, head.num_boxes, head.num_classes)
-        if self.image_size is None and isinstance(targets, list | tuple):
-            checks.fail("image_size", "None", "(height, width) of the images, for targets in pixels")
-        rows, offsets = as_targets(targets, batch, self.image_size or (1, 1), pred.device)
+        size = checks.target_size(self.image_size, targets)
+        rows, offsets = as_targets(targets, batch, size, pred.device)
         if self.reduction == "mean":
             head = _mean_head(self._key, len(range(batch)))  # of a symbolic size, range makes a number
         if backends.resolve(self.backend, pred.device) == "triton":
@@ -190,13 +189,10 @@ class YOLOv1Loss(nn.Module):
 def _reference_loss(
     pred: Tensor, rows: Tensor, offsets: Tensor | None, head: CellHead
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The eager loss, which knows no capacity: rows beyond the last one are emptied and taken off the invalid count."""
-    if offsets is None:
-        return reference.cell_loss(pred, rows, head)
-    spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
-    total, parts, counts = reference.cell_loss(pred, rows.masked_fill(spare[:, None], 0.0), head)
-    num_pos, num_invalid = counts.unbind()
-    return total, parts, torch.stack((num_pos, num_invalid - spare.sum()))
+    """The eager loss of rows that may have capacity behind them."""
+    rows, spare = without_spare(rows, offsets)
+    total, parts, counts = reference.cell_loss(pred, rows, head)
+    return total, parts, counts_without_spare(counts, spare)
 
 
 @torch.compiler.assume_constant_result

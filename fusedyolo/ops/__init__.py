@@ -1,11 +1,13 @@
 """Custom operators: what the dispatcher, autograd and torch.compile see, and the launches behind them."""
 
 from .cells import cell_launch, cell_loss, cell_loss_grad, cell_loss_rescale, cell_outputs
+from .dense import Geometry, dense_launch, dense_loss, dense_loss_grad, dense_loss_rescale, dense_outputs, loss_launches
 from .grid import GridOutputs, grid_grad_launch, grid_launch, grid_loss, grid_loss_grad, grid_outputs
 from .launch import Launch, accumulator
 from .pointwise import box_loss, box_loss_grad, label_loss, label_loss_grad
 
 __all__ = [
+    "Geometry",
     "GridOutputs",
     "Launch",
     "accumulator",
@@ -16,6 +18,11 @@ __all__ = [
     "cell_loss_grad",
     "cell_loss_rescale",
     "cell_outputs",
+    "dense_launch",
+    "dense_loss",
+    "dense_loss_grad",
+    "dense_loss_rescale",
+    "dense_outputs",
     "grid_grad_launch",
     "grid_launch",
     "grid_loss",
@@ -23,4 +30,5 @@ __all__ = [
     "grid_outputs",
     "label_loss",
     "label_loss_grad",
+    "loss_launches",
 ]

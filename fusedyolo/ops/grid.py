@@ -115,11 +115,11 @@ def _common_arguments(
 ):
     """What both launches take, and their tile; they must agree on it."""
     views = [grid_view(pred, len(level)) for pred, level in zip(preds, head.levels, strict=True)]
-    strides = [_cell_strides(view) for view in views]
+    strides = [cell_strides(view) for view in views]
     grad_strides = None
     if grads is not None:
         grad_views = [grid_view(grad, len(level)) for grad, level in zip(grads, head.levels, strict=True)]
-        grad_strides = [_cell_strides(view) for view in grad_views]
+        grad_strides = [cell_strides(view) for view in grad_views]
     batch, widths = views[0].shape[0], [view.shape[3] for view in views]
     cells = [view.shape[2] * view.shape[3] for view in views]
     config = grid_config(max(cells), all(s[3] == 1 for s in strides), preds[0].element_size())
@@ -197,7 +197,7 @@ def grid_grad_launch(
     return Launch(grid.grid_grad_kernel, (programs,), arguments, config.threads, config.max_registers)
 
 
-def _cell_strides(view: Tensor) -> tuple[int, ...]:
+def cell_strides(view: Tensor) -> tuple[int, ...]:
     """Strides by image, anchor, row, column, channel; those of axes of length 1 are made to follow their neighbours."""
     b, a, y, x, k = view.stride()
     if view.shape[3] == 1:

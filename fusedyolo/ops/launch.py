@@ -21,13 +21,16 @@ def accumulator(dtype: torch.dtype) -> tuple[Any, torch.dtype]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, ready to run, compile or count. ``max_registers``, a thread's, is of NVIDIA only."""
+    """One kernel launch, ready to run, compile or count. ``max_registers``, a thread's, is of NVIDIA only; ``exact``
+    keeps products and sums apart, as PyTorch's operators do.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     threads: int
     max_registers: int | None = None
+    exact: bool = False
 
     def run(self) -> None:
         """Launch on the current device and stream."""
@@ -35,31 +38,44 @@ class Launch:
 
     def options(self, nvidia: bool) -> dict[str, int]:
         """Compiler options: a warp is 32 threads on NVIDIA's GPUs, 64 on AMD's data-centre GPUs."""
+        fusion = {"enable_fp_fusion": False} if self.exact else {}
         if not nvidia:
-            return {"num_warps": max(1, self.threads // 64)}
+            return {"num_warps": max(1, self.threads // 64), **fusion}
         limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {"num_warps": self.threads // 32, **limit}
+        return {"num_warps": self.threads // 32, **limit, **fusion}
 
 
-_DONE: dict[tuple[torch.device, int], Tensor] = {}
+LEAST_ZEROS = 4096  # so that batches of ordinary sizes need no more
+_ZEROS: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
 
 
-def done_counter(device: torch.device) -> Tensor:
-    """The counters of finished programs and of places taken, one pair a stream because launches on two streams overlap.
+def zeros(device: torch.device, count: int, dtype: torch.dtype) -> Tensor:
+    """At least ``count`` zeros that kernels may write to if they leave zeros behind, so that they are filled once, not
+    once a call; of each stream its own, because launches on two streams overlap.
 
-    The kernel leaves them at 0, so they are filled once, not once a call. A captured graph gets a pair of its own:
-    memory that a capture allocates belongs to the graph.
+    A captured graph gets its own too: memory that a capture allocates belongs to the graph.
     """
     if device.type == "cpu":
         stream = 0
     elif torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
+        return torch.zeros(count, dtype=dtype, device=device)
     else:
         stream = torch.cuda.current_stream(device).cuda_stream
-    counter = _DONE.get((device, stream))
-    if counter is None:
-        counter = _DONE[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
-    return counter
+    found = _ZEROS.get((device, stream, dtype))
+    if found is None or len(found) < count:
+        size = max(LEAST_ZEROS, 1 << (count - 1).bit_length())
+        found = _ZEROS[device, stream, dtype] = torch.zeros(size, dtype=dtype, device=device)
+    return found
+
+
+def forget_zeros() -> None:
+    """What an interrupted sequence of launches may have left in :func:`zeros` is not to be used."""
+    _ZEROS.clear()
+
+
+def done_counter(device: torch.device) -> Tensor:
+    """The counters of finished programs and of places taken; the kernels leave them at 0."""
+    return zeros(device, 2, torch.int32)
 
 
 def refuse_double_backward(name: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from ..kernels import select as kernels
 from ..kernels.terms import decode
 from ..reference import grid_view
 from ..reference.select import LOWEST_BIN, SCORE_BINS
-from .grid import _cell_strides
+from .grid import cell_strides
 from .launch import Launch
 
 MOST_PAIRS = 2**31 - 1  # indices are int32
@@ -57,7 +57,7 @@ def scan_launches(
 ) -> tuple[Candidates, list[ExactLaunch]]:
     """The launches that fill the candidates of an anchor-grid head, the best ``limit`` pairs of each image."""
     views = [grid_view(pred, len(own)) for pred, own in zip(preds, head.levels, strict=True)]
-    strides = [_cell_strides(view) for view in views]
+    strides = [cell_strides(view) for view in views]
     widths, cells = [view.shape[3] for view in views], [view.shape[2] * view.shape[3] for view in views]
     anchors = [len(own) for own in head.levels]
     batch, C = views[0].shape[0], head.num_classes

@@ -5,13 +5,17 @@ host, so nothing here waits for a device.
 """
 
 from .cells import cell_assign, cell_loss, cell_views
-from .grid import Candidates, Rows, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets, read_rows
+from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, read_corners
+from .dense import flat as flat_maps
+from .grid import Candidates, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets, read_rows
+from .pairs import Rows
 from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS
 
 __all__ = [
     "BOX_TERMS",
     "DECODE",
     "ENCODE",
+    "IGNORED",
     "LABEL_TERMS",
     "OFFSET_TERMS",
     "Candidates",
@@ -21,9 +25,16 @@ __all__ = [
     "cell_assign",
     "cell_loss",
     "cell_views",
+    "centreness",
+    "decode_anchors",
+    "dense_loss",
+    "dense_match",
+    "encode_anchors",
+    "flat_maps",
     "grid_loss",
     "grid_view",
     "level_anchors",
     "objectness_targets",
+    "read_corners",
     "read_rows",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..heads import CellHead
 from .grid import read_rows
-from .terms import _area, _iou, _pair
+from .terms import _pair, area, iou_of_areas
 
 LARGEST_SIZE = 2.0**60  # of a predicted box, in images: its square stays finite in float32
 
@@ -108,6 +108,6 @@ def _overlap(boxes: Tensor, offset: Tensor, size: Tensor, head: CellHead) -> tup
     distance = (offset[..., None, :] - boxes[..., :2]) / head.grid_size
     # from the centre of the prediction, so that a tiny box keeps its sides
     pair = _pair(torch.cat((-p / 2, p / 2), -1), torch.cat((distance - g / 2, distance + g / 2), -1), 0.0)
-    overlap, _ = _iou(_area(pair.overlap), _area(pair.p), _area(pair.g), pair.eps)
+    overlap, _ = iou_of_areas(area(pair.overlap), area(pair.p), area(pair.g), pair.eps)
     away = distance.square().sum(-1) + (p - g).square().sum(-1)
     return torch.where(overlap > 0, overlap, 0.0), torch.where(away.isnan(), math.inf, away)

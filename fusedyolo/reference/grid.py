@@ -10,22 +10,11 @@ import torch
 from torch import Tensor
 
 from ..heads import CENTRE_LIMITS, CellHead, GridHead, obj_scales
-from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, _area, _constants, _iou
-
-PAIRS_CHUNK = 1 << 18  # (row, prediction) pairs whose IoU is in memory at a time
+from .pairs import PairIoU, Rows
+from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, area, constants
 
 NEIGHBOURS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (-0.5, 0.0), (0.0, -0.5))
 """Of the ratio assigner: what is taken off a centre, in cells, for its own cell and the left, upper, right, lower."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Target rows, made safe: an invalid one holds a legal row, and is False in ``valid``."""
-
-    valid: Tensor  # [M] bool
-    image: Tensor  # [M] int64
-    label: Tensor  # [M] int64
-    boxes: Tensor  # [M, 4] float32: cx, cy, w, h, relative to the image
 
 
 @dataclass(frozen=True)
@@ -62,7 +51,7 @@ def assign(
     own, (H, W) = head.levels[level], maps[level]
     if head.assigner == "iou_band":
         return _band(rows, head, level, (H, W), batch_size, dtype)
-    image = _constants((W * head.strides[level], H * head.strides[level]), rows.boxes)
+    image = constants((W * head.strides[level], H * head.strides[level]), rows.boxes)
     size = rows.boxes[:, None, 2:].to(dtype) * image
     if head.assigner == "ratio":
         ratio = size / _anchors(head, own, size)
@@ -71,12 +60,12 @@ def assign(
         fits = _best_anchor(size, head, own)
     fits = fits & rows.valid[:, None]
 
-    centre = rows.boxes[:, :2] * _constants((W, H), rows.boxes)  # in float32, as every peer does
+    centre = rows.boxes[:, :2] * constants((W, H), rows.boxes)  # in float32, as every peer does
     kinds = NEIGHBOURS if head.assigner == "ratio" else NEIGHBOURS[:1]
-    far = _constants((W, H), rows.boxes) - centre
+    far = constants((W, H), rows.boxes) - centre
     before, behind = (centre % 1 < 0.5) & (centre > 1), (far % 1 < 0.5) & (far > 1)
     emitted = torch.stack((torch.ones_like(rows.valid), *before.unbind(1), *behind.unbind(1)), 0)[: len(kinds)]
-    off = torch.stack([_constants(kind, rows.boxes) for kind in kinds])
+    off = torch.stack([constants(kind, rows.boxes) for kind in kinds])
     x, y = (centre - off[:, None]).long().unbind(-1)  # [K, M]
     x, y = x.clamp(0, W - 1), y.clamp(0, H - 1)
 
@@ -94,15 +83,15 @@ def level_anchors(head: GridHead, level: int, like: Tensor) -> Tensor:
 
 def _anchors(head: GridHead, own: Sequence[int], like: Tensor) -> Tensor:
     """[len(own), 2] width and height of anchors; stacked, since a tensor made of numbers would be copied to the GPU."""
-    return torch.stack([_constants(head.anchors[t], like) for t in own])
+    return torch.stack([constants(head.anchors[t], like) for t in own])
 
 
 def _best_anchor(size: Tensor, head: GridHead, own: Sequence[int]) -> Tensor:
     """[M, A]: whether an anchor of the level is the best for a row of ``size`` [M, 1, 2], or good enough."""
     pool = own if head.per_level else range(len(head.anchors))
     anchors = _anchors(head, pool, size)
-    inter = _area(torch.minimum(size, anchors))
-    shape_iou = inter / (_area(size) + _area(anchors) - inter)
+    inter = area(torch.minimum(size, anchors))
+    shape_iou = inter / (area(size) + area(anchors) - inter)
     best = shape_iou.argmax(1, keepdim=True)
     fits = (torch.arange(len(pool), device=size.device) == best) & (shape_iou > 0)
     if head.iou_thresh < 1:
@@ -119,9 +108,9 @@ def _band(
     x, y = torch.arange(W, device=boxes.device), torch.arange(H, device=boxes.device)
     centre = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(dtype) * stride + 0.5 * stride
     sides = _anchors(head, own, boxes)[:, None, None].expand(-1, H, W, -1)
-    pairs = _PairIoU(centre.expand_as(sides), sides, boxes * _constants((W, H, W, H), boxes) * stride)
-    best = pairs.best(rows, batch_size)
-    match = pairs.first(rows, best)
+    pairs = _pairs(centre.expand_as(sides), sides, boxes * constants((W, H, W, H), boxes) * stride, rows)
+    best = pairs.best(batch_size)
+    match = pairs.first(best)
     positive = best > head.band[1]
     index = torch.arange(best.numel(), device=best.device)
     ignored = ~positive & (best >= head.band[0])
@@ -131,59 +120,30 @@ def _band(
     return Candidates(torch.where(positive, match, 0).flatten(), slot, ignored.flatten())
 
 
-class _PairIoU:
-    """IoU of predictions, or anchors, with rows, a chunk of pairs at a time.
-
-    ``centre`` and ``size`` are [A, H, W, 2], for all images, or [B, A, H, W, 2]; ``boxes`` [M, 4]; all in pixels.
+def _pairs(centre: Tensor, size: Tensor, boxes: Tensor, rows: Rows) -> PairIoU:
+    """Pairs of rows with predictions, or anchors, [A, H, W, 2] for all images or [B, A, H, W, 2]; ``boxes`` [M, 4] are
+    the rows'; all by centre and size in pixels.
     """
-
-    def __init__(self, centre: Tensor, size: Tensor, boxes: Tensor):
-        shape = (-1, math.prod(centre.shape[-4:-1]))
-        edges = torch.cat((centre - size / 2, centre + size / 2), -1).reshape(*shape, 4)
-        self.edges = edges.permute(2, 0, 1).contiguous()
-        self.area = _area(size).reshape(shape)
-        half = boxes[:, 2:] / 2
-        self.true_edges = torch.cat((boxes[:, :2] - half, boxes[:, :2] + half), 1)[..., None]
-        self.true_area = _area(boxes[:, 2:])[:, None]
-
-    def _chunk(self, now: slice, rows: Rows) -> Tensor:
-        """[rows of a chunk, N]: IoU of each row with the predictions of its image, 0 for an invalid row."""
-        image = rows.image[now] if len(self.area) > 1 else torch.zeros_like(rows.image[now])
-        x1, y1, x2, y2 = (edge.index_select(0, image) for edge in self.edges)
-        tx1, ty1, tx2, ty2 = self.true_edges[now].unbind(1)
-        ow = torch.minimum(x2, tx2) - torch.maximum(x1, tx1)
-        oh = torch.minimum(y2, ty2) - torch.maximum(y1, ty1)
-        inter = ow.clamp(min=0) * oh.clamp(min=0)
-        overlap, _ = _iou(inter, self.area.index_select(0, image), self.true_area[now])
-        return torch.where(rows.valid[now, None], overlap, 0.0)
-
-    def _chunks(self) -> list[slice]:
-        step = max(1, PAIRS_CHUNK // self.area.shape[1])
-        return [slice(start, start + step) for start in range(0, len(self.true_area), step)]
-
-    def best(self, rows: Rows, batch_size: int) -> Tensor:
-        """[B, N]: the largest IoU of each prediction with a row of its image."""
-        best = self.area.new_zeros(batch_size, self.area.shape[1])
-        for now in self._chunks():
-            overlap = self._chunk(now, rows)
-            best.scatter_reduce_(0, rows.image[now, None].expand_as(overlap), overlap, "amax")
-        return best
-
-    def first(self, rows: Rows, best: Tensor) -> Tensor:
-        """[B, N]: the first row that has the largest IoU; M where there is none."""
-        m = len(self.true_area)
-        match = torch.full(best.shape, m, device=best.device)
-        for now in self._chunks():
-            overlap, image = self._chunk(now, rows), rows.image[now]
-            row = torch.arange(now.start, now.start + len(image), device=best.device)[:, None]
-            row = torch.where(rows.valid[now, None] & (overlap == best.index_select(0, image)), row, m)
-            match.scatter_reduce_(0, image[:, None].expand_as(row), row, "amin")
-        return match
+    shape = (-1, math.prod(centre.shape[-4:-1]))
+    edges = torch.cat((centre - size / 2, centre + size / 2), -1).reshape(*shape, 4)
+    half = boxes[:, 2:] / 2
+    true_edges = torch.cat((boxes[:, :2] - half, boxes[:, :2] + half), 1)
+    return PairIoU(edges, area(size).reshape(shape), true_edges, area(boxes[:, 2:]), rows)
 
 
 def grid_view(pred: Tensor, anchors: int) -> Tensor:
     """``[B, A (5 + C), H, W]`` or ``[B, A, H, W, 5 + C]`` as a view ``[B, A, H, W, 5 + C]``."""
     return pred if pred.ndim == 5 else pred.unflatten(1, (anchors, -1)).permute(0, 1, 3, 4, 2)
+
+
+def decode_map(raw: Tensor, level: int, head: GridHead) -> tuple[Tensor, Tensor]:
+    """Centres and sizes, both [B, A, H, W, 2] in pixels, of the boxes of a whole map [B, A, H, W, >= 4]."""
+    (H, W), stride = raw.shape[2:4], head.strides[level]
+    x, y = torch.arange(W, device=raw.device), torch.arange(H, device=raw.device)
+    origin = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(raw.dtype) * stride
+    anchors = level_anchors(head, level, raw)[:, None, None]
+    centre, size = DECODE[head.decode](raw[..., :2], raw[..., 2:4], anchors, stride, head.scale_x_y[level])
+    return centre + origin, size
 
 
 def grid_loss(
@@ -241,7 +201,7 @@ def _level_loss(
     # classes, where a candidate leads
     logits = raw[:, 5:]
     count = raw.new_zeros(R, C).index_put((group, label), used.to(raw.dtype), accumulate=True)
-    positive, negative = _constants(head.class_targets, raw)
+    positive, negative = constants(head.class_targets, raw)
     target = torch.where(count > 0, positive, negative)
     loss = LABEL_TERMS[head.label](logits, target, head.label_args)
     if weights is not None:
@@ -329,7 +289,7 @@ def locate(
     boxes = rows.boxes.to(dtype)[found.row]
     place = found.slot % (len(own) * H * W)
     cell = torch.stack((place % W, place // W % H), -1)
-    return boxes[:, :2] * _constants((W, H), boxes) - cell, _anchors(head, own, boxes)[place // (H * W)]
+    return boxes[:, :2] * constants((W, H), boxes) - cell, _anchors(head, own, boxes)[place // (H * W)]
 
 
 def _box_term(
@@ -339,7 +299,7 @@ def _box_term(
     cell's origin in cells, the true size relative to the image, and the anchors in pixels; ``cells`` is (H, W).
     """
     a, b, stride, scale = raw[..., :2], raw[..., 2:4], head.strides[level], head.scale_x_y[level]
-    image = _constants((cells[1] * stride, cells[0] * stride), raw)
+    image = constants((cells[1] * stride, cells[0] * stride), raw)
     unit = {"pixel": torch.ones_like(image), "cell": torch.full_like(image, stride), "image": image}[head.unit]
     centre, p = DECODE[head.decode](a, b, anchors, stride, scale)
     p, g, distance = p / unit, size * image / unit, (offset * stride - centre) / unit
@@ -347,7 +307,7 @@ def _box_term(
     pair = torch.cat((-p / 2, p / 2), -1), torch.cat((distance - g / 2, distance + g / 2), -1)
     if head.box in OFFSET_TERMS:
         loss = OFFSET_TERMS[head.box](a, b, offset, (size * image / anchors).log(), scale).sum(-1)
-        loss = loss * (1 + head.area_weight * (1 - _area(size).clamp(max=head.area_cap)))
+        loss = loss * (1 + head.area_weight * (1 - area(size).clamp(max=head.area_cap)))
     else:
         loss = BOX_TERMS[head.box](*pair, head.box_args, image / unit)
     quality = torch.ones_like(loss.detach())
@@ -379,13 +339,8 @@ def _overlap(pred: Tensor, rows: Rows, level: int, head: GridHead) -> Tensor:
     B, _, H, W, _ = pred.shape
     if head.ignore_thresh is None:
         return pred.new_zeros(pred[..., 0].numel())
-    stride, scale = head.strides[level], head.scale_x_y[level]
-    x, y = torch.arange(W, device=pred.device), torch.arange(H, device=pred.device)
-    origin = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(pred.dtype) * stride
-    anchors = _anchors(head, head.levels[level], pred)[:, None, None]
-    centre, size = DECODE[head.decode](pred[..., :2], pred[..., 2:4], anchors, stride, scale)
-    boxes = rows.boxes.to(pred.dtype) * _constants((W, H, W, H), pred) * stride
-    best = _PairIoU(centre + origin, size, boxes).best(rows, B)
+    boxes = rows.boxes.to(pred.dtype) * constants((W, H, W, H), pred) * head.strides[level]
+    best = _pairs(*decode_map(pred, level, head), boxes, rows).best(B)
     passed = best > head.ignore_thresh
     if head.class_gate is not None:
         passed = passed & (pred[..., 5:] > head.class_gate).any(-1).view_as(best)

@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 
 from ..heads import CellHead, GridHead
 from .cells import cell_views
-from .grid import _anchors, grid_view
-from .terms import DECODE, _area, _iou
+from .grid import decode_map, grid_view
+from .terms import area, iou_of_areas
 
 SCORE_BINS = 2048
 LOWEST_BIN = 0x3F80 - (SCORE_BINS - 1)  # the highest holds 1.0, and what a detector without a sigmoid has above it
@@ -25,14 +25,9 @@ def decode_grid(preds: Sequence[Tensor], head: GridHead) -> tuple[Tensor, Tensor
     or times the softmax over classes where the head learns one.
     """
     boxes, scores = [], []
-    for pred, own, stride, scale in zip(preds, head.levels, head.strides, head.scale_x_y, strict=True):
+    for level, (pred, own) in enumerate(zip(preds, head.levels, strict=True)):
         raw = grid_view(pred, len(own))
-        H, W = raw.shape[2:4]
-        x, y = torch.arange(W, device=raw.device), torch.arange(H, device=raw.device)
-        origin = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(raw.dtype) * stride
-        anchors = _anchors(head, own, raw)[:, None, None]
-        centre, size = DECODE[head.decode](raw[..., :2], raw[..., 2:4], anchors, stride, scale)
-        centre = centre + origin
+        centre, size = decode_map(raw, level, head)
         boxes.append(torch.cat((centre - size / 2, centre + size / 2), -1).flatten(1, 3))
         classes = raw[..., 5:].softmax(-1) if head.label == "softmax_ce" else raw[..., 5:].sigmoid()
         scores.append((raw[..., 4:5].sigmoid() * classes).flatten(1, 3))
@@ -83,15 +78,15 @@ def nms(
     [B, max_det, 4], scores and labels [B, max_det], padded with 0 and -1, and how many there are [B], int32.
     """
     low, high = boxes.chunk(2, -1)
-    area = _area(high - low)
+    areas = area(high - low)
     left, picks, found = scores > 0, [], []
     for _ in range(min(max_det, scores.shape[1])):
         pick = left.to(torch.uint8).argmax(1, keepdim=True)  # the first one left
         found.append(left.gather(1, pick))
         picks.append(pick)
         own_low, own_high = (side.gather(1, pick[..., None].expand(-1, -1, 2)) for side in (low, high))
-        inter = _area((torch.minimum(high, own_high) - torch.maximum(low, own_low)).clamp(min=0))
-        over = _iou(inter, area, area.gather(1, pick))[0] > iou
+        inter = area((torch.minimum(high, own_high) - torch.maximum(low, own_low)).clamp(min=0))
+        over = iou_of_areas(inter, areas, areas.gather(1, pick))[0] > iou
         if not class_agnostic:
             over = over & (labels == labels.gather(1, pick))
         left = (left & ~over).scatter(1, pick, False)

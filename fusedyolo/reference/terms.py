@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, smooth_l1_loss
 
 from .. import checks
 
@@ -19,7 +19,7 @@ def _div(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
 
 
-def _constants(values: Sequence[float], like: Tensor) -> Tensor:
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
     """[len(values)] of the dtype and device of ``like``, by fill: torch.tensor(..., device="cuda") would wait."""
     return torch.stack([like.new_full((), value) for value in values])
 
@@ -126,11 +126,12 @@ def _pair(p: Tensor, g: Tensor, eps: float) -> _Pair:
     return _Pair((p2 - p1) / unit, (g2 - g1) / unit, overlap / unit, enclosing / unit, distance / unit, eps_scaled)
 
 
-def _area(sides: Tensor) -> Tensor:
+def area(sides: Tensor) -> Tensor:
+    """Width times height, of [..., 2]."""
     return sides[..., 0] * sides[..., 1]
 
 
-def _iou(inter: Tensor, p: Tensor, g: Tensor, eps: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+def iou_of_areas(inter: Tensor, p: Tensor, g: Tensor, eps: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """IoU = inter / (union + eps), and the union, from three areas."""
     union = p + g - inter
     return _div(inter, union + eps), union
@@ -138,7 +139,7 @@ def _iou(inter: Tensor, p: Tensor, g: Tensor, eps: Tensor | float = 0.0) -> tupl
 
 def _overlap_share(b: _Pair) -> Tensor:
     """IoU."""
-    return _iou(_area(b.overlap), _area(b.p), _area(b.g), b.eps)[0]
+    return iou_of_areas(area(b.overlap), area(b.p), area(b.g), b.eps)[0]
 
 
 def _compose(value: Tensor, penalties: Sequence[Tensor], args: Sequence[float]) -> Tensor:
@@ -161,8 +162,8 @@ def iou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = Non
 def giou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
     """1 - IoU + (C - U) / (C + eps), C the area of the enclosing box (Rezatofighi et al. 2019)."""
     b = _pair(p, g, args[0])
-    value, union = _iou(_area(b.overlap), _area(b.p), _area(b.g), b.eps)
-    return _compose(value, [_div(_area(b.enclosing) - union, _area(b.enclosing) + b.eps)], args)
+    value, union = iou_of_areas(area(b.overlap), area(b.p), area(b.g), b.eps)
+    return _compose(value, [_div(area(b.enclosing) - union, area(b.enclosing) + b.eps)], args)
 
 
 def _spread(b: _Pair) -> Tensor:
@@ -193,7 +194,7 @@ def ciou_plus(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None
     """
     b = _pair(p, g, args[0])
     value = _overlap_share(b)
-    taller = _constants((0.0, args[0]), p)
+    taller = constants((0.0, args[0]), p)
     sides = g[..., 2:] - g[..., :2]
     sides = torch.where(sides > 0, sides, sides.detach())
     v = 4 / math.pi**2 * (_angle(sides + taller) - _angle(p[..., 2:] - p[..., :2] + taller)) ** 2
@@ -224,7 +225,7 @@ def siou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = No
     b = _pair(p, g, args[0])
     unit = b.distance.detach().abs().amax(-1, keepdim=True)
     far = b.distance.abs() / torch.where(unit > 0, unit, 1.0)
-    angle = _div(2 * _area(far), (far**2).sum(-1))
+    angle = _div(2 * area(far), (far**2).sum(-1))
     distance = 1 - (-(2 - angle[..., None]) * _share(b.distance, b.enclosing, b.eps)).exp()
     shape = (1 - (-_div((b.p - b.g).abs(), torch.maximum(b.p, b.g))).exp()) ** 4
     return _compose(_overlap_share(b), [(distance + shape).sum(-1) / 2], args)
@@ -255,7 +256,7 @@ def _angle(sides: Tensor) -> Tensor:
 
 # ---- offset terms: (a, b, ta, tb, scale) -> loss, one axis: raw logits a of the centre and b of the size, target ta of
 # the scaled sigmoid (true centre from the cell's origin, in cells), target tb of b, log(true size / anchor); scale is
-# the grid sensitivity. Smooth, no ties.
+# the grid sensitivity. Smooth, no ties, but for l1 and smooth_l1.
 
 
 def _scaled_sigmoid(a: Tensor, scale: float) -> Tensor:
@@ -273,8 +274,18 @@ def bce_mse(a: Tensor, b: Tensor, ta: Tensor, tb: Tensor, scale: float) -> Tenso
     return scale * bce(a, (ta + (scale - 1) / 2) / scale) + (b - tb) ** 2 / 2
 
 
-# ---- decoding: (a, b, anchor, stride, scale) -> centre from the cell's origin, size, one axis, in the unit of anchor
-# and stride; a, b, scale as above.
+def l1(a: Tensor, b: Tensor, ta: Tensor, tb: Tensor, scale: float) -> Tensor:
+    """Absolute differences of raw a and b; ta and tb are their targets themselves."""
+    return (a - ta).abs() + (b - tb).abs()
+
+
+def smooth_l1(a: Tensor, b: Tensor, ta: Tensor, tb: Tensor, scale: float) -> Tensor:
+    """The same, quadratic below ``scale`` (Girshick 2015; torch's beta)."""
+    return torch.stack([smooth_l1_loss(raw, t, reduction="none", beta=scale) for raw, t in ((a, ta), (b, tb))]).sum(0)
+
+
+# ---- decoding: (a, b, anchor, stride, scale) -> centre from the cell's origin, or from the centre of an anchor that
+# has a place, and size, one axis, in the unit of anchor and stride; a, b, scale as above.
 
 
 def exp(a: Tensor, b: Tensor, anchor: Tensor, stride: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -289,7 +300,20 @@ def sigmoid_square(a: Tensor, b: Tensor, anchor: Tensor, stride: float, scale: f
     return _scaled_sigmoid(a, scale) * stride, anchor * (2 * b.sigmoid()) ** 2
 
 
-# ---- encoding: (centre, size, anchor, stride, scale) -> a, b, the logits that decode to a centre and a size; where
+LARGEST_DELTA = math.log(1000 / 16)  # of a size; torchvision's
+
+
+def delta(a: Tensor, b: Tensor, anchor: Tensor, stride: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """RetinaNet, SSD: an anchor's centre moved by a strides, its size times e^(scale b), held below 1000 / 16."""
+    return a * stride, anchor * (b * scale).clamp(max=LARGEST_DELTA).exp()
+
+
+def ltrb(a: Tensor, b: Tensor, anchor: Tensor, stride: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """FCOS: a anchors before the anchor's centre and b behind it."""
+    return (b - a) * anchor / 2, (a + b) * anchor
+
+
+# ---- encoding: (centre, size, anchor, stride, scale) -> a, b, the outputs that decode to a centre and a size; where
 # none does (a centre beyond what the sigmoid reaches, say), the nearest within 1e-6 of its range.
 
 
@@ -309,6 +333,16 @@ def encode_sigmoid_square(
     return _logit((centre / stride + (scale - 1) / 2) / scale), _logit((size / anchor).sqrt() / 2)
 
 
+def encode_delta(centre: Tensor, size: Tensor, anchor: Tensor, stride: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`delta`."""
+    return centre / stride, (size / anchor).log() / scale
+
+
+def encode_ltrb(centre: Tensor, size: Tensor, anchor: Tensor, stride: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`ltrb`."""
+    return (size / 2 - centre) / anchor, (size / 2 + centre) / anchor
+
+
 Term = Callable[..., Tensor]
 LABEL_TERMS: dict[str, Term] = {
     "bce": bce, "focal": focal, "qfl": qfl, "varifocal": varifocal, "sse": sse, "softmax_ce": softmax_ce,
@@ -317,9 +351,16 @@ BOX_TERMS: dict[str, Term] = {
     "iou": iou, "giou": giou, "diou": diou, "ciou": ciou, "eiou": eiou, "siou": siou, "mpdiou": mpdiou,
     "ciou_plus": ciou_plus,
 }  # fmt: skip
-OFFSET_TERMS: dict[str, Term] = {"mse": mse, "bce_mse": bce_mse}
-DECODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"exp": exp, "sigmoid_square": sigmoid_square}
+OFFSET_TERMS: dict[str, Term] = {"mse": mse, "bce_mse": bce_mse, "l1": l1, "smooth_l1": smooth_l1}
+DECODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "exp": exp,
+    "sigmoid_square": sigmoid_square,
+    "delta": delta,
+    "ltrb": ltrb,
+}
 ENCODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "exp": encode_exp,
     "sigmoid_square": encode_sigmoid_square,
+    "delta": encode_delta,
+    "ltrb": encode_ltrb,
 }

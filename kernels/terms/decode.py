@@ -1,8 +1,9 @@
 """Decoding, one axis at a time: raw logits to a box's centre and size.
 
 Contract: ``axis(a, b, anchor, stride, scale) -> (centre, size), (dc_da, dc_db, dw_da, dw_db)``. ``a`` and ``b`` are the
-raw logits of centre and size; ``centre`` is measured from the cell's origin; ``anchor``, ``stride`` and the results
-share one unit of length; ``scale`` is the grid sensitivity. x and y are two calls, so they cannot diverge.
+raw outputs, of grids the logits of centre and size; ``centre`` is measured from the cell's origin, or from the centre
+of an anchor that has a place; ``anchor``, ``stride`` and the results share one unit of length; ``scale`` is the grid
+sensitivity, or what else :func:`delta` says. x and y are two calls, so they cannot diverge.
 """
 
 import triton
@@ -37,3 +38,17 @@ def sigmoid_square(a, b, anchor, stride, scale):
     p, q, _e = logistic(b)
     w = anchor * (4.0 * p * p)
     return (v * stride, w), (dv * stride, 0.0, 0.0, 2.0 * w * q)
+
+
+@triton.jit
+def delta(a, b, anchor, stride, scale):
+    """RetinaNet, SSD: an anchor's centre moved by a strides, its size times e^(scale b); b held below ln(1000 / 16)."""
+    z = b * scale
+    w = anchor * tl.exp(tl.minimum(z, 4.135166556742356))
+    return (a * stride, w), (stride, 0.0, 0.0, tl.where(z <= 4.135166556742356, scale * w, 0.0))
+
+
+@triton.jit
+def ltrb(a, b, anchor, stride, scale):
+    """FCOS: a anchors before the anchor's centre and b behind it."""
+    return (0.5 * anchor * (b - a), anchor * (a + b)), (-0.5 * anchor, 0.5 * anchor, anchor, anchor)

@@ -1,0 +1,1 @@
+"""Other libraries' models trained with these losses; each module imports its library."""

@@ -1,0 +1,365 @@
+"""RetinaNet, SSD and FCOS: losses over anchors that each predict a box and the logits of all classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import backend as backends
+from .. import checks, reference
+from ..heads import DELTA_KINDS, IOU_KINDS, DenseHead
+from ..targets import Targets, as_targets, corner_rows, without_spare
+from .base import counts_without_spare
+from .output import LossOutput, rounded
+
+TERMS = ("classification", "bbox_regression", "bbox_ctrness")
+"""Names of the parts, torchvision's."""
+
+Maps = Tensor | Sequence[Tensor]
+AnyTargets = Tensor | Sequence[dict[str, Tensor]] | Targets
+
+
+class DenseCall(NamedTuple):
+    """The arguments of a call."""
+
+    levels: list[list[Tensor]]  # class logits, boxes and, of some heads, centreness; of each a tensor a level
+    channels: tuple[int, ...]
+    anchors: Tensor  # [N, 4] float32, or float64 as the predictions
+    rows: Tensor  # [M, 6]
+    offsets: Tensor | None
+    size: tuple[float, float] | None  # (height, width) of the images, if known
+    corners: bool  # rows hold corners in pixels, not centre and size relative to the image
+    ends: tuple[int, int]  # anchors of the first and the last level
+
+
+class DenseLoss(nn.Module):
+    """A module around a :class:`~fusedyolo.heads.DenseHead`; a subclass makes the head of its arguments."""
+
+    head: DenseHead
+
+    def __init__(self, head: DenseHead, image_size: int | tuple[int, int] | None, backend: str):
+        super().__init__()
+        self.head = rounded(head)
+        self._key = self.head.key
+        self.backend = checks.one_of("backend", backend, backends.BACKENDS)
+        self.image_size = None if image_size is None else checks.size("image_size", image_size)
+
+    def forward(
+        self,
+        preds: Sequence[Maps],
+        targets: AnyTargets,
+        anchors: Tensor,
+        num_anchors_per_level: Sequence[int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> LossOutput:
+        """The loss of one batch.
+
+        Args:
+            preds: what the network predicts, as the class says, of any strides; float16, bfloat16, float32 or float64.
+            targets: a torchvision list of dicts; or, with the ``image_size``, packed ``[M, 6]``, padded ``[B, G, 5]``
+                or :class:`Targets`.
+            anchors: ``[N, 4]``, x1, y1, x2, y2 in pixels, of all images; see :mod:`fusedyolo.anchors`.
+            num_anchors_per_level: how many of them each level has; maps tell that themselves.
+            image_size: (height, width) of this batch, or one side of a square; that of the constructor without it.
+
+        Raises:
+            ValueError: names the argument, what came and what was wanted.
+        """
+        total, terms, counts = self._compute(preds, targets, anchors, num_anchors_per_level, image_size)
+        parts = {name: term.detach() for name, term in zip(TERMS, terms, strict=False)}
+        num_pos, num_invalid = counts.unbind()
+        return LossOutput(total, parts, num_pos, num_invalid)
+
+    def terms(
+        self,
+        preds: Sequence[Maps],
+        targets: AnyTargets,
+        anchors: Tensor,
+        num_anchors_per_level: Sequence[int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """The parts of the loss with a gradient each, as torchvision's detectors return them; to weigh them apart.
+
+        Arguments and errors are those of :meth:`forward`.
+        """
+        _, terms, _ = self._compute(preds, targets, anchors, num_anchors_per_level, image_size)
+        return dict(zip(TERMS, terms, strict=False))
+
+    def read(
+        self, preds: Any, targets: Any, anchors: Any, num_anchors_per_level: Any = None, image_size: Any = None
+    ) -> DenseCall:
+        """The arguments of :meth:`forward`, checked, in the form in which they are used."""
+        head = self.head
+        names = ("cls_logits", "bbox_regression", "bbox_ctrness")[: 3 if head.centreness else 2]
+        channels = (head.num_classes, 4, 1)[: len(names)]
+        levels, sizes = checks.dense_predictions(preds, names, channels, anchors)
+        ends = checks.level_sizes(num_anchors_per_level, sizes, head.matcher == "centre")
+        pred: Tensor = levels[0][0]
+        size = self.image_size if image_size is None else checks.size("image_size", image_size)
+        corners = isinstance(targets, list | tuple)
+        if size is None and (not corners or head.box == "mpdiou"):
+            what = "with loss_type='mpdiou'" if corners else "for targets relative to the image"
+            checks.fail("image_size", None, f"(height, width) of the images, {what}")
+        offsets: Tensor | None
+        if corners:
+            rows, offsets = corner_rows(targets, len(pred), pred.device)
+        else:
+            rows, offsets = as_targets(targets, len(pred), size or (1, 1), pred.device)
+        wide = torch.float64 if pred.dtype == torch.float64 else torch.float32
+        return DenseCall(levels, channels, anchors.detach().to(wide), rows, offsets, size, corners, ends)
+
+    def _compute(self, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Total, parts and counts."""
+        call = self.read(*arguments)
+        pred = call.levels[0][0]
+        if backends.resolve(self.backend, pred.device) == "triton":
+            from .. import ops
+
+            flat = [p for maps in call.levels for p in maps]
+            height, width = (math.inf, math.inf) if call.size is None else call.size
+            # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In
+            # float16 small gradients would be lost before a GradScaler's factor reaches them.
+            asked = torch.is_grad_enabled() and any([p.requires_grad for p in flat])
+            with_grad = asked and pred.dtype != torch.float16 and not torch.compiler.is_compiling()
+            total, cls, box, middle, counts, *_ = ops.dense_loss(
+                flat,
+                call.anchors.contiguous(),
+                call.rows,
+                call.offsets,
+                self._key,
+                [float(width), float(height)],
+                call.corners,
+                list(call.ends),
+                with_grad,
+            )
+            return total, (cls, box, middle)[: len(call.levels)], counts
+        rows, spare = without_spare(call.rows, call.offsets)
+        maps = [reference.flat_maps(each, width) for each, width in zip(call.levels, call.channels, strict=True)]
+        centre = maps[2] if self.head.centreness else None
+        terms, counts = reference.dense_loss(
+            maps[0], maps[1], centre, call.anchors, rows, self.head, call.size, call.corners, call.ends
+        )
+        return torch.stack(terms).sum(), terms, counts_without_spare(counts, spare)
+
+    def extra_repr(self) -> str:
+        """The arguments that tell one loss from another."""
+        return f"num_classes={self.head.num_classes}, loss_type={self.head.box!r}, backend={self.backend!r}"
+
+
+def _box(loss_type: Any, kinds: tuple[str, ...], beta: Any) -> dict[str, Any]:
+    """Fields of the head that say what boxes cost."""
+    return {
+        "box": checks.one_of("loss_type", loss_type, kinds),
+        "beta": checks.number("beta", beta, 0),
+        "box_args": (1e-7, 1e-7),
+    }
+
+
+def _focal(alpha: Any, gamma: Any) -> dict[str, Any]:
+    """Fields of the head that say what classes cost."""
+    alpha = checks.number("alpha", alpha, high=1)
+    if alpha < 0 and alpha != -1:
+        checks.fail("alpha", alpha, "a number in [0, 1], or -1 for none")
+    return {"label": "focal", "label_args": (alpha, checks.number("gamma", gamma, 0))}
+
+
+def _weights(value: Any) -> tuple[float, float, float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        checks.fail("weights", checks.describe(value), "four positive numbers, of x, y, w and h")
+    x, y, w, h = (checks.number("weights", item, 0, open_low=True) for item in value)
+    return x, y, w, h
+
+
+class RetinaNetLoss(DenseLoss):
+    """Training loss of RetinaNet (Lin et al. 2017, arXiv 1708.02002), that of torchvision.
+
+    An anchor with an IoU of ``fg_iou_thresh`` or more takes the object that it overlaps most, with one from
+    ``bg_iou_thresh`` to there it is ignored. With ``allow_low_quality_matches`` every anchor that overlaps some object
+    as much as any anchor does takes the object that it overlaps most itself; an object that meets no anchor thus claims
+    all anchors that it does not meet, as in torchvision. With n the anchors of an image that have an object, not below
+    1,
+
+        mean over images of sum over anchors not ignored of focal(class logits, one-hot) / n
+        + mean over images of sum over anchors with an object of loss_type(box) / n
+
+    Args:
+        num_classes: C.
+        fg_iou_thresh: IoU of a match, from there on.
+        bg_iou_thresh: IoU below which an anchor is background.
+        allow_low_quality_matches: see above.
+        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or an IoU loss on decoded boxes: ``"iou"``, ``"giou"``,
+            ``"diou"``, ``"ciou"``, ``"eiou"``, ``"siou"`` or ``"mpdiou"``.
+        beta: of ``"smooth_l1"``, the difference below which it is quadratic.
+        alpha: weight of positives in the focal loss, -1 for no weights.
+        gamma: exponent of its modulating factor.
+        weights: of x, y, w and h, what deltas are multiplied by.
+        image_size: (height, width) in pixels; needed where targets are relative to the image.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Shapes:
+        - preds: ``(cls_logits, bbox_regression)``, ``[B, N, C]`` and ``[B, N, 4]`` (dx, dy, dw, dh), N counting levels,
+          rows, columns and the anchors of a cell; or for each a list of maps ``[B, A * C, H, W]`` and
+          ``[B, A * 4, H, W]``.
+        - targets: a list of ``{"boxes": x1 y1 x2 y2 in pixels, "labels"}``; or, with ``image_size``, ``[M, 6]`` of
+          image, class, cx, cy, w, h, normalised, in any order; or ``[B, G, 5]``; or :class:`~fusedyolo.Targets`.
+          Labels are indices of class logits.
+        - anchors: ``[N, 4]``, x1, y1, x2, y2 in pixels.
+        - output: :class:`~fusedyolo.LossOutput` with the parts ``classification`` and ``bbox_regression``; ``num_pos``
+          is the number of anchors with an object.
+
+    Rows that cannot be (class or image out of range, not finite, no area, centre outside the image as far as its size
+    is known) are skipped and counted in ``num_invalid``.
+
+    Raises:
+        ValueError: an argument of the constructor or of a call does not fit; it says which, what came and what was
+            wanted.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        fg_iou_thresh: float = 0.5,
+        bg_iou_thresh: float = 0.4,
+        allow_low_quality_matches: bool = True,
+        loss_type: str = "l1",
+        beta: float = 1.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        image_size: int | tuple[int, int] | None = None,
+        backend: str = "auto",
+    ):
+        high = checks.number("fg_iou_thresh", fg_iou_thresh, 0, 1)
+        low = checks.number("bg_iou_thresh", bg_iou_thresh, 0, 1)
+        if low > high:
+            checks.fail("bg_iou_thresh", bg_iou_thresh, f"at most fg_iou_thresh, {fg_iou_thresh}")
+        head = DenseHead(
+            num_classes=checks.count("num_classes", num_classes),
+            matcher="iou",
+            band=(low, high),
+            rescue="equal" if checks.flag("allow_low_quality_matches", allow_low_quality_matches) else None,
+            decode="delta",
+            weights=_weights(weights),
+            mean="image",
+            **_box(loss_type, DELTA_KINDS + IOU_KINDS, beta),
+            **_focal(alpha, gamma),
+        )
+        super().__init__(head, image_size, backend)
+
+
+class SSDLoss(DenseLoss):
+    """Training loss of SSD (Liu et al. 2016, arXiv 1512.02325), that of torchvision: the MultiBox loss.
+
+    An anchor with an IoU of ``iou_thresh`` or more takes the object that it overlaps most; beside that, the best anchor
+    of every object takes that object, the last one of several. Of the anchors left, ``neg_to_pos_ratio`` times as many
+    as an image has with an object count, those of the largest cross-entropy. With n the anchors of the batch that have
+    an object, at least 1,
+
+        sum over anchors that count of cross-entropy(class logits, class or background) / n
+        + sum over anchors with an object of loss_type(box) / n
+
+    Should an image not have that many anchors left, some with an object count twice, as in torchvision; which ones
+    torchvision leaves open, here the first. Of equal cross-entropies the first anchors count, too.
+
+    Args:
+        num_classes: C, counting the background, which is class 0, as in torchvision.
+        iou_thresh: IoU of a match, from there on.
+        neg_to_pos_ratio: negatives that count for each positive.
+        loss_type: as in :class:`RetinaNetLoss`.
+        beta: as in :class:`RetinaNetLoss`.
+        weights: as in :class:`RetinaNetLoss`.
+        image_size: (height, width) in pixels; needed where targets are relative to the image.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Shapes, output and errors are those of :class:`RetinaNetLoss`. Labels are 1 ... C - 1, in every form of targets;
+    rows of class 0 are skipped and counted in ``num_invalid``.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        iou_thresh: float = 0.5,
+        neg_to_pos_ratio: float = 3.0,
+        loss_type: str = "smooth_l1",
+        beta: float = 1.0,
+        weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+        image_size: int | tuple[int, int] | None = None,
+        backend: str = "auto",
+    ):
+        thresh = checks.number("iou_thresh", iou_thresh, 0, 1)
+        head = DenseHead(
+            num_classes=checks.count("num_classes", num_classes, 2),
+            background=True,
+            matcher="iou",
+            band=(thresh, thresh),
+            rescue="best",
+            decode="delta",
+            weights=_weights(weights),
+            label="softmax_ce",
+            label_args=(),
+            negatives=checks.number("neg_to_pos_ratio", neg_to_pos_ratio, 0, open_low=True),
+            mean="batch",
+            **_box(loss_type, DELTA_KINDS + IOU_KINDS, beta),
+        )
+        super().__init__(head, image_size, backend)
+
+
+class FCOSLoss(DenseLoss):
+    """Training loss of FCOS (Tian et al. 2019, arXiv 1904.01355), that of torchvision.
+
+    An anchor takes the smallest object (the first of equals) among those that hold its centre, whose own is less than
+    ``center_sampling_radius`` anchor sides away on both axes, and whose farthest side is between 4 and 8 anchor sides
+    away; the first level also takes those nearer, the last those farther. With n the anchors of the batch that have an
+    object, at least 1, and BCE of the centreness towards sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)),
+
+        (sum over anchors of focal(class logits, one-hot) + sum over anchors with an object of loss_type(box) + BCE) / n
+
+    Areas are compared as torchvision does: in float32 those closer than 8 square pixels are equal.
+
+    Args:
+        num_classes: C.
+        center_sampling_radius: see above.
+        loss_type: ``"iou"``, ``"giou"``, ``"diou"``, ``"ciou"``, ``"eiou"``, ``"siou"`` or ``"mpdiou"``.
+        alpha: as in :class:`RetinaNetLoss`.
+        gamma: as in :class:`RetinaNetLoss`.
+        image_size: (height, width) in pixels; needed where targets are relative to the image.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Shapes:
+        - preds: ``(cls_logits, bbox_regression, bbox_ctrness)``, ``[B, N, C]``, ``[B, N, 4]`` (left, top, right, bottom
+          in units of the anchor's side, not negative) and ``[B, N, 1]``; or for each a list of maps. In one piece, the
+          call needs ``num_anchors_per_level``.
+        - anchors: ``[N, 4]`` squares, x1, y1, x2, y2 in pixels.
+
+    Other shapes, output (with the third part ``bbox_ctrness``) and errors are those of :class:`RetinaNetLoss`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        center_sampling_radius: float = 1.5,
+        loss_type: str = "giou",
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        image_size: int | tuple[int, int] | None = None,
+        backend: str = "auto",
+    ):
+        head = DenseHead(
+            num_classes=checks.count("num_classes", num_classes),
+            matcher="centre",
+            rescue=None,
+            radius=checks.number("center_sampling_radius", center_sampling_radius, 0, open_low=True),
+            decode="ltrb",
+            mean="batch",
+            centreness=True,
+            **_box(loss_type, IOU_KINDS, 1.0),
+            **_focal(alpha, gamma),
+        )
+        super().__init__(head, image_size, backend)

@@ -1,0 +1,483 @@
+"""Losses over anchors that each predict a box and the logits of all classes: operators, autograd, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..heads import DELTA_KINDS, DenseHead, dense_head_from_key
+from ..kernels import dense, match
+from ..kernels.launch import MATCH_BLOCK, MATCH_ROWS, RANK_BLOCK, RANK_THREADS, DenseConfig, dense_config
+from ..kernels.terms import box, decode, label, offset
+from .launch import Launch, accumulator, done_counter, forget_zeros, refuse_double_backward, zeros
+
+BOX_CHANNELS, CENTRE_CHANNELS = 4, 1
+
+
+class Geometry(NamedTuple):
+    """What is known of the targets and levels of a call beside the tensors."""
+
+    size: tuple[float, float]  # width and height of the image; infinite where unknown
+    corners: bool  # rows hold corners in pixels, not centre and size relative to the image
+    ends: tuple[int, int]  # anchors of the first and the last level
+
+
+class DenseOutputs(NamedTuple):
+    """What the launches of a loss leave; the last ones are empty where no gradient is asked for, or none left yet."""
+
+    total: Tensor  # 0-dim
+    cls: Tensor  # 0-dim
+    box: Tensor  # 0-dim
+    centre: Tensor  # 0-dim, of no meaning without centreness
+    counts: Tensor  # int32 [2]: anchors with a row, invalid rows
+    match: Tensor  # int32 [B, N], by position
+    found: Tensor  # int32 [B * blocks]: anchors with a row
+    ce: Tensor  # [B, N] cross-entropies, of a ranked head
+    picks: Tensor  # int64 [B, 3], of a ranked head
+    grads: list[Tensor]  # as the predictions
+
+
+@lru_cache(maxsize=256)
+def _constants(key: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What the driver takes from the row alone."""
+    head = dense_head_from_key(key)
+    is_delta = head.box in DELTA_KINDS
+    return {
+        "weights": head.weights,
+        "beta": head.beta,
+        "box_args": head.box_args,
+        "label_args": head.label_args,
+        "C": head.num_classes,
+        "AXIS": getattr(decode, head.decode),
+        "BOX": None if is_delta else getattr(box, head.box),
+        "OFFSET": getattr(offset, head.box) if is_delta else None,
+        "LABEL": getattr(label, head.label),
+        "CENTRE_LABEL": label.bce if head.centreness else None,
+        "RANKED": head.negatives > 0,
+        "BY_IMAGE": head.mean == "image",
+        "ACC": accumulator(dtype)[0],
+        "K_PAD": 1 << (head.num_classes - 1).bit_length(),
+    }
+
+
+def _split(preds: Sequence[Tensor], head: DenseHead) -> list[Sequence[Tensor]]:
+    """Class logits, boxes and centreness, each a tensor a level, of all of them one after the other."""
+    levels = len(preds) // (3 if head.centreness else 2)
+    return [preds[i : i + levels] for i in range(0, len(preds), levels)]
+
+
+def _view(pred: Tensor, channels: int) -> Tensor:
+    """``[B, N, channels]`` or a map ``[B, A * channels, H, W]`` as a view ``[B, H, W, A, channels]``."""
+    if pred.ndim == 3:
+        return pred[:, None, :, None]
+    return pred.unflatten(1, (-1, channels)).permute(0, 3, 4, 1, 2)
+
+
+def _view_strides(view: Tensor) -> tuple[int, ...]:
+    """Strides by image, row, column, anchor, channel; those of axes of length 1 are made to follow their neighbours."""
+    b, y, x, a, k = view.stride()
+    if view.shape[2] == 1:
+        x = y if view.shape[1] > 1 else 1
+    if view.shape[1] == 1:
+        y = x * view.shape[2]
+    return b, y, x, a, k
+
+
+class _Layout(NamedTuple):
+    """Where predictions, and gradients in the strides that they get, lie."""
+
+    flat: bool
+    follow: bool
+    strides: tuple[tuple[tuple[int, ...], ...], ...]  # of class logits, boxes and centreness, one a level
+    grad_strides: tuple[tuple[tuple[int, ...], ...], ...]
+    widths: tuple[int, ...]
+    cells: tuple[int, ...]
+    anchors: tuple[int, ...]
+
+
+def _layout(preds: Sequence[Tensor], grads: Sequence[Tensor] | None, head: DenseHead) -> _Layout:
+    widths = (head.num_classes, BOX_CHANNELS, CENTRE_CHANNELS)
+    views = [[_view(p, c) for p in maps] for maps, c in zip(_split(preds, head), widths, strict=False)]
+    grad_views = views
+    if grads is not None:
+        grad_views = [[_view(p, c) for p in maps] for maps, c in zip(_split(grads, head), widths, strict=False)]
+    everything = [view for maps in (*views, *grad_views) for view in maps]
+    flat = all(view.is_contiguous() for view in everything)
+    none = (0,) * 5  # a stream has no strides, and no kernel of its own for those of each size
+    strides, grad_strides = (
+        tuple(tuple(none if flat else _view_strides(view) for view in maps) for maps in each)
+        for each in (views, grad_views)
+    )
+    follow = flat or all(s[1] == s[2] * view.shape[2] for view in everything for s in (_view_strides(view),))
+    sizes = [view.shape for view in views[0]]
+    return _Layout(
+        flat,
+        follow,
+        strides,
+        grad_strides,
+        tuple(shape[2] for shape in sizes),
+        tuple(shape[1] * shape[2] for shape in sizes),
+        tuple(shape[3] for shape in sizes),
+    )
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _programs(layout: _Layout, head: DenseHead, batch: int, config: DenseConfig) -> tuple[tuple[int, ...], ...]:
+    """Programs of class logits and of boxes, one number a level."""
+    cls, boxes = [], []
+    for cells, anchors in zip(layout.cells, layout.anchors, strict=True):
+        rows, each = (1, cells * anchors) if layout.flat else (anchors, cells)
+        tiles = batch * rows * _ceil(each, config.cells)
+        if head.negatives:
+            tiles = _ceil(tiles, config.steps)
+        elif layout.flat:
+            tiles = _ceil(batch * each * head.num_classes, config.block * config.steps)
+        cls.append(tiles)
+        boxes.append(batch * rows * _ceil(each, config.anchors))
+    return tuple(cls), tuple(boxes)
+
+
+def dense_launch(
+    preds: Sequence[Tensor],
+    anchors: Tensor,
+    rows: Tensor,
+    head: DenseHead,
+    geometry: Geometry,
+    outputs: DenseOutputs,
+    with_loss: bool,
+    grads: Sequence[Tensor] | None = None,
+    grad_outs: Sequence[Tensor | None] = (None,) * 4,
+    skip_one: bool = False,
+) -> Launch:
+    """A launch of the driver after the match: the loss, the gradient with ``grads``, or both.
+
+    The gradient is multiplied by ``grad_outs``, of the total and of the parts; if ``skip_one`` it is left as it is
+    where that is 1.
+    """
+    layout = _layout(preds, grads, head)
+    batch, N = outputs.match.shape
+    streams = [n * a * head.num_classes for n, a in zip(layout.cells, layout.anchors, strict=True)]
+    largest = max(layout.cells) * (max(layout.anchors) if layout.flat else 1)
+    config = dense_config(min(streams), largest, head.num_classes, head.negatives > 0)
+    cls_programs, box_programs = _programs(layout, head, batch, config)
+    programs = sum(cls_programs) + sum(box_programs)
+    split = _split(preds, head)
+    d_split = [(None,) * len(split[0])] * len(split) if grads is None else _split(grads, head)
+    none: Sequence[Any] = (None,) * len(split[0])
+    partial = outputs.total.new_empty(programs * dense.N_PARTS.value) if with_loss else None
+    arguments = {
+        "cls_ptrs": tuple(split[0]),
+        "d_cls_ptrs": tuple(d_split[0]),
+        "box_ptrs": tuple(split[1]),
+        "d_box_ptrs": tuple(d_split[1]),
+        "centre_ptrs": tuple(split[2] if head.centreness else none),
+        "d_centre_ptrs": tuple(d_split[2] if head.centreness else none),
+        "s_cls": layout.strides[0],
+        "s_d_cls": layout.grad_strides[0],
+        "s_box": layout.strides[1],
+        "s_d_box": layout.grad_strides[1],
+        "s_centre": layout.strides[2] if head.centreness else None,
+        "s_d_centre": layout.grad_strides[2] if head.centreness else None,
+        "Ws": layout.widths,
+        "HWs": layout.cells,
+        "As": layout.anchors,
+        "cls_programs": cls_programs,
+        "box_programs": box_programs,
+        "anchors_ptr": anchors,
+        "match_ptr": outputs.match,
+        "rows_ptr": rows,
+        "found_ptr": outputs.found,
+        "N": N,
+        "B": batch,
+        "blocks": len(outputs.found) // batch,
+        "size": geometry.size,
+        "grads": tuple(grad_outs),
+        "total_ptr": outputs.total if with_loss else None,
+        "parts": (outputs.cls, outputs.box, outputs.centre) if with_loss else (None, None, None),
+        "counts_ptr": outputs.counts if with_loss else None,
+        "partial_ptr": partial,
+        "done_ptr": done_counter(rows.device) if with_loss else None,
+        "ce_ptr": outputs.ce if head.negatives else None,
+        "picks_ptr": outputs.picks if head.negatives else None,
+        **_constants(head.key, preds[0].dtype),
+        "CORNERS": geometry.corners,
+        "FLAT": layout.flat,
+        "FOLLOW": layout.follow,
+        "WITH_LOSS": with_loss,
+        "WITH_GRAD": grads is not None,
+        "SKIP_ONE": skip_one,
+        "BLOCK": config.block,
+        "STEPS": config.steps,
+        "CELLS": config.cells,
+        "PLANES": config.planes,
+        "ANCHORS": config.anchors,
+    }
+    return Launch(dense.dense_kernel, (programs,), arguments, config.threads, config.max_registers)
+
+
+def match_launches(
+    preds: Sequence[Tensor],
+    anchors: Tensor,
+    rows: Tensor,
+    offsets: Tensor | None,
+    head: DenseHead,
+    geometry: Geometry,
+    outputs: DenseOutputs,
+) -> list[Launch]:
+    """The launches that settle which row each anchor takes."""
+    layout = _layout(preds, None, head)
+    batch, N = outputs.match.shape
+    block = min(MATCH_BLOCK, 1 << (N - 1).bit_length())
+    common = {
+        "anchors_ptr": anchors,
+        "N": N,
+        "rows_ptr": rows,
+        "offsets_ptr": offsets,
+        "M": rows.shape[0],
+        "size": geometry.size,
+        "classes": (1 if head.background else 0, head.num_classes),
+        "CORNERS": geometry.corners,
+        "ACC": accumulator(preds[0].dtype)[0],
+        "BLOCK": block,
+        "BLOCK_G": MATCH_ROWS,
+    }
+    grid = (batch * _ceil(N, block),)
+    threads = max(32, block // 4)
+    best = None if head.rescue is None else zeros(rows.device, rows.shape[0], torch.int64)
+    settle = {
+        **common,
+        "As": layout.anchors,
+        "HWs": layout.cells,
+        "B": batch,
+        "band": head.band,
+        "radius": head.radius,
+        "ranges": head.scale_range,
+        "ends": geometry.ends,
+        "best_ptr": best,
+        "match_ptr": outputs.match,
+        "found_ptr": outputs.found,
+        "counts_ptr": outputs.counts,
+        "done_ptr": done_counter(rows.device),
+        "CENTRE": head.matcher == "centre",
+        "RESCUE": head.rescue,
+        "PLANES": not layout.flat,
+    }
+    launches = [Launch(match.match_kernel, grid, settle, threads, 128, exact=True)]
+    if head.rescue is not None:
+        overlap = {**common, "best_ptr": best, "FIRST": head.rescue == "best"}
+        launches.insert(0, Launch(match.overlap_kernel, grid, overlap, threads, 128, exact=True))
+    return launches
+
+
+def rank_launch(head: DenseHead, outputs: DenseOutputs) -> Launch:
+    """The launch that picks the hardest negatives, and completes the loss."""
+    batch, N = outputs.match.shape
+    block = min(RANK_BLOCK, 1 << (N - 1).bit_length())
+    arguments = {
+        "ce_ptr": outputs.ce,
+        "match_ptr": outputs.match,
+        "found_ptr": outputs.found,
+        "N": N,
+        "B": batch,
+        "blocks": len(outputs.found) // batch,
+        "ratio": head.negatives,
+        "picks_ptr": outputs.picks,
+        "total_ptr": outputs.total,
+        "parts": (outputs.cls, outputs.box),
+        "partial_ptr": outputs.total.new_empty(batch),
+        "done_ptr": done_counter(outputs.total.device),
+        "BY_IMAGE": head.mean == "image",
+        "ACC": accumulator(outputs.total.dtype)[0],
+        "BITS": 63 if outputs.total.dtype == torch.float64 else 31,
+        "BLOCK": block,
+    }
+    return Launch(dense.rank_kernel, (batch,), arguments, RANK_THREADS)
+
+
+def loss_launches(
+    preds: Sequence[Tensor],
+    anchors: Tensor,
+    rows: Tensor,
+    offsets: Tensor | None,
+    head: DenseHead,
+    geometry: Geometry,
+    outputs: DenseOutputs,
+) -> list[Launch]:
+    """All launches of a loss, and of its gradient where ``outputs`` has room for that."""
+    launches = match_launches(preds, anchors, rows, offsets, head, geometry, outputs)
+    launches.append(dense_launch(preds, anchors, rows, head, geometry, outputs, True, outputs.grads or None))
+    if head.negatives:
+        launches.append(rank_launch(head, outputs))
+    return launches
+
+
+def dense_outputs(preds: Sequence[Tensor], anchors: Tensor, head: DenseHead, with_grad: bool) -> DenseOutputs:
+    """Memory for what a loss leaves."""
+    pred, N = preds[0], anchors.shape[0]
+    batch, acc = pred.shape[0], accumulator(pred.dtype)[1]
+    ranked = batch if head.negatives else 0
+    total, cls, box, centre = (pred.new_empty((), dtype=acc) for _ in range(4))
+    return DenseOutputs(
+        total,
+        cls,
+        box,
+        centre,
+        pred.new_empty(2, dtype=torch.int32),
+        pred.new_empty((batch, N), dtype=torch.int32),
+        pred.new_empty(batch * _ceil(N, min(MATCH_BLOCK, 1 << (N - 1).bit_length())), dtype=torch.int32),
+        pred.new_empty((ranked, N), dtype=acc),
+        pred.new_empty((ranked, 3), dtype=torch.int64),
+        [torch.empty_like(p) for p in preds] if with_grad and not ranked else [],
+    )
+
+
+@torch.library.custom_op("fusedyolo::dense_loss", mutates_args=())
+def dense_loss(
+    preds: list[Tensor],
+    anchors: Tensor,
+    rows: Tensor,
+    offsets: Tensor | None,
+    key: str,
+    size: list[float],
+    corners: bool,
+    ends: list[int],
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Loss of a dense head; returns :class:`DenseOutputs`.
+
+    ``preds`` are class logits, boxes and centreness, each a tensor a level; ``size``, ``corners`` and ``ends`` what
+    :class:`Geometry` says. The gradients, if asked for and not ranked, are those of the total; the first backward
+    takes them.
+    """
+    head = dense_head_from_key(key)
+    geometry = Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
+    outputs = dense_outputs(preds, anchors, head, with_grad)
+    try:
+        for launch in loss_launches(preds, anchors, rows, offsets, head, geometry, outputs):
+            launch.run()
+    except BaseException:
+        forget_zeros()
+        raise
+    return tuple(outputs)  # type: ignore[return-value]
+
+
+@dense_loss.register_fake
+def _(preds, anchors, rows, offsets, key, size, corners, ends, with_grad):
+    return tuple(dense_outputs(preds, anchors, dense_head_from_key(key), with_grad))
+
+
+def _gradient(
+    grads: list[Tensor],
+    grad_outs: list[Tensor | None],
+    preds: list[Tensor],
+    saved: Sequence[Tensor],
+    key: str,
+    geometry: tuple[list[float], bool, list[int]],
+    skip_one: bool,
+) -> None:
+    anchors, rows, match, found, ce, picks = saved
+    size, corners, ends = geometry
+    none = match.new_empty(0)
+    outputs = DenseOutputs(none, none, none, none, none, match, found, ce, picks, grads)
+    dense_launch(
+        preds,
+        anchors,
+        rows,
+        dense_head_from_key(key),
+        Geometry((size[0], size[1]), corners, (ends[0], ends[1])),
+        outputs,
+        False,
+        grads,
+        grad_outs,
+        skip_one,
+    ).run()
+
+
+@torch.library.custom_op("fusedyolo::dense_loss_grad", mutates_args=())
+def dense_loss_grad(
+    grad_total: Tensor | None,
+    grad_cls: Tensor | None,
+    grad_box: Tensor | None,
+    grad_centre: Tensor | None,
+    preds: list[Tensor],
+    saved: list[Tensor],
+    key: str,
+    size: list[float],
+    corners: bool,
+    ends: list[int],
+) -> list[Tensor]:
+    """Gradient of :func:`dense_loss`'s total and parts by every prediction, times those given (0-dim), in one launch.
+
+    ``saved`` are the anchors, the rows and, of :class:`DenseOutputs`, ``match``, ``found``, ``ce`` and ``picks``.
+    """
+    grads = [torch.empty_like(pred) for pred in preds]
+    grad_outs = [grad_total, grad_cls, grad_box, grad_centre]
+    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), False)
+    return grads
+
+
+@dense_loss_grad.register_fake
+def _(grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends):
+    return [torch.empty_like(pred) for pred in preds]
+
+
+@torch.library.custom_op("fusedyolo::dense_loss_rescale", mutates_args=("grads",))
+def dense_loss_rescale(
+    grads: list[Tensor],
+    grad_total: Tensor | None,
+    grad_cls: Tensor | None,
+    grad_box: Tensor | None,
+    grad_centre: Tensor | None,
+    preds: list[Tensor],
+    saved: list[Tensor],
+    key: str,
+    size: list[float],
+    corners: bool,
+    ends: list[int],
+) -> None:
+    """Turns ``grads``, the gradients for a total multiplied by 1, into those of :func:`dense_loss_grad`: a launch whose
+    programs are over at once where nothing changes, which only the device knows.
+    """
+    grad_outs = [grad_total, grad_cls, grad_box, grad_centre]
+    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), True)
+
+
+@dense_loss_rescale.register_fake
+def _(grads, grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends):
+    return None
+
+
+def _save(ctx, inputs, output):
+    preds, anchors, rows, _offsets, *ctx.settings, _with_grad = inputs
+    outputs = DenseOutputs(*output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(outputs.counts, outputs.match, outputs.found, outputs.ce, outputs.picks, *outputs.grads)
+    ctx.save_for_backward(anchors, rows, outputs.match, outputs.found, outputs.ce, outputs.picks, *preds)
+    # Not among the saved tensors, which must not change: the first backward changes them and gives them away. Tensors
+    # of another type belong to a tracer, and a traced graph must not change what its forward returns.
+    ctx.stored = outputs.grads if outputs.grads and type(outputs.grads[0]) is Tensor else None
+
+
+def _backward(ctx, grad_total, grad_cls, grad_box, grad_centre, *_rest):
+    saved, preds = list(ctx.saved_tensors[:6]), list(ctx.saved_tensors[6:])
+    grad_outs = (grad_total, grad_cls, grad_box, grad_centre)
+    nothing = (None,) * 8
+    if all(grad is None for grad in grad_outs):
+        return [None] * len(preds), *nothing
+    grads, ctx.stored = ctx.stored, None
+    if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
+        grads = dense_loss_grad(*grad_outs, preds, saved, *ctx.settings)
+    else:
+        dense_loss_rescale(grads, *grad_outs, preds, saved, *ctx.settings)
+    return list(grads), *nothing
+
+
+dense_loss.register_autograd(_backward, setup_context=_save)
+dense_loss_grad.register_autograd(refuse_double_backward(dense_loss_grad._qualname))

@@ -1,0 +1,230 @@
+"""Losses over anchors that each predict a box and the logits of all classes: the twin of ``kernels/match.py`` and
+``kernels/dense.py``. Boxes are x1, y1, x2, y2 in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..heads import DELTA_KINDS, DenseHead
+from .pairs import PairIoU, Rows, chunks, corner_areas
+from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS, area, constants
+
+BACKGROUND, IGNORED = -1, -2
+LARGEST_AREA = 1e8  # square pixels; torchvision takes an area from this, and the largest difference wins
+
+
+def flat(maps: Sequence[Tensor], channels: int) -> Tensor:
+    """``[B, N, channels]`` of that, or of maps ``[B, A * channels, H, W]``; N counts levels, rows, columns, anchors."""
+    if maps[0].ndim == 3:
+        return maps[0]
+    cells = [m.unflatten(1, (-1, channels)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps]
+    return torch.cat(cells, 1)
+
+
+def read_corners(
+    rows: Tensor, head: DenseHead, batch_size: int, size: tuple[float, float] | None, corners: bool, dtype: torch.dtype
+) -> Rows:
+    """Validity of target rows [M, 6] by the contract, and what they hold.
+
+    The boxes of rows are their ``corners`` in pixels, or centre and size relative to an image of ``size`` (height,
+    width), which for corners may be None: unknown.
+    """
+    height, width = (math.inf, math.inf) if size is None else size
+    image, label, *box = rows.unbind(1)
+    if corners:
+        x1, y1, x2, y2 = box
+        cx, cy, w, h = 0.5 * (x1 + x2) / width, 0.5 * (y1 + y2) / height, x2 - x1, y2 - y1
+    else:
+        cx, cy, w, h = box
+    first = 1 if head.background else 0
+    valid = rows.isfinite().all(1) & (w > 0) & (h > 0) & w.isfinite() & h.isfinite()
+    valid = valid & (image >= 0) & (image < batch_size) & (label >= first) & (label < head.num_classes)
+    valid = valid & (cx >= 0) & (cx < 1) & (cy >= 0) & (cy < 1)
+    safe = torch.where(valid[:, None], rows, 0.5)
+    boxes = safe[:, 2:].to(dtype)
+    if not corners:
+        half = boxes[:, 2:] * 0.5
+        boxes = torch.cat((boxes[:, :2] - half, boxes[:, :2] + half), 1) * constants((width, height) * 2, boxes)
+    return Rows(valid, safe[:, 0].long(), safe[:, 1].long(), boxes)
+
+
+def dense_match(
+    anchors: Tensor, rows: Rows, head: DenseHead, batch_size: int, ends: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """[B, N] int64: the row that each of anchors [N, 4] takes, or BACKGROUND, or IGNORED.
+
+    ``ends`` are the numbers of anchors of the first and the last level, which the matcher ``"centre"`` asks for. In the
+    dtype of the anchors, step by step as torchvision computes, so that decisions are the same bits.
+    """
+    if head.matcher == "centre":
+        return _smallest_around(anchors, rows, head, batch_size, ends)
+    pairs = PairIoU(anchors[None], corner_areas(anchors)[None], rows.boxes, corner_areas(rows.boxes), rows)
+    best = pairs.best(batch_size)
+    taken = pairs.first(best)
+    taken = torch.where(taken < len(rows.label), taken, BACKGROUND)
+    match = torch.where(best < head.band[0], BACKGROUND, torch.where(best < head.band[1], IGNORED, taken))
+    if head.rescue == "equal":
+        match = torch.where(pairs.best_of_a_row(batch_size), taken, match)
+    if head.rescue == "best":
+        wanted = pairs.last_row_that_wants(batch_size)
+        match = torch.where(wanted >= 0, wanted, match)
+    return match
+
+
+def _smallest_around(anchors: Tensor, rows: Rows, head: DenseHead, batch_size: int, ends: tuple[int, int]) -> Tensor:
+    x1, y1, x2, y2 = anchors.unbind(1)
+    x, y, side, N = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, len(anchors)
+    index = torch.arange(N, device=anchors.device)
+    low = torch.where(index < ends[0], 0.0, side * head.scale_range[0])
+    high = torch.where(index >= N - ends[1], math.inf, side * head.scale_range[1])
+    reach = side * head.radius
+    M, bound = len(rows.label), 1e-5  # the peer's
+    best = anchors.new_full((batch_size, N), bound)
+    match = torch.full((batch_size, N), M, device=anchors.device)
+
+    def value(now: slice) -> Tensor:
+        """[rows, N]: how much a row is wanted, 0 where it does not fit."""
+        tx1, ty1, tx2, ty2 = rows.boxes[now, :, None].unbind(1)
+        off = torch.maximum((x - (tx1 + tx2) / 2).abs(), (y - (ty1 + ty2) / 2).abs())
+        sides = torch.stack((x - tx1, y - ty1, tx2 - x, ty2 - y))
+        nearest, farthest = sides.amin(0), sides.amax(0)
+        fits = (off < reach) & (nearest > 0) & (farthest > low) & (farthest < high) & rows.valid[now, None]
+        return torch.where(fits, LARGEST_AREA - corner_areas(rows.boxes[now])[:, None], 0.0)
+
+    for now in chunks(M, N):
+        wanted = value(now)
+        best.scatter_reduce_(0, rows.image[now, None].expand_as(wanted), wanted, "amax")
+    for now in chunks(M, N):
+        wanted, image = value(now), rows.image[now]
+        row = torch.arange(now.start, now.start + len(image), device=anchors.device)[:, None]
+        row = torch.where((wanted >= bound) & (wanted == best.index_select(0, image)), row, M)
+        match.scatter_reduce_(0, image[:, None].expand_as(row), row, "amin")
+    return torch.where(match < M, match, BACKGROUND)
+
+
+def dense_loss(
+    cls: Tensor,
+    box: Tensor,
+    centre: Tensor | None,
+    anchors: Tensor,
+    rows: Tensor,
+    head: DenseHead,
+    size: tuple[float, float] | None,
+    corners: bool,
+    ends: tuple[int, int] = (0, 0),
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Loss of class logits [B, N, C], raw boxes [B, N, 4] and centreness [B, N, 1] against target rows [M, 6]; in
+    float64 for float64 predictions, else in float32.
+
+    Returns its terms (class, box, and centreness if there is one), differentiable, and counts, int32, of anchors with a
+    row and of invalid rows. ``size`` and ``corners`` are those of :func:`read_corners`, ``ends`` that of
+    :func:`dense_match`.
+    """
+    dtype = torch.float64 if cls.dtype == torch.float64 else torch.float32
+    batch_size = cls.shape[0]
+    anchors = anchors.detach().to(dtype)
+    read = read_corners(rows, head, batch_size, size, corners, dtype)
+    match = dense_match(anchors, read, head, batch_size, ends)
+    has = match >= 0
+    found = has.sum(1)
+    divisor = found.clamp(min=1) * batch_size if head.mean == "image" else found.sum().clamp(min=1).expand(batch_size)
+    taken = torch.where(has, match, len(read.label))  # a row of nothing behind them
+    label = torch.cat((read.label, read.label.new_full((1,), -1)))[taken]
+    true = torch.cat((read.boxes, read.boxes.new_zeros(1, 4)))[taken]
+    terms = [
+        _class_loss(cls.to(dtype), match, label, found, head) / divisor,
+        _box_loss(box.to(dtype), has, anchors, true, head, size) / divisor,
+    ]
+    if centre is not None:
+        target = torch.where(has, centreness(anchors, true), 0.5)
+        logit = torch.where(has, centre[..., 0].to(dtype), 0.0)
+        terms.append(torch.where(has, LABEL_TERMS["bce"](logit, target), 0.0).sum(1) / divisor)
+    counts = torch.stack((found.sum(), (~read.valid).sum())).to(torch.int32)
+    return tuple(term.sum() for term in terms), counts
+
+
+def _class_loss(logits: Tensor, match: Tensor, label: Tensor, found: Tensor, head: DenseHead) -> Tensor:
+    """[B]: sums over the anchors of an image."""
+    classes = torch.arange(head.num_classes, device=logits.device)
+    if not head.negatives:
+        used = (match != IGNORED)[..., None]
+        one_hot = (classes == label[..., None]).to(logits.dtype)
+        loss = LABEL_TERMS[head.label](torch.where(used, logits, 0.0), one_hot, head.label_args)
+        return torch.where(used, loss, 0.0).sum((1, 2))
+    one_hot = (classes == label.clamp(min=0)[..., None]).to(logits.dtype)
+    loss = LABEL_TERMS[head.label](logits, one_hot, head.label_args).sum(-1)
+    # ranks, the hardest first, anchors with a row behind all others; equals by their index
+    has = match >= 0
+    order = torch.where(has, -1.0, loss.detach()).sort(dim=1, descending=True, stable=True).indices
+    rank = order.argsort(1)
+    times = has.to(torch.int64) + (rank < (head.negatives * found)[:, None]).to(torch.int64)
+    return (torch.where(times > 0, loss, 0.0) * times).sum(1)
+
+
+def _box_loss(
+    raw: Tensor, has: Tensor, anchors: Tensor, true: Tensor, head: DenseHead, size: tuple[float, float] | None
+) -> Tensor:
+    """[B]: sums over the anchors of an image."""
+    raw, true = torch.where(has[..., None], raw, 0.0), torch.where(has[..., None], true, anchors)
+    a, b = raw[..., :2], raw[..., 2:]
+    sides, shift, true_sides, weights = _relative(anchors, true, head)
+    if head.box in DELTA_KINDS:
+        targets = weights[:2] * shift / sides, weights[2:] * (true_sides / sides).log()
+        loss = OFFSET_TERMS[head.box](a, b, *targets, head.beta).sum(-1)
+    else:
+        centre, p = DECODE[head.decode](a, b, sides, sides / weights[:2], 1 / weights[2:])
+        distance = shift - centre
+        # from the centre of the prediction, so that a tiny box keeps its sides
+        pair = torch.cat((-p / 2, p / 2), -1), torch.cat((distance - true_sides / 2, distance + true_sides / 2), -1)
+        extent = None if size is None else constants((size[1], size[0]), raw)
+        loss = BOX_TERMS[head.box](*pair, head.box_args, extent)
+    return torch.where(has, loss, 0.0).sum(1)
+
+
+def _relative(anchors: Tensor, true: Tensor, head: DenseHead) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sides of the anchors, the true centre from theirs, true sides, all [..., 2] in pixels; and the weights [4]."""
+    shift = true - anchors  # a mean of differences: those of nearby numbers keep their digits
+    return (
+        anchors[..., 2:] - anchors[..., :2],
+        0.5 * (shift[..., :2] + shift[..., 2:]),
+        true[..., 2:] - true[..., :2],
+        constants(head.weights, anchors),
+    )
+
+
+def encode_anchors(anchors: Tensor, true: Tensor, head: DenseHead) -> Tensor:
+    """[..., 4]: the raw boxes of anchors [..., 4] that decode to boxes [..., 4]; the inverse of decoding."""
+    sides, shift, true_sides, weights = _relative(anchors, true, head)
+    return torch.cat(ENCODE[head.decode](shift, true_sides, sides, sides / weights[:2], 1 / weights[2:]), -1)
+
+
+def decode_anchors(
+    cls: Tensor, box: Tensor, centre: Tensor | None, anchors: Tensor, head: DenseHead
+) -> tuple[Tensor, Tensor]:
+    """Boxes [B, N, 4] in pixels and scores [B, N, C] of predictions, in their dtype, as torchvision's detectors do.
+
+    A score is a sigmoid, with centreness the root of its product with that one's; or a softmax over classes, 0 for the
+    background.
+    """
+    a, b = box[..., :2], box[..., 2:]
+    sides, _, _, weights = _relative(anchors, anchors, head)
+    shift, size = DECODE[head.decode](a, b, sides, sides / weights[:2], 1 / weights[2:])
+    middle = 0.5 * (anchors[..., :2] + anchors[..., 2:]) + shift
+    boxes = torch.cat((middle - size / 2, middle + size / 2), -1)
+    if head.background:
+        scores = cls.softmax(-1)
+        return boxes, torch.cat((torch.zeros_like(scores[..., :1]), scores[..., 1:]), -1)
+    scores = cls.sigmoid()
+    return boxes, scores if centre is None else (scores * centre.sigmoid()).sqrt()
+
+
+def centreness(anchors: Tensor, true: Tensor) -> Tensor:
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of the centres of anchors [N, 4] in boxes [B, N, 4]."""
+    centre = (anchors[..., :2] + anchors[..., 2:]) / 2
+    before, behind = centre - true[..., :2], true[..., 2:] - centre
+    return area(torch.minimum(before, behind) / torch.maximum(before, behind)).clamp(min=0).sqrt()

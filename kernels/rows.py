@@ -1,0 +1,78 @@
+"""Loading target rows: image, class and four numbers of a box, six floats each."""
+
+import triton
+import triton.language as tl
+
+from .assign import row_valid
+
+
+@triton.jit
+def _row_of(values):
+    """Of rows of eight numbers [..., 2, 2, 2] the first six."""
+    even, odd = tl.split(values)
+    zero_four, two_six = tl.split(even)
+    one_five, three_seven = tl.split(odd)
+    zero, four = tl.split(zero_four)
+    one, five = tl.split(one_five)
+    two, _spare = tl.split(two_six)
+    three, _spare = tl.split(three_seven)
+    return zero, one, two, three, four, five
+
+
+@triton.jit
+def load_row(rows_ptr, g):
+    """The six numbers of row g, in one access."""
+    i = tl.arange(0, 8)
+    return _row_of(tl.reshape(tl.load(rows_ptr + g * 6 + i, mask=i < 6, other=-1.0), (2, 2, 2)))
+
+
+@triton.jit
+def load_rows(rows_ptr, g, mask, BLOCK_G: tl.constexpr):
+    """The same of a block of rows; rows masked out are of no image."""
+    i = tl.arange(0, 8)[None, :]
+    at = (rows_ptr + g * 6)[:, None] + i
+    return _row_of(tl.reshape(tl.load(at, mask=mask[:, None] & (i < 6), other=-1.0), (BLOCK_G, 2, 2, 2)))
+
+
+@triton.jit
+def image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G: tl.constexpr):
+    """The range that holds all rows of image b: exact with offsets, else from its first to its last row."""
+    if offsets_ptr is not None:
+        first, last = tl.split(tl.load(offsets_ptr + b + tl.arange(0, 2)))
+    else:
+        g = tl.arange(0, BLOCK_G)
+        lowest = g * 0 + M
+        highest = g * 0
+        for g0 in range(0, M, BLOCK_G):
+            image = tl.load(rows_ptr + (g0 + g) * 6, mask=g0 + g < M, other=-1.0)
+            here = (image >= b) & (image < b + 1)
+            lowest = tl.where(here, tl.minimum(lowest, g0 + g), lowest)
+            highest = tl.where(here, g0 + g + 1, highest)
+        first = tl.min(lowest, axis=0)
+        last = tl.max(highest, axis=0)
+    return first, last
+
+
+@triton.jit
+def row_corners(row, first_image, last_image, classes, size, CORNERS: tl.constexpr, ACC: tl.constexpr):
+    """Whether rows are valid and of these images, their class, and x1, y1, x2, y2 in pixels.
+
+    The box of a row is these corners, or its centre and size relative to the image. ``classes`` are the first class and
+    the number of logits, ``size`` is the image's width and height; infinite where corners are all that is known.
+    """
+    image, label, c0, c1, c2, c3 = row
+    width, height = size
+    if CORNERS:
+        box = (0.5 * (c0 + c2) / width, 0.5 * (c1 + c3) / height, c2 - c0, c3 - c1)
+        corners = (c0.to(ACC), c1.to(ACC), c2.to(ACC), c3.to(ACC))
+    else:
+        box = (c0, c1, c2, c3)
+        hx = 0.5 * c2.to(ACC)
+        hy = 0.5 * c3.to(ACC)
+        cx = c0.to(ACC)
+        cy = c1.to(ACC)
+        corners = ((cx - hx) * width, (cy - hy) * height, (cx + hx) * width, (cy + hy) * height)
+    first_class, logits = classes
+    row = (image, label - first_class, box[0], box[1], box[2], box[3])
+    valid = row_valid(row, first_image, last_image, logits - first_class, 1.0)
+    return valid, label.to(tl.int32), corners
