@@ -58,7 +58,7 @@ def _power(n: int) -> int:
 @dataclass(frozen=True)
 class DenseConfig:
     """Tile of the driver of dense heads: numbers of a stream a program takes at a time and how often, cells and planes
-    of a level in planes, anchors whose boxes it owns; threads, and their limit of registers.
+    of a level in planes, anchors whose boxes it owns, threads.
     """
 
     block: int
@@ -67,11 +67,10 @@ class DenseConfig:
     planes: int
     anchors: int
     threads: int
-    max_registers: int = 128
 
 
 @lru_cache(maxsize=256)
-def dense_config(smallest_stream: int, largest_map: int, classes: int, ranked: bool) -> DenseConfig:
+def dense_config(smallest_stream: int, largest_map: int, classes: int, itemsize: int, ranked: bool) -> DenseConfig:
     """Tile for streams of at least so many numbers an image, so that a chunk meets two images at most, and for maps of
     at most so many cells; ``ranked`` takes all classes of an anchor at once.
 
@@ -85,14 +84,14 @@ def dense_config(smallest_stream: int, largest_map: int, classes: int, ranked: b
         steps=16 if ranked else min(16, chunk // block),
         cells=min(cells, _power(largest_map)),
         planes=4,
-        anchors=min(512, _power(largest_map)),
+        anchors=min(512 if itemsize > 2 else 256, _power(largest_map)),
         threads=256,
     )
 
 
 MATCH_BLOCK = 1024  # anchors of a program
 MATCH_ROWS = 256  # rows it searches at a time for those of its image
-RANK_BLOCK = 2048  # anchors of an image looked at at a time
+RANK_BLOCK = 1024  # anchors of an image looked at at a time
 RANK_THREADS = 512
 
 

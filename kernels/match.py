@@ -15,6 +15,7 @@ level one after the other, each with all its cells.
 import triton
 import triton.language as tl
 
+from .primitives import exact
 from .reduce import is_last
 from .rows import image_rows, load_row, load_rows, row_corners
 
@@ -136,7 +137,9 @@ def _most_overlap(
                 saved = tl.where(_bits(value) == tl.load(best_ptr + g), 1, saved)
             if RESCUE == "best":
                 saved = tl.where(n == best_anchor_of(tl.load(best_ptr + g)), g, saved)
-    match = tl.where(highest < band[0], BACKGROUND, tl.where(highest < band[1], IGNORED, taken))
+    low = exact(band[0]).to(ACC)
+    high = exact(band[1]).to(ACC)
+    match = tl.where(highest < low, BACKGROUND, tl.where(highest < high, IGNORED, taken))
     if RESCUE == "equal":
         match = tl.where(saved >= 0, taken, match)
     if RESCUE == "best":
@@ -154,7 +157,7 @@ def _smallest_around(
     x = 0.5 * (ax1 + ax2)
     y = 0.5 * (ay1 + ay2)
     side = ax2 - ax1
-    reach = side * tl.cast(radius, ACC)
+    reach = side * exact(radius).to(ACC)
     low = tl.where(n < ends[0], 0.0, side * tl.cast(ranges[0], ACC))
     high = tl.where(n >= N - ends[1], float("inf"), side * tl.cast(ranges[1], ACC))
     taken = tl.zeros([BLOCK], tl.int32) + BACKGROUND
@@ -201,7 +204,8 @@ def match_kernel(
 
     ``match_ptr`` [B, N], int32, by position: a row, BACKGROUND or IGNORED. ``found_ptr`` [programs]: anchors with a
     row. ``counts_ptr``: its second entry becomes the number of invalid rows. ``ends`` are the anchors of the first and
-    of the last level, for CENTRE. ``best_ptr`` is what :func:`overlap_kernel` left; the last program clears it.
+    of the last level, for CENTRE; ``band`` and ``radius`` hold numbers as :func:`exact` takes them. ``best_ptr`` is
+    what :func:`overlap_kernel` left; the last program clears it.
     """
     blocks = tl.cdiv(N, BLOCK)
     b = tl.program_id(0) // blocks

@@ -70,3 +70,9 @@ def angle(w, h):
     a = tl.where(upper, 0.7853981633974483 + a, a)  # a constant alone in tl.where would be float32
     a = tl.where(aw > ah, 1.5707963267948966 - a, a)
     return tl.where((w < 0) != (h < 0), -a, a)
+
+
+@triton.jit
+def exact(parts):
+    """A float64 number from the three float32 numbers that add up to it: no other argument carries one unrounded."""
+    return tl.cast(parts[0], tl.float64) + tl.cast(parts[1], tl.float64) + tl.cast(parts[2], tl.float64)

@@ -12,17 +12,11 @@ enters into K slots, by index: places follow from the counts, so no order depend
 import triton
 import triton.language as tl
 
-from .primitives import logistic, safe_div
+from .primitives import exact, logistic, safe_div
 
 COUNT: tl.constexpr = tl.constexpr(0)
 RECOUNT: tl.constexpr = tl.constexpr(1)
 WRITE: tl.constexpr = tl.constexpr(2)
-
-
-@triton.jit
-def exact(parts):
-    """A float64 number from the three float32 numbers that add up to it: no other argument carries one unrounded."""
-    return tl.cast(parts[0], tl.float64) + tl.cast(parts[1], tl.float64) + tl.cast(parts[2], tl.float64)
 
 
 @triton.jit

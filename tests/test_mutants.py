@@ -9,11 +9,16 @@ import torch
 import triton
 import triton.language as tl
 from conftest import DEVICE
-from fusedyolo.kernels import assign, grid, primitives
+from fusedyolo.kernels import assign, dense, grid, match, primitives, rows
 from fusedyolo.kernels.terms import box, decode, label, offset
 from oracle import check_box_term, check_grid, check_label_term, check_softmax
+from test_dense import check as check_loss
+from test_dense import make_anchors as dense_anchors
+from test_dense import make_preds as dense_preds
+from test_dense import make_targets as dense_targets
 from test_grid import DARKNET, HEADS, LIGHTNET, RATIO, make_preds, make_rows
 
+from fusedyolo.ops import dense as dense_ops
 from fusedyolo.ops import grid as grid_ops
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels keep the functions they were compiled with")
@@ -59,6 +64,45 @@ def check_band_grid() -> None:
     pred = make_preds(torch.float64, batch=1, size=(32, 48))[0][:, :8]
     head = replace(HEADS["band"], levels=((1,),), strides=(8.0,), scale_x_y=(1.0,))
     check_grid([pred], rows, head, tolerance=1e-11)
+
+
+def check_retinanet() -> None:
+    """Objects on anchors, between them, where no anchor is, and large deltas, on both kinds of box loss."""
+    targets = dense_targets("retinanet", 2, n=6)
+    boxes = dense_anchors("retinanet")[[40, 41]].round()
+    targets[0]["boxes"] = torch.cat((targets[0]["boxes"], boxes, boxes.mean(0, keepdim=True), boxes[:1] - 200.0))
+    targets[0]["labels"] = torch.cat((targets[0]["labels"], torch.tensor([1, 2, 1, 2])))
+    preds = dense_preds("retinanet", 2, torch.float64)
+    check_loss("retinanet", preds, targets, 1e-11, loss_type="smooth_l1", beta=0.5)
+    with torch.no_grad():
+        preds[1][:, ::2, 2:] += 5
+    check_loss("retinanet", preds, targets, 1e-11, loss_type="giou")
+
+
+def check_ssd() -> None:
+    preds, targets = dense_preds("ssd", 3, torch.float64), dense_targets("ssd", 3)
+    targets[0]["boxes"] = torch.cat((targets[0]["boxes"], targets[0]["boxes"][:1]))
+    targets[0]["labels"] = torch.cat((targets[0]["labels"], 3 - targets[0]["labels"][:1]))
+    for ratio in (3.0, 0.6, 60.0):
+        check_loss("ssd", preds, targets, 1e-11, neg_to_pos_ratio=ratio, loss_type="l1")
+
+
+def check_ssd_classes() -> None:
+    """An object of the background is none."""
+    targets = dense_targets("ssd", 1)
+    targets[0]["labels"][0] = 0
+    check_loss("ssd", dense_preds("ssd", 1, torch.float64), targets, 1e-11)
+
+
+def check_far_object() -> None:
+    """An object that meets no anchor takes the first one."""
+    targets = [{"boxes": torch.tensor([[500.0, 500, 510, 510]]), "labels": torch.tensor([1])}]
+    check_loss("ssd", dense_preds("ssd", 1, torch.float64), targets, 1e-11)
+
+
+def check_fcos() -> None:
+    preds, targets = dense_preds("fcos", 3, torch.float64), dense_targets("fcos", 3, n=12, side=60.0)
+    check_loss("fcos", preds, targets, 1e-11)
 
 
 def check_boxes() -> None:
@@ -515,7 +559,99 @@ def softmax_of_all_rows(x, t, args):
     return -t * (z - tl.log(s)), e / s * tl.sum(t) - t
 
 
+@triton.jit
+def iou_of_areas_off(anchor, true):
+    return real_match_iou(anchor, true) * 0.5
+
+
+@triton.jit
+def first_key_of_nobody(key):
+    return tl.where(key == 0, -1, match.LOWEST.value - (key & 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def corners_of_any_class(row, first_image, last_image, classes, size, CORNERS, ACC):
+    return real_row_corners(row, first_image, last_image, (0, 100), size, CORNERS, ACC)
+
+
+@triton.jit
+def centreness_squared(anchor, true):
+    c = real_centreness(anchor, true)
+    return c * c
+
+
+@triton.jit
+def share_of_the_batch(found_ptr, b, B, blocks, BY_IMAGE, ACC):
+    return real_share(found_ptr, b, B, blocks, False, ACC)
+
+
+@triton.jit
+def share_of_the_image(found_ptr, b, B, blocks, BY_IMAGE, ACC):
+    return real_share(found_ptr, b, B, blocks, True, ACC)
+
+
+@triton.jit
+def weight_never_twice(ce, taken, position, picks_ptr):
+    return tl.minimum(real_ranked_weight(ce, taken, position, picks_ptr), 1)
+
+
+@triton.jit
+def weight_of_positives(ce, taken, position, picks_ptr):
+    return tl.where(taken >= 0, 1, 0)
+
+
+@triton.jit
+def cut_one_lower(ce_ptr, match_ptr, N, left, BITS, BLOCK):
+    return real_cut(ce_ptr, match_ptr, N, left + 1, BITS, BLOCK)
+
+
+@triton.jit
+def delta_unclipped(a, b, anchor, stride, scale):
+    w = anchor * tl.exp(b * scale)
+    return (a * stride, w), (stride, 0.0, 0.0, scale * w)
+
+
+@triton.jit
+def delta_slope_beyond_the_clip(a, b, anchor, stride, scale):
+    value, _d = real_delta(a, b, anchor, stride, scale)
+    return value, (stride, 0.0, 0.0, scale * value[1])
+
+
+@triton.jit
+def ltrb_swapped(a, b, anchor, stride, scale):
+    return real_ltrb(b, a, anchor, stride, scale)
+
+
+@triton.jit
+def smooth_without_its_bend(d, beta):
+    return tl.abs(d) - 0.5 * beta, primitives.sign(d)
+
+
+@triton.jit
+def l1_of_the_centre(a, b, ta, tb, scale):
+    return tl.abs(a - ta), primitives.sign(a - ta), b - b
+
+
+real_match_iou, real_row_corners, real_centreness = match._iou, rows.row_corners, dense._centreness
+real_share, real_ranked_weight, real_cut = dense._share, dense._ranked_weight, dense._cut
+real_delta, real_ltrb = decode.delta, decode.ltrb
+
+
 MUTANTS = [
+    (match, "_iou", iou_of_areas_off, check_retinanet),
+    (match, "row_corners", corners_of_any_class, check_ssd_classes),
+    (match, "best_anchor_of", first_key_of_nobody, check_far_object),
+    (dense, "_share", share_of_the_batch, check_retinanet),
+    (dense, "_share", share_of_the_image, check_fcos),
+    (dense, "_centreness", centreness_squared, check_fcos),
+    (dense, "_ranked_weight", weight_never_twice, check_ssd),
+    (dense, "_ranked_weight", weight_of_positives, check_ssd),
+    (dense, "_cut", cut_one_lower, check_ssd),
+    (decode, "delta", delta_unclipped, check_retinanet),
+    (decode, "delta", delta_slope_beyond_the_clip, check_retinanet),
+    (decode, "ltrb", ltrb_swapped, check_fcos),
+    (offset, "_smooth", smooth_without_its_bend, check_retinanet),
+    (offset, "l1", l1_of_the_centre, check_ssd),
     (box, "step", step_inclusive, check_boxes),
     (box, "step", step_zero_at_tie, check_boxes),
     (box, "angle", angle_of_first_octant, check_boxes),
@@ -584,16 +720,19 @@ MUTANTS = [
 
 CHECKS = [
     check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_softmax,
-    check_ratio_grid, check_prior_grid, check_band_grid,
+    check_ratio_grid, check_prior_grid, check_band_grid, check_retinanet, check_ssd, check_ssd_classes,
+    check_far_object, check_fcos,
 ]  # fmt: skip
 
 
 @pytest.fixture
 def fresh_constants():
     """Launches look their functions up anew, and leave no broken one behind."""
-    grid_ops._grid_constants.cache_clear()
+    for constants in (grid_ops._grid_constants, dense_ops._constants):
+        constants.cache_clear()
     yield
-    grid_ops._grid_constants.cache_clear()
+    for constants in (grid_ops._grid_constants, dense_ops._constants):
+        constants.cache_clear()
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -511,8 +511,11 @@ def test_indices_beyond_int32(monkeypatch):
 def test_opcheck(backend):
     raw, criterion = one_map()
     raw[0, 0, 0, :2, 4:] = 3.0
-    arguments = ([raw], "GridHead", criterion.head.key, 0.25, 0.45, 5, False, 100, backend)
-    torch.library.opcheck(torch.ops.fusedyolo.select, arguments)
+    settings = (0.25, 0.45, 5, False, 100)
+    if backend == "triton":
+        torch.library.opcheck(torch.ops.fusedyolo.select_maps, ([raw], criterion.head.key, *settings))
+    decoded = fusedyolo.decode([raw.double()], criterion)
+    torch.library.opcheck(torch.ops.fusedyolo.select_decoded, (*decoded, *settings, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

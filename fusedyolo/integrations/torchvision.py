@@ -182,7 +182,7 @@ class CachedAnchors(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "original" or name.startswith("__"):  # not there yet, as in unpickling; or asked of the type
+            if name == "original":  # not there yet, as in unpickling
                 raise
             return getattr(self.original, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -43,7 +44,8 @@ class DenseLoss(nn.Module):
 
     def __init__(self, head: DenseHead, image_size: int | tuple[int, int] | None, backend: str):
         super().__init__()
-        self.head = rounded(head)
+        # thresholds stay as they are: those of the peer are not rounded where its boxes are float64
+        self.head = dataclasses.replace(rounded(head), band=head.band, radius=head.radius)
         self._key = self.head.key
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)

@@ -13,7 +13,7 @@ from ..heads import DELTA_KINDS, DenseHead, dense_head_from_key
 from ..kernels import dense, match
 from ..kernels.launch import MATCH_BLOCK, MATCH_ROWS, RANK_BLOCK, RANK_THREADS, DenseConfig, dense_config
 from ..kernels.terms import box, decode, label, offset
-from .launch import Launch, accumulator, done_counter, forget_zeros, refuse_double_backward, zeros
+from .launch import Launch, accumulator, done_counter, float_parts, forget_zeros, refuse_double_backward, zeros
 
 BOX_CHANNELS, CENTRE_CHANNELS = 4, 1
 
@@ -165,7 +165,7 @@ def dense_launch(
     batch, N = outputs.match.shape
     streams = [n * a * head.num_classes for n, a in zip(layout.cells, layout.anchors, strict=True)]
     largest = max(layout.cells) * (max(layout.anchors) if layout.flat else 1)
-    config = dense_config(min(streams), largest, head.num_classes, head.negatives > 0)
+    config = dense_config(min(streams), largest, head.num_classes, preds[0].element_size(), head.negatives > 0)
     cls_programs, box_programs = _programs(layout, head, batch, config)
     programs = sum(cls_programs) + sum(box_programs)
     split = _split(preds, head)
@@ -219,7 +219,7 @@ def dense_launch(
         "PLANES": config.planes,
         "ANCHORS": config.anchors,
     }
-    return Launch(dense.dense_kernel, (programs,), arguments, config.threads, config.max_registers)
+    return Launch(dense.dense_kernel, (programs,), arguments, config.threads)
 
 
 def match_launches(
@@ -256,8 +256,8 @@ def match_launches(
         "As": layout.anchors,
         "HWs": layout.cells,
         "B": batch,
-        "band": head.band,
-        "radius": head.radius,
+        "band": (float_parts(head.band[0]), float_parts(head.band[1])),
+        "radius": float_parts(head.radius),
         "ranges": head.scale_range,
         "ends": geometry.ends,
         "best_ptr": best,

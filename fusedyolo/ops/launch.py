@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,13 @@ _ACC = {torch.float64: (tl.float64, torch.float64)}
 def accumulator(dtype: torch.dtype) -> tuple[Any, torch.dtype]:
     """The compute type of predictions of this dtype, for Triton and for PyTorch: float64 for float64, else float32."""
     return _ACC.get(dtype, (tl.float32, torch.float32))
+
+
+def float_parts(value: float) -> tuple[float, float, float]:
+    """Three float32 numbers that add up to a float64."""
+    high = float(np.float32(value))
+    middle = float(np.float32(value - high))
+    return high, middle, value - high - middle
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from ..kernels.terms import decode
 from ..reference import grid_view
 from ..reference.select import LOWEST_BIN, SCORE_BINS
 from .grid import cell_strides
-from .launch import Launch
+from .launch import Launch, float_parts
 
 MOST_PAIRS = 2**31 - 1  # indices are int32
 SCAN_THREADS = NMS_THREADS = 256
@@ -43,13 +42,6 @@ class Candidates:
     scores: Tensor
     boxes: Tensor
     index: Tensor
-
-
-def _parts(value: float) -> tuple[float, float, float]:
-    """Three float32 numbers that add up to a float64."""
-    high = float(np.float32(value))
-    middle = float(np.float32(value - high))
-    return high, middle, value - high - middle
 
 
 def scan_launches(
@@ -85,7 +77,7 @@ def scan_launches(
         "scales": head.scale_x_y,
         "C": C,
         "low": _below(conf),
-        "conf": _parts(conf),
+        "conf": float_parts(conf),
         "T": tiles,
         "K": K,
         "histogram_ptr": histogram,
@@ -150,7 +142,7 @@ def nms_launch(
         "C": num_classes,
         "K": found.scores.shape[1],
         "max_det": max_det,
-        "iou": _parts(iou),
+        "iou": float_parts(iou),
         "kept_ptr": torch.empty((batch, max_det), dtype=torch.int32, device=scores.device),
         "out_boxes_ptr": boxes,
         "out_scores_ptr": scores,

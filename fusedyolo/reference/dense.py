@@ -91,8 +91,9 @@ def _smallest_around(anchors: Tensor, rows: Rows, head: DenseHead, batch_size: i
         """[rows, N]: how much a row is wanted, 0 where it does not fit."""
         tx1, ty1, tx2, ty2 = rows.boxes[now, :, None].unbind(1)
         off = torch.maximum((x - (tx1 + tx2) / 2).abs(), (y - (ty1 + ty2) / 2).abs())
-        sides = torch.stack((x - tx1, y - ty1, tx2 - x, ty2 - y))
-        nearest, farthest = sides.amin(0), sides.amax(0)
+        left, top, right, bottom = x - tx1, y - ty1, tx2 - x, ty2 - y
+        nearest = torch.minimum(torch.minimum(left, top), torch.minimum(right, bottom))
+        farthest = torch.maximum(torch.maximum(left, top), torch.maximum(right, bottom))
         fits = (off < reach) & (nearest > 0) & (farthest > low) & (farthest < high) & rows.valid[now, None]
         return torch.where(fits, LARGEST_AREA - corner_areas(rows.boxes[now])[:, None], 0.0)
 
