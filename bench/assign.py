@@ -13,7 +13,7 @@ from rich.console import Console
 import fusedyolo
 
 from . import objects, pictures
-from .registry import CASES, CellCase, Workload
+from .registry import CASES, CellCase, DenseCase, Workload
 
 CALM = -4.0  # logits of predictions that are sure of nothing
 
@@ -51,9 +51,14 @@ def main(argv: Sequence[str]) -> int:
     case, work = CASES[args.loss], replace(Workload(), batch=1, size=args.size, classes=len(labels.names))
     criterion = case.build(work.classes, "torch")
     preds = [torch.full_like(pred, CALM).detach() for pred in case.predictions(work)]
-    found = fusedyolo.assign(criterion, preds, objects.pack(loaded.annotations))
+    rows = objects.pack(loaded.annotations)
+    names = list(labels.names)
+    if isinstance(case, DenseCase) and case.background:
+        rows[:, 1] += 1
+        names.insert(0, "background")
+    found = fusedyolo.assign(criterion, preds, rows, **case.geometry(work))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure = fusedyolo.draw_assignment(loaded.pixels[0], found, names=labels.names)
+    figure = fusedyolo.draw_assignment(loaded.pixels[0], found, names=names)
     figure.suptitle(f"{case.name}, objects: {len(loaded.annotations[0].boxes)}", fontsize=11)
     figure.savefig(args.out, dpi=110)
     console.print(f"wrote {args.out}", highlight=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -77,9 +77,14 @@ class Case:
         """The objects, with classes as the loss counts them."""
         return work.targets(device)
 
+    def geometry(self, work: Workload, device: str = "cpu") -> dict[str, Any]:
+        """What a call takes beside predictions and targets."""
+        return {}
+
     def bind(self, criterion: torch.nn.Module, work: Workload, device: str = "cpu") -> Callable[[Any, Any], Any]:
         """The loss as a function of predictions and targets alone."""
-        return lambda preds, targets: criterion(preds if len(preds) > 1 else preds[0], targets)
+        geometry = self.geometry(work, device)
+        return lambda preds, targets: criterion(preds if len(preds) > 1 else preds[0], targets, **geometry)
 
     def values(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """What predictions look like."""
@@ -159,14 +164,13 @@ class DenseCase(Case):
         make = anchors.fcos_anchors if self.cls == "FCOSLoss" else anchors.retinanet_anchors
         return make(maps, work.size, device=device)
 
-    def bind(self, criterion: torch.nn.Module, work: Workload, device: str = "cpu") -> Callable[[Any, Any], Any]:
-        """The loss as a function of predictions and targets alone."""
-        return partial(
-            criterion,
-            anchors=self.anchor_boxes(work, device),
-            num_anchors_per_level=self.sizes(work),
-            image_size=work.size,
-        )
+    def geometry(self, work: Workload, device: str = "cpu") -> dict[str, Any]:
+        """What a call takes beside predictions and targets."""
+        return {
+            "anchors": self.anchor_boxes(work, device),
+            "num_anchors_per_level": self.sizes(work),
+            "image_size": work.size,
+        }
 
     def values(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """Normal numbers; class logits low, and distances not negative."""

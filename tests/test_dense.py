@@ -585,6 +585,19 @@ def test_encoded_targets_decode_to_the_true_boxes(kind):
     assert encoded.grad.abs().max() < 1e-3 or kind == "retinanet"  # |d| has a kink where it is right
 
 
+def test_the_picture_shows_boxes_and_anchors():
+    found = fusedyolo.assign(
+        criterion("retinanet", "torch"), make_preds("retinanet"), make_targets("retinanet"), **geometry("retinanet")
+    )
+    figure = fusedyolo.draw_assignment(torch.zeros(3, *SIZE), found, 0, names=["a", "b", "c"])
+    (axes,) = figure.axes
+    positive = int((found.row[0] >= 0).sum())
+    assert axes.get_title() == f"{positive} positive"
+    assert len(axes.patches) == positive + 4
+    assert len(axes.texts) == 4
+    assert sum(line.get_marker() == "x" for line in axes.lines) == int(found.ignored[0].sum())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_select(kind, backend):

@@ -73,6 +73,7 @@ def check_retinanet() -> None:
     targets[0]["boxes"] = torch.cat((targets[0]["boxes"], boxes, boxes.mean(0, keepdim=True), boxes[:1] - 200.0))
     targets[0]["labels"] = torch.cat((targets[0]["labels"], torch.tensor([1, 2, 1, 2])))
     preds = dense_preds("retinanet", 2, torch.float64)
+    check_loss("retinanet", preds, dense_targets("retinanet", 2, n=6), 1e-11)
     check_loss("retinanet", preds, targets, 1e-11, loss_type="smooth_l1", beta=0.5)
     with torch.no_grad():
         preds[1][:, ::2, 2:] += 5
@@ -629,7 +630,7 @@ def smooth_without_its_bend(d, beta):
 
 @triton.jit
 def l1_of_the_centre(a, b, ta, tb, scale):
-    return tl.abs(a - ta), primitives.sign(a - ta), b - b
+    return tl.abs(a - ta), primitives.sign(a - ta), primitives.sign(b - b)
 
 
 real_match_iou, real_row_corners, real_centreness = match._iou, rows.row_corners, dense._centreness
