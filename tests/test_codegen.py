@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,16 +25,8 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "target", "planes"),
-    [
-        ("YOLOv4/darknet", "float32", "sm_80", 15),
-        ("YOLOv5", "bfloat16", "gfx942", 3),
-        ("YOLOv2/region", "float32", "sm_100", 5),
-    ],
-)
-def test_no_spills_and_wide_accesses(name, dtype, target, planes):
-    """Compiled in a process of its own, without the interpreter; the variants that have needed the most registers."""
+def compiled(name: str, dtype: str, target: str) -> dict[str, Any]:
+    """Resources of each launch, none of them with spills; in a process of its own, without the interpreter."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", COMPILE, name, dtype, target], cwd=ROOT, env=env, capture_output=True, text=True
@@ -43,7 +36,35 @@ def test_no_spills_and_wide_accesses(name, dtype, target, planes):
     for mode, resources in found.items():
         assert resources["stack"] == 0, (mode, resources)
         assert resources["spills"] == 0, (mode, resources)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "target", "planes"),
+    [
+        ("YOLOv4/darknet", "float32", "sm_80", 15),
+        ("YOLOv5", "bfloat16", "gfx942", 3),
+        ("YOLOv2/region", "float32", "sm_100", 5),
+    ],
+)
+def test_no_spills_and_wide_accesses(name, dtype, target, planes):
+    """The variants that have needed the most registers."""
+    found = compiled(name, dtype, target)
     assert set(found["grad"]["stores"]) == {"128"}  # 16 bytes a thread, nothing else
     element = 32 if dtype == "float32" else 16
     loads = {int(width): n for width, n in found["loss"]["loads"].items()}
     assert loads[4 * element] >= planes  # of each level, four cells a thread
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "target"),
+    [("RetinaNet", "float32", "sm_90"), ("FCOS", "bfloat16", "sm_100"), ("SSD", "float32", "gfx942")],
+)
+def test_class_logits_are_wide_streams(name, dtype, target):
+    """All launches of heads over anchors: the stream of gradients is stored 16 bytes a thread."""
+    found = compiled(name, dtype, target)
+    assert set(found) >= {"match", "loss", "grad"}
+    if name == "RetinaNet":  # boxes are four numbers an anchor, 16 bytes too
+        assert set(found["grad"]["stores"]) == {"128"}
+    assert "128" in found["grad"]["stores"]
+    assert "128" in found["loss"]["loads"]

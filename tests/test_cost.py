@@ -28,3 +28,14 @@ def test_a_step_is_two_launches_and_little_more_than_the_gradient(name, batch, f
     # the gradient, objectness twice, a byte a prediction twice; box logits where there is an ignore mask
     floor = 1 + 2 * 4 / (4 * 85) + 2 / (4 * 85) + (0 if name == "YOLOv5" else 4 * 4 / (4 * 85))
     assert floor < moved <= limit
+
+
+@pytest.mark.parametrize(("name", "launches", "limit"), [("RetinaNet", 4, 2.15), ("SSD", 6, 3.3), ("FCOS", 4, 2.15)])
+def test_a_step_over_anchors_reads_and_writes_class_logits_once(name, launches, limit):
+    """80 classes; the gradient launch included."""
+    case, work = CASES[name], Workload(batch=1, size=256)
+    counts = count_step(case, work, "triton")
+    assert counts.launches <= launches, counts.ops
+    assert counts.syncs == 0, counts.sync_ops
+    moved = counts.bytes / case.prediction_bytes(work)
+    assert 2 * 80 / 85 < moved <= limit
