@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peers
 import pytest
 import torch
 
@@ -499,7 +500,15 @@ def test_the_readme_blocks_run(tmp_path, monkeypatch):
         "model": lambda images: [p * weights for p in preds],
         "loader": [(torch.zeros(2, 3, 64, 64), torch.tensor([[0, 3, 0.5, 0.5, 0.2, 0.3], [1, 7, 0.2, 0.7, 0.1, 0.1]]))],
         "optimizer": torch.optim.SGD([weights], 1e-6),
+        "detector": peers.torchvision().models.detection.ssdlite320_mobilenet_v3_large(
+            weights=None, weights_backbone=None, num_classes=3
+        ),
+        "photos": [torch.rand(3, 64, 64)] * 2,
+        "boxes": [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}] * 2,
+        "cls_logits": torch.zeros(2, 76725, 80, requires_grad=True),
+        "bbox_regression": torch.zeros(2, 76725, 4, requires_grad=True),
     }
+    monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")  # of 640 pixels, which the interpreter takes minutes for
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert float(weights.detach()) != 1.0
