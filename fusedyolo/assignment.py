@@ -154,9 +154,9 @@ def _assign_anchors(criterion: Any, head: DenseHead, preds: Any, targets: Any, g
         has = match >= 0
         taken = torch.where(has, match, len(read.label))  # a row of nothing behind them
         true = torch.cat((read.boxes, read.boxes.new_zeros(1, 4)))[taken]
-        safe = torch.where(has[..., None], true, anchors)
-        encoded = reference.encode_anchors(anchors, safe, head)
-        target = reference.centreness(anchors, safe) if head.centreness else torch.ones_like(safe[..., 0])
+        shift, sides = reference.relative(anchors, read, match)
+        encoded = reference.encode_anchors(anchors, shift, sides, head)
+        target = reference.centreness(shift, sides) if head.centreness else torch.ones_like(sides[..., 0])
     return AnchorAssignment(
         torch.where(has, match, -1),
         torch.cat((read.label, read.label.new_full((1,), -1)))[taken],

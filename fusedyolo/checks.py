@@ -421,21 +421,21 @@ def _cells(pred: Tensor, channels: int) -> tuple[int, ...]:
     return len(pred), pred.shape[1] // channels, *pred.shape[2:]
 
 
-def level_sizes(value: Any, levels: Sequence[int], needed: bool) -> tuple[int, int]:
+def level_sizes(value: Any, levels: Sequence[int], in_one_piece: bool, needed: bool) -> tuple[int, int]:
     """The numbers of anchors of the first and of the last level, from ``num_anchors_per_level`` or the maps themselves.
 
-    ``levels`` are the anchors of each prediction that came; where they came in one piece, levels must be ``needed`` for
-    ``num_anchors_per_level`` to be missed.
+    ``levels`` are the anchors of each tensor that came, a map or, ``in_one_piece``, all levels: these then have to be
+    told if they are ``needed``.
     """
     if value is None:
-        if needed and len(levels) == 1:
+        if needed and in_one_piece:
             fail("num_anchors_per_level", None, "the number of anchors of each level")
         return levels[0], levels[-1]
-    want = f"integers that add up to {sum(levels)}, one a level"
+    want = f"integers that add up to {sum(levels)}, one a level" if in_one_piece else f"{list(levels)}, as the maps"
     if not isinstance(value, list | tuple) or not value:
         fail("num_anchors_per_level", describe(value), want)
     sizes = [count("num_anchors_per_level", item) for item in value]
-    if sum(sizes) != sum(levels):
+    if sum(sizes) != sum(levels) if in_one_piece else sizes != list(levels):
         fail("num_anchors_per_level", describe(value), want)
     return sizes[0], sizes[-1]
 

@@ -6,8 +6,9 @@ boxes are read where an anchor has a row, and their gradient is stored everywher
 
 Layouts. FLAT: ``[B, N, C]`` and ``[B, N, 4]`` without gaps, or maps that lie in memory like that. Class logits are then
 one stream, cut without regard to anchors or images. Else a level is read by strides (image, row, column, anchor,
-channel), a program owns CELLS consecutive cells of one of its anchors, and FOLLOW says that a row of cells follows the
-one above, so that one stride serves.
+channel), a program owns CELLS consecutive cells of one of its anchors, and NEAR says that all cells of a level follow
+each other in memory. No kernel is compiled for the numbers of a size: whether planes begin at multiples of 16 numbers,
+which wide accesses need, is asked at run time, level by level.
 
 Modes. WITH_LOSS leaves partial sums, which the last program to finish adds up in a fixed order. WITH_GRAD leaves the
 gradient times ``grads``. SKIP_ONE, of a gradient that is already there for ones: a program returns at once if it is
@@ -15,16 +16,16 @@ multiplied by 1, and overwrites the gradient otherwise.
 
 RANKED is for a softmax over classes of which only the hardest negatives count. Who does is known only when every
 anchor has been seen: the loss launch leaves the cross-entropy of each (``ce``), ``rank_kernel`` picks, and the gradient
-launch reads the logits of those picked.
+launch reads the logits of those picked. As ranks go by index, matches are by index too, not by position.
 """
 
 import triton
 import triton.language as tl
 
 from .match import IGNORED, load_corners
-from .primitives import safe_div
+from .primitives import plain, safe_div, scaled_less
 from .reduce import column, column_sums, is_last
-from .rows import load_rows, row_corners
+from .rows import load_rows
 
 N_PARTS: tl.constexpr = tl.constexpr(4)  # class, box and centreness loss; one to spare
 
@@ -40,48 +41,50 @@ def _pointer(pointers, level):
 
 @triton.jit
 def _integer(values, level):
-    """The number of a level known at run time."""
-    chosen = values[0]
-    if len(values) > 1:
-        chosen = level * 0 + values[0]
-        for i in tl.static_range(1, len(values)):
-            chosen = tl.where(level == i, values[i], chosen)
-    return chosen
+    """The number, given as :func:`plain` takes it, of a level known at run time."""
+    chosen = level * 0 + values[0]
+    for i in tl.static_range(1, len(values)):
+        chosen = tl.where(level == i, values[i], chosen)
+    return plain(chosen)
 
 
 @triton.jit
 def _strides_of(strides, level):
     """Strides of a level: image, row, column, anchor, channel."""
     chosen = strides[0]
-    if len(strides) > 1:
+    for i in tl.static_range(1, len(strides)):
+        here = level == i
         chosen = (
-            level * 0 + strides[0][0],
-            level * 0 + strides[0][1],
-            level * 0 + strides[0][2],
-            level * 0 + strides[0][3],
-            level * 0 + strides[0][4],
+            tl.where(here, strides[i][0], chosen[0]),
+            tl.where(here, strides[i][1], chosen[1]),
+            tl.where(here, strides[i][2], chosen[2]),
+            tl.where(here, strides[i][3], chosen[3]),
+            tl.where(here, strides[i][4], chosen[4]),
         )
-        for i in tl.static_range(1, len(strides)):
-            here = level == i
-            chosen = (
-                tl.where(here, strides[i][0], chosen[0]),
-                tl.where(here, strides[i][1], chosen[1]),
-                tl.where(here, strides[i][2], chosen[2]),
-                tl.where(here, strides[i][3], chosen[3]),
-                tl.where(here, strides[i][4], chosen[4]),
-            )
-    return chosen
+    return plain(chosen[0]), plain(chosen[1]), plain(chosen[2]), plain(chosen[3]), plain(chosen[4])
 
 
 @triton.jit
-def _cells_at(strides, b, a, cells, W, FOLLOW: tl.constexpr):
+def _cells_at(strides, b, a, cells, W, NEAR: tl.constexpr):
     """Where the cells of an anchor lie, in elements."""
     at = b.to(tl.int64) * strides[0] + a * strides[3]
-    if FOLLOW:
-        at = at + cells * strides[2]
+    if NEAR:
+        at = at + cells
     else:
         at = at + (cells // W) * strides[1] + (cells % W) * strides[2]
     return at
+
+
+@triton.jit
+def _are_wide(strides):
+    """Whether all planes of a level begin at multiples of 16 numbers."""
+    return (strides[0] % 16 == 0) & (strides[3] % 16 == 0) & (strides[4] % 16 == 0)
+
+
+@triton.jit
+def _wide(strides):
+    """Strides of which that is so, in a form that tells the compiler."""
+    return strides[0] // 16 * 16, strides[1], strides[2], strides[3] // 16 * 16, strides[4] // 16 * 16
 
 
 @triton.jit
@@ -157,7 +160,7 @@ def _stream_classes(
         used = match != IGNORED
         weight = tl.where(after, next_share, share)
         if WITH_LOSS:
-            total += tl.where(used, weight * loss, 0.0)
+            total += tl.where(used, weight * loss, tl.where(x != x, x, 0.0))  # a NaN shows, used or not
         if WITH_GRAD:
             tl.store(d_ptr + e, tl.where(used, grad * weight * d, 0.0).to(d_ptr.dtype.element_ty), mask=mask)
     return tl.sum(total, axis=0)
@@ -180,7 +183,7 @@ def _plane_classes(
         x = tl.load(x_ptr[None, :] + k * s_x, mask=keep, other=0.0).to(ACC)
         loss, d = LABEL(x, (label[None, :] == k).to(ACC), label_args)
         if WITH_LOSS:
-            total += tl.where(used & keep, share * loss, 0.0)
+            total += tl.where(used & keep, share * loss, tl.where(x != x, x, 0.0))  # a NaN shows, used or not
         if WITH_GRAD:
             d = tl.where(used, grad * share * d, 0.0)
             tl.store(d_ptr[None, :] + k * s_d, d.to(d_ptr.dtype.element_ty), mask=keep)
@@ -199,32 +202,34 @@ def _key(ce):
 
 
 @triton.jit
-def _ranked_weight(ce, match, position, picks_ptr):
+def _ranked_weight(ce, match, n, picks_ptr):
     """How often the cross-entropy of each anchor counts: see :func:`rank_kernel`."""
     key = tl.load(picks_ptr)
-    hard = (_key(ce) > key) | ((_key(ce) == key) & (position < tl.load(picks_ptr + 1)))
-    twice = position < tl.load(picks_ptr + 2)
+    hard = (_key(ce) > key) | ((_key(ce) == key) & (n < tl.load(picks_ptr + 1)))
+    twice = n < tl.load(picks_ptr + 2)
     return tl.where(match >= 0, tl.where(twice, 2, 1), tl.where(hard, 1, 0))
 
 
 @triton.jit
 def _ranked_classes(
-    x_ptr, d_ptr, match_ptr, rows_ptr, ce_ptr, picks_ptr, position, mask, s_x, s_d, label_args, scale,
+    x_ptr, d_ptr, match_ptr, rows_ptr, ce_ptr, picks_ptr, n, mask, s_x, s_d, label_args, scale,
     LABEL: tl.constexpr, C: tl.constexpr, WITH_GRAD: tl.constexpr,
     ACC: tl.constexpr, CELLS: tl.constexpr, K_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The cross-entropy of some anchors, left in ``ce``, or with WITH_GRAD the gradient by their logits.
+    """The cross-entropy of the anchors n, left in ``ce``, or with WITH_GRAD the gradient by their logits.
 
-    ``match_ptr`` and ``ce_ptr`` are of the image; ``x_ptr`` and ``d_ptr`` point to the anchors.
+    ``match_ptr`` and ``ce_ptr`` are of the image; ``x_ptr`` and ``d_ptr`` point to the anchors. Returns what shows a
+    NaN in the total, counted or not: 0 without one.
     """
+    unknown = tl.cast(0.0, ACC)
     k = tl.arange(0, K_PAD)[None, :]
-    match = tl.load(match_ptr + position, mask=mask, other=IGNORED)
+    match = tl.load(match_ptr + n, mask=mask, other=IGNORED)
     label = tl.maximum(_labels(rows_ptr, match), 0)  # no row: the background
     used = mask
     weight = tl.zeros([CELLS], tl.int32)
     if WITH_GRAD:
-        ce = tl.load(ce_ptr + position, mask=mask, other=0.0)
-        weight = tl.where(mask, _ranked_weight(ce, match, position, picks_ptr), 0)
+        ce = tl.load(ce_ptr + n, mask=mask, other=0.0)
+        weight = tl.where(mask, _ranked_weight(ce, match, n, picks_ptr), 0)
         used = weight > 0
     x = tl.load(x_ptr[:, None] + k * s_x, mask=used[:, None] & (k < C), other=0.0).to(ACC)
     x = tl.where(k < C, x, -1e30)  # adds nothing to a softmax
@@ -233,8 +238,10 @@ def _ranked_classes(
         d = tl.where(used[:, None], weight.to(ACC)[:, None] * scale * d, 0.0)
         tl.store(d_ptr[:, None] + k * s_d, d.to(d_ptr.dtype.element_ty), mask=mask[:, None] & (k < C))
     else:
-        # of a sum of -0, too, the bits are to be those of 0
-        tl.store(ce_ptr + position, tl.sum(tl.where(k < C, loss, 0.0), axis=1) + 0.0, mask=mask)
+        ce = tl.sum(tl.where(k < C, loss, 0.0), axis=1) + 0.0  # of a sum of -0, too, the bits are to be those of 0
+        unknown = tl.sum(tl.where(mask & (ce != ce), ce, 0.0), axis=0)
+        tl.store(ce_ptr + n, ce, mask=mask)
+    return unknown
 
 
 @triton.jit
@@ -249,22 +256,45 @@ def _load_tile(at, s_k, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _box_term(
-    raw, anchor, true, size, weights, beta, box_args, AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr
-):
-    """Box loss of anchors against true corners, and its gradient by the four raw numbers."""
+def _relative(anchor, row, has, size, CORNERS: tl.constexpr, ACC: tl.constexpr):
+    """Sides of anchors and, of their rows, the centre from theirs and the sides; sides of 1 where there is no row.
+
+    Corners of a row are compared with those of the anchor, its centre with the middle of that, and its size is taken as
+    it is: of nearby numbers the differences keep their digits, while a size made of corners would not.
+    """
     ax1, ay1, ax2, ay2 = anchor
-    x1, y1, x2, y2 = true
-    aw = ax2 - ax1
-    ah = ay2 - ay1
-    gw = x2 - x1
-    gh = y2 - y1
-    # true centre from the anchor's, as a mean of differences: those of nearby numbers keep their digits
-    cx = 0.5 * ((x1 - ax1) + (x2 - ax2))
-    cy = 0.5 * ((y1 - ay1) + (y2 - ay2))
+    _image, _label, c0, c1, c2, c3 = row
+    if CORNERS:
+        cx = 0.5 * ((c0.to(ACC) - ax1) + (c2.to(ACC) - ax2))
+        cy = 0.5 * ((c1.to(ACC) - ay1) + (c3.to(ACC) - ay2))
+        gw = c2.to(ACC) - c0.to(ACC)
+        gh = c3.to(ACC) - c1.to(ACC)
+    else:
+        width = tl.cast(size[0], ACC)
+        height = tl.cast(size[1], ACC)
+        cx = scaled_less(c0, width, ax1, ACC) - 0.5 * (ax2 - ax1)
+        cy = scaled_less(c1, height, ay1, ACC) - 0.5 * (ay2 - ay1)
+        gw = c2.to(ACC) * width
+        gh = c3.to(ACC) * height
+    aw = tl.where(has, ax2 - ax1, 1.0)
+    ah = tl.where(has, ay2 - ay1, 1.0)
+    return (aw, ah), (cx, cy), (tl.where(has, gw, 1.0), tl.where(has, gh, 1.0))
+
+
+@triton.jit
+def _box_term(
+    raw, sides, shift, true, size, weights, beta, box_args, AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr
+):
+    """Box loss of anchors, and its gradient by the four raw numbers; see :func:`_relative`."""
+    aw, ah = sides
+    cx, cy = shift
+    gw, gh = true
     if OFFSET is not None:
-        loss_x, dx, dw = OFFSET(raw[0], raw[2], weights[0] * cx / aw, weights[2] * tl.log(gw / aw), beta)
-        loss_y, dy, dh = OFFSET(raw[1], raw[3], weights[1] * cy / ah, weights[3] * tl.log(gh / ah), beta)
+        least = 1.1754944e-38  # of the quotient of sides, whose logarithm is to be finite
+        tw = weights[2] * tl.log(tl.maximum(gw / aw, least))
+        th = weights[3] * tl.log(tl.maximum(gh / ah, least))
+        loss_x, dx, dw = OFFSET(raw[0], raw[2], weights[0] * cx / aw, tw, beta)
+        loss_y, dy, dh = OFFSET(raw[1], raw[3], weights[1] * cy / ah, th, beta)
         loss = loss_x + loss_y
         d = (dx, dy, dw, dh)
     else:
@@ -285,16 +315,14 @@ def _box_term(
 
 
 @triton.jit
-def _centreness(anchor, true):
+def _centreness(shift, true):
     """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of anchors' centres in boxes that hold them."""
-    x = 0.5 * (anchor[0] + anchor[2])
-    y = 0.5 * (anchor[1] + anchor[3])
-    left = x - true[0]
-    top = y - true[1]
-    right = true[2] - x
-    bottom = true[3] - y
-    along = safe_div(tl.minimum(left, right), tl.maximum(left, right))
-    return tl.sqrt(along * safe_div(tl.minimum(top, bottom), tl.maximum(top, bottom)))
+    dx = tl.abs(shift[0])
+    dy = tl.abs(shift[1])
+    hx = 0.5 * true[0]
+    hy = 0.5 * true[1]
+    share = safe_div(hx - dx, hx + dx) * safe_div(hy - dy, hy + dy)
+    return tl.sqrt(tl.maximum(share, 0.0))
 
 
 @triton.jit
@@ -312,15 +340,11 @@ def _boxes(
     d = tl.zeros([CELLS, 4], ACC)
     d_centre = tl.zeros([CELLS], ACC)
     if tl.max(has.to(tl.int32), axis=0) > 0:
-        ax1, ay1, ax2, ay2 = load_corners(anchors_ptr, n, has, ACC)
+        anchor = load_corners(anchors_ptr, n, has, ACC)
         row = load_rows(rows_ptr, match, has, CELLS)
-        _valid, _label, true = row_corners(row, 0, 0, (0, 0), size, CORNERS, ACC)
-        x1, y1, x2, y2 = true
-        # boxes with sides where there are none, for what is masked divides by them too
-        anchor = (ax1, ay1, tl.where(has, ax2, ax1 + 1.0), tl.where(has, ay2, ay1 + 1.0))
-        true = (x1, y1, tl.where(has, x2, x1 + 1.0), tl.where(has, y2, y1 + 1.0))
+        sides, shift, true = _relative(anchor, row, has, size, CORNERS, ACC)
         raw = _load_tile(raw_ptr, s_raw, has, ACC)
-        loss, d_raw = _box_term(raw, anchor, true, size, weights, beta, box_args, AXIS, BOX, OFFSET)
+        loss, d_raw = _box_term(raw, sides, shift, true, size, weights, beta, box_args, AXIS, BOX, OFFSET)
         box = share * tl.sum(tl.where(has, loss, 0.0), axis=0)
         if WITH_GRAD:
             even = tl.join(d_raw[0], d_raw[2])
@@ -329,7 +353,7 @@ def _boxes(
             d = tl.where(has[:, None], d, 0.0)
         if CENTRE_LABEL is not None:
             x = tl.load(centre_ptr, mask=has, other=0.0).to(ACC)
-            loss, d_x = CENTRE_LABEL(x, _centreness(anchor, true), ())
+            loss, d_x = CENTRE_LABEL(x, _centreness(shift, true), ())
             centre = share * tl.sum(tl.where(has, loss, 0.0), axis=0)
             if WITH_GRAD:
                 d_centre = tl.where(has, grad_centre * share * d_x, 0.0)
@@ -344,10 +368,10 @@ def _boxes(
 def _range_of(pid, programs, begin, level, local):
     """Level of a program and its number there, if it is one of so many a level from ``begin`` on; and their end."""
     for i in tl.static_range(len(programs)):
-        here = (pid >= begin) & (pid < begin + programs[i])
+        here = (pid >= begin) & (pid < begin + plain(programs[i]))
         level = tl.where(here, i, level)
         local = tl.where(here, pid - begin, local)
-        begin += programs[i]
+        begin += plain(programs[i])
     return level, local, begin
 
 
@@ -376,12 +400,12 @@ def _site(local, A, HW, start, FLAT: tl.constexpr, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _anchors_at(ptr, strides, b, a, cells, W, A, HW, K: tl.constexpr, FLAT: tl.constexpr, FOLLOW: tl.constexpr):
+def _anchors_at(ptr, strides, b, a, cells, W, A, HW, K: tl.constexpr, FLAT: tl.constexpr, NEAR: tl.constexpr):
     """Pointers to the first of the K channels of some anchors."""
     if FLAT:
         at = ptr + (b.to(tl.int64) * (A * HW) + cells) * K
     else:
-        at = ptr + _cells_at(strides, b, a, cells, W, FOLLOW)
+        at = ptr + _cells_at(strides, b, a, cells, W, NEAR)
     return at
 
 
@@ -395,11 +419,29 @@ def _channel_stride(strides, FLAT: tl.constexpr):
 
 
 @triton.jit
+def _plane_program(
+    local, x_ptr, d_ptr, s_x, s_d, W, A, HW, start, match_ptr, rows_ptr, found_ptr, N, B, blocks, label_args, grad,
+    C: tl.constexpr, LABEL: tl.constexpr, BY_IMAGE: tl.constexpr, NEAR: tl.constexpr,
+    WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, ACC: tl.constexpr, CELLS: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    """Class loss of a program of a level in planes, and the gradient."""
+    b, a, cells, _n, position, mask = _site(local, A, HW, start, False, CELLS)
+    at_d = None
+    if WITH_GRAD:
+        at_d = d_ptr + _cells_at(s_d, b, a, cells, W, NEAR)
+    return _plane_classes(
+        x_ptr + _cells_at(s_x, b, a, cells, W, NEAR), at_d, match_ptr + b.to(tl.int64) * N + position, rows_ptr, mask,
+        s_x[4], s_d[4], label_args, _share(found_ptr, b, B, blocks, BY_IMAGE, ACC), grad,
+        LABEL, C, WITH_LOSS, WITH_GRAD, ACC, CELLS, PLANES,
+    )  # fmt: skip
+
+
+@triton.jit
 def _class_program(
     local, x_ptr, d_ptr, s_x, s_d, W, A, HW, start, match_ptr, rows_ptr, found_ptr, N, B, blocks, label_args, grad,
     ce_ptr, picks_ptr,
     C: tl.constexpr, LABEL: tl.constexpr, RANKED: tl.constexpr, BY_IMAGE: tl.constexpr,
-    FLAT: tl.constexpr, FOLLOW: tl.constexpr, WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, ACC: tl.constexpr,
+    FLAT: tl.constexpr, NEAR: tl.constexpr, WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, CELLS: tl.constexpr, PLANES: tl.constexpr, K_PAD: tl.constexpr,
 ):  # fmt: skip
     """Class loss of a program of a level, and the gradient."""
@@ -417,30 +459,33 @@ def _class_program(
         if WITH_GRAD and not BY_IMAGE:
             scale = grad * _share(found_ptr, 0, B, blocks, BY_IMAGE, ACC)
         for tile in tl.range(local * STEPS, tl.minimum(local * STEPS + STEPS, tiles), loop_unroll_factor=1):
-            b, a, cells, _n, position, mask = _site(tile, A, HW, start, FLAT, CELLS)
+            b, a, cells, n, _position, mask = _site(tile, A, HW, start, FLAT, CELLS)
             at_d = None
             if WITH_GRAD:
-                at_d = _anchors_at(d_ptr, s_d, b, a, cells, W, A, HW, C, FLAT, FOLLOW)
+                at_d = _anchors_at(d_ptr, s_d, b, a, cells, W, A, HW, C, FLAT, NEAR)
                 if BY_IMAGE:
                     scale = grad * _share(found_ptr, b, B, blocks, BY_IMAGE, ACC)
             image = b.to(tl.int64) * N
-            _ranked_classes(
-                _anchors_at(x_ptr, s_x, b, a, cells, W, A, HW, C, FLAT, FOLLOW), at_d, match_ptr + image, rows_ptr,
-                ce_ptr + image, picks_ptr + 3 * b, position, mask,
+            cls += _ranked_classes(
+                _anchors_at(x_ptr, s_x, b, a, cells, W, A, HW, C, FLAT, NEAR), at_d, match_ptr + image, rows_ptr,
+                ce_ptr + image, picks_ptr + 3 * b, n, mask,
                 _channel_stride(s_x, FLAT), _channel_stride(s_d, FLAT), label_args, scale,
                 LABEL, C, WITH_GRAD, ACC, CELLS, K_PAD,
             )  # fmt: skip
     else:
-        b, a, cells, _n, position, mask = _site(local, A, HW, start, FLAT, CELLS)
-        at = _anchors_at(x_ptr, s_x, b, a, cells, W, A, HW, C, FLAT, FOLLOW)
-        at_d = None
+        wide = (HW % 16 == 0) & _are_wide(s_x)
         if WITH_GRAD:
-            at_d = _anchors_at(d_ptr, s_d, b, a, cells, W, A, HW, C, FLAT, FOLLOW)
-        cls = _plane_classes(
-            at, at_d, match_ptr + b.to(tl.int64) * N + position, rows_ptr, mask, s_x[4], s_d[4], label_args,
-            _share(found_ptr, b, B, blocks, BY_IMAGE, ACC), grad,
-            LABEL, C, WITH_LOSS, WITH_GRAD, ACC, CELLS, PLANES,
-        )  # fmt: skip
+            wide = wide & _are_wide(s_d)
+        if NEAR and wide:
+            cls = _plane_program(
+                local, x_ptr, d_ptr, _wide(s_x), _wide(s_d), W, A, HW // 16 * 16, start, match_ptr, rows_ptr, found_ptr,
+                N, B, blocks, label_args, grad, C, LABEL, BY_IMAGE, NEAR, WITH_LOSS, WITH_GRAD, ACC, CELLS, PLANES,
+            )  # fmt: skip
+        else:
+            cls = _plane_program(
+                local, x_ptr, d_ptr, s_x, s_d, W, A, HW, start, match_ptr, rows_ptr, found_ptr,
+                N, B, blocks, label_args, grad, C, LABEL, BY_IMAGE, NEAR, WITH_LOSS, WITH_GRAD, ACC, CELLS, PLANES,
+            )  # fmt: skip
     return cls
 
 
@@ -449,25 +494,27 @@ def _box_program(
     local, raw_ptr, d_ptr, centre_ptr, d_centre_ptr, s_raw, s_d, s_centre, s_d_centre, W, A, HW, start,
     match_ptr, anchors_ptr, rows_ptr, found_ptr, N, B, blocks, size, weights, beta, box_args, grad, grad_centre,
     AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, CENTRE_LABEL: tl.constexpr, BY_IMAGE: tl.constexpr,
-    CORNERS: tl.constexpr, FLAT: tl.constexpr, FOLLOW: tl.constexpr, WITH_GRAD: tl.constexpr, ACC: tl.constexpr,
-    ANCHORS: tl.constexpr,
+    CORNERS: tl.constexpr, RANKED: tl.constexpr, FLAT: tl.constexpr, NEAR: tl.constexpr, WITH_GRAD: tl.constexpr,
+    ACC: tl.constexpr, ANCHORS: tl.constexpr,
 ):  # fmt: skip
     """Box and centreness loss of a program of a level, and the gradient."""
     b, a, cells, n, position, mask = _site(local, A, HW, start, FLAT, ANCHORS)
+    if RANKED:
+        position = n
     match = tl.load(match_ptr + b.to(tl.int64) * N + position, mask=mask, other=IGNORED)
-    at = _anchors_at(raw_ptr, s_raw, b, a, cells, W, A, HW, 4, FLAT, FOLLOW)
+    at = _anchors_at(raw_ptr, s_raw, b, a, cells, W, A, HW, 4, FLAT, NEAR)
     at_d = None
     at_centre = None
     at_d_centre = None
     s_k = _channel_stride(s_raw, FLAT)
     s_d_k = s_k
     if WITH_GRAD:
-        at_d = _anchors_at(d_ptr, s_d, b, a, cells, W, A, HW, 4, FLAT, FOLLOW)
+        at_d = _anchors_at(d_ptr, s_d, b, a, cells, W, A, HW, 4, FLAT, NEAR)
         s_d_k = _channel_stride(s_d, FLAT)
     if CENTRE_LABEL is not None:
-        at_centre = _anchors_at(centre_ptr, s_centre, b, a, cells, W, A, HW, 1, FLAT, FOLLOW)
+        at_centre = _anchors_at(centre_ptr, s_centre, b, a, cells, W, A, HW, 1, FLAT, NEAR)
         if WITH_GRAD:
-            at_d_centre = _anchors_at(d_centre_ptr, s_d_centre, b, a, cells, W, A, HW, 1, FLAT, FOLLOW)
+            at_d_centre = _anchors_at(d_centre_ptr, s_d_centre, b, a, cells, W, A, HW, 1, FLAT, NEAR)
     return _boxes(
         at, at_d, at_centre, at_d_centre, s_k, s_d_k, match, n, mask, anchors_ptr, rows_ptr, size, weights, beta,
         box_args, _share(found_ptr, b, B, blocks, BY_IMAGE, ACC), grad, grad_centre,
@@ -483,16 +530,16 @@ def dense_kernel(
     total_ptr, parts, counts_ptr, partial_ptr, done_ptr, ce_ptr, picks_ptr,
     C: tl.constexpr, AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, LABEL: tl.constexpr,
     CENTRE_LABEL: tl.constexpr, RANKED: tl.constexpr, BY_IMAGE: tl.constexpr, CORNERS: tl.constexpr,
-    FLAT: tl.constexpr, FOLLOW: tl.constexpr,
+    FLAT: tl.constexpr, NEAR: tl.constexpr,
     WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, SKIP_ONE: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, CELLS: tl.constexpr, PLANES: tl.constexpr, ANCHORS: tl.constexpr,
     K_PAD: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of a dense head; grid: the programs of class logits, level by level, then those of boxes.
 
-    Tuples ending in s hold one entry a level. ``found_ptr`` holds ``blocks`` counts of anchors with a row an image.
-    ``grads`` are pointers to what the gradients of the total and of the three parts are multiplied by, ``parts`` those
-    to the three parts.
+    Tuples ending in s hold one entry a level, numbers as :func:`plain` takes them. ``found_ptr`` holds ``blocks``
+    counts of anchors with a row an image. ``grads`` are pointers to what the gradients of the total and of the three
+    parts are multiplied by, ``parts`` those to the three parts.
     """
     pid = tl.program_id(0)
     level, local, end = _range_of(pid, cls_programs, 0, pid * 0, pid * 0)
@@ -503,11 +550,13 @@ def dense_kernel(
     W = _integer(Ws, level)
     start = pid * 0
     for i in tl.static_range(len(As)):
-        start += tl.where(level > i, As[i] * HWs[i], 0)
+        start += tl.where(level > i, plain(As[i]) * plain(HWs[i]), 0)
     ONES: tl.constexpr = WITH_LOSS
     grad_cls = _grad_out(grads, 1, ONES, ACC)
     grad_box = _grad_out(grads, 2, ONES, ACC)
     grad_centre = _grad_out(grads, 3, ONES, ACC)
+    if CENTRE_LABEL is None:
+        grad_centre = grad_box
     if SKIP_ONE:
         if tl.where(of_boxes, (grad_box == 1.0) & (grad_centre == 1.0), grad_cls == 1.0):
             return
@@ -544,13 +593,13 @@ def dense_kernel(
             local, raw_ptr, d_raw_ptr, centre_ptr, d_centre_ptr, s_raw, s_d_raw, s_middle, s_d_middle,
             W, A, HW, start, match_ptr, anchors_ptr, rows_ptr, found_ptr, N, B, blocks, size, weights, beta, box_args,
             grad_box, grad_centre,
-            AXIS, BOX, OFFSET, CENTRE_LABEL, BY_IMAGE, CORNERS, FLAT, FOLLOW, WITH_GRAD, ACC, ANCHORS,
+            AXIS, BOX, OFFSET, CENTRE_LABEL, BY_IMAGE, CORNERS, RANKED, FLAT, NEAR, WITH_GRAD, ACC, ANCHORS,
         )  # fmt: skip
     else:
         cls = _class_program(
             local, x_ptr, d_x_ptr, s_x, s_d_x, W, A, HW, start, match_ptr, rows_ptr, found_ptr, N, B, blocks,
             label_args, grad_cls, ce_ptr, picks_ptr,
-            C, LABEL, RANKED, BY_IMAGE, FLAT, FOLLOW, WITH_LOSS, WITH_GRAD, ACC, BLOCK, STEPS, CELLS, PLANES, K_PAD,
+            C, LABEL, RANKED, BY_IMAGE, FLAT, NEAR, WITH_LOSS, WITH_GRAD, ACC, BLOCK, STEPS, CELLS, PLANES, K_PAD,
         )  # fmt: skip
 
     if WITH_LOSS:
@@ -607,9 +656,9 @@ def rank_kernel(
 ):  # fmt: skip
     """The hardest of the anchors without a row, ``ratio`` times those with one, and the class loss; grid: images.
 
-    ``picks_ptr`` [B, 3], int64: anchors without a row count whose key is above the first, or equal to it if their
-    position is below the second; should that not be enough, those with a row below the third position count twice, as
-    in torchvision. Of equals the first positions count.
+    ``picks_ptr`` [B, 3], int64: anchors without a row count whose key is above the first, or equal to it if their index
+    is below the second; should that not be enough, those with a row and an index below the third count twice, as in
+    torchvision. Of equals the first anchors count.
     """
     b = tl.program_id(0)
     ce_ptr += b.to(tl.int64) * N
@@ -647,7 +696,7 @@ def rank_kernel(
     tl.store(picks_ptr + 3 * b + 2, tl.max(twice, axis=0).to(tl.int64))
     tl.store(partial_ptr + b, _share(found_ptr, b, B, blocks, BY_IMAGE, ACC) * tl.sum(total, axis=0))
     if is_last(done_ptr, B):
-        cls = column(column_sums(partial_ptr, B, 1, ACC), 0)
+        cls = column(column_sums(partial_ptr, B, 1, ACC), 0) + tl.load(parts[0])  # a NaN of the loss launch, or 0
         tl.store(parts[0], cls)
         tl.store(total_ptr, cls + tl.load(parts[1]))
         tl.store(done_ptr, 0)

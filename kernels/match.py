@@ -15,7 +15,7 @@ level one after the other, each with all its cells.
 import triton
 import triton.language as tl
 
-from .primitives import exact
+from .primitives import exact, plain
 from .reduce import is_last
 from .rows import image_rows, load_row, load_rows, row_corners
 
@@ -30,10 +30,12 @@ def anchor_at(position, As, HWs, PLANES: tl.constexpr):
     if PLANES:
         start = 0
         for level in tl.static_range(len(As)):
-            size = As[level] * HWs[level]
+            A = plain(As[level])
+            HW = plain(HWs[level])
+            size = A * HW
             own = position - start
             here = (own >= 0) & (own < size)
-            n = tl.where(here, start + (own % HWs[level]) * As[level] + own // HWs[level], n)
+            n = tl.where(here, start + (own % HW) * A + own // HW, n)
             start += size
     return n
 
@@ -158,8 +160,8 @@ def _smallest_around(
     y = 0.5 * (ay1 + ay2)
     side = ax2 - ax1
     reach = side * exact(radius).to(ACC)
-    low = tl.where(n < ends[0], 0.0, side * tl.cast(ranges[0], ACC))
-    high = tl.where(n >= N - ends[1], float("inf"), side * tl.cast(ranges[1], ACC))
+    low = tl.where(n < plain(ends[0]), 0.0, side * tl.cast(ranges[0], ACC))
+    high = tl.where(n >= N - plain(ends[1]), float("inf"), side * tl.cast(ranges[1], ACC))
     taken = tl.zeros([BLOCK], tl.int32) + BACKGROUND
     best = tl.zeros([BLOCK], ACC) + 1e-5  # the peer's bound
     for g in range(first, last):
@@ -204,7 +206,8 @@ def match_kernel(
 
     ``match_ptr`` [B, N], int32, by position: a row, BACKGROUND or IGNORED. ``found_ptr`` [programs]: anchors with a
     row. ``counts_ptr``: its second entry becomes the number of invalid rows. ``ends`` are the anchors of the first and
-    of the last level, for CENTRE; ``band`` and ``radius`` hold numbers as :func:`exact` takes them. ``best_ptr`` is
+    of the last level, for CENTRE; ``band`` and ``radius`` hold numbers as :func:`exact` takes them, ``As``, ``HWs`` and
+    ``ends`` as :func:`plain` does. ``best_ptr`` is
     what :func:`overlap_kernel` left; the last program clears it.
     """
     blocks = tl.cdiv(N, BLOCK)

@@ -76,3 +76,20 @@ def angle(w, h):
 def exact(parts):
     """A float64 number from the three float32 numbers that add up to it: no other argument carries one unrounded."""
     return tl.cast(parts[0], tl.float64) + tl.cast(parts[1], tl.float64) + tl.cast(parts[2], tl.float64)
+
+
+@triton.jit
+def plain(number):
+    """n from the odd number 2 n + 3 that stands for it: Triton compiles anew for a number that is 1 or divisible by
+    16, and cannot be told not to where it is in a tuple."""
+    return (number - 3) // 2
+
+
+@triton.jit
+def scaled_less(c, scale, origin, ACC: tl.constexpr):
+    """c * scale - origin, of a float32 c and a scale of at most 12 bits, a nearby origin: as if not rounded in between.
+
+    The upper half of c times the scale is exact, so that its digits are still there when the origin is taken off.
+    """
+    upper = (c.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    return (upper.to(ACC) * scale - origin) + (c - upper).to(ACC) * scale

@@ -99,8 +99,8 @@ class DenseLoss(nn.Module):
         names = ("cls_logits", "bbox_regression", "bbox_ctrness")[: 3 if head.centreness else 2]
         channels = (head.num_classes, 4, 1)[: len(names)]
         levels, sizes = checks.dense_predictions(preds, names, channels, anchors)
-        ends = checks.level_sizes(num_anchors_per_level, sizes, head.matcher == "centre")
         pred: Tensor = levels[0][0]
+        ends = checks.level_sizes(num_anchors_per_level, sizes, pred.dim() == 3, head.matcher == "centre")
         size = self.image_size if image_size is None else checks.size("image_size", image_size)
         corners = isinstance(targets, list | tuple)
         if size is None and (not corners or head.box == "mpdiou"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from ..heads import DELTA_KINDS, DenseHead, dense_head_from_key
 from ..kernels import dense, match
 from ..kernels.launch import MATCH_BLOCK, MATCH_ROWS, RANK_BLOCK, RANK_THREADS, DenseConfig, dense_config
 from ..kernels.terms import box, decode, label, offset
-from .launch import Launch, accumulator, done_counter, float_parts, forget_zeros, refuse_double_backward, zeros
+from .launch import Launch, accumulator, done_counter, float_parts, forget_zeros, odd, refuse_double_backward, zeros
 
 BOX_CHANNELS, CENTRE_CHANNELS = 4, 1
+_MATCHING = Lock()  # two threads on one stream share what lies between overlap_kernel and match_kernel
 
 
 class Geometry(NamedTuple):
@@ -91,7 +93,7 @@ class _Layout(NamedTuple):
     """Where predictions, and gradients in the strides that they get, lie."""
 
     flat: bool
-    follow: bool
+    near: bool
     strides: tuple[tuple[tuple[int, ...], ...], ...]  # of class logits, boxes and centreness, one a level
     grad_strides: tuple[tuple[tuple[int, ...], ...], ...]
     widths: tuple[int, ...]
@@ -112,11 +114,11 @@ def _layout(preds: Sequence[Tensor], grads: Sequence[Tensor] | None, head: Dense
         tuple(tuple(none if flat else _view_strides(view) for view in maps) for maps in each)
         for each in (views, grad_views)
     )
-    follow = flat or all(s[1] == s[2] * view.shape[2] for view in everything for s in (_view_strides(view),))
+    near = flat or all(_view_strides(view)[1:3] == (view.shape[2], 1) for view in everything)
     sizes = [view.shape for view in views[0]]
     return _Layout(
         flat,
-        follow,
+        near,
         strides,
         grad_strides,
         tuple(shape[2] for shape in sizes),
@@ -179,17 +181,17 @@ def dense_launch(
         "d_box_ptrs": tuple(d_split[1]),
         "centre_ptrs": tuple(split[2] if head.centreness else none),
         "d_centre_ptrs": tuple(d_split[2] if head.centreness else none),
-        "s_cls": layout.strides[0],
-        "s_d_cls": layout.grad_strides[0],
-        "s_box": layout.strides[1],
-        "s_d_box": layout.grad_strides[1],
-        "s_centre": layout.strides[2] if head.centreness else None,
-        "s_d_centre": layout.grad_strides[2] if head.centreness else None,
-        "Ws": layout.widths,
-        "HWs": layout.cells,
-        "As": layout.anchors,
-        "cls_programs": cls_programs,
-        "box_programs": box_programs,
+        "s_cls": odd(layout.strides[0]),
+        "s_d_cls": odd(layout.grad_strides[0]),
+        "s_box": odd(layout.strides[1]),
+        "s_d_box": odd(layout.grad_strides[1]),
+        "s_centre": odd(layout.strides[2]) if head.centreness else None,
+        "s_d_centre": odd(layout.grad_strides[2]) if head.centreness else None,
+        "Ws": odd(layout.widths),
+        "HWs": odd(layout.cells),
+        "As": odd(layout.anchors),
+        "cls_programs": odd(cls_programs),
+        "box_programs": odd(box_programs),
         "anchors_ptr": anchors,
         "match_ptr": outputs.match,
         "rows_ptr": rows,
@@ -209,7 +211,7 @@ def dense_launch(
         **_constants(head.key, preds[0].dtype),
         "CORNERS": geometry.corners,
         "FLAT": layout.flat,
-        "FOLLOW": layout.follow,
+        "NEAR": layout.near,
         "WITH_LOSS": with_loss,
         "WITH_GRAD": grads is not None,
         "SKIP_ONE": skip_one,
@@ -253,13 +255,13 @@ def match_launches(
     best = None if head.rescue is None else zeros(rows.device, rows.shape[0], torch.int64)
     settle = {
         **common,
-        "As": layout.anchors,
-        "HWs": layout.cells,
+        "As": odd(layout.anchors),
+        "HWs": odd(layout.cells),
         "B": batch,
         "band": (float_parts(head.band[0]), float_parts(head.band[1])),
         "radius": float_parts(head.radius),
         "ranges": head.scale_range,
-        "ends": geometry.ends,
+        "ends": odd(geometry.ends),
         "best_ptr": best,
         "match_ptr": outputs.match,
         "found_ptr": outputs.found,
@@ -267,7 +269,7 @@ def match_launches(
         "done_ptr": done_counter(rows.device),
         "CENTRE": head.matcher == "centre",
         "RESCUE": head.rescue,
-        "PLANES": not layout.flat,
+        "PLANES": not layout.flat and not head.negatives,
     }
     launches = [Launch(match.match_kernel, grid, settle, threads, 128, exact=True)]
     if head.rescue is not None:
@@ -280,6 +282,7 @@ def rank_launch(head: DenseHead, outputs: DenseOutputs) -> Launch:
     """The launch that picks the hardest negatives, and completes the loss."""
     batch, N = outputs.match.shape
     block = min(RANK_BLOCK, 1 << (N - 1).bit_length())
+    threads = max(32, min(RANK_THREADS, block // 2))
     arguments = {
         "ce_ptr": outputs.ce,
         "match_ptr": outputs.match,
@@ -298,7 +301,7 @@ def rank_launch(head: DenseHead, outputs: DenseOutputs) -> Launch:
         "BITS": 63 if outputs.total.dtype == torch.float64 else 31,
         "BLOCK": block,
     }
-    return Launch(dense.rank_kernel, (batch,), arguments, RANK_THREADS)
+    return Launch(dense.rank_kernel, (batch,), arguments, threads)
 
 
 def loss_launches(
@@ -331,7 +334,7 @@ def dense_outputs(preds: Sequence[Tensor], anchors: Tensor, head: DenseHead, wit
         centre,
         pred.new_empty(2, dtype=torch.int32),
         pred.new_empty((batch, N), dtype=torch.int32),
-        pred.new_empty(batch * _ceil(N, min(MATCH_BLOCK, 1 << (N - 1).bit_length())), dtype=torch.int32),
+        pred.new_empty(batch * _ceil(N, MATCH_BLOCK), dtype=torch.int32),
         pred.new_empty((ranked, N), dtype=acc),
         pred.new_empty((ranked, 3), dtype=torch.int64),
         [torch.empty_like(p) for p in preds] if with_grad and not ranked else [],
@@ -359,12 +362,13 @@ def dense_loss(
     head = dense_head_from_key(key)
     geometry = Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
     outputs = dense_outputs(preds, anchors, head, with_grad)
-    try:
-        for launch in loss_launches(preds, anchors, rows, offsets, head, geometry, outputs):
-            launch.run()
-    except BaseException:
-        forget_zeros()
-        raise
+    with _MATCHING:
+        try:
+            for launch in loss_launches(preds, anchors, rows, offsets, head, geometry, outputs):
+                launch.run()
+        except BaseException:
+            forget_zeros()
+            raise
     return tuple(outputs)  # type: ignore[return-value]
 
 

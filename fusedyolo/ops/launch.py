@@ -27,6 +27,11 @@ def float_parts(value: float) -> tuple[float, float, float]:
     return high, middle, value - high - middle
 
 
+def odd(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Integers, also in tuples, as odd ones: no kernel is compiled for the values of these, see ``plain``."""
+    return tuple(odd(n) if isinstance(n, tuple) else 2 * n + 3 for n in numbers)
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch, ready to run, compile or count. ``max_registers``, a thread's, is of NVIDIA only; ``exact``

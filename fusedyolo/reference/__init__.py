@@ -5,7 +5,7 @@ host, so nothing here waits for a device.
 """
 
 from .cells import cell_assign, cell_loss, cell_views
-from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, read_corners
+from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, read_corners, relative
 from .dense import flat as flat_maps
 from .grid import Candidates, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets, read_rows
 from .pairs import Rows
@@ -37,4 +37,5 @@ __all__ = [
     "objectness_targets",
     "read_corners",
     "read_rows",
+    "relative",
 ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,9 +27,17 @@ def flat(maps: Sequence[Tensor], channels: int) -> Tensor:
     return torch.cat(cells, 1)
 
 
+@dataclass(frozen=True)
+class BoxRows(Rows):
+    """Target rows of which ``boxes`` are corners in pixels, and with them what corners have lost."""
+
+    centres: Tensor | None  # [M, 2] in pixels, float64; None where rows came as corners
+    sides: Tensor  # [M, 2] in pixels
+
+
 def read_corners(
     rows: Tensor, head: DenseHead, batch_size: int, size: tuple[float, float] | None, corners: bool, dtype: torch.dtype
-) -> Rows:
+) -> BoxRows:
     """Validity of target rows [M, 6] by the contract, and what they hold.
 
     The boxes of rows are their ``corners`` in pixels, or centre and size relative to an image of ``size`` (height,
@@ -47,10 +56,14 @@ def read_corners(
     valid = valid & (cx >= 0) & (cx < 1) & (cy >= 0) & (cy < 1)
     safe = torch.where(valid[:, None], rows, 0.5)
     boxes = safe[:, 2:].to(dtype)
-    if not corners:
-        half = boxes[:, 2:] * 0.5
-        boxes = torch.cat((boxes[:, :2] - half, boxes[:, :2] + half), 1) * constants((width, height) * 2, boxes)
-    return Rows(valid, safe[:, 0].long(), safe[:, 1].long(), boxes)
+    image, label = safe[:, 0].long(), safe[:, 1].long()
+    if corners:
+        return BoxRows(valid, image, label, boxes, None, boxes[:, 2:] - boxes[:, :2])
+    pixels = boxes * constants((width, height) * 2, boxes)
+    half = boxes[:, 2:] * 0.5
+    boxes = torch.cat((boxes[:, :2] - half, boxes[:, :2] + half), 1) * constants((width, height) * 2, boxes)
+    centres = safe[:, 2:4].double() * constants((width, height), safe.double())
+    return BoxRows(valid, image, label, boxes, centres, pixels[:, 2:])
 
 
 def dense_match(
@@ -67,7 +80,8 @@ def dense_match(
     best = pairs.best(batch_size)
     taken = pairs.first(best)
     taken = torch.where(taken < len(rows.label), taken, BACKGROUND)
-    match = torch.where(best < head.band[0], BACKGROUND, torch.where(best < head.band[1], IGNORED, taken))
+    low = (best < head.band[0]) | (taken < 0)
+    match = torch.where(low, BACKGROUND, torch.where(best < head.band[1], IGNORED, taken))
     if head.rescue == "equal":
         match = torch.where(pairs.best_of_a_row(batch_size), taken, match)
     if head.rescue == "best":
@@ -134,74 +148,95 @@ def dense_loss(
     has = match >= 0
     found = has.sum(1)
     divisor = found.clamp(min=1) * batch_size if head.mean == "image" else found.sum().clamp(min=1).expand(batch_size)
-    taken = torch.where(has, match, len(read.label))  # a row of nothing behind them
-    label = torch.cat((read.label, read.label.new_full((1,), -1)))[taken]
-    true = torch.cat((read.boxes, read.boxes.new_zeros(1, 4)))[taken]
+    label = torch.cat((read.label, read.label.new_full((1,), -1)))[torch.where(has, match, len(read.label))]
+    shift, sides = relative(anchors, read, match)
     terms = [
         _class_loss(cls.to(dtype), match, label, found, head) / divisor,
-        _box_loss(box.to(dtype), has, anchors, true, head, size) / divisor,
+        _box_loss(box.to(dtype), has, anchors, shift, sides, head, size) / divisor,
     ]
     if centre is not None:
-        target = torch.where(has, centreness(anchors, true), 0.5)
+        target = torch.where(has, centreness(shift, sides), 0.5)
         logit = torch.where(has, centre[..., 0].to(dtype), 0.0)
         terms.append(torch.where(has, LABEL_TERMS["bce"](logit, target), 0.0).sum(1) / divisor)
     counts = torch.stack((found.sum(), (~read.valid).sum())).to(torch.int32)
     return tuple(term.sum() for term in terms), counts
 
 
+def relative(anchors: Tensor, rows: BoxRows, match: Tensor) -> tuple[Tensor, Tensor]:
+    """For each anchor [B, N] the centre of its row from its own and the row's sides, [B, N, 2] in pixels; where it has
+    no row, of a box like itself.
+
+    Corners are compared with corners, and centres with centres, in float64: differences keep their digits.
+    """
+    has = (match >= 0)[..., None]
+    own = anchors[:, 2:] - anchors[:, :2]
+    if not len(rows.label):
+        return torch.zeros_like(own).expand(*match.shape, 2), own.expand(*match.shape, 2)
+    row = match.clamp(min=0)
+    if rows.centres is None:
+        shift = rows.boxes[row] - anchors
+        shift = 0.5 * (shift[..., :2] + shift[..., 2:])
+    else:
+        middle = 0.5 * (anchors[:, :2].double() + anchors[:, 2:].double())
+        shift = (rows.centres[row] - middle).to(anchors.dtype)
+    return torch.where(has, shift, 0.0), torch.where(has, rows.sides[row], own)
+
+
 def _class_loss(logits: Tensor, match: Tensor, label: Tensor, found: Tensor, head: DenseHead) -> Tensor:
-    """[B]: sums over the anchors of an image."""
+    """[B]: sums over the anchors of an image. A NaN shows in them, whether or not it counts."""
     classes = torch.arange(head.num_classes, device=logits.device)
     if not head.negatives:
         used = (match != IGNORED)[..., None]
         one_hot = (classes == label[..., None]).to(logits.dtype)
         loss = LABEL_TERMS[head.label](torch.where(used, logits, 0.0), one_hot, head.label_args)
-        return torch.where(used, loss, 0.0).sum((1, 2))
+        return torch.where(used, loss, _nans(logits)).sum((1, 2))
     one_hot = (classes == label.clamp(min=0)[..., None]).to(logits.dtype)
-    loss = LABEL_TERMS[head.label](logits, one_hot, head.label_args).sum(-1)
     # ranks, the hardest first, anchors with a row behind all others; equals by their index
     has = match >= 0
-    order = torch.where(has, -1.0, loss.detach()).sort(dim=1, descending=True, stable=True).indices
+    hardness = LABEL_TERMS[head.label](logits.detach(), one_hot, head.label_args).sum(-1)
+    order = torch.where(has, -1.0, hardness).sort(dim=1, descending=True, stable=True).indices
     rank = order.argsort(1)
     times = has.to(torch.int64) + (rank < (head.negatives * found)[:, None]).to(torch.int64)
-    return (torch.where(times > 0, loss, 0.0) * times).sum(1)
+    safe = torch.where((times > 0)[..., None], logits, 0.0)  # no NaN gradient from those that do not count
+    loss = LABEL_TERMS[head.label](safe, one_hot, head.label_args).sum(-1)
+    return (torch.where(times > 0, loss * times, _nans(logits).sum(-1))).sum(1)
+
+
+def _nans(values: Tensor) -> Tensor:
+    """NaN where they are, else 0."""
+    return torch.where(values.detach().isnan(), values.detach(), 0.0)
 
 
 def _box_loss(
-    raw: Tensor, has: Tensor, anchors: Tensor, true: Tensor, head: DenseHead, size: tuple[float, float] | None
+    raw: Tensor,
+    has: Tensor,
+    anchors: Tensor,
+    shift: Tensor,
+    true: Tensor,
+    head: DenseHead,
+    size: tuple[float, float] | None,
 ) -> Tensor:
-    """[B]: sums over the anchors of an image."""
-    raw, true = torch.where(has[..., None], raw, 0.0), torch.where(has[..., None], true, anchors)
+    """[B]: sums over the anchors of an image; ``shift`` and ``true`` are those of :func:`relative`."""
+    raw = torch.where(has[..., None], raw, 0.0)
     a, b = raw[..., :2], raw[..., 2:]
-    sides, shift, true_sides, weights = _relative(anchors, true, head)
+    sides, weights = anchors[:, 2:] - anchors[:, :2], constants(head.weights, raw)
     if head.box in DELTA_KINDS:
-        targets = weights[:2] * shift / sides, weights[2:] * (true_sides / sides).log()
-        loss = OFFSET_TERMS[head.box](a, b, *targets, head.beta).sum(-1)
+        logs = (true / sides).clamp(min=torch.finfo(torch.float32).tiny).log()
+        loss = OFFSET_TERMS[head.box](a, b, weights[:2] * shift / sides, weights[2:] * logs, head.beta).sum(-1)
     else:
         centre, p = DECODE[head.decode](a, b, sides, sides / weights[:2], 1 / weights[2:])
         distance = shift - centre
         # from the centre of the prediction, so that a tiny box keeps its sides
-        pair = torch.cat((-p / 2, p / 2), -1), torch.cat((distance - true_sides / 2, distance + true_sides / 2), -1)
+        pair = torch.cat((-p / 2, p / 2), -1), torch.cat((distance - true / 2, distance + true / 2), -1)
         extent = None if size is None else constants((size[1], size[0]), raw)
         loss = BOX_TERMS[head.box](*pair, head.box_args, extent)
     return torch.where(has, loss, 0.0).sum(1)
 
 
-def _relative(anchors: Tensor, true: Tensor, head: DenseHead) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sides of the anchors, the true centre from theirs, true sides, all [..., 2] in pixels; and the weights [4]."""
-    shift = true - anchors  # a mean of differences: those of nearby numbers keep their digits
-    return (
-        anchors[..., 2:] - anchors[..., :2],
-        0.5 * (shift[..., :2] + shift[..., 2:]),
-        true[..., 2:] - true[..., :2],
-        constants(head.weights, anchors),
-    )
-
-
-def encode_anchors(anchors: Tensor, true: Tensor, head: DenseHead) -> Tensor:
-    """[..., 4]: the raw boxes of anchors [..., 4] that decode to boxes [..., 4]; the inverse of decoding."""
-    sides, shift, true_sides, weights = _relative(anchors, true, head)
-    return torch.cat(ENCODE[head.decode](shift, true_sides, sides, sides / weights[:2], 1 / weights[2:]), -1)
+def encode_anchors(anchors: Tensor, shift: Tensor, true: Tensor, head: DenseHead) -> Tensor:
+    """[B, N, 4]: the raw boxes of anchors that decode to what :func:`relative` says."""
+    sides, weights = anchors[:, 2:] - anchors[:, :2], constants(head.weights, anchors)
+    return torch.cat(ENCODE[head.decode](shift, true, sides, sides / weights[:2], 1 / weights[2:]), -1)
 
 
 def decode_anchors(
@@ -212,10 +247,9 @@ def decode_anchors(
     A score is a sigmoid, with centreness the root of its product with that one's; or a softmax over classes, 0 for the
     background.
     """
-    a, b = box[..., :2], box[..., 2:]
-    sides, _, _, weights = _relative(anchors, anchors, head)
-    shift, size = DECODE[head.decode](a, b, sides, sides / weights[:2], 1 / weights[2:])
-    middle = 0.5 * (anchors[..., :2] + anchors[..., 2:]) + shift
+    sides, weights = anchors[:, 2:] - anchors[:, :2], constants(head.weights, anchors)
+    shift, size = DECODE[head.decode](box[..., :2], box[..., 2:], sides, sides / weights[:2], 1 / weights[2:])
+    middle = 0.5 * (anchors[:, :2] + anchors[:, 2:]) + shift
     boxes = torch.cat((middle - size / 2, middle + size / 2), -1)
     if head.background:
         scores = cls.softmax(-1)
@@ -224,8 +258,9 @@ def decode_anchors(
     return boxes, scores if centre is None else (scores * centre.sigmoid()).sqrt()
 
 
-def centreness(anchors: Tensor, true: Tensor) -> Tensor:
-    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of the centres of anchors [N, 4] in boxes [B, N, 4]."""
-    centre = (anchors[..., :2] + anchors[..., 2:]) / 2
-    before, behind = centre - true[..., :2], true[..., 2:] - centre
-    return area(torch.minimum(before, behind) / torch.maximum(before, behind)).clamp(min=0).sqrt()
+def centreness(shift: Tensor, true: Tensor) -> Tensor:
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of the centres of anchors in boxes that hold them, [B, N],
+    from what :func:`relative` says.
+    """
+    off, half = shift.abs(), true / 2
+    return area((half - off) / (half + off)).clamp(min=0).sqrt()

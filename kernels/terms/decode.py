@@ -44,8 +44,9 @@ def sigmoid_square(a, b, anchor, stride, scale):
 def delta(a, b, anchor, stride, scale):
     """RetinaNet, SSD: an anchor's centre moved by a strides, its size times e^(scale b); b held below ln(1000 / 16)."""
     z = b * scale
-    w = anchor * tl.exp(tl.minimum(z, 4.135166556742356))
-    return (a * stride, w), (stride, 0.0, 0.0, tl.where(z <= 4.135166556742356, scale * w, 0.0))
+    limit = tl.full([], 4.135166556742356, tl.float64).to(b.dtype)  # a constant alone would be float32
+    w = anchor * tl.exp(tl.minimum(z, limit))
+    return (a * stride, w), (stride, 0.0, 0.0, tl.where(z <= limit, scale * w, 0.0))
 
 
 @triton.jit
