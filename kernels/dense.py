@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .match import IGNORED, load_corners
-from .primitives import plain, safe_div, scaled_less
+from .primitives import ordered_bits, plain, safe_div, scaled_less
 from .reduce import column, column_sums, is_last
 from .rows import load_rows
 
@@ -193,12 +193,7 @@ def _plane_classes(
 @triton.jit
 def _key(ce):
     """An integer that orders cross-entropies as they are, NaN as infinity."""
-    ce = tl.where(ce != ce, float("inf"), ce)
-    if ce.dtype == tl.float32:
-        key = ce.to(tl.int32, bitcast=True).to(tl.int64)
-    else:
-        key = ce.to(tl.int64, bitcast=True)
-    return key
+    return ordered_bits(tl.where(ce != ce, float("inf"), ce))
 
 
 @triton.jit

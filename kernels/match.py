@@ -15,7 +15,7 @@ level one after the other, each with all its cells.
 import triton
 import triton.language as tl
 
-from .primitives import exact, plain
+from .primitives import exact, ordered_bits, plain
 from .reduce import is_last
 from .rows import image_rows, load_row, load_rows, row_corners
 
@@ -72,16 +72,6 @@ def _iou(anchor, true):
     return _divide(inter, (x2 - x1) * (y2 - y1) + (ax2 - ax1) * (ay2 - ay1) - inter)
 
 
-@triton.jit
-def _bits(value):
-    """An integer that orders floats >= 0 as they are."""
-    if value.dtype == tl.float32:
-        bits = value.to(tl.int32, bitcast=True).to(tl.int64)
-    else:
-        bits = value.to(tl.int64, bitcast=True)
-    return bits
-
-
 LOWEST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # less an index: of equal IoUs the lowest index has the largest key
 
 
@@ -107,10 +97,10 @@ def overlap_kernel(
             value = tl.where(mask, _iou(anchor, true), 0.0)
             best = tl.max(value, axis=0)
             if best > 0:
-                key = _bits(best)
+                key = ordered_bits(best)
                 if FIRST:
                     at = tl.min(tl.where(value == best, n, LOWEST), axis=0)
-                    key = (_bits(best.to(tl.float32)) << 32) | (LOWEST.value - at).to(tl.int64)
+                    key = (ordered_bits(best.to(tl.float32)) << 32) | (LOWEST.value - at).to(tl.int64)
                 tl.atomic_max(best_ptr + g, key, sem="relaxed")
 
 
@@ -136,7 +126,7 @@ def _most_overlap(
             taken = tl.where(value > highest, g, taken)
             highest = tl.maximum(highest, value)
             if RESCUE == "equal":
-                saved = tl.where(_bits(value) == tl.load(best_ptr + g), 1, saved)
+                saved = tl.where(ordered_bits(value) == tl.load(best_ptr + g), 1, saved)
             if RESCUE == "best":
                 saved = tl.where(n == best_anchor_of(tl.load(best_ptr + g)), g, saved)
     low = exact(band[0]).to(ACC)

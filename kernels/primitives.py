@@ -93,3 +93,13 @@ def scaled_less(c, scale, origin, ACC: tl.constexpr):
     """
     upper = (c.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
     return (upper.to(ACC) * scale - origin) + (c - upper).to(ACC) * scale
+
+
+@triton.jit
+def ordered_bits(value):
+    """An integer that orders floats >= 0 as they are: their bits."""
+    if value.dtype == tl.float32:
+        bits = value.to(tl.int32, bitcast=True).to(tl.int64)
+    else:
+        bits = value.to(tl.int64, bitcast=True)
+    return bits

@@ -128,7 +128,10 @@ def test_those_first_made_in_inference_mode_can_be_trained_with():
     with torch.inference_mode():
         made = [anchors.fcos_anchors([(2, 5)], 77, (8,)), anchors.ssd_anchors([(2, 5)], 77, [[2]])]
     for found in made:
-        (found * torch.ones(4, requires_grad=True)).sum().backward()
+        assert not found.is_inference()
+        scale = torch.ones(4, requires_grad=True)
+        (found * scale).sum().backward()
+        assert torch.equal(scale.grad, found.sum(0))
 
 
 def test_a_default_dtype_changes_nothing():

@@ -14,6 +14,7 @@ from ..heads import DELTA_KINDS, DenseHead, dense_head_from_key
 from ..kernels import dense, match
 from ..kernels.launch import MATCH_BLOCK, MATCH_ROWS, RANK_BLOCK, RANK_THREADS, DenseConfig, dense_config
 from ..kernels.terms import box, decode, label, offset
+from .grid import cell_strides
 from .launch import Launch, accumulator, done_counter, float_parts, forget_zeros, odd, refuse_double_backward, zeros
 
 BOX_CHANNELS, CENTRE_CHANNELS = 4, 1
@@ -80,12 +81,8 @@ def _view(pred: Tensor, channels: int) -> Tensor:
 
 
 def _view_strides(view: Tensor) -> tuple[int, ...]:
-    """Strides by image, row, column, anchor, channel; those of axes of length 1 are made to follow their neighbours."""
-    b, y, x, a, k = view.stride()
-    if view.shape[2] == 1:
-        x = y if view.shape[1] > 1 else 1
-    if view.shape[1] == 1:
-        y = x * view.shape[2]
+    """Strides by image, row, column, anchor, channel, as :func:`cell_strides` takes them."""
+    b, a, y, x, k = cell_strides(view.permute(0, 3, 1, 2, 4))
     return b, y, x, a, k
 
 
