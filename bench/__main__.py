@@ -1,8 +1,8 @@
 """``python -m bench``: parity first, then launches, bytes, host waits, compiled resources and, on a GPU, time.
 
-``python -m bench train`` profiles the training of a small detector instead, ``python -m bench assign`` draws what a
-loss assigns to the objects of an image. Every piece of work runs in a process of
-its own, because Triton decides when it is imported whether kernels are interpreted.
+``python -m bench sweep`` shows how these grow with objects, batch and classes, ``python -m bench train`` where a
+training step goes, ``python -m bench assign`` what a loss assigns to the objects of an image; ``python -m bench
+qualify`` does everything that wants a GPU.
 """
 
 from __future__ import annotations
@@ -10,159 +10,42 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import report
-from .codegen import TARGETS
-from .registry import CASES, DTYPES, FORMS, Case, Workload, select
+from fusedyolo.tools.codegen import TARGETS
+from fusedyolo.tools.environment import environment
+from fusedyolo.tools.registry import CASES, DTYPES, FORMS, LAYOUTS, Case, Workload, first_recipes, select
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import peers, plots, report
+from .measure import COMPILE, EAGER, FUSED
+from .rows import index, rows, write, write_failures
+from .work import Task, run_all, serve
+
 GPU_KINDS = ("time", "bandwidth")
 
 
-@dataclass(frozen=True)
-class Task:
-    """One process: what it does, for which loss, on what, by which provider (or for which compile target)."""
-
-    kind: str
-    case: str
-    work: Workload
-    provider: str = ""
-    device: str = "cpu"
-
-    @property
-    def label(self) -> str:
-        """For the progress display."""
-        return " ".join(filter(None, (self.kind, self.case, self.provider)))
-
-    @property
-    def interpreted(self) -> bool:
-        """Whether Triton's kernels are to run in the interpreter."""
-        return self.kind in ("parity", "count") and self.device == "cpu"
-
-
-def work_on(task: Task) -> Any:
-    """Do the work of a task, in its own process."""
-    from . import codegen, measure
-
-    if task.kind == "bandwidth":
-        return measure.copy_bandwidth()
-    case = CASES[task.case]
-    if task.kind == "parity":
-        return measure.parity(case, task.work, task.device)
-    if task.kind == "count":
-        backend = "torch" if task.provider == "eager" else "triton"
-        return measure.count_step(case, task.work, backend, _report_programs()).as_dict()
-    if task.kind == "compile":
-        return measure.count_compiled(case, task.work)
-    if task.kind == "codegen":
-        launches = codegen.launches(case, task.work)
-        return {
-            mode: codegen.compile_launch(
-                launch.kernel, launch.arguments, launch.options(task.provider != "gfx942"), task.provider
-            ).as_dict()
-            for mode, launch in launches.items()
-        }
-    return measure.time_step(case, task.work, task.provider)
-
-
-def _report_programs() -> Callable[[int, int, int], None]:
-    last = 0.0
-
-    def tell(launch: int, program: int, programs: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.2:
-            last = time.monotonic()
-            print(json.dumps({"progress": [launch, program, programs]}), flush=True)
-
-    return tell
-
-
-def run_task(task: Task, threads: int, on_progress: Callable[[list[int]], None]) -> tuple[Any, str]:
-    """Run a task in a process; its result, or None and why there is none."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    environment.pop("FUSEDYOLO_DISABLE", None)
-    if task.interpreted:
-        environment["TRITON_INTERPRET"] = "1"
-    description = json.dumps({**vars(task), "work": task.work.as_dict()})
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bench", "_task", description],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        assert process.stdout is not None
-        result = None
-        for line in process.stdout:
-            if line.startswith('{"progress"'):
-                on_progress(json.loads(line)["progress"])
-            elif line.startswith('{"result"'):
-                result = json.loads(line)["result"]
-        if process.wait() == 0:
-            return result, ""
-        errors.seek(0)
-        return None, errors.read().strip() or f"exit status {process.returncode}"
-
-
-def run_all(tasks: list[Task], jobs: int, console: Console, title: str, failures: list[str]) -> dict[Task, Any]:
-    """Run tasks in ``jobs`` processes at a time; the results there are, the others' output appended to ``failures``."""
-    results: dict[Task, Any] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
-        overall = progress.add_task(title, total=len(tasks))
-
-        def run(task: Task) -> tuple[Any, str, float]:
-            bar = progress.add_task(f"  {task.label}", total=None)
-
-            def move(done: list[int]) -> None:
-                launch, program, programs = done
-                progress.update(bar, description=f"  {task.label}, launch {launch}", completed=program, total=programs)
-
-            start = time.monotonic()
-            result, why = run_task(task, max(1, (os.cpu_count() or 1) // jobs), move)
-            progress.remove_task(bar)
-            return result, why, time.monotonic() - start
-
-        futures = {pool.submit(run, task): task for task in tasks}
-        for future in as_completed(futures):
-            task, (result, why, seconds) = futures[future], future.result()
-            progress.advance(overall)
-            if why:
-                causes = [line for line in why.splitlines() if "Error" in line] or why.splitlines()
-                console.print(f"[yellow]no {task.label}:[/] {escape(causes[-1])}", highlight=False)
-                failures.append(f"{task.label}\n\n{why}\n")
-            else:
-                results[task] = result
-                if not console.is_terminal:
-                    console.print(f"{task.label}: {seconds:.0f} s", highlight=False)
-    return results
-
-
-def plan(cases: Iterable[Case], work: Workload, gpu: bool, quick: bool, targets: Iterable[str]) -> list[Task]:
+def plan(
+    cases: Iterable[Case], work: Workload, gpu: bool, exact: bool, compiles: bool, targets: Iterable[str]
+) -> list[Task]:
     """Every task behind the parity gate; the longest first."""
-    names = [case.name for case in cases]
-    tasks = [Task("count", name, work, provider) for provider in ("fused", "eager") for name in names]
-    tasks += [] if quick else [Task("compile", name, work, "compile") for name in names]
-    tasks += [Task("codegen", name, work, target) for name in names for target in targets]
+    cases = list(cases)
+    ours = [case.name for case in cases if case.name in CASES]
+    kind = "count exactly" if exact else "count"
+    tasks = [Task("compile", name, work, COMPILE) for name in ours if compiles]
+    tasks += [Task(kind, name, work, FUSED) for name in ours]
+    tasks += [Task("count", case.name, work, peer.name) for case in cases for peer in peers.of(case)]
+    tasks += [Task("codegen", name, work, target) for name in ours for target in targets]
+    tasks += [Task("count", name, work, EAGER) for name in ours]
     if gpu:
         tasks.append(Task("bandwidth", "", work, device="cuda"))
-        tasks += [Task("time", n, work, p, "cuda") for n in names for p in ("eager", "compile", "fused")]
+        providers = {case.name: [peer.name for peer in peers.of(case)] for case in cases}
+        for name in ours:
+            providers[name] += [EAGER, *[COMPILE] * compiles, FUSED]
+        tasks += [Task("time", name, work, p, "cuda") for name, each in providers.items() for p in each]
     return tasks
 
 
@@ -174,8 +57,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--dtype", default="float32", choices=[name for name in DTYPES if name != "float64"])
     parser.add_argument(
-        "--loss", action="append", default=[], metavar="NAME", help=f"one of {', '.join(CASES)}; repeat for more"
+        "--loss",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"one of {', '.join(CASES)}; repeat for more (each loss in its default recipe)",
     )
+    parser.add_argument("--recipes", action="store_true", help="every recipe of every loss")
     objects = parser.add_mutually_exclusive_group()
     objects.add_argument("--labels", metavar="PATH", help="objects of a YOLO txt folder, a COCO json or a VOC folder")
     objects.add_argument(
@@ -184,18 +72,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--form", default="packed", choices=FORMS, help="targets as packed rows, or as fusedyolo.Targets"
     )
+    parser.add_argument("--layout", default="", choices=LAYOUTS, help="of predictions, where a loss takes it")
     parser.add_argument("--seed", type=int, default=Workload.seed)
     parser.add_argument(
-        "--target", action="append", choices=list(TARGETS), help="to compile for; repeat for more (all)"
+        "--exact", action="store_true", help="without a GPU, run every program of a kernel in the interpreter: minutes"
     )
-    parser.add_argument("--quick", action="store_true", help="smaller, fewer compile targets, no torch.compile")
-    parser.add_argument("--jobs", type=int, default=max(1, min(4, (os.cpu_count() or 1))), help="processes at a time")
+    parser.add_argument(
+        "--target", action="append", choices=list(TARGETS), help="to compile for; repeat for more (sm_90, gfx942)"
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller, no torch.compile")
+    parser.add_argument("--times", action="store_true", help="on a GPU, parity and times alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for JSON, CSV and pictures")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and no tables")
     options = parser.parse_args(argv)
     options.batch = options.batch or (2 if options.quick else 16)
     options.size = options.size or (320 if options.quick else 640)
-    options.target = options.target or (["sm_90", "gfx942"] if options.quick else list(TARGETS))
+    options.target = options.target or ["sm_90", "gfx942"]
     if options.size % 32 or options.size <= 0:
         parser.error(f"--size: {options.size}, want a multiple of 32")
     for name in ("batch", "classes", "jobs"):
@@ -204,10 +97,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.labels and not Path(options.labels).exists():
         parser.error(f"--labels: {options.labels} does not exist")
     try:
-        options.cases = select(options.loss)
+        options.cases = select(options.loss) if options.loss or options.recipes else usual_cases()
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def usual_cases() -> list[Case]:
+    """Each loss in its default recipe, and whatever a peer that is installed here computes."""
+    first = first_recipes()
+    ours = [case for case in CASES.values() if case in first or peers.of(case)]
+    return ours + [case for case in peers.PENDING.values() if peers.of(case)]
 
 
 def bench(argv: list[str]) -> int:
@@ -216,41 +116,63 @@ def bench(argv: list[str]) -> int:
     objects = f"crowded:{options.crowded}" if options.crowded else "coco"
     if options.labels:
         objects = str(Path(options.labels).resolve())
-    work = Workload(options.batch, options.size, options.classes, options.dtype, objects, options.form, options.seed)
+    work = Workload(
+        options.batch,
+        options.size,
+        options.classes,
+        options.dtype,
+        objects,
+        options.form,
+        options.layout,
+        options.seed,
+    )
     console = Console(stderr=options.json)
     if not console.is_terminal:
         console = Console(stderr=options.json, width=120)
     failures: list[str] = []
-    host = report.environment(ROOT)
+    host = environment()
     gpu = host["gpu"] is not None
     console.print(report.headline(work, host), highlight=False)
 
-    gate = [Task("parity", case.name, work, device="cuda" if gpu else "cpu") for case in options.cases]
+    gate = [Task("parity", c.name, work, device="cuda" if gpu else "cpu") for c in options.cases if c.name in CASES]
     parity = run_all(gate, 1 if gpu else options.jobs, console, "parity", failures)
     report.print_parity(console, {task.case: parity.get(task) for task in gate}, gpu)
     if not all(task in parity and parity[task]["ok"] for task in gate):
         console.print("[bold red]parity failed:[/] nothing else was measured")
-        report.write_failures(options.out, failures)
+        write_failures(options.out, failures)
         return 1
 
-    tasks = plan(options.cases, work, gpu, options.quick, options.target)
+    tasks = plan(options.cases, work, gpu, options.exact, not options.quick, options.target)
+    tasks = [task for task in tasks if not _differs(task, parity)]
     timed = [task for task in tasks if task.kind in GPU_KINDS]
-    others = [task for task in tasks if task.kind not in GPU_KINDS]
+    others = [] if options.times else [task for task in tasks if task.kind not in GPU_KINDS]
     results = run_all(others, options.jobs, console, "counting and compiling", failures)
-    if gpu:  # nothing else runs meanwhile
-        results |= run_all(timed, 1, console, "timing", failures)
-    rows = report.rows(parity | results, work, host)
+    for name in dict.fromkeys(task.case for task in timed):  # nothing else runs meanwhile
+        results |= run_all([task for task in timed if task.case == name], 1, console, f"timing {name}", failures)
+        write(
+            options.out, rows(parity | results, work, host), host
+        )  # what was measured is kept, should the rest be cut
+    found = rows(parity | results, work, host)
     if options.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(found, indent=1))
+        report.print_remarks(console, index(found), options.cases)
     else:
-        report.print_tables(console, rows, options.cases)
-    for path in [*report.write(options.out, rows, host, options.cases), *report.write_failures(options.out, failures)]:
+        report.print_tables(console, found, options.cases)
+    pictures = plots.plot(options.out, found, options.cases)
+    for path in [*write(options.out, found, host), *pictures, *write_failures(options.out, failures)]:
         console.print(f"wrote {path}", highlight=False)
-    return int(any(t not in results for t in tasks if t.kind != "compile" and t.provider != "compile"))
+    return int(any(task not in results for task in others + timed if task.provider not in (COMPILE, *peers.PEERS)))
+
+
+def _differs(task: Task, parity: dict[Task, dict]) -> bool:
+    """Whether a task would time a peer that computes something else."""
+    return task.kind == "time" and any(
+        gate.case == task.case and task.provider in found["failed"] for gate, found in parity.items()
+    )
 
 
 def main(argv: list[str]) -> int:
-    """Choose between the main job, training, a picture of an assignment, and the work of one process."""
+    """Choose between the main job, the others, and the work of one process."""
     if argv[:1] == ["train"]:
         from . import train
 
@@ -259,10 +181,21 @@ def main(argv: list[str]) -> int:
         from . import assign
 
         return assign.main(argv[1:])
-    if argv[:1] == ["_task"]:
-        fields = json.loads(argv[1])
-        task = Task(**{**fields, "work": Workload(**fields["work"])})
-        print(json.dumps({"result": work_on(task)}), flush=True)
+    if argv[:1] == ["sweep"]:
+        from . import sweep
+
+        return sweep.main(argv[1:])
+    if argv[:1] == ["qualify"]:
+        from . import qualify
+
+        return qualify.main(argv[1:])
+    if argv[:1] == ["_work"]:
+        serve()
+        return 0
+    if argv[:1] == ["_step"]:
+        from .measure import run_fused
+
+        run_fused(argv[1])
         return 0
     return bench(argv)
 

@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 
 import fusedyolo
+from fusedyolo.tools import objects
+from fusedyolo.tools.registry import CASES, CellCase, DenseCase, Workload
 
-from . import objects, pictures
-from .registry import CASES, CellCase, DenseCase, Workload
+from . import pictures
 
 CALM = -4.0  # logits of predictions that are sure of nothing
 

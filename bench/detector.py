@@ -1,17 +1,102 @@
-"""A small anchor-grid detector: network, anchors from the training boxes, and how many objects it finds."""
+"""A small detector with the head that a loss wants: fit to the training boxes, network, and what it finds."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from .objects import Annotation
+import fusedyolo
+from fusedyolo.tools.objects import Annotation
+from fusedyolo.tools.registry import Case, CellCase, DenseCase, Workload
 
-STRIDES = (8, 16, 32)
-ANCHORS_PER_LEVEL = 3
-PRIOR = 0.01  # objectness of an untrained prediction
+COARSEST = 32  # stride of the last map that all heads share
+WIDTHS = {8: 48, 16: 64}  # channels of the maps by stride; 64 beyond
+PRIOR = 0.01  # probability, before training, of what is rarely there: an object, a class of a focal loss
+
+
+# ------------------------------------------------------------------------------------------------------------- geometry
+
+
+@dataclass(frozen=True)
+class GridCase(CellCase):
+    """YOLOv1 on a grid of any size."""
+
+    grid: int = 7
+
+    def shapes(self, work: Workload) -> list[tuple[int, ...]]:
+        """``[B, S * S * (5 n + C)]``, of 2 boxes."""
+        return [(work.batch, self.grid**2 * (5 * 2 + work.classes))]
+
+    def _options(self, backend: str) -> dict[str, Any]:
+        return {**super()._options(backend), "grid_size": self.grid}
+
+
+def fit(case: Case, size: int, boxes: Tensor) -> Case:
+    """The case for images of ``size`` pixels with boxes of these widths and heights [N, 2], relative to the image.
+
+    Anchors of a grid become those of the boxes, in pixels (YOLOv2: in cells), and YOLOv1's grid that of the last map.
+    RetinaNet, SSD and FCOS keep the anchors of their papers.
+    """
+    if isinstance(case, DenseCase):
+        return case
+    if isinstance(case, CellCase):
+        return GridCase(case.loss, case.recipe, case.cls, grid=size // COARSEST)
+    anchors = fit_anchors(boxes * size, [len(level) for level in case.anchors])
+    unit = case.strides[0] if case.cls == "YOLOv2Loss" else 1
+    return replace(case, anchors=tuple(tuple((w / unit, h / unit) for w, h in level) for level in anchors))
+
+
+def fit_anchors(sizes: Tensor, levels: Sequence[int], rounds: int = 30) -> list[list[tuple[float, float]]]:
+    """So many anchors for each level, the smallest first: k-means by IoU over widths and heights [N, 2], in pixels.
+
+    It starts from quantiles of the area.
+    """
+    count = sum(levels)
+    sizes = sizes[sizes.prod(1).argsort()].double()
+    anchors = sizes[torch.linspace(0, len(sizes) - 1, 2 * count + 1).long()[1::2]]
+    for _ in range(rounds):
+        overlap = torch.minimum(sizes[:, None], anchors).prod(2)
+        nearest = (overlap / (sizes.prod(1)[:, None] + anchors.prod(1) - overlap)).argmax(1)
+        members = [sizes[nearest == k] for k in range(count)]
+        anchors = torch.stack([own.mean(0) if len(own) else old for own, old in zip(members, anchors, strict=True)])
+    ordered = iter([(round(w, 1), round(h, 1)) for w, h in anchors[anchors.prod(1).argsort()].tolist()])
+    return [[next(ordered) for _ in range(level)] for level in levels]
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+class Output(NamedTuple):
+    """One map of predictions."""
+
+    stride: int
+    channels: int
+    rare: Sequence[int] = ()  # channels that hold logits of what is rarely there
+    activation: Callable[[Tensor], Tensor] | None = None
+
+
+def outputs(case: Case, work: Workload) -> list[Output]:
+    """The maps that a loss takes, in its order."""
+    shapes = case.shapes(work)
+    if isinstance(case, CellCase):  # squared errors of probabilities, offsets and roots of sizes: all in 0 ... 1
+        return [Output(COARSEST, 5 * 2 + work.classes, (4, 9), torch.sigmoid)]
+    if isinstance(case, DenseCase):
+        found = []
+        for kind, (_, _, width) in enumerate(shapes):
+            focal = kind == 0 and not case.background
+            activation = functional.softplus if kind == 1 and case.cls == "FCOSLoss" else None  # distances
+            for stride, anchors in zip(case.strides, case.cell, strict=True):
+                channels = anchors * width
+                found.append(Output(stride, channels, range(channels) if focal else (), activation))
+        return found
+    sizes = [(shape[1] * shape[2], shape[2]) for shape in shapes]
+    return [Output(stride, n, range(4, n, width)) for stride, (n, width) in zip(case.strides, sizes, strict=True)]
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -22,10 +107,11 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequ
 
 
 class Detector(nn.Module):
-    """Three prediction maps [B, 3 (5 + C), H / s, W / s], s = 8, 16, 32, from images [B, 3, H, W] in 0 ... 1."""
+    """Predictions as the loss of a case takes them, from images [B, 3, H, W] in 0 ... 1."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, case: Case, work: Workload):
         super().__init__()
+        self.case, self.outputs = case, outputs(case, work)
         self.to_8 = nn.Sequential(conv(3, 16, stride=2), conv(16, 32, stride=2), conv(32, 48, stride=2), conv(48, 48))
         self.to_16 = nn.Sequential(conv(48, 64, stride=2), conv(64, 64))
         self.to_32 = nn.Sequential(conv(64, 64, stride=2), conv(64, 64))
@@ -34,36 +120,54 @@ class Detector(nn.Module):
         self.fuse_8 = nn.Sequential(conv(112, 48, kernel=1), conv(48, 48))
         self.down_16, self.merge_16 = conv(48, 64, stride=2), conv(128, 64, kernel=1)
         self.down_32, self.merge_32 = conv(64, 64, stride=2), conv(128, 64, kernel=1)
-        self.heads = nn.ModuleList(nn.Conv2d(width, ANCHORS_PER_LEVEL * (5 + num_classes), 1) for width in (48, 64, 64))
-        for head in self.heads:
+        beyond = int(math.log2(max(case.strides) / COARSEST))
+        self.beyond = nn.ModuleList(conv(64, 64, stride=2) for _ in range(beyond))
+        self.heads = nn.ModuleList(nn.Conv2d(WIDTHS.get(o.stride, 64), o.channels, 1) for o in self.outputs)
+        for head, output in zip(self.heads, self.outputs, strict=True):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
-            nn.init.constant_(head.bias.view(ANCHORS_PER_LEVEL, -1)[:, 4], -math.log(1 / PRIOR - 1))
+            head.bias.data[list(output.rare)] = -math.log(1 / PRIOR - 1)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The raw predictions at strides 8, 16 and 32."""
+        """The predictions: one map after another, or of YOLOv1 ``[B, S, S, 5 n + C]``."""
+        maps, preds = self.pyramid(images), []
+        for head, output in zip(self.heads, self.outputs, strict=True):
+            raw = head(maps[output.stride])
+            preds.append(raw if output.activation is None else output.activation(raw))
+        return [pred.permute(0, 2, 3, 1) for pred in preds] if isinstance(self.case, CellCase) else preds
+
+    def pyramid(self, images: Tensor) -> dict[int, Tensor]:
+        """Maps by stride."""
         eighth = self.to_8(images - 0.5)
         sixteenth = self.to_16(eighth)
         top = self.to_32(sixteenth)
         middle = self.fuse_16(torch.cat([sixteenth, self.up(top)], 1))
         bottom = self.fuse_8(torch.cat([eighth, self.up(middle)], 1))
         middle = self.merge_16(torch.cat([middle, self.down_16(bottom)], 1))
-        top = self.merge_32(torch.cat([top, self.down_32(middle)], 1))
-        return [head(x) for head, x in zip(self.heads, (bottom, middle, top), strict=True)]
+        maps = {8: bottom, 16: middle, COARSEST: self.merge_32(torch.cat([top, self.down_32(middle)], 1))}
+        for layer in self.beyond:
+            stride = max(maps)
+            maps[2 * stride] = layer(maps[stride])
+        return maps
 
 
-def fit_anchors(sizes: Tensor, rounds: int = 30) -> list[list[tuple[float, float]]]:
-    """Anchors of each level, in pixels: k-means by IoU over widths and heights [N, 2], from quantiles of the area."""
-    count = ANCHORS_PER_LEVEL * len(STRIDES)
-    sizes = sizes[sizes.prod(1).argsort()].double()
-    anchors = sizes[torch.linspace(0, len(sizes) - 1, 2 * count + 1).long()[1::2]]
-    for _ in range(rounds):
-        overlap = torch.minimum(sizes[:, None], anchors).prod(2)
-        nearest = (overlap / (sizes.prod(1)[:, None] + anchors.prod(1) - overlap)).argmax(1)
-        members = [sizes[nearest == k] for k in range(count)]
-        anchors = torch.stack([own.mean(0) if len(own) else old for own, old in zip(members, anchors, strict=True)])
-    anchors = [(round(w, 1), round(h, 1)) for w, h in anchors[anchors.prod(1).argsort()].tolist()]
-    return [anchors[k : k + ANCHORS_PER_LEVEL] for k in range(0, count, ANCHORS_PER_LEVEL)]
+# ----------------------------------------------------------------------------------------------------------- detections
+
+
+def detect(model: Detector, work: Workload, images: Tensor, conf: float, iou: float) -> list[dict[str, Tensor]]:
+    """Detections in each image, on the CPU, their labels counted from 0."""
+    case, first = model.case, 0
+    with torch.no_grad():
+        preds: Any = model(images)
+    options: dict[str, Any] = {"conf": conf, "iou": iou, "image_size": work.size, "backend": "torch"}
+    if isinstance(case, DenseCase):
+        levels, first = len(case.strides), case.background
+        preds = [preds[i : i + levels] for i in range(0, len(preds), levels)]
+        options["anchors"] = case.anchor_boxes(work, str(images.device))
+    elif len(preds) == 1:
+        (preds,) = preds
+    boxes, scores, labels, count = fusedyolo.select(preds, case.build(work.classes, "torch"), **options)
+    return fusedyolo.Detections(boxes.cpu(), scores.cpu(), labels.cpu() - first, count.cpu()).images()
 
 
 def overlaps(boxes: Tensor, others: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -17,13 +18,14 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 from torch.nn import functional
 
-from .objects import Annotation, pack
+from fusedyolo.tools.objects import Annotation, pack
 
 SHAPES = ("circle", "square", "triangle")
 SHAPE_COLOURS = ("#d1495b", "#2e86ab", "#edae49", "#66a182", "#8d5a97")
 CLASS_COLOURS = ("#e63946", "#0077b6", "#7b2cbf", "#2a9d8f", "#f77f00", "#bc4b51", "#3a5a40", "#b5179e")
 GREY = 114  # of what an image does not fill
 REFERENCE, FUSED = "#1d3557", "#e76f51"
+PHASE_COLOURS = ("#b8b8aa", "#8fb1cc", "#e76f51", "#45759c", "#1d3557")  # data, forward, loss, backward, optimiser
 
 
 # -------------------------------------------------------------------------------------------------- making and loading
@@ -76,10 +78,15 @@ class Pictures:
         orders = {e: torch.randperm(count, generator=_generator(seed, e)) for e in (places // count).unique().tolist()}
         picks = torch.stack([orders[int(p) // count][int(p) % count] for p in places])
         return augment(
-            self.pixels[picks].to(device),
+            send(self.pixels[picks], device),
             pack([self.annotations[i] for i in picks.tolist()]),
             _generator(seed, -1 - step),
         )
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; from page-locked memory, so that the host need not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def augment(pixels: Tensor, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -91,7 +98,7 @@ def augment(pixels: Tensor, rows: Tensor, generator: torch.Generator) -> tuple[T
         [mirror, torch.ones(count, 1)], 1
     )  # place in the source = scale * place + shift, in -1 ... 1
     shift = torch.empty(count, 2).uniform_(-1 / 3, 1 / 3, generator=generator)
-    theta = torch.cat([torch.diag_embed(scale), shift[:, :, None]], 2).to(pixels.device)
+    theta = send(torch.cat([torch.diag_embed(scale), shift[:, :, None]], 2), pixels.device)
     places = functional.affine_grid(theta, pixels.shape, align_corners=False)
     images = functional.grid_sample(pixels.float() / 255 - GREY / 255, places, align_corners=False) + GREY / 255
 
@@ -159,31 +166,98 @@ def draw_predictions(
     figure.savefig(path, dpi=110)
 
 
-def draw_curves(path: Path, reference: list[dict], fused: list[dict], difference: list[float], bound: float) -> None:
-    """Loss curves of both backends on one another, their parts, and the relative difference of the totals."""
+def draw_curves(
+    path: Path, names: Sequence[str], runs: Sequence[Sequence[dict]], difference: Sequence[float], bound: float
+) -> None:
+    """Loss curves of both runs on one another, the fused loss last; its parts, and the relative difference of totals.
+
+    A peer has no parts.
+    """
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     grid = figure.add_gridspec(3, 3)
-    near = min(len(difference), 50)
-    panels = {
-        "total, mean over images": (grid[:2, :2], "total", len(reference)),
-        f"total, first {near} steps": (grid[2, 0], "total", near),
-        "box": (grid[0, 2], "box", len(reference)),
-        "objectness": (grid[1, 2], "obj", len(reference)),
-        "classes": (grid[2, 2], "cls", len(reference)),
-    }
-    for title, (place, part, steps) in panels.items():
+    steps, near = max(map(len, runs)), min(len(difference), 50)
+    parts = [name for name in runs[-1][0] if name not in ("total", "positives")]
+    column = grid[:, 2].subgridspec(len(parts), 1)
+    panels = [("total", grid[:2, :2], "total", steps), (f"total, first {near} steps", grid[2, 0], "total", near)]
+    panels += [(part, column[i], part, steps) for i, part in enumerate(parts)]
+    for title, place, part, shown in panels:
         axes = _axes(figure.add_subplot(place), title)
-        axes.plot([step[part] for step in reference[:steps]], color=REFERENCE, linewidth=1, label="eager reference")
-        marker = "o" if min(steps, len(fused)) <= 50 else ""
-        style = {"linestyle": (0, (2, 2)), "marker": marker, "markersize": 4, "markerfacecolor": "none"}
-        axes.plot([step[part] for step in fused[:steps]], color=FUSED, linewidth=1, label="fused", **style)
-        if steps > near:
-            axes.set_ylim(bottom=0)
+        marker = "o" if min(shown, len(runs[-1])) <= 50 else ""
+        dashed = {"linestyle": (0, (2, 2)), "marker": marker, "markersize": 4, "markerfacecolor": "none"}
+        highest = 0.0
+        for name, run, colour, style in zip(names, runs, (REFERENCE, FUSED), ({}, dashed), strict=True):
+            if part in run[0]:
+                values = [step[part] for step in run[:shown]]
+                axes.plot(values, color=colour, linewidth=1, label=name, **style)
+                highest = max(highest, *values)
+        axes.set_xlim(-0.04 * shown, 1.04 * shown - 1)
+        if shown > near and highest:
+            axes.set_ylim(0, 1.08 * highest)
     figure.axes[0].legend(frameon=False)
     axes = _axes(figure.add_subplot(grid[2, 1]), f"relative difference (1e-9: none), bound {bound:g}")
     axes.semilogy([max(d, 1e-9) for d in difference], color=FUSED, linewidth=1, marker=".", markersize=4)
     axes.axhline(bound, color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(path, dpi=110)
+
+
+@dataclass
+class Bar:
+    """A step as it is drawn: seconds by phase, and what is written behind them."""
+
+    name: str
+    phases: dict[str, float]
+    note: str
+    untold: str = ""  # a phase whose time says nothing
+    under: bool = False  # another clock of the bar above
+
+
+def draw_steps(path: Path, title: str, bars: Sequence[Bar]) -> None:
+    """Where a step goes: a bar for each clock of each run, stacked of its phases."""
+    told = [sum(seconds for name, seconds in bar.phases.items() if name != bar.untold) for bar in bars]
+    stub = 0.2 * max(told)  # instead of what says nothing
+    span = max(total + stub * bool(bar.untold) for total, bar in zip(told, bars, strict=True))
+    rows = np.cumsum([0.6 if bar.under else 1.0 for bar in bars])
+    figure = Figure(figsize=(11, 1.4 + 0.55 * rows[-1]), layout="constrained")
+    axes = _axes(figure.add_subplot(), "")
+    for row, bar in zip(rows, bars, strict=True):
+        left = _stack(axes, row, bar, stub, span)
+        axes.text(left, row, f"  {bar.note}", va="center", fontsize=8 if bar.under else 9)
+    axes.set_yticks(rows, [bar.name for bar in bars], fontsize=9)
+    axes.set_ylim(rows[-1] + 0.5, 0.5)
+    axes.set_xlim(0, 1.38 * span)
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    axes.xaxis.set_major_formatter(lambda seconds, _: f"{1e3 * seconds:g}")
+    axes.set_xlabel("milliseconds of a step, median of each phase", fontsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False, axis="y")
+    axes.set_axisbelow(True)
+    keys = [Rectangle((0, 0), 1, 1, color=colour) for colour in PHASE_COLOURS]
+    figure.legend(keys, list(bars[0].phases), loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def _stack(axes: Axes, row: float, bar: Bar, stub: float, span: float) -> float:
+    """Draw the phases of a bar; where it ends."""
+    left = 0.0
+    for (name, seconds), colour in zip(bar.phases.items(), PHASE_COLOURS, strict=True):
+        untold = name == bar.untold
+        width, text = (stub, "?") if untold else (seconds, f"{1e3 * seconds:.3g}")
+        style = {"hatch": "////", "alpha": 0.35} if untold else {"alpha": 0.75 if bar.under else 1.0}
+        height = 0.36 if bar.under else 0.62
+        axes.barh(row, width, height, left=left, color=colour, edgecolor="white", linewidth=0.8, **style)
+        if width > 0.035 * span:
+            style = {"fontsize": 7 if bar.under else 8.5, "color": "#222222" if untold else _ink(colour)}
+            axes.text(left + width / 2, row, text, ha="center", va="center", **style)
+        left += width
+    return left
+
+
+def _ink(colour: str) -> str:
+    """Of a text on a colour."""
+    red, green, blue = to_rgb(colour)
+    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.6 else "#222222"
 
 
 def _axes(axes: Axes, title: str) -> Axes:

@@ -1,6 +1,9 @@
-"""``python -m bench train``: train a small detector twice, with the eager reference and with the fused loss.
+"""``python -m bench train``: where a training step goes, with the fused loss and with the one that it replaces.
 
-Both runs start from the same seed and see the same batches, so their curves must lie on one another.
+A small detector is trained twice, with the loss of a peer where one is installed, else with the eager reference, and
+with the fused loss. Both runs start from the same seed, see the same batches and take turns, a block of steps each, so
+their curves must lie on one another and their times can be compared. The network computes in float32 without TF32, that
+the losses alone may differ: in mixed precision it would be faster, and the share of the loss in a step larger.
 """
 
 from __future__ import annotations
@@ -9,38 +12,38 @@ import argparse
 import json
 import os
 import platform
-import sys
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 import fusedyolo
+from fusedyolo.tools import interpreter
+from fusedyolo.tools.environment import environment
+from fusedyolo.tools.objects import load_labels
+from fusedyolo.tools.parity import Loss, step
+from fusedyolo.tools.registry import CASES, Case, DenseCase, Workload, select
+from fusedyolo.tools.timing import QUANTILES
 
-from . import interpreter
-from .detector import STRIDES, Detector, fit_anchors, hits
-from .objects import load_labels
-from .pictures import Pictures, draw_curves, draw_predictions, generate, load
+from . import peers
+from .count import count
+from .detector import COARSEST, Detector, detect, fit, hits
+from .measure import EAGER, FUSED, provide
+from .outcome import NAMES, draw, faults, phase_table, remarks, table
+from .phases import Block, Clock, busy, summarise, turns, verdict, waits
+from .pictures import Pictures, generate, load, send
 
-LOSSES = {"yolov3": "YOLOv3Loss", "yolov4": "YOLOv4Loss"}
-NAMES = {"torch": "eager reference", "triton": "fused"}
 INTERPRETED_STEPS = 3  # of the fused run without a GPU: one of the default size takes over a minute
-COMPARED = 10  # first steps, over which the curves are held to BOUND
-BOUND = 2e-5  # relative; 2e-6 was seen. Tens of steps later one flipped assignment sets any two roundings 1e-2 apart
-WARM_UP, TRACED = 3, 2  # first and last steps, left out of the timing
-CLIP = 100.0  # largest norm of the gradient
-SHOWN = 12  # pictures in predictions.png
-CONF, IOU = 0.5, 0.4  # of the detections in them
+CLIP = 100.0  # largest norm of the gradient, of each image: many losses are sums over a batch
+CONF, IOU = 0.3, 0.4  # of the detections in them
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -54,84 +57,166 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--fused-steps", type=int, help=f"all on a GPU, else {INTERPRETED_STEPS}")
-    parser.add_argument("--loss", choices=LOSSES, default="yolov4")
-    parser.add_argument("--recipe", help="variant of the loss; its first one if left out")
+    parser.add_argument("--loss", default="YOLOv4", metavar="NAME", help=f"one of {', '.join(CASES)}")
+    parser.add_argument("--peer", metavar="NAME", help=f"what to compare with: {', '.join(peers.PEERS)}, or {EAGER}")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak of the learning rate's one cycle")
     parser.add_argument("--generate", type=int, default=240, metavar="N", help="images to draw without --images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/train"))
     args = parser.parse_args(argv)
-    if args.size % STRIDES[-1]:
-        parser.error(f"--size: {args.size}, want a multiple of {STRIDES[-1]}")
+    if args.size % COARSEST or args.size <= 0:
+        parser.error(f"--size: {args.size}, want a multiple of {COARSEST}")
     if args.fused_steps is None:
         args.fused_steps = args.steps if torch.cuda.is_available() else INTERPRETED_STEPS
     args.fused_steps = min(args.fused_steps, args.steps)
+    for name in ("batch", "steps", "fused_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(args, name)}, want at least 1")
+    try:
+        case = select([args.loss])[0]
+    except ValueError as error:
+        parser.error(str(error))
+    known = [*(peer.name for peer in peers.of(case)), EAGER]
+    args.loss, args.peer = case.name, args.peer or known[0]
+    if args.peer not in known:
+        parser.error(f"--peer: {args.peer}, want one of {', '.join(known)} for {case.name}")
     return args
 
 
-class Run:
-    """A detector in training on one backend, and the losses and times of each of its steps."""
+# ------------------------------------------------------------------------------------------------------------- training
 
-    def __init__(self, backend: str, args: argparse.Namespace, anchors: list, num_classes: int, device: torch.device):
+
+@dataclass(frozen=True)
+class Batch(Workload):
+    """A workload whose objects are those of a batch at hand."""
+
+    rows: torch.Tensor | None = None
+
+    def targets(self, device: str = "cpu") -> torch.Tensor:
+        """Packed rows, the caller's own."""
+        return self.rows.clone().to(device)
+
+
+class Run:
+    """A detector in training with the loss of one provider: its curve, its times, and the waits of a step by place."""
+
+    def __init__(self, provider: str, case: Case, work: Workload, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(args.seed)
-        self.name, self.device = NAMES[backend], device
-        self.model = Detector(num_classes).to(device, memory_format=torch.channels_last)
-        recipe = {"recipe": args.recipe} if args.recipe else {}
-        build = getattr(fusedyolo, LOSSES[args.loss])
-        self.criterion = build(anchors, STRIDES, num_classes, reduction="mean", backend=backend, **recipe)
+        self.provider, self.name = provider, NAMES.get(provider, provider)
+        self.case, self.work, self.seed, self.device = case, work, args.seed, device
+        self.model = Detector(case, work).to(device)
+        self.loss = provide(case, provider, work, str(device)) if provider in NAMES else None
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.01)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, args.lr, args.steps, pct_start=0.1)
-        self.outputs, self.stamps = [], defaultdict(list)
+        self.clock, self.curve = Clock(device, self.name), []
+        self.waits, self.watched = Counter(), 0
+        self._one = torch.ones((), device=device)
+        self._outputs = []
 
-    def step(self, images: torch.Tensor, targets: fusedyolo.Targets) -> None:
+    def losses(self, block: Block, pictures: Pictures) -> list[Loss]:
+        """One for each step. A peer's holds the objects of its batch already, in the form its own data loader makes."""
+        if self.loss is not None:
+            return [self.loss] * len(block.steps)
+        rows = (pictures.batch(number, self.work.batch, self.seed, torch.device("cpu"))[1] for number in block.steps)
+        works = [Batch(**vars(self.work), rows=each) for each in rows]
+        return [provide(self.case, self.provider, work, str(self.device)) for work in works]
+
+    def take(self, block: Block, losses: Sequence[Loss], pictures: Pictures) -> Iterator[None]:
+        """Take the steps of a block, one at a time."""
+        watched = block.kind == "watched"
+        counted = not self.clock.gpu and (watched or self.provider == FUSED)  # the interpreter is twice as fast so
+        for number, loss in zip(block.steps, losses, strict=True):
+            with waits(self.clock) if watched and self.clock.gpu else nullcontext(Counter()) as found:
+                self.step(number, loss, pictures, self.count if counted else step)
+            self.waits += found
+            self.watched += watched or counted
+            yield
+        self.clock.settle(block.kind)
+        self.curve += [{name: float(value) for name, value in each.items()} for each in self._outputs]
+        self._outputs.clear()
+
+    def step(self, number: int, loss: Loss, pictures: Pictures, evaluate: Callable = step) -> None:
         """One step. The loss sees detached predictions, so that its own backward is timed apart from the network's."""
-        with self.phase("forward"):
+        with self.clock.phase("data"):
+            images, rows = pictures.batch(number, self.work.batch, self.seed, self.device)
+            targets = self.targets(rows)
+        with self.clock.phase("forward"):
             preds = self.model(images)
-        with self.phase("loss"):
+        with self.clock.phase("loss"):
             leaves = [pred.detach().requires_grad_() for pred in preds]
-            out = self.criterion(leaves, targets)
-            out.total.backward()
-        with self.phase("backward"):
+            out = evaluate(loss, leaves, targets, self._one)
+        with self.clock.phase("backward"):
             torch.autograd.backward(preds, [leaf.grad for leaf in leaves])
-        with self.phase("optimiser"):
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        with self.clock.phase("optimiser"):
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP * self.work.batch)
             self.optimiser.step()
             self.optimiser.zero_grad()
             self.schedule.step()
-        self.outputs.append({"total": out.total.detach(), **out.parts, "positives": out.num_pos})
+        more = {**out.parts, "positives": out.num_pos} if isinstance(out, fusedyolo.LossOutput) else {}
+        self._outputs.append({"total": out.total.detach(), **more})
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a part of a step, and name it in the trace."""
-        start = stamp(self.device)
-        with record_function(f"{self.name}: {name}"):
-            yield
-        self.stamps[name].append((start, stamp(self.device)))
+    def targets(self, rows: torch.Tensor) -> fusedyolo.Targets:
+        """As a data loader would make them, on the device."""
+        rows[:, 1] += self.case.background if isinstance(self.case, DenseCase) else 0
+        made = fusedyolo.Targets.from_packed(rows, self.work.batch)
+        return fusedyolo.Targets(send(made.rows, self.device), send(made.offsets, self.device), self.work.batch)
 
-    def summary(self, batch: int) -> dict:
+    def count(self, loss: Loss, leaves: list[torch.Tensor], targets: fusedyolo.Targets, one: torch.Tensor) -> Any:
+        """Forward and backward of the loss on a CPU; what would wait for a GPU is counted, operator by operator."""
+        found = []
+        counts = count(lambda: found.append(step(loss, leaves, targets, one)))
+        self.waits.update({f"loss: {name}": n for name, n in counts.sync_ops.items()})
+        return found[0]
+
+    def summary(self, trace: Path) -> dict[str, Any]:
         """What ``train.json`` keeps of a run."""
-        timed = {name: pairs[WARM_UP:-TRACED] or pairs for name, pairs in self.stamps.items()}
-        seconds = {name: fmean(elapsed(*pair) for pair in pairs) for name, pairs in timed.items()}
+        times, gpu_busy = summarise(self.clock.steps), busy(trace)
+        names, batch = [f"p{q * 100:.0f}" for q in QUANTILES], self.work.batch
         return {
-            "seconds_per_step": seconds,
-            "loss_share": seconds["loss"] / sum(seconds.values()),
-            "images_per_second": batch / sum(seconds.values()),
-            "steps": [{name: float(value) for name, value in step.items()} for step in self.outputs],
+            "seconds": times.device,
+            "host_seconds": times.host,
+            "step_seconds": dict(zip(names, times.step, strict=True)),
+            "images_per_second": dict(zip(names, [batch / s for s in reversed(times.step)], strict=True)),
+            "timed_steps": times.timed,
+            "busy_seconds": gpu_busy,
+            "waits": {place: n / self.watched for place, n in self.waits.most_common()} if self.watched else None,
+            "verdict": verdict(times.device, times.host, gpu_busy)._asdict(),
+            "steps": self.curve,
         }
 
 
-def stamp(device: torch.device) -> torch.cuda.Event | float:
-    """The time now, on the device's clock."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def train(runs: Sequence[Run], steps: Sequence[int], pictures: Pictures, out: Path, console: Console) -> None:
+    """Let the runs take their steps in turn behind a progress bar; a trace of the last ones is left in ``out``."""
+    texts = "{task.description:16}", "loss {task.fields[loss]:8.2f}", "{task.fields[rate]:6.1f} images/s"
+    label, loss, rate = map(TextColumn, texts)
+    gpu = runs[0].clock.gpu
+    columns = label, BarColumn(), MofNCompleteColumn(), loss, rate, TimeRemainingColumn()
+    with Progress(*columns, console=console, auto_refresh=not gpu) as bar:  # its thread would slow a GPU's host down
+        tasks = [
+            bar.add_task(run.name, total=n, loss=float("nan"), rate=0.0) for run, n in zip(runs, steps, strict=True)
+        ]
+        for number, block in turns(*steps):
+            run, losses = runs[number], runs[number].losses(block, pictures)
+            with traced(trace(out, run), gpu) if block.kind == "traced" else nullcontext():
+                for _ in run.take(block, losses, pictures):
+                    bar.advance(tasks[number])
+            taken = sum(times.device["step"] for times in run.clock.steps[-len(block.steps) :])
+            speed = len(block.steps) * run.work.batch / taken
+            bar.update(tasks[number], loss=run.curve[-1]["total"], rate=speed, refresh=True)
 
 
-def elapsed(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    """Seconds between two stamps."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+def trace(out: Path, run: Run) -> Path:
+    """Where the trace of a run lies."""
+    return out / f"trace_{run.provider}.json.gz"
+
+
+@contextmanager
+def traced(path: Path, gpu: bool) -> Iterator[None]:
+    """Leave a Chrome trace."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines on start and stop would cut the bar
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as profiler:
+        yield
+    profiler.export_chrome_trace(str(path))
 
 
 def prepare(args: argparse.Namespace, console: Console) -> tuple[Pictures, Pictures, list[str]]:
@@ -155,98 +240,47 @@ def prepare(args: argparse.Namespace, console: Console) -> tuple[Pictures, Pictu
     return training, validation, names
 
 
-def train(run: Run, steps: int, pictures: Pictures, args: argparse.Namespace, console: Console) -> profile:
-    """Take ``steps`` steps behind a progress bar; a profile of the last of them comes back."""
-    gpu = run.device.type == "cuda"
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines on start and stop would cut the bar
-    profiler = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu)
-    texts = "{task.description:16}", "loss {task.fields[loss]:8.2f}", "{task.fields[rate]:6.1f} images/s"
-    label, loss, rate = map(TextColumn, texts)
-    with Progress(label, BarColumn(), MofNCompleteColumn(), loss, rate, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(run.name, total=steps, loss=float("nan"), rate=0.0)
-        begin = time.perf_counter()
-        for step in range(steps):
-            if step == max(0, steps - TRACED):
-                profiler.start()
-            images, rows = pictures.batch(step, args.batch, args.seed, run.device)
-            run.step(images, fusedyolo.Targets.from_packed(rows, args.batch).to(run.device))
-            if not gpu or step % 20 == 0 or step == steps - 1:  # reading the loss makes a GPU wait
-                speed = (step + 1) * args.batch / (time.perf_counter() - begin)
-                bar.update(task, completed=step + 1, loss=float(run.outputs[-1]["total"]), rate=speed)
-        profiler.stop()
-    return profiler
-
-
 def find(run: Run, pictures: Pictures) -> list[dict[str, torch.Tensor]]:
     """Detections on every picture, on the CPU."""
-    with torch.no_grad():
-        preds = run.model(pictures.pixels.to(run.device).float() / 255)
-    found = fusedyolo.select(preds, run.criterion, conf=CONF, iou=IOU, backend=run.criterion.backend)
-    return fusedyolo.Detections(*(value.cpu() for value in found)).images()
-
-
-def fell(steps: Sequence[dict[str, float]]) -> bool:
-    """Whether the last quarter of a curve lies below its first."""
-    quarter = max(1, len(steps) // 4)
-    return fmean(s["total"] for s in steps[-quarter:]) < fmean(s["total"] for s in steps[:quarter])
-
-
-def faults(result: dict) -> list[str]:
-    """What is wrong with the curves. A fused run that stopped early is held to the reference alone."""
     found = []
-    early = max(result["difference"][:COMPARED])
-    if not early <= BOUND:
-        found.append(f"The curves differ by {early:.1e} within {COMPARED} steps, want at most {BOUND:g}.")
-    for backend, run in result["runs"].items():
-        if len(run["steps"]) == result["config"]["steps"] and not fell(run["steps"]):
-            found.append(f"The loss of the {NAMES[backend]} run did not fall.")
+    for pixels in pictures.pixels.split(run.work.batch):
+        found += detect(run.model, run.work, pixels.to(run.device).float() / 255, CONF, IOU)
     return found
 
 
-def installed(name: str) -> str | None:
-    """The version of a package, None without it."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def score(detections: Sequence[dict[str, torch.Tensor]], pictures: Pictures) -> dict[str, float]:
+    """Which share of the annotations is found, and which share of the detections is one of them."""
+    right = sum(map(hits, detections, pictures.annotations))
+    return {
+        "recall": right / max(1, sum(len(annotation.boxes) for annotation in pictures.annotations)),
+        "precision": right / max(1, sum(len(found["labels"]) for found in detections)),
+    }
 
 
-def table(result: dict) -> Table:
-    """The summary."""
-    config, runs = result["config"], [result["runs"][backend] for backend in NAMES]
-    title = f"{config['loss']}, batches of {config['batch']} images of {config['size']} x {config['size']}"
-    caption = (
-        "The fused loss ran in Triton's interpreter: its times say nothing about its speed." * result["interpreted"]
-    )
-    rows = Table(title=title, caption=caption or None)
-    rows.add_column()
-    for name in NAMES.values():
-        rows.add_column(name, justify="right")
-    shared = len(result["difference"])
-    early = result["difference"][:COMPARED]
-    rows.add_row("steps", *(str(len(run["steps"])) for run in runs))
-    rows.add_row("loss at the first step", *(f"{run['steps'][0]['total']:.4f}" for run in runs))
-    rows.add_row(f"loss at step {shared}", *(f"{run['steps'][shared - 1]['total']:.4f}" for run in runs))
-    rows.add_row("loss at the last step", *(f"{run['steps'][-1]['total']:.4f}" for run in runs))
-    rows.add_row(f"largest relative difference, first {len(early)} steps", "", f"{max(early):.1e}")
-    rows.add_row(f"largest relative difference, all {shared} steps", "", f"{max(result['difference']):.1e}")
-    rows.add_row("share of a step in the loss", *(f"{run['loss_share']:.1%}" for run in runs))
-    rows.add_row("images/s", *(f"{run['images_per_second']:.1f}" for run in runs))
-    rows.add_row("held-out images: annotations found", f"{result['recall']:.0%}", "")
-    rows.add_row("held-out images: detections that are annotated", f"{result['precision']:.0%}", "")
-    return rows
+def record(args: argparse.Namespace, case: Case, names: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
+    """What ``train.json`` keeps, but for the detections."""
+    gpu, pairs = runs[0].clock.gpu, zip(*(run.curve for run in runs), strict=False)
+    return {
+        "config": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "environment": environment(),
+        "peer_version": peers.PEERS[args.peer].version() if args.peer in peers.PEERS else None,
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+        "interpreted": not gpu,
+        "classes": names,
+        "anchors": case.anchors,
+        "difference": [abs(a["total"] - b["total"]) / abs(a["total"]) for a, b in pairs],
+        "runs": {run.provider: run.summary(trace(args.out, run)) for run in runs},
+    }
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command: 0 if the loss fell and the curves agree, 1 if not, 2 without images to train on."""
-    args, console = parse(argv), Console()
-    gpu = torch.cuda.is_available()
+    gpu, console = torch.cuda.is_available(), Console()
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
-        interpreter.prepare()
-        console.print(
-            "No GPU: the fused loss runs in Triton's interpreter, which is slow and says nothing of its speed."
-        )
+        interpreter.prepare()  # before peers are looked for: some import Triton
+        console.print("No GPU: the fused loss runs in Triton's interpreter, which is slow.")
+    args = parse(argv)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # the losses alone shall differ
     args.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -254,34 +288,20 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         console.print(f"[red]{escape(str(error))}")
         return 2
-    anchors = fit_anchors(torch.cat([annotation.boxes[:, 2:] for annotation in training.annotations]) * args.size)
+    boxes = torch.cat([annotation.boxes[:, 2:] for annotation in training.annotations])
+    case = fit(CASES[args.loss], args.size, boxes)
+    work = Workload(args.batch, args.size, len(names), layout="nchw")
+    runs = [Run(provider, case, work, args, device) for provider in (args.peer, FUSED)]
+    train(runs, (args.steps, args.fused_steps), training, args.out, console)
 
-    runs = {backend: Run(backend, args, anchors, len(names), device) for backend in NAMES}
-    for backend, steps in (("torch", args.steps), ("triton", args.fused_steps)):
-        profiler = train(runs[backend], steps, training, args, console)
-        profiler.export_chrome_trace(str(args.out / f"trace_{backend}.json.gz"))
-
-    results = {backend: run.summary(args.batch) for backend, run in runs.items()}
-    reference, fused = results["torch"]["steps"], results["triton"]["steps"]
-    detections = find(runs["torch"], validation)
-    right = sum(map(hits, detections, validation.annotations))
-    result = {
-        "config": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "versions": {name: installed(name) for name in ("fusedyolo", "torch", "triton")} | {"python": sys.version},
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
-        "interpreted": not gpu,
-        "classes": names,
-        "anchors": anchors,
-        "difference": [abs(a["total"] - b["total"]) / a["total"] for a, b in zip(reference, fused, strict=False)],
-        "recall": right / max(1, sum(len(annotation.boxes) for annotation in validation.annotations)),
-        "precision": right / max(1, sum(len(found["labels"]) for found in detections)),
-        "runs": results,
-    }
+    detections = find(runs[0], validation)
+    result = record(args, case, names, runs) | score(detections, validation)
     (args.out / "train.json").write_text(json.dumps(result, indent=1))
-    draw_curves(args.out / "curves.png", reference, fused, result["difference"], BOUND)
-    title = f"Held-out images after {args.steps} steps: detections in colour, annotations dashed in white"
-    draw_predictions(args.out / "predictions.png", validation, detections[:SHOWN], names, title)
-    console.print(table(result), f"Curves, predictions, traces and numbers are in {escape(str(args.out))}.")
+    draw(result, args.out, validation, detections, names)
+    console.print(phase_table(result), table(result))
+    for remark in remarks(result):
+        console.print(escape(remark))
+    console.print(f"Steps, curves, predictions, traces and numbers are in {escape(str(args.out))}.")
     for fault in faults(result):
         console.print(f"[red]{fault}")
     return 1 if faults(result) else 0

@@ -1,7 +1,10 @@
-"""Block sizes and warps: a pure function of the launch, never of a measurement taken at run time."""
+"""Block sizes, warps and stages: a pure function of the launch and of wishes, never of a measurement at run time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+
+Wishes = tuple[tuple[str, int], ...]
+"""Fields of a configuration, and what a measurement found best for them; a launch takes them as far as it can."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +20,14 @@ class GridConfig:
     threads: int
     rows: int = 256
     max_registers: int = 128
+    stages: int | None = None  # of a loop's loads under way at a time; None leaves it to the compiler
 
 
 SMALLEST_TILE = 64
 
 
 @lru_cache(maxsize=256)
-def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int) -> GridConfig:
+def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes: Wishes = ()) -> GridConfig:
     """Tile for maps of at most ``largest_map`` cells; ``cells_contiguous`` says that neighbouring cells are neighbours
     in memory (NCHW), else neighbouring channels are (channels-last, ``[B, A, H, W, 5 + C]``).
 
@@ -31,23 +35,25 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int) -> Grid
     half the registers and no stack on gfx942.
     """
     if not cells_contiguous:
-        return GridConfig(cells=128, channels=32, threads=128)
-    cells = 1024
+        return replace(GridConfig(cells=128, channels=32, threads=128), **dict(wishes))
+    wanted = dict(wishes)
+    cells = largest = wanted.pop("cells", 1024)
     while cells > SMALLEST_TILE and cells >= 2 * largest_map:
         cells //= 2
-    return GridConfig(cells=cells, channels=8 if itemsize > 2 else 4, threads=max(64, cells // 4))
+    threads = max(64, wanted.pop("threads", largest // 4) * cells // largest)
+    return replace(GridConfig(cells=cells, channels=8 if itemsize > 2 else 4, threads=threads), **wanted)
 
 
 CELL_TILE = 32768  # bytes of a tile of the driver of cells
 WIDEST = 128  # channels in it, unless the boxes of a cell have more
 
 
-def cell_config(cells: int, channels: int, box_channels: int, itemsize: int) -> GridConfig:
+def cell_config(cells: int, channels: int, box_channels: int, itemsize: int, wishes: Wishes = ()) -> GridConfig:
     """Tile for as many ``cells`` of ``channels``, of which ``box_channels`` must be in the first tile."""
     width = max(_power(box_channels), min(_power(channels), WIDEST))
     several = width < channels  # what is kept from one tile to the next takes registers
     height = max(16, min(_power(cells), CELL_TILE // width // itemsize // (1 + several)))
-    return GridConfig(cells=height, channels=width, threads=512, rows=16)
+    return replace(GridConfig(cells=height, channels=width, threads=512, rows=16), **dict(wishes))
 
 
 def _power(n: int) -> int:
@@ -58,7 +64,7 @@ def _power(n: int) -> int:
 @dataclass(frozen=True)
 class DenseConfig:
     """Tile of the driver of dense heads: numbers of a stream a program takes at a time and how often, cells and planes
-    of a level in planes, anchors whose boxes it owns, threads.
+    of a level in planes, anchors whose boxes it owns, threads; threads of the launches that match and rank.
     """
 
     block: int
@@ -67,32 +73,82 @@ class DenseConfig:
     planes: int
     anchors: int
     threads: int
+    match_threads: int = 256
+    rank_threads: int = 512
+    stages: int | None = None
 
 
 @lru_cache(maxsize=256)
-def dense_config(smallest_stream: int, largest_map: int, classes: int, itemsize: int, ranked: bool) -> DenseConfig:
+def dense_config(
+    smallest_stream: int, largest_map: int, classes: int, itemsize: int, ranked: bool, wishes: Wishes = ()
+) -> DenseConfig:
     """Tile for streams of at least so many numbers an image, so that a chunk meets two images at most, and for maps of
     at most so many cells; ``ranked`` takes all classes of an anchor at once.
 
     Sixteen tiles a program keep the last one's sum of all partial sums short.
     """
-    chunk = 1 << (max(smallest_stream, 1).bit_length() - 1)
-    block = min(2048, chunk)
-    cells = max(1, 2048 // _power(classes)) if ranked else 512
-    return DenseConfig(
-        block=block,
-        steps=16 if ranked else min(16, chunk // block),
-        cells=min(cells, _power(largest_map)),
+    usual = DenseConfig(
+        block=2048,
+        steps=16,
+        cells=max(1, 2048 // _power(classes)) if ranked else 512,
         planes=4,
-        anchors=min(512 if itemsize > 2 else 256, _power(largest_map)),
+        anchors=512 if itemsize > 2 else 256,
         threads=256,
+    )
+    wanted = replace(usual, **dict(wishes))
+    chunk = 1 << (max(smallest_stream, 1).bit_length() - 1)
+    block = min(wanted.block, chunk)
+    return replace(
+        wanted,
+        block=block,
+        steps=wanted.steps if ranked else min(wanted.steps, chunk // block),
+        cells=min(wanted.cells, _power(largest_map)),
+        anchors=min(wanted.anchors, _power(largest_map)),
     )
 
 
 MATCH_BLOCK = 1024  # anchors of a program
 MATCH_ROWS = 256  # rows it searches at a time for those of its image
 RANK_BLOCK = 1024  # anchors of an image looked at at a time
-RANK_THREADS = 512
+
+
+REGISTERS = 65536  # of a multiprocessor: no launch of more
+MOST_A_THREAD = 32  # cells: more take the compiler minutes
+_LEGAL = {  # smallest and largest; powers of two
+    "threads": (32, 1024),
+    "match_threads": (32, 1024),
+    "rank_threads": (32, 1024),
+    "channels": (4, 128),
+    "steps": (1, 64),
+    "planes": (1, 16),
+    "block": (256, 8192),
+    "anchors": (64, 2048),
+    "rows": (16, 1024),
+}
+_CELLS = {"grid": (SMALLEST_TILE, 4096), "cell": (16, 1024), "dense": (1, 2048)}
+
+
+def legal_wishes(kind: str, wishes: dict[str, int]) -> bool:
+    """Whether a launch of a ``"grid"``, ``"cell"`` or ``"dense"`` head can be given these, whoever wrote them."""
+    config = DenseConfig if kind == "dense" else GridConfig
+    known = {field.name for field in fields(config)} - ({"channels"} if kind == "cell" else set())
+    for name, value in wishes.items():
+        if name not in known or type(value) is not int:
+            return False
+        if name == "stages":
+            if not 1 <= value <= 8:
+                return False
+        elif name == "max_registers":
+            if not 32 <= value <= 255:
+                return False
+        else:
+            low, high = _CELLS[kind] if name == "cells" else _LEGAL[name]
+            if not low <= value <= high or value & (value - 1):
+                return False
+    threads, registers = wishes.get("threads", 512 if kind == "cell" else 256), wishes.get("max_registers", 128)
+    if kind == "grid" and wishes.get("cells", 0) > MOST_A_THREAD * threads:
+        return False
+    return threads * registers <= REGISTERS
 
 
 POINTWISE_BLOCK = 512

@@ -9,7 +9,7 @@ from PIL import Image
 
 import fusedyolo
 from bench import __main__ as entry
-from bench.registry import CASES, Workload
+from fusedyolo.tools.registry import CASES, Workload
 
 GRIDS = ["YOLOv2/region", "YOLOv3/paper", "YOLOv4/darknet", "ScaledYOLOv4", "YOLOv5"]
 WORK = Workload(batch=2, size=256, classes=3)

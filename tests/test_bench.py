@@ -1,4 +1,4 @@
-"""The bench: its counters on kernels and operators whose cost is known, its reports, and the whole of it in small."""
+"""The bench: workloads, compiled resources, reports, and the whole of it in small."""
 
 import csv
 import json
@@ -8,211 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import peers
 import pytest
 import torch
 
 from bench import __main__ as entry
-from bench import codegen, measure, registry, report
+from bench import measure, plots, qualify, rows, sweep, work
+from fusedyolo.tools import codegen, registry, timing
+from fusedyolo.tools.parity import parity as parity_of
 
 ROOT = Path(__file__).resolve().parent.parent
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 InterpretedFunction = pytest.importorskip("triton.runtime.interpreter").InterpretedFunction
-
-
-def copy(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < n
-    tl.store(y_ptr + at * stride, tl.load(x_ptr + at * stride, mask=mask, other=0.0), mask=mask)
-
-
-def count_launch(kernel, grid, *args, **kwargs):
-    return measure.count(lambda: InterpretedFunction(kernel)[(grid,)](*args, **kwargs))
-
-
-# ------------------------------------------------------------------------------------------------------------- sectors
-
-
-@pytest.mark.parametrize(
-    ("offset", "n", "stride", "grid", "sectors"),
-    [
-        (0, 256, 1, 1, 32),  # aligned: 1024 bytes
-        (1, 256, 1, 1, 33),  # the same, beginning 4 bytes into a sector
-        (0, 256, 8, 1, 256),  # every lane has a sector of its own
-        (0, 256, 4, 1, 128),  # two lanes share one
-        (0, 10, 1, 1, 2),  # masked: 40 bytes
-        (0, 0, 1, 1, 0),  # all lanes off
-        (0, 1024, 1, 4, 128),  # four programs
-        (0, 300, 1, 2, 38),  # the second program has 44 lanes, 176 bytes
-    ],
-)
-def test_a_kernel_moves_the_sectors_its_active_lanes_touch(offset, n, stride, grid, sectors):
-    x, y = torch.randn(4096), torch.zeros(4096)
-    assert (x.data_ptr() | y.data_ptr()) % 32 == 0
-    counts = count_launch(copy, grid, x[offset:], y[offset:], n, stride, BLOCK=256)
-    assert (counts.bytes_loaded, counts.bytes_stored) == (32 * sectors, 32 * sectors)
-    assert (counts.triton_launches, counts.other_launches, counts.syncs, counts.programs) == (1, 0, 0, grid)
-    torch.testing.assert_close(y[offset:][: n * stride : stride], x[offset:][: n * stride : stride], rtol=0, atol=0)
-
-
-def test_an_element_is_as_wide_as_its_type():
-    x = torch.zeros(256, dtype=torch.bfloat16)
-    counts = count_launch(copy, 1, x, x.clone(), 256, 1, BLOCK=256)
-    assert counts.bytes_loaded == counts.bytes_stored == 512
-
-
-def test_each_access_counts_in_whatever_order_its_lanes_are():
-    def backwards(x_ptr, y_ptr, BLOCK: tl.constexpr):
-        at = tl.arange(0, BLOCK)
-        first = tl.load(x_ptr + (BLOCK - 1 - at))
-        tl.store(y_ptr + at, first + tl.load(x_ptr + at) + tl.load(x_ptr + at // 64))
-
-    counts = count_launch(backwards, 1, torch.randn(256), torch.zeros(256), BLOCK=256)
-    assert counts.bytes_loaded == 32 * (32 + 32 + 1)
-    assert counts.bytes_stored == 32 * 32
-
-
-def test_a_scalar_is_a_sector_and_an_atomic_goes_both_ways():
-    def bump(n_ptr, y_ptr):
-        before = tl.atomic_add(n_ptr, 1)
-        tl.store(y_ptr, tl.load(y_ptr) + before)
-
-    counts = count_launch(bump, 3, torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
-    assert (counts.bytes_loaded, counts.bytes_stored) == (3 * 64, 3 * 64)
-
-
-def test_a_padded_block_has_no_sectors_where_the_mask_is_off():
-    addresses = np.arange(64, dtype=np.uint64).reshape(8, 8) * 32
-    assert measure.sectors(addresses) == 64
-    assert measure.sectors(addresses, np.arange(8)[:, None] < 3) == 24
-    assert measure.sectors(addresses[::-1]) == 64
-
-
-def test_programs_are_reported_and_nothing_stays_patched():
-    from triton.runtime import interpreter
-
-    before = dict(vars(interpreter.InterpreterBuilder)), interpreter.GridExecutor.__call__, interpreter._patch_lang
-    seen = []
-    x = torch.zeros(512)
-    kernel = InterpretedFunction(copy)
-
-    def twice():
-        kernel[(2,)](x, x, 512, 1, BLOCK=256)
-        kernel[(1,)](x, x, 256, 1, BLOCK=256)
-
-    counts = measure.count(twice, lambda *progress: seen.append(progress))
-    assert seen == [(1, 1, 2), (1, 2, 2), (2, 1, 1)]
-    assert counts.launches == 2
-    after = dict(vars(interpreter.InterpreterBuilder)), interpreter.GridExecutor.__call__, interpreter._patch_lang
-    assert after == before
-    assert interpreter.interpreter_builder.options.sanitize_overflow
-
-
-# ----------------------------------------------------------------------------------------------------------- operators
-
-X = torch.arange(1.0, 1025.0)
-TABLE = torch.zeros(64, 16)
-ROWS = torch.tensor([3, 5, 5, 60])
-MASK = X > 1000
-
-
-@pytest.mark.parametrize(
-    ("name", "fn"),
-    [
-        ("view", lambda: X.view(32, 32).t()[3:].unsqueeze(0).detach()),
-        ("expand", lambda: X[:1].expand(100)),
-        ("reshape that does not copy", lambda: X.reshape(32, 32)),
-        ("contiguous already", lambda: X.contiguous()),
-        ("cast to the same type", lambda: X.to(torch.float32)),
-        ("allocation", lambda: (torch.empty(10), torch.empty_like(X), X.new_empty(3), X.new_empty_strided((2,), (1,)))),
-        ("nothing to do", lambda: X[:0] + 1),
-        ("shape", lambda: (X.size(), X.stride(), X.numel(), X.is_contiguous())),
-        ("in-place view", lambda: X.view(1, -1).detach().squeeze_()),
-    ],
-)
-def test_what_launches_nothing_counts_nothing(name, fn):
-    counts = measure.count(fn)
-    assert (counts.launches, counts.bytes, counts.syncs) == (0, 0, 0), counts
-
-
-@pytest.mark.parametrize(
-    ("name", "fn", "launches", "loaded", "stored"),
-    [
-        ("unary", lambda: X.exp(), 1, 4096, 4096),
-        ("binary", lambda: X + X.new_empty(1024), 1, 8192, 4096),
-        ("one tensor twice", lambda: X * X, 1, 4096, 4096),
-        ("two views of one tensor", lambda: X[:512] * X[512:], 1, 4096, 2048),
-        ("broadcast", lambda: X + X[:1], 1, 4100, 4096),
-        ("expanded", lambda: X + X[:1].expand(1024), 1, 4100, 4096),
-        ("compare", lambda: X > 0, 1, 4096, 1024),
-        ("reduce", lambda: X.sum(), 1, 4096, 4),
-        ("fill", lambda: X.new_zeros(10), 1, 0, 40),
-        ("in place", lambda: X.clone().add_(1), 2, 8192, 8192),
-        ("in place, overwritten", lambda: torch.empty(1024).zero_(), 1, 0, 4096),
-        ("copy", lambda: torch.empty(1024).copy_(X), 1, 4096, 4096),
-        ("cast", lambda: X.to(torch.float64), 1, 4096, 8192),
-        ("gather", lambda: TABLE[ROWS], 1, 256 + 32, 256),
-        ("gather few of many", lambda: TABLE.index_select(0, ROWS), 1, 256 + 32, 256),
-        ("scatter", lambda: torch.empty(64, 16).index_put_((ROWS,), torch.empty(4, 16)), 1, 256 + 32, 256),
-        ("matrix", lambda: X.view(32, 32) @ X.view(32, 32), 1, 4096, 4096),
-        ("list", lambda: torch.cat([X, X + 1]), 2, 4096 + 8192, 4096 + 8192),
-    ],
-)
-def test_an_operator_moves_its_distinct_inputs_and_outputs(name, fn, launches, loaded, stored):
-    counts = measure.count(fn)
-    assert (counts.triton_launches, counts.other_launches) == (0, launches), counts
-    assert (counts.bytes_loaded, counts.bytes_stored, counts.syncs) == (loaded, stored, 0), counts
-
-
-@pytest.mark.parametrize(
-    ("name", "fn", "syncs"),
-    [
-        ("item", lambda: X[0].item(), 1),
-        ("float", lambda: float(X[0]), 1),
-        ("if", lambda: bool(X[0] > 0), 1),
-        ("nonzero", lambda: torch.nonzero(X), 1),
-        ("where with one argument", lambda: torch.where(X > 0), 1),
-        ("where with three", lambda: torch.where(X > 0, X, 0.0), 0),
-        ("masked_select", lambda: X.masked_select(MASK), 1),
-        ("boolean index", lambda: X[MASK], 1),
-        ("integer index", lambda: TABLE[ROWS], 0),
-        ("boolean assignment", lambda: X.clone().index_put_((MASK,), X[1000:]), 1),
-        ("boolean assignment of one number", lambda: X.clone().index_put_((MASK,), X[0]), 0),
-        ("unique", lambda: torch.unique(X), 1),
-        ("equal", lambda: torch.equal(X, X.clone()), 1),
-        ("allclose", lambda: torch.allclose(X, X), 1),
-        ("repeat_interleave", lambda: X[:4].repeat_interleave(ROWS), 1),
-        ("the same with its size", lambda: X[:4].repeat_interleave(ROWS, output_size=73), 0),
-        ("numbers to the device", lambda: torch.tensor([1.0, 2.0]), 1),
-        ("tolist", lambda: X[:2].tolist(), 1),
-    ],
-)
-def test_what_makes_the_host_wait(name, fn, syncs):
-    assert measure.count(fn).syncs == syncs
-
-
-def test_the_backward_pass_counts():
-    x = torch.randn(1024, requires_grad=True)
-    one = torch.ones(())
-    counts = measure.count(lambda: (x * x).sum().backward(gradient=one))
-    assert counts.ops == {"mul": 3, "sum": 1, "add": 1}
-    assert counts.bytes_stored == 4096 + 4 + 2 * 4096 + 4096
-
-
-def test_a_custom_operator_counts_by_what_its_body_launches():
-    @torch.library.custom_op("fusedyolo_test::twice", mutates_args=())
-    def twice(x: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(x)
-        InterpretedFunction(copy)[(4,)](x, out, x.numel(), 1, BLOCK=256)
-        return out.mul_(2)
-
-    twice.register_autograd(lambda ctx, grad: grad * 2, setup_context=lambda ctx, inputs, output: None)
-    x, one = torch.ones(1024, requires_grad=True), torch.ones(1024)
-    counts = measure.count(lambda: twice(x).backward(gradient=one))
-    assert (counts.triton_launches, counts.ops) == (1, {"zeros_like": 1, "mul_": 1, "mul": 1})
-    assert x.grad.tolist() == [2.0] * 1024
 
 
 # ----------------------------------------------------------------------------------------------------------- workloads
@@ -245,7 +53,7 @@ def test_labels_that_the_classes_do_not_cover_are_refused(tmp_path):
 COPY = """
 import json, sys
 import torch, triton, triton.language as tl
-from bench.codegen import compile_launch
+from fusedyolo.tools.codegen import compile_launch
 
 @triton.jit
 def copy_planes(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
@@ -269,6 +77,12 @@ def test_a_kernel_compiles_as_its_arguments_allow(n, target, width, tmp_path):
     assert set(found["stores"]) == {str(width)}
     assert found["stack"] == found["spills"] == 0
     assert 0 < found["registers"] < 64
+
+
+def copy(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    tl.store(y_ptr + at * stride, tl.load(x_ptr + at * stride, mask=mask, other=0.0), mask=mask)
 
 
 def test_an_interpreted_kernel_is_refused():
@@ -321,14 +135,29 @@ def test_amd_assembly_is_read():
 
 def test_a_timed_step_gives_every_quantile(monkeypatch):
     calls = []
-    monkeypatch.setattr(measure, "_milliseconds", lambda fn, leaves=None: calls.append(fn()) or (1.0, 2.0, 3.0))
-    monkeypatch.setattr(measure, "_peak", lambda fn, leaves: calls.append(fn()) or 7.0)
+    monkeypatch.setattr(timing, "by_events", lambda fn, leaves=None: calls.append(fn()) or (1.0, 2.0, 3.0))
+    monkeypatch.setattr(timing, "peak_memory", lambda fn, leaves: calls.append(fn()) or 7)
+    monkeypatch.setattr(timing, "by_replay", lambda fn, leaves=None: calls.append(fn()) or (0.1, 0.2, 0.3))
+    case = registry.CASES["YOLOv3/paper"]
+    found = measure.time_step(case, registry.Workload(batch=1, size=32, classes=2), "eager", device="cpu")
+    assert len(calls) == 7
+    assert found.pop("host_us") > 0
+    assert found.pop("cold_s") > 0
+    expected = {f"{mode}_ms_p{q}": v for mode in rows.MODES for q, v in ((20, 1.0), (50, 2.0), (80, 3.0))}
+    expected |= {f"{mode}_ms_p{q}": v for mode in rows.GRAPHS for q, v in ((20, 0.1), (50, 0.2), (80, 0.3))}
+    assert found == {**expected, "peak_bytes": 7}
+
+
+def test_what_cannot_be_captured_has_no_time_by_replay(monkeypatch):
+    def refuse(fn, leaves=None):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(timing, "by_events", lambda fn, leaves=None: (1.0, 2.0, 3.0))
+    monkeypatch.setattr(timing, "peak_memory", lambda fn, leaves: 7)
+    monkeypatch.setattr(timing, "by_replay", refuse)
     work = registry.Workload(batch=1, size=32, classes=2)
     found = measure.time_step(registry.CASES["YOLOv3/paper"], work, "eager", device="cpu")
-    assert len(calls) == 5
-    assert found.pop("host_us") > 0
-    expected = {f"{mode}_ms_p{q}": v for mode in report.MODES for q, v in ((20, 1.0), (50, 2.0), (80, 3.0))}
-    assert found == {**expected, "peak_bytes": 7.0}
+    assert not any("graph" in name for name in found)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -336,7 +165,8 @@ def test_a_timed_step_gives_every_quantile(monkeypatch):
 def test_a_step_is_timed_on_a_gpu(provider):
     found = measure.time_step(registry.CASES["YOLOv4/darknet"], registry.Workload(batch=2, size=320), provider)
     assert all(value > 0 for value in found.values())
-    assert measure.copy_bandwidth(1 << 28) > 10
+    assert provider != "fused" or "full_graph_ms_p50" in found
+    assert timing.copy_bandwidth(1 << 28) > 10
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
@@ -353,50 +183,64 @@ HOST = {
 }
 
 
+class Twice:
+    def __init__(self, total):
+        self.total = total
+
+
 def fake_results(gpu=False):
-    work, case = registry.Workload(batch=2, size=64), registry.CASES["YOLOv4/paper"]
-    counts = {"triton_launches": 2, "other_launches": 0, "syncs": 0, "bytes_stored": 0}
-    size = case.prediction_bytes(work)
+    load, case = registry.Workload(batch=2, size=64), registry.CASES["YOLOv4/paper"]
+    counts = {
+        "triton_launches": 2,
+        "other_launches": 0,
+        "syncs": 0,
+        "bytes_stored": 0,
+        "programs": 9,
+        "programs_run": 3,
+    }
+    size = case.prediction_bytes(load)
     results = {
-        entry.Task("parity", case.name, work): {"ok": True, "fused_loss_error": 1e-8, "positives": 3},
-        entry.Task("count", case.name, work, "fused"): {**counts, "bytes_loaded": 2 * size},
-        entry.Task("codegen", case.name, work, "sm_90"): {
+        work.Task("parity", case.name, load): {"ok": True, "fused_loss_error": 1e-8, "positives": 3},
+        work.Task("count", case.name, load, "fused"): {**counts, "bytes_loaded": 2 * size},
+        work.Task("codegen", case.name, load, "sm_90"): {
             "grad": codegen.Resources("sm_90", 96, 0, 0, 0, 10, {128: 2}, {32: 1}).as_dict()
         },
     }
     if gpu:
-        times = {f"{mode}_ms_p{q}": 0.5 for mode in report.MODES for q in (20, 50, 80)}
+        times = {f"{mode}_ms_p{q}": 0.5 for mode in rows.MODES for q in (20, 50, 80)}
         timed = {**times, "host_us": 50.0, "peak_bytes": size}
-        results[entry.Task("time", case.name, work, "fused", "cuda")] = timed
-        results[entry.Task("bandwidth", "", work, device="cuda")] = 2000.0
-    return results, work, case
+        results[work.Task("time", case.name, load, "fused", "cuda")] = timed
+        results[work.Task("bandwidth", "", load, device="cuda")] = 2000.0
+    return results, load, case
 
 
 def test_rows_are_keyed_and_what_was_not_measured_has_no_value():
-    results, work, case = fake_results()
-    found = report.rows(results, work, HOST)
+    results, load, case = fake_results()
+    found = rows.rows(results, load, HOST)
     assert len({tuple(v for k, v in row.items() if k != "value") for row in found}) == len(found)
-    values = report.index(found)
+    values = rows.index(found)
     assert values[case.name, "fused", "bytes_per_P"] == 2.0
+    assert values[case.name, "fused", "programs_run"] == 1 / 3
     assert values[case.name, "fused", "sm_90.grad.loads"] == "2x128"
-    for provider, metric in (("eager", "bytes_per_P"), ("fused", "full_ms_p50"), ("compile", "cpu_codegen_kernels")):
+    for provider, metric in (("eager", "bytes_per_P"), ("fused", "full_ms_p50"), ("compile", "bytes_per_P")):
         assert values[case.name, provider, metric] is None
 
 
 def test_a_gpu_gives_bandwidth_and_the_distance_from_the_floor():
-    results, work, case = fake_results(gpu=True)
-    values = report.index(report.rows(results, work, {**HOST, "gpu": "a GPU"}))
-    rate = 2 * case.prediction_bytes(work) / 0.5e-3 / 1e9
+    results, load, case = fake_results(gpu=True)
+    values = rows.index(rows.rows(results, load, {**HOST, "gpu": "a GPU"}))
+    rate = 2 * case.prediction_bytes(load) / 0.5e-3 / 1e9
     assert values[case.name, "fused", "gb_per_s"] == pytest.approx(rate)
-    assert values[case.name, "fused", "time_over_floor"] == pytest.approx(2000 / rate)
+    assert values[case.name, "fused", "time_over_bytes"] == pytest.approx(2000 / rate)
+    assert values[case.name, "fused", "time_over_floor"] == pytest.approx(2 / case.floor(load) * 2000 / rate)
     assert values[case.name, "fused", "peak_per_P"] == 1.0
 
 
 def test_a_second_run_replaces_its_own_rows_and_keeps_others(tmp_path):
-    results, work, case = fake_results()
-    found = report.rows(results, work, HOST)
-    for rows in (found, found, report.rows(results, work, {**HOST, "commit": "d"})):
-        report.write(tmp_path, rows, HOST, [case])
+    results, load, _ = fake_results()
+    found = rows.rows(results, load, HOST)
+    for each in (found, found, rows.rows(results, load, {**HOST, "commit": "d"})):
+        rows.write(tmp_path, each, HOST)
     with (tmp_path / "bench.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * len(found)
@@ -407,8 +251,8 @@ def test_a_second_run_replaces_its_own_rows_and_keeps_others(tmp_path):
 def test_pictures_show_what_there_is(tmp_path):
     image = pytest.importorskip("PIL.Image")
     for gpu, names in ((False, ["cost.png"]), (True, ["cost.png", "time.png"])):
-        results, work, case = fake_results(gpu)
-        paths = report.plot(tmp_path, report.rows(results, work, HOST), [case])
+        results, load, case = fake_results(gpu)
+        paths = plots.plot(tmp_path, rows.rows(results, load, HOST), [case])
         assert [path.name for path in paths] == names
         for path in paths:
             colours = image.open(path).convert("RGB").getcolors(1 << 16)
@@ -438,17 +282,21 @@ def test_losses_are_chosen_by_name():
     assert [case.name for case in registry.select(["yolov4"])] == ["YOLOv4/paper", "YOLOv4/darknet"]
     assert [case.name for case in registry.select(["YOLOv3/darknet", "yolov3"])] == ["YOLOv3/darknet", "YOLOv3/paper"]
     assert len(registry.select([])) == len(registry.CASES)
+    assert [case.loss for case in registry.first_recipes()] == list(
+        dict.fromkeys(c.loss for c in registry.CASES.values())
+    )
+    assert entry.parse(["--recipes"]).cases == list(registry.CASES.values())
 
 
 def parity(ok):
     errors = {f"{who}_{what}_error": 0.5 for who in ("fused", "eager") for what in ("loss", "grad")}
-    return {**errors, "positives": 3, "ok": ok}
+    return {**errors, "positives": 3, "ok": ok, "failed": []}
 
 
 @pytest.mark.parametrize("broken", [(parity(False), ""), (None, "RuntimeError: no")])
 def test_nothing_is_measured_on_a_red_gate(broken, monkeypatch, tmp_path, capsys):
     kinds = []
-    monkeypatch.setattr(entry, "run_task", lambda task, *rest: kinds.append(task.kind) or broken)
+    monkeypatch.setattr(work.Worker, "run", lambda self, task, tell: kinds.append(task.kind) or broken)
     assert entry.main(["--quick", "--loss", "yolov3", "--out", str(tmp_path)]) == 1
     assert kinds == ["parity", "parity"]
     assert "nothing else was measured" in capsys.readouterr().out
@@ -458,12 +306,12 @@ def test_nothing_is_measured_on_a_red_gate(broken, monkeypatch, tmp_path, capsys
 def test_what_breaks_is_shown_as_unknown_and_fails_the_run_if_it_is_ours(breaks, status, monkeypatch, tmp_path, capsys):
     results, _, _ = fake_results()
     answers = {task.kind: result for task, result in results.items()}
-    answers |= {"parity": parity(True), "compile": {"cpu_codegen_kernels": 9, "graph_breaks": 0}}
+    answers |= {"parity": parity(True), "compile": {"kernels": 9, "bytes": 99, "graph_breaks": 0}}
 
-    def run(task, threads, on_progress):
+    def run(self, task, on_progress):
         return (None, "Traceback\nValueError: [red] no\nmore") if task.kind == breaks else (answers[task.kind], "")
 
-    monkeypatch.setattr(entry, "run_task", run)
+    monkeypatch.setattr(work.Worker, "run", run)
     assert entry.main(["--loss", "yolov4/paper", "--batch", "2", "--size", "64", "--out", str(tmp_path)]) == status
     assert "ValueError: [red] no" in capsys.readouterr().out
     assert "Traceback" in (tmp_path / "failed.txt").read_text()
@@ -474,7 +322,7 @@ def test_the_main_job_in_small(tmp_path, capsys):
     status = entry.main([*arguments, "--target", "sm_90", "--json", "--out", str(tmp_path)])
     printed = capsys.readouterr()
     assert status == 0, printed.err
-    values = report.index(json.loads(printed.out))
+    values = rows.index(json.loads(printed.out))
     fused = {metric: value for (_, provider, metric), value in values.items() if provider == "fused"}
     assert (fused["triton_launches"], fused["other_launches"], fused["syncs"]) == (2, 0, 0)
     assert fused["stores_per_P"] >= 1
@@ -485,6 +333,118 @@ def test_the_main_job_in_small(tmp_path, capsys):
         assert fused[f"sm_90.{mode}.loads"] != "none"
     assert (fused["full_ms_p50"] is None) == (not torch.cuda.is_available())
     assert {"bench.json", "bench.csv", "cost.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_worker_that_dies_is_replaced():
+    worker, load = work.Worker(False, 1), registry.Workload(batch=1, classes=2)
+    broken = work.Task("compile", "YOLOv99", load)
+    result, why = worker.run(broken, print)
+    assert result is None
+    assert "KeyError: 'YOLOv99'" in why
+    result, why = worker.run(work.Task("count", "YOLOv1/paper", load, "eager"), print)
+    assert why == ""
+    assert result["other_launches"] > 50
+    assert worker.close() == "exit status 0"
+
+
+# ------------------------------------------------------------------------------------------------------ sweep, qualify
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_axis_varies_one_thing(gpu):
+    case, base = registry.CASES["RetinaNet"], sweep.BASE[gpu]
+    for axis in sweep.AXES:
+        found = sweep.workloads(case, axis, gpu)
+        assert len(found) >= 3
+        for each in found.values():
+            changed = [name for name, value in vars(each).items() if value != getattr(base, name)]
+            assert changed in ([], [axis])
+
+
+def test_a_sweep_counts_and_draws(monkeypatch, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    results, _, _ = fake_results()
+    answers = {task.kind: result for task, result in results.items()} | {"parity": parity(True)}
+    monkeypatch.setattr(work.Worker, "run", lambda self, task, tell: (answers[task.kind], ""))
+    assert sweep.main(["--loss", "yolov5", "--axis", "batch", "--axis", "dtype", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    assert {row["batch"] for row in found} >= {1, 4, 16}
+    assert {row["dtype"] for row in found} == {"float32", "bfloat16", "float16"}
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["sweep_bytes.png", "sweep_launches.png"]
+    assert all(len(image.open(tmp_path / name).convert("RGB").getcolors(1 << 16)) > 10 for name in pictures)
+    answers["parity"] = parity(False)
+    assert sweep.main(["--loss", "yolov5", "--axis", "batch", "--out", str(tmp_path)]) == 1
+    assert "nothing else was measured" in capsys.readouterr().out
+
+
+def test_every_step_of_qualifying_has_its_time_and_its_end(tmp_path, monkeypatch):
+    steps = [
+        qualify.Step("fine", ("true",), 10),
+        qualify.Step("wrong", (sys.executable, "-c", "print('last words'); raise SystemExit(3)"), 10),
+        qualify.Step("long", ("sleep", "60"), 0.2),
+        qualify.Step("absent", ("no-such-program",), 10, needs="no-such-program"),
+    ]
+    console = entry.Console(quiet=True)
+    found = {each.name: each for each in qualify.qualify(steps, tmp_path, 1, console)}
+    assert {name: each.verdict for name, each in found.items()} == {
+        "fine": "passed", "wrong": "failed", "long": "cut", "absent": "left out",
+    }  # fmt: skip
+    assert found["wrong"].said == "last words"
+    assert found["long"].seconds < 10
+    late = qualify.qualify(steps[:1], tmp_path, 0, console)
+    assert [each.verdict for each in late] == ["left out"]
+
+
+def test_a_gpu_is_qualified_only_by_what_passed():
+    passed = [qualify.Outcome(name, "passed", 1.0, "") for name in sorted(qualify.REQUIRED)]
+    assert qualify.verdict(passed) == 0
+    assert qualify.verdict([*passed, qualify.Outcome("sweep", "cut", 1.0, "")]) == 0
+    assert qualify.verdict([*passed, qualify.Outcome("sweep", "failed", 1.0, "")]) == 1
+    assert qualify.verdict(passed[1:]) == 1
+    assert qualify.verdict([qualify.Outcome(each.name, "cut", 1.0, "") for each in passed]) == 1
+
+
+def test_qualifying_fits_its_minutes_and_needs_a_gpu(tmp_path, capsys):
+    steps = qualify.plan(tmp_path)
+    assert sum(step.seconds for step in steps) < 60 * qualify.MINUTES
+    assert [step.name for step in steps][:3] == ["environment", "check", "tests"]
+    assert {"memcheck", "tune", "bench", "sweep", "profile"} <= {step.name for step in steps}
+    assert qualify.MINUTES < 8
+    if not torch.cuda.is_available():
+        assert entry.main(["qualify", "--out", str(tmp_path)]) == 2
+        assert "no GPU" in capsys.readouterr().out
+
+
+def test_where_another_is_faster_is_said():
+    results, load, case = fake_results(gpu=True)
+    results[work.Task("time", case.name, load, "compile", "cuda")] = {"full_ms_p50": 0.4}
+    results[work.Task("time", case.name, load, "torchvision", "cuda")] = {"full_ms_p50": 0.3}
+    found = rows.slower(rows.index(rows.rows(results, load, {**HOST, "gpu": "a GPU"})), [case])
+    assert sorted(found) == [
+        "YOLOv4/paper, full: 0.500 ms, compile 0.400 ms",
+        "YOLOv4/paper, full: 0.500 ms, torchvision 0.300 ms",
+    ]
+
+
+def test_a_peer_that_breaks_or_differs_is_told_and_not_timed():
+    def breaks(load, device):
+        raise AttributeError("no such thing in this version")
+
+    case, load = registry.CASES["YOLOv1/paper"], registry.Workload(classes=3)
+
+    def twice(load, device):
+        loss = case.bind(case.build(load.classes, "torch"), load)
+        return lambda preds, targets: Twice(2 * loss(preds, targets).total)
+
+    same = {"same": lambda load, device: case.bind(case.build(load.classes, "torch"), load)}
+    found = parity_of(case, load, others={"broken": breaks, "twice": twice, **same})
+    assert found["ok"]
+    assert found["failed"] == ["broken", "twice"]
+    assert found["broken"] == {"broken": "AttributeError: no such thing in this version"}
+    gate = {work.Task("parity", case.name, load): found}
+    assert entry._differs(work.Task("time", case.name, load, "twice", "cuda"), gate)
+    assert not entry._differs(work.Task("time", case.name, load, "same", "cuda"), gate)
 
 
 # ----------------------------------------------------------------------------------------------------------- the README

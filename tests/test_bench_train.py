@@ -1,16 +1,28 @@
 """Label files, samplers, and a small training run of ``python -m bench train``."""
 
 import gzip
+import io
 import json
+import math
+import os
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from bench import train
-from bench.detector import fit_anchors, hits
-from bench.objects import Annotation, coco_like, crowded, load_labels, pack, sample_labels
-from bench.pictures import augment, load
+from bench import outcome, peers, phases, train
+from bench.detector import fit, fit_anchors, hits
+from bench.measure import EAGER, FUSED
+from bench.pictures import Pictures, augment, draw_steps, generate, load
+from fusedyolo.tools.environment import ROOT
+from fusedyolo.tools.objects import Annotation, coco_like, crowded, load_labels, pack, sample_labels
+from fusedyolo.tools.registry import CASES, Workload
 
 BOX = (0.5, 0.25, 0.5, 0.5)  # the box that each file below holds, beside others
 
@@ -216,11 +228,21 @@ def test_pixels_and_boxes_move_together(tmp_path):
 
 
 def test_anchors_are_sorted_by_area():
-    levels = fit_anchors(torch.rand(500, 2, generator=generator()) * 100 + 2)
+    levels = fit_anchors(torch.rand(500, 2, generator=generator()) * 100 + 2, (3, 3, 3))
     areas = [w * h for level in levels for w, h in level]
     assert [len(level) for level in levels] == [3, 3, 3]
     assert areas == sorted(areas)
-    assert fit_anchors(torch.tensor([[8.0, 9.0]])) == [[(8.0, 9.0)] * 3] * 3
+    assert fit_anchors(torch.tensor([[8.0, 9.0]]), (2, 1)) == [[(8.0, 9.0)] * 2, [(8.0, 9.0)]]
+
+
+def test_fit_to_the_data():
+    boxes = torch.rand(200, 2, generator=generator()) * 0.4 + 0.05
+    pixels, cells = (fit(CASES[name], 96, boxes).anchors for name in ("YOLOv3/paper", "YOLOv2/region"))
+    assert [len(level) for level in (*pixels, *cells)] == [3, 3, 3, 5]
+    assert 96 * 0.05 < pixels[0][0][0] < pixels[2][2][0] < 96 * 0.45
+    assert 3 * 0.05 < cells[0][0][0] < cells[0][4][0] < 3 * 0.45
+    assert fit(CASES["YOLOv1/paper"], 96, boxes).build(3, "torch").head.grid_size == 3
+    assert fit(CASES["SSD"], 96, boxes) is CASES["SSD"]
 
 
 def test_hits():
@@ -236,48 +258,359 @@ def test_hits():
     assert hits(none, Annotation(None, 100, 100, truth, torch.tensor([1, 1]))) == 0
 
 
+# ------------------------------------------------------------------------------------------------------------- phases
+
+MS = 1e-3
+DEVICE = {"data": 1 * MS, "forward": 2 * MS, "loss": 4 * MS, "backward": 2 * MS, "optimiser": 1 * MS}
+
+
+@pytest.mark.parametrize(
+    ("host", "busy", "bound", "saving"),
+    [
+        ((1, 2, 4, 2, 1), (1, 1, 1, 1, 0), "launch-bound", 0.4),  # 6 of 10 ms are left to the host
+        ((1, 1, 3, 1, 1), (1, 2, 4, 2, 1), "GPU-bound", 0.4),
+        ((1, 1, 7, 0, 0), (1, 3, 1, 3, 0), "launch-bound", 0.3),  # the GPU has 7 ms left
+        ((6, 1, 1, 1, 1), (1, 1, 1, 1, 1), "data-bound", 0.1),
+        ((1, 1, 1, 1, 1), (1, 1, 1, 1, 1), "GPU-bound", 0.6),  # of 10 ms 4 are left, whatever the others went to
+    ],
+)
+def test_verdict(host, busy, bound, saving):
+    host, busy = ({name: n * MS for name, n in zip(phases.PHASES, each, strict=True)} for each in (host, busy))
+    found = phases.verdict(DEVICE, host, busy)
+    assert found.bound == bound
+    assert found.saving == pytest.approx(saving)
+    # work that cannot be placed may be the loss's
+    busy[""] = busy.pop("loss")
+    again = phases.verdict(DEVICE, host, busy)
+    assert again.bound == bound
+    assert again.saving == pytest.approx(saving)
+
+
+def test_no_verdict_without_a_gpu():
+    found = phases.verdict(DEVICE, DEVICE, {})
+    assert found.bound == "?"
+    assert found.saving == pytest.approx(0.4)
+
+
+def test_busy_is_the_work_of_a_gpu_by_the_phase_that_launched_it(tmp_path):
+    events = [
+        {"cat": "user_annotation", "name": "fused: forward", "ts": 0, "dur": 10},
+        {"cat": "user_annotation", "name": "fused: loss", "ts": 10, "dur": 10},
+        {"cat": "user_annotation", "name": "Optimizer.step#AdamW.step", "ts": 10, "dur": 10},
+        {"cat": "cpu_op", "name": "aten::add", "ts": 1, "dur": 5},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 3, "dur": 1, "args": {"correlation": 7}},
+        {"cat": "cuda_driver", "name": "cuLaunchKernel", "ts": 13, "dur": 1, "args": {"correlation": 8}},
+        {"cat": "kernel", "name": "add", "ts": 12, "dur": 4, "args": {"correlation": 7}},
+        {"cat": "kernel", "name": "loss", "ts": 40, "dur": 6, "args": {"correlation": 8}},
+        {"cat": "gpu_memcpy", "name": "copy", "ts": 50, "dur": 2, "args": {"correlation": 9}},
+        {"cat": "gpu_user_annotation", "name": "fused: loss", "ts": 40, "dur": 6},
+        {"name": "process_name", "ph": "M"},
+    ]
+    path = tmp_path / "trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    assert phases.busy(path) == pytest.approx({"forward": 2e-6, "loss": 3e-6, "": 1e-6})  # of two steps
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events[:4]}).encode()))
+    assert phases.busy(path) == {}
+
+
+def test_runs_take_turns():
+    order = phases.turns(66, 66)
+    assert [run for run, _ in order] == [0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1]
+    kinds = ["warm-up", "watched", "timed", "timed", "timed", "timed", "traced"]
+    for run in range(2):
+        own = [block for who, block in order if who == run]
+        assert [block.kind for block in own] == kinds
+        assert [step for block in own for step in block.steps] == list(range(66))
+        assert {len(block.steps) for block in own if block.kind == "timed"} == {20, 1}
+
+
+@pytest.mark.parametrize(
+    ("steps", "kinds"),
+    [
+        (1, "traced"),
+        (2, "traced"),
+        (3, "watched traced"),
+        (4, "warm-up watched traced"),
+        (6, "warm-up watched timed traced"),
+    ],
+)
+def test_short_runs(steps, kinds):
+    own = phases.blocks(steps)
+    assert [block.kind for block in own] == kinds.split()
+    assert [step for block in own for step in block.steps] == list(range(steps))
+    assert {run for run, _ in phases.turns(9, steps)} == {0, 1}
+
+
+def test_times_are_those_of_timed_steps():
+    def times(kind, first, seconds):
+        each = dict.fromkeys(phases.PHASES, seconds)
+        return phases.Times(kind, first, {**each, "step": 5 * seconds}, each)
+
+    steps = [times("warm-up", True, 100.0), times("timed", True, 9.0)] + [times("timed", False, s) for s in (2.0, 3.0)]
+    found = phases.summarise([*steps, times("traced", True, 50.0)])
+    assert found.device == dict.fromkeys(phases.PHASES, 3.0)
+    assert found.host == dict.fromkeys(phases.PHASES, 9.0)  # with nothing queued before
+    assert found.step == pytest.approx((12.0, 15.0, 33.0))
+    assert found.timed == 3
+    short = phases.summarise(steps[:1])
+    assert (short.device["loss"], short.timed) == (100.0, 0)
+
+
+def test_clock_tells_phases_apart():
+    clock = phases.Clock(torch.device("cpu"), "eager")
+    for _ in range(2):
+        for name in phases.PHASES:
+            with clock.phase(name):
+                time.sleep(0.02 if name == "loss" else 0.0)
+    clock.settle("timed")
+    assert [times.first for times in clock.steps] == [True, False]
+    for times in clock.steps:
+        assert times.device["step"] >= times.device["loss"] >= 0.02 > times.device["forward"]
+        assert times.host["loss"] >= 0.02
+
+
+def test_waits_are_told_by_place(monkeypatch):
+    """What PyTorch warns of in this mode, on a GPU; other warnings pass."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    clock = phases.Clock(torch.device("cpu"), "eager")
+    with warnings.catch_warnings(record=True) as others, phases.waits(clock) as found:
+        for name in ("forward", "loss", "loss"):
+            with clock.phase(name):
+                warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        warnings.warn("another", UserWarning, stacklevel=1)
+    assert modes == ["warn", 0]
+    assert [str(each.message) for each in others] == ["another"]
+    assert sorted(found.values()) == [1, 2]
+    assert {place.partition(":")[0] for place in found} == {"forward", "loss"}
+    assert all("test_bench_train.py:" in place for place in found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_waits_of_a_gpu():
+    clock, value = phases.Clock(torch.device("cuda"), "eager"), torch.ones((), device="cuda")
+    with phases.waits(clock) as found, clock.phase("loss"):
+        value.item()
+    assert list(found.values()) == [1]
+    assert next(iter(found)).startswith("loss: ")
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
-SMALL = ["--size", "64", "--batch", "1", "--generate", "10", "--loss", "yolov3"]
+SIZE, CLASSES = 64, 3
+DETECTORS = {case.loss: case for case in reversed(CASES.values())}
 
 
-def test_train_end_to_end(tmp_path):
-    """Losses and pictures of a run on drawn images; the curves of both backends coincide."""
-    argv = [*SMALL, "--steps", "120", "--fused-steps", "3", "--out", str(tmp_path)]
-    assert train.main(argv) == 0
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Drawn images."""
+    path = tmp_path_factory.mktemp("drawn")
+    generate(path, 10, 2 * SIZE, 0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):
+    return load(load_labels(folder).annotations, SIZE)
+
+
+def run_of(name, pictures, provider=EAGER):
+    args = train.parse(["--loss", name, "--size", str(SIZE), "--batch", "2", "--steps", "9"])
+    boxes = torch.cat([annotation.boxes[:, 2:] for annotation in pictures.annotations])
+    work = Workload(args.batch, SIZE, CLASSES, layout="nchw")
+    return train.Run(provider, fit(CASES[args.loss], SIZE, boxes), work, args, torch.device("cpu"))
+
+
+@dataclass
+class Still:
+    """One batch again and again, which every loss can learn."""
+
+    pictures: Pictures
+
+    def batch(self, step, size, seed, device):
+        return self.pictures.batch(0, size, seed, device)
+
+
+def take(run, block, pictures):
+    for _ in run.take(block, run.losses(block, pictures), pictures):
+        pass
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_loss_trains(name, pictures):
+    run = run_of(name, pictures)
+    take(run, phases.Block("timed", range(4)), Still(pictures))
+    totals = [step["total"] for step in run.curve]
+    assert all(math.isfinite(total) for total in totals)
+    assert totals[-1] < totals[0]
+    assert run.curve[0]["positives"] > 0
+    parts = [value for part, value in run.curve[0].items() if part not in ("total", "positives")]
+    assert sum(parts) == pytest.approx(totals[0], rel=1e-5)
+    assert len(run.clock.steps) == 4
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detections_of_every_loss(name, pictures):
+    run = run_of(name, pictures)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CONF", 0.0)  # it has learnt nothing yet
+        found = train.find(run, pictures)
+    assert len(found) == len(pictures.annotations)
+    labels = torch.cat([each["labels"] for each in found])
+    assert len(labels)
+    assert 0 <= labels.min() <= labels.max() < CLASSES
+
+
+def test_waits_of_the_loss_are_counted(pictures):
+    run = run_of("YOLOv3", pictures)
+    honest = run.loss
+
+    def curious(preds, targets):
+        out = honest(preds, targets)
+        out.total.item()
+        return out
+
+    take(run, phases.Block("watched", range(2)), pictures)
+    assert run.waits == {}
+    run.loss = curious
+    take(run, phases.Block("timed", range(2)), pictures)
+    assert run.waits == {}
+    take(run, phases.Block("watched", range(2)), pictures)
+    assert run.waits == {"loss: _local_scalar_dense": 2}
+    assert run.watched == 4
+
+
+def test_a_peer_trains_on_the_objects_of_each_batch(pictures):
+    """It starts from the same network, so that its losses are those of the reference."""
+    case = CASES["FCOS"]
+    if not peers.of(case):
+        pytest.skip("no peer is installed")
+    runs = [run_of("FCOS", pictures, provider) for provider in (peers.of(case)[0].name, EAGER)]
+    for run in runs:
+        take(run, phases.Block("watched", range(3)), pictures)
+    theirs, ours = ([step["total"] for step in run.curve] for run in runs)
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    assert len(set(ours)) == 3
+    assert runs[0].waits
+
+
+def test_the_loss_is_chosen_by_name(capsys):
+    assert train.parse(["--loss", "yolov2/DARKNET"]).loss == "YOLOv2/darknet"
+    args = train.parse(["--loss", "yolov4"])
+    assert (args.loss, args.peer) == ("YOLOv4/paper", EAGER)
+    for argv, error in (
+        (["--loss", "yolov3000"], "--loss: yolov3000, want one of YOLOv1/paper"),
+        (["--loss", "yolov3", "--peer", "torchvision"], "--peer: torchvision, want one of eager for YOLOv3/paper"),
+        (["--size", "100"], "--size: 100, want a multiple of 32"),
+        (["--steps", "0"], "--steps: 0, want at least 1"),
+        (["--fused-steps", "0"], "--fused-steps: 0, want at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            train.parse(argv)
+        assert error in " ".join(capsys.readouterr().err.split())
+
+
+def in_this_process(argv):
+    return train.main(argv)
+
+
+def on_the_command_line(argv):
+    """Where nothing may have imported Triton before the interpreter is chosen."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "train", *argv], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE
+    )
+    print(done.stdout)
+    return done.returncode
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "command"),
+    [
+        ("YOLOv3/paper", ("box", "obj", "cls"), on_the_command_line),
+        ("FCOS", ("classification", "bbox_regression", "bbox_ctrness"), in_this_process),
+    ],
+)
+def test_train_end_to_end(tmp_path, folder, capsys, name, parts, command):
+    """Numbers and pictures of a run; the curves of both losses coincide."""
+    argv = ["--size", str(SIZE), "--batch", "1", "--steps", "60", "--fused-steps", "3", "--out", str(tmp_path)]
+    assert command([*argv, "--images", str(folder / "images"), "--loss", name, "--peer", EAGER]) == 0
     result = json.loads((tmp_path / "train.json").read_text())
-    reference, fused = (result["runs"][backend]["steps"] for backend in ("torch", "triton"))
-    assert (len(reference), len(fused)) == (120, 3)
+    assert list(result["runs"]) == [EAGER, FUSED]
+    curves = [run["steps"] for run in result["runs"].values()]
+    assert [len(curve) for curve in curves] == [60, 3]
     assert max(result["difference"]) < 1e-5
-    for a, b in zip(reference, fused, strict=False):
+    for a, b in zip(*curves, strict=False):
         assert a["positives"] == b["positives"] > 0
-        for part in ("total", "box", "obj", "cls"):
+        for part in ("total", *parts):
             assert a[part] == pytest.approx(b[part], rel=1e-5)
-        assert a["box"] + a["obj"] + a["cls"] == pytest.approx(a["total"], rel=1e-5)
+        assert sum(a[part] for part in parts) == pytest.approx(a["total"], rel=1e-5)
     for run in result["runs"].values():
-        assert 0 < run["loss_share"] < 1
-        assert run["images_per_second"] > 0
-    for name in ("curves.png", "predictions.png"):
-        assert Image.open(tmp_path / name).width > 300
-    for backend, name in train.NAMES.items():
-        events = json.loads(gzip.decompress((tmp_path / f"trace_{backend}.json.gz").read_bytes()))["traceEvents"]
-        assert {f"{name}: loss", f"{name}: forward"} <= {event.get("name") for event in events}
+        assert set(run["seconds"]) == set(phases.PHASES)
+        assert run["waits"] == {}
+        assert run["verdict"]["bound"] == "?" or torch.cuda.is_available()
+        assert run["images_per_second"]["p20"] <= run["images_per_second"]["p50"] <= run["images_per_second"]["p80"]
+    for picture in ("steps.png", "curves.png", "predictions.png"):
+        image = Image.open(tmp_path / picture)
+        assert image.width > 300
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+    for provider, title in ((EAGER, "eager reference"), (FUSED, "fused")):
+        events = json.loads(gzip.decompress((tmp_path / f"trace_{provider}.json.gz").read_bytes()))["traceEvents"]
+        assert {f"{title}: {phase}" for phase in phases.PHASES} <= {event.get("name") for event in events}
+    assert "A faster loss could save at most" in " ".join(capsys.readouterr().out.split())
 
 
 def test_curves_that_part_are_a_fault():
-    steps = [{"total": 3.0}, {"total": 2.0}, {"total": 2.0}, {"total": 1.0}]
-    result = {"config": {"steps": 4}, "runs": {"torch": {"steps": steps}, "triton": {"steps": steps[:2]}}}
-    assert train.faults({**result, "difference": [0.0, 1e-6]}) == []
-    assert "differ by 1.0e-03" in train.faults({**result, "difference": [0.0, 1e-3]})[0]
-    assert "differ by nan" in train.faults({**result, "difference": [float("nan")]})[0]
-    result["runs"]["torch"]["steps"] = steps[::-1]
-    assert train.faults({**result, "difference": [0.0]}) == ["The loss of the eager reference run did not fall."]
+    steps = [{"total": float(n)} for n in range(120, 0, -1)]
+    result = {"config": {"steps": 120}, "runs": {EAGER: {"steps": steps}, FUSED: {"steps": steps[:2]}}}
+    assert outcome.faults({**result, "difference": [0.0, 1e-6]}) == []
+    assert "differ by 1.0e-03" in outcome.faults({**result, "difference": [0.0, 1e-3]})[0]
+    assert "differ by nan" in outcome.faults({**result, "difference": [float("nan")]})[0]
+    result["runs"][EAGER]["steps"] = steps[::-1]
+    assert outcome.faults({**result, "difference": [0.0]}) == ["The loss of the eager reference run did not fall."]
+    result["config"]["steps"], result["runs"][EAGER]["steps"] = 6, steps[:-7:-1]
+    assert outcome.faults({**result, "difference": [0.0]}) == []  # too few to tell
+
+
+def test_what_a_gpu_shows(tmp_path):
+    """Tables, remarks and picture of made-up times, as only a GPU gives all of them."""
+    seconds = {name: n * MS for name, n in zip(phases.PHASES, (0.9, 4.2, 12.1, 7.8, 1.2), strict=True)}
+    run = {
+        "seconds": seconds,
+        "host_seconds": seconds,
+        "busy_seconds": {"forward": 4 * MS, "loss": 2 * MS},
+        "step_seconds": {"p20": 26 * MS, "p50": 26.2 * MS, "p80": 27 * MS},
+        "images_per_second": {"p20": 296.3, "p50": 305.3, "p80": 307.7},
+        "timed_steps": 95,
+        "waits": {"loss: detection/retinanet.py:105": 2.0},
+        "verdict": phases.verdict(seconds, seconds, {"loss": 2 * MS})._asdict(),
+        "steps": [{"total": 1.0}] * 100,
+    }
+    result = {
+        "config": {"loss": "RetinaNet", "batch": 8, "size": 192, "steps": 100},
+        "runs": {"torchvision": run, FUSED: run},
+        "interpreted": False,
+        "difference": [0.0],
+        "recall": 0.5,
+        "precision": 0.5,
+    }
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(outcome.phase_table(result), outcome.table(result))
+    text = console.export_text()
+    assert text.count("46.2%") == 2
+    assert "296.3 305.3 307.7" in text
+    remarks = list(outcome.remarks(result))
+    assert remarks[0].startswith("torchvision: launch-bound (the host is through after 26.2 ms, the GPU has 2 ms")
+    assert remarks[1] == "torchvision, host waits: 2 x loss: detection/retinanet.py:105"
+    bars = outcome.bars(result)
+    assert [bar.under for bar in bars] == [False, True] * 2
+    draw_steps(tmp_path / "steps.png", "made up", bars)
+    assert Image.open(tmp_path / "steps.png").width > 300
 
 
 def test_nothing_to_train_on(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("0 0.5 0.25 0.5 0.5\n")
     assert train.main(["--images", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "0 of 1 annotated images" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(SystemExit):
-        train.main(["--size", "100"])
-    assert "--size: 100, want a multiple of 32" in capsys.readouterr().err

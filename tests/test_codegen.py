@@ -12,16 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMPILE = """
 import json, sys
-from bench.codegen import compile_launch, launches
-from bench.registry import CASES, Workload
-case, work, target = CASES[sys.argv[1]], Workload(batch=2, dtype=sys.argv[2]), sys.argv[3]
-found = {
-    mode: compile_launch(
-        launch.kernel, launch.arguments, launch.options(target != "gfx942"), target
-    ).as_dict()
-    for mode, launch in launches(case, work).items()
-}
-print(json.dumps(found))
+from fusedyolo.tools.codegen import compile_step
+from fusedyolo.tools.registry import CASES, Workload
+found = compile_step(CASES[sys.argv[1]], Workload(batch=2, dtype=sys.argv[2]), sys.argv[3])
+print(json.dumps({mode: resources.as_dict() for mode, resources in found.items()}))
 """
 
 

@@ -4,7 +4,7 @@ import pytest
 from conftest import DEVICE
 
 from bench.measure import count_step
-from bench.registry import CASES, Workload
+from fusedyolo.tools.registry import CASES, Workload
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in the interpreter")
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in 
 def test_a_step_is_two_launches_and_little_more_than_the_gradient(name, batch, form, limit):
     """640 pixels, 80 classes, COCO-like objects; forward and backward. Most of it grows as the batch does."""
     case, work = CASES[name], Workload(batch=batch, form=form)
-    counts = count_step(case, work, "triton")
+    counts = count_step(case, work, "fused", exact=True)
     assert counts.triton_launches == 2
     assert counts.launches <= 2, counts.ops
     assert counts.syncs == 0, counts.sync_ops
@@ -34,7 +34,7 @@ def test_a_step_is_two_launches_and_little_more_than_the_gradient(name, batch, f
 def test_a_step_over_anchors_reads_and_writes_class_logits_once(name, launches, limit):
     """80 classes; the gradient launch included."""
     case, work = CASES[name], Workload(batch=1, size=128 if name == "SSD" else 256)
-    counts = count_step(case, work, "triton")
+    counts = count_step(case, work, "fused", exact=True)
     assert counts.launches <= launches, counts.ops
     assert counts.syncs == 0, counts.sync_ops
     moved = counts.bytes / case.prediction_bytes(work)

@@ -14,7 +14,7 @@ from test_crowds import Watch
 from torch import Tensor
 
 import fusedyolo
-from bench.measure import count
+from bench.count import count
 from fusedyolo import FCOSLoss, RetinaNetLoss, SSDLoss, anchors, ops, reference
 from fusedyolo.ops import launch
 from fusedyolo.ops.dense import dense_outputs

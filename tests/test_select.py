@@ -19,7 +19,7 @@ from fusedyolo.kernels.primitives import safe_div
 from torch import Tensor, nn
 
 import fusedyolo
-from bench import measure
+from bench.count import count
 from fusedyolo import detections
 from fusedyolo.heads import GridHead
 from fusedyolo.ops import select as ops
@@ -541,20 +541,20 @@ def test_launches_bytes_and_no_host_waits():
     criterion = LOSSES["YOLOv4Loss"]()
     gen = torch.Generator().manual_seed(0)
     preds = [torch.randn(2, 8, 16, 16, generator=gen), torch.randn(2, 8, 8, 8, generator=gen)]
-    counts = measure.count(lambda: fusedyolo.select(preds, criterion, backend="triton"))
+    counts = count(lambda: fusedyolo.select(preds, criterion, backend="triton"))
     assert (counts.syncs, counts.triton_launches) == (0, 4)
     assert counts.ops == {"zeros": 1, "sort": 1}
-    assert measure.count(lambda: fusedyolo.select(preds, criterion, backend="torch")).syncs == 0
-    assert measure.count(lambda: fusedyolo.decode(preds, criterion)).syncs == 0
+    assert count(lambda: fusedyolo.select(preds, criterion, backend="torch")).syncs == 0
+    assert count(lambda: fusedyolo.decode(preds, criterion)).syncs == 0
     found = fusedyolo.select(preds, criterion)
-    assert measure.count(found.images).syncs == 1
+    assert count(found.images).syncs == 1
 
     # where no objectness exceeds conf, nothing but objectness is read, and once
     for pred in preds:
         pred.view(2, 1, 8, *pred.shape[2:])[:, :, 4] = -20.0
     _, launches = ops.scan_launches(preds, criterion.head, 0.25, 16384)
     plane = sum(p[:, 4].numel() * 4 for p in preds)
-    counts = measure.count(lambda: [launch.run() for launch in launches])
+    counts = count(lambda: [launch.run() for launch in launches])
     assert plane <= counts.bytes_loaded <= plane + 1000
 
 
@@ -562,7 +562,7 @@ COMPILE = """
 import json, sys
 import torch
 import fusedyolo
-from bench.codegen import compile_launch
+from fusedyolo.tools.codegen import compile_launch
 from fusedyolo import detections
 from fusedyolo.ops import select as ops
 

@@ -24,10 +24,11 @@ from fusedyolo.kernels import launch
 from torch import Tensor
 
 import fusedyolo
-from bench import measure, objects
+from bench.count import count
 from fusedyolo import Targets, YOLOv1Loss, ops, reference
 from fusedyolo.heads import CellHead, cell_head_from_key
 from fusedyolo.losses import CELL_RECIPES
+from fusedyolo.tools import objects
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ["torch", "triton"]
@@ -704,11 +705,11 @@ def test_a_step_is_two_launches_and_little_more_than_the_gradient(layout, packed
     criterion, one = YOLOv1Loss(20, backend="triton"), torch.ones(())
     criterion(pred, targets).total.backward(gradient=one)
     pred.grad = None
-    counts = measure.count(lambda: criterion(pred, targets).total.backward(gradient=one))
+    counts = count(lambda: criterion(pred, targets).total.backward(gradient=one))
     assert (counts.triton_launches, counts.other_launches, counts.syncs) == (2, 0, 0), (counts.ops, counts.sync_ops)
     moved = counts.bytes / (pred.numel() * 4)
     assert 1.3 < moved <= bound
-    other = measure.count(lambda: criterion(pred, targets).total.backward(gradient=2 * one))
+    other = count(lambda: criterion(pred, targets).total.backward(gradient=2 * one))
     assert other.bytes > 2 * counts.bytes_stored  # a gradient that has to be made anew is made anew
 
 
@@ -716,7 +717,7 @@ COMPILE = """
 import json, sys
 import torch
 import torch._dynamo.testing
-from bench.codegen import compile_launch
+from fusedyolo.tools.codegen import compile_launch
 from fusedyolo import YOLOv1Loss, ops
 dtype, target = getattr(torch, sys.argv[1]), sys.argv[2]
 key = YOLOv1Loss(20, recipe="darknet").head.key

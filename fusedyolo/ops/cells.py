@@ -10,18 +10,21 @@ from torch import Tensor
 
 from ..heads import cell_head_from_key
 from ..kernels import cells
-from ..kernels.launch import cell_config
+from ..kernels.launch import Wishes, cell_config
 from ..reference import cell_views
+from ..tuned import wishes
 from .launch import Launch, accumulator, done_counter, refuse_double_backward
 
 
 @lru_cache(maxsize=256)
-def _constants(key: str, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> dict[str, Any]:
+def _constants(
+    key: str, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], tuned: Wishes
+) -> dict[str, Any]:
     """What a launch takes from the row and the layout of the predictions alone."""
     head = cell_head_from_key(key)
     triton_acc, acc = accumulator(dtype)
     total = shape[0] * head.grid_size**2
-    config = cell_config(total, head.channels, 5 * head.num_boxes, acc.itemsize)
+    config = cell_config(total, head.channels, 5 * head.num_boxes, acc.itemsize, tuned)
     return {
         "programs": -(-total // config.cells),
         "views": _view_strides(key, shape, stride),
@@ -39,6 +42,7 @@ def _constants(key: str, dtype: torch.dtype, shape: tuple[int, ...], stride: tup
         "BLOCK_G": config.rows,
         "threads": config.threads,
         "max_registers": config.max_registers,
+        "stages": config.stages,
     }
 
 
@@ -63,8 +67,12 @@ def cell_launch(
 
     The gradient is multiplied by ``grad_total``; if ``skip_one`` it is left as it is where that is 1.
     """
-    constants = dict(_constants(key, pred.dtype, tuple(pred.shape), pred.stride()))
-    programs, threads, limit = (constants.pop(name) for name in ("programs", "threads", "max_registers"))
+    head = cell_head_from_key(key)
+    terms = f"{head.num_boxes} boxes" + " root" * head.root + " nearest" * head.nearest + " rescore" * head.rescore
+    tuned = wishes("cell", terms, pred, pred.dim() == 2, pred.shape[0], head.grid_size**2, head.num_classes)
+    constants = dict(_constants(key, pred.dtype, tuple(pred.shape), pred.stride(), tuned))
+    settings = ("programs", "threads", "max_registers", "stages")
+    programs, threads, limit, stages = (constants.pop(name) for name in settings)
     total, parts, counts = outputs or (None, None, None)
     partial = done = None
     if outputs is not None:
@@ -88,7 +96,7 @@ def cell_launch(
         "SKIP_ONE": skip_one,
         **constants,
     }
-    return Launch(cells.cell_kernel, (programs,), arguments, threads, limit)
+    return Launch(cells.cell_kernel, (programs,), arguments, threads, limit, stages=stages)
 
 
 def cell_outputs(pred: Tensor, with_grad: bool) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..heads import DELTA_KINDS, DenseHead, dense_head_from_key
 from ..kernels import dense, match
-from ..kernels.launch import MATCH_BLOCK, MATCH_ROWS, RANK_BLOCK, RANK_THREADS, DenseConfig, dense_config
+from ..kernels.launch import MATCH_BLOCK, MATCH_ROWS, RANK_BLOCK, DenseConfig, dense_config
 from ..kernels.terms import box, decode, label, offset
+from ..tuned import wishes
 from .grid import cell_strides
 from .launch import Launch, accumulator, done_counter, float_parts, forget_zeros, odd, refuse_double_backward, zeros
 
@@ -143,6 +144,15 @@ def _programs(layout: _Layout, head: DenseHead, batch: int, config: DenseConfig)
     return tuple(cls), tuple(boxes)
 
 
+def _config(layout: _Layout, pred: Tensor, head: DenseHead) -> DenseConfig:
+    """The tile of a call."""
+    streams = [n * a * head.num_classes for n, a in zip(layout.cells, layout.anchors, strict=True)]
+    largest = max(layout.cells) * (max(layout.anchors) if layout.flat else 1)
+    kind = f"{head.decode} {head.box} {head.label} {head.matcher}" + " ranked" * (head.negatives > 0)
+    tuned = wishes("dense", kind, pred, not layout.near, pred.shape[0], largest, head.num_classes)
+    return dense_config(min(streams), largest, head.num_classes, pred.element_size(), head.negatives > 0, tuned)
+
+
 def dense_launch(
     preds: Sequence[Tensor],
     anchors: Tensor,
@@ -162,9 +172,7 @@ def dense_launch(
     """
     layout = _layout(preds, grads, head)
     batch, N = outputs.match.shape
-    streams = [n * a * head.num_classes for n, a in zip(layout.cells, layout.anchors, strict=True)]
-    largest = max(layout.cells) * (max(layout.anchors) if layout.flat else 1)
-    config = dense_config(min(streams), largest, head.num_classes, preds[0].element_size(), head.negatives > 0)
+    config = _config(layout, preds[0], head)
     cls_programs, box_programs = _programs(layout, head, batch, config)
     programs = sum(cls_programs) + sum(box_programs)
     split = _split(preds, head)
@@ -218,7 +226,7 @@ def dense_launch(
         "PLANES": config.planes,
         "ANCHORS": config.anchors,
     }
-    return Launch(dense.dense_kernel, (programs,), arguments, config.threads)
+    return Launch(dense.dense_kernel, (programs,), arguments, config.threads, stages=config.stages)
 
 
 def match_launches(
@@ -248,7 +256,7 @@ def match_launches(
         "BLOCK_G": MATCH_ROWS,
     }
     grid = (batch * _ceil(N, block),)
-    threads = max(32, block // 4)
+    threads = max(32, block * _config(layout, preds[0], head).match_threads // MATCH_BLOCK)
     best = None if head.rescue is None else zeros(rows.device, rows.shape[0], torch.int64)
     settle = {
         **common,
@@ -275,11 +283,11 @@ def match_launches(
     return launches
 
 
-def rank_launch(head: DenseHead, outputs: DenseOutputs) -> Launch:
+def rank_launch(preds: Sequence[Tensor], head: DenseHead, outputs: DenseOutputs) -> Launch:
     """The launch that picks the hardest negatives, and completes the loss."""
     batch, N = outputs.match.shape
     block = min(RANK_BLOCK, 1 << (N - 1).bit_length())
-    threads = max(32, min(RANK_THREADS, block // 2))
+    threads = max(32, block * _config(_layout(preds, None, head), preds[0], head).rank_threads // RANK_BLOCK)
     arguments = {
         "ce_ptr": outputs.ce,
         "match_ptr": outputs.match,
@@ -314,7 +322,7 @@ def loss_launches(
     launches = match_launches(preds, anchors, rows, offsets, head, geometry, outputs)
     launches.append(dense_launch(preds, anchors, rows, head, geometry, outputs, True, outputs.grads or None))
     if head.negatives:
-        launches.append(rank_launch(head, outputs))
+        launches.append(rank_launch(preds, head, outputs))
     return launches
 
 

@@ -13,6 +13,7 @@ from ..kernels import assign, grid
 from ..kernels.launch import SMALLEST_TILE, grid_config
 from ..kernels.terms import box, decode, label, offset
 from ..reference.grid import NEIGHBOURS, grid_view
+from ..tuned import wishes
 from .launch import Launch, accumulator, done_counter, refuse_double_backward
 
 _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
@@ -70,6 +71,13 @@ def _grid_constants(key: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=256)
+def _family(key: str) -> str:
+    """The terms of a row: losses of the same ones share what tuning found."""
+    head = head_from_key(key)
+    return " ".join((head.decode, head.box, str(head.quality), head.label, head.objectness, head.assigner))
+
+
 class GridOutputs(NamedTuple):
     """What a loss launch leaves. The last three are empty where no gradient will be asked for; only what the gradient
     launch reads of them is ever written.
@@ -122,7 +130,9 @@ def _common_arguments(
         grad_strides = [cell_strides(view) for view in grad_views]
     batch, widths = views[0].shape[0], [view.shape[3] for view in views]
     cells = [view.shape[2] * view.shape[3] for view in views]
-    config = grid_config(max(cells), all(s[3] == 1 for s in strides), preds[0].element_size())
+    planes = all(s[3] == 1 for s in strides)
+    tuned = wishes("grid", _family(head.key), preds[0], planes, batch, max(cells), head.num_classes)
+    config = grid_config(max(cells), planes, preds[0].element_size(), tuned)
     programs = sum(batch * len(own) * -(-count // config.cells) for own, count in zip(head.levels, cells, strict=True))
     flat = all(s[2] == s[3] * width for s, width in zip(strides + (grad_strides or []), widths * 2, strict=False))
     start = _bases_start(sum(view[..., 0].numel() for view in views))
@@ -171,7 +181,7 @@ def grid_launch(
         "done_ptr": done_counter(rows.device),
         "BLOCK_G": config.rows,
     }
-    return Launch(grid.grid_kernel, (programs,), arguments, config.threads, config.max_registers)
+    return Launch(grid.grid_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages)
 
 
 _GRAD_CONSTANTS = (
@@ -194,7 +204,9 @@ def grid_grad_launch(
         "grad_out_ptr": grad_total,
         "CHANNELS": config.channels,
     }
-    return Launch(grid.grid_grad_kernel, (programs,), arguments, config.threads, config.max_registers)
+    return Launch(
+        grid.grid_grad_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages
+    )
 
 
 def cell_strides(view: Tensor) -> tuple[int, ...]:

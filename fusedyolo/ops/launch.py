@@ -35,7 +35,7 @@ def odd(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch, ready to run, compile or count. ``max_registers``, a thread's, is of NVIDIA only; ``exact``
-    keeps products and sums apart, as PyTorch's operators do.
+    keeps products and sums apart, as PyTorch's operators do; ``stages`` is how many loads of a loop are under way.
     """
 
     kernel: Any
@@ -44,6 +44,7 @@ class Launch:
     threads: int
     max_registers: int | None = None
     exact: bool = False
+    stages: int | None = None
 
     def run(self) -> None:
         """Launch on the current device and stream."""
@@ -51,11 +52,14 @@ class Launch:
 
     def options(self, nvidia: bool) -> dict[str, int]:
         """Compiler options: a warp is 32 threads on NVIDIA's GPUs, 64 on AMD's data-centre GPUs."""
-        fusion = {"enable_fp_fusion": False} if self.exact else {}
+        options: dict[str, int] = {"enable_fp_fusion": False} if self.exact else {}
+        if self.stages is not None:
+            options["num_stages"] = self.stages
         if not nvidia:
-            return {"num_warps": max(1, self.threads // 64), **fusion}
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {"num_warps": self.threads // 32, **limit, **fusion}
+            return {"num_warps": max(1, self.threads // 64), **options}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return {"num_warps": self.threads // 32, **options}
 
 
 LEAST_ZEROS = 4096  # so that batches of ordinary sizes need no more

@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 OTHER_TEXT = re.compile(r"(classes|train|val|test|trainval|readme.*)\.txt", re.I)  # beside labels, but not labels
@@ -143,7 +142,7 @@ def _coco(path: Path, images: str | Path | None) -> Labels:
     find = _image_finder(images or (path.parent.parent if path.parent.name == "annotations" else path.parent))
     categories = sorted(data["categories"], key=lambda category: category["id"])
     index = {category["id"]: i for i, category in enumerate(categories)}
-    objects = {image["id"]: [] for image in data["images"]}
+    objects: dict[Any, list[Any]] = {image["id"]: [] for image in data["images"]}
     for entry in data["annotations"]:
         if not entry.get("iscrowd", 0):
             x, y, w, h = entry["bbox"]
@@ -157,7 +156,7 @@ def _coco(path: Path, images: str | Path | None) -> Labels:
 
 def _voc(path: Path, files: list[Path], images: str | Path | None) -> Labels:
     find = _image_finder(images or (path.parent if path.name == "Annotations" else path))
-    read = []
+    read: list[Any] = []
     for file in files:
         root = ElementTree.parse(file).getroot()
         width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
@@ -169,7 +168,7 @@ def _voc(path: Path, files: list[Path], images: str | Path | None) -> Labels:
             for o in root.iter("object")
         ]
         read.append((find(Path(root.findtext("filename") or file.stem)) or find(file), width, height, objects))
-    names = sorted({name for *_, objects in read for name, *_ in objects})
+    names: list[str] = sorted({name for *_, objects in read for name, *_ in objects})
     return Labels(
         [_annotation(i, w, h, [(names.index(name), *box) for name, *box in objects]) for i, w, h, objects in read],
         names,
@@ -179,6 +178,8 @@ def _voc(path: Path, files: list[Path], images: str | Path | None) -> Labels:
 def _yolo(folder: Path, files: list[Path], images: str | Path | None) -> Labels:
     root = folder.parent if folder.name == "labels" else folder
     find = _image_finder(images or root)
+    from PIL import Image
+
     annotations = []
     for file in files:
         image = find(file.relative_to(folder))
@@ -231,7 +232,8 @@ def _annotation(image, width, height, objects, relative=False) -> Annotation:
 
 def _image_finder(folder: str | Path):
     """A function from a file's relative path to the image of the same name below ``folder``, or None."""
-    folder, known = Path(folder), {}
+    folder = Path(folder)
+    known: dict[Any, Any] = {}
     if not folder.is_dir():
         raise FileNotFoundError(f"images: {folder} is not a folder")
     for file in sorted(folder.rglob("*")):

@@ -6,14 +6,18 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+import fusedyolo
+
+from ..targets import Targets
 from . import objects as samplers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FORMS = ("packed", "Targets")
+LAYOUTS = ("nchw", "channels_last", "rows", "flat")
 PYRAMID = (8, 16, 32, 64, 128)  # strides
 WARMED_UP = 1 << 20  # images, after which YOLOv2 no longer draws boxes to their anchors
 
@@ -27,6 +31,9 @@ class Case:
     cls: str
     anchors: tuple[tuple[tuple[float, float], ...], ...]
     strides: tuple[int, ...]
+
+    layouts: ClassVar[tuple[str, ...]] = ("nchw", "channels_last")
+    """How predictions may lie in memory, the usual way first."""
 
     @property
     def name(self) -> str:
@@ -45,6 +52,10 @@ class Case:
         """P: what the predictions take in memory."""
         return sum(math.prod(shape) for shape in self.shapes(work)) * DTYPES[work.dtype].itemsize
 
+    def floor(self, work: Workload) -> float:
+        """Bytes in P that no step can do without: write the gradient, read objectness, and boxes for an ignore mask."""
+        return 1 + (1 if self.cls in ("ScaledYOLOv4Loss", "YOLOv5Loss") else 5) / (5 + work.classes)
+
     def build(self, num_classes: int, backend: str) -> torch.nn.Module:
         """The loss module on one backend."""
         loss, options = self._class(), self._options(backend)
@@ -55,8 +66,6 @@ class Case:
         return loss(self.anchors, self.strides, num_classes, **options)
 
     def _class(self) -> Any:
-        import fusedyolo
-
         return getattr(fusedyolo, self.cls)
 
     def _options(self, backend: str) -> dict[str, str]:
@@ -70,8 +79,12 @@ class Case:
             logits = torch.empty(shape, dtype=DTYPES[work.dtype], device=device)
             if not empty:
                 logits.copy_(self.values(shape, generator))
-            preds.append(self.layout(logits).requires_grad_())
-        return preds
+            preds += self.arrange(logits, work)
+        return [pred.detach().requires_grad_() for pred in preds]
+
+    def layout(self, work: Workload) -> str:
+        """Of the workload, or the usual one."""
+        return work.layout if work.layout in self.layouts else self.layouts[0]
 
     def targets(self, work: Workload, device: str = "cpu") -> Any:
         """The objects, with classes as the loss counts them."""
@@ -92,9 +105,12 @@ class Case:
         values[:, :, 4:] -= 4.0
         return values
 
-    def layout(self, logits: torch.Tensor) -> torch.Tensor:
-        """As the loss takes them."""
-        return logits.flatten(1, 2)
+    def arrange(self, logits: torch.Tensor, work: Workload) -> list[torch.Tensor]:
+        """As the loss takes them, in the layout asked for."""
+        logits = logits.flatten(1, 2)
+        if self.layout(work) == "channels_last":
+            logits = logits.contiguous(memory_format=torch.channels_last)
+        return [logits]
 
 
 @dataclass(frozen=True)
@@ -104,9 +120,15 @@ class CellCase(Case):
     anchors: tuple = ()
     strides: tuple[int, ...] = (32,)
 
+    layouts: ClassVar[tuple[str, ...]] = ("flat", "channels_last")
+
     def shapes(self, work: Workload) -> list[tuple[int, ...]]:
         """``[B, S * S * (5 n + C)]``, of 7 x 7 cells and 2 boxes."""
         return [(work.batch, 7 * 7 * (5 * 2 + work.classes))]
+
+    def floor(self, work: Workload) -> float:
+        """Write the gradient, read the confidences."""
+        return 1 + 2 / (5 * 2 + work.classes)
 
     def build(self, num_classes: int, backend: str) -> torch.nn.Module:
         """The loss module on one backend."""
@@ -116,9 +138,9 @@ class CellCase(Case):
         """Raw numbers in 0 ... 1, as probabilities, offsets and roots of sizes are."""
         return torch.rand(shape, generator=generator)
 
-    def layout(self, logits: torch.Tensor) -> torch.Tensor:
-        """As they are."""
-        return logits
+    def arrange(self, logits: torch.Tensor, work: Workload) -> list[torch.Tensor]:
+        """As they are, or as ``[B, S, S, 5 n + C]``."""
+        return [logits.view(len(logits), 7, 7, -1) if self.layout(work) == "channels_last" else logits]
 
 
 @dataclass(frozen=True)
@@ -129,6 +151,8 @@ class DenseCase(Case):
     strides: tuple[int, ...] = PYRAMID
     cell: tuple[int, ...] = ()  # anchors of a cell, one a level
     background: int = 0  # 1 if class 0 is no object
+
+    layouts: ClassVar[tuple[str, ...]] = ("rows", "nchw", "channels_last")
 
     def maps(self, work: Workload) -> list[tuple[int, int]]:
         """(height, width) of each level."""
@@ -154,14 +178,19 @@ class DenseCase(Case):
             (targets if isinstance(targets, torch.Tensor) else targets.rows)[:, 1] += 1
         return targets
 
+    def floor(self, work: Workload) -> float:
+        """Write the gradient, read the class logits and centreness."""
+        channels = [shape[2] for shape in self.shapes(work)]
+        return 1 + (sum(channels) - 4) / sum(channels)
+
     def anchor_boxes(self, work: Workload, device: str = "cpu") -> torch.Tensor:
         """``[N, 4]``, x1 y1 x2 y2 in pixels."""
-        from fusedyolo import anchors
-
         maps = self.maps(work)
         if self.cls == "SSDLoss":
-            return anchors.ssd_anchors(maps, work.size, [(2,) if n == 4 else (2, 3) for n in self.cell], device=device)
-        make = anchors.fcos_anchors if self.cls == "FCOSLoss" else anchors.retinanet_anchors
+            return fusedyolo.anchors.ssd_anchors(
+                maps, work.size, [(2,) if n == 4 else (2, 3) for n in self.cell], device=device
+            )
+        make = fusedyolo.anchors.fcos_anchors if self.cls == "FCOSLoss" else fusedyolo.anchors.retinanet_anchors
         return make(maps, work.size, device=device)
 
     def geometry(self, work: Workload, device: str = "cpu") -> dict[str, Any]:
@@ -179,9 +208,26 @@ class DenseCase(Case):
             return values.abs() if self.cls == "FCOSLoss" else values
         return values if shape[2] == 1 or self.background else values - 4.0
 
-    def layout(self, logits: torch.Tensor) -> torch.Tensor:
-        """As they are."""
-        return logits
+    def arrange(self, logits: torch.Tensor, work: Workload) -> list[torch.Tensor]:
+        """In one piece ``[B, N, channels]``, or as maps ``[B, anchors * channels, H, W]``, one a level."""
+        layout = self.layout(work)
+        if layout == "rows":
+            return [logits]
+        preds = []
+        pieces = logits.split(self.sizes(work), dim=1)
+        for piece, (height, width), count in zip(pieces, self.maps(work), self.cell, strict=True):
+            maps = piece.reshape(len(piece), height, width, count * piece.shape[2]).permute(0, 3, 1, 2)
+            preds.append(maps.contiguous() if layout == "nchw" else maps)
+        return preds
+
+    def bind(self, criterion: torch.nn.Module, work: Workload, device: str = "cpu") -> Callable[[Any, Any], Any]:
+        """The loss as a function of predictions and targets alone."""
+        geometry, levels = self.geometry(work, device), len(self.strides)
+        if self.layout(work) == "rows":
+            return lambda preds, targets: criterion(tuple(preds), targets, **geometry)
+        return lambda preds, targets: criterion(
+            tuple(preds[i : i + levels] for i in range(0, len(preds), levels)), targets, **geometry
+        )
 
 
 @dataclass(frozen=True)
@@ -194,6 +240,7 @@ class Workload:
     dtype: str = "float32"
     objects: str = "coco"
     form: str = "packed"
+    layout: str = ""  # a case's usual one
     seed: int = 18  # 118 COCO-like objects in 16 images, 7.4 each as in COCO itself
 
     def targets(self, device: str = "cpu") -> Any:
@@ -208,8 +255,6 @@ class Workload:
             if len(rows) and rows[:, 1].max() >= self.classes:
                 raise ValueError(f"labels: class {int(rows[:, 1].max())}, want fewer than --classes {self.classes}")
         if self.form == "Targets":
-            from fusedyolo.targets import Targets
-
             return Targets.from_packed(rows, self.batch).to(device)
         return rows.to(device)
 
@@ -271,3 +316,8 @@ def select(names: list[str]) -> list[Case]:
             raise ValueError(f"--loss: {name}, want one of {', '.join(CASES)}")
         chosen += [c for c in found if c not in chosen]
     return chosen or list(CASES.values())
+
+
+def first_recipes() -> list[Case]:
+    """Each loss in its default recipe."""
+    return list({case.loss: case for case in reversed(CASES.values())}.values())[::-1]

@@ -6,6 +6,7 @@ derives the signature, and the tools in Triton's wheel (``ptxas``, ``cuobjdump``
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -32,7 +33,8 @@ class Resources:
     """Of one compiled kernel; access widths are in bits, each with its number of instructions.
 
     ``stack`` is bytes of local memory a thread, ``spills`` the instructions that touch it. ``scalar_spills``, of AMD
-    only, are scalar registers kept in lanes of vector registers: no memory is touched.
+    only, are scalar registers kept in lanes of vector registers: no memory is touched. ``code`` is a digest of the
+    instructions: kernels with the same are the same.
     """
 
     target: str
@@ -44,6 +46,7 @@ class Resources:
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
     scalar_spills: int = 0
+    code: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -60,9 +63,10 @@ _NAMES = {"overlap_kernel": "overlap", "match_kernel": "match", "dense_kernel": 
 
 def launches(case: Case, work: Workload) -> dict[str, Any]:
     """The launches of a training step by name, on memory that is never touched."""
-    from fusedyolo import ops
+    from .. import ops
 
-    criterion, preds, rows = case.build(work.classes, "auto"), case.predictions(work, empty=True), case.targets(work)
+    criterion: Any = case.build(work.classes, "auto")
+    preds, rows = case.predictions(work, empty=True), case.targets(work)
     one = torch.ones(())
     if isinstance(case, DenseCase):
         anchors, head = case.anchor_boxes(work), criterion.head
@@ -77,10 +81,10 @@ def launches(case: Case, work: Workload) -> dict[str, Any]:
             "grad": ops.dense_launch(preds, anchors, rows, head, geometry, outputs, False, grads, ones, skip)
         }
     if isinstance(case, CellCase):
-        outputs, grad = ops.cell_outputs(preds[0], True)
+        sums, grad = ops.cell_outputs(preds[0], True)
         key = criterion.head.key
         return {
-            "loss": ops.cell_launch(preds[0], grad, rows, None, key, outputs),
+            "loss": ops.cell_launch(preds[0], grad, rows, None, key, sums),
             "grad": ops.cell_launch(preds[0], grad, rows, None, key, None, one, True),
         }
     kept = ops.grid_outputs(preds, rows, criterion.head, True)
@@ -91,8 +95,26 @@ def launches(case: Case, work: Workload) -> dict[str, Any]:
     }
 
 
+def target_of(name: str) -> tuple[str, int | str, int]:
+    """Backend, architecture and threads of a warp, of one of ``TARGETS`` or another ``sm_..`` or ``gfx...``."""
+    if name in TARGETS:
+        return TARGETS[name]
+    if name.startswith("sm_"):
+        return "cuda", int(name.removeprefix("sm_")), 32
+    return "hip", name, 32 if name.startswith(("gfx10", "gfx11", "gfx12")) else 64
+
+
+def compile_step(case: Case, work: Workload, target: str) -> dict[str, Resources]:
+    """What each launch of a training step compiles to, by name."""
+    nvidia = target_of(target)[0] == "cuda"
+    return {
+        name: compile_launch(launch.kernel, launch.arguments, launch.options(nvidia), target)
+        for name, launch in launches(case, work).items()
+    }
+
+
 def compile_launch(kernel, arguments: Mapping[str, Any], options: Mapping[str, int], target: str) -> Resources:
-    """Compile ``kernel[grid](**arguments, **options)`` for ``target``, a key of ``TARGETS``.
+    """Compile ``kernel[grid](**arguments, **options)`` for ``target``, a name as in ``TARGETS``.
 
     ``kernel`` must be a real ``JITFunction``: it must have been imported without ``TRITON_INTERPRET``. Tensors count as
     aligned as they are.
@@ -104,7 +126,7 @@ def compile_launch(kernel, arguments: Mapping[str, Any], options: Mapping[str, i
 
     if not isinstance(kernel, JITFunction):
         raise ValueError(f"kernel: {type(kernel).__name__}, want a JITFunction; is TRITON_INTERPRET set?")
-    gpu = GPUTarget(*TARGETS[target])
+    gpu = GPUTarget(*target_of(target))
     backend = make_backend(gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(**arguments, **options)
@@ -143,8 +165,20 @@ def read_sass(target: str, usage: str, sass: str) -> Resources:
             (loads if head == "LDG" else stores)[_sass_width(modifiers)] += 1
         spills += head in ("LDL", "STL")
     return Resources(
-        target, sizes["REG"], sizes["STACK"], spills, sizes["SHARED"], len(names), dict(loads), dict(stores)
+        target,
+        sizes["REG"],
+        sizes["STACK"],
+        spills,
+        sizes["SHARED"],
+        len(names),
+        dict(loads),
+        dict(stores),
+        code=_digest(sass),
     )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _sass_width(modifiers: list[str]) -> int:
@@ -178,4 +212,5 @@ def read_amdgcn(target: str, text: str) -> Resources:
         dict(loads),
         dict(stores),
         sizes["sgpr_spill_count"],
+        _digest(text),
     )

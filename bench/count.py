@@ -1,0 +1,408 @@
+"""Counting launches, bytes and host waits on a CPU.
+
+Counting is deterministic. Triton's kernels run in its interpreter, where every access of every program is seen: it
+moves 32 bytes for each distinct 32-byte sector that its active lanes touch. Of a launch of many programs a part may
+stand for the rest. Everything else is seen as ATen operators: one that computes or copies is one launch and moves its
+distinct inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+SECTOR = 32
+
+# Memory is reserved, nothing is launched. No operator tag says so.
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+# Look at the shape of their argument alone.
+_FACTORIES = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
+# Write their first argument without reading it.
+_OVERWRITES = {"copy_", "fill_", "zero_"}
+# Read or write no more of their first argument than they return or are handed.
+_GATHERS = {"index", "_unsafe_index", "index_select", "gather", "take", "embedding"}
+_SCATTERS = {"index_put_", "_index_put_impl_", "scatter_", "scatter_add_", "index_add_", "index_copy_", "index_fill_"}
+
+
+@dataclass
+class Counts:
+    """What a piece of work asks of a GPU.
+
+    ``bytes_loaded`` and ``bytes_stored`` add the kernels' sectors and the tensors of the other operators; ``ops`` are
+    the other launches by operator, ``sync_ops`` the operators that make the host wait. Where fewer programs were run
+    than the launches have, the kernels' bytes are an estimate.
+    """
+
+    triton_launches: int = 0
+    other_launches: int = 0
+    bytes_loaded: int = 0
+    bytes_stored: int = 0
+    syncs: int = 0
+    programs: int = 0
+    programs_run: int = 0
+    ops: dict[str, int] = field(default_factory=dict)
+    sync_ops: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def launches(self) -> int:
+        """Triton's and all others."""
+        return self.triton_launches + self.other_launches
+
+    @property
+    def bytes(self) -> int:
+        """Loaded and stored."""
+        return self.bytes_loaded + self.bytes_stored
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+OnProgram = Callable[[int, int, int], None]
+
+
+Kinds = Callable[[str, int, Mapping[str, Any]], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which programs of a launch on a one-dimensional grid to run.
+
+    ``kinds`` tells programs of different work apart: from the name of a kernel, how many programs it has and its
+    arguments, a number for each of them. Of each kind at least four are run, ``most`` in all if that allows; they stand
+    for the others of their kind. The first and the last program of a launch always run, and stand for themselves. What
+    is left out is not computed, so later launches must not need it.
+    """
+
+    kinds: Kinds
+    most: int = 48
+
+    def choose(self, kinds: Sequence[int]) -> list[int]:
+        """The programs to run, in order."""
+        chosen = {0, len(kinds) - 1}
+        for members in self._members(kinds):
+            few = min(len(members), max(4, round(self.most * len(members) / len(kinds))))
+            # from the middles of equal shares, so that no end is preferred
+            chosen |= {members[int((i + 0.5) * len(members) / few)] for i in range(few)}
+        return sorted(chosen)
+
+    def total(self, kinds: Sequence[int], moved: Mapping[int, int]) -> int:
+        """Bytes of a launch from those of the programs that ran."""
+        if len(moved) == len(kinds):
+            return sum(moved.values())
+        total = float(moved[0] + moved[len(kinds) - 1])
+        for members in self._members(kinds):
+            seen = [moved[p] for p in members if p in moved]
+            total += sum(seen) / len(seen) * len(members)
+        return round(total)
+
+    @staticmethod
+    def _members(kinds: Sequence[int]) -> list[list[int]]:
+        members: dict[int, list[int]] = {}
+        for program in range(1, len(kinds) - 1):
+            members.setdefault(kinds[program], []).append(program)
+        return list(members.values())
+
+
+def count(fn: Callable[[], Any], on_program: OnProgram | None = None, sample: Sample | None = None) -> Counts:
+    """Run ``fn`` once on CPU tensors and count.
+
+    For kernels to be counted, Triton's interpreter must have been on (``TRITON_INTERPRET=1``) when they were imported.
+
+    Args:
+        fn: what is counted.
+        on_program: called for every program with the number of its launch, how many have begun, how many will.
+        sample: programs to run where not all are.
+    """
+    counts = Counts()
+    operators = _CountOperators(counts)
+    with _count_kernels(counts, on_program, sample), _watch_methods(counts, operators), operators:
+        fn()
+    return counts
+
+
+def sectors(addresses: np.ndarray, mask: np.ndarray | None = None) -> int:
+    """The distinct 32-byte sectors under the active ones of ``addresses``."""
+    active = addresses.ravel() if mask is None else addresses[np.broadcast_to(mask, addresses.shape)]
+    if active.size == 0:
+        return 0
+    index = active.astype(np.uint64, copy=False) // np.uint64(SECTOR)
+    if (index[1:] >= index[:-1]).all():  # the usual case, and faster than sorting
+        return 1 + int(np.count_nonzero(index[1:] != index[:-1]))
+    return len(np.unique(index))
+
+
+@contextmanager
+def _count_kernels(counts: Counts, on_program: OnProgram | None, sample: Sample | None) -> Iterator[None]:
+    try:
+        from triton.runtime import interpreter
+    except ImportError:  # no Triton here, so no kernel can run
+        yield
+        return
+    GridExecutor, InterpreterBuilder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    launch, place, span = GridExecutor.__call__, InterpreterBuilder.set_grid_idx, InterpreterBuilder.set_grid_dim
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    rmw, cas = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
+
+    # of the launch under way: its grid, its programs' kinds and those to run if not all, and what each has moved
+    grid: tuple[int, ...] = ()
+    kinds: Sequence[int] = ()
+    chosen: list[int] | None = None
+    loaded: list[int] = []
+    stored: list[int] = []
+
+    def counted_launch(self, *args, **kwargs):
+        nonlocal grid, kinds, chosen
+        grid, chosen = self.grid, None
+        if sample is not None:
+            kinds = sample.kinds(self.fn.__name__, grid[0], kwargs)
+            chosen = sample.choose(kinds)
+            self.grid = (len(chosen),)
+        loaded.clear()
+        stored.clear()
+        counts.triton_launches += 1
+        with _disable_current_modes():  # the interpreter's own tensor work is not the package's
+            launch(self, *args, **kwargs)
+        self.grid = grid
+        counts.programs_run += len(loaded)
+        if sample is None or chosen is None:
+            counts.programs += len(loaded)
+            counts.bytes_loaded += sum(loaded)
+            counts.bytes_stored += sum(stored)
+        else:
+            counts.programs += grid[0]
+            counts.bytes_loaded += sample.total(kinds, dict(zip(chosen, loaded, strict=True)))
+            counts.bytes_stored += sample.total(kinds, dict(zip(chosen, stored, strict=True)))
+
+    def counted_span(self, *dims):
+        return span(self, *(dims if chosen is None else (*grid, 1, 1)))
+
+    def counted_place(self, *index):
+        if on_program is not None:
+            on_program(counts.triton_launches, len(loaded) + 1, len(chosen) if chosen else math.prod(self.grid_dim))
+        if chosen is not None:
+            if len(loaded) == len(chosen) - 1:
+                _pretend_others_finished(len(loaded), grid[0])
+            index = (chosen[index[0]], 0, 0)
+        loaded.append(0)
+        stored.append(0)
+        return place(self, *index)
+
+    # plain loads and stores go through the masked ones
+    def counted_load(self, ptrs, mask, *args):
+        loaded[-1] += SECTOR * sectors(ptrs.data, mask.data)
+        return load(self, ptrs, mask, *args)
+
+    def counted_store(self, ptrs, value, mask, *args):
+        stored[-1] += SECTOR * sectors(ptrs.data, mask.data)
+        return store(self, ptrs, value, mask, *args)
+
+    def counted_rmw(self, op, ptr, val, mask, *args):
+        moved = SECTOR * sectors(ptr.data, mask.data)
+        loaded[-1] += moved
+        stored[-1] += moved
+        return rmw(self, op, ptr, val, mask, *args)
+
+    def counted_cas(self, ptr, *args):
+        moved = SECTOR * sectors(ptr.data)
+        loaded[-1] += moved
+        stored[-1] += moved
+        return cas(self, ptr, *args)
+
+    # Two shortcuts that halve the time. The interpreter patches triton.language again for every call of a device
+    # function, and checks integers for overflow with arithmetic of its own, which kernels on a GPU do not.
+    patch_language = interpreter._patch_lang
+    language = (interpreter.tl, interpreter.tl.core)
+
+    def patch_language_once(fn):
+        modules = [value for value in fn.__globals__.values() if any(value is module for module in language)]
+        if all(not interpreter.tl.core.is_builtin(module.load) for module in modules):
+            return interpreter._LangPatchScope()
+        return patch_language(fn)
+
+    with ExitStack() as stack:
+        for owner, name, replacement in (
+            (interpreter, "_patch_lang", patch_language_once),
+            (interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
+            (GridExecutor, "__call__", counted_launch),
+            (InterpreterBuilder, "set_grid_dim", counted_span),
+            (InterpreterBuilder, "set_grid_idx", counted_place),
+            (InterpreterBuilder, "create_masked_load", counted_load),
+            (InterpreterBuilder, "create_masked_store", counted_store),
+            (InterpreterBuilder, "create_atomic_rmw", counted_rmw),
+            (InterpreterBuilder, "create_atomic_cas", counted_cas),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        yield
+
+
+def _pretend_others_finished(run: int, programs: int) -> None:
+    """Before the last program: those left out never added to the counter of finished programs, where there is one."""
+    from fusedyolo.ops.launch import done_counter
+
+    done = done_counter(torch.device("cpu"))
+    if int(done[0]) == run:
+        done[0] = programs - 1
+
+
+@contextmanager
+def _watch_methods(counts: Counts, operators: _CountOperators) -> Iterator[None]:
+    """Methods that copy to the host, which a tensor on a CPU does without an operator (``to("cpu")`` goes unseen); and
+    assignments, because of what they make of a number.
+    """
+
+    def counted(name: str, original: Callable) -> Callable:
+        def method(self, *args, **kwargs):
+            counts.syncs += 1
+            counts.sync_ops[name] = counts.sync_ops.get(name, 0) + 1
+            return original(self, *args, **kwargs)
+
+        return method
+
+    assign = torch.Tensor.__setitem__
+
+    def watched_assign(self, *args):
+        operators.assigning += 1
+        try:
+            return assign(self, *args)
+        finally:
+            operators.assigning -= 1
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.Tensor, "__setitem__", watched_assign))
+        for name in ("tolist", "numpy", "cpu"):
+            replacement = counted(name, getattr(torch.Tensor, name))
+            stack.enter_context(mock.patch.object(torch.Tensor, name, replacement))
+        yield
+
+
+class _CountOperators(TorchDispatchMode):
+    """Counts the operators that would launch work on a GPU, looking into custom operators."""
+
+    def __init__(self, counts: Counts):
+        super().__init__()
+        self.counts = counts
+        self.assigning = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace not in ("aten", "prim", "prims"):
+            body = _body_of(func)
+            if body is not None:
+                with self:
+                    return body(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self._tally(func, args, kwargs, out)
+        return out
+
+    def _tally(self, func, args, kwargs, out) -> None:
+        name = func._schema.name.partition("::")[2]
+        # On a GPU ``x[i] = number`` fills a tensor there, on a CPU it looks like a number that is copied to the device.
+        filled = name == "lift_fresh" and self.assigning and args[0].dim() == 0
+        if not filled and _waits(func, name, args, kwargs):
+            self.counts.syncs += 1
+            self.counts.sync_ops[name] = self.counts.sync_ops.get(name, 0) + 1
+        if name in _ALLOCATIONS:
+            return
+        written, read = _written_and_read(func, args, kwargs)
+        returned = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if name == "lift_fresh":  # a tensor made of Python numbers: one copy to the device
+            written = returned
+        elif not written:
+            owned = {t.untyped_storage()._cdata for t in read}
+            written = [t for t in returned if t.untyped_storage()._cdata not in owned]  # the others are views
+            if not written and not (returned == [] and torch.Tag.data_dependent_output in func.tags):
+                return
+        elif torch.Tag.inplace_view in func.tags:
+            return
+        elif name not in _OVERWRITES:
+            read = read + written
+        if returned and not any(t.numel() for t in written):
+            return
+        loaded, stored = 0 if name in _FACTORIES else _bytes(read), _bytes(written)
+        if name in _GATHERS:
+            source, rest = _bytes(read[:1]), _bytes(read[1:])
+            loaded = min(source, stored) + rest
+        elif name in _SCATTERS:
+            stored = min(stored, _scattered(name, args, kwargs))
+            loaded = _bytes([t for t in read if t is not args[0]])
+        self.counts.other_launches += 1
+        self.counts.ops[name] = self.counts.ops.get(name, 0) + 1
+        self.counts.bytes_loaded += loaded
+        self.counts.bytes_stored += stored
+
+
+def _body_of(func) -> Callable | None:
+    """The Python function of a custom operator: what it launches itself counts."""
+    from torch._library.custom_ops import OPDEFS
+
+    definition = OPDEFS.get(func._schema.name)
+    return None if definition is None else definition._init_fn
+
+
+def _written_and_read(func, args, kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    written, read = [], []
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        tensors = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        (written if changed else read).extend(tensors)
+    return written, read
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    """Of distinct memory: a broadcast dimension is read once, a tensor handed in twice is one tensor."""
+    seen = {}
+    for t in tensors:
+        elements = 1
+        for size, stride in zip(t.shape, t.stride(), strict=True):
+            elements *= size if stride else min(size, 1)
+        where = t.untyped_storage()._cdata, t.storage_offset()  # on the meta device no tensor has an address
+        seen[where, t.shape, t.stride()] = elements * t.element_size()
+    return sum(seen.values())
+
+
+def _scattered(name: str, args, kwargs) -> int:
+    """Bytes of its first argument that an in-place scatter writes."""
+    target = args[0]
+    if "index_put" in name:
+        indices = [i for i in args[1] if i is not None]
+        shapes = [(int(i.count_nonzero()),) if i.dtype == torch.bool else i.shape for i in indices]
+        dims = sum(i.dim() if i.dtype == torch.bool else 1 for i in indices)
+        rest = target.numel() // max(1, int(np.prod(target.shape[:dims])))
+        return int(np.prod(torch.broadcast_shapes(*shapes))) * rest * target.element_size()
+    index = args[2] if len(args) > 2 else kwargs["index"]
+    if name.startswith("index_"):
+        return target.numel() // max(1, target.shape[args[1]]) * index.numel() * target.element_size()
+    return index.numel() * target.element_size()
+
+
+def _waits(func, name: str, args, kwargs) -> bool:
+    """Whether the host has to wait for the GPU: it needs a number or a shape that depends on data, or copies memory."""
+    if name == "lift_fresh":
+        return True
+    if name in ("_to_copy", "copy_"):
+        source = args[1] if name == "copy_" else args[0]
+        device = args[0].device if name == "copy_" else kwargs.get("device") or source.device
+        blocking = not (args[2] if name == "copy_" and len(args) > 2 else kwargs.get("non_blocking"))
+        return blocking and torch.device(device).type != source.device.type
+    if name in ("index", "_unsafe_index"):
+        return _has_mask(args[1])
+    if "index_put" in name:
+        return _has_mask(args[1]) and args[2].numel() != 1  # one value becomes masked_fill
+    if name == "repeat_interleave":
+        return kwargs.get("output_size") is None
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+
+
+def _has_mask(indices) -> bool:
+    return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)

@@ -1,0 +1,346 @@
+"""The losses of other libraries, where those are installed, on the predictions and the objects of a case.
+
+Each is called as its own training calls it, on objects in the form that its own data loader makes. That form is made
+once, before anything is measured; what a loss does to predictions in another layout than its own is part of its cost.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fusedyolo import Targets
+from fusedyolo.tools.parity import Loss
+from fusedyolo.tools.registry import DTYPES, WARMED_UP, Case, DenseCase, Workload
+
+Bound = Callable[[list[Tensor]], Tensor]
+"""From predictions to the total, of shape ()."""
+
+
+@dataclass(frozen=True)
+class Total:
+    """What a peer's loss returns."""
+
+    total: Tensor
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library and what it computes."""
+
+    name: str
+    package: str  # as it is installed
+    module: str  # that has the losses
+    cases: tuple[str, ...]
+    bind: Callable[[Any, Workload, str], Bound]
+    note: str = ""  # what a count of it on a CPU does not say
+
+    def missing(self) -> str:
+        """Why it cannot be used, in a line; empty if it can."""
+        return _why_not(self.package, self.module)
+
+    def version(self) -> str:
+        """Of the installed package, or nothing."""
+        try:
+            return metadata.version(self.package)
+        except metadata.PackageNotFoundError:
+            return ""
+
+    def loss(self, case: Case, work: Workload, device: str = "cpu") -> Loss:
+        """Its loss, bound to a workload: what it is called with later are that workload's predictions and targets.
+
+        Predictions of half precision are taken under autocast, as in its training.
+
+        Raises:
+            ValueError: it does not compute the case.
+            ImportError: it cannot be used.
+        """
+        if case.name not in self.cases:
+            raise ValueError(f"{self.name}: {case.name}, want one of {', '.join(self.cases)}")
+        if self.missing():
+            raise ImportError(f"{self.name}: {self.missing()}")
+        bound, dtype, kind = self.bind(case, work, device), DTYPES[work.dtype], torch.device(device).type
+
+        def loss(preds: list[Tensor], targets: Any) -> Total:
+            with torch.autocast(kind, dtype) if dtype.itemsize == 2 else nullcontext():
+                return Total(bound(preds))
+
+        return loss
+
+
+def of(case: Case) -> list[Peer]:
+    """The installed peers that compute a case."""
+    return [peer for peer in PEERS.values() if case.name in peer.cases and not peer.missing()]
+
+
+# --------------------------------------------------------------------------------------------------------------- import
+
+
+@lru_cache
+def torchvision() -> ModuleType:
+    """The module.
+
+    Wheels for a GPU do not load their compiled operators beside a CPU build of PyTorch, and even importing them fails
+    then, for it describes an operator that is not there. Two declarations are enough for all that is Python in it.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]  # what the first attempt has left
+    library = _library()
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return import_module("torchvision")
+
+
+@lru_cache
+def _library() -> torch.library.Library:
+    """What the declarations live as long as."""
+    return torch.library.Library("torchvision", "DEF")
+
+
+def _load(name: str) -> ModuleType:
+    """A module of a peer; all of them need torchvision. It is to install nothing, nor to ask the network."""
+    quiet = mock.patch.dict(os.environ, YOLO_AUTOINSTALL="false", YOLO_OFFLINE="true")  # undoes their changes, too
+    with quiet, redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torchvision()
+        return import_module(name)
+
+
+@lru_cache
+def _why_not(package: str, module: str) -> str:
+    try:
+        if find_spec(module.partition(".")[0]) is None:
+            return f"{package} is not installed"
+        _load(module)
+    except (Exception, SystemExit) as error:  # whatever a package does when something it wants is not there
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+# -------------------------------------------------------------------------------------------------------------- objects
+
+
+def _rows(case: Case, work: Workload) -> Tensor:
+    """The objects as packed rows, sorted by image."""
+    targets = case.targets(work)
+    rows = targets.rows if isinstance(targets, Targets) else targets
+    return rows[rows[:, 0].argsort(stable=True)]
+
+
+def _by_image(case: Case, work: Workload) -> list[Tensor]:
+    """Rows of class, cx, cy, w, h for each image."""
+    rows = _rows(case, work)
+    return [rows[rows[:, 0] == image, 1:] for image in range(work.batch)]
+
+
+class _Detector(nn.Module):
+    """What a loss looks at of the model that it is made for: settings, those of the last layer, and the device."""
+
+    def __init__(self, device: str, settings: dict[str, Any], **layer: Any):
+        super().__init__()
+        self.anything = nn.Parameter(torch.zeros((), device=device))
+        self.model = [SimpleNamespace(**layer)]
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+
+# ------------------------------------------------------------------------------------------------------------ libraries
+
+
+def _torchvision(case: DenseCase, work: Workload, device: str) -> Bound:
+    detection, box_iou = _load("torchvision.models.detection"), _load("torchvision.ops").box_iou
+    classes, anchors = work.classes + case.background, [case.anchor_boxes(work, device)] * work.batch
+    targets = []
+    for rows in _by_image(case, work):
+        centre, half = rows[:, 1:3], rows[:, 3:] * 0.5
+        # Rounded as our losses read such rows: anchors that hold an object whole have the same overlap with it, and
+        # which of them takes it is up to the last bit.
+        corners = torch.cat((centre - half, centre + half), 1) * work.size
+        targets.append({"boxes": corners.to(device), "labels": rows[:, 0].long().to(device)})
+    backbone: Any = nn.Identity()
+    backbone.out_channels = [32] * len(case.cell) if case.cls == "SSDLoss" else 32
+    if case.cls == "SSDLoss":
+        default_boxes = detection.anchor_utils.DefaultBoxGenerator([[2] if n == 4 else [2, 3] for n in case.cell])
+        model = detection.ssd.SSD(backbone, default_boxes, (work.size, work.size), classes)
+    else:
+        model = (detection.FCOS if case.cls == "FCOSLoss" else detection.RetinaNet)(backbone, classes)
+    levels, sizes, rows_already = len(case.strides), case.sizes(work), case.layout(work) == "rows"
+    names = ("cls_logits", "bbox_regression", "bbox_ctrness")
+
+    def total(preds: list[Tensor]) -> Tensor:
+        if not rows_already:
+            preds = [_to_rows(preds[i : i + levels], sizes) for i in range(0, len(preds), levels)]
+        outputs = dict(zip(names, preds, strict=False))
+        if case.cls == "SSDLoss":  # which matches in its forward
+            matched = []
+            for image, boxes in zip(targets, anchors, strict=True):
+                if len(image["boxes"]):
+                    found = model.proposal_matcher(box_iou(image["boxes"], boxes))
+                else:
+                    found = torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
+                matched.append(found)
+            losses = model.compute_loss(targets, outputs, anchors, matched)
+        elif case.cls == "FCOSLoss":
+            losses = model.compute_loss(targets, outputs, anchors, sizes)
+        else:
+            losses = model.compute_loss(targets, outputs, anchors)
+        return sum(losses.values())
+
+    return total
+
+
+def _to_rows(maps: list[Tensor], sizes: list[int]) -> Tensor:
+    """Maps ``[B, anchors * channels, H, W]`` in one piece ``[B, N, channels]``, as a head does."""
+    pieces = [level.permute(0, 2, 3, 1).reshape(len(level), size, -1) for level, size in zip(maps, sizes, strict=True)]
+    return torch.cat(pieces, dim=1)
+
+
+def _yolov5(case: Case, work: Workload, device: str) -> Bound:
+    classes, anchors = work.classes, torch.tensor(case.anchors, device=device)
+    stride = torch.tensor(case.strides, device=device)
+    detector = _Detector(
+        device,
+        {"hyp": dict(case.build(classes, "torch").hyp)},
+        nc=classes,
+        na=anchors.shape[1],
+        nl=len(anchors),
+        stride=stride,
+        anchors=anchors / stride.view(-1, 1, 1),
+    )
+    criterion = _load("yolov5.utils.loss").ComputeLoss(detector)
+    rows = _rows(case, work).to(device)
+
+    def total(preds: list[Tensor]) -> Tensor:
+        maps = [p.unflatten(1, (-1, 5 + classes)).permute(0, 1, 3, 4, 2).contiguous() for p in preds]  # as its head
+        return criterion(maps, rows)[0].reshape(())
+
+    return total
+
+
+def _lightnet(case: Case, work: Workload, device: str) -> Bound:
+    anchors = _load("lightnet.util").Anchors.from_output(case.strides[0], case.anchors[0])
+    region = _load("lightnet.network.loss").RegionLoss
+    hyp = case.build(work.classes, "torch").hyp
+    criterion = region(work.classes, anchors, case.strides[0], seen=WARMED_UP, **hyp)
+    images = _by_image(case, work)
+    padded = torch.zeros(work.batch, max(map(len, images)), 5)  # on the host, where it looks for them
+    padded[..., 0] = -1
+    for image, rows in zip(padded, images, strict=True):
+        image[: len(rows)] = rows
+    match = criterion.build_targets
+
+    def on_host(*args: Any) -> Any:
+        with _disable_current_modes():  # it launches nothing, so there is nothing to count
+            return match(*args)
+
+    criterion.build_targets = on_host
+    return lambda preds: criterion(preds[0].contiguous(), padded)  # it knows no other layout
+
+
+def _ultralytics(case: PendingCase, work: Workload, device: str) -> Bound:
+    losses = _load("ultralytics.utils.loss")
+    detector = _Detector(
+        device,
+        {"args": _load("ultralytics.utils").DEFAULT_CFG},
+        nc=work.classes,
+        reg_max=case.bins,
+        stride=torch.tensor(case.strides, dtype=torch.float32, device=device),
+    )
+    criterion = losses.E2ELoss(detector) if case.branches == 2 else losses.v8DetectionLoss(detector)
+    image, label, boxes = _rows(case, work).to(device).split((1, 1, 4), dim=1)
+    objects = {"batch_idx": image.flatten(), "cls": label, "bboxes": boxes}
+    nothing = torch.zeros((), dtype=DTYPES[work.dtype], device=device)  # of features the loss asks for their size alone
+    features = [nothing.expand(work.batch, 1, *size) for size in case.maps(work)]
+
+    def total(preds: list[Tensor]) -> Tensor:
+        found = [{"boxes": b, "scores": s, "feats": features} for b, s in zip(preds[::2], preds[1::2], strict=True)]
+        outputs = dict(zip(("one2many", "one2one"), found, strict=True)) if case.branches == 2 else found[0]
+        return criterion(outputs, objects)[0].sum()
+
+    return total
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("torchvision", "torchvision", "torchvision.models.detection", ("RetinaNet", "SSD", "FCOS"), _torchvision),
+        Peer(
+            "lightnet",
+            "lightnet",
+            "lightnet.network.loss",
+            ("YOLOv2/lightnet",),
+            _lightnet,
+            "matches on the host; copies to it and back are no launches and no waits in a count on a CPU",
+        ),
+        Peer("yolov5", "yolov5", "yolov5.utils.loss", ("YOLOv5",), _yolov5),
+        Peer("ultralytics", "ultralytics", "ultralytics.utils.loss", ("YOLOv8", "YOLO26"), _ultralytics),
+    )
+}
+"""Other libraries by name, installed or not."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class PendingCase(Case):
+    """A loss that a peer computes and this package does not: distances to four sides, as ``bins`` logits each."""
+
+    anchors: tuple = ()
+    strides: tuple[int, ...] = (8, 16, 32)
+    bins: int = 16  # or 1, the distance itself
+    branches: int = 1  # sets of predictions
+
+    layouts: ClassVar[tuple[str, ...]] = ("columns",)
+
+    def maps(self, work: Workload) -> list[tuple[int, int]]:
+        """(height, width) of each level."""
+        return [(-(-work.size // stride),) * 2 for stride in self.strides]
+
+    def shapes(self, work: Workload) -> list[tuple[int, ...]]:
+        """``[B, 4 * bins, N]`` and ``[B, C, N]``, of each branch."""
+        places = sum(height * width for height, width in self.maps(work))
+        return [(work.batch, 4 * self.bins, places), (work.batch, work.classes, places)] * self.branches
+
+    def predictions(self, work: Workload, device: str = "cpu", empty: bool = False) -> list[Tensor]:
+        """Normal logits, those of classes low; distances not negative."""
+        generator, preds = torch.Generator().manual_seed(work.seed), []
+        for i, shape in enumerate(self.shapes(work)):
+            pred = torch.empty(shape, dtype=DTYPES[work.dtype], device=device)
+            if not empty:
+                values = torch.randn(shape, generator=generator)
+                pred.copy_(values - 4.0 if i % 2 else values.abs() if self.bins == 1 else values)
+            preds.append(pred.requires_grad_())
+        return preds
+
+
+PENDING: dict[str, Case] = {
+    case.name: case
+    for case in (
+        PendingCase("YOLOv8", None, "YOLOv8Loss"),
+        PendingCase("YOLO26", None, "YOLO26Loss", bins=1, branches=2),
+    )
+}
+"""Cases that nothing but a peer computes."""

@@ -1,0 +1,1 @@
+"""What ``python -m fusedyolo`` and the benchmarks share: cases, workloads, parity, compiled resources, tuning."""

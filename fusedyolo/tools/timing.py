@@ -1,0 +1,66 @@
+"""Times on a GPU. What is short is measured many times, by events on the device and by replaying a graph of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+QUANTILES = (0.2, 0.5, 0.8)
+
+
+def by_events(fn: Callable[[], Any], leaves: Sequence[torch.Tensor] = ()) -> tuple[float, ...]:
+    """Milliseconds of ``fn`` at each of ``QUANTILES``, the cache cleared and the gradients of ``leaves`` dropped before
+    every call.
+    """
+    from triton.testing import do_bench
+
+    return tuple(do_bench(fn, warmup=50, rep=300, grad_to_none=list(leaves), quantiles=list(QUANTILES)))
+
+
+def by_replay(fn: Callable[[], Any], leaves: Sequence[torch.Tensor] = ()) -> tuple[float, ...]:
+    """The same by replays of a CUDA graph of many calls: no time of the host is in it, the cache is warm, and the
+    quantiles are of means over a replay.
+
+    Raises:
+        RuntimeError: ``fn`` waits for the host or allocates in a way that cannot be captured.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    torch.cuda.synchronize()  # it captures on a stream of its own
+    return tuple(do_bench_cudagraph(fn, rep=100, grad_to_none=list(leaves), quantiles=list(QUANTILES)))
+
+
+def copy_bandwidth(bytes_moved: int = 1 << 30) -> float:
+    """GB/s of a device-to-device copy, reads and writes: the ceiling of everything here."""
+    source = torch.empty(bytes_moved // 2, dtype=torch.uint8, device="cuda").random_(256)
+    target = torch.empty_like(source)
+    return bytes_moved / by_events(lambda: target.copy_(source))[1] / 1e6
+
+
+def peak_memory(fn: Callable[[], Any], leaves: Sequence[torch.Tensor]) -> int:
+    """Most bytes in use at a time beyond what was before ``fn``, gradients of ``leaves`` included."""
+    for leaf in leaves:
+        leaf.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def host_microseconds(fn: Callable[[], Any], leaves: Sequence[torch.Tensor], device: str, calls: int = 50) -> float:
+    """Median time until ``fn`` returns, nothing before it being under way on the device."""
+    times = []
+    for _ in range(calls):
+        for leaf in leaves:
+            leaf.grad = None
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        fn()
+        times.append(time.perf_counter() - start)
+    return 1e6 * sorted(times)[calls // 2]

@@ -1,0 +1,434 @@
+"""Measure block sizes, warps and stages on this GPU, for each loss, type, layout and size, and keep the best.
+
+What the compiler says of a configuration prunes it before anything is timed: spills, more registers than there are,
+narrower accesses, the same code as another. Gradients must be the same bits with every configuration. Measurements are
+written down one by one, so that a run that was interrupted goes on where it was, and two runs at once share them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from filelock import FileLock
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .. import tuned
+from ..kernels.launch import Wishes, legal_wishes
+from .environment import environment, kernels_digest
+from .parity import step
+from .registry import CASES, DTYPES, LAYOUTS, Case, CellCase, DenseCase, Workload, first_recipes, select
+
+GAIN = 0.02  # of the time that a configuration must save to be preferred to the heuristic
+TURNS = 3  # in which the best one and the heuristic are timed once more
+REGISTERS = 65536  # of a multiprocessor of NVIDIA's
+
+Resources = Mapping[str, Mapping[str, Any]]
+"""Of each launch of a step by name, as :class:`~fusedyolo.tools.codegen.Resources` in a dict."""
+Inspect = Callable[["Point", Wishes], Resources]
+Timer = Callable[["Point", Wishes], float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A loss on predictions of a type, a layout and a size: what a configuration is sought for."""
+
+    case: Case
+    work: Workload
+    device: str = "cuda"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        work = self.work
+        sizes = f"batch {work.batch}, {work.size} px, {work.classes} classes"
+        return f"{self.case.name} {work.dtype} {self.case.layout(work)}, {sizes}"
+
+
+# ----------------------------------------------------------------------------------------------------------- candidates
+
+
+def candidates(point: Point) -> list[Wishes]:
+    """What is tried, the heuristic (no wishes) first."""
+    found: Iterator[dict[str, int]]
+    if isinstance(point.case, CellCase):
+        found = _product(cells=(16, 32, 64, 128, 256), threads=(128, 256, 512))
+    elif isinstance(point.case, DenseCase):
+        tiles = _product(block=(1024, 2048, 4096), steps=(4, 8, 16), threads=(128, 256, 512))
+        if point.case.cls == "SSDLoss":
+            tiles = _product(cells=(8, 16, 32, 64), steps=(8, 16), threads=(128, 256, 512))
+        elif point.case.layout(point.work) != "rows":
+            tiles = _product(cells=(256, 512, 1024), planes=(2, 4, 8), threads=(128, 256, 512))
+        others = [{"match_threads": n} for n in (64, 128, 512)] + [{"rank_threads": n} for n in (256, 1024)]
+        found = itertools.chain(tiles, others[: 5 if point.case.cls == "SSDLoss" else 3], _product(stages=(1, 2, 4)))
+    elif point.case.layout(point.work) == "nchw":
+        found = (
+            {"cells": cells, "channels": channels, "threads": cells // each}
+            for cells, channels, each in itertools.product((512, 1024, 2048), (4, 8, 16), (8, 4, 2))
+        )
+        found = itertools.chain(found, _product(stages=(1, 2, 4)), _product(max_registers=(96, 168, 255)))
+    else:
+        tiles = _product(cells=(64, 128, 256), channels=(16, 32, 64), threads=(64, 128, 256))
+        found = itertools.chain(tiles, _product(stages=(1, 2, 4)))
+    return [(), *(tuple(each.items()) for each in found if legal_wishes(_kind(point), each))]
+
+
+def _kind(point: Point) -> str:
+    return "cell" if isinstance(point.case, CellCase) else "dense" if isinstance(point.case, DenseCase) else "grid"
+
+
+def _product(**values: Sequence[int]) -> Iterator[dict[str, int]]:
+    for each in itertools.product(*values.values()):
+        yield dict(zip(values, each, strict=True))
+
+
+def prune(reports: Mapping[Wishes, Resources | str]) -> dict[Wishes, str]:
+    """Why each configuration need not be timed; those that are to be timed are left out. The heuristic comes first."""
+    usual = reports[()]
+    assert not isinstance(usual, str)
+    found: dict[Wishes, str] = {}
+    codes: dict[tuple[str, ...], Wishes] = {}
+    for wishes, report in reports.items():
+        why = report if isinstance(report, str) else _worse(report, usual)
+        if not why and not isinstance(report, str):
+            code = tuple(f"{name} {each['code']} {each['grid']}" for name, each in report.items())
+            same = codes.setdefault(code, wishes)
+            why = "" if same == wishes else "same code as another"
+        if why and wishes:
+            found[wishes] = why
+    return found
+
+
+def _worse(report: Resources, usual: Resources) -> str:
+    for name, each in report.items():
+        own = usual[name]
+        if max(each["spills"], each["stack"]) > max(own["spills"], own["stack"]):
+            return "spills"
+        if not each["target"].startswith("gfx") and each["registers"] * each["threads"] > REGISTERS:
+            return "registers"
+        if max(map(int, each["stores"]), default=0) < max(map(int, own["stores"]), default=0):
+            return "narrower stores"
+    return ""
+
+
+def key_of(point: Point) -> str:
+    """The key under which launches look for what is found here."""
+    from . import codegen
+
+    with tuned.forced(()) as keys:
+        codegen.launches(point.case, point.work)
+    (key,) = keys
+    return key
+
+
+def inspect(point: Point, wishes: Wishes, target: str) -> Resources:
+    """What a step compiles to for a target; in a process in which kernels are not interpreted."""
+    from . import codegen
+
+    with tuned.forced(wishes):
+        launches = codegen.launches(point.case, point.work)
+        compiled = codegen.compile_step(point.case, point.work, target)
+    return {
+        name: each.as_dict() | {"threads": launches[name].threads, "grid": launches[name].grid}
+        for name, each in compiled.items()
+    }
+
+
+def inspect_all(
+    point: Point, wanted: Sequence[Wishes], target: str, jobs: int, done: Callable[[], None]
+) -> dict[Wishes, Resources | str]:
+    """The same for many, in ``jobs`` processes; of what does not compile, that it does not."""
+    context = get_context("spawn")
+    found: dict[Wishes, Resources | str] = {}
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = {wishes: pool.submit(inspect, point, wishes, target) for wishes in wanted}
+        for wishes, future in futures.items():
+            try:
+                found[wishes] = future.result()
+            except BrokenProcessPool:  # a process died, which says nothing of the configuration
+                raise
+            except Exception as error:  # whatever a compiler raises
+                if not wishes:
+                    raise
+                found[wishes] = f"does not compile: {type(error).__name__}"
+            done()
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def milliseconds(point: Point, wishes: Wishes) -> float:
+    """Median time of forward and backward on the GPU, by replay of a graph."""
+    from . import timing
+
+    loss, preds, targets, one = _bound(point)
+    with tuned.forced(wishes):
+        return timing.by_replay(lambda: step(loss, preds, targets, one), preds)[1]
+
+
+def gradients(point: Point, wishes: Wishes) -> list[torch.Tensor]:
+    """Of a step, as integers, so that equal means the same bits."""
+    loss, preds, targets, one = _bound(point)
+    for pred in preds:
+        pred.grad = None
+    with tuned.forced(wishes):
+        step(loss, preds, targets, one)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    grads = [pred.grad for pred in preds if pred.grad is not None]
+    return [grad.view(integers[grad.element_size()]) for grad in grads]
+
+
+@lru_cache(maxsize=1)
+def _bound(point: Point) -> tuple[Any, list[torch.Tensor], Any, torch.Tensor]:
+    case, work, device = point.case, point.work, point.device
+    loss = case.bind(case.build(work.classes, "triton"), work, device)
+    return loss, case.predictions(work, device), case.targets(work, device), torch.ones((), device=device)
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+class Records:
+    """The files of one GPU: every measurement in a journal, the best ones in what launches read."""
+
+    def __init__(self, folder: Path, gpu: str, provenance: Mapping[str, Any]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.gpu, self.provenance = gpu, dict(provenance)
+        self.path = folder / tuned.file_name(gpu)
+        self.journal = self.path.with_suffix(".journal.jsonl")
+        self.lock = FileLock(self.path.with_suffix(".lock"))
+        said = {name: value for name, value in self.provenance.items() if name not in ("when", "commit")}
+        self.run = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+    def measured(self, point: Point, what: str = "found") -> dict[Wishes, Any]:
+        """What earlier runs with the same versions found: a time, or why there is none; or ``what`` else they noted."""
+        found: dict[Wishes, Any] = {}
+        if self.journal.exists():
+            for line in self.journal.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    if (entry["run"], entry["point"]) == (self.run, point.label) and what in entry:
+                        found[tuple(entry["config"].items())] = entry[what]
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                    continue  # half a line, of a run that was killed
+        return found
+
+    def note(self, point: Point, wishes: Wishes, found: Any, what: str = "found") -> None:
+        """Write down a time, or why there is none; or something else."""
+        entry = {"run": self.run, "point": point.label, "config": dict(wishes), what: found}
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps(entry))  # a line of its own, whatever the line before ends in
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep(self, key: str, entry: Mapping[str, Any]) -> None:
+        """Put a result beside those that are there, replacing the file in one step."""
+        with self.lock:
+            kept = tuned.read(self.path, self.gpu) | {key: {**entry, "provenance": self.provenance}}
+            content = {"format": tuned.FORMAT, "gpu": self.gpu, "entries": dict(sorted(kept.items()))}
+            draft = self.path.with_suffix(".draft")
+            draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            draft.replace(self.path)
+
+
+def provenance(gpu: str, target: str) -> dict[str, Any]:
+    """What a result depends on beside its key."""
+    found = {name: value for name, value in environment().items() if name not in ("gpu", "system", "python")}
+    return {"gpu": gpu, "arch": target, "kernels": kernels_digest(), "measured": "graph replay, p50"} | found
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+
+
+@dataclass
+class Result:
+    """Of one point: times in milliseconds, the wishes that won (none: the heuristic), why others were not timed."""
+
+    point: Point
+    heuristic: float
+    best: float
+    wishes: Wishes
+    timed: int
+    pruned: dict[str, int]
+
+
+def tune_point(
+    point: Point,
+    reports: Mapping[Wishes, Resources | str],
+    records: Records,
+    timer: Timer,
+    done: Callable[[], None] = lambda: None,
+) -> Result:
+    """Time what is not pruned, unless it was before, and keep the best."""
+    pruned, usual = prune(reports), None
+    for wishes in reports:
+        if wishes not in pruned:
+            with records.lock:  # one at a time on this GPU, and none twice
+                if wishes not in records.measured(point):
+                    usual = usual or gradients(point, ())
+                    records.note(point, wishes, _try(point, wishes, usual, timer))
+        done()
+    measured = {w: found for w, found in records.measured(point).items() if w in reports and w not in pruned}
+    times = {wishes: found for wishes, found in measured.items() if not isinstance(found, str)}
+    heuristic = times[()]
+    best = min(times, key=lambda wishes: times[wishes])
+    if best:  # the least of many single measurements may owe it to chance
+        with records.lock:
+            if best not in records.measured(point, "turns"):
+                turns = [(timer(point, ()), timer(point, best)) for _ in range(TURNS)]
+                records.note(point, best, [median(each) for each in zip(*turns, strict=True)], "turns")
+        heuristic, times[best] = records.measured(point, "turns")[best]
+        best = best if times[best] <= (1 - GAIN) * heuristic else ()
+    times[()] = heuristic
+    entry = {"config": dict(best), "ms": times[best], "heuristic_ms": heuristic, "loss": point.label}
+    records.keep(key_of(point), entry)
+    reasons = [*pruned.values(), *(found for found in measured.values() if isinstance(found, str))]
+    counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    return Result(point, heuristic, times[best], best, len(times), counts)
+
+
+def _try(point: Point, wishes: Wishes, usual: list[torch.Tensor], timer: Timer) -> float | str:
+    """The time of a configuration, or why it has none. The heuristic's has one, or there is no use in going on."""
+    try:
+        if not all(map(torch.equal, gradients(point, wishes), usual)):
+            return "gradient differs"
+        return timer(point, wishes)
+    except Exception as error:  # what a launch may raise: too much shared memory, for one
+        if not wishes or "CUDA error" in str(error):  # nothing works after that
+            raise
+        return f"fails: {type(error).__name__}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument(
+        "--loss",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"one of {', '.join(CASES)}; repeat for more (each loss in its default recipe)",
+    )
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(DTYPES))
+    parser.add_argument(
+        "--layout", nargs="+", default=[""], choices=LAYOUTS, help="of predictions (a loss's usual one)"
+    )
+    parser.add_argument("--batch", nargs="+", type=int, default=[16])
+    parser.add_argument("--size", nargs="+", type=int, default=[640], help="image sides in pixels, multiples of 32")
+    parser.add_argument("--classes", nargs="+", type=int, default=[80])
+    parser.add_argument("--out", type=Path, help="folder of the results (that of the user's own configurations)")
+    parser.add_argument("--jobs", type=int, default=_cores(), help="processes that compile")
+    parser.set_defaults(run=run)
+
+
+def points(options: argparse.Namespace, device: str) -> list[Point]:
+    """Every combination that was asked for, a layout that a loss does not take left out.
+
+    Raises:
+        ValueError: a loss or a size that cannot be.
+    """
+    for name in ("batch", "classes", "size"):
+        for value in getattr(options, name):
+            if value < 1 or (name == "size" and value % 32):
+                raise ValueError(f"--{name}: {value}, want {'a multiple of 32' if name == 'size' else 'at least 1'}")
+    found = []
+    for case in select(options.loss) if options.loss else first_recipes():
+        for each in itertools.product(options.batch, options.size, options.classes, options.dtype, options.layout):
+            batch, size, classes, dtype, layout = each
+            work = replace(Workload(batch, size, classes, dtype), layout=layout)
+            if layout in ("", *case.layouts):
+                found.append(Point(case, work, device))
+    return found
+
+
+def run(
+    options: argparse.Namespace,
+    device: str = "cuda",
+    timer: Timer = milliseconds,
+    inspector: Callable[..., dict[Wishes, Resources | str]] | None = None,
+) -> int:
+    """Tune: 0, or 2 where there is nothing to tune on. Tests put in a timer and an inspector that need no GPU."""
+    console = Console()
+    try:
+        todo = points(options, device)
+    except ValueError as error:
+        console.print(f"[red]{error}", highlight=False)
+        return 2
+    if device == "cuda" and not torch.cuda.is_available():
+        console.print("[red]no GPU: there is nothing to tune; launches are configured by a heuristic")
+        return 2
+    where = torch.device(device)
+    gpu, target = tuned.gpu_name(where), _target(where)
+    records = Records(options.out or tuned.folder(), gpu, provenance(gpu, target))
+    inspector = inspector or partial(inspect_all, target=target, jobs=options.jobs)
+    results = []
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        overall = progress.add_task(f"tuning on {gpu}", total=len(todo))
+        shared: dict[str, Point] = {}
+        for point in todo:
+            other = shared.setdefault(key_of(point), point)
+            if other is not point:
+                console.print(f"{point.label}: launched as {other.label}", highlight=False)
+                progress.advance(overall)
+                continue
+            tried = candidates(point)
+            bar = progress.add_task(f"  {point.label}: compiling", total=2 * len(tried))
+            advance = partial(progress.advance, bar)
+            reports = inspector(point, tried, done=advance)
+            progress.update(bar, description=f"  {point.label}: timing")
+            results.append(tune_point(point, reports, records, timer, advance))
+            progress.remove_task(bar)
+            progress.advance(overall)
+    tuned.forget()
+    console.print(_table(results), f"wrote {records.path}", highlight=False)
+    return 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _target(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _table(results: Iterable[Result]) -> Table:
+    table = Table(title="Forward + backward, milliseconds", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("loss, type, layout, size")
+    for name in ("heuristic", "best", "saved", "timed"):
+        table.add_column(name, justify="right")
+    table.add_column("configuration")
+    table.add_column("not timed")
+    for each in results:
+        table.add_row(
+            each.point.label,
+            f"{each.heuristic:.4f}",
+            f"{each.best:.4f}",
+            f"{1 - each.best / each.heuristic:.1%}",
+            str(each.timed),
+            " ".join(f"{name}={value}" for name, value in each.wishes) or "the heuristic's",
+            ", ".join(f"{count} {why}" for why, count in each.pruned.items()) or "none",
+        )
+    return table
