@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fusedyolo.tools.codegen import TARGETS
 from fusedyolo.tools.environment import environment
-from fusedyolo.tools.registry import CASES, DTYPES, FORMS, LAYOUTS, Case, Workload, first_recipes, select
+from fusedyolo.tools.registry import CASES, DTYPES, FORMS, LAYOUTS, Case, Workload, add_loss, first_recipes, select
 
 from . import peers, plots, report
 from .measure import COMPILE, EAGER, FUSED
@@ -56,13 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="image side in pixels, a multiple of 32 (640; 320 with --quick)")
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--dtype", default="float32", choices=[name for name in DTYPES if name != "float64"])
-    parser.add_argument(
-        "--loss",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"one of {', '.join(CASES)}; repeat for more (each loss in its default recipe)",
-    )
+    add_loss(parser, "each loss in its default recipe")
     parser.add_argument("--recipes", action="store_true", help="every recipe of every loss")
     objects = parser.add_mutually_exclusive_group()
     objects.add_argument("--labels", metavar="PATH", help="objects of a YOLO txt folder, a COCO json or a VOC folder")
@@ -111,7 +105,7 @@ def usual_cases() -> list[Case]:
 
 
 def bench(argv: list[str]) -> int:
-    """The main job; 1 if a loss failed parity or a measurement of ours broke."""
+    """The main job: 1 if a loss failed parity or a measurement of ours broke, 2 for times without a GPU."""
     options = parse(argv)
     objects = f"crowded:{options.crowded}" if options.crowded else "coco"
     if options.labels:
@@ -132,6 +126,9 @@ def bench(argv: list[str]) -> int:
     failures: list[str] = []
     host = environment()
     gpu = host["gpu"] is not None
+    if options.times and not gpu:
+        console.print("[red]--times: there is no GPU to time on")
+        return 2
     console.print(report.headline(work, host), highlight=False)
 
     gate = [Task("parity", c.name, work, device="cuda" if gpu else "cpu") for c in options.cases if c.name in CASES]
@@ -149,9 +146,7 @@ def bench(argv: list[str]) -> int:
     results = run_all(others, options.jobs, console, "counting and compiling", failures)
     for name in dict.fromkeys(task.case for task in timed):  # nothing else runs meanwhile
         results |= run_all([task for task in timed if task.case == name], 1, console, f"timing {name}", failures)
-        write(
-            options.out, rows(parity | results, work, host), host
-        )  # what was measured is kept, should the rest be cut
+        write(options.out, rows(parity | results, work, host), host)  # kept, should the rest be cut
     found = rows(parity | results, work, host)
     if options.json:
         print(json.dumps(found, indent=1))

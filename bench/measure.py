@@ -52,7 +52,7 @@ def count_step(
     one = torch.ones((), device=device)
     tiny = replace(work.small(), batch=1, size=max(case.strides))
     step(provide(case, provider, tiny, device), case.predictions(tiny, device), case.targets(tiny, device), one)
-    loss, preds, targets = provide(case, provider, work, device), case.predictions(work, device), None
+    loss, preds = provide(case, provider, work, device), case.predictions(work, device)
     targets = case.targets(work, device)
     sample = Sample(kinds) if provider == FUSED and not exact else None
     with _filled_in(case, work, targets) if sample and isinstance(case, DenseCase) else nullcontext():
@@ -193,26 +193,23 @@ def time_step(case: Case, work: Workload, provider: str, device: str = "cuda", q
     kept.clear()
     result["peak_bytes"] = timing.peak_memory(full, preds)
     tiny = replace(work.small(), batch=1, size=max(case.strides))
-    for mode in ("forward", "full"):
-        try:
-            result |= _quantiles(f"{mode}_graph_ms", timing.by_replay(modes[mode], preds))
-        except RuntimeError:  # it waits for the host; the stream is of no more use for capturing then
-            break
     few, rows = case.predictions(tiny, device), case.targets(tiny, device)
     small = provide(case, provider, tiny, device)
     step(small, few, rows, one)
     result["host_us"] = timing.host_microseconds(lambda: step(small, few, rows, one), few, device)
+    for mode in ("forward", "full"):  # last, for a capture that fails may leave errors behind
+        try:
+            result |= _quantiles(f"{mode}_graph_ms", timing.by_replay(modes[mode], preds))
+        except RuntimeError:  # it waits for the host
+            break
     return result
 
 
 def run_fused(name: str, steps: int = 3) -> None:
     """Steps of the fused loss on a GPU and nothing beside them, for a profiler to look at."""
     case, work, one = CASES[name], Workload(), torch.ones((), device="cuda")
-    loss, preds, targets = (
-        provide(case, FUSED, work, "cuda"),
-        case.predictions(work, "cuda"),
-        case.targets(work, "cuda"),
-    )
+    loss, preds = provide(case, FUSED, work, "cuda"), case.predictions(work, "cuda")
+    targets = case.targets(work, "cuda")
     for _ in range(steps):
         step(loss, preds, targets, one)
     torch.cuda.synchronize()

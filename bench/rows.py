@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fusedyolo.tools.codegen import widths
-from fusedyolo.tools.environment import version
 from fusedyolo.tools.registry import CASES, Case, Workload
 
 from . import peers
@@ -57,7 +56,7 @@ def _rows_of(case: Case, found: Mapping, work: Workload, host: Mapping[str, Any]
             "form": work.form,
             "seed": work.seed,
             "device": host["gpu"] or "cpu",
-            "peer": f"{peer.package} {version(peer.package)}" if peer else "",
+            "peer": f"{peer.package} {peer.version()}" if peer else "",
             **versions,
         }
 

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from fusedyolo.tools.environment import environment
-from fusedyolo.tools.registry import DTYPES, Case, Workload, select
+from fusedyolo.tools.registry import DTYPES, Case, Workload, add_loss, select
 
 from . import peers, plots, report
 from .measure import COMPILE, EAGER, FUSED
@@ -36,9 +36,7 @@ BASE = {True: Workload(), False: Workload(batch=4, size=320)}  # on a GPU, witho
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser("python -m bench sweep", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--loss", action="append", default=[], metavar="NAME", help=f"repeat for more ({', '.join(LOSSES)})"
-    )
+    add_loss(parser, ", ".join(LOSSES))
     parser.add_argument("--axis", action="append", choices=AXES, help="what is varied; repeat for more (all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time, without a GPU")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder for JSON, CSV and pictures")

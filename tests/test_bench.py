@@ -278,6 +278,12 @@ def test_bad_arguments_say_what_is_wrong(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_times_alone_need_a_gpu(capsys):
+    assert entry.main(["--times", "--loss", "YOLOv1"]) == 2
+    assert "there is no GPU to time on" in capsys.readouterr().out
+
+
 def test_losses_are_chosen_by_name():
     assert [case.name for case in registry.select(["yolov4"])] == ["YOLOv4/paper", "YOLOv4/darknet"]
     assert [case.name for case in registry.select(["YOLOv3/darknet", "yolov3"])] == ["YOLOv3/darknet", "YOLOv3/paper"]

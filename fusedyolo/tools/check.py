@@ -16,14 +16,12 @@ from rich.progress import track
 from rich.table import Table
 
 from . import interpreter
-from .registry import CASES, DTYPES, Case, Workload, select
+from .registry import DTYPES, Case, Workload, add_loss, select
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument(
-        "--loss", action="append", default=[], metavar="NAME", help=f"one of {', '.join(CASES)}; repeat for more (all)"
-    )
+    add_loss(parser, "all")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="repeat for more (float32)")
     parser.set_defaults(run=run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,29 +48,31 @@ def parity(
     def build(backend: str) -> Loss:
         return case.bind(case.build(work.classes, backend), work, device)
 
-    bound: dict[str, tuple[Loss, torch.dtype | None]] = {
-        "truth": (build("torch"), torch.float64),
-        "eager": (build("torch"), None),
-        "fused": (build("triton"), None),
+    makers: dict[str, Callable[[], Loss]] = {
+        "truth": partial(build, "torch"),
+        "eager": partial(build, "torch"),
+        "fused": partial(build, "triton"),
     }
+    ours = tuple(makers)
+    makers |= {name: partial(make, work, device) for name, make in (others or {}).items()}
     targets, found, broken = case.targets(work, device), {}, {}
-    for name, make in (others or {}).items():
+    for name, make_loss in makers.items():
+        preds = case.predictions(work, device)
+        if name == "truth":
+            preds = [pred.detach().double().requires_grad_() for pred in preds]
         try:
-            bound[name] = make(work, device), None
-            step(bound[name][0], case.predictions(work, device), targets, torch.ones((), device=device))
+            out = step(make_loss(), preds, targets, torch.ones((), device=device))
         except Exception as error:  # what another package may raise; ours are compared all the same
+            if name in ours:
+                raise
             broken[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            bound.pop(name, None)
-    for name, (loss, dtype) in bound.items():
-        preds = [p.detach().to(dtype or p.dtype).requires_grad_() for p in case.predictions(work, device)]
-        out = step(loss, preds, targets, torch.ones((), device=device))
-        parts = list(out.parts.values()) if name in ("truth", "eager", "fused") else []
-        values = torch.stack([out.total.detach(), *parts]).double()
+            continue
+        values = torch.stack([out.total.detach(), *(out.parts.values() if name in ours else ())]).double()
         found[name] = values, torch.cat([p.grad.double().flatten() for p in preds if p.grad is not None]), out
 
     values, grads, out = found["truth"]
     result: dict[str, Any] = {"positives": int(out.num_pos), "broken": broken}
-    for name in bound:
+    for name in found:
         own = found[name][0]
         result[f"{name}_loss_error"] = float((own - values[: len(own)]).abs().max() / values[0].abs())
         result[f"{name}_grad_error"] = float((found[name][1] - grads).abs().max() / grads.abs().max())

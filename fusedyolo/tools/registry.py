@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -321,3 +322,9 @@ def select(names: list[str]) -> list[Case]:
 def first_recipes() -> list[Case]:
     """Each loss in its default recipe."""
     return list({case.loss: case for case in reversed(CASES.values())}.values())[::-1]
+
+
+def add_loss(parser: argparse.ArgumentParser, usual: str) -> None:
+    """Give a command ``--loss``, names for :func:`select`; ``usual`` says what is meant by none."""
+    names = f"one of {', '.join(CASES)}; repeat for more ({usual})"
+    parser.add_argument("--loss", action="append", default=[], metavar="NAME", help=names)

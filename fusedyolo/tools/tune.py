@@ -33,7 +33,7 @@ from .. import tuned
 from ..kernels.launch import Wishes, legal_wishes
 from .environment import environment, kernels_digest
 from .parity import step
-from .registry import CASES, DTYPES, LAYOUTS, Case, CellCase, DenseCase, Workload, first_recipes, select
+from .registry import DTYPES, LAYOUTS, Case, CellCase, DenseCase, Workload, add_loss, first_recipes, select
 
 GAIN = 0.02  # of the time that a configuration must save to be preferred to the heuristic
 TURNS = 3  # in which the best one and the heuristic are timed once more
@@ -318,13 +318,7 @@ def _try(point: Point, wishes: Wishes, usual: list[torch.Tensor], timer: Timer) 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument(
-        "--loss",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"one of {', '.join(CASES)}; repeat for more (each loss in its default recipe)",
-    )
+    add_loss(parser, "each loss in its default recipe")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(DTYPES))
     parser.add_argument(
         "--layout", nargs="+", default=[""], choices=LAYOUTS, help="of predictions (a loss's usual one)"
