@@ -24,8 +24,7 @@ from .kernels.launch import Wishes, legal_wishes
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "configs"
 
-_forced: Wishes | None = None
-_seen: set[str] | None = None
+_trial: tuple[Wishes, set[str]] | None = None  # what launches get meanwhile, and the keys they asked for
 
 
 def folder() -> Path:
@@ -59,12 +58,11 @@ def wishes(kind: str, terms: str, pred: Tensor, planes: bool, batch: int, cells:
         cells: of the largest map.
         classes: C.
     """
-    if _forced is None and _seen is None:
+    if _trial is None:
         return _wishes(kind, terms, pred.dtype, pred.device, planes, _up(batch), _up(cells), _up(classes))
-    key = key_of(kind, terms, pred.dtype, planes, _up(batch), _up(cells), _up(classes))
-    if _seen is not None:
-        _seen.add(key)
-    return _forced or ()
+    forced, seen = _trial
+    seen.add(key_of(kind, terms, pred.dtype, planes, _up(batch), _up(cells), _up(classes)))
+    return forced
 
 
 def key_of(kind: str, terms: str, dtype: torch.dtype, planes: bool, batch: int, cells: int, classes: int) -> str:
@@ -134,10 +132,10 @@ def forget() -> None:
 @contextmanager
 def forced(wishes: Wishes) -> Iterator[set[str]]:
     """Launches get these wishes and no others, for measuring them; the keys that were asked for are collected."""
-    global _forced, _seen
-    before = _forced, _seen
-    _forced, _seen = wishes, set()
+    global _trial
+    before, seen = _trial, set[str]()
+    _trial = wishes, seen
     try:
-        yield _seen
+        yield seen
     finally:
-        _forced, _seen = before
+        _trial = before

@@ -112,7 +112,7 @@ MATCH_ROWS = 256  # rows it searches at a time for those of its image
 RANK_BLOCK = 1024  # anchors of an image looked at at a time
 
 
-REGISTERS = 65536  # of a multiprocessor: no launch of more
+REGISTERS = 65536  # of a multiprocessor of NVIDIA's: no launch of more
 MOST_A_THREAD = 32  # cells: more take the compiler minutes
 _LEGAL = {  # smallest and largest; powers of two
     "threads": (32, 1024),

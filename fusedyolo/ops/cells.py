@@ -47,6 +47,13 @@ def _constants(
 
 
 @lru_cache(maxsize=256)
+def _family(key: str) -> str:
+    """The terms of a row: losses of the same ones share what tuning found."""
+    head = cell_head_from_key(key)
+    return f"{head.num_boxes} boxes" + " root" * head.root + " nearest" * head.nearest + " rescore" * head.rescore
+
+
+@lru_cache(maxsize=256)
 def _view_strides(key: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[Any, ...]:
     """The stride from image to image; of boxes, confidences and class scores the place of the first and the others."""
     views = cell_views(torch.empty_strided(shape, stride, device="meta"), cell_head_from_key(key))
@@ -68,8 +75,7 @@ def cell_launch(
     The gradient is multiplied by ``grad_total``; if ``skip_one`` it is left as it is where that is 1.
     """
     head = cell_head_from_key(key)
-    terms = f"{head.num_boxes} boxes" + " root" * head.root + " nearest" * head.nearest + " rescore" * head.rescore
-    tuned = wishes("cell", terms, pred, pred.dim() == 2, pred.shape[0], head.grid_size**2, head.num_classes)
+    tuned = wishes("cell", _family(key), pred, pred.dim() == 2, pred.shape[0], head.grid_size**2, head.num_classes)
     constants = dict(_constants(key, pred.dtype, tuple(pred.shape), pred.stride(), tuned))
     settings = ("programs", "threads", "max_registers", "stages")
     programs, threads, limit, stages = (constants.pop(name) for name in settings)

@@ -144,12 +144,18 @@ def _programs(layout: _Layout, head: DenseHead, batch: int, config: DenseConfig)
     return tuple(cls), tuple(boxes)
 
 
+@lru_cache(maxsize=256)
+def _family(key: str) -> str:
+    """The terms of a row: losses of the same ones share what tuning found."""
+    head = dense_head_from_key(key)
+    return f"{head.decode} {head.box} {head.label} {head.matcher}" + " ranked" * (head.negatives > 0)
+
+
 def _config(layout: _Layout, pred: Tensor, head: DenseHead) -> DenseConfig:
     """The tile of a call."""
     streams = [n * a * head.num_classes for n, a in zip(layout.cells, layout.anchors, strict=True)]
     largest = max(layout.cells) * (max(layout.anchors) if layout.flat else 1)
-    kind = f"{head.decode} {head.box} {head.label} {head.matcher}" + " ranked" * (head.negatives > 0)
-    tuned = wishes("dense", kind, pred, not layout.near, pred.shape[0], largest, head.num_classes)
+    tuned = wishes("dense", _family(head.key), pred, not layout.near, pred.shape[0], largest, head.num_classes)
     return dense_config(min(streams), largest, head.num_classes, pred.element_size(), head.negatives > 0, tuned)
 
 
@@ -230,16 +236,17 @@ def dense_launch(
 
 
 def match_launches(
-    preds: Sequence[Tensor],
+    pred: Tensor,
+    layout: _Layout,
     anchors: Tensor,
     rows: Tensor,
     offsets: Tensor | None,
     head: DenseHead,
     geometry: Geometry,
     outputs: DenseOutputs,
+    threads: int,
 ) -> list[Launch]:
-    """The launches that settle which row each anchor takes."""
-    layout = _layout(preds, None, head)
+    """The launches that settle which row each anchor takes; ``threads`` are those of ``MATCH_BLOCK`` anchors."""
     batch, N = outputs.match.shape
     block = min(MATCH_BLOCK, 1 << (N - 1).bit_length())
     common = {
@@ -251,12 +258,12 @@ def match_launches(
         "size": geometry.size,
         "classes": (1 if head.background else 0, head.num_classes),
         "CORNERS": geometry.corners,
-        "ACC": accumulator(preds[0].dtype)[0],
+        "ACC": accumulator(pred.dtype)[0],
         "BLOCK": block,
         "BLOCK_G": MATCH_ROWS,
     }
     grid = (batch * _ceil(N, block),)
-    threads = max(32, block * _config(layout, preds[0], head).match_threads // MATCH_BLOCK)
+    threads = max(32, block * threads // MATCH_BLOCK)
     best = None if head.rescue is None else zeros(rows.device, rows.shape[0], torch.int64)
     settle = {
         **common,
@@ -283,11 +290,11 @@ def match_launches(
     return launches
 
 
-def rank_launch(preds: Sequence[Tensor], head: DenseHead, outputs: DenseOutputs) -> Launch:
-    """The launch that picks the hardest negatives, and completes the loss."""
+def rank_launch(head: DenseHead, outputs: DenseOutputs, threads: int) -> Launch:
+    """The launch that picks the hardest negatives, and completes the loss; ``threads`` are those of ``RANK_BLOCK``."""
     batch, N = outputs.match.shape
     block = min(RANK_BLOCK, 1 << (N - 1).bit_length())
-    threads = max(32, block * _config(_layout(preds, None, head), preds[0], head).rank_threads // RANK_BLOCK)
+    threads = max(32, block * threads // RANK_BLOCK)
     arguments = {
         "ce_ptr": outputs.ce,
         "match_ptr": outputs.match,
@@ -319,10 +326,12 @@ def loss_launches(
     outputs: DenseOutputs,
 ) -> list[Launch]:
     """All launches of a loss, and of its gradient where ``outputs`` has room for that."""
-    launches = match_launches(preds, anchors, rows, offsets, head, geometry, outputs)
+    layout = _layout(preds, None, head)
+    config = _config(layout, preds[0], head)
+    launches = match_launches(preds[0], layout, anchors, rows, offsets, head, geometry, outputs, config.match_threads)
     launches.append(dense_launch(preds, anchors, rows, head, geometry, outputs, True, outputs.grads or None))
     if head.negatives:
-        launches.append(rank_launch(preds, head, outputs))
+        launches.append(rank_launch(head, outputs, config.rank_threads))
     return launches
 
 

@@ -30,14 +30,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import tuned
-from ..kernels.launch import Wishes, legal_wishes
+from ..kernels.launch import REGISTERS, Wishes, legal_wishes
 from .environment import environment, kernels_digest
 from .parity import step
 from .registry import DTYPES, LAYOUTS, Case, CellCase, DenseCase, Workload, add_loss, first_recipes, select
 
 GAIN = 0.02  # of the time that a configuration must save to be preferred to the heuristic
 TURNS = 3  # in which the best one and the heuristic are timed once more
-REGISTERS = 65536  # of a multiprocessor of NVIDIA's
 
 Resources = Mapping[str, Mapping[str, Any]]
 """Of each launch of a step by name, as :class:`~fusedyolo.tools.codegen.Resources` in a dict."""
