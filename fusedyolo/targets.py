@@ -24,7 +24,8 @@ class Targets:
             the order in which they came.
         offsets: int32 ``[B + 2]``: the rows of image ``b`` are ``rows[offsets[b]:offsets[b + 1]]``. Rows that name no
             image of the batch follow (a loss counts them as invalid) and end at ``offsets[B + 1]``; what is beyond is
-            capacity, and no row at all.
+            capacity, and no row at all. An offset that is negative, beyond the rows or below the one before is cut to
+            the rows and counted as invalid, like each row that lies outside the range of its image.
         batch_size: B, the number of images.
 
     With a fixed ``capacity`` the tensors have the same shape in every batch, as a CUDA graph needs: copy them into the
@@ -113,12 +114,22 @@ class Targets:
             ValueError: names the first row, by its place in ``rows``, that a loss would skip and count as invalid.
         """
         num_classes = checks.count("num_classes", num_classes)
+        wrong = _wrong(self.offsets, len(self.rows)).nonzero().flatten().tolist()
+        if wrong:
+            got, want = (
+                self.offsets[wrong[0]].item(),
+                f"0 <= offset <= {len(self.rows)}, and no offset below the one before",
+            )
+            checks.fail(f"offsets[{wrong[0]}]", got, want)
         end = int(self.offsets[-1])
         rows = self.rows[:end].cpu()
         image, label, cx, cy, w, h = rows.unbind(1)
+        emptied, _ = without_spare(rows, self.offsets.cpu())
+        misplaced = (emptied == 0).all(1) & (rows != 0).any(1)
         faults = (
             (~rows.isfinite().all(1), "not finite", "six finite numbers"),
             ((image < 0) | (image >= self.batch_size), "no such image", f"0 <= image < {self.batch_size}"),
+            (misplaced, "not in the range of its image", "offsets[image] <= row < offsets[image + 1]"),
             ((label < 0) | (label >= num_classes), "class out of range", f"0 <= class < {num_classes}"),
             ((w <= 0) | (h <= 0), "zero area", "w > 0 and h > 0"),
             ((cx < 0) | (cx >= 1) | (cy < 0) | (cy >= 1), "centre outside the image", "0 <= cx < 1 and 0 <= cy < 1"),
@@ -182,15 +193,29 @@ def as_targets(
 
 
 def without_spare(rows: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows and offsets of :func:`as_targets`, for code that knows no capacity: such rows emptied, and their number.
+    """Rows and offsets of :func:`as_targets`, for code that knows no offsets: rows that these leave out are emptied.
 
-    That is a 0-dim int32 tensor; without offsets there is no capacity, ``rows`` is untouched, and it is None. Nothing
-    waits for the device.
+    Empty are rows of capacity, and those that do not lie in the range of their own image. Also returns what the empty
+    rows are too many among the invalid ones: the rows of capacity less the offsets that are wrong, which count as
+    invalid (beyond the rows, or below the one before). That is a 0-dim int32 tensor; without offsets ``rows`` is
+    untouched, and it is None. Nothing waits for the device.
     """
     if offsets is None:
         return rows, None
-    spare = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
-    return rows.masked_fill(spare[:, None], 0.0), spare.sum(dtype=torch.int32)
+    place = torch.arange(rows.shape[0], device=rows.device)
+    spare = place >= offsets[-1]
+    image = rows[:, 0]
+    known = (image >= 0) & (image < offsets.shape[0] - 2)  # a NaN is not
+    image = torch.where(known, image, 0).long()
+    outside = known & ((place < offsets[image]) | (place >= offsets[image + 1]))
+    rows = rows.masked_fill((spare | outside)[:, None], 0.0)
+    return rows, spare.sum(dtype=torch.int32) - _wrong(offsets, rows.shape[0]).sum(dtype=torch.int32)
+
+
+def _wrong(offsets: Tensor, rows: int) -> Tensor:
+    """[B + 2] bool: offsets beyond the rows, or below the one before."""
+    before = torch.nn.functional.pad(offsets[:-1], (1, 0))
+    return (offsets < 0) | (offsets > rows) | (offsets < before)
 
 
 def _sort(packed: Tensor, batch_size: int, image: Tensor | None = None) -> tuple[Tensor, Tensor]:

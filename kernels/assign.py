@@ -7,6 +7,8 @@ anchor with the index ``own`` in ``anchors`` = (w0, h0, w1, h1, ...), which is `
 import triton
 import triton.language as tl
 
+from .primitives import divide
+
 
 @triton.jit
 def row_valid(row, first_image, last_image, classes, limit):
@@ -55,7 +57,7 @@ def best_anchor(w, h, own, own_w, own_h, anchors, thresh):
     own_iou = best
     for t in tl.static_range(len(anchors) // 2):
         inter = tl.minimum(w, anchors[2 * t]) * tl.minimum(h, anchors[2 * t + 1])
-        value = inter / (w * h + anchors[2 * t] * anchors[2 * t + 1] - inter)
+        value = divide(inter, w * h + anchors[2 * t] * anchors[2 * t + 1] - inter)
         best_index = tl.where(value > best, t, best_index)
         best = tl.maximum(best, value)
         own_iou = tl.where(own == t, value, own_iou)
@@ -65,6 +67,6 @@ def best_anchor(w, h, own, own_w, own_h, anchors, thresh):
 @triton.jit
 def ratio(w, h, own, own_w, own_h, anchors, thresh):
     """No side more than ``thresh`` times that of the anchor, nor less than its ``thresh``-th part."""
-    rw = w / own_w
-    rh = h / own_h
-    return tl.maximum(tl.maximum(rw, 1.0 / rw), tl.maximum(rh, 1.0 / rh)) < thresh
+    rw = divide(w, own_w)
+    rh = divide(h, own_h)
+    return tl.maximum(tl.maximum(rw, divide(1.0, rw)), tl.maximum(rh, divide(1.0, rh))) < thresh

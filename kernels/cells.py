@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 
 from .assign import row_cell
+from .primitives import larger, smaller
 from .reduce import column, column_sums, is_last
+from .rows import in_its_range, rows_end, wrong_offsets
 from .terms.box import _iou, _normalise
 
 LOW: tl.constexpr = tl.constexpr(4)
@@ -57,19 +59,26 @@ def _load_rows(rows_ptr, g, mask):
 
 
 @triton.jit
-def _row_range(offsets_ptr, M, first_image, last_image):
-    """The range that holds all rows of these images: all rows without offsets."""
-    first = 0
+def _row_range(offsets_ptr, M, first_image, last_image, BLOCK_G: tl.constexpr):
+    """A range that holds all rows of these images: all rows without offsets."""
+    first = M * 0
     last = M
     if offsets_ptr is not None:
-        first = tl.load(offsets_ptr + first_image)
-        last = tl.load(offsets_ptr + last_image + 1)
+        lowest = tl.zeros([BLOCK_G], tl.int32) + M
+        highest = tl.zeros([BLOCK_G], tl.int32)
+        for i0 in range(first_image, last_image + 2, BLOCK_G):  # offsets that are not in order, too
+            i = i0 + tl.arange(0, BLOCK_G)
+            mask = i < last_image + 2
+            lowest = tl.minimum(lowest, tl.load(offsets_ptr + i, mask=mask, other=M))
+            highest = tl.maximum(highest, tl.load(offsets_ptr + i, mask=mask, other=0))
+        first = tl.maximum(tl.min(lowest, axis=0), 0)
+        last = tl.minimum(tl.max(highest, axis=0), M)
     return first, last
 
 
 @triton.jit
 def _first_rows(
-    rows_ptr, first, last, none, c0, B,
+    rows_ptr, offsets_ptr, first, last, none, c0, B,
     S: tl.constexpr, C: tl.constexpr, CELLS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """The first valid row in each of the cells from c0, ``none`` where there is none; and how many lie in them all."""
@@ -82,7 +91,7 @@ def _first_rows(
         b = tl.where((row[0] >= 0) & (row[0] < B), row[0], 0.0).to(tl.int32)
         cell = row_cell(row, 0, b, S, S, C, 1.0, False)
         at = b * (S * S) + cell - c0
-        here = (cell >= 0) & (at >= 0) & (at < CELLS)
+        here = in_its_range(row[0], g, (cell >= 0) & (at >= 0) & (at < CELLS), offsets_ptr)
         valid += here.to(tl.int32)
         if tl.max(here.to(tl.int32), axis=0) > 0:
             hit = here[:, None] & (at[:, None] == lane[None, :])
@@ -118,7 +127,7 @@ def _size(a, ROOT: tl.constexpr):
     if ROOT:
         a = a * a
     limit = 1152921504606846976.0  # 2^60
-    return tl.minimum(tl.maximum(a, -limit), limit)
+    return smaller(larger(a, -limit), limit)
 
 
 @triton.jit
@@ -248,8 +257,8 @@ def cell_kernel(
             return
     c0 = tl.program_id(0) * CELLS
     end = B * (S * S)
-    first, last = _row_range(offsets_ptr, M, c0 // (S * S), (tl.minimum(c0 + CELLS, end) - 1) // (S * S))
-    owner, valid = _first_rows(rows_ptr, first, last, M, c0, B, S, C, CELLS, BLOCK_G)
+    first, last = _row_range(offsets_ptr, M, c0 // (S * S), (tl.minimum(c0 + CELLS, end) - 1) // (S * S), BLOCK_G)
+    owner, valid = _first_rows(rows_ptr, offsets_ptr, first, last, M, c0, B, S, C, CELLS, BLOCK_G)
     has = owner < M
     row = _load_rows(rows_ptr, owner, has)
     cells = c0 + tl.arange(0, CELLS)
@@ -297,13 +306,11 @@ def cell_kernel(
             box = column(sums, 0)
             obj = column(sums, 1)
             cls = column(sums, 2)
-            rows = M
-            if offsets_ptr is not None:
-                rows = tl.load(offsets_ptr + B + 1)
+            invalid = rows_end(offsets_ptr, M, B) - column(sums, 4).to(tl.int32)
             tl.store(parts_ptr, box)
             tl.store(parts_ptr + 1, obj)
             tl.store(parts_ptr + 2, cls)
             tl.store(total_ptr, box + obj + cls)
             tl.store(counts_ptr, column(sums, 3).to(tl.int32))
-            tl.store(counts_ptr + 1, rows - column(sums, 4).to(tl.int32))
+            tl.store(counts_ptr + 1, invalid + wrong_offsets(offsets_ptr, M, B, BLOCK_G))
             tl.store(done_ptr, 0)  # ready for the next launch

@@ -692,6 +692,7 @@ def rank_kernel(
     tl.store(partial_ptr + b, _share(found_ptr, b, B, blocks, BY_IMAGE, ACC) * tl.sum(total, axis=0))
     if is_last(done_ptr, B):
         cls = column(column_sums(partial_ptr, B, 1, ACC), 0) + tl.load(parts[0])  # a NaN of the loss launch, or 0
+        tl.debug_barrier()  # every thread has read what one of them overwrites
         tl.store(parts[0], cls)
         tl.store(total_ptr, cls + tl.load(parts[1]))
         tl.store(done_ptr, 0)

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from .assign import row_cell, row_valid
-from .primitives import logistic
+from .primitives import divide, larger, logistic
 from .reduce import column, column_sums, is_last
-from .rows import image_rows, load_row, load_rows
+from .rows import image_rows, in_its_range, load_row, load_rows, rows_end, wrong_offsets
 
 BACKGROUND: tl.constexpr = tl.constexpr(0)
 IGNORED: tl.constexpr = tl.constexpr(1)
@@ -88,17 +88,15 @@ def _next_candidate(
 
 @triton.jit
 def _count_invalid(rows_ptr, offsets_ptr, M, B, C, limit, BLOCK_G: tl.constexpr):
-    """Rows that no program will use; padding behind the last row is none."""
-    end = M
-    if offsets_ptr is not None:
-        end = tl.load(offsets_ptr + B + 1)
+    """Rows that no program will use, padding behind the last row is none; and offsets that are wrong."""
+    end = rows_end(offsets_ptr, M, B)
     n = tl.zeros([BLOCK_G], tl.int32)
     for g0 in range(0, end, BLOCK_G):
         g = g0 + tl.arange(0, BLOCK_G)
         row = load_rows(rows_ptr, g, g < end, BLOCK_G)
-        valid = row_valid(row, 0, B, C, limit)
-        n += tl.where((g < end) & ~valid, 1, 0)
-    return tl.sum(n, axis=0)
+        used = in_its_range(row[0], g, row_valid(row, 0, B, C, limit), offsets_ptr)
+        n += tl.where((g < end) & ~used, 1, 0)
+    return tl.sum(n, axis=0) + wrong_offsets(offsets_ptr, M, B, BLOCK_G)
 
 
 @triton.jit
@@ -107,7 +105,7 @@ def _iou(x1, x2, y1, y2, area, gx, gy, gw, gh):
     ow = tl.minimum(x2, gx + 0.5 * gw) - tl.maximum(x1, gx - 0.5 * gw)
     oh = tl.minimum(y2, gy + 0.5 * gh) - tl.maximum(y1, gy - 0.5 * gh)
     inter = tl.maximum(ow, 0.0) * tl.maximum(oh, 0.0)
-    return inter / (area + gw * gh - inter)
+    return divide(inter, area + gw * gh - inter)
 
 
 @triton.jit
@@ -240,10 +238,10 @@ def _box_term(
     if QUALITY is None:
         similarity = tl.cast(1.0, ACC)
     elif QUALITY == "box":  # what has just been computed
-        similarity = tl.maximum(1.0 - loss, 0.0)
+        similarity = larger(1.0 - loss, 0.0)
     else:
         distance, _gx, _gy = QUALITY(pair_x, pair_y, quality_args)
-        similarity = tl.maximum(1.0 - distance, 0.0)
+        similarity = larger(1.0 - distance, 0.0)
     return loss, d, similarity
 
 
@@ -396,11 +394,10 @@ def _tile(
     at = _at(raw_ptr, s_raw, cells, W, FLAT)
     obj = tl.load(at + 4 * s_raw[2], mask=mask, other=0.0).to(ACC)
     t = (obj, obj, obj, obj)
-    bad = cells < 0
+    bad = obj != obj  # a NaN that was read shows in the total even where nothing asks for it
     if IGNORES or PRIOR:
         t = _load_box(at, s_raw[2], mask, ACC)
-        # a NaN box logit shows in the total even where no row needs it
-        bad = (t[0] != t[0]) | (t[1] != t[1]) | (t[2] != t[2]) | (t[3] != t[3])
+        bad = bad | (t[0] != t[0]) | (t[1] != t[1]) | (t[2] != t[2]) | (t[3] != t[3])
     state, taken, best = _scan_rows(
         at, s_raw[2], cells, mask, c0, t, scale, rows_ptr, first, last, site, rule, band, ignore_thresh, gate,
         AXIS, MATCH, KINDS, IGNORES, GATED, CELLS, ACC,

@@ -15,9 +15,9 @@ level one after the other, each with all its cells.
 import triton
 import triton.language as tl
 
-from .primitives import exact, ordered_bits, plain
+from .primitives import divide, exact, ordered_bits, plain
 from .reduce import is_last
-from .rows import image_rows, load_row, load_rows, row_corners
+from .rows import image_rows, in_its_range, load_row, load_rows, row_corners, rows_end, wrong_offsets
 
 BACKGROUND: tl.constexpr = tl.constexpr(-1)
 IGNORED: tl.constexpr = tl.constexpr(-2)
@@ -52,16 +52,6 @@ def load_corners(ptr, n, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _divide(a, b):
-    """a / b, rounded to nearest."""
-    if a.dtype == tl.float32:
-        q = tl.div_rn(a, b)
-    else:
-        q = a / b
-    return q
-
-
-@triton.jit
 def _iou(anchor, true):
     """IoU as torchvision's box_iou computes it."""
     ax1, ay1, ax2, ay2 = anchor
@@ -69,7 +59,7 @@ def _iou(anchor, true):
     ow = tl.maximum(tl.minimum(x2, ax2) - tl.maximum(x1, ax1), 0.0)
     oh = tl.maximum(tl.minimum(y2, ay2) - tl.maximum(y1, ay1), 0.0)
     inter = ow * oh
-    return _divide(inter, (x2 - x1) * (y2 - y1) + (ax2 - ax1) * (ay2 - ay1) - inter)
+    return divide(inter, (x2 - x1) * (y2 - y1) + (ax2 - ax1) * (ay2 - ay1) - inter)
 
 
 LOWEST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # less an index: of equal IoUs the lowest index has the largest key
@@ -172,17 +162,15 @@ def _smallest_around(
 def _count_invalid(
     rows_ptr, offsets_ptr, M, B, classes, size, CORNERS: tl.constexpr, ACC: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """Rows that no image will use; padding behind the last row is none."""
-    end = M
-    if offsets_ptr is not None:
-        end = tl.load(offsets_ptr + B + 1)
+    """Rows that no image will use, padding behind the last row is none; and offsets that are wrong."""
+    end = rows_end(offsets_ptr, M, B)
     invalid = tl.zeros([BLOCK_G], tl.int32)
     for g0 in range(0, end, BLOCK_G):
-        there = g0 + tl.arange(0, BLOCK_G) < end
-        row = load_rows(rows_ptr, g0 + tl.arange(0, BLOCK_G), there, BLOCK_G)
+        g = g0 + tl.arange(0, BLOCK_G)
+        row = load_rows(rows_ptr, g, g < end, BLOCK_G)
         valid, _label, _true = row_corners(row, 0, B, classes, size, CORNERS, ACC)
-        invalid += (there & ~valid).to(tl.int32)
-    return tl.sum(invalid, axis=0)
+        invalid += ((g < end) & ~in_its_range(row[0], g, valid, offsets_ptr)).to(tl.int32)
+    return tl.sum(invalid, axis=0) + wrong_offsets(offsets_ptr, M, B, BLOCK_G)
 
 
 @triton.jit(do_not_specialize=["N", "M", "B"])

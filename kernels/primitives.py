@@ -23,6 +23,28 @@ def safe_div(a, b):
 
 
 @triton.jit
+def divide(a, b):
+    """a / b, rounded to nearest, for quotients that meet a threshold: in float32 plain ``/`` is off by up to 2 ulp."""
+    if b.dtype == tl.float32:
+        q = tl.div_rn(a, b)
+    else:
+        q = a / b
+    return q
+
+
+@triton.jit
+def larger(a, b):
+    """The larger one, NaN if one of them is, as torch.maximum: plain ``tl.maximum`` drops a NaN on a GPU."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller one, NaN if one of them is, as torch.minimum."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def log1p(e):
     """log(1 + e) for e >= 0, to full precision: the rounding of 1 + e cancels in the quotient (Kahan)."""
     u = 1.0 + e

@@ -35,10 +35,48 @@ def load_rows(rows_ptr, g, mask, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
+def _held(offset, M):
+    """An offset, as far as there are rows."""
+    return tl.minimum(tl.maximum(offset, 0), M)
+
+
+@triton.jit
+def rows_end(offsets_ptr, M, B):
+    """Where the rows end: what follows is capacity."""
+    end = M
+    if offsets_ptr is not None:
+        end = _held(tl.load(offsets_ptr + B + 1), M)
+    return end
+
+
+@triton.jit
+def in_its_range(image, g, mask, offsets_ptr):
+    """Whether the rows g lie where the offsets say that those of their ``image`` do: nobody finds them elsewhere."""
+    found = mask
+    if offsets_ptr is not None:
+        at = offsets_ptr + image.to(tl.int32)
+        found = (g >= tl.load(at, mask=mask, other=0)) & (g < tl.load(at + 1, mask=mask, other=0))
+    return found
+
+
+@triton.jit
+def wrong_offsets(offsets_ptr, M, B, BLOCK_G: tl.constexpr):
+    """How many offsets are beyond the rows or below the one before."""
+    wrong = tl.zeros([BLOCK_G], tl.int32)
+    if offsets_ptr is not None:
+        for i0 in range(0, B + 2, BLOCK_G):
+            i = i0 + tl.arange(0, BLOCK_G)
+            offset = tl.load(offsets_ptr + i, mask=i < B + 2, other=0)
+            before = tl.load(offsets_ptr + i - 1, mask=(i > 0) & (i < B + 2), other=0)
+            wrong += ((i < B + 2) & ((offset < 0) | (offset > M) | (offset < before))).to(tl.int32)
+    return tl.sum(wrong, axis=0)
+
+
+@triton.jit
 def image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G: tl.constexpr):
     """The range that holds all rows of image b: exact with offsets, else from its first to its last row."""
     if offsets_ptr is not None:
-        first, last = tl.split(tl.load(offsets_ptr + b + tl.arange(0, 2)))
+        first, last = tl.split(_held(tl.load(offsets_ptr + b + tl.arange(0, 2)), M))
     else:
         g = tl.arange(0, BLOCK_G)
         lowest = g * 0 + M

@@ -181,7 +181,9 @@ def grid_launch(
         "done_ptr": done_counter(rows.device),
         "BLOCK_G": config.rows,
     }
-    return Launch(grid.grid_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages)
+    settings = config.threads, config.max_registers
+    # who is assigned to whom is tested more than once, and the copies must not be rounded differently
+    return Launch(grid.grid_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages)
 
 
 _GRAD_CONSTANTS = (

@@ -232,10 +232,10 @@ def _level_loss(
     obj = torch.where(used, obj_scale * gain * term, 0.0).sum()
     if head.obj_mean == "used":
         obj = obj / used.sum().clamp(min=1)
-    if head.ignore_thresh is not None or head.prior_gain > 0:
-        # a NaN box cannot be told to be ignored or not: the value says so, other gradients stay clean
-        unknown = pred[..., :4].detach().isnan().any()
-        obj = obj + torch.zeros_like(obj.detach()).masked_fill(unknown, math.nan)
+    # a NaN that is read shows, used or not: of a box it cannot be told whether it is ignored
+    read = 0 if head.ignore_thresh is not None or head.prior_gain > 0 else 4
+    unknown = pred[..., read:5].detach().isnan().any()
+    obj = obj + torch.zeros_like(obj.detach()).masked_fill(unknown, math.nan)
     return box, obj, cls, answers.assigned.sum()
 
 
