@@ -7,7 +7,7 @@ anchor with the index ``own`` in ``anchors`` = (w0, h0, w1, h1, ...), which is `
 import triton
 import triton.language as tl
 
-from .primitives import divide
+from .primitives import near_divide
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def best_anchor(w, h, own, own_w, own_h, anchors, thresh):
     own_iou = best
     for t in tl.static_range(len(anchors) // 2):
         inter = tl.minimum(w, anchors[2 * t]) * tl.minimum(h, anchors[2 * t + 1])
-        value = divide(inter, w * h + anchors[2 * t] * anchors[2 * t + 1] - inter)
+        value = near_divide(inter, w * h + anchors[2 * t] * anchors[2 * t + 1] - inter)
         best_index = tl.where(value > best, t, best_index)
         best = tl.maximum(best, value)
         own_iou = tl.where(own == t, value, own_iou)
@@ -67,6 +67,6 @@ def best_anchor(w, h, own, own_w, own_h, anchors, thresh):
 @triton.jit
 def ratio(w, h, own, own_w, own_h, anchors, thresh):
     """No side more than ``thresh`` times that of the anchor, nor less than its ``thresh``-th part."""
-    rw = divide(w, own_w)
-    rh = divide(h, own_h)
-    return tl.maximum(tl.maximum(rw, divide(1.0, rw)), tl.maximum(rh, divide(1.0, rh))) < thresh
+    rw = near_divide(w, own_w)
+    rh = near_divide(h, own_h)
+    return tl.maximum(tl.maximum(rw, near_divide(1.0, rw)), tl.maximum(rh, near_divide(1.0, rh))) < thresh

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .assign import row_cell, row_valid
-from .primitives import divide, larger, logistic
+from .primitives import near_divide, larger, logistic
 from .reduce import column, column_sums, is_last
 from .rows import image_rows, in_its_range, load_row, load_rows, rows_end, wrong_offsets
 
@@ -105,7 +105,7 @@ def _iou(x1, x2, y1, y2, area, gx, gy, gw, gh):
     ow = tl.minimum(x2, gx + 0.5 * gw) - tl.maximum(x1, gx - 0.5 * gw)
     oh = tl.minimum(y2, gy + 0.5 * gh) - tl.maximum(y1, gy - 0.5 * gh)
     inter = tl.maximum(ow, 0.0) * tl.maximum(oh, 0.0)
-    return divide(inter, area + gw * gh - inter)
+    return near_divide(inter, area + gw * gh - inter)
 
 
 @triton.jit

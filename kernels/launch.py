@@ -41,7 +41,8 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
     while cells > SMALLEST_TILE and cells >= 2 * largest_map:
         cells //= 2
     threads = max(64, wanted.pop("threads", largest // 4) * cells // largest)
-    return replace(GridConfig(cells=cells, channels=8 if itemsize > 2 else 4, threads=threads), **wanted)
+    rows = min(256, threads)  # of more a thread would hold several, and spill
+    return replace(GridConfig(cells=cells, channels=8 if itemsize > 2 else 4, threads=threads, rows=rows), **wanted)
 
 
 CELL_TILE = 32768  # bytes of a tile of the driver of cells
