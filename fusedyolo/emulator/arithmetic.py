@@ -197,7 +197,7 @@ def pack(low: Array, high: Array, kind: str) -> Array:
 def flush(x: Array) -> Array:
     """.ftz: subnormal numbers of float32 as zeros of their sign."""
     tiny = np.abs(x) < F32(2**-126)
-    return np.where(tiny, np.copysign(F32(0), x), x) if np.any(tiny) else x
+    return np.where(tiny, np.copysign(F32(0), x), x) if tiny.any() else x
 
 
 def saturate(x: Array) -> Array:

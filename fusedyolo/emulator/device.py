@@ -13,7 +13,6 @@ from unittest import mock
 
 from torch import Tensor
 
-from .. import backend
 from .allocations import Allocations, bytes_of
 from .compile import Call, Compiled, bind
 from .contract import contract
@@ -99,6 +98,7 @@ class Device:
     def __enter__(self) -> Device:
         from triton.runtime.jit import JITFunction
 
+        from .. import backend
         from ..kernels import primitives
 
         if not isinstance(primitives.step, JITFunction):

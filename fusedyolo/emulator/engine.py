@@ -56,10 +56,15 @@ class _Access:
         index = np.flatnonzero(~bad) if self.index is None else self.index[~bad]
         return _Access(self.space, self.lanes[~bad], self.place[~bad], index)
 
-    def pick(self, value: Array, count: int) -> np.ndarray:
-        """Of an operand of ``count`` threads, those that take part."""
-        value = value if np.shape(value) == (count,) else np.broadcast_to(value, (count,))
+    def pick(self, value: Array, L: np.ndarray) -> np.ndarray:
+        """An operand, of those that take part."""
+        value = _of_all(value, L)
         return value if self.index is None else value[self.index]
+
+
+def _of_all(value: Array, L: np.ndarray) -> np.ndarray:
+    """An operand, one value for each thread."""
+    return value if getattr(value, "shape", None) == L.shape else np.broadcast_to(value, L.shape)
 
 
 def run(
@@ -245,7 +250,7 @@ class Engine:
             if draw < (1 + self.options.lockstep) / 2:
                 keep |= self.random.random(len(keep)) < 0.5
             warps &= keep
-        self._run_segment(segment, np.flatnonzero(here & warps[:, None]), warps)
+        self._run_segment(segment, (here & warps[:, None]).reshape(-1).nonzero()[0], warps)
 
     def _run_segment(self, segment: Segment, lanes: np.ndarray, warps: np.ndarray) -> None:
         if segment.run is None:
@@ -262,7 +267,7 @@ class Engine:
 
     def branch(self, L: np.ndarray, mask: Array, target: int, other: int) -> None:
         """Go on at one of two segments."""
-        taken = np.broadcast_to(mask, L.shape)
+        taken = _of_all(mask, L)
         self.pc[L] = np.where(taken, target, other)
         if taken.all() or not taken.any():
             return
@@ -274,7 +279,7 @@ class Engine:
     def leave(self, L: np.ndarray, mask: Array, other: int) -> None:
         """End of the kernel, for some."""
         if mask is not None:
-            taken = np.broadcast_to(mask, L.shape)
+            taken = _of_all(mask, L)
             self.pc[L[~taken]] = other
             L = L[taken]
         self.state[L] = _LEFT
@@ -301,7 +306,7 @@ class Engine:
     # -- warps
 
     def _by_warp(self, value: Array, L: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(value, L.shape).reshape(-1, WARP)
+        return _of_all(value, L).reshape(-1, WARP)
 
     def _needs_all(self, member: Array) -> None:
         if (np.asarray(member) != U32(warp.ALL)).any():
@@ -326,10 +331,10 @@ class Engine:
 
     def _access(self, L: np.ndarray, space: str, address: Array, size: int, mask: Array) -> _Access:
         """After checks of bounds and alignment."""
-        address = np.asarray(address) if np.shape(address) == L.shape else np.broadcast_to(address, L.shape)
+        address = _of_all(address, L)
         lanes, index = L, None
         if mask is not None:
-            index = np.flatnonzero(np.broadcast_to(mask, L.shape))
+            index = _of_all(mask, L).nonzero()[0]
             lanes, address = lanes[index], address[index]
         if self.findings.at is not None:
             self.report.active[self.findings.at.line] += len(lanes)
@@ -385,7 +390,7 @@ class Engine:
         if not len(access.lanes):
             return
         words, at = access.space.data.view(f"u{size}"), access.place // size
-        new = [access.pick(value, len(L)) for value in values]
+        new = [access.pick(value, L) for value in values]
         history = self._histories.get(space)
         if history is not None:
             same = np.logical_and.reduce([words[at + word] == value for word, value in enumerate(new)])
@@ -449,7 +454,7 @@ class Engine:
         lanes, place = access.lanes[turns], access.place[turns]
         index = turns if access.index is None else access.index[turns]
         turn = _Access(access.space, lanes, place, index)
-        new = [turn.pick(value, len(L)) for value in values]
+        new = [turn.pick(value, L) for value in values]
         at = place // kind.itemsize
         self._expect_written(turn, at, kind.itemsize, 1)
         history = self._histories.get(space)

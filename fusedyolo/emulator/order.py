@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import S32, Array
+from .arithmetic import S32, S64, Array
 from .memory import PAGE_BITS, Space
-from .report import Findings
+from .report import Fault, Findings
 from .warp import WARP
 
-NOBODY = 0
+NOBODY = 0  # an entry of a history, see History
 IN_PROGRAM, ON_DEVICE = 1, 2  # scopes of an atomic; a plain access has 0
-_THREAD, _PROGRAM_CLOCK, _WARP_CLOCK = 0, 1, 2
+_CLOCK_BITS = 18
+_MOST_THREADS = 1 << (62 - 2 * _CLOCK_BITS)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Clocks:
     """
 
     def __init__(self, slots: int, threads: int, grid: int):
+        if grid * threads > _MOST_THREADS:
+            raise Fault(f"{grid} programs of {threads} threads are too many to tell apart")
         self.threads = threads
         self.program = np.zeros(slots, S32)
         self.warp = np.zeros(slots * threads // WARP, S32)
@@ -60,6 +63,8 @@ class Clocks:
     def barrier(self, slot: int) -> None:
         """All threads of a program meet."""
         self.program[slot] += 1
+        if self.program[slot] >> _CLOCK_BITS:
+            raise Fault("more barriers in a program than can be counted")
         self.warp[self._warps(slot)] += 1
         known = self.known[self._lanes(slot)]
         if known.any():
@@ -68,43 +73,64 @@ class Clocks:
     def warp_barrier(self, warps: Array) -> None:
         """The threads of each of these warps meet."""
         self.warp[warps] += 1
+        if (self.warp[warps] >> _CLOCK_BITS).any():
+            raise Fault("more barriers in a warp than can be counted")
         for warp in warps:
             known = self.known[warp * WARP : (warp + 1) * WARP]
             known[:] = known.max(0)
+
+
+def _entry(number: np.ndarray, program_clock: np.ndarray, warp_clock: np.ndarray) -> np.ndarray:
+    """A thread and its clocks as one number, never ``NOBODY``."""
+    return ((number.astype(S64) + 1) << 2 * _CLOCK_BITS) | (program_clock.astype(S64) << _CLOCK_BITS) | warp_clock
+
+
+def _thread(entry: np.ndarray) -> np.ndarray:
+    """Its thread, -1 of ``NOBODY``."""
+    return (entry >> 2 * _CLOCK_BITS) - 1
+
+
+def _program_clock(entry: np.ndarray) -> np.ndarray:
+    return (entry >> _CLOCK_BITS) & ((1 << _CLOCK_BITS) - 1)
+
+
+def _warp_clock(entry: np.ndarray) -> np.ndarray:
+    return entry & ((1 << _CLOCK_BITS) - 1)
 
 
 class _Readers:
     """The last two readers of each granule that differ: by thread, or by program."""
 
     def __init__(self, size: int, threads_of_one: int):
-        self.last, self.second = np.zeros((size, 3), S32), np.zeros((size, 3), S32)
+        self.last, self.second = np.zeros(size, S64), np.zeros(size, S64)
         self._of_one = threads_of_one
 
     def forget(self, part: slice) -> None:
         self.last[part], self.second[part] = NOBODY, NOBODY
 
     def _who(self, entries: np.ndarray) -> np.ndarray:
-        return (entries[:, _THREAD] - 1) // self._of_one
+        return _thread(entries) if self._of_one == 1 else _thread(entries) // self._of_one
 
     def add(self, where: np.ndarray, entries: np.ndarray) -> None:
         """Of several in one instruction the first and the last are kept."""
         who = self._who(entries)
         old = self.last[where]
-        moved = (old[:, _THREAD] != NOBODY) & (self._who(old) != who)
-        self.second[where[moved]] = old[moved]
+        moved = ((old != NOBODY) & (self._who(old) != who)).nonzero()[0]
+        if len(moved):
+            self.second[where[moved]] = old[moved]
         self.last[where] = entries
-        if len(where) > 1:
-            early = np.flatnonzero(self._who(self.last[where]) != who)[::-1]
+        early = (self._who(self.last[where]) != who).nonzero()[0][::-1]
+        if len(early):
             self.second[where[early]] = entries[early]
 
 
 class History:
-    """The last accesses to a space; an entry is a thread of the launch, counted from 1, and its clocks then."""
+    """The last accesses to a space: of each granule an entry, which is a thread of the launch and its clocks then."""
 
     def __init__(self, space: Space, clocks: Clocks, findings: Findings, many_programs: bool):
         size = len(space.data)
         self.space, self.clocks, self.findings = space, clocks, findings
-        self._writer = np.zeros((size, 3), S32)
+        self._writer = np.zeros(size, S64)
         self._atomic = np.zeros(size, np.int8)  # the scope of the last write
         self._readers = [_Readers(size, 1)]
         if many_programs:
@@ -173,37 +199,38 @@ class History:
         return out
 
     def _entries(self, who: np.ndarray, number: np.ndarray) -> np.ndarray:
-        out = np.empty((len(who), 3), S32)
-        out[:, _THREAD] = number + 1
-        out[:, _PROGRAM_CLOCK] = self.clocks.program[who // self.clocks.threads]
-        out[:, _WARP_CLOCK] = self.clocks.warp[who // WARP]
-        return out
+        return _entry(number, self.clocks.program[who // self.clocks.threads], self.clocks.warp[who // WARP])
 
     def _unordered(self, who: np.ndarray, number: np.ndarray, where: np.ndarray, before: np.ndarray) -> np.ndarray:
         """Which accesses may happen before or after the earlier one by another thread: their positions."""
         clocks, threads = self.clocks, self.clocks.threads
         earlier = before[where]
-        others = np.flatnonzero((earlier[:, _THREAD] != NOBODY) & (earlier[:, _THREAD] != number + 1))
+        others = earlier.nonzero()[0]
+        if not len(others):
+            return others
+        others = others[_thread(earlier[others]) != number[others]]
         if not len(others):
             return others
         earlier, who, number = earlier[others], who[others], number[others]
-        thread = earlier[:, _THREAD] - 1
+        thread, clock = _thread(earlier), _program_clock(earlier)
         program = thread // threads
-        inside = earlier[:, _PROGRAM_CLOCK] < clocks.program[who // threads]
-        inside |= (thread // WARP == number // WARP) & (earlier[:, _WARP_CLOCK] < clocks.warp[who // WARP])
-        across = clocks.known[who, program] > earlier[:, _PROGRAM_CLOCK]
-        return others[~np.where(program == number // threads, inside, across)]
+        ordered = clock < clocks.program[who // threads]
+        ordered |= (thread // WARP == number // WARP) & (_warp_clock(earlier) < clocks.warp[who // WARP])
+        across = (program != number // threads).nonzero()[0]
+        if len(across):
+            ordered[across] = clocks.known[who[across], program[across]] > clock[across]
+        return others[~ordered]
 
     def _together(self, number: np.ndarray, where: np.ndarray, scope: int) -> np.ndarray:
         """Where the last write was an atomic that this one sees as such."""
         threads = self.clocks.threads
-        own = (self._writer[where, _THREAD] - 1) // threads == number // threads
+        own = _thread(self._writer[where]) // threads == number // threads
         before = self._atomic[where]
         return ((before == ON_DEVICE) & (scope == ON_DEVICE)) | ((before > 0) & own)
 
     def _race(self, number: np.ndarray, earlier: np.ndarray, now: str, then: str) -> None:
         threads = self.clocks.threads
-        own = (int(earlier[0, _THREAD]) - 1) // threads == int(number[0]) // threads
+        own = _thread(earlier)[0] // threads == number[0] // threads
         which = "threads of a program" if own else "programs"
         self.findings.fault(f"{self.space.name} race between {which}: {now} after {then}, nothing orders them")
 
