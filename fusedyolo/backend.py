@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -11,6 +13,8 @@ import torch
 from . import checks
 
 BACKENDS = ("auto", "triton", "torch")
+
+_on_cpu = False  # whether something runs compiled kernels on CPU tensors, see kernels_on_cpu
 
 
 def _set(name: str) -> bool:
@@ -31,7 +35,7 @@ def _choose(backend: str, device_type: str) -> str:
     if _set("FUSEDYOLO_DISABLE"):
         return "torch"
     gpu = device_type == "cuda"  # PyTorch calls a HIP device by that name too
-    runs = _has_triton() and (gpu or (device_type == "cpu" and _set("TRITON_INTERPRET")))
+    runs = _has_triton() and (gpu or (device_type == "cpu" and (_on_cpu or _set("TRITON_INTERPRET"))))
     if backend == "auto":
         return "triton" if runs else "torch"
     if backend == "triton" and not runs:
@@ -49,12 +53,23 @@ def _choose(backend: str, device_type: str) -> str:
     return backend
 
 
+@contextmanager
+def kernels_on_cpu() -> Iterator[None]:
+    """Meanwhile kernels run on CPU tensors too; whoever enters this makes sure of it, as the emulator does."""
+    global _on_cpu
+    before, _on_cpu = _on_cpu, True
+    try:
+        yield
+    finally:
+        _on_cpu = before
+
+
 def resolve(backend: str, device: torch.device) -> str:
     """The implementation that runs, ``"triton"`` or ``"torch"``, for tensors on ``device``.
 
-    ``"auto"`` takes Triton on a CUDA or HIP GPU when it is installed, and on a CPU when ``TRITON_INTERPRET=1``; the
-    eager reference otherwise. ``FUSEDYOLO_DISABLE=1`` takes the reference whatever was asked for. Both variables are
-    read at each call; under ``torch.compile``, when the graph is traced.
+    ``"auto"`` takes Triton on a CUDA or HIP GPU when it is installed, and on a CPU when ``TRITON_INTERPRET=1`` or
+    inside :func:`kernels_on_cpu`; the eager reference otherwise. ``FUSEDYOLO_DISABLE=1`` takes the reference whatever
+    was asked for. Both variables are read at each call; under ``torch.compile``, when the graph is traced.
 
     Raises:
         ValueError: ``backend`` is no known name, or is ``"triton"`` where Triton cannot run.
