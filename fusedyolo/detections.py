@@ -148,12 +148,13 @@ def _select_decoded(
     found, near, index = reference.candidates(boxes, scores, conf, candidates)
     if backend == "torch":
         return reference.nms(found, near, index % scores.shape[2], iou, max_det, class_agnostic)
+    from .ops import run_all
     from .ops import select as ops
 
     outputs = _outputs(boxes, max_det)
     order = torch.arange(found.shape[1], device=found.device).expand_as(found).contiguous()
     slots = ops.Candidates(found, near, index.to(torch.int32))
-    ops.nms_launch(slots, order, outputs, scores.shape[2], iou, class_agnostic).run()
+    run_all([ops.nms_launch(slots, order, outputs, scores.shape[2], iou, class_agnostic)], found.device)
     return outputs
 
 
@@ -167,12 +168,14 @@ def _select_maps(
     preds: list[Tensor], key: str, conf: float, iou: float, max_det: int, class_agnostic: bool, candidates: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What :class:`Detections` holds, of the maps of an anchor grid, ``key`` its row, on Triton."""
+    from .ops import run_all
     from .ops import select as ops
 
     head = head_from_key(key)
     outputs = _outputs(preds[0], max_det)
     found, order = ops.scan(preds, head, conf, candidates)
-    ops.nms_launch(found, order, outputs, head.num_classes, iou, class_agnostic).run()
+    nms = ops.nms_launch(found, order, outputs, head.num_classes, iou, class_agnostic)
+    run_all([nms], order.device)
     return outputs
 
 

@@ -94,7 +94,8 @@ def _label_loss(
     if fused:
         from . import ops
 
-        return ops.label_loss(inputs, targets, kind, args, reduction)
+        own = None if reduction == "none" else ops.workspace(inputs.device)
+        return ops.label_loss(inputs, targets, kind, args, reduction, own)
     return _reduce(reference.LABEL_TERMS[kind](_wide(inputs), _wide(targets), args), reduction)
 
 
@@ -207,7 +208,8 @@ def _box_loss(
     if fused:
         from . import ops
 
-        return ops.box_loss(boxes1, boxes2, kind, list(args), reduction, extent)
+        own = None if reduction == "none" else ops.workspace(boxes1.device)
+        return ops.box_loss(boxes1, boxes2, kind, list(args), reduction, extent, own)
     boxes1, boxes2 = _wide(boxes1), _wide(boxes2)
     sides = None if extent is None else reference.terms.constants(extent, boxes1)
     loss = reference.BOX_TERMS[kind](boxes1, boxes2, args, sides)

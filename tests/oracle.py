@@ -121,9 +121,10 @@ def _softmax_kernel(x_ptr, t_ptr, loss_ptr, dx_ptr, n, C, LABEL: tl.constexpr, R
     if ROWS:
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         k = k[None, :]
+        mask = (row < n) & (k < C)
     else:
         row = tl.program_id(0)
-    mask = (row < n) & (k < C)
+        mask = k < C
     at = row * C + k
     x = tl.load(x_ptr + at, mask=mask, other=-1e30)
     t = tl.load(t_ptr + at, mask=mask, other=0.0)

@@ -78,7 +78,8 @@ class GridLoss(nn.Module):
             from .. import ops
 
             with_state = torch.is_grad_enabled() and any([pred.requires_grad for pred in preds])
-            total, parts, counts, *_ = ops.grid_loss(list(preds), rows, offsets, weights, key, with_state)
+            own = ops.workspace(device)
+            total, parts, counts, *_ = ops.grid_loss(list(preds), rows, offsets, weights, key, with_state, own)
         else:
             total, parts, counts = _reference_loss(preds, rows, offsets, head, weights)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
@@ -100,6 +101,8 @@ class GridLoss(nn.Module):
         weights = self.class_weights
         if weights is None or (weights.device == device and weights.dtype == torch.float32):
             return weights
+        if torch.compiler.is_compiling():  # what a graph allocates is not to be kept in a module
+            return _constant_weights(self._weights, device)
         self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=device)
         return self.class_weights
 
@@ -144,6 +147,12 @@ def _reference_loss(
     rows, spare = without_spare(rows, offsets)
     total, parts, counts = reference.grid_loss(views, rows, head, weights)
     return total, parts, counts_without_spare(counts, spare)
+
+
+@torch.compiler.assume_constant_result
+def _constant_weights(weights: tuple[float, ...] | None, device: torch.device) -> Tensor:
+    """Class weights made when a graph is traced, which is given them at each run."""
+    return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 @torch.compiler.assume_constant_result

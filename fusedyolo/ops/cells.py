@@ -13,7 +13,7 @@ from ..kernels import cells
 from ..kernels.launch import Wishes, cell_config
 from ..reference import cell_views
 from ..tuned import wishes
-from .launch import Launch, accumulator, done_counter, refuse_double_backward
+from .launch import Launch, accumulator, done_counter, refuse_double_backward, run_all
 
 
 @lru_cache(maxsize=256)
@@ -69,6 +69,7 @@ def cell_launch(
     outputs: tuple[Tensor, Tensor, Tensor] | None,
     grad_total: Tensor | None = None,
     skip_one: bool = False,
+    workspace: Tensor | None = None,
 ) -> Launch:
     """A launch of the driver of cells: the loss with ``outputs`` (total, parts, counts), the gradient with ``grad``.
 
@@ -83,7 +84,7 @@ def cell_launch(
     partial = done = None
     if outputs is not None:
         partial = pred.new_empty(programs * cells.N_PARTS.value, dtype=accumulator(pred.dtype)[1])
-        done = done_counter(pred.device)
+        done = done_counter(pred.device, workspace)
     arguments = {
         "pred_ptr": pred,
         "d_ptr": grad,
@@ -115,21 +116,27 @@ def cell_outputs(pred: Tensor, with_grad: bool) -> tuple[tuple[Tensor, Tensor, T
 
 @torch.library.custom_op("fusedyolo::cell_loss", mutates_args=())
 def cell_loss(
-    pred: Tensor, rows: Tensor, offsets: Tensor | None, key: str, with_grad: bool
+    pred: Tensor,
+    rows: Tensor,
+    offsets: Tensor | None,
+    key: str,
+    with_grad: bool,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss of a head of cells in one launch.
 
     Returns the total (0-dim), its parts box, confidence and class ``[3]``, the counts of cells with an object and of
     invalid rows (int32 ``[2]``), and the gradient of the total by ``pred`` (empty without ``with_grad``), which the
-    first backward takes.
+    first backward takes. A compiled graph brings its ``workspace``.
     """
     outputs, grad = cell_outputs(pred, with_grad)
-    cell_launch(pred, grad if with_grad else None, rows, offsets, key, outputs).run()
+    launch = cell_launch(pred, grad if with_grad else None, rows, offsets, key, outputs, workspace=workspace)
+    run_all([launch], pred.device)
     return *outputs, grad
 
 
 @cell_loss.register_fake
-def _(pred, rows, offsets, key, with_grad):
+def _(pred, rows, offsets, key, with_grad, workspace=None):
     outputs, grad = cell_outputs(pred, with_grad)
     return *outputs, grad
 
@@ -138,7 +145,7 @@ def _(pred, rows, offsets, key, with_grad):
 def cell_loss_grad(grad_total: Tensor, pred: Tensor, rows: Tensor, offsets: Tensor | None, key: str) -> Tensor:
     """Gradient of :func:`cell_loss`'s total by ``pred``, times ``grad_total`` (0-dim), in one launch."""
     grad = torch.empty_like(pred)
-    cell_launch(pred, grad, rows, offsets, key, None, grad_total).run()
+    run_all([cell_launch(pred, grad, rows, offsets, key, None, grad_total)], pred.device)
     return grad
 
 
@@ -154,7 +161,7 @@ def cell_loss_rescale(
     """Turns ``grad``, the gradient for a ``grad_total`` of 1, into that for this one: a launch that is over at once if
     it is 1, which only the device knows.
     """
-    cell_launch(pred, grad, rows, offsets, key, None, grad_total, skip_one=True).run()
+    run_all([cell_launch(pred, grad, rows, offsets, key, None, grad_total, skip_one=True)], pred.device)
 
 
 @cell_loss_rescale.register_fake
@@ -163,7 +170,7 @@ def _(grad, grad_total, pred, rows, offsets, key):
 
 
 def _save(ctx, inputs, output):
-    pred, rows, offsets, ctx.key, with_grad = inputs
+    pred, rows, offsets, ctx.key, with_grad, _workspace = inputs
     _total, parts, counts, grad = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(parts, counts, grad)
@@ -176,13 +183,13 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_total, _grad_parts, _grad_counts, _grad_grad):
     pred, rows, offsets = ctx.saved_tensors
     if grad_total is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     grad, ctx.stored = ctx.stored, None
     if grad is None or torch.is_grad_enabled():  # with create_graph, the gradient is to know that it has none itself
         grad = cell_loss_grad(grad_total, pred, rows, offsets, ctx.key)
     else:
         cell_loss_rescale(grad, grad_total, pred, rows, offsets, ctx.key)
-    return grad, None, None, None, None
+    return grad, None, None, None, None, None
 
 
 cell_loss.register_autograd(_backward, setup_context=_save)

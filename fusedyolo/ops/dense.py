@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +15,9 @@ from ..kernels.launch import MATCH_BLOCK, MATCH_ROWS, RANK_BLOCK, DenseConfig, d
 from ..kernels.terms import box, decode, label, offset
 from ..tuned import wishes
 from .grid import cell_strides
-from .launch import Launch, accumulator, done_counter, float_parts, forget_zeros, odd, refuse_double_backward, zeros
+from .launch import Launch, accumulator, done_counter, float_parts, odd, refuse_double_backward, row_maxima, run_all
 
 BOX_CHANNELS, CENTRE_CHANNELS = 4, 1
-_MATCHING = Lock()  # two threads on one stream share what lies between overlap_kernel and match_kernel
 
 
 class Geometry(NamedTuple):
@@ -170,6 +168,7 @@ def dense_launch(
     grads: Sequence[Tensor] | None = None,
     grad_outs: Sequence[Tensor | None] = (None,) * 4,
     skip_one: bool = False,
+    workspace: Tensor | None = None,
 ) -> Launch:
     """A launch of the driver after the match: the loss, the gradient with ``grads``, or both.
 
@@ -216,7 +215,7 @@ def dense_launch(
         "parts": (outputs.cls, outputs.box, outputs.centre) if with_loss else (None, None, None),
         "counts_ptr": outputs.counts if with_loss else None,
         "partial_ptr": partial,
-        "done_ptr": done_counter(rows.device) if with_loss else None,
+        "done_ptr": done_counter(rows.device, workspace) if with_loss else None,
         "ce_ptr": outputs.ce if head.negatives else None,
         "picks_ptr": outputs.picks if head.negatives else None,
         **_constants(head.key, preds[0].dtype),
@@ -245,6 +244,7 @@ def match_launches(
     geometry: Geometry,
     outputs: DenseOutputs,
     threads: int,
+    workspace: Tensor | None = None,
 ) -> list[Launch]:
     """The launches that settle which row each anchor takes; ``threads`` are those of ``MATCH_BLOCK`` anchors."""
     batch, N = outputs.match.shape
@@ -264,7 +264,7 @@ def match_launches(
     }
     grid = (batch * _ceil(N, block),)
     threads = max(32, block * threads // MATCH_BLOCK)
-    best = None if head.rescue is None else zeros(rows.device, rows.shape[0], torch.int64)
+    best = None if head.rescue is None else row_maxima(rows.device, rows.shape[0], workspace)
     settle = {
         **common,
         "As": odd(layout.anchors),
@@ -278,7 +278,7 @@ def match_launches(
         "match_ptr": outputs.match,
         "found_ptr": outputs.found,
         "counts_ptr": outputs.counts,
-        "done_ptr": done_counter(rows.device),
+        "done_ptr": done_counter(rows.device, workspace),
         "CENTRE": head.matcher == "centre",
         "RESCUE": head.rescue,
         "PLANES": not layout.flat and not head.negatives,
@@ -290,7 +290,7 @@ def match_launches(
     return launches
 
 
-def rank_launch(head: DenseHead, outputs: DenseOutputs, threads: int) -> Launch:
+def rank_launch(head: DenseHead, outputs: DenseOutputs, threads: int, workspace: Tensor | None = None) -> Launch:
     """The launch that picks the hardest negatives, and completes the loss; ``threads`` are those of ``RANK_BLOCK``."""
     batch, N = outputs.match.shape
     block = min(RANK_BLOCK, 1 << (N - 1).bit_length())
@@ -307,7 +307,7 @@ def rank_launch(head: DenseHead, outputs: DenseOutputs, threads: int) -> Launch:
         "total_ptr": outputs.total,
         "parts": (outputs.cls, outputs.box),
         "partial_ptr": outputs.total.new_empty(batch),
-        "done_ptr": done_counter(outputs.total.device),
+        "done_ptr": done_counter(outputs.total.device, workspace),
         "BY_IMAGE": head.mean == "image",
         "ACC": accumulator(outputs.total.dtype)[0],
         "BITS": 63 if outputs.total.dtype == torch.float64 else 31,
@@ -324,14 +324,18 @@ def loss_launches(
     head: DenseHead,
     geometry: Geometry,
     outputs: DenseOutputs,
+    workspace: Tensor | None = None,
 ) -> list[Launch]:
     """All launches of a loss, and of its gradient where ``outputs`` has room for that."""
     layout = _layout(preds, None, head)
     config = _config(layout, preds[0], head)
-    launches = match_launches(preds[0], layout, anchors, rows, offsets, head, geometry, outputs, config.match_threads)
-    launches.append(dense_launch(preds, anchors, rows, head, geometry, outputs, True, outputs.grads or None))
+    launches = match_launches(
+        preds[0], layout, anchors, rows, offsets, head, geometry, outputs, config.match_threads, workspace
+    )
+    grads = outputs.grads or None
+    launches.append(dense_launch(preds, anchors, rows, head, geometry, outputs, True, grads, workspace=workspace))
     if head.negatives:
-        launches.append(rank_launch(head, outputs, config.rank_threads))
+        launches.append(rank_launch(head, outputs, config.rank_threads, workspace))
     return launches
 
 
@@ -366,28 +370,23 @@ def dense_loss(
     corners: bool,
     ends: list[int],
     with_grad: bool,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss of a dense head; returns :class:`DenseOutputs`.
 
     ``preds`` are class logits, boxes and centreness, each a tensor a level; ``size``, ``corners`` and ``ends`` what
     :class:`Geometry` says. The gradients, if asked for and not ranked, are those of the total; the first backward
-    takes them.
+    takes them. A compiled graph brings its ``workspace``, with a place for each row.
     """
     head = dense_head_from_key(key)
     geometry = Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
     outputs = dense_outputs(preds, anchors, head, with_grad)
-    with _MATCHING:
-        try:
-            for launch in loss_launches(preds, anchors, rows, offsets, head, geometry, outputs):
-                launch.run()
-        except BaseException:
-            forget_zeros()
-            raise
+    run_all(loss_launches(preds, anchors, rows, offsets, head, geometry, outputs, workspace), rows.device)
     return tuple(outputs)  # type: ignore[return-value]
 
 
 @dense_loss.register_fake
-def _(preds, anchors, rows, offsets, key, size, corners, ends, with_grad):
+def _(preds, anchors, rows, offsets, key, size, corners, ends, with_grad, workspace=None):
     return tuple(dense_outputs(preds, anchors, dense_head_from_key(key), with_grad))
 
 
@@ -404,18 +403,8 @@ def _gradient(
     size, corners, ends = geometry
     none = match.new_empty(0)
     outputs = DenseOutputs(none, none, none, none, none, match, found, ce, picks, grads)
-    dense_launch(
-        preds,
-        anchors,
-        rows,
-        dense_head_from_key(key),
-        Geometry((size[0], size[1]), corners, (ends[0], ends[1])),
-        outputs,
-        False,
-        grads,
-        grad_outs,
-        skip_one,
-    ).run()
+    head, at = dense_head_from_key(key), Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
+    run_all([dense_launch(preds, anchors, rows, head, at, outputs, False, grads, grad_outs, skip_one)], rows.device)
 
 
 @torch.library.custom_op("fusedyolo::dense_loss_grad", mutates_args=())
@@ -473,7 +462,7 @@ def _(grads, grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, siz
 
 
 def _save(ctx, inputs, output):
-    preds, anchors, rows, _offsets, *ctx.settings, _with_grad = inputs
+    preds, anchors, rows, _offsets, *ctx.settings, _with_grad, _workspace = inputs
     outputs = DenseOutputs(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(outputs.counts, outputs.match, outputs.found, outputs.ce, outputs.picks, *outputs.grads)
@@ -486,15 +475,15 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_total, grad_cls, grad_box, grad_centre, *_rest):
     saved, preds = list(ctx.saved_tensors[:6]), list(ctx.saved_tensors[6:])
     grad_outs = (grad_total, grad_cls, grad_box, grad_centre)
-    nothing = (None,) * 8
+    others = (None,) * (len(ctx.needs_input_grad) - 1)  # a workspace counts only where there is one
     if all(grad is None for grad in grad_outs):
-        return [None] * len(preds), *nothing
+        return [None] * len(preds), *others
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
         grads = dense_loss_grad(*grad_outs, preds, saved, *ctx.settings)
     else:
         dense_loss_rescale(grads, *grad_outs, preds, saved, *ctx.settings)
-    return list(grads), *nothing
+    return list(grads), *others
 
 
 dense_loss.register_autograd(_backward, setup_context=_save)

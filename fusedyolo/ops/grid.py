@@ -14,7 +14,7 @@ from ..kernels.launch import SMALLEST_TILE, grid_config
 from ..kernels.terms import box, decode, label, offset
 from ..reference.grid import NEIGHBOURS, grid_view
 from ..tuned import wishes
-from .launch import Launch, accumulator, done_counter, refuse_double_backward
+from .launch import Launch, accumulator, done_counter, refuse_double_backward, run_all
 
 _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
 
@@ -165,6 +165,7 @@ def grid_launch(
     head: GridHead,
     outputs: GridOutputs,
     with_state: bool,
+    workspace: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
     common, _, config, programs = _common_arguments(preds, None, head, outputs, with_state)
@@ -178,7 +179,7 @@ def grid_launch(
         "total_ptr": outputs.total,
         "counts_ptr": outputs.counts,
         "partial_ptr": rows.new_empty(programs * grid.N_PARTS.value, dtype=outputs.total.dtype),
-        "done_ptr": done_counter(rows.device),
+        "done_ptr": done_counter(rows.device, workspace),
         "BLOCK_G": config.rows,
     }
     settings = config.threads, config.max_registers
@@ -229,16 +230,21 @@ def grid_loss(
     class_weights: Tensor | None,
     key: str,
     with_state: bool,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss of an anchor-grid head in one launch; returns :class:`GridOutputs`, of use to a gradient ``with_state``."""
+    """Loss of an anchor-grid head in one launch; returns :class:`GridOutputs`, of use to a gradient ``with_state``.
+
+    A compiled graph brings its ``workspace``.
+    """
     head = head_from_key(key)
     outputs = grid_outputs(preds, rows, head, with_state)
-    grid_launch(preds, rows, offsets, class_weights, head, outputs, with_state).run()
+    launch = grid_launch(preds, rows, offsets, class_weights, head, outputs, with_state, workspace)
+    run_all([launch], rows.device)
     return outputs.total, outputs.parts, outputs.counts, outputs.state, outputs.kept, outputs.true_obj
 
 
 @grid_loss.register_fake
-def _(preds, rows, offsets, class_weights, key, with_state):
+def _(preds, rows, offsets, class_weights, key, with_state, workspace=None):
     return tuple(grid_outputs(preds, rows, head_from_key(key), with_state))
 
 
@@ -255,7 +261,7 @@ def grid_loss_grad(
     """Gradient of :func:`grid_loss`'s total by every map, times ``grad_total`` (0-dim), in one launch."""
     grads = [torch.empty_like(pred) for pred in preds]
     outputs = GridOutputs(grad_total, parts, grad_total, state, kept, true_obj)
-    grid_grad_launch(preds, grads, grad_total, head_from_key(key), outputs).run()
+    run_all([grid_grad_launch(preds, grads, grad_total, head_from_key(key), outputs)], grad_total.device)
     return grads
 
 
@@ -274,11 +280,12 @@ def _save_grid(ctx, inputs, output):
 
 def _grid_backward(ctx, grad_total, *_grads):
     parts, state, kept, true_obj, *preds = ctx.saved_tensors
+    others = (None,) * (len(ctx.needs_input_grad) - 1)  # a workspace counts only where there is one
     if grad_total is None:
-        return [None] * len(preds), None, None, None, None, None
+        return [None] * len(preds), *others
     if state.numel() == 0:
         raise RuntimeError("grid_loss: no gradient was prepared, with_state was False")
-    return grid_loss_grad(grad_total, preds, parts, state, kept, true_obj, ctx.key), None, None, None, None, None
+    return grid_loss_grad(grad_total, preds, parts, state, kept, true_obj, ctx.key), *others
 
 
 grid_loss.register_autograd(_grid_backward, setup_context=_save_grid)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +49,12 @@ class Launch:
     stages: int | None = None
 
     def run(self) -> None:
-        """Launch on the current device and stream."""
+        """Launch on the current device and stream: :func:`run_all` sees to it that they are the right ones."""
         self.kernel[self.grid](**self.arguments, **self.options(torch.version.hip is None))
 
     def options(self, nvidia: bool) -> dict[str, int]:
         """Compiler options: a warp is 32 threads on NVIDIA's GPUs, 64 on AMD's data-centre GPUs."""
-        options: dict[str, int] = {"enable_fp_fusion": False} if self.exact else {}
+        options: dict[str, int] = {"enable_fp_fusion": not self.exact}
         if self.stages is not None:
             options["num_stages"] = self.stages
         if not nvidia:
@@ -62,37 +64,95 @@ class Launch:
         return {"num_warps": self.threads // 32, **options}
 
 
+_ANYWHERE = nullcontext()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current device: of that one Triton launches, and PyTorch says what its stream is and does."""
+    return torch.cuda.device(device) if device.type == "cuda" else _ANYWHERE
+
+
+def run_all(launches: Sequence[Launch], device: torch.device) -> None:
+    """Launch one after the other on the current stream of ``device``, that of their tensors.
+
+    What :func:`zeros` has given is forgotten if one of them fails or is interrupted: it may be zeros no more.
+    """
+    try:
+        with _on(device):
+            for launch in launches:
+                launch.run()
+    except BaseException:
+        forget_zeros()
+        raise
+
+
 LEAST_ZEROS = 4096  # so that batches of ordinary sizes need no more
-_ZEROS: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
+
+
+class _Memory(threading.local):
+    """What a thread keeps from call to call."""
+
+    def __init__(self) -> None:
+        self.zeros: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
+
+
+_MEMORY = _Memory()
 
 
 def zeros(device: torch.device, count: int, dtype: torch.dtype) -> Tensor:
     """At least ``count`` zeros that kernels may write to if they leave zeros behind, so that they are filled once, not
-    once a call; of each stream its own, because launches on two streams overlap.
+    once a call. Of each stream its own, because launches on two streams overlap; of each thread too, because those of
+    two threads mix on one stream, or are on two that have one handle (``cudaStreamPerThread``).
 
-    A captured graph gets its own too: memory that a capture allocates belongs to the graph.
+    A capture gets its own: memory that it allocates belongs to the graph. An operator that a compiled graph runs must
+    not ask, see :func:`workspace`.
     """
-    if device.type == "cpu":
-        stream = 0
-    elif torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=dtype, device=device)
-    else:
-        stream = torch.cuda.current_stream(device).cuda_stream
-    found = _ZEROS.get((device, stream, dtype))
+    stream = 0
+    if device.type == "cuda":
+        with _on(device):
+            if torch.cuda.is_current_stream_capturing():
+                return torch.zeros(count, dtype=dtype, device=device)
+            stream = torch.cuda.current_stream(device).cuda_stream
+    found = _MEMORY.zeros.get((device, stream, dtype))
     if found is None or len(found) < count:
         size = max(LEAST_ZEROS, 1 << (count - 1).bit_length())
-        found = _ZEROS[device, stream, dtype] = torch.zeros(size, dtype=dtype, device=device)
+        found = _MEMORY.zeros[device, stream, dtype] = torch.zeros(size, dtype=dtype, device=device)
     return found
 
 
+def shared_zeros() -> list[Tensor]:
+    """All that :func:`zeros` keeps for this thread: between calls, nothing but zeros."""
+    return list(_MEMORY.zeros.values())
+
+
 def forget_zeros() -> None:
-    """What an interrupted sequence of launches may have left in :func:`zeros` is not to be used."""
-    _ZEROS.clear()
+    """What launches of this thread may have left in :func:`zeros` is not to be used."""
+    _MEMORY.zeros.clear()
 
 
-def done_counter(device: torch.device) -> Tensor:
-    """The counters of finished programs and of places taken; the kernels leave them at 0."""
-    return zeros(device, 2, torch.int32)
+COUNTERS = 2  # int64s of a workspace that counters take: what follows begins at a multiple of 16 bytes
+
+
+def workspace(device: torch.device, rows: int = 0) -> Tensor | None:
+    """What an operator takes in place of :func:`zeros` where it is traced into a graph, else None.
+
+    int64 zeros, for the counters and for a maximum a row, which are part of the graph and filled when it runs: what is
+    allocated while CUDA graphs are recorded must not outlive them, and they refuse what comes from elsewhere. An
+    operator leaves them at 0, and thus declares no argument that it changes.
+    """
+    if not torch.compiler.is_compiling():
+        return None
+    return torch.zeros(COUNTERS + rows, dtype=torch.int64, device=device)
+
+
+def done_counter(device: torch.device, own: Tensor | None = None) -> Tensor:
+    """The counters of finished programs and of places taken, in a workspace where there is one; left at 0."""
+    return zeros(device, 2, torch.int32) if own is None else own[:COUNTERS].view(torch.int32)
+
+
+def row_maxima(device: torch.device, rows: int, own: Tensor | None = None) -> Tensor:
+    """An int64 for each row, in a workspace where there is one; left at 0."""
+    return zeros(device, rows, torch.int64) if own is None else own[COUNTERS:]
 
 
 def refuse_double_backward(name: str) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from .. import checks
 from ..kernels import pointwise
 from ..kernels.launch import POINTWISE_BLOCK, POINTWISE_THREADS
 from ..kernels.terms import box, label
-from .launch import Launch, accumulator, done_counter, refuse_double_backward
+from .launch import Launch, accumulator, done_counter, refuse_double_backward, run_all
 
 
 def _pointwise(
@@ -25,6 +25,7 @@ def _pointwise(
     loss: Tensor | None,
     grad_out: Tensor | None,
     grads: tuple[Tensor, ...],
+    workspace: Tensor | None = None,
 ) -> Launch:
     """A launch of a pointwise driver over ``n`` items: the loss with ``loss``, the gradient with ``grads``."""
     programs = -(-n // POINTWISE_BLOCK)
@@ -38,7 +39,7 @@ def _pointwise(
         "scale": 1.0 / n if reduction == "mean" else 1.0,
         "loss_ptr": loss,
         "partial_ptr": inputs[0].new_empty(programs, dtype=acc) if reduce_forward else None,
-        "done_ptr": done_counter(inputs[0].device) if reduce_forward else None,
+        "done_ptr": done_counter(inputs[0].device, workspace) if reduce_forward else None,
         "grad_out_ptr": grad_out,
         "REDUCE": reduce,
         "WITH_GRAD": loss is None,
@@ -59,19 +60,23 @@ _POINTWISE_NAMES = {
 _THREADS = {pointwise.label_kernel: POINTWISE_THREADS, pointwise.box_kernel: POINTWISE_BLOCK // 2}
 
 
-def _pointwise_loss(kernel: Any, a: Tensor, b: Tensor, shape, term: dict[str, Any], args, reduction: str) -> Tensor:
+def _pointwise_loss(
+    kernel: Any, a: Tensor, b: Tensor, shape, term: dict[str, Any], args, reduction: str, workspace: Tensor | None
+) -> Tensor:
     loss = a.new_empty(shape if reduction == "none" else (), dtype=accumulator(a.dtype)[1])
     n = math.prod(shape)
     if n == 0:
         return loss.zero_()
-    _pointwise(kernel, (a.contiguous(), b.contiguous()), n, term, args, reduction, loss, None, ()).run()
+    inputs = (a.contiguous(), b.contiguous())
+    run_all([_pointwise(kernel, inputs, n, term, args, reduction, loss, None, (), workspace)], a.device)
     return loss
 
 
 def _pointwise_grad(kernel: Any, grad_out: Tensor, a: Tensor, b: Tensor, n: int, term, args, reduction, grads) -> None:
     if n > 0:
         inputs = (a.contiguous(), b.contiguous())
-        _pointwise(kernel, inputs, n, term, args, reduction, None, grad_out.contiguous(), grads).run()
+        launch = _pointwise(kernel, inputs, n, term, args, reduction, None, grad_out.contiguous(), grads)
+        run_all([launch], a.device)
 
 
 def _label(kind: str) -> dict[str, Any]:
@@ -81,16 +86,24 @@ def _label(kind: str) -> dict[str, Any]:
 
 
 @torch.library.custom_op("fusedyolo::label_loss", mutates_args=())
-def label_loss(inputs: Tensor, targets: Tensor, kind: str, args: list[float], reduction: str) -> Tensor:
+def label_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    kind: str,
+    args: list[float],
+    reduction: str,
+    workspace: Tensor | None = None,
+) -> Tensor:
     """An elementwise label term of ``inputs`` (logits) against ``targets`` of the same shape.
 
-    float64 for float64, else float32.
+    float64 for float64, else float32. A compiled graph brings its ``workspace``.
     """
-    return _pointwise_loss(pointwise.label_kernel, inputs, targets, inputs.shape, _label(kind), args, reduction)
+    term = _label(kind)
+    return _pointwise_loss(pointwise.label_kernel, inputs, targets, inputs.shape, term, args, reduction, workspace)
 
 
 @label_loss.register_fake
-def _(inputs, targets, kind, args, reduction):
+def _(inputs, targets, kind, args, reduction, workspace=None):
     return inputs.new_empty(inputs.shape if reduction == "none" else (), dtype=accumulator(inputs.dtype)[1])
 
 
@@ -123,16 +136,19 @@ def box_loss(
     args: list[float],
     reduction: str,
     extent: list[float] | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """A box term of pairs of boxes ``[..., 4]`` (xyxy); float64 for float64, else float32.
 
-    ``extent`` is the width and height of the image, for a term that needs them.
+    ``extent`` is the width and height of the image, for a term that needs them. A compiled graph brings its
+    ``workspace``.
     """
-    return _pointwise_loss(pointwise.box_kernel, boxes1, boxes2, boxes1.shape[:-1], _box(kind, extent), args, reduction)
+    shape, term = boxes1.shape[:-1], _box(kind, extent)
+    return _pointwise_loss(pointwise.box_kernel, boxes1, boxes2, shape, term, args, reduction, workspace)
 
 
 @box_loss.register_fake
-def _(boxes1, boxes2, kind, args, reduction, extent=None):
+def _(boxes1, boxes2, kind, args, reduction, extent=None, workspace=None):
     return boxes1.new_empty(boxes1.shape[:-1] if reduction == "none" else (), dtype=accumulator(boxes1.dtype)[1])
 
 
@@ -165,18 +181,18 @@ def _(grad_out, boxes1, boxes2, kind, args, reduction, extent=None):
 
 
 def _save_pair(ctx, inputs, output):
-    a, b, ctx.kind, ctx.args, ctx.reduction, *ctx.extent = inputs
+    a, b, ctx.kind, ctx.args, ctx.reduction, *ctx.extent, _workspace = inputs
     ctx.save_for_backward(a, b)
 
 
 def _label_backward(ctx, grad_out):
     grad = label_loss_grad(grad_out, *ctx.saved_tensors, ctx.kind, ctx.args, ctx.reduction)
-    return grad, None, None, None, None
+    return grad, None, None, None, None, None
 
 
 def _box_backward(ctx, grad_out):
     grads = box_loss_grad(grad_out, *ctx.saved_tensors, ctx.kind, ctx.args, ctx.reduction, *ctx.extent)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 label_loss.register_autograd(_label_backward, setup_context=_save_pair)

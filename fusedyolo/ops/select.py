@@ -15,21 +15,12 @@ from ..kernels.terms import decode
 from ..reference import grid_view
 from ..reference.select import LOWEST_BIN, SCORE_BINS
 from .grid import cell_strides
-from .launch import Launch, float_parts
+from .launch import Launch, float_parts, run_all
 
 MOST_PAIRS = 2**31 - 1  # indices are int32
 SCAN_THREADS = NMS_THREADS = 256
 COUNT_REGISTERS, MAX_REGISTERS = 128, 192  # left alone, ptxas stops at 64 or 128 and keeps a few words on the stack
 NMS_BLOCK, NMS_CHUNK = 64, 16
-
-
-@dataclass(frozen=True)
-class ExactLaunch(Launch):
-    """A launch whose products and sums are rounded one by one, as PyTorch's: an IoU of 1 must not come out above 1."""
-
-    def options(self, nvidia: bool) -> dict[str, int]:
-        """Compiler options."""
-        return {**super().options(nvidia), "enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
@@ -44,9 +35,7 @@ class Candidates:
     index: Tensor
 
 
-def scan_launches(
-    preds: Sequence[Tensor], head: GridHead, conf: float, limit: int
-) -> tuple[Candidates, list[ExactLaunch]]:
+def scan_launches(preds: Sequence[Tensor], head: GridHead, conf: float, limit: int) -> tuple[Candidates, list[Launch]]:
     """The launches that fill the candidates of an anchor-grid head, the best ``limit`` pairs of each image."""
     views = [grid_view(pred, len(own)) for pred, own in zip(preds, head.levels, strict=True)]
     strides = [cell_strides(view) for view in views]
@@ -103,7 +92,7 @@ def scan_launches(
         (kernels.WRITE, MAX_REGISTERS),
     )
     return Candidates(scores, boxes, index), [
-        ExactLaunch(kernels.scan_kernel, (batch * tiles,), {**arguments, "MODE": mode}, SCAN_THREADS, registers)
+        Launch(kernels.scan_kernel, (batch * tiles,), {**arguments, "MODE": mode}, SCAN_THREADS, registers, exact=True)
         for mode, registers in modes
     ]
 
@@ -130,7 +119,7 @@ def nms_launch(
     num_classes: int,
     iou: float,
     class_agnostic: bool,
-) -> ExactLaunch:
+) -> Launch:
     """NMS of candidates whose scores are in descending order and whose boxes and indices are in slots ``order``."""
     boxes, scores, labels, count = outputs
     batch, max_det = scores.shape
@@ -152,13 +141,13 @@ def nms_launch(
         "BLOCK": NMS_BLOCK,
         "CHUNK": NMS_CHUNK,
     }
-    return ExactLaunch(kernels.nms_kernel, (batch,), arguments, NMS_THREADS, MAX_REGISTERS)
+    # exact: an IoU of 1 must not come out above 1
+    return Launch(kernels.nms_kernel, (batch,), arguments, NMS_THREADS, MAX_REGISTERS, exact=True)
 
 
 def scan(preds: Sequence[Tensor], head: GridHead, conf: float, limit: int) -> tuple[Candidates, Tensor]:
     """Candidates of an anchor-grid head with their scores in descending order, and the slots these come from."""
     found, launches = scan_launches(preds, head, conf, limit)
-    for launch in launches:
-        launch.run()
+    run_all(launches, found.scores.device)
     scores, order = found.scores.sort(dim=1, descending=True, stable=True)
     return replace(found, scores=scores), order

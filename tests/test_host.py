@@ -1,0 +1,470 @@
+"""The host's side of launches: which device they go to, and the zeros that they share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton
+from conftest import DEVICE
+from fusedyolo.kernels import select as kernels
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedyolo
+from fusedyolo import functional, ops, tuned
+from fusedyolo.ops import launch
+from fusedyolo.ops.launch import Launch
+
+ROWS = ((0, 1, 0.4, 0.4, 0.3, 0.4), (0, 2, 0.6, 0.7, 0.2, 0.2), (1, 0, 0.3, 0.6, 0.5, 0.3))
+
+
+def loss(kind: str, **options: Any) -> Any:
+    """A small criterion on Triton."""
+    options = {"backend": "triton", **options}
+    if kind == "yolov5":
+        return fusedyolo.YOLOv5Loss([[(10, 13), (16, 30)], [(30, 61)]], (8, 16), 3, **options)
+    if kind == "yolov4":
+        return fusedyolo.YOLOv4Loss([[(10, 13)], [(30, 61)]], (8, 16), 3, recipe="darknet", **options)
+    if kind == "yolov1":
+        return fusedyolo.YOLOv1Loss(3, **options)
+    make = {"retinanet": fusedyolo.RetinaNetLoss, "ssd": fusedyolo.SSDLoss, "fcos": fusedyolo.FCOSLoss}[kind]
+    return make(3, image_size=(64, 64), **options)
+
+
+DENSE = ["retinanet", "ssd", "fcos"]
+LOSSES = ["yolov5", "yolov4", "yolov1", *DENSE]
+
+
+def predictions(kind: str, seed: int = 0, device: str = DEVICE) -> list[Tensor]:
+    """Of two images, leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "yolov5": [(2, 16, 8, 8), (2, 8, 4, 4)],
+        "yolov4": [(2, 8, 8, 8), (2, 8, 4, 4)],
+        "yolov1": [(2, 7, 7, 13)],
+        "retinanet": [(2, 64, 3), (2, 64, 4)],
+        "ssd": [(2, 64, 3), (2, 64, 4)],
+        "fcos": [(2, 64, 3), (2, 64, 4), (2, 64, 1)],
+    }
+    preds = [torch.randn(shape, generator=generator) for shape in shapes[kind]]
+    if kind == "fcos":
+        preds[1] = preds[1].abs()
+    return [pred.to(device).requires_grad_() for pred in preds]
+
+
+def boxes(device: str = DEVICE) -> Tensor:
+    """Anchors of the dense losses, a row of 8 a line."""
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    corner = torch.stack((x, y), -1).view(-1, 2) * 8
+    return torch.cat((corner, corner + 20), 1).to(device)
+
+
+def evaluate(kind: str, preds: list[Tensor], rows: Tensor, anchors: Tensor, criterion: Any = None) -> Tensor:
+    """The total of a loss."""
+    criterion = loss(kind) if criterion is None else criterion
+    if kind in DENSE:
+        return criterion(tuple(preds), rows, anchors=anchors, num_anchors_per_level=[64]).total
+    return criterion(preds[0] if kind == "yolov1" else preds, rows).total
+
+
+def step(kind: str, seed: int = 0) -> tuple[Tensor, ...]:
+    """A total and the gradients."""
+    preds = predictions(kind, seed)
+    total = evaluate(kind, preds, torch.tensor(ROWS, device=DEVICE), boxes())
+    return total.detach(), *torch.autograd.grad(total, preds)
+
+
+def pairs(seed: int = 0) -> list[Tensor]:
+    """300 boxes and as many others, leaves."""
+    corner, side = torch.rand(2, 2, 300, 2, generator=torch.Generator().manual_seed(seed))
+    return list(torch.cat((corner, corner + side), -1).to(DEVICE).requires_grad_().unbind())
+
+
+def pointwise_step(seed: int = 0) -> tuple[Tensor, ...]:
+    a, b = (x.detach().requires_grad_() for x in pairs(seed))
+    total = functional.complete_box_iou_loss(a, b, "mean", backend="triton")
+    total = total + functional.sigmoid_focal_loss(a, b.detach(), reduction="sum", backend="triton")
+    return total.detach(), *torch.autograd.grad(total, [a, b])
+
+
+STEPS: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+    **{kind: lambda kind=kind: step(kind) for kind in LOSSES},  # type: ignore[misc]
+    "pointwise": pointwise_step,
+}
+
+
+def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
+    return all(map(torch.equal, got, want))
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    """Each test begins and ends with zeros of its own."""
+    launch.forget_zeros()
+    yield
+    launch.forget_zeros()
+
+
+# ---- the device of a launch
+
+
+class Driver:
+    """What PyTorch says of two GPUs that are not there, and the device each launch went to."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capturing: tuple[bool, bool] = (False, False)):
+        self.current, self.capturing = 0, capturing
+        self.asked: list[int] = []
+        self.launched: list[tuple[str, int]] = []
+        driver = self
+
+        class Guard:
+            def __init__(self, device: torch.device):
+                self.index = device.index
+
+            def __enter__(self):
+                self.before, driver.current = driver.current, self.index
+
+            def __exit__(self, *error):
+                driver.current = self.before
+
+        class Stream:
+            def __init__(self, device: torch.device | None = None):
+                self.cuda_stream = 100 + (driver.current if device is None else device.index)
+
+        def is_capturing() -> bool:
+            self.asked.append(self.current)
+            return self.capturing[self.current]
+
+        def run(launch: Launch) -> None:
+            self.launched.append((launch.kernel.__name__, self.current))
+
+        patch.setattr(torch.cuda, "device", Guard)
+        patch.setattr(torch.cuda, "current_stream", Stream)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
+        patch.setattr(tuned, "gpu_name", lambda device: "none")
+        patch.setattr(Launch, "run", run)
+
+
+def inside(operator: Any) -> Callable[..., Any]:
+    """What an operator runs on a real device, also for fake tensors."""
+    return OPDEFS[operator._qualname]._init_fn
+
+
+def run_operators(device: str) -> None:
+    """Every operator that launches."""
+    rows, one = torch.empty(3, 6, device=device), torch.ones((), device=device)
+    preds = [torch.empty(1, 8, side, side, device=device) for side in (8, 4)]
+    key = loss("yolov4", backend="torch").head.key
+    outputs = inside(ops.grid_loss)(preds, rows, None, None, key, True)
+    inside(ops.grid_loss_grad)(one, preds, outputs[1], *outputs[3:], key)
+
+    pred, key = torch.empty(1, 7, 7, 13, device=device), loss("yolov1", backend="torch").head.key
+    inside(ops.cell_loss)(pred, rows, None, key, True)
+    inside(ops.cell_loss_grad)(one, pred, rows, None, key)
+    inside(ops.cell_loss_rescale)(pred.clone(), one, pred, rows, None, key)
+
+    for kind in DENSE:
+        preds = [torch.empty(1, 64, c, device=device) for c in (3, 4, 1)[: 3 if kind == "fcos" else 2]]
+        anchors, at = torch.empty(64, 4, device=device), ([64.0, 64.0], False, [64, 64])
+        key = loss(kind, backend="torch").head.key
+        dense = inside(ops.dense_loss)(preds, anchors, rows, None, key, *at, True)
+        saved = [anchors, rows, *dense[5:9]]
+        inside(ops.dense_loss_grad)(one, None, None, None, preds, saved, key, *at)
+        grads = [pred.clone() for pred in preds]
+        inside(ops.dense_loss_rescale)(grads, one, None, None, None, preds, saved, key, *at)
+
+    x = torch.empty(5, 4, device=device)
+    inside(ops.label_loss)(x, x, "bce", [], "mean")
+    inside(ops.label_loss_grad)(one, x, x, "bce", [], "mean")
+    inside(ops.box_loss)(x, x, "giou", [0.0, 0.0], "mean")
+    inside(ops.box_loss_grad)(one, x, x, "giou", [0.0, 0.0], "mean")
+
+    maps, settings = [torch.empty(1, 8, 8, 8, device=device)], (0.25, 0.5, 10, False, 100)
+    head = fusedyolo.YOLOv5Loss([[(10, 13)]], (8,), 3).head
+    inside(fusedyolo.detections._select_maps)(maps, head.key, *settings)
+    inside(fusedyolo.detections._select_decoded)(
+        torch.empty(1, 64, 4, dtype=torch.float64, device=device),
+        torch.empty(1, 64, 3, dtype=torch.float64, device=device),
+        *settings,
+        "triton",
+    )
+
+
+def test_every_operator_launches_on_the_device_of_its_tensors(monkeypatch):
+    driver = Driver(monkeypatch)
+    with FakeTensorMode():
+        run_operators("cuda:1")
+    assert {device for _, device in driver.launched} == {1}
+    assert set(driver.asked) == {1}  # whether a capture is under way
+    assert driver.current == 0
+    assert {name for name, _ in driver.launched} == {
+        "grid_kernel", "grid_grad_kernel", "cell_kernel", "overlap_kernel", "match_kernel", "dense_kernel",
+        "rank_kernel", "label_kernel", "box_kernel", "scan_kernel", "nms_kernel",
+    }  # fmt: skip
+    assert {tensor.device.index for tensor in launch.shared_zeros()} == {1}
+
+
+def test_zeros_are_those_of_a_device_and_of_a_capture_on_it(monkeypatch):
+    Driver(monkeypatch, capturing=(True, False))
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    with FakeTensorMode():
+        assert launch.zeros(second, 2, torch.int32) is launch.zeros(second, 2, torch.int32)
+        assert launch.zeros(first, 2, torch.int32) is not launch.zeros(first, 2, torch.int32)
+    assert [tensor.device for tensor in launch.shared_zeros()] == [second]
+
+
+def test_a_guard_is_left_when_a_launch_fails(monkeypatch):
+    driver = Driver(monkeypatch)
+
+    def fail(launch: Launch) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Launch, "run", fail)
+    with FakeTensorMode():
+        launch.zeros(torch.device("cuda", 1), 2, torch.int32)
+        with pytest.raises(KeyboardInterrupt):
+            ops.run_all([Launch(kernels.nms_kernel, (1,), {}, 32)], torch.device("cuda", 1))
+    assert driver.current == 0
+    assert launch.shared_zeros() == []
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("nvidia", [True, False])
+def test_contraction_is_always_said(nvidia):
+    """Left out, an environment variable of Triton's decides."""
+    for exact in (False, True):
+        options = Launch(kernels.nms_kernel, (1,), {}, 64, 96, exact=exact).options(nvidia)
+        assert options.pop("enable_fp_fusion") is not exact
+        assert options == ({"num_warps": 2, "maxnreg": 96} if nvidia else {"num_warps": 1})
+
+
+# ---- zeros that launches share
+
+
+def test_steps_leave_zeros():
+    for run in STEPS.values():
+        run()
+    assert len(launch.shared_zeros()) == 2
+    assert not any(bool(kept.any()) for kept in launch.shared_zeros())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter is what is stopped")
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_kernel_stopped_half_way_spoils_no_later_call(kind, monkeypatch):
+    """After its first atomic operation: a program counted, or a maximum left."""
+    builder = triton.runtime.interpreter.InterpreterBuilder
+    run, count = STEPS[kind], builder.create_atomic_rmw
+    want = run()
+
+    def stop(self, *args):
+        count(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "create_atomic_rmw", stop)
+        with pytest.raises((KeyboardInterrupt, InterpreterError)) as caught:
+            run()
+    assert isinstance(caught.value, KeyboardInterrupt) or isinstance(caught.value.__cause__, KeyboardInterrupt)
+    assert not any(bool(kept.any()) for kept in launch.shared_zeros())
+    assert same(run(), want)
+
+
+def stop_before(patch: pytest.MonkeyPatch, kernel: str) -> None:
+    run = Launch.run
+
+    def stop(self: Launch) -> None:
+        if self.kernel.__name__ == kernel:
+            raise RuntimeError("stopped")
+        run(self)
+
+    patch.setattr(Launch, "run", stop)
+
+
+@pytest.mark.parametrize(("kind", "kernel"), [("retinanet", "match_kernel"), ("ssd", "match_kernel")])
+def test_an_error_between_launches_spoils_no_later_call(kind, kernel, monkeypatch):
+    want = step(kind)
+    with monkeypatch.context() as patch:
+        stop_before(patch, kernel)
+        with pytest.raises(RuntimeError, match="stopped"):
+            step(kind, seed=1)
+    assert launch.shared_zeros() == []
+    assert same(step(kind), want)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "ssd"])
+def test_two_threads_on_one_stream_share_nothing(kind, monkeypatch):
+    """One of them comes between two launches of the other: neither waits, and both are right."""
+    want, other = step(kind), step(kind, seed=1)
+    run, between, done = Launch.run, threading.Event(), threading.Event()
+    got: dict[str, Any] = {}
+
+    def pausing(self: Launch) -> None:
+        run(self)
+        if self.kernel.__name__ == "overlap_kernel" and threading.current_thread().name == "first":
+            between.set()
+            got["in time"] = done.wait(20)
+
+    def first() -> None:
+        got["first"] = step(kind)
+
+    def second() -> None:
+        between.wait(20)
+        rows = torch.tensor([[0, 1, 0.5, 0.5, 0.9, 0.9]] * 3, device=DEVICE)  # larger maxima in the same places
+        preds = predictions(kind, seed=1)
+        evaluate(kind, preds, rows, boxes()).backward()
+        got["second"] = step(kind, seed=1)
+        got["kept"] = launch.shared_zeros()
+        done.set()
+
+    monkeypatch.setattr(Launch, "run", pausing)
+    threads = [threading.Thread(target=first, name="first"), threading.Thread(target=second, name="second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert got["in time"]
+    assert same(got["first"], want)
+    assert same(got["second"], other)
+    mine = {kept.data_ptr() for kept in launch.shared_zeros()}
+    assert mine.isdisjoint(kept.data_ptr() for kept in got["kept"])
+
+
+# ---- compiled graphs
+
+
+def refuse(*args: Any) -> Tensor:
+    raise AssertionError("memory that outlives a graph was asked for in it")
+
+
+class Fills(TorchDispatchMode):
+    """The sizes of the zeros that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::zeros", "aten::full"):
+            self.sizes.append(torch.Size(args[0]).numel())
+        return func(*args, **(kwargs or {}))
+
+
+CRITERIA = {kind: loss(kind) for kind in LOSSES}
+
+
+def everything(preds: dict[str, list[Tensor]], rows: Tensor, anchors: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """All losses in one graph, and detections that take no part in the gradient."""
+    totals = [evaluate(kind, preds[kind], rows, anchors, CRITERIA[kind]) for kind in LOSSES]
+    totals.append(functional.complete_box_iou_loss(a, b, "mean", backend="triton"))
+    totals.append(functional.sigmoid_focal_loss(a, b.detach(), reduction="sum", backend="triton"))
+    totals.append(functional.sigmoid_focal_loss(a, b.detach(), backend="triton").mean())
+    found = fusedyolo.select(preds["yolov5"], CRITERIA["yolov5"], candidates=20, max_det=5, backend="triton")
+    return torch.stack([*totals, found.scores.sum()])
+
+
+def arguments(seed: int, rows: int):
+    a, b = (x.detach().requires_grad_() for x in pairs(seed))
+    preds = {kind: predictions(kind, seed) for kind in LOSSES}
+    return preds, torch.tensor(ROWS[:rows], device=DEVICE), boxes(), a, b
+
+
+def results(function: Callable[..., Tensor], inputs: Any) -> tuple[Tensor, ...]:
+    preds, _, _, a, b = inputs
+    totals = function(*inputs)
+    leaves = [*(pred for maps in preds.values() for pred in maps), a, b]
+    return totals.detach(), *torch.autograd.grad(totals, leaves, torch.linspace(0.5, 2.0, len(totals), device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_graph_asks_for_no_memory_that_outlives_it(backend, monkeypatch):
+    """Forward and backward, of every loss; CUDA-graph trees refuse such memory, or hand it out twice."""
+    wanted = [results(everything, arguments(seed, rows)) for seed, rows in ((0, 3), (1, 2))]
+    launch.forget_zeros()
+    monkeypatch.setattr(launch, "zeros", refuse)
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, backend=backend, fullgraph=True)
+    for want, (seed, rows) in zip(wanted, ((0, 3), (1, 2)), strict=True):
+        for _ in range(2):
+            got = results(compiled, arguments(seed, rows))
+            for mine, theirs in zip(got, want, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    assert launch.shared_zeros() == []
+
+
+def test_what_a_graph_fills_is_for_its_rows(monkeypatch):
+    """16 bytes of counters, and a place for each row of a loss that looks for the best anchor of each."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with Fills() as fills:
+        own = ops.workspace(torch.device(DEVICE), 5)
+    assert own is not None
+    assert fills.sizes == [7]
+    assert launch.done_counter(own.device, own).data_ptr() == own.data_ptr()
+    assert launch.row_maxima(own.device, 5, own).data_ptr() == own.data_ptr() + 16
+    assert launch.row_maxima(own.device, 5, own).shape == (5,)
+    assert launch.shared_zeros() == []
+
+
+def test_eager_calls_fill_once():
+    for run in STEPS.values():
+        run()
+    with Fills() as fills:
+        for run in STEPS.values():
+            run()
+    assert max(fills.sizes, default=0) < launch.LEAST_ZEROS
+
+
+@pytest.fixture
+def cleared(monkeypatch):
+    """Memory comes as zeros: a launch leaves alone what the gradient will not read, and opcheck compares it all."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+
+
+def test_opcheck_with_a_workspace(cleared):
+    """An operator leaves what it is handed as it was."""
+    rows, own = torch.tensor(ROWS[:2], device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    rows[:, 0] = 0
+    first = {kind: [pred[:1].detach().requires_grad_() for pred in predictions(kind)] for kind in LOSSES}
+    key = CRITERIA["yolov4"].head.key
+    torch.library.opcheck(ops.grid_loss, (first["yolov4"], rows, None, None, key, True, own))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    key = CRITERIA["yolov1"].head.key
+    torch.library.opcheck(ops.cell_loss, (first["yolov1"][0], rows, None, key, False, own), test_utils=tests)
+    for kind in ("retinanet", "ssd"):
+        at = [64.0, 64.0], False, [64, 64]
+        call = (first[kind], boxes(), rows, None, CRITERIA[kind].head.key, *at, False, own)
+        torch.library.opcheck(ops.dense_loss, call, test_utils=tests)
+    a, b = (x[:9].detach().requires_grad_() for x in pairs())
+    torch.library.opcheck(ops.label_loss, (a, b.detach(), "focal", [0.25, 2.0], "mean", own))
+    torch.library.opcheck(ops.box_loss, (a, b, "ciou", [1e-7, 1e-7], "mean", None, own))
+    assert not own.any()
+
+
+def test_class_weights_made_in_a_graph_are_not_kept():
+    """Of a module that was not moved to where its predictions are: a graph's memory must not become a buffer."""
+
+    def make(counts: list[int]) -> Any:
+        options: dict[str, Any] = {"recipe": "darknet", "counters_per_class": counts, "backend": "triton"}
+        return fusedyolo.YOLOv4Loss([[(10, 13)], [(30, 61)]], (8, 16), 3, **options).to(torch.float64)
+
+    modules = [make([1, 2, 3]), make([5, 1, 2])]
+    before = [module.class_weights for module in modules]
+    rows, preds = torch.tensor(ROWS, device=DEVICE), predictions("yolov4")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda preds, rows: torch.stack([module(preds, rows).total for module in modules]),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    got = [compiled(preds, rows) for _ in range(2)]
+    assert all(module.class_weights is weights for module, weights in zip(modules, before, strict=True))
+    want = torch.stack([module(preds, rows).total for module in modules])
+    assert all(torch.equal(each, want) for each in got)
+    assert want[0] != want[1]
