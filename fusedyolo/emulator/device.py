@@ -204,4 +204,4 @@ def _shared_zeros() -> list[Tensor]:
     """Memory that launches share, and must leave at zero."""
     from ..ops import launch
 
-    return list(launch._ZEROS.values())
+    return launch.shared_zeros()
