@@ -1,12 +1,11 @@
 """What a step costs, counted at full size in the interpreter: launches, bytes, host waits."""
 
 import pytest
-from conftest import DEVICE
 
 from bench.measure import count_step
 from fusedyolo.tools.registry import CASES, Workload
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in the interpreter")
+pytestmark = pytest.mark.interpreter("sectors are counted in the interpreter")
 
 
 @pytest.mark.parametrize(

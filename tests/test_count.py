@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE
 
 from bench import count, measure
 from fusedyolo.tools.parity import step
@@ -242,7 +241,7 @@ def test_a_sampled_launch_is_counted_as_a_whole_one():
     assert 0 < y.count_nonzero() <= 6 * 128
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in the interpreter")
+@pytest.mark.interpreter("sectors are counted in the interpreter")
 @pytest.mark.parametrize(("name", "batch", "size"), [("YOLOv3/paper", 4, 96), ("FCOS", 4, 192), ("SSD", 4, 128)])
 def test_what_stands_for_a_launch_is_close_to_all_of_it(name, batch, size, monkeypatch):
     """Also: what is left out must not be missed by the launches after it."""
@@ -300,7 +299,7 @@ def spoil_by_copying(out, pred):
     return out.total + 0 * pred.permute(0, 2, 3, 1).contiguous()[0, 0, 0, 0]
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in the interpreter")
+@pytest.mark.interpreter("sectors are counted in the interpreter")
 def test_an_unfused_term_a_wait_and_a_copy_are_caught(monkeypatch):
     case, work = CASES["YOLOv2/darknet"], Workload(batch=1, size=64, classes=4)
     size = case.prediction_bytes(work)

@@ -514,7 +514,7 @@ def test_parts_have_gradients_of_their_own(kind):
     assert (found["triton"] - found["torch"]).abs().max() <= 1e-5 * found["torch"].abs().max()
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in the interpreter")
+@pytest.mark.interpreter("sectors are counted in the interpreter")
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
 def test_a_backward_of_ones_moves_next_to_nothing(kind):
     """Of the total and of the sum of the parts."""
@@ -600,7 +600,7 @@ def test_compiles_once_for_maps_of_any_size():
 # ---- cost
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in the interpreter")
+@pytest.mark.interpreter("sectors are counted in the interpreter")
 @pytest.mark.parametrize("kind", KINDS)
 def test_cost_grows_linearly_with_the_objects(kind):
     """Bytes of a step in the number of objects of an image; the programs stay the same."""

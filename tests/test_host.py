@@ -256,7 +256,7 @@ def test_steps_leave_zeros():
     assert not any(bool(kept.any()) for kept in launch.shared_zeros())
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter is what is stopped")
+@pytest.mark.interpreter("the interpreter is what is stopped")
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_kernel_stopped_half_way_spoils_no_later_call(kind, monkeypatch):
     """After its first atomic operation: a program counted, or a maximum left."""

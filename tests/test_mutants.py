@@ -8,7 +8,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import DEVICE
 from fusedyolo.kernels import assign, dense, grid, match, primitives, rows
 from fusedyolo.kernels.terms import box, decode, label, offset
 from oracle import check_box_term, check_grid, check_label_term, check_softmax
@@ -21,7 +20,7 @@ from test_grid import DARKNET, HEADS, LIGHTNET, RATIO, make_preds, make_rows
 from fusedyolo.ops import dense as dense_ops
 from fusedyolo.ops import grid as grid_ops
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels keep the functions they were compiled with")
+pytestmark = pytest.mark.interpreter("compiled kernels keep the functions they were compiled with")
 
 
 def check_small_grid() -> None:

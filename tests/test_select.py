@@ -536,7 +536,7 @@ def test_compiles_without_a_break(backend):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
+@pytest.mark.interpreter("counts in Triton's interpreter")
 def test_launches_bytes_and_no_host_waits():
     criterion = LOSSES["YOLOv4Loss"]()
     gen = torch.Generator().manual_seed(0)
@@ -650,7 +650,7 @@ def check_classes():
     test_classes_and_agnostic("triton")
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels keep the functions they were compiled with")
+@pytest.mark.interpreter("compiled kernels keep the functions they were compiled with")
 @pytest.mark.parametrize(
     ("name", "broken", "check_it"),
     [

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE
 from fusedyolo.kernels.launch import dense_config, grid_config, legal_wishes
 
 from fusedyolo import tuned
@@ -20,7 +19,7 @@ from fusedyolo.__main__ import main
 from fusedyolo.tools import codegen, tune
 from fusedyolo.tools.registry import CASES, Workload
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the timer is made up")
+pytestmark = pytest.mark.interpreter("the timer is made up")
 
 WORK = Workload(batch=1, size=64, classes=2)
 POINT = tune.Point(CASES["YOLOv3/paper"], WORK, "cpu")

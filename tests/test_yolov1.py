@@ -688,7 +688,7 @@ def test_errors_of_a_call(argument, pred, targets, which):
 # ---- what a step costs
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="sectors are counted in the interpreter")
+@pytest.mark.interpreter("sectors are counted in the interpreter")
 @pytest.mark.parametrize(
     ("layout", "packed", "bound"),
     [("flat", False, 1.33), ("flat", True, 1.41), ("grid", False, 1.58)],
@@ -803,7 +803,7 @@ def change_head(**changes):
     return changed
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels keep the functions they were compiled with")
+@pytest.mark.interpreter("compiled kernels keep the functions they were compiled with")
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
