@@ -72,7 +72,7 @@ class GridLoss(nn.Module):
         )
         device = preds[0].device
         rows, offsets = as_targets(targets, batch, size, device)
-        weights = self._weights_on(device)
+        weights = self._weights_for(preds[0])
         head, key = self._head_of(len(range(batch)))  # of a symbolic size, range makes a number
         if backends.resolve(self.backend, device) == "triton":
             from .. import ops
@@ -96,13 +96,13 @@ class GridLoss(nn.Module):
             return head, key
         return _batch_head(key, float(batch) ** self._batch_power, self.batch_gains)
 
-    def _weights_on(self, device: torch.device) -> Tensor | None:
-        """The class weights on ``device`` in float32, whatever the module itself was cast or moved to."""
-        weights = self.class_weights
+    def _weights_for(self, pred: Tensor) -> Tensor | None:
+        """The class weights on the device of ``pred`` in float32, whatever the module itself was cast or moved to."""
+        weights, device = self.class_weights, pred.device
         if weights is None or (weights.device == device and weights.dtype == torch.float32):
             return weights
         if torch.compiler.is_compiling():  # what a graph allocates is not to be kept in a module
-            return _constant_weights(self._weights, device)
+            return reference.terms.constants(self._weights or (), pred.new_empty(0, dtype=torch.float32))
         self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=device)
         return self.class_weights
 
@@ -147,12 +147,6 @@ def _reference_loss(
     rows, spare = without_spare(rows, offsets)
     total, parts, counts = reference.grid_loss(views, rows, head, weights)
     return total, parts, counts_without_spare(counts, spare)
-
-
-@torch.compiler.assume_constant_result
-def _constant_weights(weights: tuple[float, ...] | None, device: torch.device) -> Tensor:
-    """Class weights made when a graph is traced, which is given them at each run."""
-    return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 @torch.compiler.assume_constant_result
