@@ -67,7 +67,7 @@ def launches() -> dict[str, Any]:
     return {
         "right": torch.equal(out, 3 * torch.arange(N, dtype=torch.float32) + 1),
         "missing": [device.missing(out), half.missing(part)],
-        "poisoned": [part[599].item(), bool(part[600:].isnan().any() or (part[600:] < -1e30).all())],
+        "poisoned": [part[599].item(), bool((part[600:] < -1e30).all())],
         "sampled": [int(last.count_nonzero()), few.launches[0].programs, sorted(few.launches[0].report.by_program)],
         "faults": [len(device.faults), list(beyond.faults), error(beyond.check)],
         "record": [record.name, record.programs, record.compiled.warps, sorted(record.arguments), record.seconds > 0],
@@ -113,7 +113,7 @@ def operators() -> dict[str, Any]:
         with device:
             x = torch.linspace(-3, 3, 700)
             out = functional.sigmoid_focal_loss(x, torch.full_like(x, 0.25), reduction="none")
-        found[drop[0] or "kept"] = [device.missing(out), bool(torch.isfinite(out).all()), len(device.launches)]
+        found[drop[0] or "kept"] = [device.missing(out), bool((out >= 0).all()), len(device.launches)]
     return found
 
 

@@ -38,6 +38,7 @@ SUM = """
 	@%p3 st.global.b32 	[%rd8], %r11;
 	mov.b32 	%r15, global_smem;
 	add.s32 	%r16, %r15, 8;
+	bar.sync 	0;
 	@%p3 atom.global.gpu.acq_rel.add.u32 %r12, [%rd2], 1;
 	@%p3 st.shared.b32 	[%r16], %r12;
 	bar.sync 	0;
