@@ -202,7 +202,8 @@ def flush(x: Array) -> Array:
 
 def saturate(x: Array) -> Array:
     """.sat: into [0, 1]; NaN is 0."""
-    return np.fmax(np.fmin(x, np.result_type(x).type(1)), np.result_type(x).type(0))
+    kind = np.result_type(x).type
+    return np.where(x > 0, np.minimum(x, kind(1)), kind(0))
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:

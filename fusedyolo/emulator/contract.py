@@ -39,7 +39,7 @@ def contract(ptx: str, seed: int, share: float = 0.5) -> str:
     free = 1 + max((int(number) for number in re.findall(r"%rd?(\d+)", ptx)), default=0)
     lines: list[str] = []
     products: dict[str, _Product] = {}
-    for line in ptx.splitlines():
+    for line in ptx.split("\n"):
         if _BLOCK_ENDS.match(line):
             products = {}
         found = _SUM.match(line)

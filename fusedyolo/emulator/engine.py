@@ -259,6 +259,10 @@ class Engine:
         self._executed += len(segment.code) * warps.reshape(self.slots, -1).sum(1)
         segment.run(self, self.registers, self.parameters, lanes)
 
+    def _count_active(self, lanes: np.ndarray) -> None:
+        if self.findings.at is not None:
+            self.report.active[self.findings.at.line] += len(lanes)
+
     # -- control
 
     def parameter(self, place: Array, code: str) -> Array:
@@ -287,6 +291,7 @@ class Engine:
 
     def barrier(self, L: np.ndarray, after: int) -> None:
         """bar.sync 0: wait for the whole program."""
+        self._count_active(L)
         self.state[L], self.pc[L], self._wait_at[L] = _WAITS, after, after
         for slot in np.flatnonzero(np.bincount(self.slot_of[L])).tolist():
             lanes = self._lanes(slot)
@@ -300,6 +305,7 @@ class Engine:
 
     def warp_barrier(self, L: np.ndarray) -> None:
         """bar.warp.sync of all threads."""
+        self._count_active(L)
         if self._clocks is not None:
             self._clocks.warp_barrier(L[::WARP] // WARP)
 
@@ -308,19 +314,20 @@ class Engine:
     def _by_warp(self, value: Array, L: np.ndarray) -> np.ndarray:
         return _of_all(value, L).reshape(-1, WARP)
 
-    def _needs_all(self, member: Array) -> None:
+    def _needs_all(self, L: np.ndarray, member: Array) -> None:
+        self._count_active(L)
         if (np.asarray(member) != U32(warp.ALL)).any():
             raise Fault("a warp-wide instruction of some threads of a warp is not emulated")
 
     def shuffle(self, L: np.ndarray, kind: str, value: Array, by: Array, clamp: Array, member: Array) -> Any:
         """shfl.sync."""
-        self._needs_all(member)
+        self._needs_all(L, member)
         out, there = warp.shuffle(kind, *(self._by_warp(operand, L) for operand in (value, by, clamp)))
         return out.reshape(-1), there.reshape(-1)
 
     def reduce(self, L: np.ndarray, kind: str, value: Array, member: Array) -> np.ndarray:
         """redux.sync and vote.sync."""
-        self._needs_all(member)
+        self._needs_all(L, member)
         return np.repeat(warp.reduce(kind, self._by_warp(value, L)), WARP)
 
     def approximate(self, x: Array, ulps: int) -> Array:
@@ -336,8 +343,7 @@ class Engine:
         if mask is not None:
             index = _of_all(mask, L).nonzero()[0]
             lanes, address = lanes[index], address[index]
-        if self.findings.at is not None:
-            self.report.active[self.findings.at.line] += len(lanes)
+        self._count_active(lanes)
         where: Space = self.memory
         if space == "global":
             place = self.memory.place(address)

@@ -77,7 +77,10 @@ class Operands:
             if re.fullmatch(prefix + r"[\dA-Fa-f]+", text):
                 bits = bits_type(int(text[2:], 16))
                 return bits if dtype is bits_type else dtype(bits.view(float_type))
-        number = int(text.removesuffix("U"), 0)
+        try:
+            number = int(text.removesuffix("U"), 0)
+        except ValueError:
+            raise self.refuse() from None
         if kind == "pred":
             return np.bool_(number != 0)
         size = np.dtype(dtype).itemsize

@@ -15,7 +15,7 @@ class Report:
     """Of one launch.
 
     ``faults`` are errors; ``notes`` what a GPU does right but a reader might want to know (several threads write one
-    value to one place; a branch parts a warp). ``active`` counts accesses of threads by line of the PTX.
+    value to one place; a branch parts a warp). ``active`` counts threads at accesses, barriers and shuffles, by line.
     ``by_program`` are executed warp instructions of each program: one for each warp in which a thread executes it.
     """
 

@@ -11,7 +11,7 @@ from . import arithmetic
 from .operands import Operands, code_of
 from .ptx import Instruction, Program, Segment, width
 
-_NEEDS_PLACE = re.compile(r"E\.(load|store|atom|matrix_|shuffle|reduce|barrier|branch)")
+_NEEDS_PLACE = re.compile(r"E\.(load|store|atom|matrix_|shuffle|reduce|barrier|warp_barrier|branch)")
 _SIMPLE = {
     "add": "({0} + {1})", "sub": "({0} - {1})", "fma": "fma({0}, {1}, {2})", "neg": "(-{0})", "abs": "np.abs({0})",
     "copysign": "np.copysign({1}, {0})",
