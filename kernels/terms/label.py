@@ -64,9 +64,9 @@ def focal(x, t, args):
 def qfl(x, t, args):
     """alpha_t |t - p|^gamma BCE, p = sigmoid(x) (quality focal loss, Li et al. 2020); ``args = (alpha, gamma)``.
 
-    Differentiated through the modulator, whose slope at p = t is taken for 0. Where p - t is all rounding, gamma < 1
-    makes of it a slope of up to |t - p|^(gamma - 1), large but finite. The quotient p (1 - p) / (p - t) comes first: it
-    is at most 1 for a hard target, where the modulator over p - t may leave float32.
+    Differentiated through the modulator, whose slope at p = t is taken for 0. Next to it gamma < 1 makes that slope
+    large, but finite: gamma |t - p|^(gamma - 1) of a difference that is all rounding. The quotient p (1 - p) / (p - t)
+    comes first, being at most 1 for a hard target, where |t - p|^gamma over p - t may leave float32.
     """
     gamma = args[1]
     ce, miss = bce(x, t, ())  # p - t, with all its digits where t is 0 or 1
