@@ -12,14 +12,38 @@ def step(d):
 
 @triton.jit
 def sign(d):
-    """Derivative of |d|, 0 at 0, as torch.abs."""
-    return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
+    """Derivative of |d|, 0 at 0, as torch.abs; NaN stays NaN."""
+    return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two floats, NaN if one of them is, as torch.maximum. ``tl.maximum`` drops a NaN on a GPU."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller of two floats, NaN if one of them is, as torch.minimum."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def vanishes(q):
+    """Whether q >= 0 lies below the normal numbers, where a quotient by it may be inf, and an operation of the GPU may
+    take it for 0 while another does not. NaN does not vanish."""
+    if q.dtype == tl.float64:
+        small = q < 2.2250738585072014e-308
+    else:
+        small = q < 1.1754943508222875e-38
+    return small
 
 
 @triton.jit
 def safe_div(a, b):
-    """a / b, and 0 where b is 0."""
-    return tl.where(b != 0, a / tl.where(b != 0, b, 1.0), 0.0)
+    """a / b, and 0 where b vanishes."""
+    none = vanishes(tl.abs(b))
+    return tl.where(none, 0.0, a / tl.where(none, 1.0, b))
 
 
 @triton.jit
@@ -78,8 +102,9 @@ def logistic(x):
 
 @triton.jit
 def pow_pos(q, g):
-    """q ** g for q >= 0 and g >= 0; 0 ** 0 is 1. NaN stays NaN."""
-    return tl.where(q <= 0, tl.where(g == 0, 1.0, 0.0), tl.exp(g * tl.log(tl.where(q <= 0, 1.0, q))))
+    """q ** g for q >= 0 and g >= 0; where q vanishes 0, and 1 for g = 0. NaN stays NaN."""
+    none = vanishes(q)
+    return tl.where(none, tl.where(g == 0, 1.0, 0.0), tl.exp(g * tl.log(tl.where(none, 1.0, q))))
 
 
 @triton.jit

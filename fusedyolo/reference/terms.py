@@ -274,9 +274,14 @@ def bce_mse(a: Tensor, b: Tensor, ta: Tensor, tb: Tensor, scale: float) -> Tenso
     return scale * bce(a, (ta + (scale - 1) / 2) / scale) + (b - tb) ** 2 / 2
 
 
+def _abs(d: Tensor) -> Tensor:
+    """|d|, of slope 0 at 0, and NaN where d is, where that of torch.abs is 0."""
+    return d * torch.where(d > 0, 1.0, torch.where(d < 0, -1.0, d)).detach()
+
+
 def l1(a: Tensor, b: Tensor, ta: Tensor, tb: Tensor, scale: float) -> Tensor:
     """Absolute differences of raw a and b; ta and tb are their targets themselves."""
-    return (a - ta).abs() + (b - tb).abs()
+    return _abs(a - ta) + _abs(b - tb)
 
 
 def smooth_l1(a: Tensor, b: Tensor, ta: Tensor, tb: Tensor, scale: float) -> Tensor:
@@ -288,24 +293,32 @@ def smooth_l1(a: Tensor, b: Tensor, ta: Tensor, tb: Tensor, scale: float) -> Ten
 # has a place, and size, one axis, in the unit of anchor and stride; a, b, scale as above.
 
 
+def _held(b: Tensor, low: float, high: float = math.inf) -> Tensor:
+    """b within [low, high], the gradient passes as if it were not: there sizes keep what a gradient by them takes."""
+    passed = torch.where(b.isinf(), 0.0, b)  # inf - inf would be NaN
+    return b.detach().clamp(low, high) + (passed - passed.detach())
+
+
 def exp(a: Tensor, b: Tensor, anchor: Tensor, stride: float, scale: float) -> tuple[Tensor, Tensor]:
     """YOLOv2 to YOLOv4: size anchor e^b. b is held within [-60, 60], the gradient passes as if it were not."""
-    passed = torch.where(b.isinf(), 0.0, b)  # inf - inf would be NaN
-    held = b.detach().clamp(-60, 60) + (passed - passed.detach())
-    return _scaled_sigmoid(a, scale) * stride, anchor * held.exp()
+    return _scaled_sigmoid(a, scale) * stride, anchor * _held(b, -60, 60).exp()
 
 
 def sigmoid_square(a: Tensor, b: Tensor, anchor: Tensor, stride: float, scale: float) -> tuple[Tensor, Tensor]:
-    """YOLOv5 and Scaled-YOLOv4: size anchor (2 sigmoid(b))^2."""
-    return _scaled_sigmoid(a, scale) * stride, anchor * (2 * b.sigmoid()) ** 2
+    """YOLOv5 and Scaled-YOLOv4: size anchor (2 sigmoid(b))^2. b is held above -30 as in :func:`exp`."""
+    return _scaled_sigmoid(a, scale) * stride, anchor * (2 * _held(b, -30).sigmoid()) ** 2
 
 
 LARGEST_DELTA = math.log(1000 / 16)  # of a size; torchvision's
 
 
 def delta(a: Tensor, b: Tensor, anchor: Tensor, stride: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """RetinaNet, SSD: an anchor's centre moved by a strides, its size times e^(scale b), held below 1000 / 16."""
-    return a * stride, anchor * (b * scale).clamp(max=LARGEST_DELTA).exp()
+    """RetinaNet, SSD: an anchor's centre moved by a strides, its size times e^(scale b), held below 1000 / 16.
+
+    Below -60 scale b is held as in :func:`exp`. A NaN passes, with its gradient, where a clamp has none.
+    """
+    z = b * scale
+    return a * stride, anchor * _held(torch.where(z > LARGEST_DELTA, LARGEST_DELTA, z), -60).exp()
 
 
 def ltrb(a: Tensor, b: Tensor, anchor: Tensor, stride: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

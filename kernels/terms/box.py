@@ -10,17 +10,18 @@ of the image on that axis; only :func:`mpdiou` reads it, the others take four le
 squared length of boxes, eps_alpha that of CIoU's alpha. A loss is ``1 - IoU`` and penalties; with the longer args it is
 ``IoU^gamma (1 - IoU^alpha + sum of penalty^alpha)``: alpha-IoU (He et al. 2021) under a focal factor held constant
 (Focal-EIoU, Zhang et al. 2021). ``IoU^0`` is 1 for every IoU. ``q^alpha`` has slope 0 at 0 for every alpha but 1: that
-is the limit for alpha > 1, while for alpha < 1 there is none.
+is the limit for alpha > 1, while for alpha < 1 there is none. Where q is below the normal numbers it counts as 0.
 
 Rules: two boxes intersect only where both overlaps are positive (torchvision), edges or sides that coincide share the
 gradient half and half (torch.maximum, torch.minimum), the slope of ``|d|`` at 0 is 0 (torch.abs). The terms are
-symmetric: the gradient by the true box is that of the term with p and g swapped.
+symmetric: the gradient by the true box is that of the term with p and g swapped. Values and gradients are finite for
+boxes of any finite size with none below 1e-30, or without area; a NaN among the lengths makes all of them NaN.
 """
 
 import triton
 import triton.language as tl
 
-from ..primitives import angle, pow_pos, safe_div, sign, step
+from ..primitives import angle, larger, pow_pos, safe_div, sign, smaller, step, vanishes
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def _normalise(x, y):
     cw = _enclose(x)
     ch = _enclose(y)
     side = tl.maximum(cw, ch)
-    inv = 1.0 / tl.where(side > 0, side, 1.0)
+    inv = 1.0 / tl.where(vanishes(side), 1.0, side)
     return (
         (x[0] * inv, x[1] * inv, x[2] * inv, x[3] * inv),
         (y[0] * inv, y[1] * inv, y[2] * inv, y[3] * inv),
@@ -47,9 +48,12 @@ def _scaled_eps(eps, inv):
 
 @triton.jit
 def _overlap(x):
-    """min(p2, g2) - max(p1, g1), what sticks out taken off the shorter interval, where fewer digits cancel."""
-    p = x[0] + tl.minimum(x[2], 0.0) + tl.minimum(x[3], 0.0)
-    g = x[1] - tl.maximum(x[2], 0.0) - tl.maximum(x[3], 0.0)
+    """min(p2, g2) - max(p1, g1), what sticks out taken off the shorter interval, where fewer digits cancel.
+
+    A NaN of a place is in both differences, of which one is enough to keep it; one of a side is in the area as well.
+    """
+    p = x[0] + smaller(x[2], 0.0) + tl.minimum(x[3], 0.0)
+    g = x[1] - larger(x[2], 0.0) - tl.maximum(x[3], 0.0)
     return tl.where(x[0] < x[1], p, g)
 
 
@@ -88,9 +92,8 @@ def _power(q, args):
     """q^alpha and its derivative; q and 1 without an alpha."""
     if len(args) > 2:
         alpha = args[2]
-        held = tl.where(q < 1.1754944e-38, 0.0, q)  # below, q^alpha / q may leave float32
-        raised = pow_pos(held, alpha)
-        slope = tl.where(alpha == 1, 1.0, alpha * safe_div(raised, held))
+        raised = pow_pos(q, alpha)
+        slope = tl.where(alpha == 1, 1.0, alpha * safe_div(raised, q))
         raised = tl.where(alpha == 1, q, raised)
     else:
         raised = q
@@ -287,7 +290,7 @@ def siou(x, y, args):
     far = tl.maximum(tl.abs(dx), tl.abs(dy))
     a = safe_div(tl.abs(dx), far)
     b = safe_div(tl.abs(dy), far)
-    s = tl.where(far > 0, a * a + b * b, 1.0)
+    s = tl.where(vanishes(far), 1.0, a * a + b * b)
     k = 2.0 - 2.0 * a * b / s
     rx, rx_d, rx_c = _share(dx, _enclose(x), eps)
     ry, ry_d, ry_c = _share(dy, _enclose(y), eps)

@@ -9,7 +9,7 @@ sensitivity, or what else :func:`delta` says. x and y are two calls, so they can
 import triton
 import triton.language as tl
 
-from ..primitives import logistic
+from ..primitives import larger, logistic, smaller
 
 
 @triton.jit
@@ -27,25 +27,28 @@ def exp(a, b, anchor, stride, scale):
     derivative goes on as that of the held value, which is the limit of every IoU term's.
     """
     v, dv = scaled_sigmoid(a, scale)
-    w = anchor * tl.exp(tl.minimum(tl.maximum(b, -60.0), 60.0))
+    w = anchor * tl.exp(smaller(larger(b, -60.0), 60.0))
     return (v * stride, w), (dv * stride, 0.0, 0.0, w)
 
 
 @triton.jit
 def sigmoid_square(a, b, anchor, stride, scale):
-    """YOLOv5 and Scaled-YOLOv4: size anchor * (2 sigmoid(b))^2."""
+    """YOLOv5 and Scaled-YOLOv4: size anchor * (2 sigmoid(b))^2; b held above -30, the derivative as :func:`exp`'s."""
     v, dv = scaled_sigmoid(a, scale)
-    p, q, _e = logistic(b)
+    p, q, _e = logistic(larger(b, -30.0))
     w = anchor * (4.0 * p * p)
     return (v * stride, w), (dv * stride, 0.0, 0.0, 2.0 * w * q)
 
 
 @triton.jit
 def delta(a, b, anchor, stride, scale):
-    """RetinaNet, SSD: an anchor's centre moved by a strides, its size times e^(scale b); b held below ln(1000 / 16)."""
+    """RetinaNet, SSD: an anchor's centre moved by a strides, its size times e^(scale b).
+
+    scale b is held below ln(1000 / 16), with no derivative beyond, and above -60, with the derivative of :func:`exp`.
+    """
     z = b * scale
     limit = tl.full([], 4.135166556742356, tl.float64).to(b.dtype)  # a constant alone would be float32
-    w = anchor * tl.exp(tl.minimum(z, limit))
+    w = anchor * tl.exp(larger(smaller(z, limit), -60.0))
     return (a * stride, w), (stride, 0.0, 0.0, tl.where(z <= limit, scale * w, 0.0))
 
 

@@ -1,8 +1,8 @@
 """Label terms: a logit against a target in [0, 1].
 
-Contract: ``label(x, t, args) -> loss, d_x``, finite for |x| <= 1e4. All are elementwise but :func:`softmax_ce`, which
-goes along the last axis, and smooth but :func:`qfl`. A negative alpha means no factor; ``pos_weight`` multiplies the
-positive half of BCE.
+Contract: ``label(x, t, args) -> loss, d_x``, finite for |x| <= 1e4, and NaN where x or t is. All are elementwise but
+:func:`softmax_ce`, which goes along the last axis, a NaN along its row, and smooth but :func:`qfl`. A negative alpha
+means no factor; ``pos_weight`` multiplies the positive half of BCE.
 """
 
 import triton
@@ -18,6 +18,7 @@ def bce(x, t, args):
     Its derivative sigmoid(x) - t is taken as sigmoid(x) (1 - t) - sigmoid(-x) t, exact where a sure logit is right.
     """
     p, q, e = logistic(x)
+    # what tl.maximum drops, a NaN, comes with log1p
     if len(args) == 1:
         w = args[0] * t
         rest = log1p(e)
@@ -63,13 +64,15 @@ def focal(x, t, args):
 def qfl(x, t, args):
     """alpha_t |t - p|^gamma BCE, p = sigmoid(x) (quality focal loss, Li et al. 2020); ``args = (alpha, gamma)``.
 
-    Differentiated through the modulator, whose slope at p = t is taken for 0.
+    Differentiated through the modulator, whose slope at p = t is taken for 0. Next to it gamma < 1 makes that slope
+    large, but finite: gamma |t - p|^(gamma - 1) of a difference that is all rounding. The quotient p (1 - p) / (p - t)
+    comes first, being at most 1 for a hard target, where |t - p|^gamma over p - t may leave float32.
     """
     gamma = args[1]
     ce, miss = bce(x, t, ())  # p - t, with all its digits where t is 0 or 1
     p, r, _e = logistic(x)
     w = _balance(t, args[0]) * pow_pos(tl.abs(miss), gamma)
-    return w * ce, w * miss + gamma * safe_div(w, miss) * (p * r) * ce
+    return w * ce, w * miss + gamma * w * safe_div(p * r, miss) * ce
 
 
 @triton.jit
