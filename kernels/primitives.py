@@ -58,10 +58,11 @@ def divide(a, b):
 
 @triton.jit
 def near_divide(a, b):
-    """a / b as :func:`divide`, where that takes too many registers: any quotient that is itself a float32, so that it can
-    meet a threshold, comes out as it is; of the others one in millions, half way between two, may be the next one.
+    """a / b as :func:`divide`, where that takes too many registers.
 
-    The rest that the first guess leaves is exact. Sides beyond 2^126, or below 2^-126, fall back on plain ``/``.
+    Any quotient that is itself a float32, as one that meets a threshold is, comes out as it is; of the others one in
+    millions, half way between two, may be the next one. The rest that the first guess leaves is exact. Where b leaves
+    2^-126 ... 2^126, it is plain ``/``.
     """
     q = a / b
     if b.dtype == tl.float32:
@@ -70,18 +71,6 @@ def near_divide(a, b):
         rest = tl.fma(-guess, b, a)
         q = tl.where(tl.abs(rest) < float("inf"), tl.fma(rest, inverse, guess), q)
     return q
-
-
-@triton.jit
-def larger(a, b):
-    """The larger one, NaN if one of them is, as torch.maximum: plain ``tl.maximum`` drops a NaN on a GPU."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def smaller(a, b):
-    """The smaller one, NaN if one of them is, as torch.minimum."""
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
