@@ -19,7 +19,7 @@ S8, S16, S32, S64 = np.int8, np.int16, np.int32, np.int64
 TYPES: dict[str, Any] = {
     "f16": F16, "f32": F32, "f64": F64, "s8": S8, "s16": S16, "s32": S32, "s64": S64, "u8": U8, "u16": U16, "u32": U32,
     "u64": U64, "b8": U8, "b16": U16, "b32": U32, "b64": U64, "bf16": U16, "bf16x2": U32, "f16x2": U32,
-    "pred": np.bool_,
+    "s16x2": U32, "u16x2": U32, "pred": np.bool_,
 }  # fmt: skip
 """The type of numpy that holds a kind of PTX; bfloat16 and pairs are held as bits."""
 
@@ -183,15 +183,24 @@ def to_bf16(x: Array) -> Array:
 
 
 def unpack(bits: Array, kind: str) -> tuple[Array, Array]:
-    """The lower and the upper number of a pair: float16, or bfloat16 as float32."""
+    """The lower and the upper number of a pair: float16, bfloat16 as float32, or integers."""
     low, high = np.asarray(bits & U32(0xFFFF)).astype(U16), np.asarray(bits >> U32(16)).astype(U16)
-    return (from_bf16(low), from_bf16(high)) if kind == "bf16x2" else (low.view(F16), high.view(F16))
+    if kind == "bf16x2":
+        return from_bf16(low), from_bf16(high)
+    half = TYPES[kind.removesuffix("x2")]
+    return low.view(half), high.view(half)
 
 
 def pack(low: Array, high: Array, kind: str) -> Array:
     """A pair of numbers, each rounded."""
-    bits = [to_bf16(x) if kind == "bf16x2" else canonical(np.asarray(x).astype(F16)) for x in (low, high)]
+    bits = [_half_bits(x, kind) for x in (low, high)]
     return bits[0].astype(U32) | (bits[1].astype(U32) << U32(16))
+
+
+def _half_bits(x: Array, kind: str) -> Array:
+    if kind == "bf16x2":
+        return to_bf16(x)
+    return canonical(np.asarray(x).astype(F16)) if kind == "f16x2" else np.asarray(x).astype(U16)
 
 
 def flush(x: Array) -> Array:

@@ -26,7 +26,7 @@ _ORDER = {
 }  # fmt: skip
 _OPPOSITE = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
-_PAIRS = ("bf16x2", "f16x2")
+_PAIRS = ("bf16x2", "f16x2", "s16x2", "u16x2")
 _ROUNDINGS = ("rzi", "rni", "rmi", "rpi")
 _KNOWN = {"rn", "ftz", "full", "approx", "lo", "NaN", "sat"}
 
@@ -51,7 +51,10 @@ class _Translator(Operands):
         ended = False
         for one in self.segment.code:
             self.one = one
-            ended = self._instruction()
+            try:
+                ended = self._instruction()
+            except KeyError as unknown:  # a type
+                raise self.refuse() from unknown
             sources += [self.one] * (len(self.lines) - len(sources))
         if not ended:
             self.leave()
@@ -241,8 +244,8 @@ class _Translator(Operands):
         a, b = (self.get(text, kind) for text in args[1:3])
         if kind in _PAIRS:
             self.lines.append(f"(a_low, a_high), (b_low, b_high) = unpack({a}, '{kind}'), unpack({b}, '{kind}')")
-            self.put(to, _test(compare, "a_low", "b_low", True), "pred")
-            self.put(also, _test(compare, "a_high", "b_high", True), "pred")
+            self.put(to, _test(compare, "a_low", "b_low", "f" in kind), "pred")
+            self.put(also, _test(compare, "a_high", "b_high", "f" in kind), "pred")
             return
         if kind == "bf16":
             a, b = f"from_bf16({a})", f"from_bf16({b})"

@@ -130,6 +130,11 @@ def unclean() -> list[str]:
     return [*device.faults, *clean.faults, error(device.check).partition(":")[0] or Fault.__name__]
 
 
+def everything() -> dict[str, Any]:
+    """All of these, in one process."""
+    return {"launches": launches(), "rounding": rounding(), "operators": operators(), "unclean": unclean()}
+
+
 def mutants(name: str, kernel: str, kinds: list[str], most: int) -> dict[str, list[list[str]]]:
     """For some kinds of broken lines, how each was noticed."""
     from emulator.mutants import KINDS, Mutants, problem

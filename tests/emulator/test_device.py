@@ -11,8 +11,13 @@ from fusedyolo.emulator import Device
 
 
 @pytest.fixture(scope="module")
-def found():
-    return call("emulator.compiled", "launches")
+def everything():
+    return call("emulator.compiled", "everything")
+
+
+@pytest.fixture
+def found(everything):
+    return everything["launches"]
 
 
 def test_a_kernel_of_a_test_is_compiled_and_run(found):
@@ -51,8 +56,8 @@ def test_everything_is_as_before(found):
     assert found["restored"] == [True, True]
 
 
-def test_fusion():
-    found = call("emulator.compiled", "rounding")
+def test_fusion(everything):
+    found = everything["rounding"]
     assert [fusion for fusion, _ in found["as asked"]] == [True, False]
     assert [fusion for fusion, _ in found["off"]] == [False, False]
     assert found["on"] == found["as asked"]
@@ -61,16 +66,16 @@ def test_fusion():
     assert apart == 0
 
 
-def test_memory_of_our_operators_is_known():
-    found = call("emulator.compiled", "operators")
+def test_memory_of_our_operators_is_known(everything):
+    found = everything["operators"]
     assert found["kept"] == [0, True, 1]
     missing, sound, _ = found["drop"]
     assert missing > 0
     assert not sound
 
 
-def test_memory_that_launches_share_is_left_at_zero():
-    assert call("emulator.compiled", "unclean") == ["memory that launches share is not left at 0", "Fault"]
+def test_memory_that_launches_share_is_left_at_zero(everything):
+    assert everything["unclean"] == ["memory that launches share is not left at 0", "Fault"]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="kernels are interpreted on a CPU only")

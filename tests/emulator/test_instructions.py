@@ -113,6 +113,11 @@ def test_pairs(kind):
     assert compute(lines + "1;", [0.5, -2]).tolist() == [12, 12]
 
 
+def test_pairs_of_integers():
+    assert compute("max.s16x2 \t%r4, %r3, 0;", [0xFFFF0005, 0x7FFF8000], U32).tolist() == [5, 0x7FFF0000]
+    assert compute("add.u16x2 \t%r4, %r3, %r3;", [0x8001FFFF], U32).tolist() == [0x0002FFFE]
+
+
 def test_half_arithmetic():
     lines = "cvt.rn.f16.f32 \t%rs1, %r3;\n\tadd.f16 \t%rs2, %rs1, %rs1;\n\tcvt.f32.f16 \t%r4, %rs2;"
     assert compute(lines, [1.5, 40000]).tolist() == [3, INF]
@@ -154,7 +159,8 @@ def test_noise_is_within_what_is_documented():
 @pytest.mark.parametrize(
     "line",
     ["tex.1d.v4.f32.s32 \t{%r4, %r5, %r6, %r7}, [%rd1, {%r3}];", "call.uni \tfoo, ();", "add.rz.f32 \t%r4, %r3, %r3;",
-     "bar.sync \t1, 32;", "mov.u32 \t%r4, %smid;", "shfl.sync.bfly.b32 \t%r4, %r3, 1, 31, 255;"],
+     "bar.sync \t1, 32;", "mov.u32 \t%r4, %smid;", "shfl.sync.bfly.b32 \t%r4, %r3, 1, 31, 255;",
+     "add.e4m3 \t%rs1, %rs1, %rs1;"],
 )  # fmt: skip
 def test_what_is_not_emulated_is_refused(line):
     with pytest.raises(Fault, match="not"):
