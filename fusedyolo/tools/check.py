@@ -1,34 +1,55 @@
 """Compare every loss and its gradient with the reference in float64 on this machine; exit status 1 if one differs.
 
-On a GPU the kernels run there, elsewhere in Triton's interpreter, which takes under a minute.
+On a GPU the kernels run there, elsewhere in Triton's interpreter, which takes under a minute. With ``--compiled`` they
+are compiled for GPUs that need not be here and executed by ``fusedyolo.emulator``, with ``select`` and the functional
+losses: seconds each, more where they have not been compiled before.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
-from . import interpreter
+from . import compiled, interpreter
+from .compiled_table import Result, accepts, print_results, write
 from .registry import DTYPES, Case, Workload, add_loss, select
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    add_loss(parser, "all")
+    add_loss(parser, "all; with --compiled also select and pointwise")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="repeat for more (float32)")
+    parser.add_argument("--compiled", action="store_true", help="compile the kernels and execute them without a GPU")
+    group = parser.add_argument_group("with --compiled")
+    group.add_argument(
+        "--arch", action="append", type=int, choices=compiled.ARCHS, help="90 for sm_90; repeat for more (90)"
+    )
+    group.add_argument("--seeds", type=_count, help="orders of threads, warps and programs that are tried (2)")
+    group.add_argument("--fusion", choices=list(compiled.FUSION), help="of products and sums (as-shipped)")
+    group.add_argument("--noise", action="store_true", help="approximate instructions are off by what is documented")
+    group.add_argument("--fine", action="store_true", help="other threads come in before every access")
+    group.add_argument("--markdown", type=Path, metavar="PATH", help="also write the table into this file")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Compare, and print a table: 0 if all pass, 1 if not, 2 if nothing can be compared."""
     console = Console()
+    if options.compiled:
+        return _run_compiled(options, console)
+    for name in ("arch", "seeds", "fusion", "noise", "fine", "markdown"):
+        if getattr(options, name):
+            console.print(f"[red]--{name}: wants --compiled", highlight=False)
+            return 2
     try:
         cases = select(options.loss)
     except ValueError as error:
@@ -77,3 +98,49 @@ def _table(results: list[tuple[Case, Workload, dict[str, Any]]], device: str) ->
         errors = [f"{found[key]:.1e}" if key in found else "?" for key in keys]
         table.add_row(case.name, work.dtype, *errors, "[green]passes" if found["ok"] else "[bold red]FAILS")
     return table
+
+
+# --------------------------------------------------------------------------------------------------------- compiled
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}, want at least 1")
+    return number
+
+
+def _run_compiled(options: argparse.Namespace, console: Console) -> int:
+    settings = compiled.Settings(
+        seeds=options.seeds or 2, fusion=options.fusion or "as-shipped", noise=options.noise, fine=options.fine
+    )
+    try:
+        cases = compiled.choose(options.loss)
+        compiled.ready()
+        if options.markdown:
+            accepts(options.markdown)
+    except ValueError as error:
+        console.print(f"[red]{escape(str(error))}", highlight=False)
+        return 2
+    results: list[Result] = []
+    archs, dtypes = options.arch or [90], options.dtype or ["float32"]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases) * len(archs) * len(dtypes))
+        for name, case in cases.items():
+            for dtype in dtypes:
+                for arch in archs:
+                    progress.update(task, description=f"{name} {dtype} sm_{arch}")
+                    found = _executed(case, replace(compiled.SMALL, dtype=dtype), replace(settings, arch=arch))
+                    results.append(Result(name, dtype, arch, found))
+                    progress.advance(task)
+    print_results(console, results, settings)
+    if options.markdown:
+        write(options.markdown, results, settings)
+    return int(not all(result.found.ok for result in results))
+
+
+def _executed(case: compiled.Case, work: Workload, settings: compiled.Settings) -> compiled.Found:
+    try:
+        return compiled.compare(case(work), settings)
+    except Exception as error:  # as above
+        return compiled.Found(wrong=[f"{type(error).__name__}: {error}".splitlines()[0]])

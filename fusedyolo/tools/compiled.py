@@ -1,0 +1,290 @@
+"""Compiled kernels, executed by the emulator, against the reference in float64: the cases, and the comparison."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import detections, functional
+from ..emulator import Device
+from ..heads import IOU_KINDS
+from .parity import TOLERANCE
+from .registry import CASES, CellCase, Workload
+from .registry import Case as LossCase
+
+ARCHS = (80, 90)
+FUSION = {"as-shipped": ("as shipped",), "off": ("off",), "both": ("as shipped", "off", "by seed")}
+SMALL = Workload(batch=2, size=64, classes=3, seed=3)
+CELL_BATCH = 12  # YOLOv1 has 49 cells an image: enough of them for several programs
+WEIGHTS = (1.0, 0.75)  # gradients of the total; dense heads have launches that do their work for others than 1 only
+LABEL_LOSSES = ("sigmoid_focal_loss", "quality_focal_loss", "varifocal_loss")
+
+Outputs = dict[str, Tensor]
+Step = Callable[[str, bool], Outputs]
+"""What a case computes, by name, on a backend; of its inputs as they are, or, if true, in float64."""
+Case = Callable[[Workload], Step]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How kernels are compiled and executed, see :class:`fusedyolo.emulator.Device`.
+
+    Args:
+        arch: 90 for sm_90.
+        seeds: schedules that are run.
+        fusion: ``"as-shipped"``, ``"off"``, or ``"both"``, which besides these two leaves to the seed what ptxas may
+            still fuse.
+        noise: whether approximate instructions are off by what is documented.
+        fine: whether other threads may come in before every access.
+    """
+
+    arch: int = 90
+    seeds: int = 2
+    fusion: str = "as-shipped"
+    noise: bool = False
+    fine: bool = False
+
+
+@dataclass
+class Found:
+    """What a case was found to do.
+
+    Attributes:
+        error: the largest of any output and run, relative to the output's largest entry in float64.
+        eager: that of the eager reference in the type of the inputs.
+        same: whether every schedule gives the same bits; ``None`` where noise makes them differ.
+        unwritten: bytes of outputs that nothing has written, of all runs.
+        faults: of the emulator, of all runs.
+        programs, instructions: of the first run; instructions are those that warps execute.
+        wrong: why the case fails; empty if it passes.
+    """
+
+    error: float = 0.0
+    eager: float = 0.0
+    same: bool | None = True
+    unwritten: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    programs: int = 0
+    instructions: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it passes."""
+        return not self.wrong
+
+
+# ------------------------------------------------------------------------------------------------------------ cases
+
+
+def _loss(case: LossCase, work: Workload) -> Step:
+    """A training step: total, parts, counts, and a gradient for each of :data:`WEIGHTS`."""
+    if isinstance(case, CellCase):
+        work = replace(work, batch=max(work.batch, CELL_BATCH))
+    targets = case.targets(work)
+
+    def step(backend: str, exact: bool) -> Outputs:
+        preds = [_as(pred, exact).requires_grad_() for pred in case.predictions(work)]
+        out = case.bind(case.build(work.classes, backend), work)(preds, targets)
+        found = {"total": out.total, **out.parts, "num_pos": out.num_pos, "num_invalid": out.num_invalid}
+        for weight in WEIGHTS:
+            grads = torch.autograd.grad(out.total, preds, out.total.new_tensor(weight), retain_graph=True)
+            found |= {f"gradient {i} of {weight}": grad for i, grad in enumerate(grads)}
+        return found
+
+    return step
+
+
+def _select(case: LossCase, work: Workload) -> Step:
+    """Detections, of logits that are high here and there."""
+
+    def step(backend: str, exact: bool) -> Outputs:
+        generator = torch.Generator().manual_seed(work.seed)
+        preds = [pred.detach() for pred in case.predictions(work)]
+        preds = [p + 3.5 * (torch.rand(p.shape, generator=generator) > 0.7).to(p.dtype) for p in preds]
+        preds = [_as(pred, exact) for pred in preds]
+        criterion = case.build(work.classes, backend)
+        given = preds if len(preds) > 1 else preds[0]
+        return detections.select(given, criterion, 0.2, 0.4, 20, backend=backend)._asdict()
+
+    return step
+
+
+def _pointwise(work: Workload) -> Step:
+    """The losses of ``fusedyolo.functional``, with values and gradients."""
+    generator = torch.Generator().manual_seed(work.seed)
+    corner, sides, shift = (torch.rand(shape, generator=generator) for shape in ((700, 2), (700, 2), (700, 4)))
+    first = torch.cat([corner, corner + sides + 0.1], 1)
+    labels = torch.randn(1300, generator=generator), torch.rand(1300, generator=generator)
+    boxes = first, first + 0.2 * shift
+
+    def step(backend: str, exact: bool) -> Outputs:
+        kind = torch.float64 if exact else getattr(torch, work.dtype)
+        calls: dict[str, tuple[tuple[Tensor, Tensor], Callable[..., Tensor]]] = {
+            name: (labels, partial(getattr(functional, name), reduction="sum")) for name in LABEL_LOSSES
+        }
+        for name in IOU_KINDS:
+            calls[f"box_iou_loss {name}"] = boxes, partial(functional.box_iou_loss, kind=name, image_size=2)
+        found = {}
+        for name, (pair, loss) in calls.items():
+            given, wanted = (each.to(getattr(torch, work.dtype)).to(kind) for each in pair)
+            given.requires_grad_()
+            value = loss(given, wanted, backend=backend)
+            found[name] = value
+            (found[f"gradient of {name}"],) = torch.autograd.grad(value, given, torch.ones_like(value))
+        return found
+
+    return step
+
+
+def _as(value: Tensor, exact: bool) -> Tensor:
+    return value.detach().double() if exact else value.detach()
+
+
+COMPILED: dict[str, Case] = {name: partial(_loss, case) for name, case in CASES.items()}
+COMPILED |= {f"select/{CASES[name].loss}": partial(_select, CASES[name]) for name in ("YOLOv3/paper", "YOLOv2/region")}
+COMPILED |= {"pointwise": _pointwise}
+
+
+def ready() -> None:
+    """Raises:
+    ValueError: kernels cannot be compiled in this process.
+    """
+    try:
+        with Device():
+            pass
+    except ImportError:
+        raise ValueError("--compiled: Triton is not installed, and there is nothing to compile with") from None
+    except RuntimeError as error:
+        raise ValueError(f"--compiled: {error}") from None
+
+
+def choose(names: list[str]) -> dict[str, Case]:
+    """Cases by name or by what comes before its slash, in any case of letters; all of them for no names.
+
+    Raises:
+        ValueError: no case has the name.
+    """
+    chosen: dict[str, Case] = {}
+    for name in names:
+        found = {k: case for k, case in COMPILED.items() if name.lower() in (k.lower(), k.partition("/")[0].lower())}
+        if not found:
+            raise ValueError(f"--loss: {name}, want one of {', '.join(COMPILED)}")
+        chosen |= found
+    return chosen or COMPILED
+
+
+# ------------------------------------------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One schedule of kernels compiled in one way: ``as shipped``, ``off``, or ``by seed``."""
+
+    seed: int
+    fusion: str
+    noise: bool
+
+    def device(self, settings: Settings) -> Device:
+        fusion = False if self.fusion == "off" else None
+        contraction = self.seed if self.fusion == "by seed" else None
+        return Device(
+            settings.arch, self.seed, fusion=fusion, contraction=contraction, noise=settings.noise, fine=settings.fine
+        )
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """Runs of one group give the same bits."""
+        return self.fusion, self.seed if self.noise or self.fusion == "by seed" else 0
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}" if self.fusion == "as shipped" else f"seed {self.seed}, fusion {self.fusion}"
+
+
+def compare(step: Step, settings: Settings) -> Found:
+    """Run a case on the emulator, once for each seed and way of compiling, and compare.
+
+    It passes where every output is at most the tolerance of its type beyond the eager reference's own error, integers
+    are equal to those in float64, schedules give the same bits, however fused results agree within that tolerance and
+    gradients are 0 at the same places, nothing is left unwritten, and the emulator finds no fault.
+    """
+    truth, eager = step("torch", True), step("torch", False)
+    runs = [_Run(seed, fusion, settings.noise) for fusion in FUSION[settings.fusion] for seed in range(settings.seeds)]
+    found = Found(same=None if settings.noise else True)
+    first: dict[tuple[str, int], Outputs] = {}
+    eager_errors = {key: _error(value, truth[key]) for key, value in eager.items()}
+    found.eager = max(eager_errors.values())
+    for run in runs:
+        device = run.device(settings)
+        with device:
+            out = step("triton", False)
+        if not device.launches:
+            raise RuntimeError("no kernel was launched; is FUSEDYOLO_DISABLE set?")
+        if not first:
+            found.programs = sum(record.report.programs for record in device.launches)
+            found.instructions = sum(record.report.instructions for record in device.launches)
+        found.faults += device.faults
+        lacking = {key: device.missing(value) for key, value in out.items()}
+        found.unwritten += sum(lacking.values())
+        found.wrong += [f"{run}: {number} bytes of {key} are not written" for key, number in lacking.items() if number]
+        for key, value in out.items():
+            error = _error(value, truth[key])
+            found.error = max(found.error, error)
+            limit = eager_errors[key] + _tolerance(value.dtype) if value.is_floating_point() else 0.0
+            if error > limit:
+                found.wrong.append(f"{run}: {key} is off by {error:.1e}, at most {limit:.1e} is allowed")
+        same = [key for key, value in out.items() if _bits(value, first.get(run.group, out)[key])]
+        if len(same) < len(out):
+            found.same = False
+            found.wrong.append(f"{run}: other bits than seed 0 in {', '.join(key for key in out if key not in same)}")
+        first.setdefault(run.group, out)
+    found.wrong += [f"{count} x {fault}" for fault, count in found.faults.most_common()]
+    found.wrong += _decided(first, truth)
+    return found
+
+
+def _decided(first: Mapping[tuple[str, int], Outputs], truth: Outputs) -> list[str]:
+    """Where kernels that were fused in other ways differ by more than rounding."""
+    (_, usual), *others = first.items()
+    wrong = []
+    for (fusion, seed), out in others:
+        name = f"fusion {fusion}, seed {seed}"
+        for key, value in out.items():
+            if key.startswith("gradient") and not torch.equal(value != 0, usual[key] != 0):
+                wrong.append(f"{name}: {key} is 0 at other places")
+            scale = truth[key].double().abs().max().clamp_min(1e-12) if value.numel() else 1.0
+            by = _largest(value.double() - usual[key].double()) / scale
+            if not by <= (_tolerance(value.dtype) if value.is_floating_point() else 0.0):
+                wrong.append(f"{name}: {key} differs by {float(by):.1e}")
+    return wrong
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """A last digit of the short types, which are rounded once."""
+    return 1e-12 if dtype == torch.float64 else max(TOLERANCE, torch.finfo(dtype).eps)
+
+
+def _error(value: Tensor, truth: Tensor) -> float:
+    """The largest, relative to the largest entry; infinite for NaN and for another shape."""
+    if value.shape != truth.shape:
+        return float("inf")
+    if not value.numel():
+        return 0.0
+    truth = truth.detach().double()
+    error = float(_largest(value.detach().double() - truth) / truth.abs().max().clamp_min(1e-12))
+    return error if error == error else float("inf")
+
+
+def _largest(value: Tensor) -> Any:
+    return value.abs().max() if value.numel() else 0.0
+
+
+def _bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same bits."""
+    return a.shape == b.shape and torch.equal(*(x.detach().contiguous().view(-1).view(torch.uint8) for x in (a, b)))
