@@ -14,17 +14,17 @@ COMPILE = """
 import json, sys
 from fusedyolo.tools.codegen import compile_step
 from fusedyolo.tools.registry import CASES, Workload
-found = compile_step(CASES[sys.argv[1]], Workload(batch=2, dtype=sys.argv[2]), sys.argv[3])
+work = Workload(batch=2, dtype=sys.argv[2], size=int(sys.argv[4]))
+found = compile_step(CASES[sys.argv[1]], work, sys.argv[3])
 print(json.dumps({mode: resources.as_dict() for mode, resources in found.items()}))
 """
 
 
-def compiled(name: str, dtype: str, target: str) -> dict[str, Any]:
+def compiled(name: str, dtype: str, target: str, size: int = 640) -> dict[str, Any]:
     """Resources of each launch, none of them with spills; in a process of its own, without the interpreter."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, name, dtype, target], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", COMPILE, name, dtype, target, str(size)]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
     for mode, resources in found.items():
@@ -48,6 +48,11 @@ def test_no_spills_and_wide_accesses(name, dtype, target, planes):
     element = 32 if dtype == "float32" else 16
     loads = {int(width): n for width, n in found["loss"]["loads"].items()}
     assert loads[4 * element] >= planes  # of each level, four cells a thread
+
+
+def test_no_spills_of_small_maps():
+    """Few cells are few threads, and what a program searches at a time must be as few."""
+    compiled("YOLOv3/darknet", "float32", "sm_90", size=128)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ _OPPOSITE = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 _PAIRS = ("bf16x2", "f16x2", "s16x2", "u16x2")
 _ROUNDINGS = ("rzi", "rni", "rmi", "rpi")
-_KNOWN = {"rn", "ftz", "full", "approx", "lo", "NaN", "sat"}
+_KNOWN = {"rn", "ftz", "full", "approx", "lo", "NaN", "sat", "relu"}
 
 
 def translate(program: Program, segment: Segment) -> Callable[..., None]:
@@ -299,7 +299,7 @@ class _Translator(Operands):
         """``expression`` of the first ``count`` operands, or of all, in their type and with its modifiers."""
         op, args = self.one.op, self.one.operands
         kind = op[-1]
-        if set(op[1:-1]) - _KNOWN or ("sat" in op and kind[0] != "f"):
+        if set(op[1:-1]) - _KNOWN or ("sat" in op and kind[0] != "f") or ("relu" in op and kind != "s32"):
             raise self.refuse()
         values = [self.get(text, kind) for text in args[1:][:count]]
         if kind in _PAIRS:
@@ -311,6 +311,7 @@ class _Translator(Operands):
         value = expression(*values)
         value = f"flush({value})" if "ftz" in op else value
         value = f"saturate({value})" if "sat" in op else value
+        value = f"np.maximum({value}, np.int32(0))" if "relu" in op else value
         self.put(args[0], f"to_bf16({value})" if kind == "bf16" else value, kind)
         return False
 

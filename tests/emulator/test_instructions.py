@@ -35,6 +35,7 @@ S32, U32 = np.int32, np.uint32
         ("prmt.b32 \t%r4, %r3, 0, 0x8888U;", [0x80, 0x7F], U32, [2**32 - 1, 0]),
         ("lop3.b32 \t%r4, %r3, 12, 10, 0xE8;", [6], U32, [14]),  # the majority of three
         ("mad.lo.s32 \t%r4, %r3, 3, 4;", [5], S32, [19]),
+        ("min.relu.s32 \t%r4, %r3, 7;", [-5, 5, 9], S32, [0, 5, 7]),
     ],
 )  # fmt: skip
 def test_integers(line, values, dtype, wanted):
