@@ -55,7 +55,8 @@ def quality_focal_loss(
 
     ``targets`` are qualities, such as the IoU of a prediction with its object, and 0 elsewhere. With an ``alpha`` there
     is :func:`sigmoid_focal_loss`'s factor of it. The gradient goes through the modulating factor too, whose slope is
-    taken for 0 where ``p = t``; next to it, with ``gamma`` below 1, it is finite but large. Arguments and errors are otherwise those of :func:`sigmoid_focal_loss`.
+    taken for 0 where ``p = t``; next to it, with ``gamma`` below 1, it is finite but large. Arguments and errors are
+    otherwise those of :func:`sigmoid_focal_loss`.
     """
     return _label_loss(inputs, targets, "qfl", alpha, gamma, reduction, backend)
 

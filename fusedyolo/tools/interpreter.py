@@ -8,9 +8,9 @@ import os
 def prepare() -> None:
     """Choose the interpreter, before any kernel is imported, let it treat NaN as a GPU does, and make it faster.
 
-    The larger and the smaller of two floats drop a NaN on a GPU, unless told to propagate it; the interpreter knows that
+    The larger and the smaller of two floats drop a NaN on a GPU, unless told to keep it; the interpreter knows that
     of its reductions only. And each of its calls between device functions searches all of ``triton.language`` for what
-    to patch (half a millisecond); once for each module that defines such functions is enough, for these patches stay.
+    to patch (half a millisecond); once for each module that has some is enough, for these patches stay.
     """
     os.environ["TRITON_INTERPRET"] = "1"
     import numpy as np
