@@ -227,7 +227,8 @@ def siou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = No
     far = b.distance.abs() / torch.where(unit > 0, unit, 1.0)
     angle = _div(2 * area(far), (far**2).sum(-1))
     distance = 1 - (-(2 - angle[..., None]) * _share(b.distance, b.enclosing, b.eps)).exp()
-    shape = (1 - (-_div((b.p - b.g).abs(), torch.maximum(b.p, b.g))).exp()) ** 4
+    own, true = p[..., 2:] - p[..., :2], g[..., 2:] - g[..., :2]  # a thin box beside a large one would lose its width
+    shape = (1 - (-_div((own - true).abs(), torch.maximum(own, true))).exp()) ** 4
     return _compose(_overlap_share(b), [(distance + shape).sum(-1) / 2], args)
 
 

@@ -282,6 +282,8 @@ def siou(x, y, args):
     (1 - e^-ww)^4 + (1 - e^-wh)^4, ww = |pw - gw| / max(pw, gw), and wh likewise. eps joins cw^2 and ch^2 alone. Where
     the centres coincide, the slope of distance is 0, its limit.
     """
+    shape_w, dw = _misfit(x[0], x[1])  # as they come: a thin box beside a large one would lose its width
+    shape_h, dh = _misfit(y[0], y[1])
     x, y, inv = _normalise(x, y)
     eps = _scaled_eps(args[0], inv)
     value, _union, _di, d = _iou(x, y, eps)
@@ -296,8 +298,6 @@ def siou(x, y, args):
     ry, ry_d, ry_c = _share(dy, _enclose(y), eps)
     tx = tl.exp(-k * rx)
     ty = tl.exp(-k * ry)
-    shape_w, dw = _misfit(x[0], x[1])
-    shape_h, dh = _misfit(y[0], y[1])
     q = 0.5 * (2.0 - tx - ty + shape_w + shape_h)
     # d distance = k (tx d rx + ty d ry) - (rx tx + ry ty) d angle, d angle / d |dx| = 2 b (b^2 - a^2) / s^2 / far
     turn = safe_div(2.0 * (rx * tx + ry * ty) * (b * b - a * a) / (s * s), far)
@@ -308,7 +308,7 @@ def siou(x, y, args):
     # half of each, and a centre moves by half of what an edge moves
     ex = (0.25 * by_x - 0.5 * by_cw * step(-x[2]), 0.25 * by_x + 0.5 * by_cw * step(-x[3]))
     ey = (0.25 * by_y - 0.5 * by_ch * step(-y[2]), 0.25 * by_y + 0.5 * by_ch * step(-y[3]))
-    return _compose(value, d, ((q, ex, ey, 0.5 * dw * inv, 0.5 * dh * inv),), inv, args)
+    return _compose(value, d, ((q, ex, ey, 0.5 * dw, 0.5 * dh),), inv, args)
 
 
 @triton.jit
