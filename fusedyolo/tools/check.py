@@ -116,9 +116,9 @@ def _run_compiled(options: argparse.Namespace, console: Console) -> int:
     )
     try:
         cases = compiled.choose(options.loss)
-        compiled.ready()
         if options.markdown:
             accepts(options.markdown)
+        compiled.ready()
     except ValueError as error:
         console.print(f"[red]{escape(str(error))}", highlight=False)
         return 2

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import detections, functional
+import fusedyolo
+
 from ..emulator import Device
 from ..heads import IOU_KINDS
 from .parity import TOLERANCE
@@ -111,7 +112,7 @@ def _select(case: LossCase, work: Workload) -> Step:
         preds = [_as(pred, exact) for pred in preds]
         criterion = case.build(work.classes, backend)
         given = preds if len(preds) > 1 else preds[0]
-        return detections.select(given, criterion, 0.2, 0.4, 20, backend=backend)._asdict()
+        return fusedyolo.select(given, criterion, 0.2, 0.4, 20, backend=backend)._asdict()
 
     return step
 
@@ -127,10 +128,10 @@ def _pointwise(work: Workload) -> Step:
     def step(backend: str, exact: bool) -> Outputs:
         kind = torch.float64 if exact else getattr(torch, work.dtype)
         calls: dict[str, tuple[tuple[Tensor, Tensor], Callable[..., Tensor]]] = {
-            name: (labels, partial(getattr(functional, name), reduction="sum")) for name in LABEL_LOSSES
+            name: (labels, partial(getattr(fusedyolo.functional, name), reduction="sum")) for name in LABEL_LOSSES
         }
         for name in IOU_KINDS:
-            calls[f"box_iou_loss {name}"] = boxes, partial(functional.box_iou_loss, kind=name, image_size=2)
+            calls[f"box_iou_loss {name}"] = boxes, partial(fusedyolo.functional.box_iou_loss, kind=name, image_size=2)
         found = {}
         for name, (pair, loss) in calls.items():
             given, wanted = (each.to(getattr(torch, work.dtype)).to(kind) for each in pair)
@@ -245,11 +246,11 @@ def compare(step: Step, settings: Settings) -> Found:
             found.wrong.append(f"{run}: other bits than seed 0 in {', '.join(key for key in out if key not in same)}")
         first.setdefault(run.group, out)
     found.wrong += [f"{count} x {fault}" for fault, count in found.faults.most_common()]
-    found.wrong += _decided(first, truth)
+    found.wrong += decided(first, truth)
     return found
 
 
-def _decided(first: Mapping[tuple[str, int], Outputs], truth: Outputs) -> list[str]:
+def decided(first: Mapping[tuple[str, int], Outputs], truth: Outputs) -> list[str]:
     """Where kernels that were fused in other ways differ by more than rounding."""
     (_, usual), *others = first.items()
     wrong = []
