@@ -67,19 +67,20 @@ def _predicted(path: Path, predicted: Mapping[tuple[str, str], Sequence[float]],
 
     figure, axis = plt.subplots(figsize=(8.4, 1.9 + 0.31 * len(predicted)), dpi=160, layout="constrained")
     axis.set_xscale("log")
-    low = min(min(each) for each in predicted.values()) / 2
-    high = max(max(each) for each in predicted.values())
+    low = 0.01  # what takes no more is over at once
+    high = max(2 * low, *(max(each) for each in predicted.values()))
     axis.set_xlim(low, high * (high / low) ** 0.25)
     y, ticks, names, before = 0.0, [], [], ""
     for (case, launch), (memory, issue, longest) in predicted.items():
         if before and case != before:
             y += 0.35
         for place, (part, value) in zip((y - 0.2, y + 0.2), (("memory", memory), ("issue", issue)), strict=True):
-            axis.barh(place, value - low, 0.4, left=low, color=PARTS[part])
-        axis.plot(longest, y + 0.2, marker="|", color=PARTS["longest"], markersize=7, markeredgewidth=1.6, zorder=3)
+            axis.barh(place, max(0.0, value - low), 0.4, left=low, color=PARTS[part])
+        mark = {"marker": "|", "color": PARTS["longest"], "markersize": 7, "markeredgewidth": 1.6}
+        axis.plot(max(low, longest), y + 0.2, zorder=3, **mark)
         note = f"{max(memory, issue):.3g}   issue/memory {issue / memory:.2g}"
         style = {"va": "center", "size": 7, "color": INK, "weight": "bold" if issue > memory else "normal"}
-        axis.annotate(note, (max(memory, issue, longest), y), (6, 0), textcoords="offset points", **style)
+        axis.annotate(note, (max(memory, issue, longest, low), y), (6, 0), textcoords="offset points", **style)
         ticks.append(y)
         names.append(f"{case}  {launch}" if case != before else launch)
         y, before = y + 1, case
@@ -97,7 +98,9 @@ def _predicted(path: Path, predicted: Mapping[tuple[str, str], Sequence[float]],
         "bytes / bandwidth", "instructions / issue rate", "issue of the longest program with a multiprocessor to itself"
     ]  # fmt: skip
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(f"{title}\nTime of each launch, predicted", x=0.01, ha="left", size=10, weight="bold", color=INK)
+    figure.suptitle(
+        f"{title}\nEach launch on {gpu}: predicted, not measured", x=0.01, ha="left", size=10, weight="bold", color=INK
+    )
     figure.savefig(path)
     plt.close(figure)
     return path
