@@ -1,4 +1,4 @@
-"""``python -m bench``: parity first, then launches, bytes, host waits, compiled resources and, on a GPU, time.
+"""``python -m bench``: parity first, then launches, bytes, host waits, compiled code, predicted and, on a GPU, time.
 
 ``python -m bench sweep`` shows how these grow with objects, batch and classes, ``python -m bench train`` where a
 training step goes, ``python -m bench assign`` what a loss assigns to the objects of an image; ``python -m bench
@@ -22,23 +22,34 @@ from fusedyolo.tools.registry import CASES, DTYPES, FORMS, LAYOUTS, Case, Worklo
 
 from . import peers, plots, report
 from .measure import COMPILE, EAGER, FUSED
+from .predict import GPUS
 from .rows import index, rows, write, write_failures
 from .work import Task, run_all, serve
 
 GPU_KINDS = ("time", "bandwidth")
+PREDICTING = ("count", "count exactly", "execute", "codegen")
 
 
 def plan(
-    cases: Iterable[Case], work: Workload, gpu: bool, exact: bool, compiles: bool, targets: Iterable[str]
+    cases: Iterable[Case],
+    work: Workload,
+    gpu: bool,
+    exact: bool,
+    compiles: bool,
+    targets: Iterable[str],
+    executed: str,
 ) -> list[Task]:
-    """Every task behind the parity gate; the longest first."""
+    """Every task behind the parity gate; the longest first. Kernels are compiled for ``targets``, and for one of them
+    executed.
+    """
     cases = list(cases)
     ours = [case.name for case in cases if case.name in CASES]
     kind = "count exactly" if exact else "count"
     tasks = [Task("compile", name, work, COMPILE) for name in ours if compiles]
     tasks += [Task(kind, name, work, FUSED) for name in ours]
     tasks += [Task("count", case.name, work, peer.name) for case in cases for peer in peers.of(case)]
-    tasks += [Task("codegen", name, work, target) for name in ours for target in targets]
+    tasks += [Task("execute", name, work, executed) for name in ours]
+    tasks += [Task("codegen", name, work, target) for name in ours for target in dict.fromkeys([*targets, executed])]
     tasks += [Task("count", name, work, EAGER) for name in ours]
     if gpu:
         tasks.append(Task("bandwidth", "", work, device="cuda"))
@@ -74,8 +85,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--target", action="append", choices=list(TARGETS), help="to compile for; repeat for more (sm_90, gfx942)"
     )
+    parser.add_argument("--gpu", default="H100", choices=list(GPUS), help="to predict the time of launches for (H100)")
     parser.add_argument("--quick", action="store_true", help="smaller, no torch.compile")
-    parser.add_argument("--times", action="store_true", help="on a GPU, parity and times alone")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--times", action="store_true", help="on a GPU, parity and times alone")
+    only.add_argument("--predict", action="store_true", help="parity and predicted times alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for JSON, CSV and pictures")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and no tables")
@@ -139,21 +153,24 @@ def bench(argv: list[str]) -> int:
         write_failures(options.out, failures)
         return 1
 
-    tasks = plan(options.cases, work, gpu, options.exact, not options.quick, options.target)
+    model = GPUS[options.gpu]
+    tasks = plan(options.cases, work, gpu, options.exact, not options.quick, options.target, model.target)
     tasks = [task for task in tasks if not _differs(task, parity)]
+    if options.predict:
+        tasks = [task for task in tasks if task.kind in PREDICTING and task.provider in (FUSED, model.target)]
     timed = [task for task in tasks if task.kind in GPU_KINDS]
     others = [] if options.times else [task for task in tasks if task.kind not in GPU_KINDS]
     results = run_all(others, options.jobs, console, "counting and compiling", failures)
     for name in dict.fromkeys(task.case for task in timed):  # nothing else runs meanwhile
         results |= run_all([task for task in timed if task.case == name], 1, console, f"timing {name}", failures)
-        write(options.out, rows(parity | results, work, host), host)  # kept, should the rest be cut
-    found = rows(parity | results, work, host)
+        write(options.out, rows(parity | results, work, host, options.gpu), host)  # kept, should the rest be cut
+    found = rows(parity | results, work, host, options.gpu)
     if options.json:
         print(json.dumps(found, indent=1))
         report.print_remarks(console, index(found), options.cases)
     else:
-        report.print_tables(console, found, options.cases)
-    pictures = plots.plot(options.out, found, options.cases)
+        report.print_tables(console, found, options.cases, options.gpu)
+    pictures = plots.plot(options.out, found, options.cases, options.gpu)
     for path in [*write(options.out, found, host), *pictures, *write_failures(options.out, failures)]:
         console.print(f"wrote {path}", highlight=False)
     return int(any(task not in results for task in others + timed if task.provider not in (COMPILE, *peers.PEERS)))

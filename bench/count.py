@@ -34,12 +34,21 @@ _SCATTERS = {"index_put_", "_index_put_impl_", "scatter_", "scatter_add_", "inde
 
 
 @dataclass
+class KernelLaunch:
+    """One launch of a kernel: how many programs it has, and the bytes they load and store."""
+
+    name: str
+    programs: int
+    bytes: int
+
+
+@dataclass
 class Counts:
     """What a piece of work asks of a GPU.
 
     ``bytes_loaded`` and ``bytes_stored`` add the kernels' sectors and the tensors of the other operators; ``ops`` are
-    the other launches by operator, ``sync_ops`` the operators that make the host wait. Where fewer programs were run
-    than the launches have, the kernels' bytes are an estimate.
+    the other launches by operator, ``sync_ops`` the operators that make the host wait, ``kernels`` the launches of
+    Triton's in order. Where fewer programs were run than the launches have, the kernels' bytes are an estimate.
     """
 
     triton_launches: int = 0
@@ -51,6 +60,7 @@ class Counts:
     programs_run: int = 0
     ops: dict[str, int] = field(default_factory=dict)
     sync_ops: dict[str, int] = field(default_factory=dict)
+    kernels: list[KernelLaunch] = field(default_factory=list)
 
     @property
     def launches(self) -> int:
@@ -175,13 +185,14 @@ def _count_kernels(counts: Counts, on_program: OnProgram | None, sample: Sample 
         self.grid = grid
         counts.programs_run += len(loaded)
         if sample is None or chosen is None:
-            counts.programs += len(loaded)
-            counts.bytes_loaded += sum(loaded)
-            counts.bytes_stored += sum(stored)
+            programs, read, written = len(loaded), sum(loaded), sum(stored)
         else:
-            counts.programs += grid[0]
-            counts.bytes_loaded += sample.total(kinds, dict(zip(chosen, loaded, strict=True)))
-            counts.bytes_stored += sample.total(kinds, dict(zip(chosen, stored, strict=True)))
+            programs = grid[0]
+            read, written = (sample.total(kinds, dict(zip(chosen, m, strict=True))) for m in (loaded, stored))
+        counts.programs += programs
+        counts.bytes_loaded += read
+        counts.bytes_stored += written
+        counts.kernels.append(KernelLaunch(self.fn.__name__, programs, read + written))
 
     def counted_span(self, *dims):
         return span(self, *(dims if chosen is None else (*grid, 1, 1)))
@@ -191,7 +202,7 @@ def _count_kernels(counts: Counts, on_program: OnProgram | None, sample: Sample 
             on_program(counts.triton_launches, len(loaded) + 1, len(chosen) if chosen else math.prod(self.grid_dim))
         if chosen is not None:
             if len(loaded) == len(chosen) - 1:
-                _pretend_others_finished(len(loaded), grid[0])
+                pretend_others_finished(len(loaded), grid[0])
             index = (chosen[index[0]], 0, 0)
         loaded.append(0)
         stored.append(0)
@@ -245,7 +256,7 @@ def _count_kernels(counts: Counts, on_program: OnProgram | None, sample: Sample 
         yield
 
 
-def _pretend_others_finished(run: int, programs: int) -> None:
+def pretend_others_finished(run: int, programs: int) -> None:
     """Before the last program: those left out never added to the counter of finished programs, where there is one."""
     from fusedyolo.ops.launch import done_counter
 

@@ -15,9 +15,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 import fusedyolo
+from fusedyolo.targets import Targets
 from fusedyolo.tools import timing
 from fusedyolo.tools.parity import Loss, step
-from fusedyolo.tools.registry import CASES, Case, DenseCase, Workload
+from fusedyolo.tools.registry import CASES, Case, CellCase, DenseCase, Workload
 
 from . import peers
 from .count import Counts, OnProgram, Sample, count
@@ -55,7 +56,7 @@ def count_step(
     loss, preds = provide(case, provider, work, device), case.predictions(work, device)
     targets = case.targets(work, device)
     sample = Sample(kinds) if provider == FUSED and not exact else None
-    with _filled_in(case, work, targets) if sample and isinstance(case, DenseCase) else nullcontext():
+    with filled_in(case, work, targets) if sample and isinstance(case, DenseCase) else nullcontext():
         return count(lambda: step(loss, preds, targets, one), on_program, sample)
 
 
@@ -78,8 +79,45 @@ def kinds(kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[
     return [0] * programs
 
 
+UNIFORM = ("dense_kernel", "rank_kernel")
+"""Kernels whose programs execute as much as the others of their kind."""
+
+
+class Effort:
+    """How much programs of one kind have to do, as far as the reference knows: it tells which predictions are assigned,
+    and the targets how many rows an image has.
+    """
+
+    def __init__(self, case: Case, work: Workload, targets: Any):
+        rows = targets.rows if isinstance(targets, Targets) else targets
+        self.rows = torch.bincount(rows[:, 0].long(), minlength=work.batch).tolist()
+        self.assigned: list[torch.Tensor] = []  # [B, A, H * W] of each level of a grid
+        if not isinstance(case, (CellCase, DenseCase)):
+            preds = [p.detach() for p in case.predictions(work)]
+            found = fusedyolo.assign(case.build(work.classes, "torch"), preds, targets)
+            self.assigned = [(level.row >= 0).flatten(2) for level in found.levels]
+
+    def of(self, kernel: str, kinds: Sequence[int], arguments: Mapping[str, Any]) -> tuple[Sequence[Any], list[float]]:
+        """Of each program a kind that is finer where it must be, and a number that grows with its instructions."""
+        programs = len(kinds)
+        if kernel in ("grid_kernel", "grid_grad_kernel"):
+            counts = [
+                (tile.sum().item(), self.rows[image])
+                for level in self.assigned
+                for image, planes in enumerate(level)
+                for plane in planes
+                for tile in plane.split(arguments["CELLS"])
+            ]
+            finer = [(kind, assigned > 0) for kind, (assigned, _) in zip(kinds, counts, strict=True)]
+            return finer, [4.0 * assigned + rows for assigned, rows in counts]
+        if kernel in ("overlap_kernel", "match_kernel"):
+            blocks = -(-arguments["N"] // arguments["BLOCK"])
+            return kinds, [float(self.rows[program // blocks]) for program in range(programs)]
+        return kinds, [0.0] * programs
+
+
 @contextmanager
-def _filled_in(case: DenseCase, work: Workload, targets: Any) -> Iterator[None]:
+def filled_in(case: DenseCase, work: Workload, targets: Any) -> Iterator[None]:
     """After a launch of which a part was run, what the rest would have left for later launches is put there: matches
     and cross-entropies, both taken from the eager reference.
     """

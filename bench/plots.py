@@ -9,12 +9,13 @@ from typing import Any
 from fusedyolo.tools.registry import CASES, Case, Workload
 
 from .measure import COMPILE, EAGER, FUSED
-from .report import text
+from .report import LAUNCHES, text
 from .rows import Index, Row, index
 
 INK, MUTED = "#222222", "#777777"
 PEER = "peer"
 COLOURS = {PEER: "#d08c60", EAGER: "#c3c9d2", COMPILE: "#8fa3bf", FUSED: "#1f7a5c"}
+PARTS = {"memory": "#8fa3bf", "issue": "#1f7a5c", "longest": "#c2410c"}
 NAMES = {
     PEER: "the loss that it replaces",
     EAGER: "eager PyTorch reference",
@@ -23,8 +24,10 @@ NAMES = {
 }
 
 
-def plot(out: Path, found: Sequence[Row], cases: Sequence[Case]) -> list[Path]:
-    """``cost.png``: bytes and launches; ``time.png``: milliseconds and memory, where there are any."""
+def plot(out: Path, found: Sequence[Row], cases: Sequence[Case], gpu: str = "H100") -> list[Path]:
+    """``cost.png``: bytes and launches; where there are any, ``time.png``: milliseconds and memory, and
+    ``issue_time.png``: what is predicted for ``gpu``.
+    """
     values, first = _with_peers(index(found)), found[0]
     out.mkdir(parents=True, exist_ok=True)
     cases = [case for case in cases if case.name in CASES]
@@ -44,7 +47,63 @@ def plot(out: Path, found: Sequence[Row], cases: Sequence[Case]) -> list[Path]:
             ("peak_per_P", "peak memory, multiples of the predictions", ".2f"),
         )
         paths.append(_bars(out / "time.png", title, panels, values, cases))
+    predicted = {
+        (case.name, launch): [values.get((case.name, FUSED, f"predicted.{gpu}.{launch}.{name}_us")) for name in PARTS]
+        for case in cases
+        for launch in LAUNCHES
+    }
+    if predicted := {key: each for key, each in predicted.items() if None not in each}:
+        paths.append(_predicted(out / "issue_time.png", predicted, gpu, title))
     return paths
+
+
+def _predicted(path: Path, predicted: Mapping[tuple[str, str], Sequence[float]], gpu: str, title: str) -> Path:
+    """Two bars a launch and a mark for its longest program."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axis = plt.subplots(figsize=(8.4, 1.9 + 0.31 * len(predicted)), dpi=160, layout="constrained")
+    axis.set_xscale("log")
+    low = 0.01  # what takes no more is over at once
+    high = max(2 * low, *(max(each) for each in predicted.values()))
+    axis.set_xlim(low, high * (high / low) ** 0.25)
+    y, ticks, names, before = 0.0, [], [], ""
+    for (case, launch), (memory, issue, longest) in predicted.items():
+        if before and case != before:
+            y += 0.35
+        for place, (part, value) in zip((y - 0.2, y + 0.2), (("memory", memory), ("issue", issue)), strict=True):
+            axis.barh(place, max(0.0, value - low), 0.4, left=low, color=PARTS[part])
+        mark = {"marker": "|", "color": PARTS["longest"], "markersize": 7, "markeredgewidth": 1.6}
+        axis.plot(max(low, longest), y + 0.2, zorder=3, **mark)
+        note = f"{max(memory, issue):.3g}   issue/memory {issue / memory:.2g}"
+        style = {"va": "center", "size": 7, "color": INK, "weight": "bold" if issue > memory else "normal"}
+        axis.annotate(note, (max(memory, issue, longest, low), y), (6, 0), textcoords="offset points", **style)
+        ticks.append(y)
+        names.append(f"{case}  {launch}" if case != before else launch)
+        y, before = y + 1, case
+    axis.set_yticks(ticks, names, size=8, color=INK)
+    axis.set_ylim(y - 0.4, -0.7)
+    axis.set_xlabel(f"microseconds predicted for {gpu}, not measured (log scale)", size=9, color=INK)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+    axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="x", labelsize=8, colors=MUTED)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(MUTED)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=PARTS[part]) for part in ("memory", "issue")]
+    handles.append(plt.Line2D([], [], color=PARTS["longest"], marker="|", linestyle="", markeredgewidth=1.6))
+    labels = [
+        "bytes / bandwidth", "instructions / issue rate", "issue of the longest program with a multiprocessor to itself"
+    ]  # fmt: skip
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.suptitle(
+        f"{title}\nEach launch on {gpu}: predicted, not measured", x=0.01, ha="left", size=10, weight="bold", color=INK
+    )
+    figure.savefig(path)
+    plt.close(figure)
+    return path
 
 
 def _with_peers(values: Index) -> Index:

@@ -17,6 +17,7 @@ from .measure import COMPILE, EAGER, FUSED
 from .peers import PEERS
 from .rows import Index, Row, index, providers, slower
 
+LAUNCHES = ("overlap", "match", "loss", "rank", "grad")
 LABELS = {EAGER: "eager", COMPILE: "torch.compile", FUSED: "fused"}
 
 
@@ -67,10 +68,16 @@ def print_parity(console: Console, parity: Mapping[str, Any], gpu: bool) -> None
             console.print(f"[yellow]{name}, {provider}:[/] {escape(why)}", highlight=False)
 
 
-def print_tables(console: Console, found: Sequence[Row], cases: Sequence[Case]) -> None:
-    """Cost, time and compiled resources, and what is to be said of them."""
+def print_tables(console: Console, found: Sequence[Row], cases: Sequence[Case], gpu: str) -> None:
+    """Cost, time, time predicted for ``gpu`` and compiled resources, and what is to be said of them."""
     values = index(found)
-    console.print(_cost_table(values, cases), _time_table(values, cases), _codegen_table(values, cases))
+    tables = (
+        _cost_table(values, cases),
+        _time_table(values, cases),
+        _predicted_table(values, cases, gpu),
+        _codegen_table(values, cases),
+    )
+    console.print(*tables)
     print_remarks(console, values, cases)
 
 
@@ -160,6 +167,44 @@ def _time_table(values: Index, cases: Sequence[Case]) -> Table:
     return table
 
 
+def _predicted_table(values: Index, cases: Sequence[Case], gpu: str) -> Table:
+    table = table_of(
+        f"Predicted for {gpu}, not measured: microseconds of forward + backward, by bytes and by instructions"
+    )
+    table.caption = (
+        "predicted: the longer of both, launch by launch. longest: the longest program's instructions over the "
+        "median's; what it takes with a multiprocessor to itself. Latency, occupancy, caches and the host are not "
+        "modelled."
+    )
+    table.caption_justify = "left"
+    table.add_column("launch")
+    for name in ("programs", "memory", "issue", "predicted", "issue/memory", "longest/median", "longest"):
+        table.add_column(name, justify="right")
+    for case in cases:
+        label = case.name
+        for launch in (*LAUNCHES, "step"):
+            prefix = f"predicted.{gpu}.{launch}"
+            get = _getter(values, case, FUSED)
+            memory, issue = (values.get((case.name, FUSED, f"{prefix}.{name}_us")) for name in ("memory", "issue"))
+            if memory is None or issue is None:
+                continue
+            table.add_row(
+                label,
+                launch,
+                get(f"{prefix}.programs"),
+                f"{memory:.1f}",
+                f"{issue:.1f}",
+                get(f"{prefix}.predicted_us", ".1f"),
+                f"{issue / memory:.2f}",
+                get(f"{prefix}.longest_over_median", ".1f"),
+                get(f"{prefix}.longest_us", ".1f") if launch != "step" else "",
+                style="bold" if launch == "step" else "",
+            )
+            label = ""
+        table.add_section()
+    return table
+
+
 def _codegen_table(values: Index, cases: Sequence[Case]) -> Table:
     table = table_of("What the kernels compile to; loads and stores: instructions x bits")
     table.add_column("launch")
@@ -171,7 +216,7 @@ def _codegen_table(values: Index, cases: Sequence[Case]) -> Table:
     metrics = ("registers", "stack", "spills", "instructions", "loads", "stores")
     for case in cases:
         label = case.name
-        for mode in ("overlap", "match", "loss", "rank", "grad"):
+        for mode in LAUNCHES:
             for target in TARGETS:
                 each = [values.get((case.name, FUSED, f"{target}.{mode}.{metric}")) for metric in metrics]
                 if each[0] is not None:

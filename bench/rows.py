@@ -13,6 +13,7 @@ from fusedyolo.tools.registry import CASES, Case, Workload
 
 from . import peers
 from .measure import COMPILE, EAGER, FUSED
+from .predict import GPUS, predict
 
 MODES = ("no_grad", "forward", "backward", "full")
 GRAPHS = ("forward_graph", "full_graph")
@@ -24,18 +25,21 @@ def case_of(name: str) -> Case:
     return CASES.get(name) or peers.PENDING[name]
 
 
-def rows(results: Mapping[Any, Any], work: Workload, host: Mapping[str, Any]) -> list[Row]:
-    """One row a number, from the results of tasks. Without a GPU the times are rows too, with no value."""
+def rows(results: Mapping[Any, Any], work: Workload, host: Mapping[str, Any], gpu: str = "H100") -> list[Row]:
+    """One row a number, from the results of tasks. Without a GPU the times are rows too, with no value.
+
+    What is predicted for ``gpu``, one of :data:`bench.predict.GPUS`, has metrics ``predicted.{gpu}.{launch}.{metric}``.
+    """
     kinds = {"count exactly": "count", "quick time": "time"}
     found = {(kinds.get(task.kind, task.kind), task.case, task.provider): r for task, r in results.items()}
     return [
         row
         for name in dict.fromkeys(task.case for task in results if task.case)
-        for row in _rows_of(case_of(name), found, work, host)
+        for row in _rows_of(case_of(name), found, work, host, gpu)
     ]
 
 
-def _rows_of(case: Case, found: Mapping, work: Workload, host: Mapping[str, Any]) -> Iterator[Row]:
+def _rows_of(case: Case, found: Mapping, work: Workload, host: Mapping[str, Any], gpu: str) -> Iterator[Row]:
     size = case.prediction_bytes(work)
     versions = {name: host[name] for name in ("torch", "triton", "fusedyolo", "commit")}
 
@@ -90,6 +94,9 @@ def _rows_of(case: Case, found: Mapping, work: Workload, host: Mapping[str, Any]
         yield row(FUSED, "time_over_bytes", ceiling / rate if rate and ceiling else None)
         floor_ms = case.floor(work) * size / ceiling / 1e6 if ceiling else None
         yield row(FUSED, "time_over_floor", timed["full_ms_p50"] / floor_ms if timed and floor_ms else None)
+    for launch, predicted in _predicted(case, found, gpu).items():
+        for metric, value in predicted.items():
+            yield row(FUSED, f"predicted.{gpu}.{launch}.{metric}", value)
     for (kind, name, target), launches in found.items():
         if kind == "codegen" and name == case.name:
             for launch, resources in launches.items():
@@ -98,6 +105,16 @@ def _rows_of(case: Case, found: Mapping, work: Workload, host: Mapping[str, Any]
                         value = widths({int(width): number for width, number in value.items()})
                     if metric not in ("target", "code"):
                         yield row(FUSED, f"{target}.{launch}.{metric}", value)
+
+
+def _predicted(case: Case, found: Mapping, gpu: str) -> dict[str, dict[str, float]]:
+    """By launch, if all that it takes is there."""
+    model = GPUS[gpu]
+    counted = found.get(("count", case.name, FUSED))
+    executed, compiled = (found.get((kind, case.name, model.target)) for kind in ("execute", "codegen"))
+    if not (counted and executed and compiled):
+        return {}
+    return predict(model, counted["kernels"], executed, compiled)
 
 
 def _counted(counted: Mapping[str, Any] | None, size: int) -> dict[str, Any]:

@@ -66,6 +66,10 @@ def do(task: Task) -> Any:
         return measure.count_step(case, task.work, task.provider, _report_programs(), exact).as_dict()
     if task.kind == "compile":
         return measure.count_compiled(case, task.work)
+    if task.kind == "execute":
+        from .predict import execute_step
+
+        return execute_step(case, task.work, task.provider)
     if task.kind == "codegen":
         compiled = codegen.compile_step(case, task.work, task.provider)
         return {launch: resources.as_dict() for launch, resources in compiled.items()}

@@ -1,6 +1,7 @@
 """The bench: workloads, compiled resources, reports, and the whole of it in small."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -11,9 +12,10 @@ from pathlib import Path
 import peers
 import pytest
 import torch
+from rich.console import Console
 
 from bench import __main__ as entry
-from bench import measure, plots, qualify, rows, sweep, work
+from bench import measure, plots, qualify, report, rows, sweep, work
 from fusedyolo.tools import codegen, registry, timing
 from fusedyolo.tools.parity import parity as parity_of
 
@@ -102,9 +104,14 @@ def test_sass_is_read():
         /*0060*/                   STG.E.64 desc[UR4][R2.64], R4 ;
         /*0070*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
         /*0080*/                   NOP ;
+$__internal_0_$__cuda_sm3x_div_rn_noftz_f32_slowpath:
+        /*0090*/                   STL [R1], R5 ;
+        /*00a0*/                   RET.REL.NODEC R52 `(kernel) ;
+        /*00b0*/                   NOP ;
     """
     found = codegen.read_sass("sm_90", usage, sass)
-    assert (found.registers, found.stack, found.spills, found.shared, found.instructions) == (40, 16, 2, 64, 8)
+    assert (found.registers, found.stack, found.spills, found.shared, found.instructions) == (40, 16, 3, 64, 10)
+    assert found.called == 2
     assert (found.loads, found.stores) == ({128: 1, 8: 1, 32: 1}, {64: 1, 16: 1})
     assert codegen.widths(found.loads) == "1x128 1x32 1x8"
     assert codegen.widths({}) == "none"
@@ -188,6 +195,11 @@ class Twice:
         self.total = total
 
 
+def executed(kernel, programs, instructions):
+    of_one = {"longest": instructions, "median": instructions / 4}
+    return {"kernel": kernel, "programs": programs, "instructions": instructions, **of_one, "ptx": 10}
+
+
 def fake_results(gpu=False):
     load, case = registry.Workload(batch=2, size=64), registry.CASES["YOLOv4/paper"]
     counts = {
@@ -197,14 +209,23 @@ def fake_results(gpu=False):
         "bytes_stored": 0,
         "programs": 9,
         "programs_run": 3,
+        "kernels": [
+            {"name": "grid_kernel", "programs": 6, "bytes": 3_000_000},
+            {"name": "grid_grad_kernel", "programs": 3, "bytes": 30_000_000},
+        ],
     }
     size = case.prediction_bytes(load)
     results = {
         work.Task("parity", case.name, load): {"ok": True, "fused_loss_error": 1e-8, "positives": 3},
         work.Task("count", case.name, load, "fused"): {**counts, "bytes_loaded": 2 * size},
         work.Task("codegen", case.name, load, "sm_90"): {
-            "grad": codegen.Resources("sm_90", 96, 0, 0, 0, 10, {128: 2}, {32: 1}).as_dict()
+            "loss": codegen.Resources("sm_90", 96, 0, 0, 0, 25, {128: 2}, {32: 1}, called=5).as_dict(),
+            "grad": codegen.Resources("sm_90", 96, 0, 0, 0, 10, {128: 2}, {32: 1}).as_dict(),
         },
+        work.Task("execute", case.name, load, "sm_90"): [
+            executed("grid_kernel", 6, 18_532_800),
+            executed("grid_grad_kernel", 3, 926_640),
+        ],
     }
     if gpu:
         times = {f"{mode}_ms_p{q}": 0.5 for mode in rows.MODES for q in (20, 50, 80)}
@@ -224,6 +245,28 @@ def test_rows_are_keyed_and_what_was_not_measured_has_no_value():
     assert values[case.name, "fused", "sm_90.grad.loads"] == "2x128"
     for provider, metric in (("eager", "bytes_per_P"), ("fused", "full_ms_p50"), ("compile", "bytes_per_P")):
         assert values[case.name, provider, metric] is None
+
+
+def test_what_is_predicted_says_so_and_for_which_gpu():
+    results, load, case = fake_results()
+    found = rows.rows(results, load, HOST)
+    values = {row["metric"]: row["value"] for row in found if "_us" in row["metric"] and row["value"] is not None}
+    assert all(name.startswith("predicted.H100.") for name in values)
+    assert values["predicted.H100.loss.memory_us"] == pytest.approx(1.0)
+    assert values["predicted.H100.loss.issue_us"] == pytest.approx(40.0)  # two of the GPU's for one of PTX
+    assert values["predicted.H100.grad.predicted_us"] == values["predicted.H100.grad.memory_us"] == pytest.approx(10.0)
+    assert values["predicted.H100.step.predicted_us"] == pytest.approx(50.0)
+    assert rows.index(found)[case.name, "fused", "full_ms_p50"] is None
+    console = Console(record=True, width=140, file=io.StringIO())
+    report.print_tables(console, found, [case], "H100")
+    text = console.export_text()
+    assert "Predicted for H100, not measured" in text
+    (step,) = [line for line in text.splitlines() if " step " in line]
+    assert step.split() == ["step", "9", "11.0", "41.0", "50.0", "3.73", "4.0"]
+    for gpu, target in (("H200", "sm_90"), ("A100", "sm_80")):  # of another target nothing was executed
+        of_another = [row for row in rows.rows(results, load, HOST, gpu) if row["metric"].startswith("predicted.")]
+        assert bool(of_another) == (target == "sm_90")
+        assert all(row["metric"].startswith(f"predicted.{gpu}.") for row in of_another)
 
 
 def test_a_gpu_gives_bandwidth_and_the_distance_from_the_floor():
@@ -250,7 +293,7 @@ def test_a_second_run_replaces_its_own_rows_and_keeps_others(tmp_path):
 
 def test_pictures_show_what_there_is(tmp_path):
     image = pytest.importorskip("PIL.Image")
-    for gpu, names in ((False, ["cost.png"]), (True, ["cost.png", "time.png"])):
+    for gpu, names in ((False, ["cost.png", "issue_time.png"]), (True, ["cost.png", "time.png", "issue_time.png"])):
         results, load, case = fake_results(gpu)
         paths = plots.plot(tmp_path, rows.rows(results, load, HOST), [case])
         assert [path.name for path in paths] == names
@@ -270,6 +313,8 @@ def test_pictures_show_what_there_is(tmp_path):
         (["--batch", "-1"], "--batch: -1, want at least 1"),
         (["--labels", "/does/not/exist"], "does not exist"),
         (["--labels", ".", "--crowded"], "not allowed with"),
+        (["--times", "--predict"], "not allowed with"),
+        (["--gpu", "RTX"], "invalid choice: 'RTX'"),
     ],
 )
 def test_bad_arguments_say_what_is_wrong(arguments, message, capsys):
@@ -308,7 +353,7 @@ def test_nothing_is_measured_on_a_red_gate(broken, monkeypatch, tmp_path, capsys
     assert "nothing else was measured" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("breaks", "status"), [("count", 1), ("codegen", 1), ("compile", 0)])
+@pytest.mark.parametrize(("breaks", "status"), [("count", 1), ("codegen", 1), ("execute", 1), ("compile", 0)])
 def test_what_breaks_is_shown_as_unknown_and_fails_the_run_if_it_is_ours(breaks, status, monkeypatch, tmp_path, capsys):
     results, _, _ = fake_results()
     answers = {task.kind: result for task, result in results.items()}
@@ -339,6 +384,24 @@ def test_the_main_job_in_small(tmp_path, capsys):
         assert fused[f"sm_90.{mode}.loads"] != "none"
     assert (fused["full_ms_p50"] is None) == (not torch.cuda.is_available())
     assert {"bench.json", "bench.csv", "cost.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_predicting_alone_counts_compiles_and_executes_ours(monkeypatch, tmp_path, capsys):
+    results, _, _ = fake_results()
+    answers = {task.kind: result for task, result in results.items()} | {"parity": parity(True)}
+    tasks = []
+    monkeypatch.setattr(work.Worker, "run", lambda self, task, tell: tasks.append(task) or (answers[task.kind], ""))
+    arguments = ["--predict", "--gpu", "A100", "--loss", "yolov4/paper", "--out", str(tmp_path)]
+    assert entry.main([*arguments, "--batch", "2", "--size", "64"]) == 0
+    assert {(task.kind, task.provider) for task in tasks} == {
+        ("parity", ""),
+        ("count", "fused"),
+        ("execute", "sm_80"),
+        ("codegen", "sm_80"),
+    }
+    assert not next(task for task in tasks if task.kind == "execute").interpreted
+    assert "Predicted for A100, not measured" in capsys.readouterr().out
+    assert (tmp_path / "issue_time.png").exists()
 
 
 def test_a_worker_that_dies_is_replaced():

@@ -98,6 +98,7 @@ def test_programs_are_reported_and_nothing_stays_patched():
     counts = count.count(twice, lambda *progress: seen.append(progress))
     assert seen == [(1, 1, 2), (1, 2, 2), (2, 1, 1)]
     assert counts.launches == 2
+    assert [(one.name, one.programs, one.bytes) for one in counts.kernels] == [("copy", 2, 4096), ("copy", 1, 2048)]
     after = dict(vars(interpreter.InterpreterBuilder)), interpreter.GridExecutor.__call__, interpreter._patch_lang
     assert after == before
     assert interpreter.interpreter_builder.options.sanitize_overflow
@@ -237,6 +238,7 @@ def test_a_sampled_launch_is_counted_as_a_whole_one():
     sample = count.Sample(lambda kernel, programs, arguments: [0] * programs, 4)
     counts = count.count(lambda: InterpretedFunction(copy)[(32,)](x, y, 4096, 1, BLOCK=128), sample=sample)
     assert (counts.programs, counts.programs_run, counts.triton_launches) == (32, 6, 1)
+    assert counts.kernels == [count.KernelLaunch("copy", 32, 8 * 4096)]
     assert counts.bytes_loaded == counts.bytes_stored == 4 * 4096
     assert 0 < y.count_nonzero() <= 6 * 128
 
@@ -252,6 +254,8 @@ def test_what_stands_for_a_launch_is_close_to_all_of_it(name, batch, size, monke
     assert sampled.programs_run < sampled.programs == exact.programs
     assert (sampled.launches, sampled.syncs) == (exact.launches, 0)
     assert sampled.bytes == pytest.approx(exact.bytes, rel=0.03)
+    assert sum(one.bytes for one in exact.kernels) == exact.bytes
+    assert [(one.name, one.programs) for one in sampled.kernels] == [(one.name, one.programs) for one in exact.kernels]
 
 
 @pytest.mark.parametrize("name", ["YOLOv1/paper", "YOLOv2/region", "YOLOv5", "SSD"])

@@ -33,7 +33,8 @@ class Resources:
     """Of one compiled kernel; access widths are in bits, each with its number of instructions.
 
     ``stack`` is bytes of local memory a thread, ``spills`` the instructions that touch it. ``scalar_spills``, of AMD
-    only, are scalar registers kept in lanes of vector registers: no memory is touched. ``code`` is a digest of the
+    only, are scalar registers kept in lanes of vector registers: no memory is touched. ``called``, of NVIDIA only, are
+    those of the instructions that routines for rare numbers hold, as divisions call them. ``code`` is a digest of the
     instructions: kernels with the same are the same.
     """
 
@@ -46,6 +47,7 @@ class Resources:
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
     scalar_spills: int = 0
+    called: int = 0
     code: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -155,11 +157,11 @@ def _run(*command: str) -> str:
 
 def read_sass(target: str, usage: str, sass: str) -> Resources:
     """From the texts of ``cuobjdump -res-usage`` and ``nvdisasm -c``."""
-    names = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
-    names = [name for name in names if name != "NOP"]  # padding
+    kernel, _, routines = sass.partition("\n$__internal_")
+    names, called = _sass_names(kernel), _sass_names(routines)
     sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
     loads, stores, spills = Counter[int](), Counter[int](), 0
-    for name in names:
+    for name in names + called:
         head, *modifiers = name.split(".")
         if head in ("LDG", "STG"):
             (loads if head == "LDG" else stores)[_sass_width(modifiers)] += 1
@@ -170,11 +172,17 @@ def read_sass(target: str, usage: str, sass: str) -> Resources:
         sizes["STACK"],
         spills,
         sizes["SHARED"],
-        len(names),
+        len(names + called),
         dict(loads),
         dict(stores),
+        called=len(called),
         code=_digest(sass),
     )
+
+
+def _sass_names(sass: str) -> list[str]:
+    names = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    return [name for name in names if name != "NOP"]  # padding
 
 
 def _digest(text: str) -> str:
@@ -212,5 +220,5 @@ def read_amdgcn(target: str, text: str) -> Resources:
         dict(loads),
         dict(stores),
         sizes["sgpr_spill_count"],
-        _digest(text),
+        code=_digest(text),
     )

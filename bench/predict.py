@@ -1,0 +1,207 @@
+"""How long a launch should take on a GPU that need not be here: predicted, never measured.
+
+Compiled kernels are executed by the emulator, which counts the instructions of each program; what the compiler reports
+turns instructions of PTX into those of the GPU. Of a launch some programs stand for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from fusedyolo.tools.codegen import target_of
+from fusedyolo.tools.parity import step
+from fusedyolo.tools.registry import Case, DenseCase, Workload
+
+from .count import pretend_others_finished
+from .measure import FUSED, UNIFORM, Effort, filled_in, kinds, provide
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """``multiprocessors`` with four schedulers each, of which every one issues an instruction of a warp a cycle;
+    ``clock`` in Hz, ``bandwidth`` in bytes a second.
+    """
+
+    target: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+
+    @property
+    def issue_rate(self) -> float:
+        """Instructions of a warp a second, of all multiprocessors."""
+        return 4 * self.multiprocessors * self.clock
+
+
+# SXM cards. Multiprocessors are those of NVIDIA's white papers. Clocks are what a card is assumed to hold under load,
+# and bandwidths what large copies are assumed to reach, 83 to 90 % of the data sheets' 3.35, 4.8 and 2.04 TB/s: none of
+# these cards has been measured here.
+GPUS = {
+    "H100": Gpu("sm_90", 132, 1.755e9, 3.0e12),
+    "H200": Gpu("sm_90", 132, 1.755e9, 4.2e12),
+    "A100": Gpu("sm_80", 108, 1.41e9, 1.7e12),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ executed
+
+MOST = 32  # programs of a launch whose work differs, beside the first, the last and the longest of each kind
+LEAST = 2  # of each kind
+
+
+class Plan:
+    """Which programs of a launch to run, and what they say of the others.
+
+    ``kinds`` and ``effort`` have an entry for each program. Of each kind some are run whose efforts are spread over
+    those of all, and the one of the largest effort; between two of them the instructions of a program are interpolated
+    by effort. The first and the last program of a launch always run, and stand for themselves.
+    """
+
+    def __init__(self, kinds: Sequence[Any], effort: Sequence[float], most: int):
+        self.effort = np.asarray(effort, float)
+        members: dict[Any, list[int]] = {}
+        for program in range(1, len(kinds) - 1):
+            members.setdefault(kinds[program], []).append(program)
+        self.members = [np.array(m)[np.argsort(self.effort[m], kind="stable")] for m in members.values()]
+        chosen = {0, len(kinds) - 1}
+        for each in self.members:
+            few = min(len(each), max(LEAST, round(most * len(each) / len(kinds))))
+            chosen |= {int(each[int((i + 0.5) * len(each) / few)]) for i in range(few)}
+            if self.effort[each[0]] < self.effort[each[-1]]:
+                chosen.add(int(each[-1]))
+        self.chosen = sorted(chosen)
+
+    def estimate(self, executed: Mapping[int, int]) -> np.ndarray:
+        """Of every program, from those that ran."""
+        found = np.zeros(len(self.effort))
+        for each in self.members:
+            ran = [p for p in each.tolist() if p in executed]
+            efforts, group = np.unique(self.effort[ran], return_inverse=True)
+            means = np.bincount(group, [executed[p] for p in ran]) / np.bincount(group)
+            found[each] = np.interp(self.effort[each], efforts, means)
+        ran = list(executed)
+        found[ran] = [executed[p] for p in ran]
+        return found
+
+
+def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -> list[dict[str, Any]]:
+    """Instructions of PTX that forward and backward execute as compiled for ``target``, an NVIDIA one.
+
+    Kernels must have been imported without ``TRITON_INTERPRET``.
+
+    Args:
+        case: the loss.
+        work: what it is given.
+        target: as in :data:`fusedyolo.tools.codegen.TARGETS`.
+        exact: run every program.
+
+    Returns:
+        A dictionary a launch, in order: ``kernel``; ``programs``, ``programs_run``; ``instructions`` of warps in all
+        programs, ``longest`` and ``median`` of one; ``ptx``, how many there are in the text.
+
+    Raises:
+        Fault: what the emulator found wrong.
+    """
+    from fusedyolo.emulator import Device, Program
+    from fusedyolo.ops.launch import Launch
+
+    one, targets = torch.ones(()), case.targets(work)
+    effort = Effort(case, work, targets)
+    chosen: Sequence[int] = ()
+    found: list[dict[str, Any]] = []
+    device = Device(
+        target_of(target)[1], checks=(), lockstep=1.0, resident=16, sample=lambda name, programs, arguments: chosen
+    )
+    run = Launch.run
+
+    def run_some(self: Launch) -> None:
+        nonlocal chosen
+        name, programs = self.kernel.__name__, self.grid[0]
+        plan = Plan(
+            *effort.of(name, kinds(name, programs, self.arguments), self.arguments), 0 if name in UNIFORM else MOST
+        )
+        ran = list(range(programs)) if exact else plan.chosen
+        begin = len(device.launches)
+        # the last program alone, so that the final sum is its own
+        for chosen in (ran[:-1], ran[-1:]):
+            if len(chosen) == 1:
+                pretend_others_finished(len(ran) - 1, programs)
+            if chosen:
+                run(self)
+        records = device.launches[begin:]
+        executed = plan.estimate({p: n for record in records for p, n in record.report.by_program.items()})
+        found.append(
+            {
+                "kernel": name,
+                "programs": programs,
+                "programs_run": len(ran),
+                "instructions": round(executed.sum()),
+                "longest": round(executed.max()),
+                "median": float(np.median(executed)),
+                "ptx": sum(len(segment.code) for segment in Program(records[-1].compiled.ptx).segments),
+            }
+        )
+
+    loss, preds = provide(case, FUSED, work), case.predictions(work)
+    missing = isinstance(case, DenseCase) and not exact
+    with device, mock.patch.object(Launch, "run", run_some), ExitStack() as stack:
+        if missing:
+            stack.enter_context(filled_in(case, work, targets))
+        step(loss, preds, targets, one)
+    device.check()
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- predicted
+
+
+def predict(
+    gpu: Gpu,
+    counted: Sequence[Mapping[str, Any]],
+    executed: Sequence[Mapping[str, Any]],
+    compiled: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, float]]:
+    """What each launch of a step should take, by name, and under ``step`` all of them one after another.
+
+    Args:
+        gpu: one of :data:`GPUS`, or like them.
+        counted: of each launch its bytes, as in :attr:`bench.count.Counts.kernels`.
+        executed: of each launch its instructions, as :func:`execute_step` returns them.
+        compiled: of each launch by name what it compiles to, as :func:`fusedyolo.tools.codegen.compile_step` says.
+
+    Returns:
+        Microseconds: ``memory_us``, ``issue_us``, ``predicted_us`` (the larger one) and ``longest_us``, what the
+        longest program takes with a multiprocessor to itself; and ``programs``, ``instructions``,
+        ``longest_over_median``. Of a step sums, but the largest of the last.
+
+    Raises:
+        ValueError: these are not launches of one step.
+    """
+    names = [(one["name"], one["programs"]) for one in counted]
+    if names != [(one["kernel"], one["programs"]) for one in executed] or len(names) != len(compiled):
+        raise ValueError(f"counted: launches {names}, want those executed and compiled: {list(compiled)}")
+    found: dict[str, dict[str, float]] = {}
+    for bytes_of, ran, (name, resources) in zip(counted, executed, compiled.items(), strict=True):
+        real = (resources["instructions"] - resources["called"]) / ran["ptx"]
+        memory = bytes_of["bytes"] / gpu.bandwidth
+        issue = ran["instructions"] * real / gpu.issue_rate
+        longest = ran["longest"] * real * gpu.multiprocessors / gpu.issue_rate
+        found[name] = {
+            "programs": ran["programs"],
+            "instructions": ran["instructions"] * real,
+            "memory_us": memory * 1e6,
+            "issue_us": issue * 1e6,
+            "predicted_us": max(memory, issue) * 1e6,
+            "longest_us": longest * 1e6,
+            "longest_over_median": ran["longest"] / ran["median"],
+        }
+    launches = list(found.values())
+    sums = {name: sum(each[name] for each in launches) for name in launches[0]}
+    return found | {"step": sums | {"longest_over_median": max(each["longest_over_median"] for each in launches)}}
