@@ -1,12 +1,13 @@
 """The driver of `fusedyolo.functional`: one label or box term over flat tensors, forward or gradient.
 
-A program owns BLOCK elements (label) or box pairs. REDUCE leaves ``scale`` times the sum, else one loss an element;
-a gradient is scaled by ``grad_out``, one an element or, with REDUCE, one in all.
+A program owns BLOCK elements (label) or box pairs. REDUCE leaves ``scale``, given as ``exact`` takes it, times the sum,
+else one loss an element; a gradient is scaled by ``grad_out``, one an element or, with REDUCE, one in all.
 """
 
 import triton
 import triton.language as tl
 
+from .primitives import exact
 from .reduce import column, column_sums, is_last
 
 
@@ -16,7 +17,7 @@ def _finish(loss, mask, at, loss_ptr, partial_ptr, done_ptr, scale, REDUCE: tl.c
         tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, loss, 0.0), axis=0))
         if is_last(done_ptr, tl.num_programs(0)):
             sums = column_sums(partial_ptr, tl.num_programs(0), 1, ACC)
-            tl.store(loss_ptr, column(sums, 0) * scale)
+            tl.store(loss_ptr, column(sums, 0) * exact(scale).to(ACC))
             tl.store(done_ptr, 0)
     else:
         tl.store(loss_ptr + at, loss, mask=mask)
@@ -25,13 +26,13 @@ def _finish(loss, mask, at, loss_ptr, partial_ptr, done_ptr, scale, REDUCE: tl.c
 @triton.jit
 def _grad_out(grad_out_ptr, at, mask, scale, REDUCE: tl.constexpr, ACC: tl.constexpr):
     if REDUCE:
-        grad_out = tl.load(grad_out_ptr).to(ACC) * scale
+        grad_out = tl.load(grad_out_ptr).to(ACC) * exact(scale).to(ACC)
     else:
         grad_out = tl.load(grad_out_ptr + at, mask=mask, other=0.0).to(ACC)
     return grad_out
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit
 def label_kernel(
     x_ptr, t_ptr, n, args, scale, loss_ptr, partial_ptr, done_ptr, grad_out_ptr, dx_ptr,
     LABEL: tl.constexpr, REDUCE: tl.constexpr, WITH_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -76,7 +77,7 @@ def _store_boxes(ptr, at, mask, gx, gy, grad_out):
     tl.store(ptr + 4 * at + 3, ((0.5 * gy[0] + gy[1]) * grad_out).to(out), mask=mask)
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit
 def box_kernel(
     p_ptr, g_ptr, n, args, extent, scale, loss_ptr, partial_ptr, done_ptr, grad_out_ptr, dp_ptr, dg_ptr,
     BOX: tl.constexpr, REDUCE: tl.constexpr, WITH_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,

@@ -40,6 +40,21 @@ def vanishes(q):
 
 
 @triton.jit
+def inverse_power(q):
+    """A power of two that brings q > 0 into [1, 2), 1 where q vanishes.
+
+    A product with it is exact, so that nothing depends on whether the compiler rounds it.
+    """
+    if q.dtype == tl.float64:
+        exponent = q.to(tl.int64, bitcast=True) & 0x7FF0000000000000
+        power = tl.maximum(0x7FE0000000000000 - exponent, 0x0010000000000000).to(tl.float64, bitcast=True)
+    else:
+        exponent = q.to(tl.int32, bitcast=True) & 0x7F800000
+        power = tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)
+    return tl.where(vanishes(q), 1.0, power)
+
+
+@triton.jit
 def safe_div(a, b):
     """a / b, and 0 where b vanishes."""
     none = vanishes(tl.abs(b))

@@ -70,14 +70,20 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("_compiled", ways, indirect=True, ids=metafunc.config.getoption("--compiled-as") or None)
 
 
+def _not_traced(*args, **kwargs):
+    pytest.skip("a tracer takes the emulator, a dispatch mode, for part of what it traces")
+
+
 @pytest.fixture(autouse=True)
-def _compiled(request):
+def _compiled(request, monkeypatch):
     """With ``--compiled``: every launch of the test is emulated, ``torch.empty`` is poison, and no fault is found."""
     if not request.config.getoption("--compiled"):
         yield
         return
     from fusedyolo.emulator import Device
 
+    for module, name in ((torch, "compile"), (torch.library, "opcheck"), (torch.export, "export")):
+        monkeypatch.setattr(module, name, _not_traced)
     with Device(**request.param) as device:
         yield
     device.check()

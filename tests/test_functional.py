@@ -48,16 +48,17 @@ def test_box_losses_of_torchvision(name, kind, dtype, backend):
     data = golden.arrays(name)
     boxes = [data[key].to(DEVICE, dtype).requires_grad_() for key in ("boxes1", "boxes2")]
     checked = 0
+    bound = TOLERANCE[dtype] if backend == "torch" else max(TOLERANCE[dtype], 1e-9)  # eps reaches a kernel as float32
     for reduction in ("none", "sum", "mean"):
         loss = BOXES[kind](*boxes, reduction=reduction, backend=backend)
         assert loss.dtype == dtype
-        assert_close(loss.detach(), data[f"{kind}_{reduction}"], TOLERANCE[dtype], reduction)
+        assert_close(loss.detach(), data[f"{kind}_{reduction}"], bound, reduction)
         grads = torch.autograd.grad(loss.sum(), boxes)
         for i, grad in enumerate(grads, 1):
             want = data.get(f"{kind}_{reduction}_grad{i}")
             if want is not None:
                 checked += 1
-                assert_close(grad, want, TOLERANCE[dtype], (reduction, i))
+                assert_close(grad, want, bound, (reduction, i))
     assert checked == 4
 
 

@@ -12,7 +12,7 @@ from .. import checks
 from ..kernels import pointwise
 from ..kernels.launch import POINTWISE_BLOCK, POINTWISE_THREADS
 from ..kernels.terms import box, label
-from .launch import Launch, accumulator, done_counter, refuse_double_backward, run_all
+from .launch import Launch, accumulator, done_counter, float_parts, refuse_double_backward, run_all
 
 
 def _pointwise(
@@ -36,7 +36,7 @@ def _pointwise(
         **dict(zip(_POINTWISE_NAMES[kernel], (*inputs, *(grads or (None, None))), strict=False)),
         "n": n,
         "args": tuple(args),
-        "scale": 1.0 / n if reduction == "mean" else 1.0,
+        "scale": float_parts(1.0 / n if reduction == "mean" else 1.0),
         "loss_ptr": loss,
         "partial_ptr": inputs[0].new_empty(programs, dtype=acc) if reduce_forward else None,
         "done_ptr": done_counter(inputs[0].device, workspace) if reduce_forward else None,

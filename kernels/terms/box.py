@@ -21,19 +21,17 @@ boxes of any finite size with none below 1e-30, or without area; a NaN among the
 import triton
 import triton.language as tl
 
-from ..primitives import angle, larger, pow_pos, safe_div, sign, smaller, step, vanishes
+from ..primitives import angle, inverse_power, larger, pow_pos, safe_div, sign, smaller, step, vanishes
 
 
 @triton.jit
 def _normalise(x, y):
-    """Both axes divided by the longer side of the enclosing box, so that no product leaves float32; and the factor.
+    """Both axes by a factor that makes the longer side of the enclosing box 1 to 2, so that no product leaves float32;
+    and the factor, a power of two: edges that coincide do so afterwards, fused with what sum they may be.
 
     The family is invariant under scaling, except for eps, which :func:`_scaled_eps` adjusts. The extents are left out.
     """
-    cw = _enclose(x)
-    ch = _enclose(y)
-    side = tl.maximum(cw, ch)
-    inv = 1.0 / tl.where(vanishes(side), 1.0, side)
+    inv = inverse_power(tl.maximum(_enclose(x), _enclose(y)))
     return (
         (x[0] * inv, x[1] * inv, x[2] * inv, x[3] * inv),
         (y[0] * inv, y[1] * inv, y[2] * inv, y[3] * inv),
