@@ -35,11 +35,11 @@ _ROUND: dict[str, Callable[[Array], Array]] = {"rzi": np.trunc, "rni": np.rint, 
 
 
 def mul_hi(a: Array, b: Array) -> Array:
-    """The upper half of a product of 32 or 64 bits."""
+    """The upper half of a product of 16, 32 or 64 bits."""
     kind = np.result_type(a)
-    if kind.itemsize == 4:
-        double = S64 if kind.kind == "i" else U64
-        return ((np.asarray(a).astype(double) * np.asarray(b).astype(double)) >> double(32)).astype(kind)
+    if kind.itemsize < 8:
+        wide = np.dtype(f"{kind.kind}{2 * kind.itemsize}").type
+        return ((np.asarray(a).astype(wide) * np.asarray(b).astype(wide)) >> wide(8 * kind.itemsize)).astype(kind)
     if kind.kind == "i":
         high = mul_hi(np.asarray(a).view(U64), np.asarray(b).view(U64)).view(S64)
         return high - np.where(a < 0, b, S64(0)) - np.where(b < 0, a, S64(0))
