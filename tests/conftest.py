@@ -43,7 +43,10 @@ def pytest_configure(config):
     """Triton's interpreter must be chosen before any kernel is imported."""
     config.addinivalue_line("markers", "interpreter(reason): needs the interpreter, where a kernel can be looked into")
     config.stash[_COMPILED] = [_settings(text) for text in config.getoption("--compiled-as") or ["seed=0"]]
-    if DEVICE == "cpu" and not config.getoption("--compiled"):
+    if config.getoption("--compiled"):
+        if DEVICE != "cpu":
+            raise pytest.UsageError("--compiled: the emulator takes CPU tensors; hide the GPU: CUDA_VISIBLE_DEVICES=")
+    elif DEVICE == "cpu":
         interpreter.prepare()
 
 
@@ -57,7 +60,7 @@ def _settings(text: str) -> dict[str, Any]:
 
 def pytest_collection_modifyitems(config, items):
     if DEVICE == "cpu" and not config.getoption("--compiled"):
-        return
+        return  # the interpreter runs
     for item in items:
         mark = item.get_closest_marker("interpreter")
         if mark is not None:
