@@ -20,7 +20,7 @@ import triton.language as tl
 from .assign import row_cell
 from .primitives import larger, smaller
 from .reduce import column, column_sums, is_last
-from .rows import in_its_range, rows_end, wrong_offsets
+from .rows import held_range, rows_end, wrong_offsets
 from .terms.box import _iou, _normalise
 
 LOW: tl.constexpr = tl.constexpr(4)
@@ -59,43 +59,37 @@ def _load_rows(rows_ptr, g, mask):
 
 
 @triton.jit
-def _row_range(offsets_ptr, M, first_image, last_image, BLOCK_G: tl.constexpr):
-    """A range that holds all rows of these images: all rows without offsets."""
-    first = M * 0
-    last = M
-    if offsets_ptr is not None:
-        lowest = tl.zeros([BLOCK_G], tl.int32) + M
-        highest = tl.zeros([BLOCK_G], tl.int32)
-        for i0 in range(first_image, last_image + 2, BLOCK_G):  # offsets that are not in order, too
-            i = i0 + tl.arange(0, BLOCK_G)
-            mask = i < last_image + 2
-            lowest = tl.minimum(lowest, tl.load(offsets_ptr + i, mask=mask, other=M))
-            highest = tl.maximum(highest, tl.load(offsets_ptr + i, mask=mask, other=0))
-        first = tl.maximum(tl.min(lowest, axis=0), 0)
-        last = tl.minimum(tl.max(highest, axis=0), M)
-    return first, last
-
-
-@triton.jit
 def _first_rows(
-    rows_ptr, offsets_ptr, first, last, none, c0, B,
+    rows_ptr, offsets_ptr, M, c0, last_image, B,
     S: tl.constexpr, C: tl.constexpr, CELLS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """The first valid row in each of the cells from c0, ``none`` where there is none; and how many lie in them all."""
+    """The first valid row in each of the cells from c0 to those of ``last_image``, M where there is none; and how many
+    lie in them all. With offsets each image is searched in its own range, else all rows at once."""
     lane = tl.arange(0, CELLS)
-    owner = tl.zeros([CELLS], tl.int32) + none
+    owner = tl.zeros([CELLS], tl.int32) + M
     valid = tl.zeros([BLOCK_G], tl.int32)
-    for g0 in range(first, last, BLOCK_G):
-        g = g0 + tl.arange(0, BLOCK_G)
-        row = _load_rows(rows_ptr, g, g < last)
-        b = tl.where((row[0] >= 0) & (row[0] < B), row[0], 0.0).to(tl.int32)
-        cell = row_cell(row, 0, b, S, S, C, 1.0, False)
-        at = b * (S * S) + cell - c0
-        here = in_its_range(row[0], g, (cell >= 0) & (at >= 0) & (at < CELLS), offsets_ptr)
-        valid += here.to(tl.int32)
-        if tl.max(here.to(tl.int32), axis=0) > 0:
-            hit = here[:, None] & (at[:, None] == lane[None, :])
-            owner = tl.minimum(owner, tl.min(tl.where(hit, g[:, None], none), axis=0))
+    image = c0 // (S * S)
+    while image <= last_image:
+        first = M * 0
+        last = M
+        if offsets_ptr is not None:
+            first, last = held_range(offsets_ptr, M, image)
+        for g0 in range(first, last, BLOCK_G):
+            g = g0 + tl.arange(0, BLOCK_G)
+            row = _load_rows(rows_ptr, g, g < last)
+            b = tl.where((row[0] >= 0) & (row[0] < B), row[0], 0.0).to(tl.int32)
+            cell = row_cell(row, 0, b, S, S, C, 1.0, False)
+            at = b * (S * S) + cell - c0
+            here = (cell >= 0) & (at >= 0) & (at < CELLS)
+            if offsets_ptr is not None:
+                here = here & (b == image)
+            valid += here.to(tl.int32)
+            if tl.max(here.to(tl.int32), axis=0) > 0:
+                hit = here[:, None] & (at[:, None] == lane[None, :])
+                owner = tl.minimum(owner, tl.min(tl.where(hit, g[:, None], M), axis=0))
+        image += 1
+        if offsets_ptr is None:
+            image = last_image + 1
     return owner, tl.sum(valid, axis=0)
 
 
@@ -257,8 +251,8 @@ def cell_kernel(
             return
     c0 = tl.program_id(0) * CELLS
     end = B * (S * S)
-    first, last = _row_range(offsets_ptr, M, c0 // (S * S), (tl.minimum(c0 + CELLS, end) - 1) // (S * S), BLOCK_G)
-    owner, valid = _first_rows(rows_ptr, offsets_ptr, first, last, M, c0, B, S, C, CELLS, BLOCK_G)
+    last_image = (tl.minimum(c0 + CELLS, end) - 1) // (S * S)
+    owner, valid = _first_rows(rows_ptr, offsets_ptr, M, c0, last_image, B, S, C, CELLS, BLOCK_G)
     has = owner < M
     row = _load_rows(rows_ptr, owner, has)
     cells = c0 + tl.arange(0, CELLS)

@@ -50,6 +50,12 @@ def rows_end(offsets_ptr, M, B):
 
 
 @triton.jit
+def held_range(offsets_ptr, M, b):
+    """The range of rows that the offsets give image b."""
+    return tl.split(_held(tl.load(offsets_ptr + b + tl.arange(0, 2)), M))
+
+
+@triton.jit
 def in_its_range(image, g, mask, offsets_ptr):
     """Whether the rows g lie where the offsets say that those of their ``image`` do: nobody finds them elsewhere."""
     found = mask
@@ -64,11 +70,13 @@ def wrong_offsets(offsets_ptr, M, B, BLOCK_G: tl.constexpr):
     """How many offsets are beyond the rows or below the one before."""
     wrong = tl.zeros([BLOCK_G], tl.int32)
     if offsets_ptr is not None:
-        for i0 in range(0, B + 2, BLOCK_G):
+        for i0 in range(0, B + 1, BLOCK_G):
             i = i0 + tl.arange(0, BLOCK_G)
-            offset = tl.load(offsets_ptr + i, mask=i < B + 2, other=0)
-            before = tl.load(offsets_ptr + i - 1, mask=(i > 0) & (i < B + 2), other=0)
-            wrong += ((i < B + 2) & ((offset < 0) | (offset > M) | (offset < before))).to(tl.int32)
+            there = i < B + 1
+            both = (offsets_ptr + i)[:, None] + tl.arange(0, 2)[None, :]
+            before, offset = tl.split(tl.load(both, mask=there[:, None], other=0))
+            wrong += (there & ((offset < 0) | (offset > M) | (offset < before))).to(tl.int32)
+            wrong += ((i == 0) & ((before < 0) | (before > M))).to(tl.int32)
     return tl.sum(wrong, axis=0)
 
 
@@ -76,7 +84,7 @@ def wrong_offsets(offsets_ptr, M, B, BLOCK_G: tl.constexpr):
 def image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G: tl.constexpr):
     """The range that holds all rows of image b: exact with offsets, else from its first to its last row."""
     if offsets_ptr is not None:
-        first, last = tl.split(_held(tl.load(offsets_ptr + b + tl.arange(0, 2)), M))
+        first, last = held_range(offsets_ptr, M, b)
     else:
         g = tl.arange(0, BLOCK_G)
         lowest = g * 0 + M

@@ -18,7 +18,7 @@ PARTS = {
     "cells and anchors": ["tests/test_edges.py", "-k", "cell or test_anchors["],
     "select and functional": ["tests/test_edges.py", "-k", "select or functional"],
     "offsets": ["tests/test_edges.py", "-k", "offsets"],
-    "NaN": ["tests/test_nan.py", "-k", "YOLOv5-iou or RetinaNet-giou"],
+    "NaN": ["tests/test_nan.py", "-k", "YOLOv5/iou or RetinaNet/giou"],
 }
 
 

@@ -648,10 +648,13 @@ def test_nan_that_is_not_needed_is_not_read(label):
     assert ignored.any()
     assert background.any()
     bad = [pred.detach().clone() for pred in preds]
-    bad[0][..., 4][ignored] = math.nan
     bad[0][..., 5][background] = math.nan
     total, grads, _ = loss_and_grads([pred.requires_grad_() for pred in bad], rows, head)
     assert torch.equal(total, want[0])
+    assert all(torch.equal(got, expected) for got, expected in zip(grads, want[1], strict=True))
+    bad[0].detach()[..., 4][ignored] = math.nan  # read to tell that it is none: it shows, and has no gradient
+    total, grads, _ = loss_and_grads(bad, rows, head)
+    assert total.isnan()
     assert all(torch.equal(got, expected) for got, expected in zip(grads, want[1], strict=True))
 
 
