@@ -43,24 +43,24 @@ def agree(make, preds, targets, form=tuple, **call):
 
 
 def centres_and_sides():
-    """Of a head with anchors of 10 by 13 and 32 by 16 on cells of 8 pixels."""
+    """Of a head with anchors of 10 by 13 and 32 by 16 on cells of 16 pixels."""
     images = [
         [(1, 192.0, 100.3, 12.0, 12.0)],  # a centre on the border of two cells
-        [(1, 212.0, 100.3, 12.0, 12.0), (2, 219.3, 101.0, 14.0, 10.0)],  # in the middle of one, another object next
+        [(1, 216.0, 100.3, 12.0, 12.0), (2, 225.3, 101.0, 14.0, 10.0)],  # in the middle of one, another object next
         [(0, 160.0, 160.0, 10.0, 13.0)] * 2,  # on a corner of four cells, twice
-        [(0, 164.0, 164.0, 10.0, 13.0), (2, 164.0, 164.0, 20.0, 26.0), (1, 164.0, 164.0, 10.0, 13.0)],  # one middle
+        [(0, 168.0, 168.0, 10.0, 13.0), (2, 168.0, 168.0, 20.0, 26.0), (1, 168.0, 168.0, 10.0, 13.0)],  # one middle
         [(0, 319.99999, 319.99999, 10.0, 13.0), (1, 0.0, 0.0, 10.0, 13.0)],  # the first and the last cell
-        [(0, 4.0, 8.0, 10.0, 13.0), (1, 316.0, 312.0, 10.0, 13.0)],  # half a cell and one cell from the border
+        [(0, 8.0, 16.0, 10.0, 13.0), (1, 312.0, 304.0, 10.0, 13.0)],  # half a cell and one cell from the border
         [(0, 100.5, 100.0, 40.0, 20.0)],  # a side of four anchors
         [(0, 100.5, 100.0, 2.5, 20.0)],  # a quarter of one
         [(0, 100.5, 100.0, 20.0, 52.0)],
         [(0, 100.5, 100.0, 39.999996, 51.999996)],  # a little less
-        [(0, 60.0, 61.0, 64.0, 16.0)],  # twice an anchor: an IoU of a half
-        [(0, 60.0, 61.0, 32.0, 32.0)],
+        [(0, 40.0, 120.0, 64.0, 16.0)],  # twice an anchor in the middle of a cell: an IoU of a half
+        [(0, 40.0, 120.0, 32.0, 32.0)],
         [],
     ]
     for step in range(3):  # whole and half pixels
-        images.append([(k % 3, 37.0 + 20.5 * k + 0.5 * step, 300.0 - 16.5 * k - step, 12.0, 14.0) for k in range(8)])
+        images.append([(k % 3, 37.0 + 20.5 * k + 0.5 * step, 300.0 - 16.5 * k - step, 12.0, 14.0) for k in range(5)])
     return images
 
 
@@ -71,11 +71,11 @@ def test_grid(kind):
     anchors = [[(10, 13), (32, 16)]]
 
     def make(backend):
-        return getattr(fusedyolo, kind)(anchors, [8], 3, backend=backend, **options)
+        return getattr(fusedyolo, kind)(anchors, [16], 3, backend=backend, **options)
 
     generator = torch.Generator().manual_seed(0)
-    preds = torch.randn(len(images), 16, 40, 40, generator=generator)
-    preds[10:12].view(2, 2, 8, 40, 40)[:, :, :4] = 0.0  # boxes are their anchors, in the middle of their cells
+    preds = torch.randn(len(images), 16, 20, 20, generator=generator)
+    preds[10:12].view(2, 2, 8, 20, 20)[:, :, :4] = 0.0  # boxes are their anchors, in the middle of their cells
     agree(make, [preds], rows_of(images), list)
 
 
