@@ -64,19 +64,28 @@ def centres_and_sides():
     return images
 
 
+def grid(kind, images, preds):
+    options = {"YOLOv5Loss": {}, "YOLOv4Loss": {"iou_thresh": 0.5, "ignore_thresh": 0.5, "scale_x_y": 1.0}}[kind]
+
+    def make(backend):
+        return getattr(fusedyolo, kind)([[(10, 13), (32, 16)]], [16], 3, backend=backend, **options)
+
+    agree(make, [preds], rows_of(images), list)
+
+
 @pytest.mark.parametrize("kind", ["YOLOv5Loss", "YOLOv4Loss"])
 def test_grid(kind):
     images = centres_and_sides()
-    options = {"YOLOv5Loss": {}, "YOLOv4Loss": {"iou_thresh": 0.5, "ignore_thresh": 0.5, "scale_x_y": 1.0}}[kind]
-    anchors = [[(10, 13), (32, 16)]]
-
-    def make(backend):
-        return getattr(fusedyolo, kind)(anchors, [16], 3, backend=backend, **options)
-
-    generator = torch.Generator().manual_seed(0)
-    preds = torch.randn(len(images), 16, 20, 20, generator=generator)
+    preds = torch.randn(len(images), 16, 20, 20, generator=torch.Generator().manual_seed(0))
     preds[10:12].view(2, 2, 8, 20, 20)[:, :, :4] = 0.0  # boxes are their anchors, in the middle of their cells
-    agree(make, [preds], rows_of(images), list)
+    grid(kind, images, preds)
+
+
+@pytest.mark.parametrize("kind", ["YOLOv5Loss", "YOLOv4Loss"])
+def test_thresholds(kind):
+    """Quotients of sides that are a threshold, also where the plain quotient of a GPU is off by its two ulp."""
+    images = centres_and_sides()[6:12]
+    grid(kind, images, torch.randn(len(images), 16, 20, 20, generator=torch.Generator().manual_seed(0)))
 
 
 def test_anchors_of_equal_overlap():
