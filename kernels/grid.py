@@ -22,6 +22,8 @@ from .assign import row_cell, row_valid
 from .primitives import larger, logistic, near_divide
 from .reduce import column, column_sums, is_last
 from .rows import image_rows, in_its_range, load_row, load_rows, rows_end, wrong_offsets
+from .terms.decode import chain
+from .terms.records import axis_of_sizes
 
 BACKGROUND: tl.constexpr = tl.constexpr(0)
 IGNORED: tl.constexpr = tl.constexpr(1)
@@ -214,12 +216,8 @@ def _box_term(
     y, jy = AXIS(t[1], t[3], unit_h, unit_y, scale)
     sw = gw * (W * unit_x)
     sh = gh * (H * unit_y)
-    dcx = x[0] - gx * unit_x
-    dcy = y[0] - gy * unit_y
-    hx = 0.5 * (sw - x[1])
-    hy = 0.5 * (sh - y[1])
-    pair_x = (x[1], sw, dcx + hx, hx - dcx, W * unit_x)
-    pair_y = (y[1], sh, dcy + hy, hy - dcy, H * unit_y)
+    pair_x = axis_of_sizes(x.size, sw, x.centre - gx * unit_x, W * unit_x)
+    pair_y = axis_of_sizes(y.size, sh, y.centre - gy * unit_y, H * unit_y)
     if OFFSET is not None:
         area_weight, area_cap = shape
         loss_x, dx, dw = OFFSET(t[0], t[2], gx, tl.log(gw * (W * stride) / own_w), scale)
@@ -228,13 +226,10 @@ def _box_term(
         loss = weight * (loss_x + loss_y)
         d = (weight * dx, weight * dy, weight * dw, weight * dh)
     else:
-        loss, g_x, g_y = BOX(pair_x, pair_y, box_args)
-        d = (
-            g_x[0] * jx[0] + g_x[1] * jx[2],
-            g_y[0] * jy[0] + g_y[1] * jy[2],
-            g_x[0] * jx[1] + g_x[1] * jx[3],
-            g_y[0] * jy[1] + g_y[1] * jy[3],
-        )
+        loss, by_x, by_y = BOX(pair_x, pair_y, box_args)
+        dx, dw = chain(by_x.centre, by_x.size, jx)
+        dy, dh = chain(by_y.centre, by_y.size, jy)
+        d = (dx, dy, dw, dh)
     if QUALITY is None:
         similarity = tl.cast(1.0, ACC)
     elif QUALITY == "box":  # what has just been computed
