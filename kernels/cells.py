@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .assign import row_cell
 from .primitives import larger, smaller
-from .reduce import column, column_sums, is_last
+from .sums import column, column_sums, is_last
 from .rows import held_range, rows_end, wrong_offsets
 from .terms.box import _iou, _normalise
 

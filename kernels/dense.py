@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .match import IGNORED, load_corners
 from .primitives import ordered_bits, plain, safe_div, scaled_less
-from .reduce import column, column_sums, is_last
+from .sums import column, column_sums, is_last
 from .rows import load_rows
 
 N_PARTS: tl.constexpr = tl.constexpr(4)  # class, box and centreness loss; one to spare
