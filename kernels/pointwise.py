@@ -4,13 +4,12 @@ A program owns BLOCK elements (label) or box pairs. REDUCE leaves ``scale``, giv
 else one loss an element; a gradient is scaled by ``grad_out``, one an element or, with REDUCE, one in all.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from .overlap import Corners
 from .primitives import exact
-from .reduce import column, column_sums, is_last
+from .sums import column, column_sums, is_last
 from .terms.records import axis_of_edges
 
 
@@ -53,19 +52,10 @@ def label_kernel(
         _finish(loss, mask, at, loss_ptr, partial_ptr, done_ptr, scale, REDUCE, ACC)
 
 
-class _Boxes(NamedTuple):
-    """Edges of boxes, or derivatives by these."""
-
-    x1: Any
-    y1: Any
-    x2: Any
-    y2: Any
-
-
 @triton.jit
 def _load_boxes(ptr, at, mask, ACC: tl.constexpr):
     """Unit boxes where masked out."""
-    return _Boxes(
+    return Corners(
         tl.load(ptr + 4 * at, mask=mask, other=0.0).to(ACC),
         tl.load(ptr + 4 * at + 1, mask=mask, other=0.0).to(ACC),
         tl.load(ptr + 4 * at + 2, mask=mask, other=1.0).to(ACC),
