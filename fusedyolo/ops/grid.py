@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..heads import OFFSET_KINDS, GridHead, head_from_key, obj_scales
+from ..heads import GridHead, head_from_key, obj_scales
 from ..kernels import assign, grid
 from ..kernels.launch import SMALLEST_TILE, grid_config
-from ..kernels.terms import box, decode, label, offset
 from ..reference.grid import NEIGHBOURS, grid_view
+from ..terms import TERMS
 from ..tuned import wishes
 from .launch import Launch, accumulator, done_counter, refuse_double_backward, run_all
 
@@ -23,10 +23,10 @@ _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": 
 def _grid_constants(key: str, dtype: torch.dtype) -> dict[str, Any]:
     """What a grid launch takes from the row alone."""
     head = head_from_key(key)
-    is_offset = head.box in OFFSET_KINDS
+    box = TERMS[head.box]
     ignore, gate = head.ignore_thresh, head.class_gate
     pools = [own if head.per_level else range(len(head.anchors)) for own in head.levels]
-    quality: Any = None if head.quality is None else getattr(box, head.quality)
+    quality: Any = None if head.quality is None else TERMS[head.quality].kernel
     if (head.quality, head.quality_args) == (head.box, head.box_args):
         quality = "box"
     is_band = head.assigner == "iou_band"
@@ -48,11 +48,11 @@ def _grid_constants(key: str, dtype: torch.dtype) -> dict[str, Any]:
         "obj_args": head.obj_args,
         "quality_args": head.quality_args,
         "C": head.num_classes,
-        "AXIS": getattr(decode, head.decode),
-        "BOX": None if is_offset else getattr(box, head.box),
-        "OFFSET": getattr(offset, head.box) if is_offset else None,
-        "LABEL": getattr(label, head.label),
-        "OBJ": getattr(label, head.objectness),
+        "AXIS": TERMS[head.decode].kernel,
+        "BOX": None if box.is_offset else box.kernel,
+        "OFFSET": box.kernel if box.is_offset else None,
+        "LABEL": TERMS[head.label].kernel,
+        "OBJ": TERMS[head.objectness].kernel,
         "QUALITY": quality,
         "MATCH": _MATCH[head.assigner],
         "KINDS": len(NEIGHBOURS) if head.assigner == "ratio" else 1,
