@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..heads import OFFSET_KINDS, GridHead, head_from_key, obj_scales, reach
+from ..heads import GridHead, head_from_key, obj_scales, reach
 from ..kernels import assign
 from ..kernels.grid import gradient, loss, records
 from ..kernels.launch import SMALLEST_TILE, GridConfig, Wishes, grid_config
 from ..kernels.levels import Strides
-from ..kernels.terms import box, decode, label, offset
 from ..reference.grid import NEIGHBOURS
+from ..terms import TERMS
 from ..tuned import wishes
 from .launch import Launch, accumulator, done_counter, odd, refuse_double_backward, run_all
 
@@ -34,19 +34,19 @@ class _Parts(NamedTuple):
 @lru_cache(maxsize=256)
 def _parts(key: str, dtype: torch.dtype) -> _Parts:
     head = head_from_key(key)
-    is_offset = head.box in OFFSET_KINDS
+    box = TERMS[head.box]
     is_band = head.assigner == "iou_band"
     of_box = (head.quality, head.quality_args) == (head.box, head.box_args)
     own = tuple(t for level in head.levels for t in level)
     acc, torch_acc = accumulator(dtype)
     threshold = 1.0 if head.ignore_thresh is None else head.ignore_thresh
     terms = records.Terms(
-        axis=getattr(decode, head.decode),
-        box=None if is_offset else getattr(box, head.box),
-        offset=getattr(offset, head.box) if is_offset else None,
-        label=getattr(label, head.label),
-        objectness=getattr(label, head.objectness),
-        quality=None if head.quality is None or of_box else getattr(box, head.quality),
+        axis=TERMS[head.decode].kernel,
+        box=None if box.is_offset else box.kernel,
+        offset=box.kernel if box.is_offset else None,
+        label=TERMS[head.label].kernel,
+        objectness=TERMS[head.objectness].kernel,
+        quality=None if head.quality is None or of_box else TERMS[head.quality].kernel,
         match=_MATCH[head.assigner],
     )
     numbers = records.Numbers(

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ..primitives import larger
 from ..terms.decode import chain
+from ..terms.records import axis_of_sizes
 
 
 @triton.jit
@@ -38,14 +39,6 @@ def _units(site, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _pair(span, centre, size, extent):
-    """A predicted and a true interval, as box terms take them."""
-    shift = span.centre - centre
-    half = 0.5 * (size - span.size)
-    return span.size, size, shift + half, half - shift, extent
-
-
-@triton.jit
 def box_term(logits, true, site, head, terms, QUALITY: tl.constexpr, SPEC: tl.constexpr):
     """Box loss of predictions against true boxes, its gradient by the four logits, and with QUALITY their similarity.
 
@@ -56,8 +49,8 @@ def box_term(logits, true, site, head, terms, QUALITY: tl.constexpr, SPEC: tl.co
     unit_x, unit_y, unit_w, unit_h = _units(site, SPEC)
     x, jx = terms.axis(tx, tw, unit_w, unit_x, site.scale)
     y, jy = terms.axis(ty, th, unit_h, unit_y, site.scale)
-    pair_x = _pair(x, gx * unit_x, gw * (site.W * unit_x), site.W * unit_x)
-    pair_y = _pair(y, gy * unit_y, gh * (site.H * unit_y), site.H * unit_y)
+    pair_x = axis_of_sizes(x.size, gw * (site.W * unit_x), x.centre - gx * unit_x, site.W * unit_x)
+    pair_y = axis_of_sizes(y.size, gh * (site.H * unit_y), y.centre - gy * unit_y, site.H * unit_y)
     if terms.offset is not None:
         loss_x, dx, dw = terms.offset(tx, tw, gx, tl.log(gw * (site.W * site.side) / site.own_w), site.scale)
         loss_y, dy, dh = terms.offset(ty, th, gy, tl.log(gh * (site.H * site.side) / site.own_h), site.scale)
@@ -65,16 +58,16 @@ def box_term(logits, true, site, head, terms, QUALITY: tl.constexpr, SPEC: tl.co
         loss = weight * (loss_x + loss_y)
         d = (weight * dx, weight * dy, weight * dw, weight * dh)
     else:
-        loss, g_x, g_y = terms.box(pair_x, pair_y, head.box_args)
-        dx, dw = chain(g_x[0], g_x[1], jx)
-        dy, dh = chain(g_y[0], g_y[1], jy)
+        loss, by_x, by_y = terms.box(pair_x, pair_y, head.box_args)
+        dx, dw = chain(by_x.centre, by_x.size, jx)
+        dy, dh = chain(by_y.centre, by_y.size, jy)
         d = (dx, dy, dw, dh)
     similarity = tl.zeros_like(loss) + 1.0
     if QUALITY:
         if SPEC.QUALITY_IS_BOX:  # what has just been computed
             similarity = larger(1.0 - loss, 0.0)
         elif terms.quality is not None:
-            distance, _gx, _gy = terms.quality(pair_x, pair_y, head.quality_args)
+            distance, _by_x, _by_y = terms.quality(pair_x, pair_y, head.quality_args)
             similarity = larger(1.0 - distance, 0.0)
     return loss, d, similarity
 
