@@ -19,8 +19,8 @@ import triton.language as tl
 
 from .assign import row_cell
 from .primitives import larger, smaller
-from .reduce import column, column_sums, is_last
 from .rows import held_range, rows_end, wrong_offsets
+from .sums import column, column_sums, is_last
 from .terms.box import _iou, _normalise
 
 LOW: tl.constexpr = tl.constexpr(4)

@@ -24,8 +24,8 @@ import triton.language as tl
 
 from .match import IGNORED, load_corners
 from .primitives import ordered_bits, plain, safe_div, scaled_less
-from .reduce import column, column_sums, is_last
 from .rows import load_rows
+from .sums import column, column_sums, is_last
 
 N_PARTS: tl.constexpr = tl.constexpr(4)  # class, box and centreness loss; one to spare
 

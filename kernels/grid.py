@@ -20,8 +20,8 @@ import triton.language as tl
 
 from .assign import row_cell, row_valid
 from .primitives import larger, logistic, near_divide
-from .reduce import column, column_sums, is_last
 from .rows import image_rows, in_its_range, load_row, load_rows, rows_end, wrong_offsets
+from .sums import column, column_sums, is_last
 
 BACKGROUND: tl.constexpr = tl.constexpr(0)
 IGNORED: tl.constexpr = tl.constexpr(1)

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from .primitives import divide, exact, ordered_bits, plain
-from .reduce import is_last
 from .rows import image_rows, in_its_range, load_row, load_rows, row_corners, rows_end, wrong_offsets
+from .sums import is_last
 
 BACKGROUND: tl.constexpr = tl.constexpr(-1)
 IGNORED: tl.constexpr = tl.constexpr(-2)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .primitives import exact
-from .reduce import column, column_sums, is_last
+from .sums import column, column_sums, is_last
 
 
 @triton.jit
