@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from .. import tuned
 
 import triton.language as tl  # isort: skip
 
-P, R = ParamSpec("P"), TypeVar("R")
+R = TypeVar("R")
 
 _ACC = {torch.float64: (tl.float64, torch.float64)}
 
@@ -84,16 +84,16 @@ PLANS = 512  # of a driver; a plan is a few kilobytes
 _plans: list[Any] = []  # the caches, of all drivers
 
 
-def planned(make: Callable[P, R]) -> Callable[P, R]:
+def planned(make: Callable[..., R]) -> Callable[..., R]:
     """Decorates what makes a plan: made once for the same arguments, and for what ``tuned`` says meanwhile.
 
     Of the ``PLANS`` last ones; threads share them. Arguments are hashable and positional.
     """
-    find = lru_cache(maxsize=PLANS)(lambda _version, *arguments: make(*arguments))  # type: ignore[call-arg]
+    find = lru_cache(maxsize=PLANS)(lambda _version, *arguments: make(*arguments))
     _plans.append(find)
 
     @wraps(make)
-    def plan(*arguments: P.args, **_none: P.kwargs) -> R:
+    def plan(*arguments: Any) -> R:
         return find(tuned.version, *arguments)
 
     return plan
