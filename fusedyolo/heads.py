@@ -130,12 +130,16 @@ class GridHead(_Row):
             if self.iou_thresh < 1:
                 return len(own)
             return len(self.levels) if self.per_level else 1
-        # an overlap above t leaves the centres less than `reach` anchors apart on each axis
-        t = max(self.band[1], 1e-3)
-        reach = max(1 - t, (1 / t - 1) / 2)
         steps = zip(self.levels, self.strides, strict=True)
-        sides = [tuple(2 * reach * side / stride + 1 for side in self.anchors[a]) for own, stride in steps for a in own]
+        apart = 2 * reach(self.band[1])
+        sides = [tuple(apart * side / stride + 1 for side in self.anchors[a]) for own, stride in steps for a in own]
         return sum(math.ceil(w) * math.ceil(h) for w, h in sides)
+
+
+def reach(overlap: float) -> float:
+    """Sides of a box by which, on each axis, the centre of another lies at most apart whose IoU with it is larger."""
+    t = max(overlap, 1e-3)
+    return max(1 - t, (1 / t - 1) / 2)
 
 
 CENTRE_LIMITS = (1.0, 1.0 + 2.0**-23)

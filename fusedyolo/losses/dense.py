@@ -48,6 +48,8 @@ class DenseLoss(nn.Module):
         # thresholds stay as they are: those of the peer are not rounded where its boxes are float64
         self.head = dataclasses.replace(rounded(head), band=head.band, radius=head.radius)
         self._key = self.head.key
+        self._names = ("cls_logits", "bbox_regression", "bbox_ctrness")[: 3 if head.centreness else 2]
+        self._channels = (head.num_classes, 4, 1)[: len(self._names)]
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
 
@@ -97,10 +99,9 @@ class DenseLoss(nn.Module):
     ) -> DenseCall:
         """The arguments of :meth:`forward`, checked, in the form in which they are used."""
         head = self.head
-        names = ("cls_logits", "bbox_regression", "bbox_ctrness")[: 3 if head.centreness else 2]
-        channels = (head.num_classes, 4, 1)[: len(names)]
-        levels, sizes = checks.dense_predictions(preds, names, channels, anchors)
+        levels, sizes = checks.dense_predictions(preds, self._names, self._channels, anchors)
         pred: Tensor = levels[0][0]
+        batch = pred.shape[0]
         ends = checks.level_sizes(num_anchors_per_level, sizes, pred.dim() == 3, head.matcher == "centre")
         size = self.image_size if image_size is None else checks.size("image_size", image_size)
         corners = isinstance(targets, list | tuple)
@@ -109,11 +110,13 @@ class DenseLoss(nn.Module):
             checks.fail("image_size", None, f"(height, width) of the images, {what}")
         offsets: Tensor | None
         if corners:
-            rows, offsets = corner_rows(targets, len(pred), pred.device)
+            rows, offsets = corner_rows(targets, batch, pred.device)
         else:
-            rows, offsets = as_targets(targets, len(pred), size or (1, 1), pred.device)
+            rows, offsets = as_targets(targets, batch, size or (1, 1), pred.device)
         wide = torch.float64 if pred.dtype == torch.float64 else torch.float32
-        return DenseCall(levels, channels, anchors.detach().to(wide), rows, offsets, size, corners, ends)
+        if anchors.requires_grad:
+            anchors = anchors.detach()
+        return DenseCall(levels, self._channels, anchors.to(wide), rows, offsets, size, corners, ends)
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Total, parts and counts."""
