@@ -7,7 +7,7 @@ turns instructions of PTX into those of the GPU. Of a launch some programs stand
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -17,10 +17,10 @@ import torch
 
 from fusedyolo.tools.codegen import target_of
 from fusedyolo.tools.parity import step
-from fusedyolo.tools.registry import Case, DenseCase, Workload
+from fusedyolo.tools.registry import Case, Workload
 
 from .count import pretend_others_finished
-from .measure import FUSED, UNIFORM, Effort, filled_in, kinds, provide
+from .measure import FUSED, completed, known, provide
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
     from fusedyolo.emulator import Device, Program
     from fusedyolo.ops.launch import Launch
 
-    one, targets = torch.ones(()), case.targets(work)
-    effort = Effort(case, work, targets)
+    one, targets, driver = torch.ones(()), case.targets(work), case.driver
+    reference = known(case, work, targets)
     chosen: Sequence[int] = ()
     found: list[dict[str, Any]] = []
     device = Device(
@@ -124,9 +124,8 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
     def run_some(self: Launch) -> None:
         nonlocal chosen
         name, programs = self.kernel.__name__, self.grid[0]
-        plan = Plan(
-            *effort.of(name, kinds(name, programs, self.arguments), self.arguments), 0 if name in UNIFORM else MOST
-        )
+        kinds = driver.kinds(name, programs, self.arguments)
+        plan = Plan(*driver.efforts(name, kinds, self.arguments, reference), 0 if name in driver.uniform else MOST)
         ran = list(range(programs)) if exact else plan.chosen
         begin = len(device.launches)
         # the last program alone, so that the final sum is its own
@@ -150,10 +149,8 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
         )
 
     loss, preds = provide(case, FUSED, work), case.predictions(work)
-    missing = isinstance(case, DenseCase) and not exact
-    with device, mock.patch.object(Launch, "run", run_some), ExitStack() as stack:
-        if missing:
-            stack.enter_context(filled_in(case, work, targets))
+    completing = nullcontext() if exact else completed(driver, reference)
+    with device, mock.patch.object(Launch, "run", run_some), completing:
         step(loss, preds, targets, one)
     device.check()
     return found
