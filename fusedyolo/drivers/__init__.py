@@ -1,6 +1,6 @@
 """The drivers, one object each: what they share is in :mod:`fusedyolo.drivers.protocol`, found by :func:`of`.
 
-They call the reference, the checks and, when asked for launches, the operators; none of them imports Triton by itself.
+They call the checks, the reference and, when asked for launches, the operators.
 """
 
 from __future__ import annotations
@@ -8,13 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import checks
-from ..heads import CellHead, DenseHead, GridHead
-from .cells import CellDriver
-from .dense import DenseDriver
-from .grid import GridDriver
 from .protocol import Driver
-
-_DRIVERS: dict[type, Driver] = {GridHead: GridDriver(), CellHead: CellDriver(), DenseHead: DenseDriver()}
 
 
 def of(criterion: Any) -> Driver:
@@ -23,10 +17,15 @@ def of(criterion: Any) -> Driver:
     Raises:
         ValueError: ``criterion`` is no loss with a head.
     """
-    found = _DRIVERS.get(type(getattr(criterion, "head", None)))
-    if found is None:
-        checks.fail("criterion", checks.describe(criterion), "a loss of fusedyolo, such as YOLOv4Loss")
-    return found
+    # The reference loads PyTorch's compiler, that loads Triton, and whoever imports this may have to choose first
+    # whether kernels are interpreted.
+    from . import cells, dense, grid
+
+    kind = type(getattr(criterion, "head", None))
+    for driver in (grid.GRID, cells.CELLS, dense.DENSE):
+        if kind is driver.head:
+            return driver
+    checks.fail("criterion", checks.describe(criterion), "a loss of fusedyolo, such as YOLOv4Loss")
 
 
 __all__ = ["Driver", "of"]

@@ -32,6 +32,7 @@ class CellCall(NamedTuple):
 class CellDriver(Driver):
     """See :class:`~fusedyolo.drivers.protocol.Driver`."""
 
+    head = CellHead
     kind = "cell"
     layouts = ("flat", "channels_last")
     channels_last = True
@@ -123,3 +124,6 @@ class CellDriver(Driver):
 
     def candidates(self, head: CellHead, layout: str) -> Iterable[dict[str, int]]:
         return shared.products(cells=(16, 32, 64, 128, 256), threads=(128, 256, 512))
+
+
+CELLS = CellDriver()

@@ -26,6 +26,7 @@ NAMES = ("cls_logits", "bbox_regression", "bbox_ctrness")
 class DenseDriver(Driver):
     """See :class:`~fusedyolo.drivers.protocol.Driver`."""
 
+    head = DenseHead
     kind = "dense"
     layouts = ("rows", "nchw", "channels_last")
     uniform = ("dense_kernel", "rank_kernel")
@@ -185,6 +186,8 @@ class DenseDriver(Driver):
                 one_hot = torch.nn.functional.one_hot(classes, logits.shape[1]).float()
                 arguments["ce_ptr"][image] = cross_entropy(logits, one_hot, ()).sum(1)
 
+
+DENSE = DenseDriver()
 
 _LAUNCHES = {"overlap_kernel": "overlap", "match_kernel": "match", "dense_kernel": "loss", "rank_kernel": "rank"}
 _BY_BLOCK = ("overlap_kernel", "match_kernel")

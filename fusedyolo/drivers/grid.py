@@ -34,6 +34,7 @@ class GridCall(NamedTuple):
 class GridDriver(Driver):
     """See :class:`~fusedyolo.drivers.protocol.Driver`."""
 
+    head = GridHead
     kind = "grid"
     layouts = ("nchw", "channels_last")
     scans = True
@@ -151,6 +152,8 @@ class GridDriver(Driver):
         finer = [(kind, assigned > 0) for kind, (assigned, _) in zip(kinds, counts, strict=True)]
         return finer, [4.0 * assigned + rows for assigned, rows in counts]
 
+
+GRID = GridDriver()
 
 _BY_TILE = ("grid_kernel", "grid_grad_kernel")
 """Kernels whose programs are tiles of the maps, level by level, image by image, anchor by anchor."""

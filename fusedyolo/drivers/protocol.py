@@ -84,6 +84,8 @@ class Driver(Protocol):
     What has a body here need not be written where it fits.
     """
 
+    head: type
+    """The kind of head that it is of."""
     kind: str
     """As configurations are filed, see :func:`fusedyolo.tuned.wishes`."""
     layouts: tuple[str, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,12 +38,12 @@ def products(**values: Sequence[int]) -> Iterator[dict[str, int]]:
         yield dict(zip(values, each, strict=True))
 
 
-def refuse(geometry: Iterable[str]) -> None:
+def refuse(geometry: Mapping[str, Any]) -> None:
     """Raises:
     ValueError: a call brings what this loss does not take.
     """
-    for name in geometry:
-        checks.fail(name, "given", "no such argument for this loss")
+    for name, value in geometry.items():
+        checks.fail(name, checks.describe(value), "no such argument for this loss")
 
 
 def own_anchors(anchors: Any) -> None:
