@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,8 +21,9 @@ from fusedyolo.tools.parity import Loss, step
 from fusedyolo.tools.registry import CASES, Case, Workload
 
 from . import peers
-from .count import Counts, OnProgram, Sample, count
+from .count import Counts, OnProgram, Plan, Planned, count
 
+MOST, LEAST = 48, 4  # programs of a launch that are counted, see Plan
 FUSED, EAGER, COMPILE = "fused", "eager", "compile"
 
 
@@ -57,8 +58,9 @@ def count_step(
     targets = case.targets(work, device)
     if provider != FUSED or exact:
         return count(lambda: step(loss, preds, targets, one), on_program)
-    with completed(case.driver, known(case, work, targets)):
-        return count(lambda: step(loss, preds, targets, one), on_program, Sample(case.driver.kinds))
+    reference = known(case, work, targets)
+    with completed(case.driver, reference):
+        return count(lambda: step(loss, preds, targets, one), on_program, planned(case.driver, reference, MOST, LEAST))
 
 
 def known(case: Case, work: Workload, targets: Any) -> Known:
@@ -68,11 +70,21 @@ def known(case: Case, work: Workload, targets: Any) -> Known:
     rows = targets.rows if isinstance(targets, Targets) else targets
 
     def assign() -> Any:
-        with _disable_current_modes():  # not to be counted
-            criterion = case.build(work.classes, "torch")
-            return fusedyolo.assign(criterion, case.pack(preds, work), targets, **case.geometry(work))
+        criterion = case.build(work.classes, "torch")
+        return fusedyolo.assign(criterion, case.pack(preds, work), targets, **case.geometry(work))
 
     return Known(preds, torch.bincount(rows[:, 0].long(), minlength=work.batch).tolist(), assign)
+
+
+def planned(driver: Driver, known: Known, most: int, least: int) -> Planned:
+    """Which programs of the launches of a driver to run."""
+
+    def plan(kernel: str, programs: int, arguments: Mapping[str, Any]) -> Plan:
+        kinds = driver.kinds(kernel, programs, arguments)
+        with _disable_current_modes():  # not to be counted
+            return Plan(*driver.efforts(kernel, kinds, arguments, known), most, least)
+
+    return plan
 
 
 @contextmanager
