@@ -154,7 +154,7 @@ class DenseDriver(Driver):
 
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
         if kernel == "dense_kernel":
-            streams = [(n - 3) // 2 for name in ("cls_programs", "box_programs") for n in arguments[name]]  # made odd
+            streams = [shared.even(n) for name in ("cls_programs", "box_programs") for n in arguments[name]]
             return [stream for stream, count in enumerate(streams) for _ in range(count)]
         if kernel in _BY_BLOCK:
             blocks = _blocks(arguments)

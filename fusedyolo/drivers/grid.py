@@ -128,11 +128,11 @@ class GridDriver(Driver):
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
         if kernel not in _BY_TILE:
             return super().kinds(kernel, programs, arguments)
-        cells = arguments["CELLS"]
+        cells = arguments["SPEC"].CELLS
         return [
             level * (cells + 1) + min(cells, size - tile * cells)
-            for level, (own, size) in enumerate(zip(arguments["LEVELS"], arguments["HWs"], strict=True))
-            for _ in range(arguments["B"] * len(own))
+            for level, size, anchors in _by_level(arguments)
+            for _ in range(arguments["B"] * anchors)
             for tile in range(-(-size // cells))
         ]
 
@@ -144,10 +144,10 @@ class GridDriver(Driver):
             return super().efforts(kernel, kinds, arguments, known)
         counts = [
             (int(tile.sum()), known.rows[image])
-            for level in known.assignment.levels
-            for image, planes in enumerate((level.row >= 0).flatten(2))
+            for level, _, _ in _by_level(arguments)
+            for image, planes in enumerate((known.assignment.levels[level].row >= 0).flatten(2))
             for plane in planes
-            for tile in plane.split(arguments["CELLS"])
+            for tile in plane.split(arguments["SPEC"].CELLS)
         ]
         finer = [(kind, assigned > 0) for kind, (assigned, _) in zip(kinds, counts, strict=True)]
         return finer, [4.0 * assigned + rows for assigned, rows in counts]
@@ -157,6 +157,14 @@ GRID = GridDriver()
 
 _BY_TILE = ("grid_kernel", "grid_grad_kernel")
 """Kernels whose programs are tiles of the maps, level by level, image by image, anchor by anchor."""
+
+
+def _by_level(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Number, cells and anchors of each level in the order of programs, which begin with the coarsest map."""
+    levels = arguments["levels"]
+    sides = [[shared.even(n) for n in each] for each in (levels.widths, levels.heights)]
+    anchors = arguments["SPEC"].ANCHORS
+    return [(level, w * h, anchors[level]) for level, (w, h) in enumerate(zip(*sides, strict=True))][::-1]
 
 
 def _maps(preds: Any, head: GridHead) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..reference.terms import constants
+from ..reference import constants
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -57,3 +57,8 @@ def own_anchors(anchors: Any) -> None:
 def image_size(criterion: Any, given: Any) -> tuple[float, float] | None:
     """(height, width) as given, or that of the loss, if it is known."""
     return criterion.image_size if given is None else checks.size("image_size", given)
+
+
+def even(number: int) -> int:
+    """What :func:`fusedyolo.ops.launch.odd` was given."""
+    return (number - 3) // 2
