@@ -131,9 +131,7 @@ def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: 
     means = 2 * len(preds) if head.mean_rows or head.obj_mean == "used" else 0
     size = places = targets = 0
     if with_state:
-        planes = [
-            (pred.shape[0] * len(own), p.shape[2] * p.shape[3]) for p, own in zip(preds, head.levels, strict=True)
-        ]
+        planes = [(pred.shape[0] * len(own), p.shape[2] * p.shape[3]) for p, own in zip(preds, head.levels, strict=True)]
         padded = sum(count * _padded(cells) for count, cells in planes)
         size = padded + 4 * sum(count * -(-cells // SMALLEST_TILE) for count, cells in planes)
         # no more assignments than predictions, nor than rows can make; in a compiled graph both are symbols

@@ -125,7 +125,9 @@ def _tile(levels, site, pool, rows, lists, saved, outputs, head, terms, SPEC: tl
     else:
         counted += found.picks
     at = outputs.partial_ptr + site.pid * N_PARTS
-    _store_partial(at, box, obj, cls, found.picks.to(SPEC.ACC), in_use.to(SPEC.ACC), counted.to(SPEC.ACC))
+    _store_partial(
+        at, box, obj, cls, found.picks.to(SPEC.ACC), in_use.to(SPEC.ACC), counted.to(SPEC.ACC)
+    )
 
 
 @triton.jit
