@@ -86,7 +86,7 @@ class Assignment(NamedTuple):
             taken, ignored = (level.row[image] >= 0).nonzero().tolist(), level.ignored[image].any(0).nonzero().tolist()
             found.append(
                 Panel(
-                    f"stride {stride:g}: ",
+                    f"stride {stride:g}: " if stride >= 1 else "",  # else lengths are in images
                     (width, height),
                     stride,
                     [((x + 0.5) * stride, (y + 0.5) * stride) for y, x in ignored],
