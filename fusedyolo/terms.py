@@ -26,7 +26,7 @@ class Term:
     none, with values that change nothing. An offset term and a decoding take one number, whether they read it or not.
 
     ``users`` may ask for it, else it is there for parity with a peer. ``needs_extent``: it reads the sides of the
-    image. ``elementwise``: a label term that judges each logit by itself.
+    image. ``elementwise``: it judges each logit by itself.
     """
 
     name: str
@@ -60,8 +60,9 @@ def _offset(name: str, role: str, source: str, **more: Any) -> Term:
     return Term(name, "offset", (role,), source, **more)
 
 
-def _label(name: str, source: str, **more: Any) -> Term:
-    return Term(name, "label", ("class", "objectness"), source, **more)
+def _label(name: str, source: str, elementwise: bool = True, **more: Any) -> Term:
+    roles = ("class", "objectness") if elementwise else ("class",)
+    return Term(name, "label", roles, source, elementwise=elementwise, **more)
 
 
 def _decode(name: str, role: str, source: str, **more: Any) -> Term:
@@ -101,8 +102,8 @@ TERMS = {term.name: term for term in _ROWS}
 
 
 def term_names(*roles: str, users: bool = False) -> tuple[str, ...]:
-    """The terms of one of ``roles``, or those of them for users, in the order of the table."""
-    return tuple(t.name for t in TERMS.values() if not set(roles).isdisjoint(t.roles) and (t.users or not users))
+    """The terms of ``roles``, or those of them for users, role by role in the order of the table."""
+    return tuple(t.name for role in roles for t in TERMS.values() if role in t.roles and (t.users or not users))
 
 
 def find_term(argument: str, name: Any, *roles: str, users: bool = False) -> Term:
