@@ -132,7 +132,7 @@ class GridDriver(Driver):
         return [
             level * (cells + 1) + min(cells, size - tile * cells)
             for level, size, anchors in _by_level(arguments)
-            for _ in range(arguments["B"] * anchors)
+            for _ in range(shared.even(arguments["levels"].batch) * anchors)
             for tile in range(-(-size // cells))
         ]
 

@@ -11,8 +11,9 @@ from oracle import check_grid
 from torch import Tensor
 
 from fusedyolo import ops, reference, tuned
-from fusedyolo.heads import IOU_KINDS, OFFSET_KINDS, GridHead
+from fusedyolo.heads import GridHead
 from fusedyolo.reference import grid_view as canonical
+from fusedyolo.terms import term_names
 
 ANCHORS = ((10.0, 13.0), (16.0, 30.0), (33.0, 23.0), (30.0, 61.0), (62.0, 45.0), (59.0, 110.0))
 HEAD = GridHead(
@@ -62,7 +63,7 @@ def make_rows(batch=2, n=8, classes=3, seed=0, invalid=3) -> Tensor:
 
 @pytest.mark.parametrize(
     ("box", "dtype"),
-    [*((box, torch.float64) for box in (*IOU_KINDS, *OFFSET_KINDS)), ("ciou", torch.float32), ("siou", torch.float32)],
+    [*((box, torch.float64) for box in term_names("iou", "offset")), ("ciou", torch.float32), ("siou", torch.float32)],
 )
 def test_every_box_term(box, dtype):
     check_grid(make_preds(dtype, size=(32, 48)), make_rows(), replace(HEAD, box=box))
