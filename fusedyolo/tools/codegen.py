@@ -83,11 +83,11 @@ def launches(case: Case, work: Workload) -> dict[str, Any]:
             "grad": ops.dense_launch(preds, anchors, rows, head, geometry, outputs, False, grads, ones, skip)
         }
     if isinstance(case, CellCase):
-        sums, grad = ops.cell_outputs(preds[0], True)
         key = criterion.head.key
+        left = ops.cell_outputs(preds[0], key, True)
         return {
-            "loss": ops.cell_launch(preds[0], grad, rows, None, key, sums),
-            "grad": ops.cell_launch(preds[0], grad, rows, None, key, None, one, True),
+            "loss": ops.cell_launch(preds[0], rows, None, key, left, True),
+            "grad": ops.cell_grad_launch(preds[0], rows, left.taken, key, left.grad, one, True),
         }
     kept = ops.grid_outputs(preds, rows, criterion.head, True)
     grads = [torch.empty_like(pred) for pred in preds]
