@@ -23,7 +23,8 @@ from .assign import row_cell
 from .primitives import larger, smaller
 from .rows import in_its_range, load_rows, rows_end, wrong_offsets
 from .sums import column, column_sums, is_last
-from .terms.box import _iou, _normalise
+from .terms.box import similarity
+from .terms.records import axis_of_sizes
 
 LOW: tl.constexpr = tl.constexpr(4)
 N_PARTS: tl.constexpr = tl.constexpr(8)  # box, confidence, class, cells with an object, valid rows; the rest is empty
@@ -163,8 +164,8 @@ def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
     for g0 in range(first, last, BLOCK_G):
         g = g0 + tl.arange(0, BLOCK_G)
         row = load_rows(targets.ptr, g, g < last, BLOCK_G)
-        known = (row[0] >= 0) & (row[0] < B)
-        b = tl.where(known, row[0], 0.0).to(tl.int32)
+        known = (row.image >= 0) & (row.image < B)
+        b = tl.where(known, row.image, 0.0).to(tl.int32)
         cell = row_cell(row, 0, b, SPEC.S, SPEC.S, SPEC.C, 1.0, False)
         at = b * AREA + cell - c0
         here = known & (cell >= 0) & (at >= 0) & (at < CELLS)
@@ -211,14 +212,14 @@ def _load_tile(pred, k, cells, inside, has, SPEC: tl.constexpr):
 def _truth(rows_ptr, owner, has, cells, SPEC: tl.constexpr):
     """The true box of each cell with an object, and its class."""
     CELLS: tl.constexpr = SPEC.CELLS
-    _image, label, cx, cy, w, h = load_rows(rows_ptr, owner, has, CELLS)
+    row = load_rows(rows_ptr, owner, has, CELLS)
     # offsets in the cell: the product is not rounded before the cell is taken off
     side = tl.full([CELLS], SPEC.S, SPEC.ACC)
-    x = tl.fma(cx.to(SPEC.ACC), side, -(cells % SPEC.S).to(SPEC.ACC))
-    y = tl.fma(cy.to(SPEC.ACC), side, -((cells % (SPEC.S * SPEC.S)) // SPEC.S).to(SPEC.ACC))
-    w = tl.where(has, w, 0.0).to(SPEC.ACC)
-    h = tl.where(has, h, 0.0).to(SPEC.ACC)
-    return Box(x, y, w, h), label.to(tl.int32)
+    x = tl.fma(row.cx.to(SPEC.ACC), side, -(cells % SPEC.S).to(SPEC.ACC))
+    y = tl.fma(row.cy.to(SPEC.ACC), side, -((cells % (SPEC.S * SPEC.S)) // SPEC.S).to(SPEC.ACC))
+    w = tl.where(has, row.w, 0.0).to(SPEC.ACC)
+    h = tl.where(has, row.h, 0.0).to(SPEC.ACC)
+    return Box(x, y, w, h), row.label.to(tl.int32)
 
 
 @triton.jit
@@ -239,8 +240,7 @@ def _overlap(box, truth, SPEC: tl.constexpr):
     dy = (box.y - truth.y) / SPEC.S
     ex = 0.5 * (truth.w - w)
     ey = 0.5 * (truth.h - h)
-    along_x, along_y, _inv = _normalise((w, truth.w, dx + ex, ex - dx), (h, truth.h, dy + ey, ey - dy))
-    iou, _union, _di, _d = _iou(along_x, along_y, 0.0)
+    iou = similarity(axis_of_sizes(w, truth.w, dx, None), axis_of_sizes(h, truth.h, dy, None))
     return iou, dx * dx + dy * dy + 4.0 * (ex * ex + ey * ey)
 
 

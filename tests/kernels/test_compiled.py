@@ -1,0 +1,43 @@
+"""Kernels as they are compiled: the tests of edges, and a sample of the others, run again on the emulator.
+
+In processes of their own, for here the kernels were imported for Triton's interpreter. Schedules are drawn from two
+seeds; once products and sums are kept apart everywhere, once some that ptxas may fuse are fused. What is read where
+targets are wrong, and where a NaN ends, is run once.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAST = ("seed=1,contraction=1",)
+BOTH = ("seed=0,fusion=off", *LAST)
+NOISY = ("seed=1,noise=on",)  # approximate instructions are off by what is documented
+PARTS = {  # which tests, and how they are run
+    "grids": (BOTH, "tests/kernels/test_edges.py", "grid or anchors_of_equal"),
+    "cells and anchors": (BOTH, "tests/kernels/test_edges.py", "cell or test_anchors["),
+    "select and functional": (BOTH, "tests/kernels/test_edges.py", "select or functional"),
+    "thresholds": (NOISY, "tests/kernels/test_edges.py", "thresholds"),
+    "offsets": (LAST, "tests/kernels/test_edges.py", "offsets"),
+    "NaN": (LAST, "tests/kernels/test_nan.py", "YOLOv5/iou or RetinaNet/giou"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_compiled(part):
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_INTERPRET", "PYTEST_"))}
+    ways, file, chosen = PARTS[part]
+    how = [argument for way in ways for argument in ("--compiled-as", way)]
+    tests = [file, "-k", chosen]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--compiled", *how, *tests],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert "passed" in run.stdout

@@ -1,0 +1,753 @@
+"""The tests tested: each broken kernel function must fail a check that the real one passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fusedyolo.kernels import assign, dense, grid, match, primitives, rows
+from fusedyolo.kernels.terms import box, decode, label, offset
+from fusedyolo.kernels.terms.records import Axis, Jacobian, Span
+from oracle import check_box_term, check_grid, check_label_term, check_row_term
+from test_dense import check as check_loss
+from test_dense import make_anchors as dense_anchors
+from test_dense import make_preds as dense_preds
+from test_dense import make_targets as dense_targets
+from test_grid import DARKNET, HEADS, LIGHTNET, RATIO, make_preds, make_rows
+
+from fusedyolo.ops import dense as dense_ops
+from fusedyolo.ops import grid as grid_ops
+
+pytestmark = pytest.mark.interpreter("compiled kernels keep the functions they were compiled with")
+
+
+def check_small_grid() -> None:
+    """Darknet's rules, with IoU boxes and with offsets: every line of the driver."""
+    weights = torch.tensor([1.0, 2.5, 0.75])
+    rows = make_rows(n=6, invalid=11)
+    preds = make_preds(torch.float64, size=(32, 48))
+    preds[0][0, 4, 0, :2] = torch.tensor([120.0, -120.0])
+    for kind in ("ciou", "mse", "bce_mse"):
+        head = replace(DARKNET, box=kind, area_weight=1.0)
+        check_grid(preds, rows, head, weights, tolerance=1e-11)
+
+
+def check_ratio_grid() -> None:
+    """The ratio rule on one anchor of 8 x 4 cells, with centres and sides on every one of its limits."""
+    head = replace(
+        RATIO, anchors=((16.0, 16.0),), levels=((0,),), strides=(8.0,), scale_x_y=(2.0,), obj_balance=(), anchor_t=2.0
+    )
+    rows = torch.tensor(
+        [
+            [0, 0, 1.5 / 8, 1.5 / 4, 0.25, 0.375], [0, 1, 0.4 / 8, 0.3 / 4, 0.3, 0.6], [0, 2, 1.0, 1.0, 0.25, 0.5],
+            [0, 1, 0.25, 0.5, 0.5, 0.5], [0, 0, 5.25 / 8, 2.25 / 4, 0.3, 0.5], [0, 2, 4.75 / 8, 2.3 / 4, 0.25, 0.45],
+            [0, 1, 0.7, 0.3, 0.1, 0.5],
+        ]
+    )  # fmt: skip
+    pred = make_preds(torch.float64, batch=1, size=(32, 64))[0][:, :8]
+    pred[0, 2:4, 0, 0] = torch.tensor([-6.0, 4.0])  # a similarity below 0
+    check_grid([pred], rows, head, tolerance=1e-11)
+
+
+def check_prior_grid() -> None:
+    """One object among predictions that are drawn to their cell's middle."""
+    pred = make_preds(torch.float64, batch=1, size=(16, 24))[0][:, :8]
+    head = replace(LIGHTNET, levels=((0,),), strides=(8.0,), scale_x_y=(1.25,))
+    check_grid([pred], torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.75]]), head, tolerance=1e-11)
+
+
+def check_band_grid() -> None:
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 0.25, 0.5], [0, 1, 0.55, 0.5, 0.25, 0.5], [0, 2, 0.25, 0.25, 0.375, 0.5]])
+    pred = make_preds(torch.float64, batch=1, size=(32, 48))[0][:, :8]
+    head = replace(HEADS["band"], levels=((1,),), strides=(8.0,), scale_x_y=(1.0,))
+    check_grid([pred], rows, head, tolerance=1e-11)
+
+
+def check_retinanet() -> None:
+    """Objects on anchors, between them, where no anchor is, and large deltas, on both kinds of box loss."""
+    targets = dense_targets("retinanet", 2, n=6)
+    boxes = dense_anchors("retinanet")[[40, 41]].round()
+    targets[0]["boxes"] = torch.cat((targets[0]["boxes"], boxes, boxes.mean(0, keepdim=True), boxes[:1] - 200.0))
+    targets[0]["labels"] = torch.cat((targets[0]["labels"], torch.tensor([1, 2, 1, 2])))
+    preds = dense_preds("retinanet", 2, torch.float64)
+    check_loss("retinanet", preds, dense_targets("retinanet", 2, n=6), 1e-11)
+    check_loss("retinanet", preds, targets, 1e-11, loss_type="smooth_l1", beta=0.5)
+    with torch.no_grad():
+        preds[1][:, ::2, 2:] += 5
+    check_loss("retinanet", preds, targets, 1e-11, loss_type="giou")
+
+
+def check_ssd() -> None:
+    preds, targets = dense_preds("ssd", 3, torch.float64), dense_targets("ssd", 3)
+    targets[0]["boxes"] = torch.cat((targets[0]["boxes"], targets[0]["boxes"][:1]))
+    targets[0]["labels"] = torch.cat((targets[0]["labels"], 3 - targets[0]["labels"][:1]))
+    for ratio in (3.0, 0.6, 60.0):
+        check_loss("ssd", preds, targets, 1e-11, neg_to_pos_ratio=ratio, loss_type="l1")
+
+
+def check_ssd_classes() -> None:
+    """An object of the background is none."""
+    targets = dense_targets("ssd", 1)
+    targets[0]["labels"][0] = 0
+    check_loss("ssd", dense_preds("ssd", 1, torch.float64), targets, 1e-11)
+
+
+def check_far_object() -> None:
+    """An object that meets no anchor takes the first one."""
+    targets = [{"boxes": torch.tensor([[500.0, 500, 510, 510]]), "labels": torch.tensor([1])}]
+    check_loss("ssd", dense_preds("ssd", 1, torch.float64), targets, 1e-11)
+
+
+def check_fcos() -> None:
+    preds, targets = dense_preds("fcos", 3, torch.float64), dense_targets("fcos", 3, n=12, side=60.0)
+    check_loss("fcos", preds, targets, 1e-11)
+
+
+def check_boxes() -> None:
+    for kind in ("iou", "giou", "diou", "ciou"):
+        check_box_term(kind)
+
+
+def check_labels() -> None:
+    check_label_term("bce", [])
+    check_label_term("focal", [0.25, 1.5])
+    check_label_term("focal", [-1.0, 0.0])
+    check_label_term("bce", [], torch.float32)
+
+
+def check_longer_boxes() -> None:
+    for kind in ("eiou", "siou", "mpdiou", "ciou_plus"):
+        check_box_term(kind)
+
+
+def check_powers() -> None:
+    check_box_term("giou", shape=(1.0, 0.5))
+    check_box_term("eiou", shape=(3.0, 1.0))
+    check_box_term("diou", shape=(0.75, 0.0))
+
+
+def check_qualities() -> None:
+    check_label_term("bce", [2.5])
+    check_label_term("focal", [0.25, 1.5, 2.5])
+    for kind in ("qfl", "varifocal"):
+        check_label_term(kind, [0.25, 0.5])
+        check_label_term(kind, [-1.0, 2.0])
+    check_label_term("sse", [])
+
+
+# ---- broken functions: the same signatures, one thing wrong
+
+# their modules' names are those that are replaced
+mpdiou, softmax_ce, real_side_share = box.mpdiou, label.softmax_ce, box._side_share
+real_best_anchor, real_row_cell = assign.best_anchor, assign.row_cell
+real_box_term, real_iou, real_next_candidate = grid._box_term, grid._iou, grid._next_candidate
+
+
+@triton.jit
+def step_inclusive(d):
+    return tl.where(d >= 0, 1.0, 0.0)
+
+
+@triton.jit
+def step_zero_at_tie(d):
+    return tl.where(d > 0, 1.0, 0.0)
+
+
+@triton.jit
+def log1p_naive(e):
+    return tl.log(1.0 + e)
+
+
+@triton.jit
+def angle_of_first_octant(w, h):
+    q = tl.abs(w) / tl.maximum(tl.abs(h), 1e-30)
+    return q - q * q * q / 3.0
+
+
+@triton.jit
+def safe_div_off(a, b):
+    return tl.where(b != 0, a / tl.where(b != 0, b, 1.0), 0.0) * 0.999
+
+
+@triton.jit
+def bce_sign(x, t, args):
+    p = tl.sigmoid(x)
+    return tl.maximum(x, 0.0) - x * t + tl.log(1.0 + tl.exp(-tl.abs(x))), t - p
+
+
+@triton.jit
+def bce_999(x, t, args):
+    p = tl.sigmoid(x)
+    return tl.maximum(x, 0.0) - x * t + tl.log(1.0 + tl.exp(-tl.abs(x))), 0.999 * (p - t)
+
+
+@triton.jit
+def bce_naive_log(x, t, args):
+    p = tl.sigmoid(x)
+    return -(t * tl.log(p) + (1.0 - t) * tl.log(1.0 - p)), p - t
+
+
+@triton.jit
+def pow_without_zero(q, g):
+    return tl.exp(g * tl.log(q))
+
+
+@triton.jit
+def overlap_clamped(x):
+    return tl.maximum(x.size + tl.minimum(x.before, 0.0) + tl.minimum(x.behind, 0.0), 1e-3)
+
+
+@triton.jit
+def enclose_of_first(x):
+    return x.size + tl.maximum(x.before, 0.0)
+
+
+@triton.jit
+def no_scaled_eps(eps, inv):
+    return eps
+
+
+@triton.jit
+def sensitive_without_shift(a, scale):
+    p = tl.sigmoid(a)
+    return scale * p, scale * p * (1.0 - p)
+
+
+@triton.jit
+def sensitive_without_scaled_slope(a, scale):
+    p = tl.sigmoid(a)
+    return scale * p - 0.5 * (scale - 1.0), p * (1.0 - p)
+
+
+@triton.jit
+def valid_anywhere(row, first_image, last_image, classes, limit):
+    image, label_, cx, cy, w, h = row
+    known = (image >= first_image) & (image < last_image) & (label_ >= 0) & (label_ < classes)
+    return known & (w > 0) & (h > 0) & (cx >= 0) & (cx <= 1) & (cy >= 0) & (cy < limit) & (w < float("inf"))
+
+
+@triton.jit
+def best_anchor_only(w, h, own, own_w, own_h, anchors, thresh):
+    return real_best_anchor(w, h, own, own_w, own_h, anchors, 1.0)
+
+
+@triton.jit
+def ratio_inclusive(w, h, own, own_w, own_h, anchors, thresh):
+    rw = w / own_w
+    rh = h / own_h
+    return tl.maximum(tl.maximum(rw, 1.0 / rw), tl.maximum(rh, 1.0 / rh)) <= thresh
+
+
+@triton.jit
+def ratio_of_larger_rows(w, h, own, own_w, own_h, anchors, thresh):
+    return tl.maximum(w / own_w, h / own_h) < thresh
+
+
+@triton.jit
+def _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, AT_MOST_HALF, NEXT_TO_BORDER, CLAMPED):
+    """``assign.row_cell`` with three switches."""
+    valid = assign.row_valid(row, image, image + 1, classes, limit)
+    gx = tl.where(valid, row[2], 0.0) * W
+    gy = tl.where(valid, row[3], 0.0) * H
+    if NEIGHBOURS:
+        along = tl.where((kind == 1) | (kind == 3), gx, gy)
+        along = tl.where(kind >= 3, tl.where(kind == 3, W - gx, H - gy), along)
+        near = along - tl.floor(along) < 0.5
+        if AT_MOST_HALF:
+            near = near | (along - tl.floor(along) == 0.5)
+        if not NEXT_TO_BORDER:
+            near = near & (along > 1.0)
+        valid = valid & ((kind == 0) | near)
+        gx -= tl.where(kind == 1, 0.5, tl.where(kind == 3, -0.5, 0.0))
+        gy -= tl.where(kind == 2, 0.5, tl.where(kind == 4, -0.5, 0.0))
+    i = gx.to(tl.int32)
+    j = gy.to(tl.int32)
+    if CLAMPED:
+        i = tl.minimum(i, W - 1)
+        j = tl.minimum(j, H - 1)
+    return tl.where(valid, j * W + i, -1)
+
+
+@triton.jit
+def cell_at_most_half_away(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
+    return _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, True, False, True)
+
+
+@triton.jit
+def cell_beyond_the_border(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
+    return _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, False, True, True)
+
+
+@triton.jit
+def cell_not_clamped(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
+    return _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, False, False, False)
+
+
+@triton.jit
+def cell_of_no_neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
+    return tl.where(kind == 0, real_row_cell(row, 0, image, W, H, classes, limit, False), -1)
+
+
+@triton.jit
+def candidate_never(
+    rows_ptr, after, first, last, cell, site, rule,
+    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    return (last - first) * KINDS
+
+
+@triton.jit
+def candidate_any(
+    rows_ptr, after, first, last, cell, site, rule,
+    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    return after + 1
+
+
+@triton.jit
+def candidates_backwards(
+    rows_ptr, after, first, last, cell, site, rule,
+    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The last candidate before ``after``: the first one in order becomes the last to write."""
+    end = (last - first) * KINDS
+    before = tl.where(after < 0, end, after)
+    found = end
+    q = real_next_candidate(rows_ptr, -1, first, last, cell, site, rule, MATCH, KINDS, BLOCK_G, ACC)
+    while q < before:
+        found = q
+        q = real_next_candidate(rows_ptr, q, first, last, cell, site, rule, MATCH, KINDS, BLOCK_G, ACC)
+    return found
+
+
+@triton.jit
+def prior_of_nobody(
+    t, scale, site, shape, box_args,
+    AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    none = 0.0 * t[0]
+    return none, (none, none, none, none)
+
+
+@triton.jit
+def similarity_below_zero(
+    t, true, scale, site, shape, box_args, quality_args,
+    AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, QUALITY: tl.constexpr, UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    loss, d, _similarity = real_box_term(
+        t, true, scale, site, shape, box_args, quality_args, AXIS, BOX, OFFSET, QUALITY, UNIT, ACC
+    )
+    return loss, d, 1.0 - loss
+
+
+@triton.jit
+def iou_half(x1, x2, y1, y2, area, gx, gy, gw, gh):
+    return 0.5 * real_iou(x1, x2, y1, y2, area, gx, gy, gw, gh)
+
+
+@triton.jit
+def sign_of_zero(d):
+    return tl.where(d >= 0, 1.0, -1.0)
+
+
+@triton.jit
+def share_without_eps(d, c, eps):
+    r = primitives.safe_div(d, c)
+    return r * r, primitives.safe_div(2.0 * r, c), primitives.safe_div(-2.0 * r * r, c)
+
+
+@triton.jit
+def share_of_a_constant(d, c, eps):
+    r = primitives.safe_div(d, c)
+    k = 1.0 / (1.0 + primitives.safe_div(primitives.safe_div(eps, c), c))
+    return r * r * k, primitives.safe_div(2.0 * r * k, c), 0.0 * r
+
+
+@triton.jit
+def share_999(d, c, eps):
+    r = primitives.safe_div(d, c)
+    k = 1.0 / (1.0 + primitives.safe_div(primitives.safe_div(eps, c), c))
+    q = r * r * k
+    return q, primitives.safe_div(2.0 * r * k, c) * 0.999, primitives.safe_div(-2.0 * q * k, c)
+
+
+@triton.jit
+def misfit_squared(p, g):
+    longer = tl.maximum(p, g)
+    w = primitives.safe_div(tl.abs(p - g), longer)
+    c = 1.0 - tl.exp(-w)
+    s = primitives.sign(p - g) - w * primitives.step(p - g)
+    return c * c, 2.0 * c * tl.exp(-w) * primitives.safe_div(s, longer)
+
+
+@triton.jit
+def misfit_over_a_constant(p, g):
+    longer = tl.maximum(p, g)
+    c = 1.0 - tl.exp(-primitives.safe_div(tl.abs(p - g), longer))
+    return c * c * c * c, 4.0 * c * c * c * (1.0 - c) * primitives.safe_div(primitives.sign(p - g), longer)
+
+
+@triton.jit
+def side_share_twice(x, eps, inv):
+    q, ends, by_size = real_side_share(x, eps, inv)
+    return 2.0 * q, box._Ends(2.0 * ends.first, 2.0 * ends.last), 2.0 * by_size
+
+
+@triton.jit
+def side_share_signed(x, eps, inv):
+    q, ends, by_size = real_side_share(x, eps, inv)
+    return q, ends, -by_size
+
+
+@triton.jit
+def aspect_of_the_other_sign(w, h, turn, alpha):
+    side = tl.maximum(tl.abs(w), tl.abs(h))
+    a = primitives.safe_div(w, side)
+    b = primitives.safe_div(h, side)
+    k = primitives.safe_div(tl.abs(alpha) * 0.8105694691387022 * turn, (a * a + b * b) * side)
+    return box._Penalty(tl.abs(alpha) * (0.4052847345693511 * turn * turn), None, None, -(k * b), k * a)
+
+
+@triton.jit
+def siou_without_angle(x, y, args):
+    numbers = box._numbers(args)
+    x, y, inv = box._normalise(x, y)
+    eps = box._scaled_eps(numbers.eps, inv)
+    rx, rx_d, rx_c = box._share(0.5 * (x.before - x.behind), box._enclose(x), eps)
+    ry, ry_d, ry_c = box._share(0.5 * (y.before - y.behind), box._enclose(y), eps)
+    tx = tl.exp(-2.0 * rx)
+    ty = tl.exp(-2.0 * ry)
+    w, dw = box._misfit(x.size, x.true_size)
+    h, dh = box._misfit(y.size, y.true_size)
+    step = primitives.step
+    by_x = box._Ends(tx * (0.5 * rx_d - rx_c * step(-x.before)), tx * (0.5 * rx_d + rx_c * step(-x.behind)))
+    by_y = box._Ends(ty * (0.5 * ry_d - ry_c * step(-y.before)), ty * (0.5 * ry_d + ry_c * step(-y.behind)))
+    penalty = box._Penalty(0.5 * (2.0 - tx - ty + w + h), by_x, by_y, 0.5 * dw * inv, 0.5 * dh * inv)
+    return box._compose(box._overlap(x, y, eps), (penalty,), inv, numbers)
+
+
+@triton.jit
+def mpdiou_of_a_square(x, y, args):
+    return mpdiou(x, Axis(y.size, y.true_size, y.before, y.behind, x.extent), args)
+
+
+@triton.jit
+def mpdiou_999(x, y, args):
+    loss, by_x, by_y = mpdiou(x, y, args)
+    return loss, Span(by_x.centre * 0.999, by_x.size), by_y
+
+
+@triton.jit
+def power_of_value_only(q, numbers):
+    if numbers.alpha is not None:
+        raised = primitives.pow_pos(q, numbers.alpha)
+    else:
+        raised = q
+    return raised, 1.0
+
+
+@triton.jit
+def power_without_first(q, numbers):
+    if numbers.alpha is not None:
+        raised = primitives.pow_pos(q, numbers.alpha)
+        slope = numbers.alpha * primitives.safe_div(raised, q)
+    else:
+        raised = q
+        slope = 1.0
+    return raised, slope
+
+
+@triton.jit
+def pow_zero_at_zero(q, g):
+    return tl.where(q > 0, tl.exp(g * tl.log(tl.where(q > 0, q, 1.0))), 0.0)
+
+
+@triton.jit
+def pow_of_twice(q, g):
+    return tl.where(q > 0, tl.exp(2.0 * g * tl.log(tl.where(q > 0, q, 1.0))), tl.where(g == 0, 1.0, 0.0))
+
+
+@triton.jit
+def bce_weight_on_all(x, t, args):
+    p, q, e = primitives.logistic(x)
+    loss = tl.maximum(x, 0.0) - x * t + primitives.log1p(e)
+    d_x = p * (1.0 - t) - q * t
+    if len(args) == 1:
+        loss = loss * args[0]
+        d_x = d_x * args[0]
+    return loss, d_x
+
+
+@triton.jit
+def focal_weight_forgotten(x, t, args):
+    return label.bce(x, t, ())
+
+
+@triton.jit
+def balance_swapped(t, alpha):
+    return tl.where(alpha >= 0, (1.0 - alpha) * t + alpha * (1.0 - t), 1.0)
+
+
+@triton.jit
+def qfl_held(x, t, args):
+    ce, miss = label.bce(x, t, ())
+    w = label._balance(t, args[0]) * primitives.pow_pos(tl.abs(miss), args[1])
+    return w * ce, w * miss
+
+
+@triton.jit
+def qfl_unsigned(x, t, args):
+    ce, miss = label.bce(x, t, ())
+    p, r, _e = primitives.logistic(x)
+    w = label._balance(t, args[0]) * primitives.pow_pos(tl.abs(miss), args[1])
+    return w * ce, w * miss + args[1] * primitives.safe_div(w, tl.abs(miss)) * (p * r) * ce
+
+
+@triton.jit
+def varifocal_held(x, t, args):
+    ce, d_ce = label.bce(x, t, ())
+    p, _r, _e = primitives.logistic(x)
+    w = tl.where(t > 0, t, tl.where(args[0] >= 0, args[0], 1.0) * primitives.pow_pos(p, args[1]))
+    return w * ce, w * d_ce
+
+
+@triton.jit
+def varifocal_of_all(x, t, args):
+    ce, d_ce = label.bce(x, t, ())
+    p, r, _e = primitives.logistic(x)
+    w = tl.where(args[0] >= 0, args[0], 1.0) * primitives.pow_pos(p, args[1])
+    return w * ce, w * d_ce + args[1] * w * r * ce
+
+
+@triton.jit
+def sse_half(x, t, args):
+    p, q, _e = primitives.logistic(x)
+    miss = p * (1.0 - t) - q * t
+    return 0.5 * miss * miss, miss * (p * q)
+
+
+@triton.jit
+def sse_naive(x, t, args):
+    p = tl.sigmoid(x)
+    return (p - t) * (p - t), 2.0 * (p - t) * p * (1.0 - p)
+
+
+@triton.jit
+def softmax_naive(x, t, args):
+    z = x - tl.max(x, axis=-1, keep_dims=True)
+    p = tl.exp(z) / tl.sum(tl.exp(z), axis=-1, keep_dims=True)
+    return -t * tl.log(tl.maximum(p, 1e-30)), p * tl.sum(t, axis=-1, keep_dims=True) - t
+
+
+@triton.jit
+def softmax_of_one_target(x, t, args):
+    loss, d_x = softmax_ce(x, t, args)
+    p = tl.exp(x - tl.max(x, axis=-1, keep_dims=True))
+    p = p / tl.sum(p, axis=-1, keep_dims=True)
+    return loss, d_x + p * (1.0 - tl.sum(t, axis=-1, keep_dims=True))
+
+
+@triton.jit
+def softmax_of_all_rows(x, t, args):
+    z = x - tl.max(x)
+    e = tl.exp(z)
+    s = tl.sum(e)
+    return -t * (z - tl.log(s)), e / s * tl.sum(t) - t
+
+
+@triton.jit
+def iou_of_areas_off(anchor, true):
+    return real_match_iou(anchor, true) * 0.5
+
+
+@triton.jit
+def first_key_of_nobody(key):
+    return tl.where(key == 0, -1, match.LOWEST.value - (key & 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def corners_of_any_class(row, first_image, last_image, classes, size, CORNERS, ACC):
+    return real_row_corners(row, first_image, last_image, (0, 100), size, CORNERS, ACC)
+
+
+@triton.jit
+def centreness_squared(anchor, true):
+    c = real_centreness(anchor, true)
+    return c * c
+
+
+@triton.jit
+def share_of_the_batch(found_ptr, b, B, blocks, BY_IMAGE, ACC):
+    return real_share(found_ptr, b, B, blocks, False, ACC)
+
+
+@triton.jit
+def share_of_the_image(found_ptr, b, B, blocks, BY_IMAGE, ACC):
+    return real_share(found_ptr, b, B, blocks, True, ACC)
+
+
+@triton.jit
+def weight_never_twice(ce, taken, position, picks_ptr):
+    return tl.minimum(real_ranked_weight(ce, taken, position, picks_ptr), 1)
+
+
+@triton.jit
+def weight_of_positives(ce, taken, position, picks_ptr):
+    return tl.where(taken >= 0, 1, 0)
+
+
+@triton.jit
+def cut_one_lower(ce_ptr, match_ptr, N, left, BITS, BLOCK):
+    return real_cut(ce_ptr, match_ptr, N, left + 1, BITS, BLOCK)
+
+
+@triton.jit
+def delta_unclipped(a, b, anchor, stride, scale):
+    w = anchor * tl.exp(b * scale)
+    return Span(a * stride, w), Jacobian(stride, 0.0, 0.0, scale * w)
+
+
+@triton.jit
+def delta_slope_beyond_the_clip(a, b, anchor, stride, scale):
+    span, _slopes = real_delta(a, b, anchor, stride, scale)
+    return span, Jacobian(stride, 0.0, 0.0, scale * span.size)
+
+
+@triton.jit
+def ltrb_swapped(a, b, anchor, stride, scale):
+    return real_ltrb(b, a, anchor, stride, scale)
+
+
+@triton.jit
+def smooth_without_its_bend(d, beta):
+    return tl.abs(d) - 0.5 * beta, primitives.sign(d)
+
+
+@triton.jit
+def l1_of_the_centre(a, b, ta, tb, scale):
+    return tl.abs(a - ta), primitives.sign(a - ta), primitives.sign(b - b)
+
+
+real_match_iou, real_row_corners, real_centreness = match._iou, rows.row_corners, dense._centreness
+real_share, real_ranked_weight, real_cut = dense._share, dense._ranked_weight, dense._cut
+real_delta, real_ltrb = decode.delta, decode.ltrb
+
+
+MUTANTS = [
+    (match, "_iou", iou_of_areas_off, check_retinanet),
+    (match, "row_corners", corners_of_any_class, check_ssd_classes),
+    (match, "best_anchor_of", first_key_of_nobody, check_far_object),
+    (dense, "_share", share_of_the_batch, check_retinanet),
+    (dense, "_share", share_of_the_image, check_fcos),
+    (dense, "_centreness", centreness_squared, check_fcos),
+    (dense, "_ranked_weight", weight_never_twice, check_ssd),
+    (dense, "_ranked_weight", weight_of_positives, check_ssd),
+    (dense, "_cut", cut_one_lower, check_ssd),
+    (decode, "delta", delta_unclipped, check_retinanet),
+    (decode, "delta", delta_slope_beyond_the_clip, check_retinanet),
+    (decode, "ltrb", ltrb_swapped, check_fcos),
+    (offset, "_smooth", smooth_without_its_bend, check_retinanet),
+    (offset, "l1", l1_of_the_centre, check_ssd),
+    (box, "step", step_inclusive, check_boxes),
+    (box, "step", step_zero_at_tie, check_boxes),
+    (box, "angle", angle_of_first_octant, check_boxes),
+    (box, "safe_div", safe_div_off, check_boxes),
+    (box, "_shared", overlap_clamped, check_boxes),
+    (box, "_enclose", enclose_of_first, check_boxes),
+    (box, "_scaled_eps", no_scaled_eps, check_boxes),
+    (label, "log1p", log1p_naive, check_labels),
+    (label, "pow_pos", pow_without_zero, check_labels),
+    (label, "bce", bce_sign, check_labels),
+    (label, "bce", bce_sign, check_small_grid),
+    (label, "bce", bce_999, check_small_grid),
+    (label, "bce", bce_naive_log, check_small_grid),
+    (decode, "scaled_sigmoid", sensitive_without_shift, check_small_grid),
+    (decode, "scaled_sigmoid", sensitive_without_scaled_slope, check_small_grid),
+    (offset, "scaled_sigmoid", sensitive_without_shift, check_small_grid),
+    (offset, "bce", bce_999, check_small_grid),
+    (assign, "row_valid", valid_anywhere, check_small_grid),
+    (assign, "best_anchor", best_anchor_only, check_small_grid),
+    (grid, "_next_candidate", candidate_never, check_small_grid),
+    (grid, "_next_candidate", candidate_any, check_small_grid),
+    (grid, "row_cell", cell_at_most_half_away, check_ratio_grid),
+    (grid, "row_cell", cell_beyond_the_border, check_ratio_grid),
+    (grid, "row_cell", cell_not_clamped, check_ratio_grid),
+    (grid, "row_cell", cell_of_no_neighbour, check_ratio_grid),
+    (assign, "ratio", ratio_inclusive, check_ratio_grid),
+    (assign, "ratio", ratio_of_larger_rows, check_ratio_grid),
+    (grid, "_next_candidate", candidates_backwards, check_ratio_grid),
+    (grid, "_box_term", similarity_below_zero, check_ratio_grid),
+    (grid, "_prior_term", prior_of_nobody, check_prior_grid),
+    (grid, "_iou", iou_half, check_band_grid),
+    (primitives, "safe_div", safe_div_off, check_boxes),
+    (box, "step", step_inclusive, check_longer_boxes),
+    (box, "step", step_zero_at_tie, check_longer_boxes),
+    (box, "sign", sign_of_zero, check_longer_boxes),
+    (box, "_share", share_without_eps, check_longer_boxes),
+    (box, "_share", share_of_a_constant, check_longer_boxes),
+    (box, "_share", share_999, check_longer_boxes),
+    (box, "_misfit", misfit_squared, check_longer_boxes),
+    (box, "_misfit", misfit_over_a_constant, check_longer_boxes),
+    (box, "_side_share", side_share_twice, check_longer_boxes),
+    (box, "_side_share", side_share_signed, check_longer_boxes),
+    (box, "_aspect", aspect_of_the_other_sign, check_longer_boxes),
+    (box, "siou", siou_without_angle, check_longer_boxes),
+    (box, "mpdiou", mpdiou_of_a_square, check_longer_boxes),
+    (box, "mpdiou", mpdiou_999, check_longer_boxes),
+    (box, "_power", power_of_value_only, check_powers),
+    (box, "_power", power_without_first, check_powers),
+    (box, "pow_pos", pow_zero_at_zero, check_powers),
+    (box, "pow_pos", pow_of_twice, check_powers),
+    (label, "bce", bce_weight_on_all, check_qualities),
+    (label, "_weighted_bce", focal_weight_forgotten, check_qualities),
+    (label, "_balance", balance_swapped, check_qualities),
+    (label, "qfl", qfl_held, check_qualities),
+    (label, "qfl", qfl_unsigned, check_qualities),
+    (label, "varifocal", varifocal_held, check_qualities),
+    (label, "varifocal", varifocal_of_all, check_qualities),
+    (label, "sse", sse_half, check_qualities),
+    (label, "sse", sse_naive, check_qualities),
+    (label, "softmax_ce", softmax_naive, check_row_term),
+    (label, "softmax_ce", softmax_of_one_target, check_row_term),
+    (label, "softmax_ce", softmax_of_all_rows, check_row_term),
+    (label, "log1p", log1p_naive, check_row_term),
+]
+
+
+CHECKS = [
+    check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_row_term,
+    check_ratio_grid, check_prior_grid, check_band_grid, check_retinanet, check_ssd, check_ssd_classes,
+    check_far_object, check_fcos,
+]  # fmt: skip
+
+
+@pytest.fixture
+def fresh_constants():
+    """Launches look their functions up anew, and leave no broken one behind."""
+    for constants in (grid_ops._grid_constants, dense_ops._constants):
+        constants.cache_clear()
+    yield
+    for constants in (grid_ops._grid_constants, dense_ops._constants):
+        constants.cache_clear()
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_real_functions_pass(check):
+    check()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "check"),
+    MUTANTS,
+    ids=[f"{m.__name__.split('.')[-1]}-{b.__name__}" for m, _, b, _ in MUTANTS],
+)
+def test_a_broken_function_is_caught(module, name, broken, check, monkeypatch, fresh_constants):
+    monkeypatch.setattr(module, name, broken)
+    if name in grid_ops._MATCH:
+        monkeypatch.setitem(grid_ops._MATCH, name, broken)
+    with pytest.raises(AssertionError):
+        check()

@@ -1,0 +1,778 @@
+"""Bad arguments raise a ValueError that names them; bad target rows are skipped, counted and touch nothing."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE
+
+from fusedyolo import (
+    ScaledYOLOv4Loss,
+    Targets,
+    YOLOv2Loss,
+    YOLOv4Loss,
+    YOLOv5Loss,
+    backend,
+    checks,
+    functional,
+)
+from fusedyolo.targets import as_targets
+from fusedyolo.terms import term_names
+
+ANCHORS = [[(10, 13), (16, 30)], [(30, 61)]]
+NAN, INF = float("nan"), float("inf")
+BACKENDS = ["torch", "triton"]
+
+
+def loss(**kwargs):
+    arguments = {"anchors": ANCHORS, "strides": (8, 16), "num_classes": 3, "backend": "torch"} | kwargs
+    return YOLOv4Loss(**arguments)
+
+
+def maps(*, batch=2, height=32, width=48, seed=0, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((16, height // 8, width // 8), (8, height // 16, width // 16))
+    return [torch.randn(batch, *size, generator=generator).to(device).requires_grad_() for size in sizes]
+
+
+def raises(message):
+    return pytest.raises(ValueError, match="^" + re.escape(message) + "$")
+
+
+# The constructor.
+
+KINDS, CLASS_TERMS = (", ".join(map(repr, term_names(role, users=True))) for role in ("iou", "class"))
+COMMON = "label_smooth_eps, cls_loss, focal_alpha, focal_gamma, iou_alpha, iou_gamma, iou_band"
+PAPER = f"lambda_coord, lambda_noobj, {COMMON}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe": "tiny"}, "recipe: 'tiny', want one of 'paper', 'darknet'"),
+        ({"recipe": None}, "recipe: None, want one of 'paper', 'darknet'"),
+        ({"backend": "cuda"}, "backend: 'cuda', want one of 'auto', 'triton', 'torch'"),
+        ({"reduction": "none"}, "reduction: 'none', want one of 'sum', 'mean'"),
+        ({"iou_loss": "l2"}, f"iou_loss: 'l2', want one of {KINDS}, 'mse'"),
+        ({"num_classes": 0}, "num_classes: 0, want an integer >= 1"),
+        ({"num_classes": 2.0}, "num_classes: 2.0, want an integer >= 1"),
+        ({"num_classes": True}, "num_classes: True, want an integer >= 1"),
+        ({"strides": (8,)}, "strides: 1 numbers, want 2, one for each level of anchors"),
+        ({"strides": 8}, "strides: 8, want a sequence of numbers, one a level"),
+        ({"strides": (8, 0)}, "strides[1]: 0, want a finite number > 0"),
+        ({"strides": (8, -16)}, "strides[1]: -16, want a finite number > 0"),
+        ({"strides": (8, "16")}, "strides[1]: '16', want a finite number > 0"),
+        ({"strides": (8, INF)}, "strides[1]: inf, want a finite number > 0"),
+        ({"scale_x_y": 0}, "scale_x_y: 0, want a finite number > 0"),
+        ({"scale_x_y": (1.1,)}, "scale_x_y: 1 numbers, want one for each of 2 levels"),
+        ({"scale_x_y": (1.1, -1)}, "scale_x_y[1]: -1, want a finite number > 0"),
+        ({"scale_x_y": "1.1"}, "scale_x_y: '1.1', want a number or one number for each of 2 levels"),
+        ({"iou_thresh": 1.5}, "iou_thresh: 1.5, want a finite number in [0, 1]"),
+        ({"iou_thresh": -0.1}, "iou_thresh: -0.1, want a finite number in [0, 1]"),
+        ({"ignore_thresh": 2}, "ignore_thresh: 2, want a finite number in [0, 1]"),
+        ({"ignore_thresh": NAN}, "ignore_thresh: nan, want a finite number in [0, 1]"),
+        ({"image_size": (64,)}, "image_size: (64,), want (height, width)"),
+        ({"image_size": "64"}, "image_size: '64', want (height, width)"),
+        ({"image_size": (64, 0)}, "image_size: 0, want a finite number > 0"),
+        ({"image_size": -64}, "image_size: -64, want a finite number > 0"),
+        ({"label_smooth_eps": 1.1}, "label_smooth_eps: 1.1, want a finite number in [0, 1]"),
+        ({"focal_gamma": -1}, "focal_gamma: -1, want a finite number >= 0"),
+        ({"focal_alpha": 1.5}, "focal_alpha: 1.5, want a finite number in [0, 1]"),
+        ({"lambda_coord": -1}, "lambda_coord: -1, want a finite number >= 0"),
+        ({"lambda_noobj": None}, "lambda_noobj: None, want a finite number >= 0"),
+        (
+            {"iou_normalizer": 0.07},
+            f"iou_normalizer: no hyper-parameter of recipe 'paper', want one of lambda_coord, lambda_noobj, {COMMON}",
+        ),
+        (
+            {"recipe": "darknet", "lambda_coord": 5},
+            "lambda_coord: no hyper-parameter of recipe 'darknet', want one of iou_normalizer, obj_normalizer, "
+            f"cls_normalizer, counters_per_class, max_delta, objectness_smooth, new_coords, {COMMON}",
+        ),
+        ({"recipe": "darknet", "iou_normalizer": INF}, "iou_normalizer: inf, want a finite number >= 0"),
+        ({"recipe": "darknet", "obj_normalizer": -1}, "obj_normalizer: -1, want a finite number >= 0"),
+        ({"recipe": "darknet", "cls_normalizer": "1"}, "cls_normalizer: '1', want a finite number >= 0"),
+        ({"recipe": "darknet", "max_delta": 0}, "max_delta: 0, want a finite number > 0"),
+        ({"recipe": "darknet", "counters_per_class": [1, 2]}, "counters_per_class: 2 numbers, want 3, one a class"),
+        ({"recipe": "darknet", "counters_per_class": 5}, "counters_per_class: 5, want 3 positive numbers, one a class"),
+        (
+            {"recipe": "darknet", "counters_per_class": [1, 0, 2]},
+            "counters_per_class[1]: 0, want a finite number > 0",
+        ),
+        ({"assigner": "ratio"}, "assigner: 'ratio', want one of 'best_anchor', 'iou_band'"),
+        ({"iou_band": 0.5}, "iou_band: 0.5, want (low, high), 0 <= low <= high <= 1"),
+        ({"iou_band": (0.5,)}, "iou_band: (0.5,), want (low, high), 0 <= low <= high <= 1"),
+        ({"iou_band": (0.7, 0.3)}, "iou_band: (0.7, 0.3), want (low, high), 0 <= low <= high <= 1"),
+        ({"iou_band": (0.3, 1.5)}, "iou_band[1]: 1.5, want a finite number in [0, 1]"),
+        ({"iou_band": (NAN, 0.5)}, "iou_band[0]: nan, want a finite number in [0, 1]"),
+        ({"iou_alpha": 0}, "iou_alpha: 0, want a finite number > 0"),
+        ({"iou_gamma": -0.5}, "iou_gamma: -0.5, want a finite number >= 0"),
+        ({"cls_loss": "l2"}, f"cls_loss: 'l2', want one of {CLASS_TERMS}"),
+        ({"cls_loss": 1}, f"cls_loss: 1, want one of {CLASS_TERMS}"),
+        ({"cls_loss": "varifocal", "focal_alpha": -1.5}, "focal_alpha: -1.5, want a finite number in [0, 1]"),
+        ({"cls_loss": "qfl", "focal_gamma": INF}, "focal_gamma: inf, want a finite number >= 0"),
+        ({"objectness_smooth": 1}, f"objectness_smooth: no hyper-parameter of recipe 'paper', want one of {PAPER}"),
+        (
+            {"recipe": "darknet", "obj_normalizer": (1, 2, 3)},
+            "obj_normalizer: 3 numbers, want one for each of 2 levels",
+        ),
+        ({"recipe": "darknet", "obj_normalizer": (1, INF)}, "obj_normalizer[1]: inf, want a finite number >= 0"),
+        ({"recipe": "darknet", "objectness_smooth": 2}, "objectness_smooth: 2, want 0 or 1"),
+        ({"recipe": "darknet", "objectness_smooth": 0.5}, "objectness_smooth: 0.5, want 0 or 1, or one a level of 2"),
+        (
+            {"recipe": "darknet", "objectness_smooth": (0, 1, 1)},
+            "objectness_smooth: 3 flags, want one for each of 2 levels",
+        ),
+        ({"recipe": "darknet", "objectness_smooth": (0, -1)}, "objectness_smooth: -1, want 0 or 1"),
+        ({"recipe": "darknet", "new_coords": 2}, "new_coords: 2, want 0 or 1"),
+        (
+            {"recipe": "darknet", "new_coords": 1, "iou_loss": "mse"},
+            f"iou_loss: 'mse' with new_coords, want one of {KINDS}",
+        ),
+        (
+            {"recipe": "darknet", "new_coords": 1, "cls_loss": "qfl"},
+            "new_coords: a class term of its own, want no cls_loss, focal_alpha or focal_gamma beside it",
+        ),
+        (
+            {"recipe": "darknet", "new_coords": 1, "focal_gamma": 2},
+            "new_coords: a class term of its own, want no cls_loss, focal_alpha or focal_gamma beside it",
+        ),
+        (
+            {"recipe": "darknet", "cls_loss": "softmax_ce", "counters_per_class": [1, 2, 3]},
+            "cls_loss: 'softmax_ce' with counters_per_class, want a term that judges each class by itself",
+        ),
+    ],
+)
+def test_constructor(arguments, message):
+    with raises(message):
+        loss(**arguments)
+
+
+@pytest.mark.parametrize("counts", [[1, 2, 3], None])
+@pytest.mark.parametrize("kind", ["bce", "focal", "qfl", "varifocal"])
+def test_other_class_terms_go_with_class_weights(kind, counts):
+    assert loss(recipe="darknet", cls_loss=kind, counters_per_class=counts).head.label == kind
+
+
+def v2(**kwargs):
+    return YOLOv2Loss(**{"anchors": [(1, 2), (3, 1)], "num_classes": 3, "backend": "torch"} | kwargs)
+
+
+SEVERAL = {"anchors": [[(1, 2)], [(3, 1)]], "stride": (8, 16), "recipe": "lightnet"}
+DARKNET_V2 = "coord_scale, object_scale, noobject_scale, class_scale"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe": "paper"}, "recipe: 'paper', want one of 'region', 'darknet', 'lightnet'"),
+        ({"backend": "cuda"}, "backend: 'cuda', want one of 'auto', 'triton', 'torch'"),
+        ({"num_classes": 0}, "num_classes: 0, want an integer >= 1"),
+        ({"anchors": [(1, 2), (3, 0)]}, "anchors[0]: [(1, 2), (3, 0)], want positive, finite widths and heights"),
+        ({"anchors": [1, 2, 3]}, "anchors[0]: [1, 2, 3], want (width, height) pairs, or a flat list of even length"),
+        ({"stride": 0}, "strides[0]: 0, want a finite number > 0"),
+        ({"stride": (8, 16)}, "stride: (8, 16), want a number with recipe 'region'"),
+        ({"stride": None}, "stride: None, want a number with recipe 'region'"),
+        ({**SEVERAL, "stride": (8,)}, "strides: 1 numbers, want 2, one for each level of anchors"),
+        ({**SEVERAL, "stride": (8,), "anchors": [[(1, 2)]]}, "stride: (8,), want a number, or at least two"),
+        ({**SEVERAL, "stride": (8, -1)}, "strides[1]: -1, want a finite number > 0"),
+        ({"reduction": "mean"}, "reduction: 'mean', want none with recipe 'region', which has its own"),
+        ({"recipe": "darknet", "reduction": "none"}, "reduction: 'none', want one of 'sum', 'mean'"),
+        ({"image_size": 0}, "image_size: 0, want a finite number > 0"),
+        (
+            {"coord_scale": 1},
+            "coord_scale: no hyper-parameter of recipe 'region', "
+            "want one of lambda_coord, lambda_obj, lambda_noobj, lambda_class, thresh",
+        ),
+        (
+            {"recipe": "darknet", "lambda_obj": 1},
+            "lambda_obj: no hyper-parameter of recipe 'darknet', want one of "
+            f"{DARKNET_V2}, thresh, rescore, coord_prefill",
+        ),
+        (
+            {"recipe": "lightnet", "thresh": 1},
+            f"thresh: no hyper-parameter of recipe 'lightnet', want one of {DARKNET_V2}, iou_ignore_thresh, "
+            "coord_regression, coord_grid_sensitivity, class_smoothing, coord_prefill",
+        ),
+        ({"lambda_coord": -1}, "lambda_coord: -1, want a finite number >= 0"),
+        ({"lambda_class": NAN}, "lambda_class: nan, want a finite number >= 0"),
+        ({"thresh": 1.5}, "thresh: 1.5, want a finite number in [0, 1]"),
+        ({"recipe": "darknet", "rescore": 2}, "rescore: 2, want 0 or 1"),
+        ({"recipe": "darknet", "object_scale": -1}, "object_scale: -1, want a finite number >= 0"),
+        ({"recipe": "darknet", "coord_prefill": 1.5}, "coord_prefill: 1.5, want an integer >= 0"),
+        ({"recipe": "darknet", "coord_prefill": -1}, "coord_prefill: -1, want an integer >= 0"),
+        ({"recipe": "lightnet", "coord_scale": 0}, "coord_scale: 0, want a finite number > 0"),
+        ({"recipe": "lightnet", "coord_regression": "giou"}, "coord_regression: 'giou', want one of 'mse', 'ciou'"),
+        ({"recipe": "lightnet", "coord_grid_sensitivity": 0}, "coord_grid_sensitivity: 0, want a finite number > 0"),
+        ({"recipe": "lightnet", "class_smoothing": 2}, "class_smoothing: 2, want a finite number in [0, 1]"),
+        ({"recipe": "lightnet", "iou_ignore_thresh": -1}, "iou_ignore_thresh: -1, want a finite number in [0, 1]"),
+    ],
+)
+def test_constructor_of_v2(arguments, message):
+    with raises(message):
+        v2(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change", "message"),
+    [
+        ({}, lambda p: [p], "pred: a list, want a tensor"),
+        ({}, lambda p: None, "pred: None, want a tensor"),
+        ({}, lambda p: p[:, :15], "preds[0]: shape (2, 15, 4, 6), want (B, 2 * (5 + 3), H, W) or (B, 2, H, W, 5 + 3)"),
+        (
+            {"image_size": 64},
+            lambda p: p,
+            "preds: maps of an image of (128, 192) (height, width), want image_size (64, 64)",
+        ),
+        (SEVERAL, lambda p: [p], "preds: 1 levels, want 2, one for each level of anchors"),
+    ],
+)
+def test_predictions_of_v2(arguments, change, message):
+    with raises(message):
+        v2(**arguments)(change(maps()[0].detach().repeat(1, 4, 1, 1)[:, :16]), torch.zeros(0, 6))
+
+
+def v5(**kwargs):
+    arguments = {"anchors": ANCHORS, "strides": (8, 16), "num_classes": 3, "backend": "torch"}
+    return YOLOv5Loss(**arguments | kwargs)
+
+
+def scaled(**kwargs):
+    arguments = {"anchors": [*ANCHORS, [(100, 90)]], "strides": (8, 16, 32), "num_classes": 3, "backend": "torch"}
+    return ScaledYOLOv4Loss(**arguments | kwargs)
+
+
+RATIO = "obj, cls, cls_pw, obj_pw, anchor_t, fl_gamma, gr, iou_alpha, iou_gamma"
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (v5, {"anchors": [ANCHORS[0]] * 6}, "anchors: 6 levels, want one of [1, 2, 3, 4, 5]"),
+        (scaled, {"anchors": ANCHORS}, "anchors: 2 levels, want one of [3, 4, 5]"),
+        (v5, {"giou": 1}, f"giou: no hyper-parameter of YOLOv5Loss, want one of box, {RATIO}, label_smoothing"),
+        (scaled, {"box": 1}, f"box: no hyper-parameter of ScaledYOLOv4Loss, want one of giou, {RATIO}"),
+        (
+            scaled,
+            {"label_smoothing": 0.1},
+            f"label_smoothing: no hyper-parameter of ScaledYOLOv4Loss, want one of giou, {RATIO}",
+        ),
+        *((make, {"num_classes": 0}, "num_classes: 0, want an integer >= 1") for make in (v5, scaled)),
+        (v5, {"strides": (8,)}, "strides: 1 numbers, want 2, one for each level of anchors"),
+        (v5, {"iou_loss": "mse"}, f"iou_loss: 'mse', want one of {KINDS}"),
+        (v5, {"iou_loss": "ciou_plus"}, f"iou_loss: 'ciou_plus', want one of {KINDS}"),
+        (v5, {"backend": "cpu"}, "backend: 'cpu', want one of 'auto', 'triton', 'torch'"),
+        (v5, {"image_size": "64"}, "image_size: '64', want (height, width)"),
+        (v5, {"box": -1}, "box: -1, want a finite number >= 0"),
+        (scaled, {"giou": -1}, "giou: -1, want a finite number >= 0"),
+        (v5, {"obj": None}, "obj: None, want a finite number >= 0"),
+        (v5, {"cls": INF}, "cls: inf, want a finite number >= 0"),
+        (v5, {"cls_pw": 0}, "cls_pw: 0, want a finite number > 0"),
+        (v5, {"obj_pw": -1}, "obj_pw: -1, want a finite number > 0"),
+        (v5, {"anchor_t": 0.5}, "anchor_t: 0.5, want a finite number >= 1"),
+        (v5, {"fl_gamma": -1}, "fl_gamma: -1, want a finite number >= 0"),
+        (v5, {"gr": 1.5}, "gr: 1.5, want a finite number in [0, 1]"),
+        (v5, {"label_smoothing": 2}, "label_smoothing: 2, want a finite number in [0, 1]"),
+        (v5, {"iou_alpha": 0}, "iou_alpha: 0, want a finite number > 0"),
+        (v5, {"iou_gamma": -1}, "iou_gamma: -1, want a finite number >= 0"),
+    ],
+)
+def test_constructor_of_v5_and_scaled_v4(make, arguments, message):
+    with raises(message):
+        make(**arguments)
+
+
+def test_calls_of_v5():
+    with raises("preds: a tensor of shape (2, 16, 4, 6), want a list of 2 tensors, one a level"):
+        v5()(maps()[0], torch.zeros(0, 6))
+    with raises("targets: shape (3, 5), want (M, 6) or (B, G, 5)"):
+        v5()(maps(), torch.zeros(3, 5))
+
+
+PAIRS = "(width, height) pairs, or a flat list of even length"
+POSITIVE = "positive, finite widths and heights"
+ALL = "(width, height) pairs, flat or one list a level"
+
+
+@pytest.mark.parametrize(
+    ("anchors", "message"),
+    [
+        (None, "anchors: None, want for each level its (width, height) pairs"),
+        (5, "anchors: 5, want for each level its (width, height) pairs"),
+        ([], "anchors: [], want for each level its (width, height) pairs"),
+        ("10,13", "anchors: '10,13', want for each level its (width, height) pairs"),
+        ({0: ANCHORS[0]}, "anchors: {0: [(10, 13), (16, 30)]}, want for each level its (width, height) pairs"),
+        (torch.tensor(5.0), "anchors: a tensor of shape (), want for each level its (width, height) pairs"),
+        ([10, 13, 16], f"anchors[0]: 10, want {PAIRS}"),
+        ([[10, 13], [30]], f"anchors[1]: [30], want {PAIRS}"),
+        ([[10, 13], []], f"anchors[1]: [], want {PAIRS}"),
+        ([[10, 13], [(1, 2), (3,)]], f"anchors[1]: [(1, 2), (3,)], want {PAIRS}"),
+        ([[10, 13], ["a", "b"]], f"anchors[1]: ['a', 'b'], want {PAIRS}"),
+        ([[10, 13], torch.ones(2, 3)], f"anchors[1]: a tensor of shape (2, 3), want {PAIRS}"),
+        ([[10, 13], [(0, 5)]], f"anchors[1]: [(0, 5)], want {POSITIVE}"),
+        ([[10, 13], [(5, -1)]], f"anchors[1]: [(5, -1)], want {POSITIVE}"),
+        ([[10, 13], [(5, NAN)]], f"anchors[1]: [(5, nan)], want {POSITIVE}"),
+        ([[10, 13], [(5, 1e39)]], f"anchors[1]: [(5, 1e+39)], want {POSITIVE}"),
+    ],
+)
+def test_anchors(anchors, message):
+    with raises(message):
+        loss(anchors=anchors)
+
+
+@pytest.mark.parametrize(
+    ("anchors", "message"),
+    [
+        (7, f"all_anchors: 7, want {ALL}"),
+        ([], f"all_anchors: [], want {ALL}"),
+        ([10, 13, 16], f"all_anchors: [10.0, 13.0, 16.0], want {ALL}"),
+        ([10, 13, (16, 30)], f"all_anchors: [10, 13, (16, 30)], want {ALL}"),
+        ([(10, 13, 16)], f"all_anchors: (10, 13, 16), want {ALL}"),
+        ([(10, 13), (0, 30)], f"all_anchors: (0, 30), want {POSITIVE}"),
+        (
+            [(10, 13), (30, 61)],
+            "all_anchors: 2 anchors of which none is left for anchors[0][1] = (16.0, 30.0), "
+            "want every anchor of every level among them",
+        ),
+    ],
+)
+def test_all_anchors(anchors, message):
+    with raises(message):
+        loss(all_anchors=anchors)
+
+
+def test_an_anchor_is_found_only_once():
+    with pytest.raises(ValueError, match=re.escape("none is left for anchors[1][0] = (10.0, 13.0)")):
+        loss(anchors=[[(10, 13)], [(10, 13)]], all_anchors=[(10, 13), (16, 30)])
+
+
+# Predictions.
+
+SHAPES = {
+    0: "want (B, 2 * (5 + 3), H, W) or (B, 2, H, W, 5 + 3)",
+    1: "want (B, 1 * (5 + 3), H, W) or (B, 1, H, W, 5 + 3)",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p[0], "preds: a tensor of shape (2, 16, 4, 6), want a list of 2 tensors, one a level"),
+        (lambda p: None, "preds: None, want a list of 2 tensors, one a level"),
+        (lambda p: p[:1], "preds: 1 levels, want 2, one for each level of anchors"),
+        (lambda p: [*p, p[1]], "preds: 3 levels, want 2, one for each level of anchors"),
+        (lambda p: [p[0], 1], "preds[1]: 1, want a tensor"),
+        (lambda p: [p[0], p[1].detach().numpy()], "preds[1]: a ndarray, want a tensor"),
+        (lambda p: [p[0][0], p[1]], f"preds[0]: shape (16, 4, 6), {SHAPES[0]}"),
+        (lambda p: [p[0], p[1][:, :7]], f"preds[1]: shape (2, 7, 2, 3), {SHAPES[1]}"),
+        (lambda p: [p[0], p[1].permute(0, 2, 3, 1)], f"preds[1]: shape (2, 2, 3, 8), {SHAPES[1]}"),
+        (lambda p: [p[0].unflatten(1, (2, 8)), p[1]], f"preds[0]: shape (2, 2, 8, 4, 6), {SHAPES[0]}"),
+        (lambda p: [p[1], p[0]], f"preds[0]: shape (2, 8, 2, 3), {SHAPES[0]}"),
+        (lambda p: [p[0], p[1][:, :, :0]], "preds[1]: shape (2, 8, 0, 3), want no empty dimension"),
+        (lambda p: [v[:0] for v in p], "preds[0]: shape (0, 16, 4, 6), want no empty dimension"),
+        (
+            lambda p: [v.long() for v in p],
+            "preds[0]: dtype torch.int64, want one of torch.float16, torch.bfloat16, torch.float32, torch.float64",
+        ),
+        (lambda p: [p[0], p[1].double()], "preds[1]: dtype torch.float64, want torch.float32 as preds[0]"),
+        (lambda p: [p[0], p[1].to("meta")], "preds[1]: device meta, want cpu as preds[0]"),
+        (lambda p: [p[0], p[1][:1]], "preds[1]: batch size 1, want 2 as preds[0]"),
+        (
+            lambda p: [p[0][..., :5], p[1]],
+            "preds[1]: a map of 2 x 3 cells of 16 pixels, an image of (32, 48) (height, width), want (32, 40) as "
+            "preds[0]: maps in the order of strides, of an image whose sides all strides divide",
+        ),
+        (
+            lambda p: [p[0], p[1][:, :, :1]],
+            "preds[1]: a map of 1 x 3 cells of 16 pixels, an image of (16, 48) (height, width), want (32, 48) as "
+            "preds[0]: maps in the order of strides, of an image whose sides all strides divide",
+        ),
+    ],
+)
+def test_predictions(change, message):
+    with raises(message):
+        loss()(change(maps()), torch.zeros(0, 6))
+
+
+def test_maps_of_another_image():
+    assert loss(image_size=(32, 48))(maps(), torch.zeros(0, 6)).num_pos == 0
+    with raises("preds: maps of an image of (32, 48) (height, width), want image_size (48, 48)"):
+        loss(image_size=48)(maps(), torch.zeros(0, 6))
+
+
+# Targets.
+
+FORMS = "a tensor (M, 6) or (B, G, 5), a list of {'boxes', 'labels'}, or fusedyolo.Targets"
+
+
+def image(n=2):
+    return {"boxes": torch.rand(n, 4), "labels": torch.zeros(n, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (None, f"targets: None, want {FORMS}"),
+        (np.zeros((2, 6)), f"targets: a ndarray, want {FORMS}"),
+        (torch.zeros(6), "targets: shape (6,), want (M, 6) or (B, G, 5)"),
+        (torch.zeros(3, 5), "targets: shape (3, 5), want (M, 6) or (B, G, 5)"),
+        (torch.zeros(2, 3, 6), "targets: shape (2, 3, 6), want (M, 6) or (B, G, 5)"),
+        (torch.zeros(3, 6, dtype=torch.long), "targets: dtype torch.int64, want torch.float32"),
+        (torch.zeros(2, 3, 5, dtype=torch.int32), "targets: dtype torch.int32, want torch.float32"),
+        (torch.zeros(3, 6, device="meta"), "targets: device meta, want cpu as preds"),
+        (torch.zeros(2, 3, 5, device="meta"), "targets: device meta, want cpu as preds"),
+        (torch.zeros(3, 4, 5), "targets: shape (3, 4, 5), want (2, G, 5), as many images as preds"),
+        (Targets.from_packed(torch.zeros(0, 6), 3), "targets: Targets of 3 images, want 2 as preds"),
+        (Targets.from_packed(torch.zeros(0, 6), 2).to("meta"), "targets: device meta, want cpu as preds"),
+        ([], "targets: a list of 0, want 2 dicts, one an image of preds"),
+        ([image()], "targets: a list of 1, want 2 dicts, one an image of preds"),
+        ([image(), torch.zeros(2, 6)], "targets[1]: a tensor of shape (2, 6), want a dict with 'boxes' and 'labels'"),
+        ([image(), {"boxes": torch.zeros(0, 4)}], "targets[1]: keys ['boxes'], want 'boxes' and 'labels'"),
+        (
+            [image(), {**image(), "boxes": torch.zeros(4)}],
+            "targets[1]['boxes']: a tensor of shape (4,), want a tensor of shape (N, 4)",
+        ),
+        (
+            [{**image(), "boxes": [[0, 0, 1, 1]]}, image()],
+            "targets[0]['boxes']: [[0, 0, 1, 1]], want a tensor of shape (N, 4)",
+        ),
+        (
+            [image(), {**image(), "labels": torch.zeros(3)}],
+            "targets[1]['labels']: a tensor of shape (3,), want a tensor of shape (2,), one a box",
+        ),
+        (
+            [image(), {**image(), "boxes": torch.zeros(2, 4, dtype=torch.bool)}],
+            "targets[1]['boxes']: dtype torch.bool, want a real number type",
+        ),
+        (
+            [image(), {**image(), "labels": torch.zeros(2, dtype=torch.complex64)}],
+            "targets[1]['labels']: dtype torch.complex64, want a real number type",
+        ),
+        (
+            [image(), {**image(), "labels": torch.zeros(2, device="meta")}],
+            "targets[1]['labels']: device meta, want cpu as the boxes",
+        ),
+        (
+            [image(), {key: value.to("meta") for key, value in image().items()}],
+            "targets[1]['boxes']: device meta, want cpu as targets[0]",
+        ),
+        (
+            [{key: value.to("meta") for key, value in image().items()}] * 2,
+            "targets: device meta, want cpu as preds",
+        ),
+    ],
+)
+def test_targets(targets, message):
+    with raises(message):
+        loss()(maps(), targets)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Targets.from_packed([[0.0] * 6], 1),
+            "packed: [[0.0, 0.0, 0.0, 0.0, 0.0, 0.0]], want a tensor of shape (M, 6)",
+        ),
+        (lambda: Targets.from_packed(torch.zeros(3, 5), 1), "packed: shape (3, 5), want (M, 6)"),
+        (lambda: Targets.from_packed(torch.zeros(3, 6).long(), 1), "packed: dtype torch.int64, want torch.float32"),
+        (lambda: Targets.from_packed(torch.zeros(3, 6), -1), "batch_size: -1, want an integer >= 0"),
+        (lambda: Targets.from_packed(torch.zeros(3, 6), 1.5), "batch_size: 1.5, want an integer >= 0"),
+        (lambda: Targets.from_packed(torch.zeros(3, 6), 1, capacity=2), "packed: 3 rows, want at most 2, the capacity"),
+        (lambda: Targets.from_packed(torch.zeros(3, 6), 1, capacity=-1), "capacity: -1, want an integer >= 0"),
+        (lambda: Targets.from_padded(torch.zeros(2, 3, 6)), "padded: shape (2, 3, 6), want (B, G, 5)"),
+        (lambda: Targets.from_padded(torch.zeros(2, 3, 5), capacity=5), "padded: 6 rows, want at most 5, the capacity"),
+        (lambda: Targets.from_torchvision([], 64), "targets: [], want a list of {'boxes', 'labels'}, one an image"),
+        (
+            lambda: Targets.from_torchvision(image(), 64),
+            "targets: a dict, want a list of {'boxes', 'labels'}, one an image",
+        ),
+        (lambda: Targets.from_torchvision([image()], None), "image_size: None, want (height, width)"),
+        (lambda: Targets.from_torchvision([image()], (64, -1)), "image_size: -1, want a finite number > 0"),
+        (
+            lambda: Targets.from_torchvision([image()] * 2, [(64, 64), (64,)]),
+            "image_size[1]: (64,), want (height, width)",
+        ),
+        (
+            lambda: Targets.from_torchvision([image()], [(64, 64)] * 2),
+            "image_size: 2 pairs, want (height, width), or one pair for each of 1 images",
+        ),
+        (lambda: Targets.from_torchvision([image(3)], 64, capacity=2), "targets: 3 rows, want at most 2, the capacity"),
+        (lambda: Targets(torch.zeros(3, 5), torch.zeros(3).int(), 1), "rows: shape (3, 5), want (M, 6)"),
+        (
+            lambda: Targets(torch.zeros(3, 6).half(), torch.zeros(3).int(), 1),
+            "rows: dtype torch.float16, want a contiguous tensor of torch.float32",
+        ),
+        (
+            lambda: Targets(torch.zeros(6, 3).t(), torch.zeros(3).int(), 1),
+            "rows: a strided view, want a contiguous tensor of torch.float32",
+        ),
+        (
+            lambda: Targets(torch.zeros(3, 6), torch.zeros(4).int(), 1),
+            "offsets: a tensor of shape (4,), want a tensor of shape (3,)",
+        ),
+        (lambda: Targets(torch.zeros(3, 6), torch.zeros(3), 1), "offsets: dtype torch.float32, want torch.int32"),
+        (
+            lambda: Targets(torch.zeros(3, 6), torch.zeros(3, device="meta").int(), 1),
+            "offsets: device meta, want cpu as rows",
+        ),
+        (lambda: Targets.from_packed(torch.zeros(0, 6), 1).validate(0), "num_classes: 0, want an integer >= 1"),
+    ],
+)
+def test_making_targets(make, message):
+    with raises(message):
+        make()
+
+
+# Backends.
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(no_interpreter):
+    with raises(
+        "backend: 'triton' on a CPU, want tensors on a GPU, or TRITON_INTERPRET=1 set before Triton is imported, "
+        "or backend='auto' or 'torch'"
+    ):
+        loss(backend="triton")(maps(), torch.zeros(0, 6))
+
+
+def test_triton_on_other_devices():
+    with raises("backend: 'triton' on a device of type mps, want a CUDA or HIP GPU, or backend='auto'"):
+        backend.resolve("triton", torch.device("mps"))
+
+
+def test_triton_not_installed(monkeypatch):
+    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    with raises("backend: 'triton', but Triton is not installed, want backend='auto' or 'torch', or Triton installed"):
+        backend.resolve("triton", torch.device("cuda"))
+
+
+# Functions.
+
+BOXES = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+BOX_FUNCTIONS = [
+    functional.generalized_box_iou_loss,
+    functional.distance_box_iou_loss,
+    functional.complete_box_iou_loss,
+    functional.box_iou_loss,
+]
+
+
+@pytest.mark.parametrize("function", BOX_FUNCTIONS)
+@pytest.mark.parametrize(
+    ("boxes1", "boxes2", "arguments", "message"),
+    [
+        ([0, 0, 1, 1], BOXES, {}, "boxes1: [0, 0, 1, 1], want a tensor"),
+        (BOXES, None, {}, "boxes2: None, want a tensor"),
+        (BOXES[:, :3], BOXES, {}, "boxes1: shape (1, 3), want (..., 4)"),
+        (BOXES, torch.tensor(1.0), {}, "boxes2: shape (), want (..., 4)"),
+        (
+            BOXES.expand(2, 4),
+            BOXES.expand(3, 4),
+            {},
+            "boxes2: shape (3, 4), want one that broadcasts with (2, 4) of boxes1",
+        ),
+        (BOXES.bool(), BOXES, {}, "boxes1: dtype torch.bool, want a real number type"),
+        (BOXES, BOXES.to(torch.complex64), {}, "boxes2: dtype torch.complex64, want a real number type"),
+        (BOXES, BOXES.to("meta"), {}, "boxes2: device meta, want cpu as boxes1"),
+        (BOXES, BOXES, {"reduction": "max"}, "reduction: 'max', want one of 'none', 'mean', 'sum'"),
+        (BOXES, BOXES, {"reduction": None}, "reduction: None, want one of 'none', 'mean', 'sum'"),
+        (BOXES, BOXES, {"eps": -1e-7}, "eps: -1e-07, want a finite number >= 0"),
+        (BOXES, BOXES, {"backend": "cpu"}, "backend: 'cpu', want one of 'auto', 'triton', 'torch'"),
+    ],
+)
+def test_box_functions(function, boxes1, boxes2, arguments, message):
+    with raises(message):
+        function(boxes1, boxes2, **arguments)
+
+
+def test_kind():
+    for kind in ("ciou_plus", "mse"):  # of a peer, and of logits
+        with raises(f"kind: {kind!r}, want one of {KINDS}"):
+            functional.box_iou_loss(BOXES, BOXES, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "arguments", "message"),
+    [
+        (1.0, BOXES, {}, "inputs: 1.0, want a tensor"),
+        (BOXES, BOXES[0], {}, "targets: shape (4,), want (1, 4) as inputs"),
+        (BOXES, BOXES.bool(), {}, "targets: dtype torch.bool, want a real number type"),
+        (BOXES, BOXES.to("meta"), {}, "targets: device meta, want cpu as inputs"),
+        (BOXES, BOXES, {"alpha": 1.5}, "alpha: 1.5, want a number in [0, 1], or -1 for none"),
+        (BOXES, BOXES, {"alpha": -0.5}, "alpha: -0.5, want a number in [0, 1], or -1 for none"),
+        (BOXES, BOXES, {"alpha": NAN}, "alpha: nan, want a number in [0, 1], or -1 for none"),
+        (BOXES, BOXES, {"gamma": -1}, "gamma: -1, want a finite number >= 0"),
+        (BOXES, BOXES, {"reduction": "max"}, "reduction: 'max', want one of 'none', 'mean', 'sum'"),
+        (BOXES, BOXES, {"backend": "cpu"}, "backend: 'cpu', want one of 'auto', 'triton', 'torch'"),
+    ],
+)
+def test_focal(inputs, targets, arguments, message):
+    with raises(message):
+        functional.sigmoid_focal_loss(inputs, targets, **arguments)
+
+
+def test_every_failure_goes_through_one_function():
+    """Its form is name, what came, what was wanted."""
+    with raises("name: got, want this"):
+        checks.fail("name", "got", "this")
+    assert len(checks.describe("x" * 100)) < 20
+
+
+# Rows that cannot be.
+
+GOOD = torch.tensor([[0, 1, 0.3, 0.4, 0.2, 0.5], [1, 2, 0.6, 0.1, 0.5, 0.2], [1, 0, 0.9, 0.8, 0.3, 0.3]]).to(DEVICE)
+BAD = [
+    (0, -1.0),
+    (0, 2.0),
+    (0, NAN),
+    (0, 1e30),
+    (1, -1.0),
+    (1, 3.0),
+    (1, INF),
+    (1, 1e30),
+    (2, 1.0),
+    (2, -1e-3),
+    (3, 1.0),
+    (3, NAN),
+    (4, 0.0),
+    (4, -0.2),
+    (4, INF),
+    (5, 0.0),
+    (5, NAN),
+]
+
+
+def with_bad_rows():
+    rows = []
+    for i, (column, value) in enumerate(BAD):
+        bad = GOOD[i % 3].clone()
+        bad[column] = value
+        rows += [bad] if i >= len(GOOD) else [bad, GOOD[i]]
+    return torch.stack(rows)
+
+
+def run(criterion, targets):
+    preds = maps(device=DEVICE)
+    out = criterion(preds, targets)
+    return out, torch.autograd.grad(out.total, preds)
+
+
+FORMS_OF_TARGETS = {
+    "packed": lambda rows: rows,
+    "Targets": lambda rows: Targets.from_packed(rows, 2),
+    "with capacity": lambda rows: Targets.from_packed(rows, 2, capacity=64),
+}
+
+
+@pytest.mark.parametrize("form", FORMS_OF_TARGETS)
+@pytest.mark.parametrize(("name", "recipe"), [("torch", "paper"), ("torch", "darknet"), ("triton", "darknet")])
+def test_bad_rows_are_counted_and_touch_nothing(form, name, recipe):
+    criterion = loss(recipe=recipe, backend=name)
+    want, want_grads = run(criterion, GOOD)
+    got, grads = run(criterion, FORMS_OF_TARGETS[form](with_bad_rows()))
+    assert (want.num_invalid, got.num_invalid) == (0, len(BAD))
+    assert want.num_pos == got.num_pos > 0
+    assert torch.isfinite(got.total)
+    torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
+    for grad, want_grad in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(grad, want_grad, rtol=1e-6, atol=1e-7)
+
+
+# of a loss, how to make it, and whether a centre on the far border belongs to the last cell
+OTHERS = {
+    "v2": (lambda **kw: v2(anchors=[(1, 2), (3, 1)], stride=8, **kw), False),
+    "v2 of darknet": (lambda **kw: v2(stride=8, recipe="darknet", **kw), False),
+    "v2 of lightnet": (lambda **kw: v2(stride=8, recipe="lightnet", **kw), True),
+    "v3 by an IoU band": (lambda **kw: loss(assigner="iou_band", iou_band=(0.1, 0.2), **kw), False),
+    "v5": (v5, True),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_bad_rows_leave_no_trace(name, backend):
+    """The kernels' bits, and the reference's numbers, are those of the good rows alone."""
+    make, edge = OTHERS[name]
+    criterion = make(backend=backend).eval()
+    bad = with_bad_rows()
+    if edge:
+        bad[:, 2:4] = torch.where(bad[:, 2:4] == 1, 1 + 2**-23, bad[:, 2:4])
+    preds = maps(height=16, width=32, device=DEVICE)
+    preds = preds[:1] if name.startswith("v2") else preds
+
+    def evaluate(rows):
+        out = criterion(preds[0] if name.startswith("v2") else preds, rows)
+        return out, torch.autograd.grad(out.total, preds)
+
+    (want, want_grads), (got, grads) = evaluate(GOOD), evaluate(bad)
+    assert (want.num_invalid, got.num_invalid) == (0, len(BAD))
+    assert want.num_pos == got.num_pos > 0
+    tolerance = {"rtol": 0, "atol": 0} if backend == "triton" else {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close((got.total, *grads), (want.total, *want_grads), **tolerance)
+    if edge:
+        at_the_border = torch.cat([GOOD, GOOD[:1]])
+        at_the_border[3, 2:4] = 1.0
+        out, _ = evaluate(at_the_border)
+        assert out.num_invalid == 0
+        assert out.num_pos > want.num_pos
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bad_padded_rows_and_boxes_are_counted(name):
+    criterion = loss(backend=name)
+    padded = torch.zeros(2, 5, 5, device=DEVICE)
+    padded[0, 0], padded[1, 0], padded[1, 2] = GOOD[:, 1:]
+    padded[0, 2] = torch.tensor([3, 0.5, 0.5, 0.1, 0.1])
+    padded[1, 4] = torch.tensor([NAN, 0.5, 0.5, 0.1, 0.1])
+    want, want_grads = run(criterion, GOOD)
+    got, grads = run(criterion, padded)
+    assert got.num_invalid == 2
+    torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grads, want_grads, rtol=1e-6, atol=1e-7)
+
+    with torch.device(DEVICE):
+        outside = {"boxes": torch.tensor([[40.0, 0, 80, 20], [5, 5, 5, 9]]), "labels": torch.tensor([0, 1])}
+        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    got, _ = run(criterion, [outside, nothing])
+    assert (got.num_invalid, got.num_pos) == (2, 0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_stale_rows_beyond_the_capacity_in_use_are_no_rows(name):
+    """A CUDA graph copies each batch's rows into the same tensor; what an earlier batch left must not count."""
+    criterion = loss(backend=name)
+    stale = Targets.from_packed(torch.cat([GOOD, GOOD]), 2, capacity=8)
+    fresh = Targets.from_packed(GOOD[:2], 2)
+    stale.rows[:2] = fresh.rows
+    stale.offsets.copy_(fresh.offsets)
+    want, want_grads = run(criterion, GOOD[:2])
+    got, grads = run(criterion, stale)
+    assert (got.num_invalid, got.num_pos) == (0, want.num_pos)
+    torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grads, want_grads, rtol=1e-6, atol=1e-7)
+
+
+def test_checks_survive_compilation():
+    """Bad input raises the same error under torch.compile, and good input meets no graph break."""
+
+    def check(preds, targets):
+        batch, size = checks.grid_predictions(preds, (2, 1), (8, 16), 3, None)
+        return as_targets(targets, batch, size, preds[0].device)[0] + 0
+
+    compiled = torch.compile(check, fullgraph=True, backend="eager")
+    preds = [pred.detach() for pred in maps()]
+    rows = GOOD.cpu()
+    assert torch.equal(compiled(preds, rows), rows)
+    sizes = [(32, 48), (64, 96), (96, 96)]
+    for height, width in sizes:
+        assert torch.equal(compiled([pred.detach() for pred in maps(height=height, width=width)], rows), rows)
+    with pytest.raises(Exception, match=re.escape("preds[1]: batch size 1, want 2 as preds[0]")):
+        compiled([preds[0], preds[1][:1]], rows)

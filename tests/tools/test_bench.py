@@ -1,0 +1,551 @@
+"""The bench: workloads, compiled resources, reports, and the whole of it in small."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import peers
+import pytest
+import torch
+from rich.console import Console
+
+from bench import __main__ as entry
+from bench import measure, plots, qualify, report, rows, sweep, work
+from fusedyolo.tools import codegen, registry, timing
+from fusedyolo.tools.parity import parity as parity_of
+
+ROOT = Path(__file__).parents[2]
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+InterpretedFunction = pytest.importorskip("triton.runtime.interpreter").InterpretedFunction
+
+
+# ----------------------------------------------------------------------------------------------------------- workloads
+
+
+def test_predictions_and_targets_depend_on_the_seed_alone():
+    case, work = registry.CASES["YOLOv3/paper"], registry.Workload(batch=3, size=64, classes=4)
+    preds, again = case.predictions(work), case.predictions(work)
+    assert [tuple(p.shape) for p in preds] == [(3, 27, 8, 8), (3, 27, 4, 4), (3, 27, 2, 2)]
+    assert all(torch.equal(a, b) and a.is_leaf and a.requires_grad for a, b in zip(preds, again, strict=True))
+    assert sum(p.nbytes for p in preds) == case.prediction_bytes(work)
+    assert torch.equal(work.targets(), work.targets())
+    crowd = registry.Workload(batch=2, classes=4, objects="crowded:70")
+    assert crowd.targets().shape == (140, 6)
+    assert crowd.small().targets().shape == (128, 6)
+    assert registry.Workload(batch=2, form="Targets").targets().batch_size == 2
+
+
+def test_labels_that_the_classes_do_not_cover_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("7 0.5 0.5 0.1 0.1\n")
+    rows = registry.Workload(batch=2, classes=8, objects=str(tmp_path)).targets()
+    assert rows[:, :2].tolist() == [[0, 7], [1, 7]]
+    with pytest.raises(ValueError, match="class 7, want fewer than --classes 7"):
+        registry.Workload(batch=2, classes=7, objects=str(tmp_path)).targets()
+
+
+# ------------------------------------------------------------------------------------------------------------- codegen
+
+
+COPY = """
+import json, sys
+import torch, triton, triton.language as tl
+from fusedyolo.tools.codegen import compile_launch
+
+@triton.jit
+def copy_planes(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * n + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+arguments = {"x_ptr": torch.empty(4096), "y_ptr": torch.empty(4096), "n": int(sys.argv[1]), "BLOCK": 1024}
+print(json.dumps(compile_launch(copy_planes, arguments, {"num_warps": 4}, sys.argv[2]).as_dict()))
+"""
+
+
+@pytest.mark.parametrize(("n", "target", "width"), [(4096, "sm_90", 128), (4095, "sm_90", 32), (4096, "gfx942", 128)])
+def test_a_kernel_compiles_as_its_arguments_allow(n, target, width, tmp_path):
+    """In a process of its own: the interpreter leaves ``triton.language`` patched."""
+    script = tmp_path / "copy_planes.py"
+    script.write_text(COPY)
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, script, str(n), target], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    assert set(found["stores"]) == {str(width)}
+    assert found["stack"] == found["spills"] == 0
+    assert 0 < found["registers"] < 64
+
+
+def copy(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    tl.store(y_ptr + at * stride, tl.load(x_ptr + at * stride, mask=mask, other=0.0), mask=mask)
+
+
+def test_an_interpreted_kernel_is_refused():
+    with pytest.raises(ValueError, match="kernel: InterpretedFunction, want a JITFunction"):
+        codegen.compile_launch(InterpretedFunction(copy), {}, {}, "sm_90")
+
+
+def test_sass_is_read():
+    usage = " Function kernel:\n  REG:40 STACK:16 SHARED:64 LOCAL:0 CONSTANT[0]:400 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    sass = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 LDG.E.U8.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0030*/              @UP1 LDG.E R5, desc[UR4][R2.64+0x4] ;
+        /*0040*/                   STL [R1], R4 ;
+        /*0050*/                   LDL.LU R4, [R1] ;
+        /*0060*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0070*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0080*/                   NOP ;
+$__internal_0_$__cuda_sm3x_div_rn_noftz_f32_slowpath:
+        /*0090*/                   STL [R1], R5 ;
+        /*00a0*/                   RET.REL.NODEC R52 `(kernel) ;
+        /*00b0*/                   NOP ;
+    """
+    found = codegen.read_sass("sm_90", usage, sass)
+    assert (found.registers, found.stack, found.spills, found.shared, found.instructions) == (40, 16, 3, 64, 10)
+    assert found.called == 2
+    assert (found.loads, found.stores) == ({128: 1, 8: 1, 32: 1}, {64: 1, 16: 1})
+    assert codegen.widths(found.loads) == "1x128 1x32 1x8"
+    assert codegen.widths({}) == "none"
+
+
+def test_amd_assembly_is_read():
+    text = """
+	global_load_dwordx4 v[2:5], v0, s[2:3]
+	buffer_load_dword v1, v2, s[4:7], 0 offen
+	global_load_short_d16_hi v1, v0, s[2:3]
+	global_load_ubyte v1, v0, s[2:3]
+	scratch_store_dword off, v1, s32
+	global_store_dwordx2 v0, v[1:2], s[2:3]
+	s_endpgm
+    .group_segment_fixed_size: 128
+    .private_segment_fixed_size: 8
+    .sgpr_spill_count: 3
+    .vgpr_count:     57
+    .vgpr_spill_count: 1
+"""
+    found = codegen.read_amdgcn("gfx942", text)
+    assert (found.registers, found.stack, found.spills, found.shared, found.scalar_spills) == (57, 8, 1, 128, 3)
+    assert (found.loads, found.stores) == ({128: 1, 32: 1, 16: 1, 8: 1}, {64: 1})
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+def test_a_timed_step_gives_every_quantile(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "by_events", lambda fn, leaves=None: calls.append(fn()) or (1.0, 2.0, 3.0))
+    monkeypatch.setattr(timing, "peak_memory", lambda fn, leaves: calls.append(fn()) or 7)
+    monkeypatch.setattr(timing, "by_replay", lambda fn, leaves=None: calls.append(fn()) or (0.1, 0.2, 0.3))
+    case = registry.CASES["YOLOv3/paper"]
+    found = measure.time_step(case, registry.Workload(batch=1, size=32, classes=2), "eager", device="cpu")
+    assert len(calls) == 7
+    assert found.pop("host_us") > 0
+    assert found.pop("cold_s") > 0
+    expected = {f"{mode}_ms_p{q}": v for mode in rows.MODES for q, v in ((20, 1.0), (50, 2.0), (80, 3.0))}
+    expected |= {f"{mode}_ms_p{q}": v for mode in rows.GRAPHS for q, v in ((20, 0.1), (50, 0.2), (80, 0.3))}
+    assert found == {**expected, "peak_bytes": 7}
+
+
+def test_what_cannot_be_captured_has_no_time_by_replay(monkeypatch):
+    def refuse(fn, leaves=None):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(timing, "by_events", lambda fn, leaves=None: (1.0, 2.0, 3.0))
+    monkeypatch.setattr(timing, "peak_memory", lambda fn, leaves: 7)
+    monkeypatch.setattr(timing, "by_replay", refuse)
+    work = registry.Workload(batch=1, size=32, classes=2)
+    found = measure.time_step(registry.CASES["YOLOv3/paper"], work, "eager", device="cpu")
+    assert not any("graph" in name for name in found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("provider", ["eager", "compile", "fused"])
+def test_a_step_is_timed_on_a_gpu(provider):
+    found = measure.time_step(registry.CASES["YOLOv4/darknet"], registry.Workload(batch=2, size=320), provider)
+    assert all(value > 0 for value in found.values())
+    assert provider != "fused" or "full_graph_ms_p50" in found
+    assert timing.copy_bandwidth(1 << 28) > 10
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+HOST = {
+    "when": "2020-01-01",
+    "gpu": None,
+    "system": "s",
+    "python": "3",
+    "torch": "2",
+    "triton": "3",
+    "fusedyolo": "0",
+    "commit": "c",
+}
+
+
+class Twice:
+    def __init__(self, total):
+        self.total = total
+
+
+def executed(kernel, programs, instructions):
+    of_one = {"longest": instructions, "median": instructions / 4}
+    return {"kernel": kernel, "programs": programs, "instructions": instructions, **of_one, "ptx": 10}
+
+
+def fake_results(gpu=False):
+    load, case = registry.Workload(batch=2, size=64), registry.CASES["YOLOv4/paper"]
+    counts = {
+        "triton_launches": 2,
+        "other_launches": 0,
+        "syncs": 0,
+        "bytes_stored": 0,
+        "programs": 9,
+        "programs_run": 3,
+        "kernels": [
+            {"name": "grid_kernel", "programs": 6, "bytes": 3_000_000},
+            {"name": "grid_grad_kernel", "programs": 3, "bytes": 30_000_000},
+        ],
+    }
+    size = case.prediction_bytes(load)
+    results = {
+        work.Task("parity", case.name, load): {"ok": True, "fused_loss_error": 1e-8, "positives": 3},
+        work.Task("count", case.name, load, "fused"): {**counts, "bytes_loaded": 2 * size},
+        work.Task("codegen", case.name, load, "sm_90"): {
+            "loss": codegen.Resources("sm_90", 96, 0, 0, 0, 25, {128: 2}, {32: 1}, called=5).as_dict(),
+            "grad": codegen.Resources("sm_90", 96, 0, 0, 0, 10, {128: 2}, {32: 1}).as_dict(),
+        },
+        work.Task("execute", case.name, load, "sm_90"): [
+            executed("grid_kernel", 6, 18_532_800),
+            executed("grid_grad_kernel", 3, 926_640),
+        ],
+    }
+    if gpu:
+        times = {f"{mode}_ms_p{q}": 0.5 for mode in rows.MODES for q in (20, 50, 80)}
+        timed = {**times, "host_us": 50.0, "peak_bytes": size}
+        results[work.Task("time", case.name, load, "fused", "cuda")] = timed
+        results[work.Task("bandwidth", "", load, device="cuda")] = 2000.0
+    return results, load, case
+
+
+def test_rows_are_keyed_and_what_was_not_measured_has_no_value():
+    results, load, case = fake_results()
+    found = rows.rows(results, load, HOST)
+    assert len({tuple(v for k, v in row.items() if k != "value") for row in found}) == len(found)
+    values = rows.index(found)
+    assert values[case.name, "fused", "bytes_per_P"] == 2.0
+    assert values[case.name, "fused", "programs_run"] == 1 / 3
+    assert values[case.name, "fused", "sm_90.grad.loads"] == "2x128"
+    for provider, metric in (("eager", "bytes_per_P"), ("fused", "full_ms_p50"), ("compile", "bytes_per_P")):
+        assert values[case.name, provider, metric] is None
+
+
+def test_what_is_predicted_says_so_and_for_which_gpu():
+    results, load, case = fake_results()
+    found = rows.rows(results, load, HOST)
+    values = {row["metric"]: row["value"] for row in found if "_us" in row["metric"] and row["value"] is not None}
+    assert all(name.startswith("predicted.H100.") for name in values)
+    assert values["predicted.H100.loss.memory_us"] == pytest.approx(1.0)
+    assert values["predicted.H100.loss.issue_us"] == pytest.approx(40.0)  # two of the GPU's for one of PTX
+    assert values["predicted.H100.grad.predicted_us"] == values["predicted.H100.grad.memory_us"] == pytest.approx(10.0)
+    assert values["predicted.H100.step.predicted_us"] == pytest.approx(50.0)
+    assert rows.index(found)[case.name, "fused", "full_ms_p50"] is None
+    console = Console(record=True, width=140, file=io.StringIO())
+    report.print_tables(console, found, [case], "H100")
+    text = console.export_text()
+    assert "Predicted for H100, not measured" in text
+    (step,) = [line for line in text.splitlines() if " step " in line]
+    assert step.split() == ["step", "9", "11.0", "41.0", "50.0", "3.73", "4.0"]
+    for gpu, target in (("H200", "sm_90"), ("A100", "sm_80")):  # of another target nothing was executed
+        of_another = [row for row in rows.rows(results, load, HOST, gpu) if row["metric"].startswith("predicted.")]
+        assert bool(of_another) == (target == "sm_90")
+        assert all(row["metric"].startswith(f"predicted.{gpu}.") for row in of_another)
+
+
+def test_a_gpu_gives_bandwidth_and_the_distance_from_the_floor():
+    results, load, case = fake_results(gpu=True)
+    values = rows.index(rows.rows(results, load, {**HOST, "gpu": "a GPU"}))
+    rate = 2 * case.prediction_bytes(load) / 0.5e-3 / 1e9
+    assert values[case.name, "fused", "gb_per_s"] == pytest.approx(rate)
+    assert values[case.name, "fused", "time_over_bytes"] == pytest.approx(2000 / rate)
+    assert values[case.name, "fused", "time_over_floor"] == pytest.approx(2 / case.floor(load) * 2000 / rate)
+    assert values[case.name, "fused", "peak_per_P"] == 1.0
+
+
+def test_a_second_run_replaces_its_own_rows_and_keeps_others(tmp_path):
+    results, load, _ = fake_results()
+    found = rows.rows(results, load, HOST)
+    for each in (found, found, rows.rows(results, load, {**HOST, "commit": "d"})):
+        rows.write(tmp_path, each, HOST)
+    with (tmp_path / "bench.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 * len(found)
+    assert {line["value"] for line in lines if line["metric"] == "full_ms_p50"} == {"?"}
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["commit"] == "d"
+
+
+def test_pictures_show_what_there_is(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for gpu, names in ((False, ["cost.png", "issue_time.png"]), (True, ["cost.png", "time.png", "issue_time.png"])):
+        results, load, case = fake_results(gpu)
+        paths = plots.plot(tmp_path, rows.rows(results, load, HOST), [case])
+        assert [path.name for path in paths] == names
+        for path in paths:
+            colours = image.open(path).convert("RGB").getcolors(1 << 16)
+            assert len(colours) > 10
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "YOLOv9"], "--loss: YOLOv9, want one of YOLOv1/paper"),
+        (["--size", "100"], "--size: 100, want a multiple of 32"),
+        (["--batch", "-1"], "--batch: -1, want at least 1"),
+        (["--labels", "/does/not/exist"], "does not exist"),
+        (["--labels", ".", "--crowded"], "not allowed with"),
+        (["--times", "--predict"], "not allowed with"),
+        (["--gpu", "RTX"], "invalid choice: 'RTX'"),
+    ],
+)
+def test_bad_arguments_say_what_is_wrong(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        entry.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_times_alone_need_a_gpu(capsys):
+    assert entry.main(["--times", "--loss", "YOLOv1"]) == 2
+    assert "there is no GPU to time on" in capsys.readouterr().out
+
+
+def test_losses_are_chosen_by_name():
+    assert [case.name for case in registry.select(["yolov4"])] == ["YOLOv4/paper", "YOLOv4/darknet"]
+    assert [case.name for case in registry.select(["YOLOv3/darknet", "yolov3"])] == ["YOLOv3/darknet", "YOLOv3/paper"]
+    assert len(registry.select([])) == len(registry.CASES)
+    assert [case.loss for case in registry.first_recipes()] == list(
+        dict.fromkeys(c.loss for c in registry.CASES.values())
+    )
+    assert entry.parse(["--recipes"]).cases == list(registry.CASES.values())
+
+
+def parity(ok):
+    errors = {f"{who}_{what}_error": 0.5 for who in ("fused", "eager") for what in ("loss", "grad")}
+    return {**errors, "positives": 3, "ok": ok, "failed": []}
+
+
+@pytest.mark.parametrize("broken", [(parity(False), ""), (None, "RuntimeError: no")])
+def test_nothing_is_measured_on_a_red_gate(broken, monkeypatch, tmp_path, capsys):
+    kinds = []
+    monkeypatch.setattr(work.Worker, "run", lambda self, task, tell: kinds.append(task.kind) or broken)
+    assert entry.main(["--quick", "--loss", "yolov3", "--out", str(tmp_path)]) == 1
+    assert kinds == ["parity", "parity"]
+    assert "nothing else was measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("breaks", "status"), [("count", 1), ("codegen", 1), ("execute", 1), ("compile", 0)])
+def test_what_breaks_is_shown_as_unknown_and_fails_the_run_if_it_is_ours(breaks, status, monkeypatch, tmp_path, capsys):
+    results, _, _ = fake_results()
+    answers = {task.kind: result for task, result in results.items()}
+    answers |= {"parity": parity(True), "compile": {"kernels": 9, "bytes": 99, "graph_breaks": 0}}
+
+    def run(self, task, on_progress):
+        return (None, "Traceback\nValueError: [red] no\nmore") if task.kind == breaks else (answers[task.kind], "")
+
+    monkeypatch.setattr(work.Worker, "run", run)
+    assert entry.main(["--loss", "yolov4/paper", "--batch", "2", "--size", "64", "--out", str(tmp_path)]) == status
+    assert "ValueError: [red] no" in capsys.readouterr().out
+    assert "Traceback" in (tmp_path / "failed.txt").read_text()
+
+
+def test_the_main_job_in_small(tmp_path, capsys):
+    arguments = ["--quick", "--batch", "1", "--size", "64", "--classes", "4", "--loss", "yolov3/paper"]
+    status = entry.main([*arguments, "--target", "sm_90", "--json", "--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    values = rows.index(json.loads(printed.out))
+    fused = {metric: value for (_, provider, metric), value in values.items() if provider == "fused"}
+    assert (fused["triton_launches"], fused["other_launches"], fused["syncs"]) == (2, 0, 0)
+    assert fused["stores_per_P"] >= 1
+    assert values["YOLOv3/paper", "eager", "other_launches"] > 20
+    assert values["YOLOv3/paper", "eager", "bytes_per_P"] > fused["bytes_per_P"]
+    for mode in ("loss", "grad"):
+        assert fused[f"sm_90.{mode}.registers"] > 16
+        assert fused[f"sm_90.{mode}.loads"] != "none"
+    assert (fused["full_ms_p50"] is None) == (not torch.cuda.is_available())
+    assert {"bench.json", "bench.csv", "cost.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_predicting_alone_counts_compiles_and_executes_ours(monkeypatch, tmp_path, capsys):
+    results, _, _ = fake_results()
+    answers = {task.kind: result for task, result in results.items()} | {"parity": parity(True)}
+    tasks = []
+    monkeypatch.setattr(work.Worker, "run", lambda self, task, tell: tasks.append(task) or (answers[task.kind], ""))
+    arguments = ["--predict", "--gpu", "A100", "--loss", "yolov4/paper", "--out", str(tmp_path)]
+    assert entry.main([*arguments, "--batch", "2", "--size", "64"]) == 0
+    assert {(task.kind, task.provider) for task in tasks} == {
+        ("parity", ""),
+        ("count", "fused"),
+        ("execute", "sm_80"),
+        ("codegen", "sm_80"),
+    }
+    assert not next(task for task in tasks if task.kind == "execute").interpreted
+    assert "Predicted for A100, not measured" in capsys.readouterr().out
+    assert (tmp_path / "issue_time.png").exists()
+
+
+def test_a_worker_that_dies_is_replaced():
+    worker, load = work.Worker(False, 1), registry.Workload(batch=1, classes=2)
+    broken = work.Task("compile", "YOLOv99", load)
+    result, why = worker.run(broken, print)
+    assert result is None
+    assert "KeyError: 'YOLOv99'" in why
+    result, why = worker.run(work.Task("count", "YOLOv1/paper", load, "eager"), print)
+    assert why == ""
+    assert result["other_launches"] > 50
+    assert worker.close() == "exit status 0"
+
+
+# ------------------------------------------------------------------------------------------------------ sweep, qualify
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_axis_varies_one_thing(gpu):
+    case, base = registry.CASES["RetinaNet"], sweep.BASE[gpu]
+    for axis in sweep.AXES:
+        found = sweep.workloads(case, axis, gpu)
+        assert len(found) >= 3
+        for each in found.values():
+            changed = [name for name, value in vars(each).items() if value != getattr(base, name)]
+            assert changed in ([], [axis])
+
+
+def test_a_sweep_counts_and_draws(monkeypatch, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    results, _, _ = fake_results()
+    answers = {task.kind: result for task, result in results.items()} | {"parity": parity(True)}
+    monkeypatch.setattr(work.Worker, "run", lambda self, task, tell: (answers[task.kind], ""))
+    assert sweep.main(["--loss", "yolov5", "--axis", "batch", "--axis", "dtype", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    assert {row["batch"] for row in found} >= {1, 4, 16}
+    assert {row["dtype"] for row in found} == {"float32", "bfloat16", "float16"}
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["sweep_bytes.png", "sweep_launches.png"]
+    assert all(len(image.open(tmp_path / name).convert("RGB").getcolors(1 << 16)) > 10 for name in pictures)
+    answers["parity"] = parity(False)
+    assert sweep.main(["--loss", "yolov5", "--axis", "batch", "--out", str(tmp_path)]) == 1
+    assert "nothing else was measured" in capsys.readouterr().out
+
+
+def test_every_step_of_qualifying_has_its_time_and_its_end(tmp_path, monkeypatch):
+    steps = [
+        qualify.Step("fine", ("true",), 10),
+        qualify.Step("wrong", (sys.executable, "-c", "print('last words'); raise SystemExit(3)"), 10),
+        qualify.Step("long", ("sleep", "60"), 0.2),
+        qualify.Step("absent", ("no-such-program",), 10, needs="no-such-program"),
+    ]
+    console = entry.Console(quiet=True)
+    found = {each.name: each for each in qualify.qualify(steps, tmp_path, 1, console)}
+    assert {name: each.verdict for name, each in found.items()} == {
+        "fine": "passed", "wrong": "failed", "long": "cut", "absent": "left out",
+    }  # fmt: skip
+    assert found["wrong"].said == "last words"
+    assert found["long"].seconds < 10
+    late = qualify.qualify(steps[:1], tmp_path, 0, console)
+    assert [each.verdict for each in late] == ["left out"]
+
+
+def test_a_gpu_is_qualified_only_by_what_passed():
+    passed = [qualify.Outcome(name, "passed", 1.0, "") for name in sorted(qualify.REQUIRED)]
+    assert qualify.verdict(passed) == 0
+    assert qualify.verdict([*passed, qualify.Outcome("sweep", "cut", 1.0, "")]) == 0
+    assert qualify.verdict([*passed, qualify.Outcome("sweep", "failed", 1.0, "")]) == 1
+    assert qualify.verdict(passed[1:]) == 1
+    assert qualify.verdict([qualify.Outcome(each.name, "cut", 1.0, "") for each in passed]) == 1
+
+
+def test_qualifying_fits_its_minutes_and_needs_a_gpu(tmp_path, capsys):
+    steps = qualify.plan(tmp_path)
+    assert sum(step.seconds for step in steps) < 60 * qualify.MINUTES
+    assert [step.name for step in steps][:3] == ["environment", "check", "tests"]
+    assert {"memcheck", "tune", "bench", "sweep", "profile"} <= {step.name for step in steps}
+    assert qualify.MINUTES < 8
+    if not torch.cuda.is_available():
+        assert entry.main(["qualify", "--out", str(tmp_path)]) == 2
+        assert "no GPU" in capsys.readouterr().out
+
+
+def test_where_another_is_faster_is_said():
+    results, load, case = fake_results(gpu=True)
+    results[work.Task("time", case.name, load, "compile", "cuda")] = {"full_ms_p50": 0.4}
+    results[work.Task("time", case.name, load, "torchvision", "cuda")] = {"full_ms_p50": 0.3}
+    found = rows.slower(rows.index(rows.rows(results, load, {**HOST, "gpu": "a GPU"})), [case])
+    assert sorted(found) == [
+        "YOLOv4/paper, full: 0.500 ms, compile 0.400 ms",
+        "YOLOv4/paper, full: 0.500 ms, torchvision 0.300 ms",
+    ]
+
+
+def test_a_peer_that_breaks_or_differs_is_told_and_not_timed():
+    def breaks(load, device):
+        raise AttributeError("no such thing in this version")
+
+    case, load = registry.CASES["YOLOv1/paper"], registry.Workload(classes=3)
+
+    def twice(load, device):
+        loss = case.bind(case.build(load.classes, "torch"), load)
+        return lambda preds, targets: Twice(2 * loss(preds, targets).total)
+
+    same = {"same": lambda load, device: case.bind(case.build(load.classes, "torch"), load)}
+    found = parity_of(case, load, others={"broken": breaks, "twice": twice, **same})
+    assert found["ok"]
+    assert found["failed"] == ["broken", "twice"]
+    assert found["broken"] == {"broken": "AttributeError: no such thing in this version"}
+    gate = {work.Task("parity", case.name, load): found}
+    assert entry._differs(work.Task("time", case.name, load, "twice", "cuda"), gate)
+    assert not entry._differs(work.Task("time", case.name, load, "same", "cuda"), gate)
+
+
+# ----------------------------------------------------------------------------------------------------------- the README
+
+
+def test_the_readme_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    preds = [torch.randn(2, 3 * 85, 64 // s, 64 // s, requires_grad=True) for s in (8, 16, 32)]
+    weights = torch.nn.Parameter(torch.ones(()))
+    names = {
+        "model": lambda images: [p * weights for p in preds],
+        "loader": [(torch.zeros(2, 3, 64, 64), torch.tensor([[0, 3, 0.5, 0.5, 0.2, 0.3], [1, 7, 0.2, 0.7, 0.1, 0.1]]))],
+        "optimizer": torch.optim.SGD([weights], 1e-6),
+        "detector": peers.torchvision().models.detection.ssdlite320_mobilenet_v3_large(
+            weights=None, weights_backbone=None, num_classes=3
+        ),
+        "photos": [torch.rand(3, 64, 64)] * 2,
+        "boxes": [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}] * 2,
+        "cls_logits": torch.zeros(2, 76725, 80, requires_grad=True),
+        "bbox_regression": torch.zeros(2, 76725, 4, requires_grad=True),
+    }
+    monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")  # of 640 pixels, which the interpreter takes minutes for
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert float(weights.detach()) != 1.0
+
+
+def test_the_readme_names_the_commands_as_they_are():
+    text = (ROOT / "README.md").read_text()
+    assert 'pip install -c constraints.txt -e ".[bench]" && python -m bench\n' in text
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest\n' in text
+    for target in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / target).exists(), target
