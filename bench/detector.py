@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fusedyolo
-from fusedyolo.tools.objects import Annotation
 from fusedyolo.tools.registry import Case, CellCase, DenseCase, Workload
+
+from .labels import Annotation
 
 COARSEST = 32  # stride of the last map that all heads share
 WIDTHS = {8: 48, 16: 64}  # channels of the maps by stride; 64 beyond

@@ -6,7 +6,6 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -233,7 +232,7 @@ class DenseCase(Case):
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes, type and objects: ``coco``, ``crowded:N`` for N objects in each image, or the path of label files."""
+    """Sizes, type and objects: ``coco``, or ``crowded:N`` for N objects in each image."""
 
     batch: int = 16
     size: int = 640
@@ -249,12 +248,8 @@ class Workload:
         generator = torch.Generator().manual_seed(self.seed)
         if self.objects == "coco":
             rows = samplers.coco_like(self.batch, generator, num_classes=self.classes)
-        elif self.objects.startswith("crowded:"):
-            rows = samplers.crowded(self.batch, generator, int(self.objects[8:]), num_classes=self.classes)
         else:
-            rows = samplers.sample_labels(_labels(self.objects).annotations, self.batch, generator)
-            if len(rows) and rows[:, 1].max() >= self.classes:
-                raise ValueError(f"labels: class {int(rows[:, 1].max())}, want fewer than --classes {self.classes}")
+            rows = samplers.crowded(self.batch, generator, int(self.objects[8:]), num_classes=self.classes)
         if self.form == "Targets":
             return Targets.from_packed(rows, self.batch).to(device)
         return rows.to(device)
@@ -267,11 +262,6 @@ class Workload:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-@lru_cache(maxsize=1)
-def _labels(path: str):
-    return samplers.load_labels(path)
 
 
 _V3 = (
