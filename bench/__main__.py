@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from fusedyolo.tools.arguments import existing, positive, side
+from fusedyolo.tools.arguments import add_loss, existing, positive, side
 from fusedyolo.tools.codegen import TARGETS
-from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, Workload, add_loss, select
+from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, Workload, select
 
 from .predict import GPUS
 from .sweep import AXES, LOSSES

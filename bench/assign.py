@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import fusedyolo
-from fusedyolo.tools.registry import CASES, DenseCase, Workload
+from fusedyolo.tools.registry import CASES, Workload
 
 from . import labels, pictures
 
@@ -33,10 +33,9 @@ def run(args: argparse.Namespace) -> int:
     criterion = case.build(work.classes, "torch")
     preds = [torch.full_like(pred, CALM).detach() for pred in case.predictions(work)]
     rows = labels.pack(loaded.annotations)
-    if isinstance(case, DenseCase) and case.background:
-        rows[:, 1] += 1
-        names.insert(0, "background")
-    found = fusedyolo.assign(criterion, preds, rows, **case.geometry(work))
+    rows[:, 1] += case.background
+    names = ["background"] * case.background + names
+    found = fusedyolo.assign(criterion, case.pack(preds, work), rows, **case.geometry(work))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure = fusedyolo.draw_assignment(loaded.pixels[0], found, names=names)
     figure.suptitle(f"{case.name}, objects: {len(loaded.annotations[0].boxes)}", fontsize=11)

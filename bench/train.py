@@ -77,7 +77,7 @@ class Run:
         """One step. The loss sees detached predictions, so that its own backward is timed apart from the network's."""
         with self.clock.phase("data"):
             images, rows = pictures.batch(number, self.work.batch, self.seed, self.device)
-            rows[:, 1] += getattr(self.case, "background", 0)
+            rows[:, 1] += self.case.background
             made = fusedyolo.Targets.from_packed(rows, self.work.batch)
             targets = fusedyolo.Targets(send(made.rows, self.device), send(made.offsets, self.device), self.work.batch)
         with self.clock.phase("forward"):

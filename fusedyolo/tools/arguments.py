@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
+
+from .registry import CASES
 
 
 def positive(text: str) -> int:
@@ -25,3 +27,9 @@ def existing(text: str) -> Path:
     if not Path(text).exists():
         raise ArgumentTypeError(f"{text} does not exist")
     return Path(text)
+
+
+def add_loss(parser: ArgumentParser, usual: str) -> None:
+    """Give a command ``--loss``, names for :func:`~fusedyolo.tools.registry.select`; ``usual`` says what none means."""
+    names = f"one of {', '.join(CASES)}; repeat for more ({usual})"
+    parser.add_argument("--loss", action="append", default=[], metavar="NAME", help=names)

@@ -31,9 +31,10 @@ class Call(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """In place of a result: the traceback, or what a process that died had to say."""
+    """In place of a result: the traceback and the name of the error, or what a process that died had to say."""
 
     why: str
+    error: str = ""
 
 
 def run_all(
@@ -61,7 +62,7 @@ def run_all(
             done(futures[future], future.result())
     for worker in idle[True] + idle[False]:
         worker.close()
-    return results
+    return {key: results[key] for key in calls}
 
 
 class Worker:
@@ -83,7 +84,7 @@ class Worker:
             self.process = self._start()
             return Failed(Path(self.folder.name, "errors").read_text().strip() or "the process died")
         except Exception as error:  # whatever a call may raise
-            return Failed("".join(traceback.format_exception(error)))
+            return Failed("".join(traceback.format_exception(error)), type(error).__name__)
 
     def close(self) -> None:
         """End the process."""
