@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class CellDriver(Driver):
         rows, offsets = as_targets(targets, batch, size, preds.device)
         return CellCall(preds, rows, offsets, size)
 
-    def reference_loss(self, head: CellHead, call: CellCall) -> tuple[Tensor, Sequence[Tensor] | Tensor, Tensor]:
+    def reference_loss(self, head: CellHead, call: CellCall) -> tuple[Tensor, Tensor, Tensor]:
         rows, spare = without_spare(call.rows, call.offsets)
         total, parts, counts = reference.cell_loss(call.pred, rows, head)
         return total, parts, shared.counts_without_spare(counts, spare)

@@ -38,7 +38,7 @@ class DenseDriver(Driver):
             checks.fail("anchors", None, "a tensor of shape (N, 4)")
         return criterion.read(preds, targets, **geometry)
 
-    def reference_loss(self, head: DenseHead, call: DenseCall) -> tuple[Tensor, Sequence[Tensor] | Tensor, Tensor]:
+    def reference_loss(self, head: DenseHead, call: DenseCall) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         rows, spare = without_spare(call.rows, call.offsets)
         maps = [reference.flat_maps(each, width) for each, width in zip(call.levels, call.channels, strict=True)]
         centre = maps[2] if head.centreness else None

@@ -51,7 +51,7 @@ class GridDriver(Driver):
         rows, offsets = as_targets(targets, batch, size, maps[0].device)
         return GridCall(maps, rows, offsets, size, criterion.class_weights)
 
-    def reference_loss(self, head: GridHead, call: GridCall) -> tuple[Tensor, Sequence[Tensor] | Tensor, Tensor]:
+    def reference_loss(self, head: GridHead, call: GridCall) -> tuple[Tensor, Tensor, Tensor]:
         views = [reference.grid_view(pred, len(level)) for pred, level in zip(call.preds, head.levels, strict=True)]
         rows, spare = without_spare(call.rows, call.offsets)
         total, parts, counts = reference.grid_loss(views, rows, head, call.class_weights)
@@ -132,7 +132,7 @@ class GridDriver(Driver):
         return [
             level * (cells + 1) + min(cells, size - tile * cells)
             for level, size, anchors in _by_level(arguments)
-            for _ in range(arguments["B"] * anchors)
+            for _ in range(shared.even(arguments["levels"].batch) * anchors)
             for tile in range(-(-size // cells))
         ]
 
