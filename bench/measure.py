@@ -71,10 +71,11 @@ def kinds(kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[
             for tile in range(-(-size // cells))
         ]
     if kernel == "dense_kernel":
-        streams = [(n - 3) // 2 for name in ("cls_programs", "box_programs") for n in arguments[name]]  # made odd
+        levels = arguments["levels"]
+        streams = [(n - 3) // 2 for n in (*levels.box_programs, *levels.class_programs)]  # made odd
         return [stream for stream, count in enumerate(streams) for _ in range(count)]
     if kernel in ("overlap_kernel", "match_kernel"):
-        blocks = -(-arguments["N"] // arguments["BLOCK"])
+        blocks = -(-arguments["N"] // arguments["SPEC"].BLOCK)
         return [int(p % blocks == blocks - 1) for p in range(programs)]
     return [0] * programs
 
@@ -111,7 +112,7 @@ class Effort:
             finer = [(kind, assigned > 0) for kind, (assigned, _) in zip(kinds, counts, strict=True)]
             return finer, [4.0 * assigned + rows for assigned, rows in counts]
         if kernel in ("overlap_kernel", "match_kernel"):
-            blocks = -(-arguments["N"] // arguments["BLOCK"])
+            blocks = -(-arguments["N"] // arguments["SPEC"].BLOCK)
             return kinds, [float(self.rows[program // blocks]) for program in range(programs)]
         return kinds, [0.0] * programs
 
@@ -137,14 +138,13 @@ def filled_in(case: DenseCase, work: Workload, targets: Any) -> Iterator[None]:
     def fill(self: Launch) -> None:
         arguments = self.arguments
         if self.kernel.__name__ == "match_kernel":
-            arguments["match_ptr"].copy_(match)
-            blocks = arguments["found_ptr"].view(len(match), -1)
-            blocks.zero_()
-            blocks[:, 0] = (match >= 0).sum(1)
-        elif arguments.get("ce_ptr") is not None and arguments.get("WITH_LOSS"):
+            arguments["matched"].match_ptr.copy_(match)
+            found = (match >= 0).sum(1)
+            arguments["matched"].found_ptr.copy_(torch.cat((found, found.sum(0, keepdim=True))))
+        elif self.kernel.__name__ == "dense_kernel" and arguments["SPEC"].RANKED and arguments["SPEC"].WITH_LOSS:
             label = found.label.clamp(min=0)  # 0 is the background
             for image, (logits, classes) in enumerate(zip(rows[0].float(), label, strict=True)):
-                arguments["ce_ptr"][image] = functional.cross_entropy(logits, classes, reduction="none")
+                arguments["ranked"].ce_ptr[image] = functional.cross_entropy(logits, classes, reduction="none")
 
     with mock.patch.object(Launch, "run", run_and_fill):
         yield

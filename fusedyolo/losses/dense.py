@@ -137,7 +137,7 @@ class DenseLoss(nn.Module):
                 call.corners,
                 list(call.ends),
                 with_grad,
-                ops.workspace(pred.device, call.rows.shape[0]),
+                ops.workspace(pred.device, call.rows.shape[0] + pred.shape[0] + 1),
             )
             return total, (cls, box, middle)[: len(call.levels)], counts
         rows, spare = without_spare(call.rows, call.offsets)
