@@ -1,4 +1,4 @@
-"""A process of its own for tests/test_predict.py, in which kernels are what the compiler takes: without interpreter.
+"""A process of its own for tests/tools/test_predict.py: kernels are what the compiler takes, without interpreter.
 
 ``python tests/executed.py WHAT`` prints JSON.
 """

@@ -1,15 +1,41 @@
 """Decoding, one axis at a time: raw logits to a box's centre and size.
 
-Contract: ``axis(a, b, anchor, stride, scale) -> (centre, size), (dc_da, dc_db, dw_da, dw_db)``. ``a`` and ``b`` are the
-raw outputs, of grids the logits of centre and size; ``centre`` is measured from the cell's origin, or from the centre
-of an anchor that has a place; ``anchor``, ``stride`` and the results share one unit of length; ``scale`` is the grid
-sensitivity, or what else :func:`delta` says. x and y are two calls, so they cannot diverge.
+Contract: ``axis(a, b, anchor, stride, scale) -> Span, Jacobian``. ``a`` and ``b`` are the raw outputs, of grids the
+logits of centre and size; the centre is measured from the cell's origin, or from the centre of an anchor that has a
+place; ``anchor``, ``stride`` and the results share one unit of length; ``scale`` is the grid sensitivity, or what else
+:func:`delta` says. x and y are two calls, so they cannot diverge. :func:`chain` leads back to a and b.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..primitives import larger, logistic, smaller
+
+
+class Span(NamedTuple):
+    """An interval by centre and size, or the derivatives by these."""
+
+    centre: Any
+    size: Any
+
+
+class Jacobian(NamedTuple):
+    """Derivatives of centre and size by the raw outputs a and b of an axis."""
+
+    centre_by_a: Any
+    centre_by_b: Any
+    size_by_a: Any
+    size_by_b: Any
+
+
+@triton.jit
+def chain(by_centre, by_size, jacobian):
+    """The chain rule of every driver: derivatives by a and b from those by centre and size."""
+    by_a = by_centre * jacobian.centre_by_a + by_size * jacobian.size_by_a
+    by_b = by_centre * jacobian.centre_by_b + by_size * jacobian.size_by_b
+    return by_a, by_b
 
 
 @triton.jit
@@ -28,7 +54,7 @@ def exp(a, b, anchor, stride, scale):
     """
     v, dv = scaled_sigmoid(a, scale)
     w = anchor * tl.exp(smaller(larger(b, -60.0), 60.0))
-    return (v * stride, w), (dv * stride, 0.0, 0.0, w)
+    return Span(v * stride, w), Jacobian(dv * stride, 0.0, 0.0, w)
 
 
 @triton.jit
@@ -37,7 +63,7 @@ def sigmoid_square(a, b, anchor, stride, scale):
     v, dv = scaled_sigmoid(a, scale)
     p, q, _e = logistic(larger(b, -30.0))
     w = anchor * (4.0 * p * p)
-    return (v * stride, w), (dv * stride, 0.0, 0.0, 2.0 * w * q)
+    return Span(v * stride, w), Jacobian(dv * stride, 0.0, 0.0, 2.0 * w * q)
 
 
 @triton.jit
@@ -49,10 +75,10 @@ def delta(a, b, anchor, stride, scale):
     z = b * scale
     limit = tl.full([], 4.135166556742356, tl.float64).to(b.dtype)  # a constant alone would be float32
     w = anchor * tl.exp(larger(smaller(z, limit), -60.0))
-    return (a * stride, w), (stride, 0.0, 0.0, tl.where(z <= limit, scale * w, 0.0))
+    return Span(a * stride, w), Jacobian(stride, 0.0, 0.0, tl.where(z <= limit, scale * w, 0.0))
 
 
 @triton.jit
 def ltrb(a, b, anchor, stride, scale):
     """FCOS: a anchors before the anchor's centre and b behind it."""
-    return (0.5 * anchor * (b - a), anchor * (a + b)), (-0.5 * anchor, 0.5 * anchor, anchor, anchor)
+    return Span(0.5 * anchor * (b - a), anchor * (a + b)), Jacobian(-0.5 * anchor, 0.5 * anchor, anchor, anchor)

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAST = ("seed=1,contraction=1",)
 BOTH = ("seed=0,fusion=off", *LAST)
 NOISY = ("seed=1,noise=on",)  # approximate instructions are off by what is documented
 PARTS = {  # which tests, and how they are run
-    "grids": (BOTH, "tests/test_edges.py", "grid or anchors_of_equal"),
-    "cells and anchors": (BOTH, "tests/test_edges.py", "cell or test_anchors["),
-    "select and functional": (BOTH, "tests/test_edges.py", "select or functional"),
-    "thresholds": (NOISY, "tests/test_edges.py", "thresholds"),
-    "offsets": (LAST, "tests/test_edges.py", "offsets"),
-    "NaN": (LAST, "tests/test_nan.py", "YOLOv5/iou or RetinaNet/giou"),
+    "grids": (BOTH, "tests/kernels/test_edges.py", "grid or anchors_of_equal"),
+    "cells and anchors": (BOTH, "tests/kernels/test_edges.py", "cell or test_anchors["),
+    "select and functional": (BOTH, "tests/kernels/test_edges.py", "select or functional"),
+    "thresholds": (NOISY, "tests/kernels/test_edges.py", "thresholds"),
+    "offsets": (LAST, "tests/kernels/test_edges.py", "offsets"),
+    "NaN": (LAST, "tests/kernels/test_nan.py", "YOLOv5/iou or RetinaNet/giou"),
 }
 
 

@@ -12,7 +12,7 @@ from fusedyolo.__main__ import main
 from fusedyolo.tools import compiled
 from fusedyolo.tools.compiled_table import BEGIN, END
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BROKEN = """
 import re
 from fusedyolo.__main__ import main

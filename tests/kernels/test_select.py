@@ -26,7 +26,7 @@ from fusedyolo import detections
 from fusedyolo.heads import GridHead
 from fusedyolo.ops import select as ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BACKENDS = ("triton", "torch")
 LAYOUTS = ("flat", "five", "channels_last", "strided")
 DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)

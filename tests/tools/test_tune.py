@@ -284,7 +284,7 @@ def start(tmp_path, kill_after):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     root = Path(__file__).resolve().parent
-    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root.parent}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root.parents[1]}", "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, script, tmp_path / "own", tmp_path / "log", str(kill_after)]
     return subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True)
 

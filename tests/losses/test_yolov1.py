@@ -30,7 +30,7 @@ from fusedyolo.heads import CellHead, cell_head_from_key
 from fusedyolo.losses import CELL_RECIPES
 from fusedyolo.tools import objects
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BACKENDS = ["torch", "triton"]
 RECIPES = ["paper", "darknet"]
 LAYOUTS = ["flat", "grid"]

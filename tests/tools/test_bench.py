@@ -19,7 +19,7 @@ from bench import measure, plots, qualify, report, rows, sweep, work
 from fusedyolo.tools import codegen, registry, timing
 from fusedyolo.tools.parity import parity as parity_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[2]
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 InterpretedFunction = pytest.importorskip("triton.runtime.interpreter").InterpretedFunction
