@@ -243,8 +243,9 @@ def _passing(tile, k, C, bound, SOFTMAX: tl.constexpr):
 @triton.jit
 def _tile_counts(tile, C, bound, cut, histogram_ptr, SPEC: tl.constexpr):
     """[CELLS]: pairs of a cell in bins above ``cut``, and in that bin; "count" adds all of them to the histogram."""
-    above = tl.zeros([SPEC.CELLS], tl.int32)
-    edge = tl.zeros([SPEC.CELLS], tl.int32)
+    CELLS: tl.constexpr = SPEC.CELLS
+    above = tl.zeros([CELLS], tl.int32)
+    edge = tl.zeros([CELLS], tl.int32)
     for k0 in range(0, C, SPEC.CLASSES):
         score, passing = _passing(tile, k0 + tl.arange(0, SPEC.CLASSES), C, bound, SPEC.SOFTMAX)
         at_bin = _score_bin(score, SPEC.LOWEST, SPEC.BINS)
@@ -311,7 +312,7 @@ def _write_tile(tile, box, index, C, bound, cut, counts, places, slots, SPEC: tl
         tl.store(slots.scores_ptr + slot, score, mask=enters)
         tl.store(slots.index_ptr + slot, index[:, None] * C + k[None, :], mask=enters)
         for side in tl.static_range(4):
-            edges = tl.broadcast_to(box[side][:, None], [SPEC.CELLS, SPEC.CLASSES])
+            edges, _score = tl.broadcast(box[side][:, None], score)
             tl.store(slots.boxes_ptr + 4 * slot + side, edges, mask=enters)
         at_above += tl.sum(is_above, axis=1)
         at_edge += tl.sum(is_edge, axis=1)
@@ -332,10 +333,10 @@ def scan_kernel(levels, bound, C, T, K, counts, slots, AXIS: tl.constexpr, SPEC:
     places = Places(pid * 0, pid * 0, pid * 0, pid * 0)
     works = pid >= 0
     if SPEC.MODE == "recount":
-        _before, total = _sums(counts.passing_ptr + b * T, t, T, SPEC.BLOCK)
-        works = total > K
+        _before, passing = _sums(counts.passing_ptr + b * T, t, T, SPEC.BLOCK)
+        works = passing > K
         if works:
-            cut = _cut(counts.histogram_ptr + b * SPEC.BINS, total, K, SPEC.BINS)
+            cut = _cut(counts.histogram_ptr + b * SPEC.BINS, passing, K, SPEC.BINS)
         else:
             tl.store(counts.above_ptr + pid, tl.load(counts.passing_ptr + pid))
             tl.store(counts.edge_ptr + pid, 0)
@@ -347,10 +348,11 @@ def scan_kernel(levels, bound, C, T, K, counts, slots, AXIS: tl.constexpr, SPEC:
         works = own_above + own_edge > 0
         if works:
             cut = tl.load(counts.cut_ptr + b)
-            above, all_above = _sums(counts.above_ptr + b * T, t, T, SPEC.BLOCK)
-            edge, _all_edge = _sums(counts.edge_ptr + b * T, t, T, SPEC.BLOCK)
-            edge += all_above
-            places = Places(above, above + own_above, edge, tl.minimum(edge + own_edge, K))
+            first_above, all_above = _sums(counts.above_ptr + b * T, t, T, SPEC.BLOCK)
+            edge_before, _all_edge = _sums(counts.edge_ptr + b * T, t, T, SPEC.BLOCK)
+            first_edge = all_above + edge_before
+            edge_end = tl.minimum(first_edge + own_edge, K)
+            places = Places(first_above, first_above + own_above, first_edge, edge_end)
     if works:
         site = _site_of(levels, t, SPEC.CELLS)
         cells = site.first_cell + tl.arange(0, SPEC.CELLS)
@@ -358,8 +360,8 @@ def scan_kernel(levels, bound, C, T, K, counts, slots, AXIS: tl.constexpr, SPEC:
         mask = cells < integer_of(levels.HWs, site.level)
         z = tl.load(at + 4 * step, mask=mask, other=float("-inf"))
         hot = mask & (logistic(z.to(tl.float32))[0] >= bound.low)
-        above = tl.zeros([SPEC.CELLS], tl.int32)
-        edge = tl.zeros([SPEC.CELLS], tl.int32)
+        above = tl.zeros_like(cells)
+        edge = above
         if tl.max(hot.to(tl.int32), axis=0) > 0:
             for k in tl.static_range(4):  # a prediction with a NaN for a box is none
                 side = tl.load(at + k * step, mask=hot, other=0.0).to(tl.float32)
@@ -442,7 +444,7 @@ def nms_kernel(slots, order_ptr, kept_ptr, found, C, K, max_det, limit, SPEC: tl
     dtype = boxes_ptr.dtype.element_ty
     limit = exact(limit)
     lane = tl.arange(0, SPEC.BLOCK)
-    bit = tl.full([SPEC.BLOCK], 1, tl.int64) << lane.to(tl.int64)
+    bit = tl.full(lane.shape, 1, tl.int64) << lane.to(tl.int64)
     kept = max_det * 0
     start = kept
     end = kept + K
@@ -460,7 +462,7 @@ def nms_kernel(slots, order_ptr, kept_ptr, found, C, K, max_det, limit, SPEC: tl
                 alive = alive & (tl.max(over.to(tl.int32), axis=1) == 0)
             bits = tl.sum(tl.where(alive, bit, 0), axis=0)
             if bits != 0:
-                before = tl.zeros([SPEC.BLOCK], tl.int64)
+                before = tl.zeros_like(bit)
                 for k0 in tl.range(0, SPEC.BLOCK, SPEC.CHUNK, loop_unroll_factor=1):
                     k = k0 + tl.arange(0, SPEC.CHUNK)
                     real = tl.load(slots.scores_ptr + start + k, mask=start + k < K, other=0.0) > 0.0
@@ -492,6 +494,6 @@ def nms_kernel(slots, order_ptr, kept_ptr, found, C, K, max_det, limit, SPEC: tl
         k = k0 + lane
         empty = (k >= kept) & (k < max_det)
         for side in tl.static_range(4):
-            tl.store(boxes_ptr + 4 * k + side, tl.zeros([SPEC.BLOCK], dtype), mask=empty)
-        tl.store(scores_ptr + k, tl.zeros([SPEC.BLOCK], dtype), mask=empty)
-        tl.store(labels_ptr + k, tl.full([SPEC.BLOCK], -1, tl.int64), mask=empty)
+            tl.store(boxes_ptr + 4 * k + side, tl.zeros(lane.shape, dtype), mask=empty)
+        tl.store(scores_ptr + k, tl.zeros(lane.shape, dtype), mask=empty)
+        tl.store(labels_ptr + k, tl.full(lane.shape, -1, tl.int64), mask=empty)
