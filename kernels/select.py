@@ -60,15 +60,18 @@ class Levels(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """What a score must exceed, and a number below any such score, computed in float32, of which that is so."""
+    """What a score must exceed, a number below any such score if computed in float32, and the bin that the threshold of
+    an image was raised to, -1 if it was not.
+    """
 
     conf: Any
     low: Any
+    cut: Any
 
 
 class Counts(NamedTuple):
     """Of each image: scores in each of BINS, and of its T tiles the pairs that pass, those in bins above the cut, and
-    those in that bin; the bin that the threshold was raised to, -1 if it was not.
+    those in that bin; the cut.
     """
 
     histogram_ptr: Any
@@ -241,8 +244,8 @@ def _passing(tile, k, C, bound, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def _tile_counts(tile, C, bound, cut, histogram_ptr, SPEC: tl.constexpr):
-    """[CELLS]: pairs of a cell in bins above ``cut``, and in that bin; "count" adds all of them to the histogram."""
+def _tile_counts(tile, C, bound, histogram_ptr, SPEC: tl.constexpr):
+    """[CELLS]: pairs of a cell in bins above the cut, and in that bin; "count" adds all of them to the histogram."""
     CELLS: tl.constexpr = SPEC.CELLS
     above = tl.zeros([CELLS], tl.int32)
     edge = tl.zeros([CELLS], tl.int32)
@@ -251,8 +254,8 @@ def _tile_counts(tile, C, bound, cut, histogram_ptr, SPEC: tl.constexpr):
         at_bin = _score_bin(score, SPEC.LOWEST, SPEC.BINS)
         if SPEC.MODE == "count":
             tl.atomic_add(histogram_ptr + at_bin, 1, mask=passing, sem="relaxed")
-        above += tl.sum((passing & (at_bin > cut)).to(tl.int32), axis=1)
-        edge += tl.sum((passing & (at_bin == cut)).to(tl.int32), axis=1)
+        above += tl.sum((passing & (at_bin > bound.cut)).to(tl.int32), axis=1)
+        edge += tl.sum((passing & (at_bin == bound.cut)).to(tl.int32), axis=1)
     return above, edge
 
 
@@ -290,7 +293,7 @@ def _decoded(tile, taken, levels, site, cells, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _write_tile(tile, box, index, C, bound, cut, counts, places, slots, SPEC: tl.constexpr):
+def _write_tile(tile, box, index, C, bound, counts, places, slots, SPEC: tl.constexpr):
     """Score, box and index of the pairs of a tile that enter, each in its slot; ``index`` are its predictions,
     ``counts`` what :func:`_tile_counts` found.
     """
@@ -301,8 +304,8 @@ def _write_tile(tile, box, index, C, bound, cut, counts, places, slots, SPEC: tl
         k = k0 + tl.arange(0, SPEC.CLASSES)
         score, passing = _passing(tile, k, C, bound, SPEC.SOFTMAX)
         at_bin = _score_bin(score, SPEC.LOWEST, SPEC.BINS)
-        is_above = (passing & (at_bin > cut)).to(tl.int32)
-        is_edge = (passing & (at_bin == cut)).to(tl.int32)
+        is_above = (passing & (at_bin > bound.cut)).to(tl.int32)
+        is_edge = (passing & (at_bin == bound.cut)).to(tl.int32)
         slot_above = at_above[:, None] + tl.cumsum(is_above, axis=1) - is_above
         slot_edge = at_edge[:, None] + tl.cumsum(is_edge, axis=1) - is_edge
         # the bounds tell only if a score came out otherwise than when it was counted: other tiles' slots stay theirs
@@ -328,8 +331,7 @@ def scan_kernel(levels, bound, C, T, K, counts, slots, AXIS: tl.constexpr, SPEC:
     pid = tl.program_id(0)
     b = pid // T
     t = pid % T
-    bound = Bound(exact(bound.conf), bound.low)
-    cut = pid * 0 - 1
+    cut = bound.cut
     places = Places(pid * 0, pid * 0, pid * 0, pid * 0)
     works = pid >= 0
     if SPEC.MODE == "recount":
@@ -353,6 +355,7 @@ def scan_kernel(levels, bound, C, T, K, counts, slots, AXIS: tl.constexpr, SPEC:
             first_edge = all_above + edge_before
             edge_end = tl.minimum(first_edge + own_edge, K)
             places = Places(first_above, first_above + own_above, first_edge, edge_end)
+    bound = Bound(exact(bound.conf), bound.low, cut)
     if works:
         site = _site_of(levels, t, SPEC.CELLS)
         cells = site.first_cell + tl.arange(0, SPEC.CELLS)
@@ -372,13 +375,13 @@ def scan_kernel(levels, bound, C, T, K, counts, slots, AXIS: tl.constexpr, SPEC:
             if SPEC.SOFTMAX:
                 top, total = _softmax(at, step, hot, C, SPEC.CELLS, SPEC.CLASSES)
             tile = Tile(at, step, hot, obj, top, total)
-            above, edge = _tile_counts(tile, C, bound, cut, counts.histogram_ptr + b * SPEC.BINS, SPEC)
+            above, edge = _tile_counts(tile, C, bound, counts.histogram_ptr + b * SPEC.BINS, SPEC)
             if SPEC.MODE == "write":
                 box = _decoded(tile, hot & (above + edge > 0), levels, site, cells, AXIS)
                 first = b.to(tl.int64) * K
                 own = Slots(slots.scores_ptr + first, slots.boxes_ptr + 4 * first, slots.index_ptr + first)
                 index = site.first_index + cells
-                _write_tile(tile, box, index, C, bound, cut, (above, edge), places, own, SPEC)
+                _write_tile(tile, box, index, C, bound, (above, edge), places, own, SPEC)
         if SPEC.MODE == "count":
             tl.store(counts.passing_ptr + pid, tl.sum(above, axis=0))
         if SPEC.MODE == "recount":

@@ -69,7 +69,7 @@ def scan_launches(preds: Sequence[Tensor], head: GridHead, conf: float, limit: i
             strides=head.strides,
             scales=head.scale_x_y,
         ),
-        "bound": kernels.Bound(float_parts(conf), _below(conf)),
+        "bound": kernels.Bound(float_parts(conf), _below(conf), -1),
         "C": C,
         "T": tiles,
         "K": K,
