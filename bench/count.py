@@ -356,8 +356,10 @@ def _body_of(func) -> Callable | None:
     """The Python function of a custom operator: what it launches itself counts."""
     from torch._library.custom_ops import OPDEFS
 
+    from fusedyolo.ops.operator import FUNCTIONS
+
     definition = OPDEFS.get(func._schema.name)
-    return None if definition is None else definition._init_fn
+    return FUNCTIONS.get(func) if definition is None else definition._init_fn
 
 
 def _written_and_read(func, args, kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

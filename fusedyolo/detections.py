@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from . import backend as backends
 from . import checks
 from .heads import CellHead, DenseHead, GridHead, head_from_key
-from .reference import decode_anchors, flat_maps
+from .reference import constants, decode_anchors, flat_maps
 from .reference import select as reference
-from .reference.terms import constants
 
 
 class Detections(NamedTuple):

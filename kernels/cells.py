@@ -21,7 +21,8 @@ from .assign import row_cell
 from .primitives import larger, smaller
 from .rows import held_range, rows_end, wrong_offsets
 from .sums import column, column_sums, is_last
-from .terms.box import _iou, _normalise
+from .terms.box import similarity
+from .terms.records import axis_of_sizes
 
 LOW: tl.constexpr = tl.constexpr(4)
 N_PARTS: tl.constexpr = tl.constexpr(8)  # box, confidence, class, cells with an object, valid rows; the rest is empty
@@ -134,8 +135,7 @@ def _overlap(x, y, a, b, truth, S: tl.constexpr, ROOT: tl.constexpr):
     dy = (y - ty) / S
     ex = 0.5 * (tw - w)
     ey = 0.5 * (th - h)
-    along_x, along_y, _inv = _normalise((w, tw, dx + ex, ex - dx), (h, th, dy + ey, ey - dy))
-    iou, _union, _di, _d = _iou(along_x, along_y, 0.0)
+    iou = similarity(axis_of_sizes(w, tw, dx, None), axis_of_sizes(h, th, dy, None))
     return iou, dx * dx + dy * dy + 4.0 * (ex * ex + ey * ey)
 
 

@@ -26,6 +26,8 @@ from .match import IGNORED, load_corners
 from .primitives import ordered_bits, plain, safe_div, scaled_less
 from .rows import load_rows
 from .sums import column, column_sums, is_last
+from .terms.decode import chain
+from .terms.records import axis_of_sizes
 
 N_PARTS: tl.constexpr = tl.constexpr(4)  # class, box and centreness loss; one to spare
 
@@ -295,17 +297,12 @@ def _box_term(
     else:
         x, jx = AXIS(raw[0], raw[2], aw, aw / weights[0], 1.0 / weights[2])
         y, jy = AXIS(raw[1], raw[3], ah, ah / weights[1], 1.0 / weights[3])
-        hx = 0.5 * (gw - x[1])
-        hy = 0.5 * (gh - y[1])
-        pair_x = (x[1], gw, x[0] - cx + hx, hx - (x[0] - cx), size[0])
-        pair_y = (y[1], gh, y[0] - cy + hy, hy - (y[0] - cy), size[1])
-        loss, g_x, g_y = BOX(pair_x, pair_y, box_args)
-        d = (
-            g_x[0] * jx[0] + g_x[1] * jx[2],
-            g_y[0] * jy[0] + g_y[1] * jy[2],
-            g_x[0] * jx[1] + g_x[1] * jx[3],
-            g_y[0] * jy[1] + g_y[1] * jy[3],
-        )
+        pair_x = axis_of_sizes(x.size, gw, x.centre - cx, size[0])
+        pair_y = axis_of_sizes(y.size, gh, y.centre - cy, size[1])
+        loss, by_x, by_y = BOX(pair_x, pair_y, box_args)
+        dx, dw = chain(by_x.centre, by_x.size, jx)
+        dy, dh = chain(by_y.centre, by_y.size, jy)
+        d = (dx, dy, dw, dh)
     return loss, d
 
 

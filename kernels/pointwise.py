@@ -7,8 +7,10 @@ else one loss an element; a gradient is scaled by ``grad_out``, one an element o
 import triton
 import triton.language as tl
 
+from .overlap import Corners
 from .primitives import exact
 from .sums import column, column_sums, is_last
+from .terms.records import axis_of_edges
 
 
 @triton.jit
@@ -52,8 +54,8 @@ def label_kernel(
 
 @triton.jit
 def _load_boxes(ptr, at, mask, ACC: tl.constexpr):
-    """x1, y1, x2, y2; unit boxes where masked out."""
-    return (
+    """Unit boxes where masked out."""
+    return Corners(
         tl.load(ptr + 4 * at, mask=mask, other=0.0).to(ACC),
         tl.load(ptr + 4 * at + 1, mask=mask, other=0.0).to(ACC),
         tl.load(ptr + 4 * at + 2, mask=mask, other=1.0).to(ACC),
@@ -62,19 +64,19 @@ def _load_boxes(ptr, at, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _axis(p1, p2, g1, g2, extent):
-    """The lengths a box term takes."""
-    return p2 - p1, g2 - g1, p1 - g1, g2 - p2, extent
+def _axes(p, g, extent):
+    """Both axes of pairs of boxes, as a box term takes them."""
+    return axis_of_edges(p.x1, p.x2, g.x1, g.x2, extent[0]), axis_of_edges(p.y1, p.y2, g.y1, g.y2, extent[1])
 
 
 @triton.jit
-def _store_boxes(ptr, at, mask, gx, gy, grad_out):
+def _store_grad(ptr, at, mask, by_x, by_y, grad_out):
+    """By edges, from centre and size."""
     out = ptr.dtype.element_ty
-    # edges from centre and size
-    tl.store(ptr + 4 * at, ((0.5 * gx[0] - gx[1]) * grad_out).to(out), mask=mask)
-    tl.store(ptr + 4 * at + 1, ((0.5 * gy[0] - gy[1]) * grad_out).to(out), mask=mask)
-    tl.store(ptr + 4 * at + 2, ((0.5 * gx[0] + gx[1]) * grad_out).to(out), mask=mask)
-    tl.store(ptr + 4 * at + 3, ((0.5 * gy[0] + gy[1]) * grad_out).to(out), mask=mask)
+    tl.store(ptr + 4 * at, ((0.5 * by_x.centre - by_x.size) * grad_out).to(out), mask=mask)
+    tl.store(ptr + 4 * at + 1, ((0.5 * by_y.centre - by_y.size) * grad_out).to(out), mask=mask)
+    tl.store(ptr + 4 * at + 2, ((0.5 * by_x.centre + by_x.size) * grad_out).to(out), mask=mask)
+    tl.store(ptr + 4 * at + 3, ((0.5 * by_y.centre + by_y.size) * grad_out).to(out), mask=mask)
 
 
 @triton.jit
@@ -90,13 +92,13 @@ def box_kernel(
     mask = at < n
     p = _load_boxes(p_ptr, at, mask, ACC)
     g = _load_boxes(g_ptr, at, mask, ACC)
-    loss, px, py = BOX(_axis(p[0], p[2], g[0], g[2], extent[0]), _axis(p[1], p[3], g[1], g[3], extent[1]), args)
+    x, y = _axes(p, g, extent)
+    loss, by_px, by_py = BOX(x, y, args)
     if WITH_GRAD:
         grad_out = _grad_out(grad_out_ptr, at, mask, scale, REDUCE, ACC)
-        x = _axis(g[0], g[2], p[0], p[2], extent[0])
-        y = _axis(g[1], g[3], p[1], p[3], extent[1])
-        _loss, gx, gy = BOX(x, y, args)
-        _store_boxes(dp_ptr, at, mask, px, py, grad_out)
-        _store_boxes(dg_ptr, at, mask, gx, gy, grad_out)
+        x, y = _axes(g, p, extent)
+        _loss, by_gx, by_gy = BOX(x, y, args)
+        _store_grad(dp_ptr, at, mask, by_px, by_py, grad_out)
+        _store_grad(dg_ptr, at, mask, by_gx, by_gy, grad_out)
     else:
         _finish(loss, mask, at, loss_ptr, partial_ptr, done_ptr, scale, REDUCE, ACC)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -10,26 +10,40 @@ from torch import Tensor
 
 from ..heads import cell_head_from_key
 from ..kernels import cells
-from ..kernels.launch import Wishes, cell_config
+from ..kernels.launch import cell_config
 from ..reference import cell_views
 from ..tuned import wishes
-from .launch import Launch, accumulator, done_counter, refuse_double_backward, run_all
+from .launch import Launch, Layout, accumulator, done_counter, layout, planned, refuse_double_backward, run_all
+from .operator import differentiable, fake, operator
 
 
 @lru_cache(maxsize=256)
-def _constants(
-    key: str, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], tuned: Wishes
-) -> dict[str, Any]:
-    """What a launch takes from the row and the layout of the predictions alone."""
+def _family(key: str) -> str:
+    """The terms of a row: losses of the same ones share what tuning found."""
     head = cell_head_from_key(key)
-    triton_acc, acc = accumulator(dtype)
-    total = shape[0] * head.grid_size**2
-    config = cell_config(total, head.channels, 5 * head.num_boxes, acc.itemsize, tuned)
-    return {
-        "programs": -(-total // config.cells),
-        "views": _view_strides(key, shape, stride),
+    return f"{head.num_boxes} boxes" + " root" * head.root + " nearest" * head.nearest + " rescore" * head.rescore
+
+
+def _view_strides(key: str, at: Layout) -> tuple[Any, ...]:
+    """The stride from image to image; of boxes, confidences and class scores the place of the first and the others."""
+    views = cell_views(at.meta(), cell_head_from_key(key))
+    return (views[0].stride(0), *((view.storage_offset(), *view.stride()[1:]) for view in views))
+
+
+@planned
+def _plan(key: str, pred: Layout, grad: Layout | None, with_loss: bool, skip_one: bool) -> Launch:
+    """A launch but for its tensors."""
+    head = cell_head_from_key(key)
+    triton_acc, acc = accumulator(pred.dtype)
+    batch, cells_an_image = pred.shape[0], head.grid_size**2
+    planes = len(pred.shape) == 2
+    tuned = wishes("cell", _family(key), pred, planes, batch, cells_an_image, head.num_classes)
+    config = cell_config(batch * cells_an_image, head.channels, 5 * head.num_boxes, acc.itemsize, tuned)
+    arguments = {
+        "views": _view_strides(key, pred),
+        "d_views": None if grad is None else _view_strides(key, grad),
         "numbers": (head.box_gain, head.obj_gain, head.noobj_gain, head.cls_gain),
-        "B": shape[0],
+        "B": batch,
         "S": head.grid_size,
         "C": head.num_classes,
         "N": head.num_boxes,
@@ -40,24 +54,14 @@ def _constants(
         "CELLS": config.cells,
         "CHANNELS": config.channels,
         "BLOCK_G": config.rows,
-        "threads": config.threads,
-        "max_registers": config.max_registers,
-        "stages": config.stages,
+        "WITH_LOSS": with_loss,
+        "WITH_GRAD": grad is not None,
+        "SKIP_ONE": skip_one,
     }
-
-
-@lru_cache(maxsize=256)
-def _family(key: str) -> str:
-    """The terms of a row: losses of the same ones share what tuning found."""
-    head = cell_head_from_key(key)
-    return f"{head.num_boxes} boxes" + " root" * head.root + " nearest" * head.nearest + " rescore" * head.rescore
-
-
-@lru_cache(maxsize=256)
-def _view_strides(key: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[Any, ...]:
-    """The stride from image to image; of boxes, confidences and class scores the place of the first and the others."""
-    views = cell_views(torch.empty_strided(shape, stride, device="meta"), cell_head_from_key(key))
-    return (views[0].stride(0), *((view.storage_offset(), *view.stride()[1:]) for view in views))
+    programs = -(-batch * cells_an_image // config.cells)
+    # the box that answers for a cell is found again for the gradient, and of equal boxes it must be the same
+    settings = config.threads, config.max_registers
+    return Launch(cells.cell_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages)
 
 
 def cell_launch(
@@ -75,36 +79,27 @@ def cell_launch(
 
     The gradient is multiplied by ``grad_total``; if ``skip_one`` it is left as it is where that is 1.
     """
-    head = cell_head_from_key(key)
-    tuned = wishes("cell", _family(key), pred, pred.dim() == 2, pred.shape[0], head.grid_size**2, head.num_classes)
-    constants = dict(_constants(key, pred.dtype, tuple(pred.shape), pred.stride(), tuned))
-    settings = ("programs", "threads", "max_registers", "stages")
-    programs, threads, limit, stages = (constants.pop(name) for name in settings)
+    plan = _plan(key, layout(pred), None if grad is None else layout(grad), outputs is not None, skip_one)
     total, parts, counts = outputs or (None, None, None)
-    partial = done = None
-    if outputs is not None:
-        partial = pred.new_empty(programs * cells.N_PARTS.value, dtype=accumulator(pred.dtype)[1])
+    sums = done = None
+    if total is not None:
+        sums = total.new_empty(plan.grid[0] * cells.N_PARTS.value)
         done = done_counter(pred.device, workspace)
-    arguments = {
-        "pred_ptr": pred,
-        "d_ptr": grad,
-        "d_views": None if grad is None else _view_strides(key, tuple(grad.shape), grad.stride()),
-        "rows_ptr": rows,
-        "offsets_ptr": offsets,
-        "M": rows.shape[0],
-        "grad_out_ptr": grad_total,
-        "total_ptr": total,
-        "parts_ptr": parts,
-        "counts_ptr": counts,
-        "partial_ptr": partial,
-        "done_ptr": done,
-        "WITH_LOSS": outputs is not None,
-        "WITH_GRAD": grad is not None,
-        "SKIP_ONE": skip_one,
-        **constants,
-    }
-    # the box that answers for a cell is found again for the gradient, and of equal boxes it must be the same
-    return Launch(cells.cell_kernel, (programs,), arguments, threads, limit, exact=True, stages=stages)
+    return plan.filled(
+        {
+            "pred_ptr": pred,
+            "d_ptr": grad,
+            "rows_ptr": rows,
+            "offsets_ptr": offsets,
+            "M": rows.shape[0],
+            "grad_out_ptr": grad_total,
+            "total_ptr": total,
+            "parts_ptr": parts,
+            "counts_ptr": counts,
+            "partial_ptr": sums,
+            "done_ptr": done,
+        }
+    )
 
 
 def cell_outputs(pred: Tensor, with_grad: bool) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
@@ -114,7 +109,7 @@ def cell_outputs(pred: Tensor, with_grad: bool) -> tuple[tuple[Tensor, Tensor, T
     return outputs, torch.empty_like(pred) if with_grad else pred.new_empty(0)
 
 
-@torch.library.custom_op("fusedyolo::cell_loss", mutates_args=())
+@operator
 def cell_loss(
     pred: Tensor,
     rows: Tensor,
@@ -135,13 +130,13 @@ def cell_loss(
     return *outputs, grad
 
 
-@cell_loss.register_fake
+@fake(cell_loss)
 def _(pred, rows, offsets, key, with_grad, workspace=None):
     outputs, grad = cell_outputs(pred, with_grad)
     return *outputs, grad
 
 
-@torch.library.custom_op("fusedyolo::cell_loss_grad", mutates_args=())
+@operator
 def cell_loss_grad(grad_total: Tensor, pred: Tensor, rows: Tensor, offsets: Tensor | None, key: str) -> Tensor:
     """Gradient of :func:`cell_loss`'s total by ``pred``, times ``grad_total`` (0-dim), in one launch."""
     grad = torch.empty_like(pred)
@@ -149,12 +144,12 @@ def cell_loss_grad(grad_total: Tensor, pred: Tensor, rows: Tensor, offsets: Tens
     return grad
 
 
-@cell_loss_grad.register_fake
+@fake(cell_loss_grad)
 def _(grad_total, pred, rows, offsets, key):
     return torch.empty_like(pred)
 
 
-@torch.library.custom_op("fusedyolo::cell_loss_rescale", mutates_args=("grad",))
+@partial(operator, mutates=("grad",))
 def cell_loss_rescale(
     grad: Tensor, grad_total: Tensor, pred: Tensor, rows: Tensor, offsets: Tensor | None, key: str
 ) -> None:
@@ -164,7 +159,7 @@ def cell_loss_rescale(
     run_all([cell_launch(pred, grad, rows, offsets, key, None, grad_total, skip_one=True)], pred.device)
 
 
-@cell_loss_rescale.register_fake
+@fake(cell_loss_rescale)
 def _(grad, grad_total, pred, rows, offsets, key):
     return None
 
@@ -183,14 +178,14 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_total, _grad_parts, _grad_counts, _grad_grad):
     pred, rows, offsets = ctx.saved_tensors
     if grad_total is None:
-        return None, None, None, None, None, None
+        return None
     grad, ctx.stored = ctx.stored, None
     if grad is None or torch.is_grad_enabled():  # with create_graph, the gradient is to know that it has none itself
         grad = cell_loss_grad(grad_total, pred, rows, offsets, ctx.key)
     else:
         cell_loss_rescale(grad, grad_total, pred, rows, offsets, ctx.key)
-    return grad, None, None, None, None, None
+    return grad
 
 
-cell_loss.register_autograd(_backward, setup_context=_save)
-cell_loss_grad.register_autograd(refuse_double_backward(cell_loss_grad._qualname))
+differentiable(cell_loss, _backward, _save)
+differentiable(cell_loss_grad, refuse_double_backward(cell_loss_grad))

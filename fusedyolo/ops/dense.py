@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..heads import DELTA_KINDS, DenseHead, dense_head_from_key
+from ..heads import DenseHead, dense_head_from_key
 from ..kernels import dense, match
 from ..kernels.launch import MATCH_BLOCK, MATCH_ROWS, RANK_BLOCK, DenseConfig, dense_config
-from ..kernels.terms import box, decode, label, offset
+from ..terms import TERMS
 from ..tuned import wishes
 from .grid import cell_strides
 from .launch import Launch, accumulator, done_counter, float_parts, odd, refuse_double_backward, row_maxima, run_all
@@ -47,18 +47,18 @@ class DenseOutputs(NamedTuple):
 def _constants(key: str, dtype: torch.dtype) -> dict[str, Any]:
     """What the driver takes from the row alone."""
     head = dense_head_from_key(key)
-    is_delta = head.box in DELTA_KINDS
+    box = TERMS[head.box]
     return {
         "weights": head.weights,
         "beta": head.beta,
         "box_args": head.box_args,
         "label_args": head.label_args,
         "C": head.num_classes,
-        "AXIS": getattr(decode, head.decode),
-        "BOX": None if is_delta else getattr(box, head.box),
-        "OFFSET": getattr(offset, head.box) if is_delta else None,
-        "LABEL": getattr(label, head.label),
-        "CENTRE_LABEL": label.bce if head.centreness else None,
+        "AXIS": TERMS[head.decode].kernel,
+        "BOX": None if box.is_offset else box.kernel,
+        "OFFSET": box.kernel if box.is_offset else None,
+        "LABEL": TERMS[head.label].kernel,
+        "CENTRE_LABEL": TERMS["bce"].kernel if head.centreness else None,
         "RANKED": head.negatives > 0,
         "BY_IMAGE": head.mean == "image",
         "ACC": accumulator(dtype)[0],

@@ -5,70 +5,103 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..heads import OFFSET_KINDS, GridHead, head_from_key, obj_scales
-from ..kernels import assign, grid
-from ..kernels.launch import SMALLEST_TILE, grid_config
-from ..kernels.terms import box, decode, label, offset
-from ..reference.grid import NEIGHBOURS, grid_view
+from ..heads import GridHead, head_from_key, obj_scales, reach
+from ..kernels import assign
+from ..kernels.grid import gradient, loss, records
+from ..kernels.launch import SMALLEST_TILE, GridConfig, Wishes, grid_config
+from ..kernels.levels import Strides
+from ..reference.grid import NEIGHBOURS
+from ..terms import TERMS
 from ..tuned import wishes
-from .launch import Launch, accumulator, done_counter, refuse_double_backward, run_all
+from .launch import Launch, accumulator, done_counter, odd, refuse_double_backward, run_all
 
 _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
 
 
+class _Parts(NamedTuple):
+    """What a launch takes from the row alone."""
+
+    terms: records.Terms
+    numbers: records.Numbers
+    spec: dict[str, Any]
+    anchors: tuple[float, ...]
+
+
 @lru_cache(maxsize=256)
-def _grid_constants(key: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What a grid launch takes from the row alone."""
+def _parts(key: str, dtype: torch.dtype) -> _Parts:
     head = head_from_key(key)
-    is_offset = head.box in OFFSET_KINDS
-    ignore, gate = head.ignore_thresh, head.class_gate
-    pools = [own if head.per_level else range(len(head.anchors)) for own in head.levels]
-    quality: Any = None if head.quality is None else getattr(box, head.quality)
-    if (head.quality, head.quality_args) == (head.box, head.box_args):
-        quality = "box"
+    box = TERMS[head.box]
     is_band = head.assigner == "iou_band"
-    return {
-        "strides": head.strides,
-        "scales": head.scale_x_y,
-        "anchors": tuple(tuple(side for t in pool for side in head.anchors[t]) for pool in pools),
-        "thresh": head.anchor_t if head.assigner == "ratio" else head.iou_thresh,
-        "limit": head.centre_limit,
-        "gains": (head.box_gain, head.obj_gain, head.noobj_gain, head.cls_gain),
-        "prior_gain": head.prior_gain,
-        "band": head.band,
-        "ignore_thresh": 1.0 if ignore is None else ignore,
-        "gate": 0.0 if gate is None else gate,
-        "labels": (*head.class_targets, head.first_weight, head.quality_ratio),
-        "shape": (head.area_weight, head.area_cap),
-        "box_args": head.box_args,
-        "label_args": head.label_args,
-        "obj_args": head.obj_args,
-        "quality_args": head.quality_args,
-        "C": head.num_classes,
-        "AXIS": getattr(decode, head.decode),
-        "BOX": None if is_offset else getattr(box, head.box),
-        "OFFSET": getattr(offset, head.box) if is_offset else None,
-        "LABEL": getattr(label, head.label),
-        "OBJ": getattr(label, head.objectness),
-        "QUALITY": quality,
-        "MATCH": _MATCH[head.assigner],
+    of_box = (head.quality, head.quality_args) == (head.box, head.box_args)
+    own = tuple(t for level in head.levels for t in level)
+    acc, torch_acc = accumulator(dtype)
+    threshold = 1.0 if head.ignore_thresh is None else head.ignore_thresh
+    terms = records.Terms(
+        axis=TERMS[head.decode].kernel,
+        box=None if box.is_offset else box.kernel,
+        offset=box.kernel if box.is_offset else None,
+        label=TERMS[head.label].kernel,
+        objectness=TERMS[head.objectness].kernel,
+        quality=None if head.quality is None or of_box else TERMS[head.quality].kernel,
+        match=_MATCH[head.assigner],
+    )
+    numbers = records.Numbers(
+        C=head.num_classes,
+        thresh=head.anchor_t if head.assigner == "ratio" else head.iou_thresh,
+        limit=head.centre_limit,
+        box_gain=head.box_gain,
+        obj_gain=head.obj_gain,
+        noobj_gain=head.noobj_gain,
+        cls_gain=head.cls_gain,
+        prior_gain=head.prior_gain,
+        band_low=head.band[0],
+        band_high=head.band[1],
+        ignore_thresh=threshold,
+        ignore_margin=_half_step(threshold, torch_acc),
+        reach=1.001 * reach(threshold),
+        gate=0.0 if head.class_gate is None else head.class_gate,
+        positive=head.class_targets[0],
+        negative=head.class_targets[1],
+        first_weight=head.first_weight,
+        quality_ratio=head.quality_ratio,
+        area_weight=head.area_weight,
+        area_cap=head.area_cap,
+        box_args=head.box_args,
+        label_args=head.label_args,
+        obj_args=head.obj_args,
+        quality_args=head.quality_args,
+    )
+    spec = {
         "KINDS": len(NEIGHBOURS) if head.assigner == "ratio" else 1,
         "SHARING": "one" if is_band else head.shared,
         "UNIT": head.unit,
-        "IGNORES": ignore is not None,
-        "GATED": gate is not None,
+        "QUALITY_IS_BOX": of_box,
+        "IGNORES": head.ignore_thresh is not None,
+        "GATED": head.class_gate is not None,
         "AVERAGE": head.average_box,
-        "SMOOTH": head.smooth_levels,
+        "SMOOTH": any(head.smooth),
         "PRIOR": head.prior_gain > 0,
         "MEAN_ROWS": head.mean_rows,
         "MEAN_USED": head.obj_mean == "used",
-        "ACC": accumulator(dtype)[0],
+        "PER_LEVEL": head.per_level,
+        "OWN": None if head.per_level or own == tuple(range(len(own))) else own,
+        "ANCHORS": tuple(map(len, head.levels)),
+        "PLACES": head.places_per_row,
+        "ACC": acc,
         "K_PAD": 1 << (4 + head.num_classes).bit_length(),
-        "LEVELS": tuple(tuple(pool.index(t) for t in own) for own, pool in zip(head.levels, pools, strict=True)),
     }
+    competing = [head.anchors[t] for t in own] if head.per_level else head.anchors
+    return _Parts(terms, numbers, spec, tuple(side for anchor in competing for side in anchor))
+
+
+def _half_step(value: float, dtype: torch.dtype) -> float:
+    """Half of what separates a number, as a kernel receives it, from the next larger one of this type."""
+    step = np.spacing(np.float32(value) if dtype == torch.float32 else np.float64(np.float32(value)))
+    return float(step) / 2
 
 
 @lru_cache(maxsize=256)
@@ -86,9 +119,9 @@ class GridOutputs(NamedTuple):
     total: Tensor  # 0-dim
     parts: Tensor  # [3], and where the row asks for means two numbers a level that the gradient takes
     counts: Tensor  # int32 [2]: assigned predictions, invalid rows
-    state: Tensor  # uint8: a byte a prediction, then (at a multiple of 4) an int32 for each program
+    state: Tensor  # uint8: a byte a prediction, planes from multiples of 16 on, then an int32 for each program
     kept: Tensor  # [places, 5 + C, rounded up to a multiple of 8]: gradients of assigned predictions
-    true_obj: Tensor  # [N]: objectness targets, where they are more than a byte says
+    true_obj: Tensor  # objectness targets, where they are more than a byte says; planes as in ``state``
 
 
 def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: bool) -> GridOutputs:
@@ -98,12 +131,12 @@ def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: 
     means = 2 * len(preds) if head.mean_rows or head.obj_mean == "used" else 0
     size = places = targets = 0
     if with_state:
-        predictions = [p.numel() // channels for p in preds]
-        programs = sum(-(-n // SMALLEST_TILE) for n in predictions) + pred.shape[0] * len(head.anchors)
-        size = _bases_start(sum(predictions)) + 4 * programs
+        planes = [(pred.shape[0] * len(own), p.shape[2] * p.shape[3]) for p, own in zip(preds, head.levels, strict=True)]
+        padded = sum(count * _padded(cells) for count, cells in planes)
+        size = padded + 4 * sum(count * -(-cells // SMALLEST_TILE) for count, cells in planes)
         # no more assignments than predictions, nor than rows can make; in a compiled graph both are symbols
-        places = torch.sym_min(sum(predictions), rows.shape[0] * head.places_per_row)
-        targets = sum(predictions) if any(head.smooth) else 0
+        places = torch.sym_min(sum(count * cells for count, cells in planes), rows.shape[0] * head.places_per_row)
+        targets = padded if any(head.smooth) else 0
     return GridOutputs(
         pred.new_empty((), dtype=acc),
         pred.new_empty(3 + means, dtype=acc),
@@ -114,47 +147,102 @@ def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: 
     )
 
 
-def _bases_start(predictions: int) -> int:
-    return -(-predictions // 4) * 4
+def _padded(cells: int) -> int:
+    return -(-cells // 16) * 16
 
 
-def _common_arguments(
-    preds: list[Tensor], grads: list[Tensor] | None, head: GridHead, outputs: GridOutputs, kept: bool
-):
-    """What both launches take, and their tile; they must agree on it."""
-    views = [grid_view(pred, len(level)) for pred, level in zip(preds, head.levels, strict=True)]
-    strides = [cell_strides(view) for view in views]
-    grad_strides = None
-    if grads is not None:
-        grad_views = [grid_view(grad, len(level)) for grad, level in zip(grads, head.levels, strict=True)]
-        grad_strides = [cell_strides(view) for view in grad_views]
-    batch, widths = views[0].shape[0], [view.shape[3] for view in views]
-    cells = [view.shape[2] * view.shape[3] for view in views]
-    planes = all(s[3] == 1 for s in strides)
-    tuned = wishes("grid", _family(head.key), preds[0], planes, batch, max(cells), head.num_classes)
-    config = grid_config(max(cells), planes, preds[0].element_size(), tuned)
-    programs = sum(batch * len(own) * -(-count // config.cells) for own, count in zip(head.levels, cells, strict=True))
-    flat = all(s[2] == s[3] * width for s, width in zip(strides + (grad_strides or []), widths * 2, strict=False))
-    start = _bases_start(sum(view[..., 0].numel() for view in views))
-    arguments = {
-        "raw_ptrs": tuple(preds),
-        "s_raws": tuple(strides),
-        "Ws": tuple(widths),
-        "Hs": tuple(view.shape[2] for view in views),
-        "HWs": tuple(cells),
-        "obj_scales": obj_scales(
-            head.obj_balance, head.obj_mean, tuple(view.shape[1] * n for view, n in zip(views, cells, strict=True))
-        ),
-        "state_ptr": outputs.state if kept else None,
-        "bases_ptr": outputs.state[start:].view(torch.int32) if kept else None,
-        "kept_ptr": outputs.kept if kept else None,
-        "true_obj_ptr": outputs.true_obj if kept and any(head.smooth) else None,
-        "parts_ptr": outputs.parts,
-        "B": batch,
-        "FLAT": flat,
-        "CELLS": config.cells,
-    }
-    return arguments, grad_strides, config, programs
+class _Maps(NamedTuple):
+    """Prediction maps, or gradients, as the kernels see them."""
+
+    batch: int
+    widths: tuple[int, ...]
+    heights: tuple[int, ...]
+    strides: tuple[Strides, ...]
+    planes: bool  # neighbouring cells are neighbours in memory
+    layout: str  # of a Spec
+
+
+@lru_cache(maxsize=256)
+def _maps(shapes: tuple[torch.Size, ...], strides: tuple[tuple[int, ...], ...], channels: int) -> _Maps:
+    heights, widths = [shape[2] for shape in shapes], [shape[3] for shape in shapes]
+    steps = [map_strides(shape, stride, channels) for shape, stride in zip(shapes, strides, strict=True)]
+    flat = all(s.row == s.column * width for s, width in zip(steps, widths, strict=True))
+    planes = all(s.column == 1 for s in steps)
+    layout = "strided"
+    if flat:
+        layout = "planes" if planes else "channels" if all(s.channel == 1 for s in steps) else "strided"
+    return _Maps(shapes[0][0], tuple(widths), tuple(heights), tuple(steps), planes, layout)
+
+
+class _Tiling(NamedTuple):
+    """What does not change between calls with predictions of the same shapes and strides."""
+
+    levels: records.Levels  # without the maps
+    config: GridConfig
+    programs: int
+    spec: records.Spec
+
+
+@lru_cache(maxsize=256)
+def _tiling(key: str, maps: _Maps, dtype: torch.dtype, layout: str, tuned: Wishes) -> _Tiling:
+    head, parts = head_from_key(key), _parts(key, dtype)
+    cells = tuple(w * h for w, h in zip(maps.widths, maps.heights, strict=True))
+    config = grid_config(max(cells), maps.planes, dtype.itemsize, tuned)
+    scales = obj_scales(
+        head.obj_balance, head.obj_mean, tuple(len(own) * n for own, n in zip(head.levels, cells, strict=True))
+    )
+    levels = records.Levels(
+        maps=(),
+        by=tuple(Strides(*odd(by)) for by in maps.strides),
+        widths=odd(maps.widths),
+        heights=odd(maps.heights),
+        cell_sides=head.strides,
+        scales=head.scale_x_y,
+        obj_scales=scales,
+        smooth=odd(tuple(map(int, head.smooth_levels))),
+        anchors=parts.anchors,
+    )
+    pad = parts.spec["K_PAD"]
+    spec = records.Spec(
+        **parts.spec,
+        LAYOUT=layout,
+        CELLS=config.cells,
+        ROWS=config.rows,
+        NEAR=min(64, config.rows),
+        PICKS=max(1, 8 * config.threads // pad),
+        CHANNELS=config.channels,
+    )
+    programs = sum(maps.batch * len(own) * -(-n // config.cells) for own, n in zip(head.levels, cells, strict=True))
+    return _Tiling(levels, config, programs, spec)
+
+
+def _tilings(preds: list[Tensor], grads: list[Tensor], head: GridHead) -> tuple[_Tiling, int]:
+    """Of a launch that reads some maps and writes some gradients; and the number of images."""
+    shapes, channels = tuple([pred.shape for pred in preds]), 5 + head.num_classes
+    maps = _maps(shapes, tuple([pred.stride() for pred in preds]), channels)
+    layout = maps.layout
+    if grads and _maps(shapes, tuple([grad.stride() for grad in grads]), channels).layout != layout:
+        layout = "strided"
+    cells = max(w * h for w, h in zip(maps.widths, maps.heights, strict=True))
+    tuned = wishes("grid", _family(head.key), preds[0], maps.planes, maps.batch, cells, head.num_classes)
+    return _tiling(head.key, maps, preds[0].dtype, layout, tuned), maps.batch
+
+
+def _saved(preds: list[Tensor], head: GridHead, outputs: GridOutputs) -> records.Saved:
+    """What a loss launch leaves, as the kernels take it."""
+    if outputs.state.numel() == 0:
+        return records.Saved(None, None, None, None)
+    planes = [(p.shape[0] * len(own), p.shape[2] * p.shape[3]) for p, own in zip(preds, head.levels, strict=True)]
+    start = sum(count * _padded(cells) for count, cells in planes)
+    return records.Saved(
+        outputs.state,
+        outputs.true_obj if any(head.smooth) else None,
+        outputs.kept,
+        outputs.state[start:].view(torch.int32),
+    )
+
+
+LISTS = 6  # see grid.records.Lists
 
 
 def grid_launch(
@@ -168,48 +256,69 @@ def grid_launch(
     workspace: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
-    common, _, config, programs = _common_arguments(preds, None, head, outputs, with_state)
+    tiling, batch = _tilings(preds, [], head)
+    parts, config, spec, M = _parts(head.key, preds[0].dtype), tiling.config, tiling.spec, rows.shape[0]
+    blocks = -(-M * spec.KINDS // spec.ROWS)
+    room = LISTS * M * spec.PLACES + 2 * blocks * tiling.programs
+    numbers = tiling.programs * (loss.N_PARTS.value + 5 * spec.NEAR * spec.IGNORES)
     arguments = {
-        **common,
-        **_grid_constants(head.key, preds[0].dtype),
-        "rows_ptr": rows,
-        "offsets_ptr": offsets,
-        "M": rows.shape[0],
-        "weights_ptr": class_weights,
-        "total_ptr": outputs.total,
-        "counts_ptr": outputs.counts,
-        "partial_ptr": rows.new_empty(programs * grid.N_PARTS.value, dtype=outputs.total.dtype),
-        "done_ptr": done_counter(rows.device, workspace),
-        "BLOCK_G": config.rows,
+        "levels": tiling.levels._replace(maps=tuple(preds)),
+        "targets": records.Targets(rows, offsets, class_weights),
+        "M": M,
+        "B": batch,
+        "lists_ptr": rows.new_empty(room, dtype=torch.int32),
+        "saved": _saved(preds, head, outputs),
+        "outputs": records.Outputs(
+            outputs.total,
+            outputs.parts,
+            outputs.counts,
+            rows.new_empty(numbers, dtype=outputs.total.dtype),
+            done_counter(rows.device, workspace),
+        ),
+        "head": parts.numbers,
+        "terms": parts.terms,
+        "SPEC": spec,
     }
     settings = config.threads, config.max_registers
-    # who is assigned to whom is tested more than once, and the copies must not be rounded differently
-    return Launch(grid.grid_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages)
-
-
-_GRAD_CONSTANTS = (
-    "strides", "scales", "anchors", "gains", "prior_gain", "shape", "box_args", "obj_args", "C",
-    "AXIS", "BOX", "OFFSET", "OBJ", "UNIT", "SMOOTH", "PRIOR", "MEAN_ROWS", "MEAN_USED", "ACC", "LEVELS",
-)  # fmt: skip
+    # the peers' operators decide with products and sums that are rounded one by one
+    return Launch(loss.grid_kernel, (tiling.programs,), arguments, *settings, exact=True, stages=config.stages)
 
 
 def grid_grad_launch(
     preds: list[Tensor], grads: list[Tensor], grad_total: Tensor, head: GridHead, outputs: GridOutputs
 ) -> Launch:
     """The launch that leaves the gradient, times ``grad_total``, after a loss launch with state."""
-    common, grad_strides, config, programs = _common_arguments(preds, grads, head, outputs, True)
-    constants = _grid_constants(head.key, preds[0].dtype)
+    tiling, batch = _tilings(preds, grads, head)
+    parts, config = _parts(head.key, preds[0].dtype), tiling.config
+    strides = tuple([Strides(*odd(map_strides(grad.shape, grad.stride(), 5 + head.num_classes))) for grad in grads])
     arguments = {
-        **common,
-        **{name: constants[name] for name in _GRAD_CONSTANTS},
-        "d_ptrs": tuple(grads),
-        "s_ds": tuple(grad_strides),
+        "levels": tiling.levels._replace(maps=tuple(preds)),
+        "grads": records.Grads(tuple(grads), strides),
+        "B": batch,
+        "saved": _saved(preds, head, outputs),
+        "parts_ptr": outputs.parts,
         "grad_out_ptr": grad_total,
-        "CHANNELS": config.channels,
+        "head": parts.numbers,
+        "terms": parts.terms,
+        "SPEC": tiling.spec,
     }
-    return Launch(
-        grid.grid_grad_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages
-    )
+    settings = config.threads, config.max_registers
+    return Launch(gradient.grid_grad_kernel, (tiling.programs,), arguments, *settings, stages=config.stages)
+
+
+def map_strides(shape: torch.Size, stride: tuple[int, ...], channels: int) -> Strides:
+    """Strides of a map ``[B, A * channels, H, W]`` or ``[B, A, H, W, channels]``; those of axes of length 1 are made
+    to follow their neighbours."""
+    if len(stride) == 4:
+        b, k, y, x = stride
+        a = k * channels
+    else:
+        b, a, y, x, k = stride
+    if shape[3] == 1:
+        x = y if shape[2] > 1 else 1
+    if shape[2] == 1:
+        y = x * shape[3]
+    return Strides(b, y, x, a, k)
 
 
 def cell_strides(view: Tensor) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..kernels import pointwise
 from ..kernels.launch import POINTWISE_BLOCK, POINTWISE_THREADS
-from ..kernels.terms import box, label
+from ..terms import find_term
 from .launch import Launch, accumulator, done_counter, float_parts, refuse_double_backward, run_all
 
 
@@ -80,9 +80,10 @@ def _pointwise_grad(kernel: Any, grad_out: Tensor, a: Tensor, b: Tensor, n: int,
 
 
 def _label(kind: str) -> dict[str, Any]:
-    if kind == "softmax_ce":
+    term = find_term("kind", kind, "class", "objectness")
+    if not term.elementwise:
         checks.fail("kind", repr(kind), "a label term that is elementwise")
-    return {"LABEL": getattr(label, kind)}
+    return {"LABEL": term.kernel}
 
 
 @torch.library.custom_op("fusedyolo::label_loss", mutates_args=())
@@ -125,7 +126,7 @@ def _(grad_out, inputs, targets, kind, args, reduction):
 
 
 def _box(kind: str, extent: list[float] | None) -> dict[str, Any]:
-    return {"BOX": getattr(box, kind), "extent": (None, None) if extent is None else tuple(extent)}
+    return {"BOX": find_term("kind", kind, "iou").kernel, "extent": (None, None) if extent is None else tuple(extent)}
 
 
 @torch.library.custom_op("fusedyolo::box_loss", mutates_args=())

@@ -14,7 +14,7 @@ from torch import Tensor
 import fusedyolo
 
 from ..emulator import Device
-from ..heads import IOU_KINDS
+from ..terms import term_names
 from .parity import TOLERANCE
 from .registry import CASES, CellCase, Workload
 from .registry import Case as LossCase
@@ -130,7 +130,7 @@ def _pointwise(work: Workload) -> Step:
         calls: dict[str, tuple[tuple[Tensor, Tensor], Callable[..., Tensor]]] = {
             name: (labels, partial(getattr(fusedyolo.functional, name), reduction="sum")) for name in LABEL_LOSSES
         }
-        for name in IOU_KINDS:
+        for name in term_names("iou", users=True):
             calls[f"box_iou_loss {name}"] = boxes, partial(fusedyolo.functional.box_iou_loss, kind=name, image_size=2)
         found = {}
         for name, (pair, loss) in calls.items():

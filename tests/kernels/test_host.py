@@ -19,6 +19,7 @@ import fusedyolo
 from fusedyolo import detections, functional, ops, tuned
 from fusedyolo.ops import launch
 from fusedyolo.ops.launch import Launch
+from fusedyolo.ops.operator import FUNCTIONS
 
 ROWS = ((0, 1, 0.4, 0.4, 0.3, 0.4), (0, 2, 0.6, 0.7, 0.2, 0.2), (1, 0, 0.3, 0.6, 0.5, 0.3))
 
@@ -169,7 +170,7 @@ class Driver:
 
 def inside(operator: Any) -> Callable[..., Any]:
     """What an operator runs."""
-    return OPDEFS[operator._qualname]._init_fn
+    return FUNCTIONS[operator] if operator in FUNCTIONS else OPDEFS[operator._qualname]._init_fn
 
 
 def run_operators() -> None:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from fusedyolo.kernels import assign, dense, grid, match, primitives, rows
 from fusedyolo.kernels.terms import box, decode, label, offset
-from oracle import check_box_term, check_grid, check_label_term, check_softmax
+from fusedyolo.kernels.terms.records import Axis, Jacobian, Span
+from oracle import check_box_term, check_grid, check_label_term, check_row_term
 from test_dense import check as check_loss
 from test_dense import make_anchors as dense_anchors
 from test_dense import make_preds as dense_preds
@@ -140,7 +141,7 @@ def check_qualities() -> None:
 # ---- broken functions: the same signatures, one thing wrong
 
 # their modules' names are those that are replaced
-mpdiou, softmax_ce = box.mpdiou, label.softmax_ce
+mpdiou, softmax_ce, real_side_share = box.mpdiou, label.softmax_ce, box._side_share
 real_best_anchor, real_row_cell = assign.best_anchor, assign.row_cell
 real_box_term, real_iou, real_next_candidate = grid._box_term, grid._iou, grid._next_candidate
 
@@ -196,12 +197,12 @@ def pow_without_zero(q, g):
 
 @triton.jit
 def overlap_clamped(x):
-    return tl.maximum(x[0] + tl.minimum(x[2], 0.0) + tl.minimum(x[3], 0.0), 1e-3)
+    return tl.maximum(x.size + tl.minimum(x.before, 0.0) + tl.minimum(x.behind, 0.0), 1e-3)
 
 
 @triton.jit
 def enclose_of_first(x):
-    return x[0] + tl.maximum(x[2], 0.0)
+    return x.size + tl.maximum(x.before, 0.0)
 
 
 @triton.jit
@@ -392,15 +393,14 @@ def misfit_over_a_constant(p, g):
 
 @triton.jit
 def side_share_twice(x, eps, inv):
-    q, by_size, by_enclosing = box._share(x[0] - x[1], box._enclose(x), eps)
-    step = primitives.step
-    return 2.0 * q, (-2.0 * by_enclosing * step(-x[2]), 2.0 * by_enclosing * step(-x[3])), 2.0 * by_size * inv
+    q, ends, by_size = real_side_share(x, eps, inv)
+    return 2.0 * q, box._Ends(2.0 * ends.first, 2.0 * ends.last), 2.0 * by_size
 
 
 @triton.jit
 def side_share_signed(x, eps, inv):
-    q, by_size, by_enclosing = box._share(x[0] - x[1], box._enclose(x), eps)
-    return q, (-by_enclosing * primitives.step(-x[2]), by_enclosing * primitives.step(-x[3])), -by_size * inv
+    q, ends, by_size = real_side_share(x, eps, inv)
+    return q, ends, -by_size
 
 
 @triton.jit
@@ -409,52 +409,52 @@ def aspect_of_the_other_sign(w, h, turn, alpha):
     a = primitives.safe_div(w, side)
     b = primitives.safe_div(h, side)
     k = primitives.safe_div(tl.abs(alpha) * 0.8105694691387022 * turn, (a * a + b * b) * side)
-    return tl.abs(alpha) * (0.4052847345693511 * turn * turn), None, None, -(k * b), k * a
+    return box._Penalty(tl.abs(alpha) * (0.4052847345693511 * turn * turn), None, None, -(k * b), k * a)
 
 
 @triton.jit
 def siou_without_angle(x, y, args):
+    numbers = box._numbers(args)
     x, y, inv = box._normalise(x, y)
-    eps = box._scaled_eps(args[0], inv)
-    value, _union, _di, d = box._iou(x, y, eps)
-    rx, rx_d, rx_c = box._share(0.5 * (x[2] - x[3]), box._enclose(x), eps)
-    ry, ry_d, ry_c = box._share(0.5 * (y[2] - y[3]), box._enclose(y), eps)
+    eps = box._scaled_eps(numbers.eps, inv)
+    rx, rx_d, rx_c = box._share(0.5 * (x.before - x.behind), box._enclose(x), eps)
+    ry, ry_d, ry_c = box._share(0.5 * (y.before - y.behind), box._enclose(y), eps)
     tx = tl.exp(-2.0 * rx)
     ty = tl.exp(-2.0 * ry)
-    w, dw = box._misfit(x[0], x[1])
-    h, dh = box._misfit(y[0], y[1])
+    w, dw = box._misfit(x.size, x.true_size)
+    h, dh = box._misfit(y.size, y.true_size)
     step = primitives.step
-    ex = (tx * (0.5 * rx_d - rx_c * step(-x[2])), tx * (0.5 * rx_d + rx_c * step(-x[3])))
-    ey = (ty * (0.5 * ry_d - ry_c * step(-y[2])), ty * (0.5 * ry_d + ry_c * step(-y[3])))
-    q = 0.5 * (2.0 - tx - ty + w + h)
-    return box._compose(value, d, ((q, ex, ey, 0.5 * dw * inv, 0.5 * dh * inv),), inv, args)
+    by_x = box._Ends(tx * (0.5 * rx_d - rx_c * step(-x.before)), tx * (0.5 * rx_d + rx_c * step(-x.behind)))
+    by_y = box._Ends(ty * (0.5 * ry_d - ry_c * step(-y.before)), ty * (0.5 * ry_d + ry_c * step(-y.behind)))
+    penalty = box._Penalty(0.5 * (2.0 - tx - ty + w + h), by_x, by_y, 0.5 * dw * inv, 0.5 * dh * inv)
+    return box._compose(box._overlap(x, y, eps), (penalty,), inv, numbers)
 
 
 @triton.jit
 def mpdiou_of_a_square(x, y, args):
-    return mpdiou((x[0], x[1], x[2], x[3], x[4]), (y[0], y[1], y[2], y[3], x[4]), args)
+    return mpdiou(x, Axis(y.size, y.true_size, y.before, y.behind, x.extent), args)
 
 
 @triton.jit
 def mpdiou_999(x, y, args):
-    loss, gx, gy = mpdiou(x, y, args)
-    return loss, (gx[0] * 0.999, gx[1]), gy
+    loss, by_x, by_y = mpdiou(x, y, args)
+    return loss, Span(by_x.centre * 0.999, by_x.size), by_y
 
 
 @triton.jit
-def power_of_value_only(q, args):
-    if len(args) > 2:
-        raised = primitives.pow_pos(q, args[2])
+def power_of_value_only(q, numbers):
+    if numbers.alpha is not None:
+        raised = primitives.pow_pos(q, numbers.alpha)
     else:
         raised = q
     return raised, 1.0
 
 
 @triton.jit
-def power_without_first(q, args):
-    if len(args) > 2:
-        raised = primitives.pow_pos(q, args[2])
-        slope = args[2] * primitives.safe_div(raised, q)
+def power_without_first(q, numbers):
+    if numbers.alpha is not None:
+        raised = primitives.pow_pos(q, numbers.alpha)
+        slope = numbers.alpha * primitives.safe_div(raised, q)
     else:
         raised = q
         slope = 1.0
@@ -608,13 +608,13 @@ def cut_one_lower(ce_ptr, match_ptr, N, left, BITS, BLOCK):
 @triton.jit
 def delta_unclipped(a, b, anchor, stride, scale):
     w = anchor * tl.exp(b * scale)
-    return (a * stride, w), (stride, 0.0, 0.0, scale * w)
+    return Span(a * stride, w), Jacobian(stride, 0.0, 0.0, scale * w)
 
 
 @triton.jit
 def delta_slope_beyond_the_clip(a, b, anchor, stride, scale):
-    value, _d = real_delta(a, b, anchor, stride, scale)
-    return value, (stride, 0.0, 0.0, scale * value[1])
+    span, _slopes = real_delta(a, b, anchor, stride, scale)
+    return span, Jacobian(stride, 0.0, 0.0, scale * span.size)
 
 
 @triton.jit
@@ -656,7 +656,7 @@ MUTANTS = [
     (box, "step", step_zero_at_tie, check_boxes),
     (box, "angle", angle_of_first_octant, check_boxes),
     (box, "safe_div", safe_div_off, check_boxes),
-    (box, "_overlap", overlap_clamped, check_boxes),
+    (box, "_shared", overlap_clamped, check_boxes),
     (box, "_enclose", enclose_of_first, check_boxes),
     (box, "_scaled_eps", no_scaled_eps, check_boxes),
     (label, "log1p", log1p_naive, check_labels),
@@ -711,15 +711,15 @@ MUTANTS = [
     (label, "varifocal", varifocal_of_all, check_qualities),
     (label, "sse", sse_half, check_qualities),
     (label, "sse", sse_naive, check_qualities),
-    (label, "softmax_ce", softmax_naive, check_softmax),
-    (label, "softmax_ce", softmax_of_one_target, check_softmax),
-    (label, "softmax_ce", softmax_of_all_rows, check_softmax),
-    (label, "log1p", log1p_naive, check_softmax),
+    (label, "softmax_ce", softmax_naive, check_row_term),
+    (label, "softmax_ce", softmax_of_one_target, check_row_term),
+    (label, "softmax_ce", softmax_of_all_rows, check_row_term),
+    (label, "log1p", log1p_naive, check_row_term),
 ]
 
 
 CHECKS = [
-    check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_softmax,
+    check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_row_term,
     check_ratio_grid, check_prior_grid, check_band_grid, check_retinanet, check_ssd, check_ssd_classes,
     check_far_object, check_fcos,
 ]  # fmt: skip

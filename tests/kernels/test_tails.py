@@ -13,6 +13,7 @@ import triton.language as tl
 from conftest import DEVICE
 from fusedyolo.kernels import primitives
 from fusedyolo.kernels.terms import box, decode, label, offset
+from fusedyolo.kernels.terms.records import Jacobian, Span, axis_of_sizes
 from oracle import EXTENT, TOLERANCE, box_loss, compare, extreme_boxes, lattice
 from oracle import value_and_grads as run
 
@@ -184,16 +185,16 @@ def decoded_kernel(
     gh = tl.load(true_ptr + 4 * at + 3, mask=mask, other=1.0)
     x, jx = AXIS(a, c, w, tl.cast(stride, ACC), tl.cast(scale, ACC))
     y, jy = AXIS(b, d, w, tl.cast(stride, ACC), tl.cast(scale, ACC))
-    hx = 0.5 * (gw - x[1])
-    hy = 0.5 * (gh - y[1])
-    pair_x = (x[1], gw, x[0] - gx + hx, hx - (x[0] - gx), extent[0])
-    pair_y = (y[1], gh, y[0] - gy + hy, hy - (y[0] - gy), extent[1])
-    loss, g_x, g_y = BOX(pair_x, pair_y, args)
+    pair_x = axis_of_sizes(x.size, gw, x.centre - gx, extent[0])
+    pair_y = axis_of_sizes(y.size, gh, y.centre - gy, extent[1])
+    loss, by_x, by_y = BOX(pair_x, pair_y, args)
+    d_a, d_c = decode.chain(by_x.centre, by_x.size, jx)
+    d_b, d_d = decode.chain(by_y.centre, by_y.size, jy)
     tl.store(loss_ptr + at, loss, mask=mask)
-    tl.store(grad_ptr + 4 * at, g_x[0] * jx[0] + g_x[1] * jx[2], mask=mask)
-    tl.store(grad_ptr + 4 * at + 1, g_y[0] * jy[0] + g_y[1] * jy[2], mask=mask)
-    tl.store(grad_ptr + 4 * at + 2, g_x[0] * jx[1] + g_x[1] * jx[3], mask=mask)
-    tl.store(grad_ptr + 4 * at + 3, g_y[0] * jy[1] + g_y[1] * jy[3], mask=mask)
+    tl.store(grad_ptr + 4 * at, d_a, mask=mask)
+    tl.store(grad_ptr + 4 * at + 1, d_b, mask=mask)
+    tl.store(grad_ptr + 4 * at + 2, d_c, mask=mask)
+    tl.store(grad_ptr + 4 * at + 3, d_d, mask=mask)
 
 
 def decoded(kind, axis, raw, true, args, anchor, stride, scale):
@@ -429,7 +430,7 @@ def sigmoid_square_to_nothing(a, b, anchor, stride, scale):
     v, dv = decode.scaled_sigmoid(a, scale)
     p, q, _e = primitives.logistic(b)
     w = anchor * (4.0 * p * p)
-    return (v * stride, w), (dv * stride, 0.0, 0.0, 2.0 * w * q)
+    return Span(v * stride, w), Jacobian(dv * stride, 0.0, 0.0, 2.0 * w * q)
 
 
 @triton.jit
@@ -437,7 +438,7 @@ def delta_to_nothing(a, b, anchor, stride, scale):
     z = b * scale
     limit = tl.full([], 4.135166556742356, tl.float64).to(b.dtype)
     w = anchor * tl.exp(primitives.smaller(z, limit))
-    return (a * stride, w), (stride, 0.0, 0.0, tl.where(z <= limit, scale * w, 0.0))
+    return Span(a * stride, w), Jacobian(stride, 0.0, 0.0, tl.where(z <= limit, scale * w, 0.0))
 
 
 @triton.jit

@@ -1,39 +1,47 @@
 """Every Triton term against its eager twin, and the newer ones against their papers' formulas."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from conftest import DEVICE
-from oracle import EXTENT, box_loss, check_box_term, check_label_term, check_softmax, lattice, random_boxes
+from fusedyolo.kernels.terms.records import axis_of_edges
+from oracle import (
+    EXTENT,
+    box_loss,
+    check_box_term,
+    check_label_term,
+    check_row_term,
+    label_numbers,
+    lattice,
+    random_boxes,
+)  # fmt: skip
 from oracle import value_and_grads as run
 
 from fusedyolo import ops, reference
-from fusedyolo.heads import BOX_KINDS, IOU_KINDS, LABEL_KINDS
+from fusedyolo.terms import TERMS, term_names
 
 DTYPES = (torch.float64, torch.float32)
 GAMMAS = (0.0, 0.5, 1.0, 2.0)
-LABELS = [
-    ("bce", []),
-    ("bce", [2.5]),
-    ("sse", []),
-    *(("focal", [alpha, gamma]) for alpha in (0.25, -1.0, 0.0) for gamma in GAMMAS),
-    ("focal", [0.25, 1.5, 2.5]),
-    *((kind, [0.25, gamma]) for kind in ("qfl", "varifocal") for gamma in (*GAMMAS, 1.5)),
-    *((kind, [-1.0, 2.0]) for kind in ("qfl", "varifocal")),
-]
+BOX_KINDS = term_names("iou")
+SHAPED = [kind for kind in BOX_KINDS if TERMS[kind].optional]  # those that have an alpha and a focal form
+LABELS = [(kind, args) for kind in term_names("objectness") for args in label_numbers(kind)]
 SHAPES = [((1.0, 0.5), torch.float64), ((3.0, 0.0), torch.float32), ((0.75, 1.0), torch.float64)]  # alpha and gamma
 BACKENDS = [pytest.param(True, id="triton"), pytest.param(False, id="torch")]
 EPS = [0.0, 0.0]
 
 
-def test_every_kind_has_both_twins():
-    from fusedyolo.kernels.terms import box, label
-
-    assert set(BOX_KINDS) == set(reference.BOX_TERMS)
-    assert set(LABEL_KINDS) == set(reference.LABEL_TERMS)
-    assert all(hasattr(box, kind) for kind in BOX_KINDS)
-    assert all(hasattr(label, kind) for kind in LABEL_KINDS)
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_has_both_twins_and_its_name_once(name):
+    term = TERMS[name]
+    assert term.kernel.fn.__module__ == f"fusedyolo.kernels.terms.{term.room}"
+    twins = {"box": reference.BOX_TERMS, "offset": reference.OFFSET_TERMS, "label": reference.LABEL_TERMS}
+    assert name in twins.get(term.room, reference.DECODE)
+    assert term.source
+    assert term.kernel.fn.__doc__
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,7 +51,7 @@ def test_box_term(kind, dtype):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES)
-@pytest.mark.parametrize("kind", IOU_KINDS)
+@pytest.mark.parametrize("kind", SHAPED)
 def test_box_term_with_alpha_and_gamma(kind, shape, dtype):
     check_box_term(kind, dtype, shape)
 
@@ -55,8 +63,33 @@ def test_label_term(kind, args, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_softmax(dtype):
-    check_softmax(dtype)
+@pytest.mark.parametrize("kind", [kind for kind in term_names("class") if not TERMS[kind].elementwise])
+def test_row_term(kind, dtype):
+    check_row_term(kind, dtype)
+
+
+@triton.jit
+def _taking_kernel(out_ptr, args, extent, BOX: tl.constexpr):
+    """A box term of lengths of 1."""
+    one = tl.load(out_ptr + tl.arange(0, 1))
+    axis = axis_of_edges(one, one + one, one, one + one, extent)
+    loss, _x, _y = BOX(axis, axis, args)
+    tl.store(out_ptr + tl.arange(0, 1), loss)
+
+
+@pytest.mark.parametrize("kind", BOX_KINDS)
+def test_a_kernel_takes_the_numbers_of_the_table(kind):
+    """A term itself refuses another number of them, when it is compiled."""
+    term = TERMS[kind]
+    taken = {len(term.numbers), len(term.numbers) + len(term.optional)}
+    for n in range(6):
+        out = torch.ones(1, device=DEVICE)
+        launch = partial(_taking_kernel[(1,)], out, (0.5,) * n, EXTENT[0], term.kernel)
+        if n in taken:
+            launch()
+        else:
+            with pytest.raises(Exception, match="a term takes another number of args"):
+                launch()
 
 
 # ---- the formulas as they are printed, on boxes without ties
@@ -110,8 +143,7 @@ PAPERS = {"eiou": paper_eiou, "siou": paper_siou, "mpdiou": paper_mpdiou, "ciou_
 @pytest.mark.parametrize("kind", PAPERS)
 def test_box_formula(kind, fused):
     p, g = (boxes[:40].to(DEVICE) for boxes in random_boxes())
-    shapes = [()] if kind == "ciou_plus" else [(), (3.0, 0.0), (1.0, 0.5), (2.0, 0.25)]
-    for shape in shapes:
+    for shape in [(), (3.0, 0.0), (1.0, 0.5), (2.0, 0.25)] if TERMS[kind].optional else [()]:
         alpha, gamma = shape or (1.0, 0.0)
 
         def loss(p, g, alpha=alpha, gamma=gamma):
@@ -147,7 +179,7 @@ def test_ciou_plus_of_a_true_box_without_size(fused):
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize("kind", IOU_KINDS)
+@pytest.mark.parametrize("kind", SHAPED)
 def test_alpha_of_one_and_gamma_of_zero_are_the_plain_loss(kind, fused):
     p, g = (boxes.to(DEVICE) for boxes in lattice(3, empty=True))
     plain = run(box_loss(kind, EPS, fused), p, g)
@@ -156,7 +188,7 @@ def test_alpha_of_one_and_gamma_of_zero_are_the_plain_loss(kind, fused):
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize("kind", IOU_KINDS)
+@pytest.mark.parametrize("kind", SHAPED)
 def test_roots_have_no_slope_where_they_vanish(kind, fused):
     """alpha < 1: penalties of 0, IoUs of 0, and what is left of them by rounding."""
     p, g = (boxes.to(DEVICE) for boxes in lattice(3, empty=True))
@@ -171,7 +203,7 @@ def test_roots_have_no_slope_where_they_vanish(kind, fused):
 @pytest.mark.parametrize("fused", BACKENDS)
 def test_focal_factor_is_0_without_overlap_and_its_zeroth_power_1(fused):
     p = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64, device=DEVICE)
-    for kind in IOU_KINDS:
+    for kind in SHAPED:
         loss, *grads = run(box_loss(kind, [*EPS, 1.0, 0.5], fused), p, p + 3)
         assert loss == 0
         assert not any(grad.any() for grad in grads)
@@ -190,7 +222,7 @@ def test_siou_at_rest(fused):
 @pytest.mark.parametrize("kind", BOX_KINDS)
 def test_nan_stays_nan_and_in_its_lane(kind, fused):
     p, g = (boxes[:3].to(DEVICE) for boxes in random_boxes())
-    for shape in [()] if kind == "ciou_plus" else [(), (3.0, 0.5)]:
+    for shape in [(), (3.0, 0.5)] if TERMS[kind].optional else [()]:
         args = [*EPS, *shape]
         want = run(box_loss(kind, args, fused), p, g)
         bad = p.clone()
@@ -266,7 +298,7 @@ def test_qfl_where_the_prediction_is_its_target(gamma, fused):
 
 
 def test_softmax_formula():
-    """The reference's, which check_softmax compares the kernel's with: PyTorch's own, where that has digits."""
+    """The reference's, which check_row_term compares the kernel's with: PyTorch's own, where that has digits."""
     gen = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 5, 7, generator=gen, dtype=torch.float64)
     got = run(reference.LABEL_TERMS["softmax_ce"], x, t)

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
-from test_yolov5 import similarity
+from formulas import box_term
 
 import fusedyolo
 from fusedyolo import LossOutput, Targets, YOLOv3Loss, YOLOv4Loss, backend, reference
 from fusedyolo.losses import RECIPES, rounded
+from fusedyolo.terms import term_names
 
 BACKENDS = ["torch", "triton"]
 ANCHORS = [[(10, 13), (16, 30), (33, 23)], [(30, 61), (62, 45), (59, 48)]]
@@ -303,9 +304,8 @@ def direct(pred, rows, owners, between=(), box="mse", term=class_bce, powers=(1,
                 wanted = (g[0] / 16 - x, g[1] / 16 - y, (g[2] / aw).log(), (g[3] / ah).log())
                 loss = sum((p - t) ** 2 for p, t in zip((sx, sy, v[2], v[3]), wanted, strict=True))
             else:
-                value = similarity(box, decoded, g, 0.0, (WIDTH, HEIGHT), f32(1e-7))
-                alpha, gamma = powers
-                loss = 1 - value if powers == (1, 0) else value.detach() ** gamma * (1 - value**alpha)
+                numbers = (0.0, f32(1e-7), *powers)
+                loss = box_term(box, decoded.unbind(-1), g.unbind(-1), numbers, (WIDTH, HEIGHT))
             parts["box"] = parts["box"] + 5.0 * loss
     return parts, seen
 
@@ -337,8 +337,8 @@ def test_class_terms(name):
     agrees_with({"cls_loss": kind, **hyp}, parts, exact, rows, len(owners))
 
 
-@pytest.mark.parametrize("box", ["eiou", "siou", "mpdiou"])
-def test_later_box_terms(box):
+@pytest.mark.parametrize("box", term_names("iou", users=True))
+def test_box_terms(box):
     exact, rows = small_map(), objects(device="cpu")
     owners = best_anchor_owners(rows)
     parts, _ = direct(exact, rows, owners, box=box)
@@ -587,7 +587,7 @@ def test_the_paper_is_the_default():
 
 @pytest.mark.parametrize("cls", LOSSES)
 @pytest.mark.parametrize("recipe", ["paper", "darknet"])
-@pytest.mark.parametrize("iou_loss", ["mse", "iou", "giou", "diou", "ciou", "eiou", "siou", "mpdiou"])
+@pytest.mark.parametrize("iou_loss", term_names("iou", "offset", users=True))
 def test_every_box_loss_goes_with_every_recipe(cls, recipe, iou_loss):
     module = criterion(cls, recipe=recipe, iou_loss=iou_loss)
     preds = maps()

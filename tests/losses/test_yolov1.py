@@ -542,11 +542,11 @@ def test_runs_are_bit_identical_for_every_tile(monkeypatch):
     totals, grads = [], []
     for tile in (launch.CELL_TILE, launch.CELL_TILE, 2048):
         monkeypatch.setattr(launch, "CELL_TILE", tile)
-        ops.cells._constants.cache_clear()
+        ops.forget_plans()
         total = criterion(pred, rows).total
         totals.append(total.detach())
         grads.append(torch.autograd.grad(total, pred)[0])
-    ops.cells._constants.cache_clear()
+    ops.forget_plans()
     assert torch.equal(totals[0], totals[1])
     torch.testing.assert_close(totals[2], totals[0], rtol=1e-6, atol=0)
     assert torch.equal(grads[0], grads[1])
@@ -819,12 +819,12 @@ def change_head(**changes):
 def test_mutants_are_rejected(owner, name, broken, monkeypatch):
     whole_check()
     monkeypatch.setattr(owner, name, broken)
-    ops.cells._constants.cache_clear()
+    ops.forget_plans()
     try:
         with pytest.raises(AssertionError):
             whole_check()
     finally:
-        ops.cells._constants.cache_clear()
+        ops.forget_plans()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
