@@ -12,7 +12,7 @@ from rich.console import Console
 
 import fusedyolo
 from fusedyolo.tools import objects
-from fusedyolo.tools.registry import CASES, CellCase, DenseCase, Workload
+from fusedyolo.tools.registry import CASES, Workload
 
 from . import pictures
 
@@ -21,13 +21,12 @@ CALM = -4.0  # logits of predictions that are sure of nothing
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    names = [name for name, case in CASES.items() if not isinstance(case, CellCase)]
     parser = argparse.ArgumentParser(prog="python -m bench assign", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of images; drawn ones if left out")
     parser.add_argument(
         "--labels", type=Path, help="YOLO txt folder, COCO json or VOC xml folder; found beside --images"
     )
-    parser.add_argument("--loss", choices=names, default="YOLOv5")
+    parser.add_argument("--loss", choices=list(CASES), default="YOLOv5")
     parser.add_argument("--index", type=int, default=0, help="which of the images")
     parser.add_argument("--size", type=int, default=416, help="side the image is fitted into, a multiple of 32")
     parser.add_argument("--out", type=Path, default=Path("runs/assignment.png"))
@@ -53,11 +52,9 @@ def main(argv: Sequence[str]) -> int:
     criterion = case.build(work.classes, "torch")
     preds = [torch.full_like(pred, CALM).detach() for pred in case.predictions(work)]
     rows = objects.pack(loaded.annotations)
-    names = list(labels.names)
-    if isinstance(case, DenseCase) and case.background:
-        rows[:, 1] += 1
-        names.insert(0, "background")
-    found = fusedyolo.assign(criterion, preds, rows, **case.geometry(work))
+    rows[:, 1] += case.background
+    names = ["background"] * case.background + list(labels.names)
+    found = fusedyolo.assign(criterion, case.pack(preds, work), rows, **case.geometry(work))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure = fusedyolo.draw_assignment(loaded.pixels[0], found, names=names)
     figure.suptitle(f"{case.name}, objects: {len(loaded.annotations[0].boxes)}", fontsize=11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,12 +13,23 @@ from torch import Tensor
 from ..heads import GridHead, head_from_key, obj_scales, reach
 from ..kernels import assign
 from ..kernels.grid import gradient, loss, records
-from ..kernels.launch import SMALLEST_TILE, GridConfig, Wishes, grid_config
+from ..kernels.launch import SMALLEST_TILE, grid_config
 from ..kernels.levels import Strides
 from ..reference.grid import NEIGHBOURS
 from ..terms import TERMS
 from ..tuned import wishes
-from .launch import Launch, accumulator, done_counter, odd, refuse_double_backward, run_all
+from .launch import (
+    Launch,
+    Layout,
+    accumulator,
+    done_counter,
+    layouts,
+    odd,
+    planned,
+    refuse_double_backward,
+    run_all,
+)
+from .operator import differentiable, fake, operator
 
 _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
 
@@ -124,19 +136,32 @@ class GridOutputs(NamedTuple):
     true_obj: Tensor  # objectness targets, where they are more than a byte says; planes as in ``state``
 
 
-def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: bool) -> GridOutputs:
-    """Memory for what a loss launch leaves."""
-    pred, channels = preds[0], 5 + head.num_classes
-    acc = accumulator(pred.dtype)[1]
-    means = 2 * len(preds) if head.mean_rows or head.obj_mean == "used" else 0
+class _Room(NamedTuple):
+    """How much memory a loss launch leaves; of predictions whose sizes are symbols symbols."""
+
+    predictions: int
+    padded: int  # planes, each from a multiple of 16 on
+    programs: int  # at most
+
+
+def _room(shapes: Sequence[Sequence[int]], head: GridHead) -> _Room:
+    planes = [(s[0] * len(own), s[2] * s[3]) for s, own in zip(shapes, head.levels, strict=True)]
+    return _Room(
+        sum(count * cells for count, cells in planes),
+        sum(count * (-(-cells // 16) * 16) for count, cells in planes),
+        sum(count * -(-cells // SMALLEST_TILE) for count, cells in planes),
+    )
+
+
+def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> GridOutputs:
+    acc, channels = accumulator(pred.dtype)[1], 5 + head.num_classes
+    means = 2 * len(head.levels) if head.mean_rows or head.obj_mean == "used" else 0
     size = places = targets = 0
-    if with_state:
-        planes = [(pred.shape[0] * len(own), p.shape[2] * p.shape[3]) for p, own in zip(preds, head.levels, strict=True)]
-        padded = sum(count * _padded(cells) for count, cells in planes)
-        size = padded + 4 * sum(count * -(-cells // SMALLEST_TILE) for count, cells in planes)
+    if room is not None:
+        size = room.padded + 4 * room.programs
         # no more assignments than predictions, nor than rows can make; in a compiled graph both are symbols
-        places = torch.sym_min(sum(count * cells for count, cells in planes), rows.shape[0] * head.places_per_row)
-        targets = padded if any(head.smooth) else 0
+        places = torch.sym_min(room.predictions, rows.shape[0] * head.places_per_row)
+        targets = room.padded if any(head.smooth) else 0
     return GridOutputs(
         pred.new_empty((), dtype=acc),
         pred.new_empty(3 + means, dtype=acc),
@@ -147,102 +172,93 @@ def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: 
     )
 
 
-def _padded(cells: int) -> int:
-    return -(-cells // 16) * 16
+def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: bool) -> GridOutputs:
+    """Memory for what a loss launch leaves."""
+    room = _room([pred.shape for pred in preds], head) if with_state else None
+    return _outputs(preds[0], rows, head, room)
 
 
-class _Maps(NamedTuple):
-    """Prediction maps, or gradients, as the kernels see them."""
-
-    batch: int
-    widths: tuple[int, ...]
-    heights: tuple[int, ...]
-    strides: tuple[Strides, ...]
-    planes: bool  # neighbouring cells are neighbours in memory
-    layout: str  # of a Spec
+LISTS = 6  # in one piece of memory: those of grid.records.Lists but for blocks
 
 
-@lru_cache(maxsize=256)
-def _maps(shapes: tuple[torch.Size, ...], strides: tuple[tuple[int, ...], ...], channels: int) -> _Maps:
-    heights, widths = [shape[2] for shape in shapes], [shape[3] for shape in shapes]
-    steps = [map_strides(shape, stride, channels) for shape, stride in zip(shapes, strides, strict=True)]
-    flat = all(s.row == s.column * width for s, width in zip(steps, widths, strict=True))
-    planes = all(s.column == 1 for s in steps)
-    layout = "strided"
-    if flat:
-        layout = "planes" if planes else "channels" if all(s.channel == 1 for s in steps) else "strided"
-    return _Maps(shapes[0][0], tuple(widths), tuple(heights), tuple(steps), planes, layout)
+class _Plan(NamedTuple):
+    """Both launches of a step but for their tensors, and the sizes of what they share."""
+
+    loss: Launch
+    grad: Launch
+    room: _Room
+    lists: int  # integers a row
+    numbers: int  # partial sums, and boxes met by a tile
 
 
-class _Tiling(NamedTuple):
-    """What does not change between calls with predictions of the same shapes and strides."""
-
-    levels: records.Levels  # without the maps
-    config: GridConfig
-    programs: int
-    spec: records.Spec
-
-
-@lru_cache(maxsize=256)
-def _tiling(key: str, maps: _Maps, dtype: torch.dtype, layout: str, tuned: Wishes) -> _Tiling:
-    head, parts = head_from_key(key), _parts(key, dtype)
-    cells = tuple(w * h for w, h in zip(maps.widths, maps.heights, strict=True))
-    config = grid_config(max(cells), maps.planes, dtype.itemsize, tuned)
-    scales = obj_scales(
-        head.obj_balance, head.obj_mean, tuple(len(own) * n for own, n in zip(head.levels, cells, strict=True))
-    )
+@planned
+def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
+    head = head_from_key(key)
+    parts, shapes = _parts(key, preds[0].dtype), [pred.shape for pred in preds]
+    strides = [map_strides(pred, 5 + head.num_classes) for pred in preds]
+    batch, cells = shapes[0][0], [shape[2] * shape[3] for shape in shapes]
+    planes = all(by.column == 1 for by in strides)
+    tuned = wishes("grid", _family(key), preds[0], planes, batch, max(cells), head.num_classes)
+    config = grid_config(max(cells), planes, preds[0].dtype.itemsize, tuned)
+    per_plane = tuple(len(own) * n for own, n in zip(head.levels, cells, strict=True))
     levels = records.Levels(
-        maps=(),
-        by=tuple(Strides(*odd(by)) for by in maps.strides),
-        widths=odd(maps.widths),
-        heights=odd(maps.heights),
+        batch=2 * batch + 3,
+        by=odd(tuple(strides)),
+        widths=odd(tuple([shape[3] for shape in shapes])),
+        heights=odd(tuple([shape[2] for shape in shapes])),
         cell_sides=head.strides,
         scales=head.scale_x_y,
-        obj_scales=scales,
+        obj_scales=obj_scales(head.obj_balance, head.obj_mean, per_plane),
         smooth=odd(tuple(map(int, head.smooth_levels))),
         anchors=parts.anchors,
     )
-    pad = parts.spec["K_PAD"]
     spec = records.Spec(
         **parts.spec,
-        LAYOUT=layout,
+        LAYOUT=_layout(strides, preds),
         CELLS=config.cells,
         ROWS=config.rows,
         NEAR=min(64, config.rows),
-        PICKS=max(1, 8 * config.threads // pad),
+        PICKS=max(1, 8 * config.threads // parts.spec["K_PAD"]),
         CHANNELS=config.channels,
     )
-    programs = sum(maps.batch * len(own) * -(-n // config.cells) for own, n in zip(head.levels, cells, strict=True))
-    return _Tiling(levels, config, programs, spec)
-
-
-def _tilings(preds: list[Tensor], grads: list[Tensor], head: GridHead) -> tuple[_Tiling, int]:
-    """Of a launch that reads some maps and writes some gradients; and the number of images."""
-    shapes, channels = tuple([pred.shape for pred in preds]), 5 + head.num_classes
-    maps = _maps(shapes, tuple([pred.stride() for pred in preds]), channels)
-    layout = maps.layout
-    if grads and _maps(shapes, tuple([grad.stride() for grad in grads]), channels).layout != layout:
-        layout = "strided"
-    cells = max(w * h for w, h in zip(maps.widths, maps.heights, strict=True))
-    tuned = wishes("grid", _family(head.key), preds[0], maps.planes, maps.batch, cells, head.num_classes)
-    return _tiling(head.key, maps, preds[0].dtype, layout, tuned), maps.batch
-
-
-def _saved(preds: list[Tensor], head: GridHead, outputs: GridOutputs) -> records.Saved:
-    """What a loss launch leaves, as the kernels take it."""
-    if outputs.state.numel() == 0:
-        return records.Saved(None, None, None, None)
-    planes = [(p.shape[0] * len(own), p.shape[2] * p.shape[3]) for p, own in zip(preds, head.levels, strict=True)]
-    start = sum(count * _padded(cells) for count, cells in planes)
-    return records.Saved(
-        outputs.state,
-        outputs.true_obj if any(head.smooth) else None,
-        outputs.kept,
-        outputs.state[start:].view(torch.int32),
+    programs = sum(batch * len(own) * -(-n // config.cells) for own, n in zip(head.levels, cells, strict=True))
+    arguments = {"levels": levels, "head": parts.numbers, "terms": parts.terms, "SPEC": spec}
+    settings = config.threads, config.max_registers
+    return _Plan(
+        # the peers' operators decide with products and sums that are rounded one by one
+        Launch(loss.grid_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages),
+        Launch(gradient.grid_grad_kernel, (programs,), arguments, *settings, stages=config.stages),
+        _room(shapes, head),
+        LISTS * head.places_per_row,
+        programs * (loss.N_PARTS.value + 5 * spec.NEAR * spec.IGNORES),
     )
 
 
-LISTS = 6  # see grid.records.Lists
+@planned
+def _grad_plan(key: str, preds: tuple[Layout, ...], grads: tuple[Layout, ...]) -> Launch:
+    """The gradient launch with the strides of the gradients; of one layout with the predictions' only if both are."""
+    plan, head = _plan(key, preds), head_from_key(key)
+    strides = [map_strides(grad, 5 + head.num_classes) for grad in grads]
+    spec = plan.grad.arguments["SPEC"]
+    if _layout(strides, grads) != spec.LAYOUT:
+        spec = spec._replace(LAYOUT="strided")
+    return plan.grad.filled({"grads_by": odd(tuple(strides)), "SPEC": spec})
+
+
+def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:
+    """That of a :class:`~fusedyolo.kernels.grid.records.Spec`."""
+    if all(by.row == by.column * each.shape[3] for by, each in zip(strides, maps, strict=True)):
+        if all(by.column == 1 for by in strides):
+            return "planes"
+        if all(by.channel == 1 for by in strides):
+            return "channels"
+    return "strided"
+
+
+def _saved(outputs: GridOutputs, room: _Room, head: GridHead) -> records.Saved:
+    """What a loss launch leaves, as the kernels take it."""
+    bases = outputs.state[room.padded :].view(torch.int32)
+    return records.Saved(outputs.state, outputs.true_obj if any(head.smooth) else None, outputs.kept, bases)
 
 
 def grid_launch(
@@ -256,68 +272,55 @@ def grid_launch(
     workspace: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
-    tiling, batch = _tilings(preds, [], head)
-    parts, config, spec, M = _parts(head.key, preds[0].dtype), tiling.config, tiling.spec, rows.shape[0]
-    blocks = -(-M * spec.KINDS // spec.ROWS)
-    room = LISTS * M * spec.PLACES + 2 * blocks * tiling.programs
-    numbers = tiling.programs * (loss.N_PARTS.value + 5 * spec.NEAR * spec.IGNORES)
-    arguments = {
-        "levels": tiling.levels._replace(maps=tuple(preds)),
-        "targets": records.Targets(rows, offsets, class_weights),
-        "M": M,
-        "B": batch,
-        "lists_ptr": rows.new_empty(room, dtype=torch.int32),
-        "saved": _saved(preds, head, outputs),
-        "outputs": records.Outputs(
-            outputs.total,
-            outputs.parts,
-            outputs.counts,
-            rows.new_empty(numbers, dtype=outputs.total.dtype),
-            done_counter(rows.device, workspace),
-        ),
-        "head": parts.numbers,
-        "terms": parts.terms,
-        "SPEC": spec,
-    }
-    settings = config.threads, config.max_registers
-    # the peers' operators decide with products and sums that are rounded one by one
-    return Launch(loss.grid_kernel, (tiling.programs,), arguments, *settings, exact=True, stages=config.stages)
+    plan, M = _plan(head.key, layouts(preds)), rows.shape[0]
+    spec, (programs,) = plan.loss.arguments["SPEC"], plan.loss.grid
+    blocks = -(-M * spec.KINDS // spec.ROWS) * programs
+    partial = rows.new_empty(plan.numbers, dtype=outputs.total.dtype)
+    done = done_counter(rows.device, workspace)
+    return plan.loss.filled(
+        {
+            "maps": tuple(preds),
+            "targets": records.Targets(rows, offsets, class_weights),
+            "M": M,
+            "lists_ptr": rows.new_empty(plan.lists * M + 2 * blocks, dtype=torch.int32),
+            "saved": _saved(outputs, plan.room, head) if with_state else NOTHING,
+            "outputs": records.Outputs(outputs.total, outputs.parts, outputs.counts, partial, done),
+        }
+    )
+
+
+NOTHING = records.Saved(None, None, None, None)
 
 
 def grid_grad_launch(
     preds: list[Tensor], grads: list[Tensor], grad_total: Tensor, head: GridHead, outputs: GridOutputs
 ) -> Launch:
     """The launch that leaves the gradient, times ``grad_total``, after a loss launch with state."""
-    tiling, batch = _tilings(preds, grads, head)
-    parts, config = _parts(head.key, preds[0].dtype), tiling.config
-    strides = tuple([Strides(*odd(map_strides(grad.shape, grad.stride(), 5 + head.num_classes))) for grad in grads])
-    arguments = {
-        "levels": tiling.levels._replace(maps=tuple(preds)),
-        "grads": records.Grads(tuple(grads), strides),
-        "B": batch,
-        "saved": _saved(preds, head, outputs),
-        "parts_ptr": outputs.parts,
-        "grad_out_ptr": grad_total,
-        "head": parts.numbers,
-        "terms": parts.terms,
-        "SPEC": tiling.spec,
-    }
-    settings = config.threads, config.max_registers
-    return Launch(gradient.grid_grad_kernel, (tiling.programs,), arguments, *settings, stages=config.stages)
+    at = layouts(preds)
+    return _grad_plan(head.key, at, layouts(grads)).filled(
+        {
+            "maps": tuple(preds),
+            "grads": tuple(grads),
+            "saved": _saved(outputs, _plan(head.key, at).room, head),
+            "parts_ptr": outputs.parts,
+            "grad_out_ptr": grad_total,
+        }
+    )
 
 
-def map_strides(shape: torch.Size, stride: tuple[int, ...], channels: int) -> Strides:
+def map_strides(at: Layout, channels: int) -> Strides:
     """Strides of a map ``[B, A * channels, H, W]`` or ``[B, A, H, W, channels]``; those of axes of length 1 are made
     to follow their neighbours."""
+    (height, width), stride = at.shape[2:4], at.stride
     if len(stride) == 4:
         b, k, y, x = stride
         a = k * channels
     else:
         b, a, y, x, k = stride
-    if shape[3] == 1:
-        x = y if shape[2] > 1 else 1
-    if shape[2] == 1:
-        y = x * shape[3]
+    if width == 1:
+        x = y if height > 1 else 1
+    if height == 1:
+        y = x * width
     return Strides(b, y, x, a, k)
 
 
@@ -331,7 +334,7 @@ def cell_strides(view: Tensor) -> tuple[int, ...]:
     return b, a, y, x, k
 
 
-@torch.library.custom_op("fusedyolo::grid_loss", mutates_args=())
+@operator
 def grid_loss(
     preds: list[Tensor],
     rows: Tensor,
@@ -346,18 +349,18 @@ def grid_loss(
     A compiled graph brings its ``workspace``.
     """
     head = head_from_key(key)
-    outputs = grid_outputs(preds, rows, head, with_state)
+    outputs = _outputs(preds[0], rows, head, _plan(key, layouts(preds)).room if with_state else None)
     launch = grid_launch(preds, rows, offsets, class_weights, head, outputs, with_state, workspace)
     run_all([launch], rows.device)
     return outputs.total, outputs.parts, outputs.counts, outputs.state, outputs.kept, outputs.true_obj
 
 
-@grid_loss.register_fake
+@fake(grid_loss)
 def _(preds, rows, offsets, class_weights, key, with_state, workspace=None):
     return tuple(grid_outputs(preds, rows, head_from_key(key), with_state))
 
 
-@torch.library.custom_op("fusedyolo::grid_loss_grad", mutates_args=())
+@operator
 def grid_loss_grad(
     grad_total: Tensor,
     preds: list[Tensor],
@@ -374,7 +377,7 @@ def grid_loss_grad(
     return grads
 
 
-@grid_loss_grad.register_fake
+@fake(grid_loss_grad)
 def _(grad_total, preds, parts, state, kept, true_obj, key):
     return [torch.empty_like(pred) for pred in preds]
 
@@ -389,13 +392,12 @@ def _save_grid(ctx, inputs, output):
 
 def _grid_backward(ctx, grad_total, *_grads):
     parts, state, kept, true_obj, *preds = ctx.saved_tensors
-    others = (None,) * (len(ctx.needs_input_grad) - 1)  # a workspace counts only where there is one
     if grad_total is None:
-        return [None] * len(preds), *others
+        return [None] * len(preds)
     if state.numel() == 0:
         raise RuntimeError("grid_loss: no gradient was prepared, with_state was False")
-    return grid_loss_grad(grad_total, preds, parts, state, kept, true_obj, ctx.key), *others
+    return grid_loss_grad(grad_total, preds, parts, state, kept, true_obj, ctx.key)
 
 
-grid_loss.register_autograd(_grid_backward, setup_context=_save_grid)
-grid_loss_grad.register_autograd(refuse_double_backward(grid_loss_grad._qualname))
+differentiable(grid_loss, _grid_backward, _save_grid)
+differentiable(grid_loss_grad, refuse_double_backward(grid_loss_grad))

@@ -53,8 +53,9 @@ def float_parts(value: float) -> tuple[float, float, float]:
 
 
 def odd(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Integers, also in tuples, as odd ones: no kernel is compiled for the values of these, see ``plain``."""
-    return tuple(odd(n) if isinstance(n, tuple) else 2 * n + 3 for n in numbers)
+    """Integers, also in tuples within, as odd ones: no kernel is compiled for the values of these, see ``plain``."""
+    odds = [odd(n) if isinstance(n, tuple) else 2 * n + 3 for n in numbers]
+    return type(numbers)(*odds) if hasattr(numbers, "_fields") else tuple(odds)
 
 
 class Layout(NamedTuple):

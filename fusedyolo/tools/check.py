@@ -21,7 +21,7 @@ from rich.table import Table
 
 from . import compiled, interpreter
 from .compiled_table import Result, accepts, print_results, write
-from .registry import DTYPES, Case, Workload, add_loss, select
+from .registry import DTYPES, Case, Workload, add_loss, choose, select
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +115,7 @@ def _run_compiled(options: argparse.Namespace, console: Console) -> int:
         seeds=options.seeds or 2, fusion=options.fusion or "as-shipped", noise=options.noise, fine=options.fine
     )
     try:
-        cases = compiled.choose(options.loss)
+        cases = choose(options.loss, compiled.cases())
         if options.markdown:
             accepts(options.markdown)
         compiled.ready()

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ from .. import tuned
 from ..kernels.launch import REGISTERS, Wishes, legal_wishes
 from .environment import environment, kernels_digest
 from .parity import step
-from .registry import DTYPES, LAYOUTS, Case, CellCase, DenseCase, Workload, add_loss, first_recipes, select
+from .registry import DTYPES, LAYOUTS, Case, Workload, add_loss, first_recipes, select
 
 GAIN = 0.02  # of the time that a configuration must save to be preferred to the heuristic
 TURNS = 3  # in which the best one and the heuristic are timed once more
@@ -65,36 +65,9 @@ class Point:
 
 def candidates(point: Point) -> list[Wishes]:
     """What is tried, the heuristic (no wishes) first."""
-    found: Iterator[dict[str, int]]
-    if isinstance(point.case, CellCase):
-        found = _product(cells=(16, 32, 64, 128, 256), threads=(128, 256, 512))
-    elif isinstance(point.case, DenseCase):
-        tiles = _product(block=(1024, 2048, 4096), steps=(4, 8, 16), threads=(128, 256, 512))
-        if point.case.cls == "SSDLoss":
-            tiles = _product(cells=(8, 16, 32, 64), steps=(8, 16), threads=(128, 256, 512))
-        elif point.case.layout(point.work) != "rows":
-            tiles = _product(cells=(256, 512, 1024), planes=(2, 4, 8), threads=(128, 256, 512))
-        others = [{"match_threads": n} for n in (64, 128, 512)] + [{"rank_threads": n} for n in (256, 1024)]
-        found = itertools.chain(tiles, others[: 5 if point.case.cls == "SSDLoss" else 3], _product(stages=(1, 2, 4)))
-    elif point.case.layout(point.work) == "nchw":
-        found = (
-            {"cells": cells, "channels": channels, "threads": cells // each}
-            for cells, channels, each in itertools.product((512, 1024, 2048), (4, 8, 16), (8, 4, 2))
-        )
-        found = itertools.chain(found, _product(stages=(1, 2, 4)), _product(max_registers=(96, 168, 255)))
-    else:
-        tiles = _product(cells=(64, 128, 256), channels=(16, 32, 64), threads=(64, 128, 256))
-        found = itertools.chain(tiles, _product(stages=(1, 2, 4)))
-    return [(), *(tuple(each.items()) for each in found if legal_wishes(_kind(point), each))]
-
-
-def _kind(point: Point) -> str:
-    return "cell" if isinstance(point.case, CellCase) else "dense" if isinstance(point.case, DenseCase) else "grid"
-
-
-def _product(**values: Sequence[int]) -> Iterator[dict[str, int]]:
-    for each in itertools.product(*values.values()):
-        yield dict(zip(values, each, strict=True))
+    driver, head = point.case.driver, point.case.head(point.work.classes)
+    found = driver.candidates(head, point.case.layout(point.work))
+    return [(), *(tuple(each.items()) for each in found if legal_wishes(driver.kind, each))]
 
 
 def prune(reports: Mapping[Wishes, Resources | str]) -> dict[Wishes, str]:

@@ -101,7 +101,7 @@ def _rank(lists, first, amount, cell, SPEC: tl.constexpr):
 
 @triton.jit
 def _order_rows(lists, blocks, free, shared, SPEC: tl.constexpr):
-    """Leaves the listed rows again, cell by cell, those of one cell in their order; ``free`` is where each cell's go."""
+    """Leaves the listed rows again, cell by cell, those of one cell in order; ``free`` is where each cell's go."""
     for i in range(0, blocks):
         amount, first, cell, g, mask = _listed(lists, i, SPEC)
         if amount > 0:

@@ -50,18 +50,22 @@ def _store(d_ptr, by, HW, site, state, d_obj, d_prior, saved, shares, smooth, he
             tl.store(at[None, :] + (k * step)[:, None], d.to(d_ptr.dtype.element_ty), mask=here & mask[None, :])
 
 
-@triton.jit(do_not_specialize=["B"])
-def grid_grad_kernel(levels, grads, B, saved, parts_ptr, grad_out_ptr, head, terms, SPEC: tl.constexpr):
-    """Gradient of the total, times ``grad_out``, with the grid, the arguments and the leavings of the loss launch."""
+@triton.jit
+def grid_grad_kernel(
+    maps, levels, grads, grads_by, saved, parts_ptr, grad_out_ptr, head, terms, SPEC: tl.constexpr
+):  # fmt: skip
+    """Gradient of the total, times ``grad_out``, with the grid, the arguments and the leavings of the loss launch;
+    ``grads`` are those of ``maps``, ``grads_by`` their strides.
+    """
     pid = tl.program_id(0)
-    site, _pool = site_of(pid, levels, B, SPEC)
+    site, _pool = site_of(pid, levels, SPEC)
     per_row = tl.load(grad_out_ptr).to(SPEC.ACC)
     per_used = per_row
     if SPEC.MEAN_ROWS or SPEC.MEAN_USED:
         per_row *= tl.load(parts_ptr + 3 + 2 * site.level)
         per_used *= tl.load(parts_ptr + 4 + 2 * site.level)
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
-    map_ptr = pointer_of(levels.maps, site.level)
+    map_ptr = pointer_of(maps, site.level)
     logits, logit = load_logits(map_ptr, strides_of(levels.by, site.level), site, cells, SPEC.PRIOR, SPEC)
     state = load_plane(saved.state_ptr, cells, site).to(tl.int32)
     true_obj = tl.cast(0.0, SPEC.ACC)
@@ -79,8 +83,8 @@ def grid_grad_kernel(levels, grads, B, saved, parts_ptr, grad_out_ptr, head, ter
         _prior, d = prior_term(logits, site, head, terms, SPEC)
         share = per_row * head.prior_gain
         d_prior = (share * d[0], share * d[1], share * d[2], share * d[3])
-    d_ptr = pointer_of(grads.maps, site.level)
-    by = strides_of(grads.by, site.level)
+    d_ptr = pointer_of(grads, site.level)
+    by = strides_of(grads_by, site.level)
     shares = (per_row, per_used)
     if SPEC.LAYOUT == "planes":
         if (site.HW % 16 == 0) & are_wide(by):

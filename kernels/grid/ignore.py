@@ -62,8 +62,8 @@ def _are_hot(map_ptr, by, over, cells, site, head, SPEC: tl.constexpr):
 
 @triton.jit
 def ignored(map_ptr, by, logits, rows, near_ptr, site, head, terms, SPEC: tl.constexpr):
-    """Whether the largest IoU of each prediction with a true box exceeds the threshold, and the gate is passed; and with
-    SMOOTH this IoU, 0 elsewhere.
+    """Whether the largest IoU of each prediction with a true box exceeds the threshold, and the gate is passed; and
+    with SMOOTH this IoU, 0 elsewhere.
     """
     CELLS: tl.constexpr = SPEC.CELLS
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)

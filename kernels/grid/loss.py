@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ..assign import row_valid
 from ..levels import integer_of, number_of, pointer_of, strides_of
+from ..primitives import plain
 from ..rows import image_rows, in_its_range, load_rows, rows_end, wrong_offsets
 from ..sums import column, column_sums, is_last
 from .assign import assigned
@@ -68,10 +69,10 @@ def _store_partial(at, box, obj, cls, assigned_to, in_use, counted):
 
 
 @triton.jit
-def _tile(levels, site, pool, rows, lists, saved, outputs, head, terms, SPEC: tl.constexpr):
+def _tile(maps, levels, site, pool, rows, lists, saved, outputs, head, terms, SPEC: tl.constexpr):
     """The tile of a program: its partial sums, and what the gradient needs."""
     CELLS: tl.constexpr = SPEC.CELLS
-    map_ptr = pointer_of(levels.maps, site.level)
+    map_ptr = pointer_of(maps, site.level)
     by = strides_of(levels.by, site.level)
     obj_scale = tl.cast(number_of(levels.obj_scales, site.level), SPEC.ACC)
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
@@ -125,13 +126,11 @@ def _tile(levels, site, pool, rows, lists, saved, outputs, head, terms, SPEC: tl
     else:
         counted += found.picks
     at = outputs.partial_ptr + site.pid * N_PARTS
-    _store_partial(
-        at, box, obj, cls, found.picks.to(SPEC.ACC), in_use.to(SPEC.ACC), counted.to(SPEC.ACC)
-    )
+    _store_partial(at, box, obj, cls, found.picks.to(SPEC.ACC), in_use.to(SPEC.ACC), counted.to(SPEC.ACC))
 
 
 @triton.jit
-def _finish(levels, outputs, B, SPEC: tl.constexpr):
+def _finish(levels, outputs, SPEC: tl.constexpr):
     """The parts and the total, from the partial sums of all programs."""
     box = tl.cast(0.0, SPEC.ACC)
     obj = tl.cast(0.0, SPEC.ACC)
@@ -141,7 +140,7 @@ def _finish(levels, outputs, B, SPEC: tl.constexpr):
         at = outputs.partial_ptr
         for i in tl.range(0, len(SPEC.ANCHORS), loop_unroll_factor=1):
             level = len(SPEC.ANCHORS) - 1 - i
-            programs = _programs(level, levels, B, SPEC)
+            programs = _programs(level, levels, SPEC)
             sums = column_sums(at, programs, N_PARTS, SPEC.ACC)
             per_row = tl.cast(1.0, SPEC.ACC)
             per_used = tl.cast(1.0, SPEC.ACC)
@@ -171,24 +170,24 @@ def _finish(levels, outputs, B, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _programs(level, levels, B, SPEC: tl.constexpr):
+def _programs(level, levels, SPEC: tl.constexpr):
     """Programs of a level known at run time."""
     chosen = level * 0
     for i in tl.static_range(len(SPEC.ANCHORS)):
-        chosen = tl.where(level == i, programs_of(i, levels, B, SPEC), chosen)
+        chosen = tl.where(level == i, programs_of(i, levels, SPEC), chosen)
     return chosen
 
 
-@triton.jit(do_not_specialize=["B", "M"])
-def grid_kernel(levels, targets, M, B, lists_ptr, saved, outputs, head, terms, SPEC: tl.constexpr):
+@triton.jit(do_not_specialize=["M"])
+def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms, SPEC: tl.constexpr):
     """Loss of an anchor-grid head; grid: one program for each level, image, anchor and CELLS cells."""
     pid = tl.program_id(0)
-    site, pool = site_of(pid, levels, B, SPEC)
+    site, pool = site_of(pid, levels, SPEC)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, site.b, SPEC.ROWS)
     rows = Rows(targets.ptr, first, last, targets.weights_ptr)
     lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, SPEC)
-    _tile(levels, site, pool, rows, lists, saved, outputs, head, terms, SPEC)
+    _tile(maps, levels, site, pool, rows, lists, saved, outputs, head, terms, SPEC)
     if pid == 0:
-        tl.store(outputs.counts_ptr + 1, _count_invalid(targets, M, B, head, SPEC))
+        tl.store(outputs.counts_ptr + 1, _count_invalid(targets, M, plain(levels.batch), head, SPEC))
     if is_last(outputs.done_ptr, tl.num_programs(0)):
-        _finish(levels, outputs, B, SPEC)
+        _finish(levels, outputs, SPEC)

@@ -78,9 +78,11 @@ class Numbers(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """The prediction maps, one entry a level; and ``anchors``, the sides of all that compete, (w, h, w, h, ...)."""
+    """Of the prediction maps one entry a level, the number of images, and the sides of all anchors that compete,
+    (w, h, w, h, ...).
+    """
 
-    maps: Any
+    batch: Any
     by: Any  # Strides
     widths: Any
     heights: Any
@@ -89,13 +91,6 @@ class Levels(NamedTuple):
     obj_scales: Any
     smooth: Any
     anchors: Any
-
-
-class Grads(NamedTuple):
-    """The gradients of the maps."""
-
-    maps: Any
-    by: Any
 
 
 class Targets(NamedTuple):

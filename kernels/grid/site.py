@@ -15,10 +15,10 @@ def padded(HW):
 
 
 @triton.jit
-def programs_of(level, levels, B, SPEC: tl.constexpr):
+def programs_of(level, levels, SPEC: tl.constexpr):
     """Programs of a level known when compiled."""
     HW = plain(levels.widths[level]) * plain(levels.heights[level])
-    return B * SPEC.ANCHORS[level] * tl.cdiv(HW, SPEC.CELLS)
+    return plain(levels.batch) * SPEC.ANCHORS[level] * tl.cdiv(HW, SPEC.CELLS)
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _anchor_sides(sides, own):
 
 
 @triton.jit
-def site_of(pid, levels, B, SPEC: tl.constexpr):
+def site_of(pid, levels, SPEC: tl.constexpr):
     """The tile of a program, the last level first: objects are the fewer tiles' the coarser a map, and the programs
     that have the most to do should not begin last. And the anchors that compete there."""
     COUNT: tl.constexpr = len(SPEC.ANCHORS)
@@ -44,7 +44,7 @@ def site_of(pid, levels, B, SPEC: tl.constexpr):
     plane = pid * 0
     start = pid * 0
     for i in tl.static_range(COUNT):
-        programs = programs_of(COUNT - 1 - i, levels, B, SPEC)
+        programs = programs_of(COUNT - 1 - i, levels, SPEC)
         here = (pid >= start) & (pid < start + programs)
         level = tl.where(here, COUNT - 1 - i, level)
         local = tl.where(here, pid - start, local)
@@ -57,7 +57,7 @@ def site_of(pid, levels, B, SPEC: tl.constexpr):
         anchors = tl.where(level == i, SPEC.ANCHORS[i], anchors)
         plane = tl.where(level == i, begin, plane)
         before += SPEC.ANCHORS[i]
-        begin += B * SPEC.ANCHORS[i] * padded(HW)
+        begin += plain(levels.batch) * SPEC.ANCHORS[i] * padded(HW)
     W = integer_of(levels.widths, level)
     H = integer_of(levels.heights, level)
     tiles = tl.cdiv(W * H, SPEC.CELLS)

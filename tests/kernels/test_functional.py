@@ -6,6 +6,7 @@ What torchvision lacks is checked, term by term, in test_terms.py.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 
@@ -16,9 +17,10 @@ import torch
 from conftest import DEVICE
 
 from fusedyolo import functional, ops, reference
-from fusedyolo.heads import BOX_KINDS, IOU_KINDS
+from fusedyolo.terms import TERMS, term_names
 
 BACKENDS = ["torch", "triton"]
+IOU_KINDS = term_names("iou", users=True)
 BOXES = {
     "giou": functional.generalized_box_iou_loss,
     "diou": functional.distance_box_iou_loss,
@@ -212,8 +214,8 @@ def test_focal_targets_may_need_a_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
     boxes = pairs(2, dtype=torch.float64, seed=3)
-    reductions = {"iou": "mean", "giou": "none", "diou": "sum", "eiou": "none", "siou": "mean", "mpdiou": "sum"}
-    for kind, reduction in reductions.items():  # CIoU holds its alpha constant, and a focal factor is held constant
+    kinds = (kind for kind in IOU_KINDS if kind != "ciou")  # which holds its alpha constant, as all do a focal factor
+    for kind, reduction in zip(kinds, itertools.cycle(("mean", "none", "sum")), strict=False):
         options = {"kind": kind, "reduction": reduction, "backend": backend, "image_size": 2}
         for alpha in (1.0, 1.5):
             assert torch.autograd.gradcheck(
@@ -263,18 +265,17 @@ def test_arguments_are_those_of_torchvision():
     assert defaults(functional.varifocal_loss) == {"alpha": 0.75, "gamma": 2.0, "reduction": "none", "backend": "auto"}
 
 
-@pytest.mark.parametrize("kind", BOX_KINDS)
+@pytest.mark.parametrize("kind", term_names("iou"))
 def test_opcheck_boxes(kind):
     boxes = pairs(3)
-    args = [1e-7, 1e-7] if kind == "ciou_plus" else [1e-7, 1e-7, 3.0, 0.5]
-    extent = [4.0, 3.0] if kind == "mpdiou" else None
+    args = [1e-7, 1e-7, 3.0, 0.5] if TERMS[kind].optional else [1e-7, 1e-7]
+    extent = [4.0, 3.0] if TERMS[kind].needs_extent else None
     torch.library.opcheck(ops.box_loss, (*boxes, kind, args, "mean", extent))
 
 
-@pytest.mark.parametrize(
-    ("kind", "args"), [("qfl", [-1.0, 2.0]), ("varifocal", [0.75, 2.0]), ("bce", [2.0]), ("sse", [])]
-)
-def test_opcheck_labels(kind, args):
+@pytest.mark.parametrize("kind", term_names("objectness"))
+def test_opcheck_labels(kind):
+    args = [*TERMS[kind].numbers.values(), *TERMS[kind].optional.values()]
     x, t = torch.randn(3, 2, device=DEVICE, requires_grad=True), torch.rand(3, 2, device=DEVICE)
     torch.library.opcheck(ops.label_loss, (x, t, kind, args, "none"))
 
@@ -314,7 +315,7 @@ def test_image_size(backend):
     [
         (
             {"kind": "ciou_plus"},
-            "kind: 'ciou_plus', want one of 'iou', 'giou', 'diou', 'ciou', 'eiou', 'siou', 'mpdiou'",
+            f"kind: 'ciou_plus', want one of {', '.join(map(repr, IOU_KINDS))}",
         ),
         ({"kind": "mpdiou"}, "image_size: None, want (height, width)"),
         ({"kind": "mpdiou", "image_size": (480,)}, "image_size: (480,), want (height, width)"),
