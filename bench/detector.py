@@ -1,11 +1,11 @@
-"""A small detector with the head that a loss wants: fit to the training boxes, network, and what it finds."""
+"""A small detector with the head that a loss wants, fit to the training boxes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from torch.nn import functional
 
 import fusedyolo
 from fusedyolo.drivers.protocol import LOGIT, POSITIVE, UNIT
-from fusedyolo.tools.objects import Annotation
 from fusedyolo.tools.registry import Case, Workload
 
 COARSEST = 32  # stride of the last map that all heads share
@@ -38,11 +37,6 @@ def fit(case: Case, size: int, boxes: Tensor) -> Case:
     return replace(case, anchors=tuple(tuple((w / case.unit, h / case.unit) for w, h in level) for level in anchors))
 
 
-def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU [N, M] of boxes [N, 4] and others [M, 4], as corners."""
-    return 1 - fusedyolo.functional.box_iou_loss(boxes[:, None], others, "iou", eps=0.0, backend="torch")
-
-
 def fit_anchors(sizes: Tensor, levels: Sequence[int], rounds: int = 30) -> list[list[tuple[float, float]]]:
     """So many anchors for each level, the smallest first: k-means by IoU over widths and heights [N, 2], in pixels.
 
@@ -56,7 +50,8 @@ def fit_anchors(sizes: Tensor, levels: Sequence[int], rounds: int = 30) -> list[
     sizes = sizes[sizes.prod(1).argsort()].double()
     anchors = sizes[torch.linspace(0, len(sizes) - 1, 2 * count + 1).long()[1::2]]
     for _ in range(rounds):
-        nearest = overlaps(centred(sizes), centred(anchors)).argmax(1)
+        boxes = centred(sizes)[:, None], centred(anchors)
+        nearest = fusedyolo.functional.box_iou_loss(*boxes, "iou", eps=0.0, backend="torch").argmin(1)
         members = [sizes[nearest == k] for k in range(count)]
         anchors = torch.stack([own.mean(0) if len(own) else old for own, old in zip(members, anchors, strict=True)])
     ordered = iter([(round(w, 1), round(h, 1)) for w, h in anchors[anchors.prod(1).argsort()].tolist()])
@@ -143,36 +138,3 @@ class Detector(nn.Module):
             stride = max(maps)
             maps[2 * stride] = layer(maps[stride])
         return maps
-
-
-# ----------------------------------------------------------------------------------------------------------- detections
-
-
-def detect(model: Detector, work: Workload, images: Tensor, conf: float, iou: float) -> list[dict[str, Tensor]]:
-    """Detections in each image, on the CPU, their labels counted from 0."""
-    case, classes = model.case, work.classes
-    with torch.no_grad():
-        preds = case.pack(model(images), replace(work, layout="nchw"))
-    anchors = case.anchor_boxes(work, str(images.device))
-    options: dict[str, Any] = {"image_size": work.size, "anchors": anchors, "backend": "torch"}
-    boxes, scores, labels, count = fusedyolo.select(preds, case.build(classes, "torch"), conf, iou, **options)
-    return fusedyolo.Detections(boxes.cpu(), scores.cpu(), labels.cpu() - case.background, count.cpu()).images()
-
-
-def hits(found: dict[str, Tensor], annotation: Annotation, iou: float = 0.5) -> int:
-    """How many annotated boxes are found: a detection of their class with an IoU above ``iou``, each used once.
-
-    ``found`` is of one image, on the CPU, as ``fusedyolo.Detections.images`` returns it.
-    """
-    size = torch.tensor([annotation.width, annotation.height])
-    centre, half = (annotation.boxes * size.repeat(2)).split(2, dim=1)
-    half = half / 2
-    match = overlaps(found["boxes"], torch.cat([centre - half, centre + half], 1))
-    match *= found["labels"][:, None] == annotation.classes
-    count = 0
-    for _ in range(min(match.shape)):
-        best = int(match.argmax())
-        row, column = divmod(best, match.shape[1])
-        count += bool(match[row, column] > iou)
-        match[row], match[:, column] = 0, 0
-    return count

@@ -46,6 +46,7 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
 
 
 CELL_TILE = 32768  # bytes of a tile of the driver of cells
+CELL_PAIRS = 16384  # of cells and rows that are compared at a time
 WIDEST = 128  # channels in it, unless the boxes of a cell have more
 
 
@@ -54,7 +55,8 @@ def cell_config(cells: int, channels: int, box_channels: int, itemsize: int, wis
     width = max(_power(box_channels), min(_power(channels), WIDEST))
     several = width < channels  # what is kept from one tile to the next takes registers
     height = max(16, min(_power(cells), CELL_TILE // width // itemsize // (1 + several)))
-    return replace(GridConfig(cells=height, channels=width, threads=512, rows=16), **dict(wishes))
+    config = replace(GridConfig(cells=height, channels=width, threads=512), **dict(wishes))
+    return config if "rows" in dict(wishes) else replace(config, rows=max(16, min(128, CELL_PAIRS // config.cells)))
 
 
 def _power(n: int) -> int:

@@ -55,9 +55,12 @@ class CellDriver(Driver):
     def launches(self, head: CellHead, call: CellCall) -> dict[str, Launch]:
         from .. import ops
 
-        sums, grad = ops.cell_outputs(call.pred, True)
-        given, one = (call.pred, grad, call.rows, call.offsets, head.key), torch.ones((), device=call.pred.device)
-        return {"loss": ops.cell_launch(*given, sums), "grad": ops.cell_launch(*given, None, one, True)}
+        pred, rows, key, one = call.pred, call.rows, head.key, torch.ones((), device=call.pred.device)
+        left = ops.cell_outputs(pred, key, True)
+        return {
+            "loss": ops.cell_launch(pred, rows, call.offsets, key, left, True),
+            "grad": ops.cell_grad_launch(pred, rows, left.taken, key, left.grad, one, True),
+        }
 
     def assign(self, head: CellHead, call: CellCall) -> Assignment:
         rows, _ = without_spare(call.rows, call.offsets)

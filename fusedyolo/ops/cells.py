@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..heads import cell_head_from_key
 from ..kernels import cells
-from ..kernels.launch import cell_config
+from ..kernels.launch import GridConfig, cell_config
 from ..reference import cell_views
 from ..tuned import wishes
 from .launch import Launch, Layout, accumulator, done_counter, layout, planned, refuse_double_backward, run_all
 from .operator import differentiable, fake, operator
+
+
+class CellOutputs(NamedTuple):
+    """What a loss launch leaves."""
+
+    total: Tensor  # 0-dim
+    parts: Tensor  # [3]: box, confidence, class
+    counts: Tensor  # int32 [2]: cells with an object, invalid rows
+    taken: Tensor  # int32 [B * S * S]: of each cell its row times N and the box that answers for it, or -1
+    grad: Tensor  # as the predictions, for a total multiplied by 1; empty unless asked for
 
 
 @lru_cache(maxsize=256)
@@ -24,166 +34,165 @@ def _family(key: str) -> str:
     return f"{head.num_boxes} boxes" + " root" * head.root + " nearest" * head.nearest + " rescore" * head.rescore
 
 
-def _view_strides(key: str, at: Layout) -> tuple[Any, ...]:
-    """The stride from image to image; of boxes, confidences and class scores the place of the first and the others."""
-    views = cell_views(at.meta(), cell_head_from_key(key))
-    return (views[0].stride(0), *((view.storage_offset(), *view.stride()[1:]) for view in views))
+def _places(key: str, at: Layout) -> cells.Places:
+    """Where predictions lie."""
+    boxes, confidences, scores = cell_views(at.meta(), cell_head_from_key(key))
+    each = [(view.storage_offset(), *view.stride()[1:]) for view in (boxes, confidences, scores)]
+    return cells.Places(boxes.stride(0), cells.Part(*each[0]), cells.Part(*each[1], 0), cells.Part(*each[2], 0))
+
+
+def _config(key: str, pred: Layout) -> GridConfig:
+    """The tile of a launch."""
+    head, batch = cell_head_from_key(key), pred.shape[0]
+    tuned = wishes("cell", _family(key), pred, len(pred.shape) == 2, batch, head.grid_size**2, head.num_classes)
+    size = accumulator(pred.dtype)[1].itemsize
+    return cell_config(batch * head.grid_size**2, head.channels, 5 * head.num_boxes, size, tuned)
 
 
 @planned
-def _plan(key: str, pred: Layout, grad: Layout | None, with_loss: bool, skip_one: bool) -> Launch:
-    """A launch but for its tensors."""
-    head = cell_head_from_key(key)
-    triton_acc, acc = accumulator(pred.dtype)
-    batch, cells_an_image = pred.shape[0], head.grid_size**2
-    planes = len(pred.shape) == 2
-    tuned = wishes("cell", _family(key), pred, planes, batch, cells_an_image, head.num_classes)
-    config = cell_config(batch * cells_an_image, head.channels, 5 * head.num_boxes, acc.itemsize, tuned)
+def _plan(key: str, pred: Layout, grad: Layout | None, skip_one: bool | None) -> Launch:
+    """A launch but for its tensors: of the loss, or of a gradient alone where ``skip_one`` says anything."""
+    head, config, batch = cell_head_from_key(key), _config(key, pred), pred.shape[0]
     arguments = {
-        "views": _view_strides(key, pred),
-        "d_views": None if grad is None else _view_strides(key, grad),
-        "numbers": (head.box_gain, head.obj_gain, head.noobj_gain, head.cls_gain),
+        "pred_at": _places(key, pred),
+        "grad_at": None if grad is None else _places(key, grad),
+        "gains": cells.Gains(head.box_gain, head.obj_gain, head.noobj_gain, head.cls_gain),
         "B": batch,
-        "S": head.grid_size,
-        "C": head.num_classes,
-        "N": head.num_boxes,
-        "ROOT": head.root,
-        "NEAREST": head.nearest,
-        "RESCORE": head.rescore,
-        "ACC": triton_acc,
-        "CELLS": config.cells,
-        "CHANNELS": config.channels,
-        "BLOCK_G": config.rows,
-        "WITH_LOSS": with_loss,
-        "WITH_GRAD": grad is not None,
-        "SKIP_ONE": skip_one,
+        "SPEC": cells.Spec(
+            S=head.grid_size,
+            N=head.num_boxes,
+            C=head.num_classes,
+            ROOT=head.root,
+            NEAREST=head.nearest,
+            RESCORE=head.rescore,
+            ACC=accumulator(pred.dtype)[0],
+            CELLS=config.cells,
+            CHANNELS=config.channels,
+            BLOCK_G=config.rows,
+        ),
     }
-    programs = -(-batch * cells_an_image // config.cells)
-    # the box that answers for a cell is found again for the gradient, and of equal boxes it must be the same
+    grid = (-(-batch * head.grid_size**2 // config.cells),)
     settings = config.threads, config.max_registers
-    return Launch(cells.cell_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages)
+    if skip_one is None:  # the one launch that decides
+        return Launch(cells.cell_kernel, grid, arguments, *settings, exact=True, stages=config.stages)
+    arguments["SKIP_ONE"] = skip_one
+    return Launch(cells.cell_grad_kernel, grid, arguments, *settings, stages=config.stages)
 
 
 def cell_launch(
     pred: Tensor,
-    grad: Tensor | None,
     rows: Tensor,
     offsets: Tensor | None,
     key: str,
-    outputs: tuple[Tensor, Tensor, Tensor] | None,
-    grad_total: Tensor | None = None,
-    skip_one: bool = False,
+    outputs: CellOutputs,
+    with_grad: bool,
     workspace: Tensor | None = None,
 ) -> Launch:
-    """A launch of the driver of cells: the loss with ``outputs`` (total, parts, counts), the gradient with ``grad``.
-
-    The gradient is multiplied by ``grad_total``; if ``skip_one`` it is left as it is where that is 1.
-    """
-    plan = _plan(key, layout(pred), None if grad is None else layout(grad), outputs is not None, skip_one)
-    total, parts, counts = outputs or (None, None, None)
-    sums = done = None
-    if total is not None:
-        sums = total.new_empty(plan.grid[0] * cells.N_PARTS.value)
-        done = done_counter(pred.device, workspace)
+    """The launch that leaves the loss, and ``with_grad`` the gradient."""
+    grad = outputs.grad if with_grad else None
+    plan = _plan(key, layout(pred), None if grad is None else layout(grad), None)
+    total, parts, counts, taken, _ = outputs
+    sums = total.new_empty(plan.grid[0] * cells.N_PARTS.value)
     return plan.filled(
         {
             "pred_ptr": pred,
-            "d_ptr": grad,
-            "rows_ptr": rows,
-            "offsets_ptr": offsets,
+            "grad_ptr": grad,
+            "targets": cells.Targets(rows, offsets),
+            "outputs": cells.Outputs(total, parts, counts, taken, sums, done_counter(pred.device, workspace)),
             "M": rows.shape[0],
-            "grad_out_ptr": grad_total,
-            "total_ptr": total,
-            "parts_ptr": parts,
-            "counts_ptr": counts,
-            "partial_ptr": sums,
-            "done_ptr": done,
         }
     )
 
 
-def cell_outputs(pred: Tensor, with_grad: bool) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Memory for the total, the parts and the counts of a loss launch, and for a gradient, empty unless asked for."""
-    acc = accumulator(pred.dtype)[1]
-    outputs = pred.new_empty((), dtype=acc), pred.new_empty(3, dtype=acc), pred.new_empty(2, dtype=torch.int32)
-    return outputs, torch.empty_like(pred) if with_grad else pred.new_empty(0)
+def cell_grad_launch(
+    pred: Tensor, rows: Tensor, taken: Tensor, key: str, grad: Tensor, grad_total: Tensor, skip_one: bool = False
+) -> Launch:
+    """The launch that leaves the gradient times ``grad_total``, of what a loss launch has decided (``taken``).
+
+    If ``skip_one``, ``grad`` is left as it is where that is 1.
+    """
+    plan = _plan(key, layout(pred), layout(grad), skip_one)
+    return plan.filled(
+        {"pred_ptr": pred, "grad_ptr": grad, "rows_ptr": rows, "taken_ptr": taken, "grad_out_ptr": grad_total}
+    )
+
+
+def cell_outputs(pred: Tensor, key: str, with_grad: bool) -> CellOutputs:
+    """Memory for what a loss launch leaves."""
+    acc, cells_an_image = accumulator(pred.dtype)[1], cell_head_from_key(key).grid_size ** 2
+    return CellOutputs(
+        pred.new_empty((), dtype=acc),
+        pred.new_empty(3, dtype=acc),
+        pred.new_empty(2, dtype=torch.int32),
+        pred.new_empty(pred.shape[0] * cells_an_image, dtype=torch.int32),
+        torch.empty_like(pred) if with_grad else pred.new_empty(0),
+    )
 
 
 @operator
 def cell_loss(
-    pred: Tensor,
-    rows: Tensor,
-    offsets: Tensor | None,
-    key: str,
-    with_grad: bool,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of a head of cells in one launch.
+    pred: Tensor, rows: Tensor, offsets: Tensor | None, key: str, with_grad: bool, workspace: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss of a head of cells in one launch; returns :class:`CellOutputs`.
 
-    Returns the total (0-dim), its parts box, confidence and class ``[3]``, the counts of cells with an object and of
-    invalid rows (int32 ``[2]``), and the gradient of the total by ``pred`` (empty without ``with_grad``), which the
-    first backward takes. A compiled graph brings its ``workspace``.
+    The gradient is that of the total by ``pred``, which the first backward takes. A compiled graph brings its
+    ``workspace``.
     """
-    outputs, grad = cell_outputs(pred, with_grad)
-    launch = cell_launch(pred, grad if with_grad else None, rows, offsets, key, outputs, workspace=workspace)
-    run_all([launch], pred.device)
-    return *outputs, grad
+    outputs = cell_outputs(pred, key, with_grad)
+    run_all([cell_launch(pred, rows, offsets, key, outputs, with_grad, workspace)], pred.device)
+    return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(cell_loss)
 def _(pred, rows, offsets, key, with_grad, workspace=None):
-    outputs, grad = cell_outputs(pred, with_grad)
-    return *outputs, grad
+    return tuple(cell_outputs(pred, key, with_grad))
 
 
 @operator
-def cell_loss_grad(grad_total: Tensor, pred: Tensor, rows: Tensor, offsets: Tensor | None, key: str) -> Tensor:
+def cell_loss_grad(grad_total: Tensor, pred: Tensor, rows: Tensor, taken: Tensor, key: str) -> Tensor:
     """Gradient of :func:`cell_loss`'s total by ``pred``, times ``grad_total`` (0-dim), in one launch."""
     grad = torch.empty_like(pred)
-    run_all([cell_launch(pred, grad, rows, offsets, key, None, grad_total)], pred.device)
+    run_all([cell_grad_launch(pred, rows, taken, key, grad, grad_total)], pred.device)
     return grad
 
 
 @fake(cell_loss_grad)
-def _(grad_total, pred, rows, offsets, key):
+def _(grad_total, pred, rows, taken, key):
     return torch.empty_like(pred)
 
 
 @partial(operator, mutates=("grad",))
-def cell_loss_rescale(
-    grad: Tensor, grad_total: Tensor, pred: Tensor, rows: Tensor, offsets: Tensor | None, key: str
-) -> None:
+def cell_loss_rescale(grad: Tensor, grad_total: Tensor, pred: Tensor, rows: Tensor, taken: Tensor, key: str) -> None:
     """Turns ``grad``, the gradient for a ``grad_total`` of 1, into that for this one: a launch that is over at once if
     it is 1, which only the device knows.
     """
-    run_all([cell_launch(pred, grad, rows, offsets, key, None, grad_total, skip_one=True)], pred.device)
+    run_all([cell_grad_launch(pred, rows, taken, key, grad, grad_total, skip_one=True)], pred.device)
 
 
 @fake(cell_loss_rescale)
-def _(grad, grad_total, pred, rows, offsets, key):
+def _(grad, grad_total, pred, rows, taken, key):
     return None
 
 
 def _save(ctx, inputs, output):
-    pred, rows, offsets, ctx.key, with_grad, _workspace = inputs
-    _total, parts, counts, grad = output
+    pred, rows, _offsets, ctx.key, with_grad, _workspace = inputs
+    outputs = CellOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(parts, counts, grad)
-    ctx.save_for_backward(pred, rows, offsets)
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.save_for_backward(pred, rows, outputs.taken)
     # Not among the saved tensors, which must not change: the first backward changes it and gives it away. A tensor of
     # another type belongs to a tracer, and a traced graph must not change what its forward returns.
-    ctx.stored = grad if with_grad and type(grad) is Tensor else None
+    ctx.stored = outputs.grad if with_grad and type(outputs.grad) is Tensor else None
 
 
-def _backward(ctx, grad_total, _grad_parts, _grad_counts, _grad_grad):
-    pred, rows, offsets = ctx.saved_tensors
+def _backward(ctx, grad_total, *_others):
     if grad_total is None:
         return None
+    saved = ctx.saved_tensors
     grad, ctx.stored = ctx.stored, None
     if grad is None or torch.is_grad_enabled():  # with create_graph, the gradient is to know that it has none itself
-        grad = cell_loss_grad(grad_total, pred, rows, offsets, ctx.key)
-    else:
-        cell_loss_rescale(grad, grad_total, pred, rows, offsets, ctx.key)
+        return cell_loss_grad(grad_total, *saved, ctx.key)
+    cell_loss_rescale(grad, grad_total, *saved, ctx.key)
     return grad
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -182,7 +181,7 @@ def _values(piece: Piece, generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes, type and objects: ``coco``, ``crowded:N`` for N objects in each image, or the path of label files."""
+    """Sizes, type and objects: ``coco``, or ``crowded:N`` for N objects in each image."""
 
     batch: int = 16
     size: int = 640
@@ -198,12 +197,8 @@ class Workload:
         generator = torch.Generator().manual_seed(self.seed)
         if self.objects == "coco":
             rows = samplers.coco_like(self.batch, generator, num_classes=self.classes)
-        elif self.objects.startswith("crowded:"):
-            rows = samplers.crowded(self.batch, generator, int(self.objects[8:]), num_classes=self.classes)
         else:
-            rows = samplers.sample_labels(_labels(self.objects).annotations, self.batch, generator)
-            if len(rows) and rows[:, 1].max() >= self.classes:
-                raise ValueError(f"labels: class {int(rows[:, 1].max())}, want fewer than --classes {self.classes}")
+            rows = samplers.crowded(self.batch, generator, int(self.objects[8:]), num_classes=self.classes)
         if self.form == "Targets":
             return Targets.from_packed(rows, self.batch).to(device)
         return rows.to(device)
@@ -216,11 +211,6 @@ class Workload:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-@lru_cache(maxsize=1)
-def _labels(path: str):
-    return samplers.load_labels(path)
 
 
 _V3 = (
@@ -293,9 +283,3 @@ def select(names: Sequence[str]) -> list[Case]:
 def first_recipes() -> list[Case]:
     """Each loss in its default recipe."""
     return list({case.loss: case for case in reversed(CASES.values())}.values())[::-1]
-
-
-def add_loss(parser: argparse.ArgumentParser, usual: str) -> None:
-    """Give a command ``--loss``, names for :func:`select`; ``usual`` says what is meant by none."""
-    names = f"one of {', '.join(CASES)}; repeat for more ({usual})"
-    parser.add_argument("--loss", action="append", default=[], metavar="NAME", help=names)

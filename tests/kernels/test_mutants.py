@@ -8,7 +8,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedyolo.kernels import assign, dense, grid, match, primitives, rows
+from fusedyolo.kernels import assign, dense, match, primitives, rows
+from fusedyolo.kernels.grid import assign as listing
+from fusedyolo.kernels.grid import box as grid_box
+from fusedyolo.kernels.grid import ignore, loss, positives
 from fusedyolo.kernels.terms import box, decode, label, offset
 from fusedyolo.kernels.terms.records import Axis, Jacobian, Span
 from oracle import check_box_term, check_grid, check_label_term, check_row_term
@@ -18,6 +21,7 @@ from test_dense import make_preds as dense_preds
 from test_dense import make_targets as dense_targets
 from test_grid import DARKNET, HEADS, LIGHTNET, RATIO, make_preds, make_rows
 
+from fusedyolo import ops
 from fusedyolo.ops import dense as dense_ops
 from fusedyolo.ops import grid as grid_ops
 
@@ -50,6 +54,14 @@ def check_ratio_grid() -> None:
     pred = make_preds(torch.float64, batch=1, size=(32, 64))[0][:, :8]
     pred[0, 2:4, 0, 0] = torch.tensor([-6.0, 4.0])  # a similarity below 0
     check_grid([pred], rows, head, tolerance=1e-11)
+
+
+def check_strips() -> None:
+    """A map of several tiles, each of a few rows of cells: boxes that reach from one into the next."""
+    head = replace(DARKNET, ignore_thresh=0.125)
+    rows = torch.tensor([[0, 1, 0.5, (y + 0.5) / 12, 0.25, 0.25] for y in range(12)])
+    preds = make_preds(torch.float64, batch=1, size=(256, 512))
+    check_grid(preds, rows, head, torch.tensor([1.0, 2.5, 0.75]), tolerance=1e-11)
 
 
 def check_prior_grid() -> None:
@@ -143,7 +155,8 @@ def check_qualities() -> None:
 # their modules' names are those that are replaced
 mpdiou, softmax_ce, real_side_share = box.mpdiou, label.softmax_ce, box._side_share
 real_best_anchor, real_row_cell = assign.best_anchor, assign.row_cell
-real_box_term, real_iou, real_next_candidate = grid._box_term, grid._iou, grid._next_candidate
+real_box_term, real_iou, real_rank, real_picked = grid_box.box_term, listing.iou, listing._rank, positives._picked
+real_near_boxes = ignore._near_boxes
 
 
 @triton.jit
@@ -230,20 +243,20 @@ def valid_anywhere(row, first_image, last_image, classes, limit):
 
 
 @triton.jit
-def best_anchor_only(w, h, own, own_w, own_h, anchors, thresh):
-    return real_best_anchor(w, h, own, own_w, own_h, anchors, 1.0)
+def best_anchor_only(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
+    return real_best_anchor(w, h, site, pool, 1.0, PER_LEVEL)
 
 
 @triton.jit
-def ratio_inclusive(w, h, own, own_w, own_h, anchors, thresh):
-    rw = w / own_w
-    rh = h / own_h
+def ratio_inclusive(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
+    rw = w / site.own_w
+    rh = h / site.own_h
     return tl.maximum(tl.maximum(rw, 1.0 / rw), tl.maximum(rh, 1.0 / rh)) <= thresh
 
 
 @triton.jit
-def ratio_of_larger_rows(w, h, own, own_w, own_h, anchors, thresh):
-    return tl.maximum(w / own_w, h / own_h) < thresh
+def ratio_of_larger_rows(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
+    return tl.maximum(w / site.own_w, h / site.own_h) < thresh
 
 
 @triton.jit
@@ -292,61 +305,51 @@ def cell_of_no_neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.
 
 
 @triton.jit
-def candidate_never(
-    rows_ptr, after, first, last, cell, site, rule,
-    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    return (last - first) * KINDS
+def picked_with_one_row(slot, found, lists, site, SPEC: tl.constexpr):
+    cell, first, count = real_picked(slot, found, lists, site, SPEC)
+    return cell, first, tl.minimum(count, 1)
 
 
 @triton.jit
-def candidate_any(
-    rows_ptr, after, first, last, cell, site, rule,
-    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    return after + 1
+def picked_with_the_next_ones_row(slot, found, lists, site, SPEC: tl.constexpr):
+    cell, first, count = real_picked(slot, found, lists, site, SPEC)
+    return cell, first, tl.where(slot + 1 < found.picks, count + 1, count)
 
 
 @triton.jit
-def candidates_backwards(
-    rows_ptr, after, first, last, cell, site, rule,
-    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The last candidate before ``after``: the first one in order becomes the last to write."""
-    end = (last - first) * KINDS
-    before = tl.where(after < 0, end, after)
-    found = end
-    q = real_next_candidate(rows_ptr, -1, first, last, cell, site, rule, MATCH, KINDS, BLOCK_G, ACC)
-    while q < before:
-        found = q
-        q = real_next_candidate(rows_ptr, q, first, last, cell, site, rule, MATCH, KINDS, BLOCK_G, ACC)
-    return found
+def rank_of_nobody(lists, first, amount, cell, SPEC: tl.constexpr):
+    return cell * 0
 
 
 @triton.jit
-def prior_of_nobody(
-    t, scale, site, shape, box_args,
-    AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    none = 0.0 * t[0]
+def rank_backwards(lists, first, amount, cell, SPEC: tl.constexpr):
+    """The first one in order becomes the last to write."""
+    lane = tl.arange(0, SPEC.ROWS)
+    same = (cell[:, None] == cell[None, :]) & (lane[None, :] < amount)
+    return tl.sum(same.to(tl.int32), axis=1) - 1 - real_rank(lists, first, amount, cell, SPEC)
+
+
+@triton.jit
+def near_boxes_of_the_strip(g, rows, near_ptr, site, head, SPEC: tl.constexpr):
+    """As if centres could not be apart."""
+    return real_near_boxes(g, rows, near_ptr, site, head._replace(reach=-1.0), SPEC)
+
+
+@triton.jit
+def prior_of_nobody(logits, site, head, terms, SPEC: tl.constexpr):
+    none = 0.0 * logits[0]
     return none, (none, none, none, none)
 
 
 @triton.jit
-def similarity_below_zero(
-    t, true, scale, site, shape, box_args, quality_args,
-    AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, QUALITY: tl.constexpr, UNIT: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    loss, d, _similarity = real_box_term(
-        t, true, scale, site, shape, box_args, quality_args, AXIS, BOX, OFFSET, QUALITY, UNIT, ACC
-    )
+def similarity_below_zero(logits, true, site, head, terms, QUALITY: tl.constexpr, SPEC: tl.constexpr):
+    loss, d, _similarity = real_box_term(logits, true, site, head, terms, QUALITY, SPEC)
     return loss, d, 1.0 - loss
 
 
 @triton.jit
-def iou_half(x1, x2, y1, y2, area, gx, gy, gw, gh):
-    return 0.5 * real_iou(x1, x2, y1, y2, area, gx, gy, gw, gh)
+def iou_half(p, q, p_area, q_area, QUOTIENT: tl.constexpr):
+    return 0.5 * real_iou(p, q, p_area, q_area, QUOTIENT)
 
 
 @triton.jit
@@ -671,18 +674,20 @@ MUTANTS = [
     (offset, "bce", bce_999, check_small_grid),
     (assign, "row_valid", valid_anywhere, check_small_grid),
     (assign, "best_anchor", best_anchor_only, check_small_grid),
-    (grid, "_next_candidate", candidate_never, check_small_grid),
-    (grid, "_next_candidate", candidate_any, check_small_grid),
-    (grid, "row_cell", cell_at_most_half_away, check_ratio_grid),
-    (grid, "row_cell", cell_beyond_the_border, check_ratio_grid),
-    (grid, "row_cell", cell_not_clamped, check_ratio_grid),
-    (grid, "row_cell", cell_of_no_neighbour, check_ratio_grid),
+    (positives, "_picked", picked_with_one_row, check_small_grid),
+    (positives, "_picked", picked_with_the_next_ones_row, check_small_grid),
+    (listing, "_rank", rank_of_nobody, check_ratio_grid),
+    (ignore, "_near_boxes", near_boxes_of_the_strip, check_strips),
+    (listing, "row_cell", cell_at_most_half_away, check_ratio_grid),
+    (listing, "row_cell", cell_beyond_the_border, check_ratio_grid),
+    (listing, "row_cell", cell_not_clamped, check_ratio_grid),
+    (listing, "row_cell", cell_of_no_neighbour, check_ratio_grid),
     (assign, "ratio", ratio_inclusive, check_ratio_grid),
     (assign, "ratio", ratio_of_larger_rows, check_ratio_grid),
-    (grid, "_next_candidate", candidates_backwards, check_ratio_grid),
-    (grid, "_box_term", similarity_below_zero, check_ratio_grid),
-    (grid, "_prior_term", prior_of_nobody, check_prior_grid),
-    (grid, "_iou", iou_half, check_band_grid),
+    (listing, "_rank", rank_backwards, check_ratio_grid),
+    (positives, "box_term", similarity_below_zero, check_ratio_grid),
+    (loss, "prior_term", prior_of_nobody, check_prior_grid),
+    (listing, "iou", iou_half, check_band_grid),
     (primitives, "safe_div", safe_div_off, check_boxes),
     (box, "step", step_inclusive, check_longer_boxes),
     (box, "step", step_zero_at_tie, check_longer_boxes),
@@ -720,19 +725,23 @@ MUTANTS = [
 
 CHECKS = [
     check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_row_term,
-    check_ratio_grid, check_prior_grid, check_band_grid, check_retinanet, check_ssd, check_ssd_classes,
+    check_ratio_grid, check_strips, check_prior_grid, check_band_grid, check_retinanet, check_ssd, check_ssd_classes,
     check_far_object, check_fcos,
 ]  # fmt: skip
+
+
+def forget() -> None:
+    ops.forget_plans()
+    for constants in (grid_ops._parts, dense_ops._constants):
+        constants.cache_clear()
 
 
 @pytest.fixture
 def fresh_constants():
     """Launches look their functions up anew, and leave no broken one behind."""
-    for constants in (grid_ops._grid_constants, dense_ops._constants):
-        constants.cache_clear()
+    forget()
     yield
-    for constants in (grid_ops._grid_constants, dense_ops._constants):
-        constants.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("check", CHECKS)
