@@ -35,7 +35,7 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
     half the registers and no stack on gfx942.
     """
     if not cells_contiguous:
-        return replace(GridConfig(cells=128, channels=32, threads=128), **dict(wishes))
+        return replace(GridConfig(cells=128, channels=16, threads=128), **dict(wishes))
     wanted = dict(wishes)
     cells = largest = wanted.pop("cells", 1024)
     while cells > SMALLEST_TILE and cells >= 2 * largest_map:

@@ -198,8 +198,8 @@ class RetinaNetLoss(DenseLoss):
         fg_iou_thresh: IoU of a match, from there on.
         bg_iou_thresh: IoU below which an anchor is background.
         allow_low_quality_matches: see above.
-        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or an IoU loss on decoded boxes: ``"iou"``, ``"giou"``,
-            ``"diou"``, ``"ciou"``, ``"eiou"``, ``"siou"`` or ``"mpdiou"``.
+        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or on decoded boxes ``"iou"``, ``"giou"``, ``"ciou"``
+            or another IoU term for users in the table of ``fusedyolo/terms.py``.
         beta: of ``"smooth_l1"``, the difference below which it is quadratic.
         alpha: weight of positives in the focal loss, -1 for no weights.
         gamma: exponent of its modulating factor.
@@ -332,7 +332,7 @@ class FCOSLoss(DenseLoss):
     Args:
         num_classes: C.
         center_sampling_radius: see above.
-        loss_type: ``"iou"``, ``"giou"``, ``"diou"``, ``"ciou"``, ``"eiou"``, ``"siou"`` or ``"mpdiou"``.
+        loss_type: ``"iou"``, ``"giou"``, ``"ciou"`` or another IoU term for users in the table of ``fusedyolo/terms.py``.
         alpha: as in :class:`RetinaNetLoss`.
         gamma: as in :class:`RetinaNetLoss`.
         image_size: (height, width) in pixels; needed where targets are relative to the image.

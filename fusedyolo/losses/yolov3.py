@@ -255,7 +255,7 @@ class YOLOv3Loss(_AnchorLoss):
         logits.
 
     Both take ``label_smooth_eps=0`` (targets ``1 - eps / 2`` and ``eps / 2``); ``cls_loss=None``, or ``"bce"``,
-    ``"focal"``, ``"qfl"``, ``"varifocal"``, ``"softmax_ce"``, with ``focal_alpha=None`` (0.75 for varifocal) and
+    ``"focal"`` or another class term for users in the table of ``fusedyolo/terms.py``, with ``focal_alpha=None`` (0.75 for varifocal) and
     ``focal_gamma=None`` (2 for a named ``cls_loss``; either of them alone asks for a focal loss); ``iou_alpha=1`` and
     ``iou_gamma=0``, the powers of :func:`fusedyolo.functional.box_iou_loss`; and ``iou_band=(0.3, 0.7)``.
 
@@ -269,8 +269,8 @@ class YOLOv3Loss(_AnchorLoss):
         assigner: ``"best_anchor"``, or ``"iou_band"``: an anchor in the middle of its cell is positive, for the object
             that it overlaps most, where that IoU exceeds the upper end of ``iou_band``; negative where it is below the
             lower end; and left out between. An object that no anchor overlaps so well is not learnt.
-        iou_loss: ``"mse"`` (the default), or of decoded boxes ``"iou"``, ``"giou"``, ``"diou"``, ``"ciou"``,
-            ``"eiou"``, ``"siou"``, ``"mpdiou"``.
+        iou_loss: ``"mse"`` (the default), or of decoded boxes ``"iou"``, ``"giou"``, ``"ciou"`` or another IoU term for
+            users in the table of ``fusedyolo/terms.py``.
         scale_x_y: grid sensitivity, ``x = s * sigmoid - (s - 1) / 2``; a number, or one a level. 1 by default.
         iou_thresh: every anchor whose IoU of widths and heights with the object exceeds it is assigned too. 1 (none) by
             default.

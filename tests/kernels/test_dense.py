@@ -20,6 +20,7 @@ from fusedyolo import FCOSLoss, RetinaNetLoss, SSDLoss, anchors, ops, reference
 from fusedyolo.ops import launch
 from fusedyolo.ops.dense import dense_outputs
 from fusedyolo.targets import corner_rows
+from fusedyolo.terms import term_names
 
 BACKENDS = ["torch", "triton"]
 C = 3
@@ -156,7 +157,7 @@ LOOSE = {"allow_low_quality_matches": False, "fg_iou_thresh": 0.3, "bg_iou_thres
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "retinanet": [
         {},
-        {"loss_type": "smooth_l1", "beta": 0.3},
+        *({"loss_type": name, "beta": 0.3} for name in term_names("delta", "iou", users=True)),
         {"loss_type": "ciou", "alpha": -1, "gamma": 1.5},
         {"loss_type": "giou", **LOOSE},
     ],

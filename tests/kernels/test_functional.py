@@ -26,7 +26,11 @@ BOXES = {
     "diou": functional.distance_box_iou_loss,
     "ciou": functional.complete_box_iou_loss,
 }
-LABELS = [functional.sigmoid_focal_loss, functional.quality_focal_loss, functional.varifocal_loss]
+LABELS = {
+    "focal": functional.sigmoid_focal_loss,
+    "qfl": functional.quality_focal_loss,
+    "varifocal": functional.varifocal_loss,
+}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -195,7 +199,7 @@ def test_nothing(backend):
             assert loss == 0
             assert [grad.shape for grad in torch.autograd.grad(loss, boxes)] == [(0, 4)] * 2
     x = torch.zeros(0, 3, requires_grad=True, device=DEVICE)
-    for function in LABELS:
+    for function in LABELS.values():
         assert function(x, x.detach(), backend=backend).shape == (0, 3)
         assert function(x, x.detach(), reduction="sum", backend=backend) == 0
         assert function(x, x.detach(), reduction="mean", backend=backend).isnan()
@@ -225,7 +229,7 @@ def test_gradcheck(backend):
             )
     x = torch.randn(5, dtype=torch.float64, requires_grad=True, device=DEVICE)
     t = torch.tensor([0.0, 0.3, 1.0, 0.0, 0.7], dtype=torch.float64, device=DEVICE)
-    for function in LABELS:
+    for function in LABELS.values():
         assert torch.autograd.gradcheck(lambda x, f=function: f(x, t, backend=backend), x)
 
 
@@ -235,7 +239,7 @@ def test_compiled(backend):
         boxes = [function(a, b, "mean", backend=backend) for function in BOXES.values()]
         options = {"backend": backend, "alpha": 2.0, "gamma": 0.5, "image_size": (3, 4)}
         boxes.append(functional.box_iou_loss(a, b, "mpdiou", "mean", **options))
-        return sum(boxes) + sum(function(x, t, reduction="mean", backend=backend) for function in LABELS)
+        return sum(boxes) + sum(function(x, t, reduction="mean", backend=backend) for function in LABELS.values())
 
     compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
     for n in (5, 6, 7):
@@ -259,10 +263,8 @@ def test_arguments_are_those_of_torchvision():
     focal = functional.sigmoid_focal_loss
     assert list(inspect.signature(focal).parameters) == ["inputs", "targets", "alpha", "gamma", "reduction", "backend"]
     assert defaults(focal) == {"alpha": 0.25, "gamma": 2, "reduction": "none", "backend": "auto"}
-    assert defaults(functional.quality_focal_loss) == {
-        "gamma": 2.0, "alpha": -1.0, "reduction": "none", "backend": "auto",
-    }  # fmt: skip
-    assert defaults(functional.varifocal_loss) == {"alpha": 0.75, "gamma": 2.0, "reduction": "none", "backend": "auto"}
+    for kind, function in LABELS.items():
+        assert defaults(function) == {**TERMS[kind].numbers, "reduction": "none", "backend": "auto"}
 
 
 @pytest.mark.parametrize("kind", term_names("iou"))
