@@ -47,7 +47,7 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
 
 
 CELL_TILE = 32768  # bytes of a tile of the driver of cells
-CELL_PAIRS = 16384  # of cells and rows that are compared at a time
+CELL_PAIRS = 8192  # of cells and rows that are compared at a time
 WIDEST = 128  # channels in it, unless the boxes of a cell have more
 
 
