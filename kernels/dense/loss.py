@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..levels import Strides, are_wide, as_wide, integer_of, pointer_of, strides_of
-from ..overlap import Corners
+from ..levels import are_wide, as_wide, integer_of, pointer_of, strides_of
 from ..primitives import log1p, ordered_bits, plain, safe_div, scaled_less
 from ..rows import load_rows
 from ..sums import column, column_sums, is_last
@@ -425,7 +424,7 @@ def _load_chunks(ptr, by_channel, mask, SPEC: tl.constexpr):
     chunks = ()
     for i in tl.static_range(CHUNKS):
         keep = _chunk_mask(mask, i, SPEC)
-        chunks = chunks + (tl.load(at + i * SPEC.WIDTH * by_channel, mask=keep, other=-1e30).to(SPEC.ACC),)
+        chunks = chunks + (tl.load(at + i * SPEC.WIDTH * by_channel, mask=keep, other=-1e30).to(SPEC.ACC),)  # noqa: RUF005 - as Triton knows it
     largest = chunks[0]
     for i in tl.static_range(1, CHUNKS):
         largest = tl.maximum(largest, chunks[i])
