@@ -332,7 +332,7 @@ class FCOSLoss(DenseLoss):
     Args:
         num_classes: C.
         center_sampling_radius: see above.
-        loss_type: ``"iou"``, ``"giou"``, ``"ciou"`` or another IoU term for users in the table of ``fusedyolo/terms.py``.
+        loss_type: ``"iou"``, ``"giou"``, ``"ciou"`` or another IoU term for users in ``fusedyolo/terms.py``.
         alpha: as in :class:`RetinaNetLoss`.
         gamma: as in :class:`RetinaNetLoss`.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
