@@ -226,20 +226,9 @@ def _count_kernels(counts: Counts, on_program: OnProgram | None, planned: Planne
         stored[-1] += moved
         return cas(self, ptr, *args)
 
-    # Two shortcuts that halve the time. The interpreter patches triton.language again for every call of a device
-    # function, and checks integers for overflow with arithmetic of its own, which kernels on a GPU do not.
-    patch_language = interpreter._patch_lang
-    language = (interpreter.tl, interpreter.tl.core)
-
-    def patch_language_once(fn):
-        modules = [value for value in fn.__globals__.values() if any(value is module for module in language)]
-        if all(not interpreter.tl.core.is_builtin(module.load) for module in modules):
-            return interpreter._LangPatchScope()
-        return patch_language(fn)
-
     with ExitStack() as stack:
         for owner, name, replacement in (
-            (interpreter, "_patch_lang", patch_language_once),
+            # it checks integers for overflow with arithmetic of its own, which kernels on a GPU do not
             (interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
             (GridExecutor, "__call__", counted_launch),
             (InterpreterBuilder, "set_grid_dim", counted_span),

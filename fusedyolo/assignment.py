@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import drivers
 from .drivers.assignments import AnchorAssignment, Assignment, LevelAssignment
 from .targets import Targets
 
-if TYPE_CHECKING:
-    from .losses import YOLOv1Loss
-    from .losses.base import GridLoss
-    from .losses.dense import DenseLoss
-
 __all__ = ["AnchorAssignment", "Assignment", "LevelAssignment", "assign"]
 
 
 def assign(
-    criterion: GridLoss | YOLOv1Loss | DenseLoss,
+    criterion: nn.Module,
     preds: Any,
     targets: Tensor | Sequence[dict[str, Tensor]] | Targets,
     **geometry: Any,

@@ -16,8 +16,8 @@ CLOSE = 0.03
 
 # Instructions of PTX that the warps of all programs execute, sm_90, as constraints.txt's Triton compiles them.
 EXECUTED = {
-    "YOLOv1/paper": {"cell_kernel": 26464, "cell_kernel, backward": 112},
-    "YOLOv2/region": {"grid_kernel": 94422, "grid_grad_kernel": 16568},
+    "YOLOv1/paper": {"cell_kernel": 25936, "cell_grad_kernel": 112},
+    "YOLOv2/region": {"grid_kernel": 57542, "grid_grad_kernel": 18536},
     "SSD": {
         "overlap_kernel": 15712,
         "match_kernel": 17144,
