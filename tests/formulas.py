@@ -180,7 +180,7 @@ def box_term(kind: str, p: Box, g: Box, args: Sequence[float], extent: Sequence[
     find_term("kind", kind, "iou")
     if kind not in PENALTIES:
         corners = [torch.stack([b[i] + side * b[i + 2] / 2 for side in (-1, 1) for i in (0, 1)], -1) for b in (p, g)]
-        return reference.BOX_TERMS[kind](*corners, args, None if extent is None else ZERO.new_tensor(extent))
+        return reference.BOX_TERMS[kind](*corners, args, None if extent is None else torch.as_tensor(extent))
     pair = Pair(p, g, *args[:2], extent)
     alpha, gamma = args[2:] or (1.0, 0.0)
     penalties = [power(penalty, alpha) for penalty in PENALTIES[kind](pair)]
