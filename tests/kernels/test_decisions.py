@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # numbers as they were loaded, so that it may be asked for anywhere.
 DECIDE = {
     "YOLOv1/paper": {"cells._first_rows", "cells._responsible"},
-    "YOLOv4/paper": {"assign.row_cell", "assign._nearest_rows"},
+    "iou_band": {"assign.row_cell", "assign._nearest_rows"},
     "YOLOv4/darknet": {"assign.row_cell", "assign.best_anchor", "assign._block", "ignore.ignored"},
     "YOLOv5": {"assign.row_cell", "assign.ratio", "assign._block"},
     "RetinaNet": {"match.overlap_kernel", "match._most_overlap"},
