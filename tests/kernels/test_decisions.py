@@ -17,13 +17,12 @@ ROOT = Path(__file__).parents[2]
 # numbers as they were loaded, so that it may be asked for anywhere.
 DECIDE = {
     "YOLOv1/paper": {"cells._first_rows", "cells._responsible"},
-    "YOLOv4/paper": {"assign.row_cell", "grid/assign._nearest_rows"},
-    "YOLOv4/darknet": {"assign.row_cell", "assign.best_anchor", "grid/assign._block", "grid/ignore.ignored"},
-    "YOLOv5": {"assign.row_cell", "assign.ratio", "grid/assign._block"},
+    "iou_band": {"assign.row_cell", "assign._nearest_rows"},
+    "YOLOv4/darknet": {"assign.row_cell", "assign.best_anchor", "assign._block", "ignore.ignored"},
+    "YOLOv5": {"assign.row_cell", "assign.ratio", "assign._block"},
     "RetinaNet": {"match.overlap_kernel", "match._most_overlap"},
     "FCOS": {"match._smallest_around"},
 }
-AGAIN = {"YOLOv1/paper"}  # whose gradient launch decides once more, by the same code
 
 
 @cache
@@ -41,12 +40,12 @@ def test_decided_once_and_without_contraction(name):
     """A decision is compiled at one place of one launch, in which no product runs into a sum."""
     for function in DECIDE[name]:
         holding = [launch for launch in compiled(name) if function in launch["functions"]]
-        assert len(holding) == 1 + (name in AGAIN), function
-        for launch in holding:
-            sites = launch["functions"][function]["sites"]
-            assert len(sites) == 1, (function, sites)
-            assert launch["fusion"] is False  # ptxas is told so, too
-            assert {name: found["fused"] for name, found in launch["functions"].items() if found["fused"]} == {}
+        assert len(holding) == 1, function
+        (launch,) = holding
+        sites = launch["functions"][function]["sites"]
+        assert len(sites) == 1, (function, sites)
+        assert launch["fusion"] is False  # ptxas is told so, too
+        assert {name: found["fused"] for name, found in launch["functions"].items() if found["fused"]} == {}
 
 
 def test_a_broken_rule_is_seen():
