@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -20,15 +20,19 @@ from .grid import cell_strides
 from .launch import (
     COUNTERS,
     Launch,
+    Layout,
     accumulator,
     done_counter,
     float_parts,
+    layouts,
     odd,
+    planned,
     refuse_double_backward,
     row_maxima,
     run_all,
     zeros,
 )
+from .operator import differentiable, fake, operator
 
 import triton.language as tl  # isort: skip
 
@@ -115,28 +119,13 @@ class _Layout(NamedTuple):
     anchors: tuple[int, ...]
 
 
-_Lie = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-"""Shapes and strides of tensors."""
-
-
-def _lie(tensors: Sequence[Tensor]) -> _Lie:
-    return tuple((tuple(t.shape), t.stride()) for t in tensors)
-
-
-def _layout(preds: Sequence[Tensor], grads: Sequence[Tensor] | None, head: DenseHead) -> _Layout:
-    lie = _lie(preds)
-    return _layout_of(lie, lie if grads is None else _lie(grads), head.num_classes, head.centreness)
-
-
-@lru_cache(maxsize=256)
-def _layout_of(preds: _Lie, grads: _Lie, classes: int, centreness: bool) -> _Layout:
-    channels = (classes, BOX_CHANNELS, CENTRE_CHANNELS)[: 3 if centreness else 2]
+@planned
+def _layout(key: str, preds: tuple[Layout, ...], grads: tuple[Layout, ...]) -> _Layout:
+    head = dense_head_from_key(key)
+    channels = (head.num_classes, BOX_CHANNELS, CENTRE_CHANNELS)[: 3 if head.centreness else 2]
     levels = len(preds) // len(channels)
     views, grad_views = (
-        [
-            [_view(torch.empty_strided(*own, device="meta"), c) for own in lie[i * levels : (i + 1) * levels]]
-            for i, c in enumerate(channels)
-        ]
+        [[_view(own.meta(), c) for own in lie[i * levels : (i + 1) * levels]] for i, c in enumerate(channels)]
         for lie in (preds, grads)
     )
     everything = [view for maps in (*views, *grad_views) for view in maps]
@@ -185,25 +174,82 @@ def _family(key: str) -> str:
     return f"{head.decode} {head.box} {head.label} {head.matcher}" + " ranked" * (head.negatives > 0)
 
 
-def _config(layout: _Layout, pred: Tensor, head: DenseHead) -> DenseConfig:
-    """The tile of a call."""
+@planned
+def _config(key: str, preds: tuple[Layout, ...]) -> DenseConfig:
+    """The tiles of a call."""
+    head, layout, pred = dense_head_from_key(key), _layout(key, preds, preds), preds[0]
     streams = [n * a * head.num_classes for n, a in zip(layout.cells, layout.anchors, strict=True)]
     largest = max(layout.cells) * (max(layout.anchors) if layout.flat else 1)
     batch = pred.shape[0]
     tuned = wishes("dense", _family(head.key), pred, not layout.near, batch, largest, head.num_classes)
     logits = batch * sum(streams)
-    return dense_config(min(streams), largest, logits, head.num_classes, pred.element_size(), head.negatives > 0, tuned)
+    return dense_config(min(streams), largest, logits, head.num_classes, pred.dtype.itemsize, head.negatives > 0, tuned)
 
 
-def _maps(
-    preds: Sequence[Tensor], grads: Sequence[Tensor] | None, layout: _Layout, head: DenseHead
-) -> loss.Predictions:
+class _Plan(NamedTuple):
+    """A launch but for its tensors, and the strides that go with them."""
+
+    launch: Launch
+    strides: tuple[tuple[Strides, ...], ...]
+    grad_strides: tuple[tuple[Strides, ...], ...]
+
+
+@planned
+def _plan(
+    key: str,
+    preds: tuple[Layout, ...],
+    grads: tuple[Layout, ...] | None,
+    geometry: Geometry,
+    anchors: int,
+    with_loss: bool,
+    skip_one: bool,
+) -> _Plan:
+    """Of the driver after the match; ``anchors`` in an image."""
+    head, config, row, batch = dense_head_from_key(key), _config(key, preds), _row(key), preds[0].shape[0]
+    layout = _layout(key, preds, preds if grads is None else grads)
+    cls_programs, box_programs = _programs(layout, head, batch, config)
+    spec = loss.Spec(
+        C=head.num_classes,
+        RANKED=head.negatives > 0,
+        BY_IMAGE=head.mean == "image",
+        CORNERS=geometry.corners,
+        FLAT=layout.flat,
+        NEAR=layout.near,
+        WITH_LOSS=with_loss,
+        WITH_GRAD=grads is not None,
+        SKIP_ONE=skip_one,
+        ACC=accumulator(preds[0].dtype)[0],
+        BLOCK=config.block,
+        GROUP=config.group,
+        STEPS=config.steps,
+        CELLS=config.cells,
+        PLANES=config.planes,
+        ANCHORS=config.anchors,
+        WIDTH=config.width,
+        CHUNKS=_ceil(head.num_classes, config.width),
+    )
+    arguments = {
+        "levels": loss.Levels(
+            odd(layout.widths), odd(layout.cells), odd(layout.anchors), odd(box_programs), odd(cls_programs)
+        ),
+        "N": anchors,
+        "B": batch,
+        "terms": row.terms,
+        "numbers": loss.Numbers(row.weights, row.beta, row.box_args, row.label_args, geometry.size),
+        "SPEC": spec,
+    }
+    grid = (sum(cls_programs) + sum(box_programs),)
+    launch = Launch(loss.dense_kernel, grid, arguments, config.threads, config.max_registers, stages=config.stages)
+    return _Plan(launch, layout.strides, layout.grad_strides)
+
+
+def _maps(preds: Sequence[Tensor], grads: Sequence[Tensor] | None, plan: _Plan, head: DenseHead) -> loss.Predictions:
     """Predictions and gradients as the kernel takes them."""
     split = _split(preds, head)
     d_split = [(None,) * len(split[0])] * len(split) if grads is None else _split(grads, head)
     maps = [
         loss.Maps(tuple(own), tuple(d_own), by, d_by)
-        for own, d_own, by, d_by in zip(split, d_split, layout.strides, layout.grad_strides, strict=True)
+        for own, d_own, by, d_by in zip(split, d_split, plan.strides, plan.grad_strides, strict=True)
     ]
     return loss.Predictions(maps[0], maps[1], maps[2] if head.centreness else None)
 
@@ -226,57 +272,26 @@ def dense_launch(
     The gradient is multiplied by ``grad_outs``, of the total and of the parts; if ``skip_one`` it is left as it is
     where that is 1.
     """
-    layout = _layout(preds, grads, head)
-    batch, N = outputs.match.shape
-    config = _config(layout, preds[0], head)
-    cls_programs, box_programs = _programs(layout, head, batch, config)
-    programs = sum(cls_programs) + sum(box_programs)
-    row = _row(head.key)
+    d_layouts = None if grads is None else layouts(grads)
+    plan = _plan(head.key, layouts(preds), d_layouts, geometry, outputs.match.shape[1], with_loss, skip_one)
     sums = loss.Sums(None, (None,) * 3, None, None)
     if with_loss:
         sums = loss.Sums(
             total_ptr=outputs.total,
             parts=(outputs.cls, outputs.box, outputs.centre),
-            partial_ptr=outputs.total.new_empty(programs * loss.N_PARTS.value),
+            partial_ptr=outputs.total.new_empty(plan.launch.grid[0] * loss.N_PARTS.value),
             done_ptr=done_counter(rows.device, workspace),
         )
-    spec = loss.Spec(
-        C=head.num_classes,
-        RANKED=head.negatives > 0,
-        BY_IMAGE=head.mean == "image",
-        CORNERS=geometry.corners,
-        FLAT=layout.flat,
-        NEAR=layout.near,
-        WITH_LOSS=with_loss,
-        WITH_GRAD=grads is not None,
-        SKIP_ONE=skip_one,
-        ACC=accumulator(preds[0].dtype)[0],
-        BLOCK=config.block,
-        GROUP=config.group,
-        STEPS=config.steps,
-        CELLS=config.cells,
-        PLANES=config.planes,
-        ANCHORS=config.anchors,
-        WIDTH=config.width,
-        CHUNKS=_ceil(head.num_classes, config.width),
-    )
     ranked = head.negatives > 0
-    arguments = {
-        "predictions": _maps(preds, grads, layout, head),
-        "levels": loss.Levels(
-            odd(layout.widths), odd(layout.cells), odd(layout.anchors), odd(box_programs), odd(cls_programs)
-        ),
-        "N": N,
-        "B": batch,
-        "matched": loss.Matched(anchors, rows, outputs.match, outputs.found),
-        "terms": row.terms,
-        "numbers": loss.Numbers(row.weights, row.beta, row.box_args, row.label_args, geometry.size),
-        "grads": tuple(grad_outs),
-        "ranked": loss.Ranked(outputs.ce if ranked else None, outputs.picks if ranked else None),
-        "sums": sums,
-        "SPEC": spec,
-    }
-    return Launch(loss.dense_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages)
+    return plan.launch.filled(
+        {
+            "predictions": _maps(preds, grads, plan, head),
+            "matched": loss.Matched(anchors, rows, outputs.match, outputs.found),
+            "grads": tuple(grad_outs),
+            "ranked": loss.Ranked(outputs.ce if ranked else None, outputs.picks if ranked else None),
+            "sums": sums,
+        }
+    )
 
 
 def _tally(device: torch.device, batch: int, rows: int, own: Tensor | None) -> Tensor:
@@ -286,34 +301,20 @@ def _tally(device: torch.device, batch: int, rows: int, own: Tensor | None) -> T
     return own[COUNTERS + rows :].view(torch.int32)
 
 
-def match_launches(
-    pred: Tensor,
-    layout: _Layout,
-    anchors: Tensor,
-    rows: Tensor,
-    offsets: Tensor | None,
-    head: DenseHead,
-    geometry: Geometry,
-    outputs: DenseOutputs,
-    threads: int,
-    workspace: Tensor | None = None,
-) -> list[Launch]:
-    """The launches that settle which row each anchor takes; ``threads`` are those of ``MATCH_BLOCK`` anchors."""
-    batch, N = outputs.match.shape
+@planned
+def _match_plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors: int) -> list[Launch]:
+    """The launches of :func:`match_launches` but for their tensors; ``anchors`` in an image."""
+    head, layout, batch, N = dense_head_from_key(key), _layout(key, preds, preds), preds[0].shape[0], anchors
     block = min(MATCH_BLOCK, 1 << (N - 1).bit_length())
     common = {
-        "anchors_ptr": anchors,
-        "targets": match.Targets(rows, offsets),
         "N": N,
-        "M": rows.shape[0],
         "frame": match.Frame(geometry.size, (1 if head.background else 0, head.num_classes)),
-        "best_ptr": None if head.rescue is None else row_maxima(rows.device, rows.shape[0], workspace),
         "SPEC": match.MatchSpec(
             CENTRE=head.matcher == "centre",
             RESCUE=head.rescue,
             PLANES=not layout.flat and not head.negatives,
             CORNERS=geometry.corners,
-            ACC=accumulator(pred.dtype)[0],
+            ACC=accumulator(preds[0].dtype)[0],
             BLOCK=block,
             BLOCK_G=MATCH_ROWS,
         ),
@@ -328,6 +329,35 @@ def match_launches(
             head.scale_range,
             odd(geometry.ends),
         ),
+    }
+    grid = (batch * _ceil(N, block),)
+    threads = max(32, block * _config(key, preds).match_threads // MATCH_BLOCK)
+    launches = [Launch(match.match_kernel, grid, settle, threads, MATCH_REGISTERS, exact=True)]
+    if head.rescue is not None:
+        launches.insert(0, Launch(match.overlap_kernel, grid, common, threads, MATCH_REGISTERS, exact=True))
+    return launches
+
+
+def match_launches(
+    preds: Sequence[Tensor],
+    anchors: Tensor,
+    rows: Tensor,
+    offsets: Tensor | None,
+    head: DenseHead,
+    geometry: Geometry,
+    outputs: DenseOutputs,
+    workspace: Tensor | None = None,
+) -> list[Launch]:
+    """The launches that settle which row each anchor takes."""
+    batch, N = outputs.match.shape
+    common = {
+        "anchors_ptr": anchors,
+        "targets": match.Targets(rows, offsets),
+        "M": rows.shape[0],
+        "best_ptr": None if head.rescue is None else row_maxima(rows.device, rows.shape[0], workspace),
+    }
+    settle = {
+        **common,
         "picks_ptr": outputs.picks if head.negatives else None,
         "matched": match.Matched(
             outputs.match,
@@ -337,46 +367,67 @@ def match_launches(
             done_counter(rows.device, workspace),
         ),
     }
-    grid, threads = (batch * _ceil(N, block),), max(32, block * threads // MATCH_BLOCK)
-    launches = [Launch(match.match_kernel, grid, settle, threads, MATCH_REGISTERS, exact=True)]
-    if head.rescue is not None:
-        launches.insert(0, Launch(match.overlap_kernel, grid, common, threads, MATCH_REGISTERS, exact=True))
-    return launches
+    *overlap, last = _match_plan(head.key, layouts(preds), geometry, N)
+    return [*(launch.filled(common) for launch in overlap), last.filled(settle)]
 
 
-def rank_launch(head: DenseHead, outputs: DenseOutputs, threads: int, workspace: Tensor | None = None) -> Launch:
-    """The launch that picks the hardest negatives, and completes the loss; ``threads`` are those of ``RANK_PART``."""
-    batch, N = outputs.match.shape
-    power = 1 << (N - 1).bit_length()
+class _RankPlan(NamedTuple):
+    """The launch that ranks but for its tensors, and its parts of an image of so many anchors."""
+
+    launch: Launch
+    parts: int
+    part: int
+
+
+@planned
+def _rank_plan(key: str, preds: tuple[Layout, ...], anchors: int) -> _RankPlan:
+    head, batch, threads = dense_head_from_key(key), preds[0].shape[0], _config(key, preds).rank_threads
+    triton_acc, acc = accumulator(preds[0].dtype)
+    power = 1 << (anchors - 1).bit_length()
     part, block = min(RANK_PART, power), min(RANK_BLOCK, power)
-    parts = _ceil(N, part)
-    places = (batch, parts * part)
+    parts = _ceil(anchors, part)
     arguments = {
-        "ce_ptr": outputs.ce,
-        "match_ptr": outputs.match,
-        "found_ptr": outputs.found,
-        "N": N,
+        "N": anchors,
         "B": batch,
         "ratio": head.negatives,
-        "picks_ptr": outputs.picks,
-        "scratch": rank.Scratch(
-            index_ptr=outputs.match.new_empty(places),
-            packed_ptr=outputs.ce.new_empty(places),
-            notes_ptr=outputs.match.new_empty(batch * parts * rank.N_NOTES.value),
-            partial_ptr=outputs.total.new_empty(batch * parts),
-            images_ptr=outputs.total.new_empty(batch),
-        ),
-        "outcome": rank.Outcome(outputs.total, outputs.cls, outputs.box, done_counter(outputs.total.device, workspace)),
         "SPEC": rank.RankSpec(
             BY_IMAGE=head.mean == "image",
-            ACC=accumulator(outputs.total.dtype)[0],
-            KEY=KEYS[outputs.total.dtype],
-            BITS=8 * outputs.total.itemsize - 1,
+            ACC=triton_acc,
+            KEY=KEYS[acc],
+            BITS=8 * acc.itemsize - 1,
             PART=part,
             BLOCK=block,
         ),
     }
-    return Launch(rank.rank_kernel, (batch * parts,), arguments, max(32, part * threads // RANK_PART), 128)
+    launch = Launch(rank.rank_kernel, (batch * parts,), arguments, max(32, part * threads // RANK_PART), 128)
+    return _RankPlan(launch, parts, part)
+
+
+def rank_launch(
+    preds: Sequence[Tensor], head: DenseHead, outputs: DenseOutputs, workspace: Tensor | None = None
+) -> Launch:
+    """The launch that picks the hardest negatives, and completes the loss."""
+    batch, N = outputs.match.shape
+    plan = _rank_plan(head.key, layouts(preds), N)
+    places = (batch, plan.parts * plan.part)
+    return plan.launch.filled(
+        {
+            "ce_ptr": outputs.ce,
+            "match_ptr": outputs.match,
+            "found_ptr": outputs.found,
+            "picks_ptr": outputs.picks,
+            "scratch": rank.Scratch(
+                index_ptr=outputs.match.new_empty(places),
+                packed_ptr=outputs.ce.new_empty(places),
+                notes_ptr=outputs.match.new_empty(batch * plan.parts * rank.N_NOTES.value),
+                partial_ptr=outputs.total.new_empty(batch * plan.parts),
+                images_ptr=outputs.total.new_empty(batch),
+            ),
+            "outcome": rank.Outcome(
+                outputs.total, outputs.cls, outputs.box, done_counter(outputs.total.device, workspace)
+            ),
+        }
+    )
 
 
 def loss_launches(
@@ -390,15 +441,11 @@ def loss_launches(
     workspace: Tensor | None = None,
 ) -> list[Launch]:
     """All launches of a loss, and of its gradient where ``outputs`` has room for that."""
-    layout = _layout(preds, None, head)
-    config = _config(layout, preds[0], head)
-    launches = match_launches(
-        preds[0], layout, anchors, rows, offsets, head, geometry, outputs, config.match_threads, workspace
-    )
+    launches = match_launches(preds, anchors, rows, offsets, head, geometry, outputs, workspace)
     grads = outputs.grads or None
     launches.append(dense_launch(preds, anchors, rows, head, geometry, outputs, True, grads, workspace=workspace))
     if head.negatives:
-        launches.append(rank_launch(head, outputs, config.rank_threads, workspace))
+        launches.append(rank_launch(preds, head, outputs, workspace))
     return launches
 
 
@@ -422,7 +469,7 @@ def dense_outputs(preds: Sequence[Tensor], anchors: Tensor, head: DenseHead, wit
     )
 
 
-@torch.library.custom_op("fusedyolo::dense_loss", mutates_args=())
+@operator
 def dense_loss(
     preds: list[Tensor],
     anchors: Tensor,
@@ -448,7 +495,7 @@ def dense_loss(
     return tuple(outputs)  # type: ignore[return-value]
 
 
-@dense_loss.register_fake
+@fake(dense_loss)
 def _(preds, anchors, rows, offsets, key, size, corners, ends, with_grad, workspace=None):
     return tuple(dense_outputs(preds, anchors, dense_head_from_key(key), with_grad))
 
@@ -464,13 +511,13 @@ def _gradient(
 ) -> None:
     anchors, rows, match, found, ce, picks = saved
     size, corners, ends = geometry
-    none = match.new_empty(0)
+    none = match  # nothing asks for these
     outputs = DenseOutputs(none, none, none, none, none, match, found, ce, picks, grads)
     head, at = dense_head_from_key(key), Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
     run_all([dense_launch(preds, anchors, rows, head, at, outputs, False, grads, grad_outs, skip_one)], rows.device)
 
 
-@torch.library.custom_op("fusedyolo::dense_loss_grad", mutates_args=())
+@operator
 def dense_loss_grad(
     grad_total: Tensor | None,
     grad_cls: Tensor | None,
@@ -493,12 +540,12 @@ def dense_loss_grad(
     return grads
 
 
-@dense_loss_grad.register_fake
+@fake(dense_loss_grad)
 def _(grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends):
     return [torch.empty_like(pred) for pred in preds]
 
 
-@torch.library.custom_op("fusedyolo::dense_loss_rescale", mutates_args=("grads",))
+@partial(operator, mutates=("grads",))
 def dense_loss_rescale(
     grads: list[Tensor],
     grad_total: Tensor | None,
@@ -519,7 +566,7 @@ def dense_loss_rescale(
     _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), True)
 
 
-@dense_loss_rescale.register_fake
+@fake(dense_loss_rescale)
 def _(grads, grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends):
     return None
 
@@ -538,16 +585,15 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_total, grad_cls, grad_box, grad_centre, *_rest):
     saved, preds = list(ctx.saved_tensors[:6]), list(ctx.saved_tensors[6:])
     grad_outs = (grad_total, grad_cls, grad_box, grad_centre)
-    others = (None,) * (len(ctx.needs_input_grad) - 1)  # a workspace counts only where there is one
-    if all(grad is None for grad in grad_outs):
-        return [None] * len(preds), *others
+    if all([grad is None for grad in grad_outs]):
+        return [None] * len(preds)
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
         grads = dense_loss_grad(*grad_outs, preds, saved, *ctx.settings)
     else:
         dense_loss_rescale(grads, *grad_outs, preds, saved, *ctx.settings)
-    return list(grads), *others
+    return list(grads)
 
 
-dense_loss.register_autograd(_backward, setup_context=_save)
-dense_loss_grad.register_autograd(refuse_double_backward(dense_loss_grad._qualname))
+differentiable(dense_loss, _backward, _save)
+differentiable(dense_loss_grad, refuse_double_backward(dense_loss_grad))
