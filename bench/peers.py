@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -40,10 +40,9 @@ class Total:
 
 @dataclass(frozen=True)
 class Peer:
-    """A library and what it computes."""
+    """A library, by the name that it is installed as, and what it computes."""
 
     name: str
-    package: str  # as it is installed
     module: str  # that has the losses
     cases: tuple[str, ...]
     bind: Callable[[Any, Workload, str], Bound]
@@ -51,14 +50,7 @@ class Peer:
 
     def missing(self) -> str:
         """Why it cannot be used, in a line; empty if it can."""
-        return _why_not(self.package, self.module)
-
-    def version(self) -> str:
-        """Of the installed package, or nothing."""
-        try:
-            return metadata.version(self.package)
-        except metadata.PackageNotFoundError:
-            return ""
+        return _why_not(self.name, self.module)
 
     def loss(self, case: Case, work: Workload, device: str = "cpu") -> Loss:
         """Its loss, bound to a workload: what it is called with later are that workload's predictions and targets.
@@ -285,17 +277,16 @@ def _ultralytics(case: PendingCase, work: Workload, device: str) -> Bound:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("torchvision", "torchvision", "torchvision.models.detection", ("RetinaNet", "SSD", "FCOS"), _torchvision),
+        Peer("torchvision", "torchvision.models.detection", ("RetinaNet", "SSD", "FCOS"), _torchvision),
         Peer(
-            "lightnet",
             "lightnet",
             "lightnet.network.loss",
             ("YOLOv2/lightnet",),
             _lightnet,
             "matches on the host; copies to it and back are no launches and no waits in a count on a CPU",
         ),
-        Peer("yolov5", "yolov5", "yolov5.utils.loss", ("YOLOv5",), _yolov5),
-        Peer("ultralytics", "ultralytics", "ultralytics.utils.loss", ("YOLOv8", "YOLO26"), _ultralytics),
+        Peer("yolov5", "yolov5.utils.loss", ("YOLOv5",), _yolov5),
+        Peer("ultralytics", "ultralytics.utils.loss", ("YOLOv8", "YOLO26"), _ultralytics),
     )
 }
 """Other libraries by name, installed or not."""
@@ -308,16 +299,11 @@ PEERS = {
 class PendingCase(Case):
     """A loss that a peer computes and this package does not: distances to four sides, as ``bins`` logits each."""
 
-    anchors: tuple = ()
     strides: tuple[int, ...] = (8, 16, 32)
     bins: int = 16  # or 1, the distance itself
     branches: int = 1  # sets of predictions
 
     layouts: ClassVar[tuple[str, ...]] = ("columns",)
-
-    def maps(self, work: Workload) -> list[tuple[int, int]]:
-        """(height, width) of each level."""
-        return [(-(-work.size // stride),) * 2 for stride in self.strides]
 
     def shapes(self, work: Workload) -> list[tuple[int, ...]]:
         """``[B, 4 * bins, N]`` and ``[B, C, N]``, of each branch."""

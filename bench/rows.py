@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedyolo.tools.codegen import widths
+from fusedyolo.tools.environment import version
 from fusedyolo.tools.registry import CASES, Case, Workload
 
 from . import peers
@@ -36,11 +37,11 @@ def rows(results: Mapping[Any, Any], work: Workload, host: Mapping[str, Any], gp
     listed = []
     for case in map(case_of, dict.fromkeys(task.case for task in results if task.case)):
         for provider, metric, value in _values(case, found, work, gpu):
-            peer = peers.PEERS.get(provider)
+            peer = f"{provider} {version(provider)}" if provider in peers.PEERS else ""
             row = {"loss": case.loss, "recipe": case.recipe, "provider": provider, "metric": metric, "value": value}
             row |= {name: getattr(work, name) for name in ("batch", "size", "classes", "dtype")}
             row |= {"layout": case.layout(work), "objects": work.objects, "form": work.form, "seed": work.seed}
-            row |= {"device": host["gpu"] or "cpu", "peer": f"{peer.package} {peer.version()}" if peer else ""}
+            row |= {"device": host["gpu"] or "cpu", "peer": peer}
             listed.append(row | versions)
     return listed
 

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fusedyolo
 from fusedyolo.tools import interpreter
-from fusedyolo.tools.environment import environment
+from fusedyolo.tools.environment import environment, version
 from fusedyolo.tools.parity import Loss, step
 from fusedyolo.tools.registry import CASES, Case, Workload
 
@@ -177,7 +177,7 @@ def run(options: argparse.Namespace) -> int:
     result = {
         "config": {"loss": case.name, "peer": peer, "steps": options.steps, **config},
         "environment": environment(),
-        "peer_version": peers.PEERS[peer].version() if peer in peers.PEERS else None,
+        "peer_version": version(peer) if peer in peers.PEERS else None,
         "interpreted": not gpu,
         "classes": names,
         "anchors": case.anchors,

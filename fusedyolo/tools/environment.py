@@ -49,17 +49,10 @@ def version(package: str) -> str:
 
 def commit() -> str:
     """Of the checkout this file lies in, with a ``+`` where tracked files differ; ``?`` for an installed package."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", "-C", str(ROOT), *arguments), capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    command = ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
     if not (ROOT / ".git").exists():
         return "?"
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "?"

@@ -109,15 +109,14 @@ def test_a_pending_case_has_predictions_with_a_gradient(name):
 # ------------------------------------------------------------------------------------------------ what is not installed
 
 
-def absent(package, module):
-    return peers.Peer("other", package, module, ("YOLOv5",), None)
+def absent(name, module):
+    return peers.Peer(name, module, ("YOLOv5",), None)
 
 
 def test_a_package_that_is_not_installed_says_so():
     peer = absent("not-there", "not_there.loss")
     assert peer.missing() == "not-there is not installed"
-    assert peer.version() == ""
-    with pytest.raises(ImportError, match="other: not-there is not installed"):
+    with pytest.raises(ImportError, match="not-there: not-there is not installed"):
         peer.loss(CASES["YOLOv5"], WORK)
 
 
