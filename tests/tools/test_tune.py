@@ -120,8 +120,8 @@ def test_wishes_reach_the_launch_as_far_as_it_can_take_them():
     usual = codegen.launches(case, work)["loss"]
     with tuned.forced((("cells", 256), ("threads", 128), ("stages", 4), ("max_registers", 96))):
         other = codegen.launches(case, work)["loss"]
-    assert usual.arguments["CELLS"] == 1024
-    assert (other.arguments["CELLS"], other.threads, other.max_registers) == (256, 128, 96)
+    assert usual.arguments["SPEC"].CELLS == 1024
+    assert (other.arguments["SPEC"].CELLS, other.threads, other.max_registers) == (256, 128, 96)
     assert other.grid[0] > usual.grid[0]
     rest = {"num_stages": 4, "enable_fp_fusion": not other.exact}
     assert other.options(True) == {"num_warps": 4, "maxnreg": 96, **rest}
@@ -329,7 +329,7 @@ def test_other_versions_measure_anew(tmp_path):
 
 
 def cells_of_a_launch():
-    return codegen.launches(POINT.case, WORK)["loss"].arguments["CELLS"]
+    return codegen.launches(POINT.case, WORK)["loss"].arguments["SPEC"].CELLS
 
 
 def put(folder, **changed):
@@ -346,7 +346,7 @@ def test_the_users_own_come_first_then_the_shipped_then_the_heuristic(tmp_path):
     key = tune.key_of(tune.Point(*big))
 
     def cells():
-        return codegen.launches(*big)["loss"].arguments["CELLS"]
+        return codegen.launches(*big)["loss"].arguments["SPEC"].CELLS
 
     assert cells() == 1024
     put(tmp_path / "shipped", entries={key: {"config": {"cells": 512}}})
@@ -363,7 +363,7 @@ def test_what_tuning_found_is_what_launches_take(tmp_path):
     tune_few(tmp_path, [5.0, 1.0, 4.0, 4.5, 4.6])
     tuned.forget()
     launch = codegen.launches(POINT.case, WORK)["loss"]
-    assert (launch.arguments["CELLS"], launch.threads) == (64, 64)
+    assert (launch.arguments["SPEC"].CELLS, launch.threads) == (64, 64)
 
 
 @pytest.mark.parametrize(
