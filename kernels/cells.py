@@ -27,7 +27,7 @@ from .terms.box import similarity
 from .terms.records import axis_of_sizes
 
 LOW: tl.constexpr = tl.constexpr(4)
-N_PARTS: tl.constexpr = tl.constexpr(8)  # box, confidence, class, cells with an object, valid rows; the rest is empty
+N_PARTS: tl.constexpr = tl.constexpr(8)  # box, confidence, class, cells with an object, invalid rows; the rest is empty
 
 
 class Part(NamedTuple):
@@ -113,14 +113,23 @@ class Box(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The objects of some cells: whether there is one, which box answers for it (-1 without one) and the target of that
-    one's confidence, the true box, the class."""
+    """The objects of some cells: which box answers for it, -1 where there is none, and the target of that one's
+    confidence, the true box, the class."""
 
-    has: Any
     chosen: Any
     confidence: Any
     truth: Box
     label: Any
+
+
+@triton.jit
+def _like(pred, ptr, at):
+    """The map at a pointer; it lies as the predictions do, unless it has places of its own."""
+    if at is None:
+        found = Map(ptr, pred.at)
+    else:
+        found = Map(ptr, at)
+    return found
 
 
 @triton.jit
@@ -164,15 +173,14 @@ def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
     for g0 in range(first, last, BLOCK_G):
         g = g0 + tl.arange(0, BLOCK_G)
         row = load_rows(targets.ptr, g, g < last, BLOCK_G)
-        known = (row.image >= 0) & (row.image < B)
-        b = tl.where(known, row.image, 0.0).to(tl.int32)
+        b = tl.where((row.image >= 0) & (row.image < B), row.image, -1.0).to(tl.int32)
         cell = row_cell(row, 0, b, SPEC.S, SPEC.S, SPEC.C, 1.0, False)
         at = b * AREA + cell - c0
-        here = known & (cell >= 0) & (at >= 0) & (at < CELLS)
+        here = (b >= 0) & (cell >= 0) & (at >= 0) & (at < CELLS)
         here = in_its_range(b, g, here, targets.offsets_ptr)
         valid += here.to(tl.int32)
         hit = tl.where(here, at, -1)[None, :] == lane
-        owner = tl.where(hit, tl.minimum(owner, g[None, :]), owner)
+        owner = tl.minimum(owner, tl.where(hit, g[None, :], M))
     return tl.min(owner, axis=1), tl.sum(valid, axis=0)
 
 
@@ -288,7 +296,7 @@ def _squares(tile, k, held, gains, SPEC: tl.constexpr):
     gain = tl.where(mine, tl.cast(gains.obj, SPEC.ACC), tl.cast(gains.noobj, SPEC.ACC))
     gain = tl.where(is_conf, gain, tl.cast(gains.box, SPEC.ACC))
     gain = tl.where(is_cls, tl.cast(gains.cls, SPEC.ACC), gain)
-    used = tl.where(is_cls, held.has[None, :, None], is_conf | mine)
+    used = tl.where(is_cls, (held.chosen >= 0)[None, :, None], is_conf | mine)
     error = tile - target
     loss = tl.where(used, gain * (error * error), 0.0)
     return tl.where(tile != tile, tile, loss), tl.where(used, 2.0 * gain * error, 0.0)
@@ -318,7 +326,7 @@ def _other_scores(pred, cells, inside, held, gains, grad, grad_out, SPEC: tl.con
     CHANNELS: tl.constexpr = SPEC.CHANNELS
     for k0 in tl.range(CHANNELS, 5 * SPEC.N + SPEC.C, CHANNELS, loop_unroll_factor=1):
         k = _channels(k0, CHANNELS)
-        tile = _load_tile(pred, k, cells, inside, held.has, SPEC)
+        tile = _load_tile(pred, k, cells, inside, held.chosen >= 0, SPEC)
         _box_loss, _obj, cls = _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC)
         loss += cls
     return loss
@@ -333,6 +341,9 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
     cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     inside = cells < B * (SPEC.S * SPEC.S)
     owner, valid = _first_rows(targets, M, B, cells, SPEC)
+    invalid = -valid  # of the whole batch, once all programs are added up
+    if tl.program_id(0) == 0:
+        invalid += rows_end(targets.offsets_ptr, M, B) + wrong_offsets(targets.offsets_ptr, M, B, SPEC.BLOCK_G)
     has = owner < M
     truth, label = _truth(targets.ptr, owner, has, cells, SPEC)
     k = _channels(0, SPEC.CHANNELS)
@@ -343,15 +354,16 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
     confidence = iou
     if not SPEC.RESCORE:
         confidence = tl.full([CELLS], 1.0, SPEC.ACC)
-    held = Held(has, tl.where(has, chosen, -1), confidence, truth, label)
-    grad = Map(grad_ptr, grad_at)
+    chosen = tl.where(has, chosen, -1)
+    held = Held(chosen, confidence, truth, label)
+    grad = _like(pred, grad_ptr, grad_at)
     one = tl.cast(1.0, SPEC.ACC)
     box, obj, cls = _terms(tile, k, cells, inside, held, gains, grad, one, SPEC)
     cls += _other_scores(pred, cells, inside, held, gains, grad, one, SPEC)
 
     part = tl.arange(0, N_PARTS)
-    used = tl.sum(has.to(tl.int32), axis=0).to(SPEC.ACC)
-    partial = tl.where(part == 3, used, tl.where(part == 4, valid.to(SPEC.ACC), 0.0))
+    used = tl.sum((chosen >= 0).to(tl.int32), axis=0).to(SPEC.ACC)
+    partial = tl.where(part == 3, used, tl.where(part == 4, invalid.to(SPEC.ACC), 0.0))
     partial = tl.where(part == 0, box, tl.where(part == 1, obj, tl.where(part == 2, cls, partial)))
     tl.store(outputs.partial_ptr + tl.program_id(0) * N_PARTS + part, partial)
     programs = tl.num_programs(0)
@@ -360,13 +372,12 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
         box = column(sums, 0)
         obj = column(sums, 1)
         cls = column(sums, 2)
-        invalid = rows_end(targets.offsets_ptr, M, B) - column(sums, 4).to(tl.int32)
         tl.store(outputs.parts_ptr, box)
         tl.store(outputs.parts_ptr + 1, obj)
         tl.store(outputs.parts_ptr + 2, cls)
         tl.store(outputs.total_ptr, box + obj + cls)
         tl.store(outputs.counts_ptr, column(sums, 3).to(tl.int32))
-        tl.store(outputs.counts_ptr + 1, invalid + wrong_offsets(targets.offsets_ptr, M, B, SPEC.BLOCK_G))
+        tl.store(outputs.counts_ptr + 1, column(sums, 4).to(tl.int32))
         tl.store(outputs.done_ptr, 0)  # ready for the next launch
 
 
@@ -397,7 +408,7 @@ def cell_grad_kernel(
     if SPEC.RESCORE:
         iou, _distance = _overlap(_box(tile, k, chosen), truth, SPEC)
         confidence = tl.where(iou > 0, iou, 0.0)  # a NaN does not answer for an object
-    held = Held(has, chosen, confidence, truth, label)
-    grad = Map(grad_ptr, grad_at)
+    held = Held(chosen, confidence, truth, label)
+    grad = _like(pred, grad_ptr, grad_at)
     _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC)
     _other_scores(pred, cells, inside, held, gains, grad, grad_out, SPEC)

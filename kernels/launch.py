@@ -1,5 +1,6 @@
 """Block sizes, warps and stages: a pure function of the launch and of wishes, never of a measurement at run time."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
@@ -46,7 +47,7 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
 
 
 CELL_TILE = 32768  # bytes of a tile of the driver of cells
-CELL_PAIRS = 16384  # of cells and rows that are compared at a time
+CELL_PAIRS = 8192  # of cells and rows that are compared at a time
 WIDEST = 128  # channels in it, unless the boxes of a cell have more
 
 
@@ -66,53 +67,78 @@ def _power(n: int) -> int:
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """Tile of the driver of dense heads: numbers of a stream a program takes at a time and how often, cells and planes
-    of a level in planes, anchors whose boxes it owns, threads; threads of the launches that match and rank.
+    """Tile of the driver of dense heads: numbers of a stream a program takes at a time, those of them that are always
+    of one anchor, and how often; cells and planes of a level in planes; of a ranked head anchors and threads an anchor;
+    anchors whose boxes a program owns, threads; threads of the launches that match and rank.
     """
 
     block: int
+    group: int
     steps: int
     cells: int
     planes: int
+    width: int
     anchors: int
     threads: int
-    match_threads: int = 256
+    max_registers: int = 128
+    match_threads: int = 32
     rank_threads: int = 512
     stages: int | None = None
 
 
+WAVE = 2 * 132  # programs that a GPU runs at a time: two a multiprocessor
+MOST_CHUNKS = 12  # classes of an anchor that a thread holds
+ACCESS = 16  # bytes of the widest
+
+
 @lru_cache(maxsize=256)
 def dense_config(
-    smallest_stream: int, largest_map: int, classes: int, itemsize: int, ranked: bool, wishes: Wishes = ()
+    smallest_stream: int,
+    largest_map: int,
+    logits: int,
+    classes: int,
+    itemsize: int,
+    ranked: bool,
+    wishes: Wishes = (),
 ) -> DenseConfig:
-    """Tile for streams of at least so many numbers an image, so that a chunk meets two images at most, and for maps of
-    at most so many cells; ``ranked`` takes all classes of an anchor at once.
+    """Tile for streams of at least so many numbers an image, so that a chunk meets two images at most, for maps of at
+    most so many cells, and for so many ``logits`` in all; ``ranked`` takes all classes of an anchor at once.
 
-    Sixteen tiles a program keep the last one's sum of all partial sums short.
+    Up to sixteen tiles a program keep the last one's sum of all partial sums short, as long as there are four waves of
+    programs. Threads share out the classes of an anchor, eight or more to a row of a warp.
     """
+    width = max(8, _power(-(-classes // MOST_CHUNKS)))
     usual = DenseConfig(
         block=2048,
+        group=1,
         steps=16,
-        cells=max(1, 2048 // _power(classes)) if ranked else 512,
+        cells=max(1, 512 // width) if ranked else 512,
         planes=4,
+        width=width,
         anchors=512 if itemsize > 2 else 256,
         threads=256,
     )
+    tile = classes * usual.cells if ranked else usual.block
+    while usual.steps > 1 and logits < 4 * WAVE * usual.steps * tile:
+        usual = replace(usual, steps=usual.steps // 2)
     wanted = replace(usual, **dict(wishes))
     chunk = 1 << (max(smallest_stream, 1).bit_length() - 1)
     block = min(wanted.block, chunk)
     return replace(
         wanted,
         block=block,
+        group=math.gcd(classes, ACCESS // itemsize, block),
         steps=wanted.steps if ranked else min(wanted.steps, chunk // block),
         cells=min(wanted.cells, _power(largest_map)),
         anchors=min(wanted.anchors, _power(largest_map)),
     )
 
 
-MATCH_BLOCK = 1024  # anchors of a program
+MATCH_BLOCK = 256  # anchors of a program
+MATCH_REGISTERS = 160  # of a thread: for fewer the compiler spills
 MATCH_ROWS = 256  # rows it searches at a time for those of its image
-RANK_BLOCK = 1024  # anchors of an image looked at at a time
+RANK_PART = 4096  # anchors of a program
+RANK_BLOCK = 1024  # candidates looked at at a time
 
 
 REGISTERS = 65536  # of a multiprocessor of NVIDIA's: no launch of more
@@ -128,13 +154,14 @@ _LEGAL = {  # smallest and largest; powers of two
     "anchors": (64, 2048),
     "rows": (16, 1024),
 }
+_NOT_WISHED: dict[str, set[str]] = {"grid": set(), "cell": {"channels"}, "dense": {"group", "width"}}
 _CELLS = {"grid": (SMALLEST_TILE, 4096), "cell": (16, 1024), "dense": (1, 2048)}
 
 
 def legal_wishes(kind: str, wishes: dict[str, int]) -> bool:
     """Whether a launch of a ``"grid"``, ``"cell"`` or ``"dense"`` head can be given these, whoever wrote them."""
     config = DenseConfig if kind == "dense" else GridConfig
-    known = {field.name for field in fields(config)} - ({"channels"} if kind == "cell" else set())
+    known = {field.name for field in fields(config)} - _NOT_WISHED[kind]
     for name, value in wishes.items():
         if name not in known or type(value) is not int:
             return False

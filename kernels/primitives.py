@@ -96,10 +96,50 @@ def log1p(e):
 
 
 @triton.jit
+def log1p_of_share(e):
+    """log(1 + e) for e in [0, 1]: in float32 e times a polynomial, within 2.3e-7 of its value also for the smallest e.
+
+    The polynomial is a fit of log(1 + e) / e whose own relative error is 3e-8.
+    """
+    if e.dtype == tl.float64:
+        result = log1p(e)
+    else:
+        p = 0.005232503071377436 * e - 0.029504472511753213
+        p = p * e + 0.07822470389602328
+        p = p * e - 0.13663139919966036
+        p = p * e + 0.19105956978899147
+        p = p * e - 0.2484296949523795
+        p = p * e + 0.3331909521061606
+        p = p * e - 0.49999493064011546
+        p = p * e + 0.9999999698735456
+        result = p * e
+    return result
+
+
+@triton.jit
+def exp_down(x):
+    """e^x for x <= 0; in float32 0 below the normal numbers, which saves the GPU a test for these."""
+    if x.dtype == tl.float64:
+        result = tl.exp(x)
+    else:
+        result = tl.exp2(x * 1.4426950408889634)
+    return result
+
+
+@triton.jit
 def logistic(x):
-    """sigmoid(x), sigmoid(-x) and e^-|x|, none of them from a difference, so that each keeps its digits in its tail."""
-    e = tl.exp(-tl.abs(x))
-    high = 1.0 / (1.0 + e)
+    """sigmoid(x), sigmoid(-x) and e^-|x|, none of them from a difference, so that each keeps its digits in its tail.
+
+    In float32 1 / (1 + e) is the square of a root's reciprocal and one step of Newton's: half of what a division costs.
+    """
+    e = exp_down(-tl.abs(x))
+    u = 1.0 + e
+    if x.dtype == tl.float64:
+        high = 1.0 / u
+    else:
+        root = tl.rsqrt(u)
+        high = root * root
+        high = tl.fma(high, tl.fma(-u, high, 1.0), high)
     low = e * high
     return tl.where(x >= 0, high, low), tl.where(x >= 0, low, high), e
 

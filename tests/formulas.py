@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,16 @@ def class_terms(kind: str, logits: Tensor, targets: Tensor, args: Sequence[float
 
 
 # ---- boxes
+
+
+def plain_iou(p: Sequence[Any], g: Sequence[Any]) -> float:
+    """Of two boxes, for loops."""
+    p, g = ([float(v.detach()) if isinstance(v, Tensor) else v for v in box] for box in (p, g))
+    sides = [
+        min(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2) - max(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2) for i in (0, 1)
+    ]
+    inter = sides[0] * sides[1] if sides[0] > 0 and sides[1] > 0 else 0.0
+    return inter / (p[2] * p[3] + g[2] * g[3] - inter) if inter else 0.0
 
 
 @dataclass

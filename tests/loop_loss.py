@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from formulas import ZERO, box_term, class_terms, decoded, label_term, offset_term
+from formulas import ZERO, box_term, class_terms, decoded, label_term, offset_term, plain_iou
 from torch import Tensor
 
 from fusedyolo.heads import GridHead
@@ -32,14 +32,6 @@ class LoopLoss:
     @property
     def total(self) -> Tensor:
         return self.box + self.obj + self.cls
-
-
-def plain_iou(p: tuple[float, ...], g: tuple[float, ...]) -> float:
-    sides = [
-        min(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2) - max(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2) for i in (0, 1)
-    ]
-    inter = sides[0] * sides[1] if sides[0] > 0 and sides[1] > 0 else 0.0
-    return inter / (p[2] * p[3] + g[2] * g[3] - inter) if inter else 0.0
 
 
 def is_valid(row: list[float], batch: int, head: GridHead) -> bool:

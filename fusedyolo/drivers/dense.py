@@ -154,7 +154,8 @@ class DenseDriver(Driver):
 
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
         if kernel == "dense_kernel":
-            streams = [shared.even(n) for name in ("cls_programs", "box_programs") for n in arguments[name]]
+            levels = arguments["levels"]
+            streams = [shared.even(n) for n in (*levels.box_programs, *levels.class_programs)]
             return [stream for stream, count in enumerate(streams) for _ in range(count)]
         if kernel in _BY_BLOCK:
             blocks = _blocks(arguments)
@@ -175,16 +176,16 @@ class DenseDriver(Driver):
         found = known.assignment
         if kernel == "match_kernel":
             ignored = torch.where(found.ignored, reference.IGNORED, -1)
-            arguments["match_ptr"].copy_(torch.where(found.row >= 0, found.row, ignored))
-            blocks = arguments["found_ptr"].view(len(found.row), -1)
-            blocks.zero_()
-            blocks[:, 0] = (found.row >= 0).sum(1)
-        elif arguments.get("ce_ptr") is not None and arguments.get("WITH_LOSS"):
+            matched = arguments["matched"]
+            matched.match_ptr.copy_(torch.where(found.row >= 0, found.row, ignored))
+            counts = (found.row >= 0).sum(1)
+            matched.found_ptr.copy_(torch.cat((counts, counts.sum(0, keepdim=True))))
+        elif kernel == "dense_kernel" and arguments["SPEC"].RANKED and arguments["SPEC"].WITH_LOSS:
             cross_entropy = reference.LABEL_TERMS["softmax_ce"]
             label = found.label.clamp(min=0)  # 0 is the background
             for image, (logits, classes) in enumerate(zip(known.preds[0].float(), label, strict=True)):
                 one_hot = torch.nn.functional.one_hot(classes, logits.shape[1]).float()
-                arguments["ce_ptr"][image] = cross_entropy(logits, one_hot, ()).sum(1)
+                arguments["ranked"].ce_ptr[image] = cross_entropy(logits, one_hot, ()).sum(1)
 
 
 DENSE = DenseDriver()
@@ -201,4 +202,4 @@ def _widths(head: DenseHead) -> tuple[int, ...]:
 
 def _blocks(arguments: Mapping[str, Any]) -> int:
     """Programs of an image."""
-    return -(-arguments["N"] // arguments["BLOCK"])
+    return -(-arguments["N"] // arguments["SPEC"].BLOCK)

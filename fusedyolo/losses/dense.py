@@ -141,7 +141,7 @@ class DenseLoss(nn.Module):
                 call.corners,
                 list(call.ends),
                 with_grad,
-                ops.workspace(pred.device, call.rows.shape[0]),
+                ops.workspace(pred.device, call.rows.shape[0] + pred.shape[0] + 1),
             )
             return total, (cls, box, middle)[: len(call.levels)], counts
         rows, spare = without_spare(call.rows, call.offsets)
@@ -332,7 +332,7 @@ class FCOSLoss(DenseLoss):
     Args:
         num_classes: C.
         center_sampling_radius: see above.
-        loss_type: ``"iou"``, ``"giou"``, ``"ciou"`` or another IoU term for users in the table of ``fusedyolo/terms.py``.
+        loss_type: ``"iou"``, ``"giou"``, ``"ciou"`` or another IoU term for users of ``fusedyolo/terms.py``.
         alpha: as in :class:`RetinaNetLoss`.
         gamma: as in :class:`RetinaNetLoss`.
         image_size: (height, width) in pixels; needed where targets are relative to the image.

@@ -55,7 +55,7 @@ def _plan(key: str, pred: Layout, grad: Layout | None, skip_one: bool | None) ->
     head, config, batch = cell_head_from_key(key), _config(key, pred), pred.shape[0]
     arguments = {
         "pred_at": _places(key, pred),
-        "grad_at": None if grad is None else _places(key, grad),
+        "grad_at": None if grad is None or grad.stride == pred.stride else _places(key, grad),
         "gains": cells.Gains(head.box_gain, head.obj_gain, head.noobj_gain, head.cls_gain),
         "B": batch,
         "SPEC": cells.Spec(

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..heads import DenseHead, dense_head_from_key
-from ..kernels import dense, match
-from ..kernels.launch import MATCH_BLOCK, MATCH_ROWS, RANK_BLOCK, DenseConfig, dense_config
+from ..kernels.dense import loss, match, rank
+from ..kernels.launch import MATCH_BLOCK, MATCH_REGISTERS, MATCH_ROWS, RANK_BLOCK, RANK_PART, DenseConfig, dense_config
+from ..kernels.levels import Strides
+from ..kernels.terms import label
 from ..terms import TERMS
 from ..tuned import wishes
 from .grid import cell_strides
-from .launch import Launch, accumulator, done_counter, float_parts, odd, refuse_double_backward, row_maxima, run_all
+from .launch import (
+    COUNTERS,
+    Launch,
+    accumulator,
+    done_counter,
+    float_parts,
+    odd,
+    refuse_double_backward,
+    row_maxima,
+    run_all,
+    zeros,
+)
 
+import triton.language as tl  # isort: skip
+
+KEYS = {torch.float32: tl.int32, torch.float64: tl.int64}
+"""Integers that hold the bits of a float."""
 BOX_CHANNELS, CENTRE_CHANNELS = 4, 1
 
 
@@ -37,33 +54,34 @@ class DenseOutputs(NamedTuple):
     centre: Tensor  # 0-dim, of no meaning without centreness
     counts: Tensor  # int32 [2]: anchors with a row, invalid rows
     match: Tensor  # int32 [B, N], by position
-    found: Tensor  # int32 [B * blocks]: anchors with a row
+    found: Tensor  # int32 [B + 1]: anchors with a row, of each image and of all
     ce: Tensor  # [B, N] cross-entropies, of a ranked head
-    picks: Tensor  # int64 [B, 3], of a ranked head
+    picks: Tensor  # int64 [B, 4], of a ranked head
     grads: list[Tensor]  # as the predictions
 
 
-@lru_cache(maxsize=256)
-def _constants(key: str, dtype: torch.dtype) -> dict[str, Any]:
+class _Row(NamedTuple):
     """What the driver takes from the row alone."""
+
+    terms: loss.Terms
+    weights: tuple[float, ...]
+    beta: float
+    box_args: tuple[float, ...]
+    label_args: tuple[float, ...]
+
+
+@lru_cache(maxsize=256)
+def _row(key: str) -> _Row:
     head = dense_head_from_key(key)
     box = TERMS[head.box]
-    return {
-        "weights": head.weights,
-        "beta": head.beta,
-        "box_args": head.box_args,
-        "label_args": head.label_args,
-        "C": head.num_classes,
-        "AXIS": TERMS[head.decode].kernel,
-        "BOX": None if box.is_offset else box.kernel,
-        "OFFSET": box.kernel if box.is_offset else None,
-        "LABEL": TERMS[head.label].kernel,
-        "CENTRE_LABEL": TERMS["bce"].kernel if head.centreness else None,
-        "RANKED": head.negatives > 0,
-        "BY_IMAGE": head.mean == "image",
-        "ACC": accumulator(dtype)[0],
-        "K_PAD": 1 << (head.num_classes - 1).bit_length(),
-    }
+    terms = loss.Terms(
+        axis=TERMS[head.decode].kernel,
+        box=None if box.is_offset else box.kernel,
+        offset=box.kernel if box.is_offset else None,
+        label=label.label_term(head.label, head.label_args),
+        centre=label.bce if head.centreness else None,
+    )
+    return _Row(terms, head.weights, head.beta, head.box_args, head.label_args)
 
 
 def _split(preds: Sequence[Tensor], head: DenseHead) -> list[Sequence[Tensor]]:
@@ -79,10 +97,10 @@ def _view(pred: Tensor, channels: int) -> Tensor:
     return pred.unflatten(1, (-1, channels)).permute(0, 3, 4, 1, 2)
 
 
-def _view_strides(view: Tensor) -> tuple[int, ...]:
-    """Strides by image, row, column, anchor, channel, as :func:`cell_strides` takes them."""
+def _view_strides(view: Tensor) -> Strides:
+    """As :func:`cell_strides` takes them."""
     b, a, y, x, k = cell_strides(view.permute(0, 3, 1, 2, 4))
-    return b, y, x, a, k
+    return Strides(b, y, x, a, k)
 
 
 class _Layout(NamedTuple):
@@ -90,24 +108,42 @@ class _Layout(NamedTuple):
 
     flat: bool
     near: bool
-    strides: tuple[tuple[tuple[int, ...], ...], ...]  # of class logits, boxes and centreness, one a level
-    grad_strides: tuple[tuple[tuple[int, ...], ...], ...]
+    strides: tuple[tuple[Strides, ...], ...]  # of class logits, boxes and centreness, one a level, made odd
+    grad_strides: tuple[tuple[Strides, ...], ...]
     widths: tuple[int, ...]
     cells: tuple[int, ...]
     anchors: tuple[int, ...]
 
 
+_Lie = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+"""Shapes and strides of tensors."""
+
+
+def _lie(tensors: Sequence[Tensor]) -> _Lie:
+    return tuple((tuple(t.shape), t.stride()) for t in tensors)
+
+
 def _layout(preds: Sequence[Tensor], grads: Sequence[Tensor] | None, head: DenseHead) -> _Layout:
-    widths = (head.num_classes, BOX_CHANNELS, CENTRE_CHANNELS)
-    views = [[_view(p, c) for p in maps] for maps, c in zip(_split(preds, head), widths, strict=False)]
-    grad_views = views
-    if grads is not None:
-        grad_views = [[_view(p, c) for p in maps] for maps, c in zip(_split(grads, head), widths, strict=False)]
+    lie = _lie(preds)
+    return _layout_of(lie, lie if grads is None else _lie(grads), head.num_classes, head.centreness)
+
+
+@lru_cache(maxsize=256)
+def _layout_of(preds: _Lie, grads: _Lie, classes: int, centreness: bool) -> _Layout:
+    channels = (classes, BOX_CHANNELS, CENTRE_CHANNELS)[: 3 if centreness else 2]
+    levels = len(preds) // len(channels)
+    views, grad_views = (
+        [
+            [_view(torch.empty_strided(*own, device="meta"), c) for own in lie[i * levels : (i + 1) * levels]]
+            for i, c in enumerate(channels)
+        ]
+        for lie in (preds, grads)
+    )
     everything = [view for maps in (*views, *grad_views) for view in maps]
     flat = all(view.is_contiguous() for view in everything)
-    none = (0,) * 5  # a stream has no strides, and no kernel of its own for those of each size
+    none = Strides(0, 0, 0, 0, 0)  # a stream has no strides, and no kernel of its own for those of each size
     strides, grad_strides = (
-        tuple(tuple(none if flat else _view_strides(view) for view in maps) for maps in each)
+        tuple(tuple(Strides(*odd(none if flat else _view_strides(view))) for view in maps) for maps in each)
         for each in (views, grad_views)
     )
     near = flat or all(_view_strides(view)[1:3] == (view.shape[2], 1) for view in everything)
@@ -153,8 +189,25 @@ def _config(layout: _Layout, pred: Tensor, head: DenseHead) -> DenseConfig:
     """The tile of a call."""
     streams = [n * a * head.num_classes for n, a in zip(layout.cells, layout.anchors, strict=True)]
     largest = max(layout.cells) * (max(layout.anchors) if layout.flat else 1)
-    tuned = wishes("dense", _family(head.key), pred, not layout.near, pred.shape[0], largest, head.num_classes)
-    return dense_config(min(streams), largest, head.num_classes, pred.element_size(), head.negatives > 0, tuned)
+    batch = pred.shape[0]
+    tuned = wishes("dense", _family(head.key), pred, not layout.near, batch, largest, head.num_classes)
+    logits = batch * sum(streams)
+    return dense_config(
+        min(streams), largest, logits, head.num_classes, pred.element_size(), head.negatives > 0, tuned
+    )
+
+
+def _maps(
+    preds: Sequence[Tensor], grads: Sequence[Tensor] | None, layout: _Layout, head: DenseHead
+) -> loss.Predictions:
+    """Predictions and gradients as the kernel takes them."""
+    split = _split(preds, head)
+    d_split = [(None,) * len(split[0])] * len(split) if grads is None else _split(grads, head)
+    maps = [
+        loss.Maps(tuple(own), tuple(d_own), by, d_by)
+        for own, d_own, by, d_by in zip(split, d_split, layout.strides, layout.grad_strides, strict=True)
+    ]
+    return loss.Predictions(maps[0], maps[1], maps[2] if head.centreness else None)
 
 
 def dense_launch(
@@ -180,58 +233,61 @@ def dense_launch(
     config = _config(layout, preds[0], head)
     cls_programs, box_programs = _programs(layout, head, batch, config)
     programs = sum(cls_programs) + sum(box_programs)
-    split = _split(preds, head)
-    d_split = [(None,) * len(split[0])] * len(split) if grads is None else _split(grads, head)
-    none: Sequence[Any] = (None,) * len(split[0])
-    partial = outputs.total.new_empty(programs * dense.N_PARTS.value) if with_loss else None
+    row = _row(head.key)
+    sums = loss.Sums(None, (None,) * 3, None, None)
+    if with_loss:
+        sums = loss.Sums(
+            total_ptr=outputs.total,
+            parts=(outputs.cls, outputs.box, outputs.centre),
+            partial_ptr=outputs.total.new_empty(programs * loss.N_PARTS.value),
+            done_ptr=done_counter(rows.device, workspace),
+        )
+    spec = loss.Spec(
+        C=head.num_classes,
+        RANKED=head.negatives > 0,
+        BY_IMAGE=head.mean == "image",
+        CORNERS=geometry.corners,
+        FLAT=layout.flat,
+        NEAR=layout.near,
+        WITH_LOSS=with_loss,
+        WITH_GRAD=grads is not None,
+        SKIP_ONE=skip_one,
+        ACC=accumulator(preds[0].dtype)[0],
+        BLOCK=config.block,
+        GROUP=config.group,
+        STEPS=config.steps,
+        CELLS=config.cells,
+        PLANES=config.planes,
+        ANCHORS=config.anchors,
+        WIDTH=config.width,
+        CHUNKS=_ceil(head.num_classes, config.width),
+    )
+    ranked = head.negatives > 0
     arguments = {
-        "cls_ptrs": tuple(split[0]),
-        "d_cls_ptrs": tuple(d_split[0]),
-        "box_ptrs": tuple(split[1]),
-        "d_box_ptrs": tuple(d_split[1]),
-        "centre_ptrs": tuple(split[2] if head.centreness else none),
-        "d_centre_ptrs": tuple(d_split[2] if head.centreness else none),
-        "s_cls": odd(layout.strides[0]),
-        "s_d_cls": odd(layout.grad_strides[0]),
-        "s_box": odd(layout.strides[1]),
-        "s_d_box": odd(layout.grad_strides[1]),
-        "s_centre": odd(layout.strides[2]) if head.centreness else None,
-        "s_d_centre": odd(layout.grad_strides[2]) if head.centreness else None,
-        "Ws": odd(layout.widths),
-        "HWs": odd(layout.cells),
-        "As": odd(layout.anchors),
-        "cls_programs": odd(cls_programs),
-        "box_programs": odd(box_programs),
-        "anchors_ptr": anchors,
-        "match_ptr": outputs.match,
-        "rows_ptr": rows,
-        "found_ptr": outputs.found,
+        "predictions": _maps(preds, grads, layout, head),
+        "levels": loss.Levels(
+            odd(layout.widths), odd(layout.cells), odd(layout.anchors), odd(box_programs), odd(cls_programs)
+        ),
         "N": N,
         "B": batch,
-        "blocks": len(outputs.found) // batch,
-        "size": geometry.size,
+        "matched": loss.Matched(anchors, rows, outputs.match, outputs.found),
+        "terms": row.terms,
+        "numbers": loss.Numbers(row.weights, row.beta, row.box_args, row.label_args, geometry.size),
         "grads": tuple(grad_outs),
-        "total_ptr": outputs.total if with_loss else None,
-        "parts": (outputs.cls, outputs.box, outputs.centre) if with_loss else (None, None, None),
-        "counts_ptr": outputs.counts if with_loss else None,
-        "partial_ptr": partial,
-        "done_ptr": done_counter(rows.device, workspace) if with_loss else None,
-        "ce_ptr": outputs.ce if head.negatives else None,
-        "picks_ptr": outputs.picks if head.negatives else None,
-        **_constants(head.key, preds[0].dtype),
-        "CORNERS": geometry.corners,
-        "FLAT": layout.flat,
-        "NEAR": layout.near,
-        "WITH_LOSS": with_loss,
-        "WITH_GRAD": grads is not None,
-        "SKIP_ONE": skip_one,
-        "BLOCK": config.block,
-        "STEPS": config.steps,
-        "CELLS": config.cells,
-        "PLANES": config.planes,
-        "ANCHORS": config.anchors,
+        "ranked": loss.Ranked(outputs.ce if ranked else None, outputs.picks if ranked else None),
+        "sums": sums,
+        "SPEC": spec,
     }
-    return Launch(dense.dense_kernel, (programs,), arguments, config.threads, stages=config.stages)
+    return Launch(
+        loss.dense_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages
+    )
+
+
+def _tally(device: torch.device, batch: int, rows: int, own: Tensor | None) -> Tensor:
+    """A counter for each image and one more, behind the other ones or behind the rows of a workspace; left at 0."""
+    if own is None:
+        return zeros(device, COUNTERS + batch + 1, torch.int32)[COUNTERS:]
+    return own[COUNTERS + rows :].view(torch.int32)
 
 
 def match_launches(
@@ -251,69 +307,82 @@ def match_launches(
     block = min(MATCH_BLOCK, 1 << (N - 1).bit_length())
     common = {
         "anchors_ptr": anchors,
+        "targets": match.Targets(rows, offsets),
         "N": N,
-        "rows_ptr": rows,
-        "offsets_ptr": offsets,
         "M": rows.shape[0],
-        "size": geometry.size,
-        "classes": (1 if head.background else 0, head.num_classes),
-        "CORNERS": geometry.corners,
-        "ACC": accumulator(pred.dtype)[0],
-        "BLOCK": block,
-        "BLOCK_G": MATCH_ROWS,
+        "frame": match.Frame(geometry.size, (1 if head.background else 0, head.num_classes)),
+        "best_ptr": None if head.rescue is None else row_maxima(rows.device, rows.shape[0], workspace),
+        "SPEC": match.MatchSpec(
+            CENTRE=head.matcher == "centre",
+            RESCUE=head.rescue,
+            PLANES=not layout.flat and not head.negatives,
+            CORNERS=geometry.corners,
+            ACC=accumulator(pred.dtype)[0],
+            BLOCK=block,
+            BLOCK_G=MATCH_ROWS,
+        ),
     }
-    grid = (batch * _ceil(N, block),)
-    threads = max(32, block * threads // MATCH_BLOCK)
-    best = None if head.rescue is None else row_maxima(rows.device, rows.shape[0], workspace)
     settle = {
         **common,
-        "As": odd(layout.anchors),
-        "HWs": odd(layout.cells),
         "B": batch,
-        "band": (float_parts(head.band[0]), float_parts(head.band[1])),
-        "radius": float_parts(head.radius),
-        "ranges": head.scale_range,
-        "ends": odd(geometry.ends),
-        "best_ptr": best,
-        "match_ptr": outputs.match,
-        "found_ptr": outputs.found,
-        "counts_ptr": outputs.counts,
-        "done_ptr": done_counter(rows.device, workspace),
-        "CENTRE": head.matcher == "centre",
-        "RESCUE": head.rescue,
-        "PLANES": not layout.flat and not head.negatives,
+        "levels": match.Levels(odd(layout.anchors), odd(layout.cells)),
+        "rule": match.Rule(
+            (float_parts(head.band[0]), float_parts(head.band[1])),
+            float_parts(head.radius),
+            head.scale_range,
+            odd(geometry.ends),
+        ),
+        "picks_ptr": outputs.picks if head.negatives else None,
+        "matched": match.Matched(
+            outputs.match,
+            outputs.found,
+            outputs.counts,
+            _tally(rows.device, batch, rows.shape[0], workspace),
+            done_counter(rows.device, workspace),
+        ),
     }
-    launches = [Launch(match.match_kernel, grid, settle, threads, 128, exact=True)]
+    grid, threads = (batch * _ceil(N, block),), max(32, block * threads // MATCH_BLOCK)
+    launches = [Launch(match.match_kernel, grid, settle, threads, MATCH_REGISTERS, exact=True)]
     if head.rescue is not None:
-        overlap = {**common, "best_ptr": best, "FIRST": head.rescue == "best"}
-        launches.insert(0, Launch(match.overlap_kernel, grid, overlap, threads, 128, exact=True))
+        launches.insert(0, Launch(match.overlap_kernel, grid, common, threads, MATCH_REGISTERS, exact=True))
     return launches
 
 
 def rank_launch(head: DenseHead, outputs: DenseOutputs, threads: int, workspace: Tensor | None = None) -> Launch:
-    """The launch that picks the hardest negatives, and completes the loss; ``threads`` are those of ``RANK_BLOCK``."""
+    """The launch that picks the hardest negatives, and completes the loss; ``threads`` are those of ``RANK_PART``."""
     batch, N = outputs.match.shape
-    block = min(RANK_BLOCK, 1 << (N - 1).bit_length())
-    threads = max(32, block * threads // RANK_BLOCK)
+    power = 1 << (N - 1).bit_length()
+    part, block = min(RANK_PART, power), min(RANK_BLOCK, power)
+    parts = _ceil(N, part)
+    places = (batch, parts * part)
     arguments = {
         "ce_ptr": outputs.ce,
         "match_ptr": outputs.match,
         "found_ptr": outputs.found,
         "N": N,
         "B": batch,
-        "blocks": len(outputs.found) // batch,
         "ratio": head.negatives,
         "picks_ptr": outputs.picks,
-        "total_ptr": outputs.total,
-        "parts": (outputs.cls, outputs.box),
-        "partial_ptr": outputs.total.new_empty(batch),
-        "done_ptr": done_counter(outputs.total.device, workspace),
-        "BY_IMAGE": head.mean == "image",
-        "ACC": accumulator(outputs.total.dtype)[0],
-        "BITS": 63 if outputs.total.dtype == torch.float64 else 31,
-        "BLOCK": block,
+        "scratch": rank.Scratch(
+            index_ptr=outputs.match.new_empty(places),
+            packed_ptr=outputs.ce.new_empty(places),
+            notes_ptr=outputs.match.new_empty(batch * parts * rank.N_NOTES.value),
+            partial_ptr=outputs.total.new_empty(batch * parts),
+            images_ptr=outputs.total.new_empty(batch),
+        ),
+        "outcome": rank.Outcome(
+            outputs.total, outputs.cls, outputs.box, done_counter(outputs.total.device, workspace)
+        ),
+        "SPEC": rank.RankSpec(
+            BY_IMAGE=head.mean == "image",
+            ACC=accumulator(outputs.total.dtype)[0],
+            KEY=KEYS[outputs.total.dtype],
+            BITS=8 * outputs.total.itemsize - 1,
+            PART=part,
+            BLOCK=block,
+        ),
     }
-    return Launch(dense.rank_kernel, (batch,), arguments, threads)
+    return Launch(rank.rank_kernel, (batch * parts,), arguments, max(32, part * threads // RANK_PART), 128)
 
 
 def loss_launches(
@@ -352,9 +421,9 @@ def dense_outputs(preds: Sequence[Tensor], anchors: Tensor, head: DenseHead, wit
         centre,
         pred.new_empty(2, dtype=torch.int32),
         pred.new_empty((batch, N), dtype=torch.int32),
-        pred.new_empty(batch * _ceil(N, MATCH_BLOCK), dtype=torch.int32),
+        pred.new_empty(batch + 1, dtype=torch.int32),
         pred.new_empty((ranked, N), dtype=acc),
-        pred.new_empty((ranked, 3), dtype=torch.int64),
+        pred.new_empty((ranked, 4), dtype=torch.int64),
         [torch.empty_like(p) for p in preds] if with_grad and not ranked else [],
     )
 
@@ -376,7 +445,7 @@ def dense_loss(
 
     ``preds`` are class logits, boxes and centreness, each a tensor a level; ``size``, ``corners`` and ``ends`` what
     :class:`Geometry` says. The gradients, if asked for and not ranked, are those of the total; the first backward
-    takes them. A compiled graph brings its ``workspace``, with a place for each row.
+    takes them. A compiled graph brings its ``workspace``, with a place for each row, each image and one more.
     """
     head = dense_head_from_key(key)
     geometry = Geometry((size[0], size[1]), corners, (ends[0], ends[1]))

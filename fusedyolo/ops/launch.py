@@ -71,14 +71,17 @@ class Layout(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
 
+_new = tuple.__new__  # what a NamedTuple's own constructor, in Python, comes to
+
+
 def layout(tensor: Tensor) -> Layout:
     """Of a tensor."""
-    return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    return _new(Layout, (tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
 
 
 def layouts(tensors: Sequence[Tensor]) -> tuple[Layout, ...]:
     """Of each of some tensors."""
-    return tuple([layout(tensor) for tensor in tensors])
+    return tuple([_new(Layout, (t.shape, t.stride(), t.dtype, t.device)) for t in tensors])
 
 
 PLANS = 512  # of a driver; a plan is a few kilobytes

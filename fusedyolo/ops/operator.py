@@ -66,13 +66,13 @@ def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class _Call:
-    """One call on its way through autograd: its arguments, then what came of it."""
+    """One call on its way through autograd: its arguments, then how many tensors each output that is a list has."""
 
-    __slots__ = ("arguments", "outputs")
+    __slots__ = ("arguments", "counts")
 
     def __init__(self, arguments: tuple[Any, ...]):
         self.arguments = arguments
-        self.outputs: Any = None
+        self.counts: list[int | None] = []
 
 
 def differentiable(op: OpOverload, formula: Callable[..., Any], save: Callable[..., None] | None = None) -> None:
@@ -86,7 +86,7 @@ def differentiable(op: OpOverload, formula: Callable[..., Any], save: Callable[.
     """
     arguments, returns = op._schema.arguments, op._schema.returns
     defaults = tuple(argument.default_value for argument in arguments)
-    lists = any(_is_list(item) for item in returns)
+    lists, alone = any(_is_list(item) for item in returns), len(returns) == 1
 
     class Gradient(torch.autograd.Function):
         """The operator below autograd, and its backward."""
@@ -100,9 +100,9 @@ def differentiable(op: OpOverload, formula: Callable[..., Any], save: Callable[.
                 save(ctx, given + defaults[len(given) :], outputs)
             if not lists:
                 return outputs
-            ctx.counts = [len(item) if isinstance(item, list) else None for item in outputs]
-            call.outputs = ctx.counts
-            return tuple(_flat_list(outputs))
+            every = (outputs,) if alone else outputs
+            ctx.counts = call.counts = [len(item) if isinstance(item, list) else None for item in every]
+            return tuple(_flat_list(every))
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -118,7 +118,10 @@ def differentiable(op: OpOverload, formula: Callable[..., Any], save: Callable[.
             if any([item.requires_grad for item in flat if isinstance(item, Tensor)]):
                 call = _Call(given)
                 outputs = Gradient.apply(call, *flat)
-                return tuple(_nested(outputs, call.outputs)) if lists else outputs
+                if not lists:
+                    return outputs
+                every = _nested(outputs, call.counts)
+                return every[0] if alone else tuple(every)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*given)
 

@@ -1,14 +1,35 @@
-"""Label terms: a logit against a target in [0, 1].
+"""Label terms: a logit against a target in [0, 1], or a hard one, which is a bool.
 
 Contract: ``label(x, t, args) -> loss, d_x``, finite for |x| <= 1e4, and NaN where x or t is. All are elementwise but
 :func:`softmax_ce`, which goes along the last axis, a NaN along its row, and smooth but :func:`qfl`. A negative alpha
-means no factor; ``pos_weight`` multiplies the positive half of BCE.
+means no factor; ``pos_weight`` multiplies the positive half of BCE. Of a hard target much less is to be computed.
 """
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..primitives import log1p, logistic, pow_pos, safe_div
+from ..primitives import exp_down, log1p, log1p_of_share, logistic, pow_pos, safe_div
+
+
+class Miss(NamedTuple):
+    """A logit against a hard target."""
+
+    sign: Any  # 1, or -1 for a positive: times the logit, what counts from the side that is right
+    wrong: Any  # probability of the wrong answer
+    right: Any
+    ce: Any  # cross-entropy
+
+
+@triton.jit
+def _miss(x, t):
+    """Of a hard target."""
+    sign = tl.where(t, -1.0, 1.0).to(x.dtype)
+    z = sign * x
+    wrong, right, e = logistic(z)
+    return Miss(sign, wrong, right, tl.maximum(z, 0.0) + log1p_of_share(e))  # what tl.maximum drops, a NaN, is in e
 
 
 @triton.jit
@@ -17,16 +38,26 @@ def bce(x, t, args):
 
     Its derivative sigmoid(x) - t is taken as sigmoid(x) (1 - t) - sigmoid(-x) t, exact where a sure logit is right.
     """
-    p, q, e = logistic(x)
-    # what tl.maximum drops, a NaN, comes with log1p
-    if len(args) == 1:
-        w = args[0] * t
-        rest = log1p(e)
-        loss = (1.0 - t) * (tl.maximum(x, 0.0) + rest) + w * (tl.maximum(-x, 0.0) + rest)
+    if t.dtype == tl.int1:
+        miss = _miss(x, t)
+        loss = miss.ce
+        d_x = miss.sign * miss.wrong
+        if len(args) == 1:
+            w = tl.where(t, args[0], 1.0)
+            loss = w * loss
+            d_x = w * d_x
     else:
-        w = t
-        loss = tl.maximum(x, 0.0) - x * t + log1p(e)
-    return loss, p * (1.0 - t) - q * w
+        p, q, e = logistic(x)
+        # what tl.maximum drops, a NaN, comes with log1p
+        if len(args) == 1:
+            w = args[0] * t
+            rest = log1p_of_share(e)
+            loss = (1.0 - t) * (tl.maximum(x, 0.0) + rest) + w * (tl.maximum(-x, 0.0) + rest)
+        else:
+            w = t
+            loss = tl.maximum(x, 0.0) - x * t + log1p_of_share(e)
+        d_x = p * (1.0 - t) - q * w
+    return loss, d_x
 
 
 @triton.jit
@@ -41,7 +72,38 @@ def _weighted_bce(x, t, args):
 
 @triton.jit
 def _balance(t, alpha):
-    return tl.where(alpha >= 0, alpha * t + (1.0 - alpha) * (1.0 - t), 1.0)
+    if t.dtype == tl.int1:
+        factor = tl.where(t, tl.where(alpha >= 0, alpha, 1.0), tl.where(alpha >= 0, 1.0 - alpha, 1.0))
+    else:
+        factor = tl.where(alpha >= 0, alpha * t + (1.0 - alpha) * (1.0 - t), 1.0)
+    return factor
+
+
+@triton.jit
+def _modulated(x, t, w, gamma, POWER: tl.constexpr):
+    """Weight times wrong^gamma BCE of a hard target, wrong the probability of the wrong answer, and its derivative."""
+    miss = _miss(x, t)
+    w = w * POWER(miss.wrong, gamma)
+    return w * miss.ce, w * miss.sign * (miss.wrong + gamma * miss.right * miss.ce)
+
+
+@triton.jit
+def _focal(x, t, args, POWER: tl.constexpr):
+    gamma = args[1]
+    if t.dtype == tl.int1:
+        w = _balance(t, args[0])
+        if len(args) > 2:
+            w = tl.where(t, args[2] * w, w)
+        loss, d_x = _modulated(x, t, w, gamma, POWER)
+    else:
+        ce, d_ce = _weighted_bce(x, t, args)
+        p, r, _e = logistic(x)
+        q = p * (1.0 - t) + r * t
+        w = _balance(t, args[0]) * POWER(q, gamma)
+        d_w = gamma * w * (1.0 - 2.0 * t) * safe_div(p * r, q)  # the quotient is at most 1 for a hard target
+        loss = w * ce
+        d_x = w * d_ce + d_w * ce
+    return loss, d_x
 
 
 @triton.jit
@@ -51,13 +113,21 @@ def focal(x, t, args):
     ``args = (alpha, gamma)`` or ``(alpha, gamma, pos_weight)``. q is summed from products, not from 1 - p_t, so that it
     keeps its digits where the prediction is right.
     """
+    return _focal(x, t, args, pow_pos)
+
+
+@triton.jit
+def _qfl(x, t, args, POWER: tl.constexpr):
     gamma = args[1]
-    ce, d_ce = _weighted_bce(x, t, args)
-    p, r, _e = logistic(x)
-    q = p * (1.0 - t) + r * t
-    w = _balance(t, args[0]) * pow_pos(q, gamma)
-    d_w = gamma * w * (1.0 - 2.0 * t) * safe_div(p * r, q)  # the quotient is at most 1 for a hard target
-    return w * ce, w * d_ce + d_w * ce
+    if t.dtype == tl.int1:
+        loss, d_x = _modulated(x, t, _balance(t, args[0]), gamma, POWER)
+    else:
+        ce, miss = bce(x, t, ())  # p - t, with all its digits where t is 0 or 1
+        p, r, _e = logistic(x)
+        w = _balance(t, args[0]) * POWER(tl.abs(miss), gamma)
+        loss = w * ce
+        d_x = w * miss + gamma * w * safe_div(p * r, miss) * ce
+    return loss, d_x
 
 
 @triton.jit
@@ -68,11 +138,18 @@ def qfl(x, t, args):
     large, but finite: gamma |t - p|^(gamma - 1) of a difference that is all rounding. The quotient p (1 - p) / (p - t)
     comes first, being at most 1 for a hard target, where |t - p|^gamma over p - t may leave float32.
     """
+    return _qfl(x, t, args, pow_pos)
+
+
+@triton.jit
+def _varifocal(x, t, args, POWER: tl.constexpr):
+    alpha = args[0]
     gamma = args[1]
-    ce, miss = bce(x, t, ())  # p - t, with all its digits where t is 0 or 1
+    t = t.to(x.dtype)
+    ce, d_ce = bce(x, t, ())
     p, r, _e = logistic(x)
-    w = _balance(t, args[0]) * pow_pos(tl.abs(miss), gamma)
-    return w * ce, w * miss + gamma * w * safe_div(p * r, miss) * ce
+    w = tl.where(t > 0, t, tl.where(alpha >= 0, alpha, 1.0) * POWER(p, gamma))
+    return w * ce, w * d_ce + tl.where(t > 0, 0.0, gamma * w * r) * ce
 
 
 @triton.jit
@@ -81,20 +158,31 @@ def varifocal(x, t, args):
 
     Differentiated through the modulator.
     """
-    alpha = args[0]
-    gamma = args[1]
-    ce, d_ce = bce(x, t, ())
-    p, r, _e = logistic(x)
-    w = tl.where(t > 0, t, tl.where(alpha >= 0, alpha, 1.0) * pow_pos(p, gamma))
-    return w * ce, w * d_ce + tl.where(t > 0, 0.0, gamma * w * r) * ce
+    return _varifocal(x, t, args, pow_pos)
 
 
 @triton.jit
 def sse(x, t, args):
     """(sigmoid(x) - t)^2; ``args = ()``."""
     p, q, _e = logistic(x)
+    t = t.to(x.dtype)
     miss = p * (1.0 - t) - q * t
     return miss * miss, 2.0 * miss * (p * q)
+
+
+@triton.jit
+def exponentials(x, largest):
+    """Of logits relative to the largest of their row, and which are equal to that."""
+    z = x - largest
+    return exp_down(z), z == 0
+
+
+@triton.jit
+def softmax_slope(e, first, rest, t, mass):
+    """p mass - t, the derivative of a cross-entropy whose targets t add up to ``mass``; see :func:`softmax_ce`."""
+    s = 1.0 + rest
+    others = tl.where(first, rest, s - e)
+    return (e * (mass - t) - others * t) / s
 
 
 @triton.jit
@@ -105,11 +193,85 @@ def softmax_ce(x, t, args):
     nothing. The largest entry is left out of the sum of exponentials, and 1 - p comes from it: both keep the digits of
     a class that is nearly sure.
     """
-    z = x - tl.max(x, axis=-1, keep_dims=True)
-    e = tl.exp(z)
-    first = z == 0
+    t = t.to(x.dtype)
+    largest = tl.max(x, axis=-1, keep_dims=True)
+    e, first = exponentials(x, largest)
     rest = tl.sum(tl.where(first, 0.0, e), axis=-1, keep_dims=True)
     rest += tl.sum(first.to(e.dtype), axis=-1, keep_dims=True) - 1.0  # equals of the largest
-    s = 1.0 + rest
-    others = tl.where(first, rest, s - e)
-    return -t * (z - log1p(rest)), (e * (tl.sum(t, axis=-1, keep_dims=True) - t) - others * t) / s
+    return -t * (x - largest - log1p(rest)), softmax_slope(e, first, rest, t, tl.sum(t, axis=-1, keep_dims=True))
+
+
+# The terms of a gamma that is 0, 1 or 2: no general power is taken.
+
+
+@triton.jit
+def _power_0(q, gamma):
+    return q * 0.0 + 1.0  # NaN stays NaN
+
+
+@triton.jit
+def _power_1(q, gamma):
+    return q
+
+
+@triton.jit
+def _power_2(q, gamma):
+    return q * q
+
+
+@triton.jit
+def focal_0(x, t, args):
+    return _focal(x, t, args, _power_0)
+
+
+@triton.jit
+def focal_1(x, t, args):
+    return _focal(x, t, args, _power_1)
+
+
+@triton.jit
+def focal_2(x, t, args):
+    return _focal(x, t, args, _power_2)
+
+
+@triton.jit
+def qfl_0(x, t, args):
+    return _qfl(x, t, args, _power_0)
+
+
+@triton.jit
+def qfl_1(x, t, args):
+    return _qfl(x, t, args, _power_1)
+
+
+@triton.jit
+def qfl_2(x, t, args):
+    return _qfl(x, t, args, _power_2)
+
+
+@triton.jit
+def varifocal_0(x, t, args):
+    return _varifocal(x, t, args, _power_0)
+
+
+@triton.jit
+def varifocal_1(x, t, args):
+    return _varifocal(x, t, args, _power_1)
+
+
+@triton.jit
+def varifocal_2(x, t, args):
+    return _varifocal(x, t, args, _power_2)
+
+
+_OF_GAMMA = {
+    focal: (focal_0, focal_1, focal_2),
+    qfl: (qfl_0, qfl_1, qfl_2),
+    varifocal: (varifocal_0, varifocal_1, varifocal_2),
+}
+
+
+def label_term(kind: str, args: Sequence[float]) -> Any:
+    """The term of this name that a row with these numbers takes: numbers that change it are its structure."""
+    term = globals()[kind]
+    return _OF_GAMMA[term][int(args[1])] if term in _OF_GAMMA and args[1] in (0, 1, 2) else term

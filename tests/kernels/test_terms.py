@@ -1,4 +1,4 @@
-"""Every Triton term against its eager twin, and the newer ones against their papers' formulas."""
+"""Every Triton term against its eager twin, and both against the formulas of papers and peers."""
 
 import math
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import DEVICE
+from formulas import PENALTIES, box_term, label_term
 from fusedyolo.kernels.terms.records import axis_of_edges
 from oracle import (
     EXTENT,
@@ -98,65 +99,25 @@ def test_a_kernel_takes_the_numbers_of_the_table(kind):
             assert "a term takes another number of args" in reasons(refused.value)
 
 
-# ---- the formulas as they are printed, on boxes without ties
+# ---- the formulas, on boxes without ties
 
 
-def parts(p, g):
-    """Sides, enclosing sides and vector between the centres [..., 2]; IoU [...]."""
-    low, high = torch.maximum(p[..., :2], g[..., :2]), torch.minimum(p[..., 2:], g[..., 2:])
-    inter = (high - low).clamp(min=0).prod(-1)
-    a, b = p[..., 2:] - p[..., :2], g[..., 2:] - g[..., :2]
-    hull = torch.maximum(p[..., 2:], g[..., 2:]) - torch.minimum(p[..., :2], g[..., :2])
-    way = (g[..., :2] + g[..., 2:] - p[..., :2] - p[..., 2:]) / 2
-    return a, b, hull, way, inter / (a.prod(-1) + b.prod(-1) - inter)
-
-
-def paper_eiou(p, g):
-    a, b, hull, way, value = parts(p, g)
-    return value, [(way**2).sum(-1) / (hull**2).sum(-1), *(((a - b) / hull) ** 2).unbind(-1)]
-
-
-def paper_siou(p, g):
-    a, b, hull, way, value = parts(p, g)
-    sigma = (way**2).sum(-1).sqrt()
-    angle = 1 - 2 * torch.sin(torch.arcsin(way[..., 1].abs() / sigma) - math.pi / 4) ** 2
-    rho = (way / hull) ** 2
-    distance = (1 - torch.exp(-(2 - angle)[..., None] * rho)).sum(-1)
-    omega = (a - b).abs() / torch.maximum(a, b)
-    shape = ((1 - torch.exp(-omega)) ** 4).sum(-1)
-    return value, [(distance + shape) / 2]
-
-
-def paper_mpdiou(p, g):
-    w, h = EXTENT
-    d1 = (p[..., 0] - g[..., 0]) ** 2 + (p[..., 1] - g[..., 1]) ** 2
-    d2 = (p[..., 2] - g[..., 2]) ** 2 + (p[..., 3] - g[..., 3]) ** 2
-    return parts(p, g)[-1], [d1 / (w**2 + h**2), d2 / (w**2 + h**2)]
-
-
-def paper_ciou_plus(p, g):
-    a, b, hull, way, value = parts(p, g)
-    v = 4 / math.pi**2 * (torch.atan(b[..., 0] / b[..., 1]) - torch.atan(a[..., 0] / a[..., 1])) ** 2
-    alpha = (v / (1 - value + v)).detach()
-    similarity = (value - (way**2).sum(-1) / (hull**2).sum(-1) + v * alpha).clamp(-1, 1)
-    return value, [value - similarity]
-
-
-PAPERS = {"eiou": paper_eiou, "siou": paper_siou, "mpdiou": paper_mpdiou, "ciou_plus": paper_ciou_plus}
+def centred(corners):
+    low, high = corners[..., :2], corners[..., 2:]
+    return (*((low + high) / 2).unbind(-1), *(high - low).unbind(-1))
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize("kind", PAPERS)
+@pytest.mark.parametrize("kind", PENALTIES)
 def test_box_formula(kind, fused):
     p, g = (boxes[:40].to(DEVICE) for boxes in random_boxes())
     for shape in [(), (3.0, 0.0), (1.0, 0.5), (2.0, 0.25)] if TERMS[kind].optional else [()]:
-        alpha, gamma = shape or (1.0, 0.0)
+        args = [*EPS, *shape]
 
-        def loss(p, g, alpha=alpha, gamma=gamma):
-            value, penalties = PAPERS[kind](p, g)
-            return value.detach() ** gamma * (1 - value**alpha + sum(q**alpha for q in penalties))
+        def loss(p, g, args=args):
+            return box_term(kind, centred(p), centred(g), args, EXTENT)
 
-        got = run(box_loss(kind, [*EPS, *shape], fused), p, g)
+        got = run(box_loss(kind, args, fused), p, g)
         for a, b in zip(got, run(loss, p, g), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
@@ -245,49 +206,28 @@ def logits():
     return x.to(DEVICE), torch.rand(60, generator=gen, dtype=torch.float64).to(DEVICE)
 
 
-def paper_bce(x, t, w=1.0):
-    p = 1 / (1 + torch.exp(-x))
-    return -w * t * p.log() - (1 - t) * (1 - p).log()
-
-
-def paper_qfl(x, t, alpha, gamma):
-    p = 1 / (1 + torch.exp(-x))
-    balance = 1.0 if alpha < 0 else alpha * t + (1 - alpha) * (1 - t)
-    return balance * -((t - p).abs() ** gamma) * ((1 - t) * (1 - p).log() + t * p.log())
-
-
-def paper_varifocal(x, q, alpha, gamma):
-    p = 1 / (1 + torch.exp(-x))
-    return torch.where(q > 0, -q * (q * p.log() + (1 - q) * (1 - p).log()), -abs(alpha) * p**gamma * (1 - p).log())
-
-
-def paper_focal(x, t, alpha, gamma, w):
-    p = 1 / (1 + torch.exp(-x))
-    return (alpha * t + (1 - alpha) * (1 - t)) * (1 - t * p - (1 - t) * (1 - p)) ** gamma * paper_bce(x, t, w)
-
-
 FORMULAS = [
-    ("bce", [2.5], paper_bce),
-    ("focal", [0.25, 2.0, 2.5], paper_focal),
-    ("qfl", [-1.0, 2.0], paper_qfl),
-    ("qfl", [0.25, 1.5], paper_qfl),
-    ("qfl", [0.75, 0.0], paper_qfl),
-    ("varifocal", [0.75, 2.0], paper_varifocal),
-    ("varifocal", [-1.0, 1.0], paper_varifocal),
-    ("sse", [], lambda x, t: (1 / (1 + torch.exp(-x)) - t) ** 2),
+    ("bce", [2.5]),
+    ("focal", [0.25, 2.0, 2.5]),
+    ("qfl", [-1.0, 2.0]),
+    ("qfl", [0.25, 1.5]),
+    ("qfl", [0.75, 0.0]),
+    ("varifocal", [0.75, 2.0]),
+    ("varifocal", [-1.0, 1.0]),
+    ("sse", []),
 ]
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize(("kind", "args", "formula"), FORMULAS)
-def test_label_formula(kind, args, formula, fused):
+@pytest.mark.parametrize(("kind", "args"), FORMULAS)
+def test_label_formula(kind, args, fused):
     x, soft = logits()
     for t in (soft, (soft > 0.5).double(), torch.where(soft > 0.5, soft, 0.0)):
         if fused:
             got = run(lambda x, t=t: ops.label_loss(x, t, kind, args, "none"), x)
         else:
             got = run(lambda x, t=t: reference.LABEL_TERMS[kind](x, t, args), x)
-        for a, b in zip(got, run(lambda x, t=t: formula(x, t, *args), x), strict=True):
+        for a, b in zip(got, run(lambda x, t=t: label_term(kind, x, t, args), x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 

@@ -19,6 +19,7 @@ import torch._dynamo.testing
 import triton
 import triton.language as tl
 from conftest import DEVICE
+from formulas import plain_iou
 from fusedyolo.kernels import cells as kernels
 from fusedyolo.kernels import launch
 from torch import Tensor
@@ -57,16 +58,6 @@ def places(S: int, n: int, C: int, layout: str):
         lambda cell, j: confidences + cell * n + j,
         lambda cell, c: cell * C + c,
     )
-
-
-def box_iou(p: tuple[float, ...], g: tuple[float, ...]) -> float:
-    """Of boxes (cx, cy, w, h)."""
-    sides = [
-        min(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2) - max(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2) for i in (0, 1)
-    ]
-    if min(sides) <= 0:
-        return 0.0
-    return sides[0] * sides[1] / (p[2] * p[3] + g[2] * g[3] - sides[0] * sides[1])
 
 
 def by_hand(pred: Tensor, rows: Tensor, S: int, n: int, C: int, layout: str, recipe: str, **hyp):
@@ -111,7 +102,7 @@ def by_hand(pred: Tensor, rows: Tensor, S: int, n: int, C: int, layout: str, rec
                 for j in range(n):
                     x, y, w, h = (values[b, at_box(cell, j, e)] for e in range(4))
                     p = (x / S, y / S, w * w, h * h) if root else (x / S, y / S, w, h)
-                    ious.append(box_iou(p, g))
+                    ious.append(plain_iou(p, g))
                     distances.append(math.sqrt(sum((u - v) ** 2 for u, v in zip(p, g, strict=True))))
                 best = ious.index(max(ious))
                 if max(ious) == 0:

@@ -1,0 +1,705 @@
+"""Loss and gradient of heads with many anchors, each with the logits of all classes: loads and stores predictions.
+
+One launch for all levels. Some of its programs own boxes (and centreness), the others class logits; each reads from
+``match`` which row its anchors have taken, see ``match.py``. Class logits are read once and their gradient stored once;
+boxes are read where an anchor has a row, and their gradient is stored everywhere.
+
+Layouts. FLAT: ``[B, N, C]`` and ``[B, N, 4]`` without gaps, or maps that lie in memory like that. Class logits are then
+one stream, cut without regard to anchors or images. Else a level is read by strides (image, row, column, anchor,
+channel), a program owns CELLS consecutive cells of one of its anchors, and NEAR says that all cells of a level follow
+each other in memory. No kernel is compiled for the numbers of a size: whether planes begin at multiples of 16 numbers,
+which wide accesses need, is asked at run time, level by level.
+
+Modes. WITH_LOSS leaves partial sums, which the last program to finish adds up in a fixed order. WITH_GRAD leaves the
+gradient times ``grads``. SKIP_ONE, of a gradient that is already there for ones: a program returns at once if it is
+multiplied by 1, and overwrites the gradient otherwise.
+
+RANKED is for a softmax over classes of which only the hardest negatives count. Who does is known only when every
+anchor has been seen: the loss launch leaves the cross-entropy of each (``ce``), ``rank_kernel`` picks, and the gradient
+launch reads the logits of those picked. As ranks go by index, matches are by index too, not by position. The classes of
+an anchor lie on WIDTH threads of one warp, which hold CHUNKS of them each.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..levels import are_wide, as_wide, integer_of, pointer_of, strides_of
+from ..primitives import log1p, ordered_bits, plain, safe_div, scaled_less
+from ..rows import load_rows
+from ..sums import column, column_sums, is_last
+from ..terms.decode import chain
+from ..terms.label import exponentials, softmax_slope
+from ..terms.records import axis_of_sizes
+from .match import IGNORED, load_corners
+
+N_PARTS: tl.constexpr = tl.constexpr(4)  # class, box and centreness loss; one to spare
+
+
+class Maps(NamedTuple):
+    """Predictions of one kind and their gradient, a tensor a level, and the strides of each."""
+
+    ptrs: Any
+    d_ptrs: Any
+    by: Any
+    d_by: Any
+
+
+class Predictions(NamedTuple):
+    """What a head predicts; ``centres`` is None without centreness."""
+
+    classes: Any
+    boxes: Any
+    centres: Any
+
+
+class Levels(NamedTuple):
+    """Of each level, as :func:`plain` takes them: columns and cells, anchors of a cell, programs of either kind."""
+
+    widths: Any
+    cells: Any
+    anchors: Any
+    box_programs: Any
+    class_programs: Any
+
+
+class Terms(NamedTuple):
+    """The functions of a head, None where it has none."""
+
+    axis: Any
+    box: Any
+    offset: Any
+    label: Any
+    centre: Any
+
+
+class Numbers(NamedTuple):
+    """The numbers of a head, and width and height of the images."""
+
+    weights: Any
+    beta: Any
+    box_args: Any
+    label_args: Any
+    size: Any
+
+
+class Matched(NamedTuple):
+    """Anchors, rows and which of these each anchor has taken."""
+
+    anchors_ptr: Any
+    rows_ptr: Any
+    match_ptr: Any
+    found_ptr: Any  # [B + 1]: anchors with a row, of each image and of all
+
+
+class Ranked(NamedTuple):
+    """What a ranked head leaves between its launches, see ``rank.py``."""
+
+    ce_ptr: Any
+    picks_ptr: Any
+
+
+class Sums(NamedTuple):
+    """Where the loss goes; ``parts`` are pointers to its three parts."""
+
+    total_ptr: Any
+    parts: Any
+    partial_ptr: Any
+    done_ptr: Any
+
+
+class Spec(NamedTuple):
+    """The structure of a head and of a launch: a kernel is compiled for each."""
+
+    C: Any
+    RANKED: Any
+    BY_IMAGE: Any
+    CORNERS: Any
+    FLAT: Any
+    NEAR: Any
+    WITH_LOSS: Any
+    WITH_GRAD: Any
+    SKIP_ONE: Any
+    ACC: Any
+    BLOCK: Any  # numbers of a stream at a time
+    GROUP: Any  # of those that are always of one anchor, at most what one access holds
+    STEPS: Any
+    CELLS: Any
+    PLANES: Any
+    ANCHORS: Any
+    WIDTH: Any
+    CHUNKS: Any
+
+
+class Batch(NamedTuple):
+    """Sizes of a batch."""
+
+    N: Any  # anchors
+    B: Any  # images
+
+
+class Level(NamedTuple):
+    """The level of a program."""
+
+    width: Any
+    cells: Any
+    anchors: Any
+    start: Any  # anchors before it
+
+
+class View(NamedTuple):
+    """The map of a level, and its gradient."""
+
+    ptr: Any
+    by: Any
+    d_ptr: Any
+    d_by: Any
+
+
+class Site(NamedTuple):
+    """What a program owns at a time: the image and the anchor of the cell; of each place its cell, the index and the
+    position of its anchor, and whether it is there."""
+
+    b: Any
+    a: Any
+    cells: Any
+    n: Any
+    position: Any
+    mask: Any
+
+
+class Grads(NamedTuple):
+    """What the gradients of the three parts are multiplied by."""
+
+    classes: Any
+    boxes: Any
+    centres: Any
+
+
+class Pair(NamedTuple):
+    """A number of each axis."""
+
+    x: Any
+    y: Any
+
+
+class Relative(NamedTuple):
+    """Sides of anchors and, of their rows, the centre from theirs and the sides; see :func:`_relative`."""
+
+    sides: Pair
+    shift: Pair
+    true: Pair
+
+
+class Raw(NamedTuple):
+    """The four numbers that a box is predicted by, or their derivatives."""
+
+    x: Any
+    y: Any
+    w: Any
+    h: Any
+
+
+# ----------------------------------------------------------------------------------------------------------- where
+
+
+@triton.jit
+def _view(maps, level, WITH_GRAD: tl.constexpr):
+    """The map of a level known at run time."""
+    by = strides_of(maps.by, level)
+    d_ptr = None
+    d_by = by
+    if WITH_GRAD:
+        d_ptr = pointer_of(maps.d_ptrs, level)
+        d_by = strides_of(maps.d_by, level)
+    return View(pointer_of(maps.ptrs, level), by, d_ptr, d_by)
+
+
+@triton.jit
+def _range_of(pid, programs, begin, level, local):
+    """Level of a program and its number there, if it is one of so many a level from ``begin`` on; and their end."""
+    for i in tl.static_range(len(programs)):
+        here = (pid >= begin) & (pid < begin + plain(programs[i]))
+        level = tl.where(here, i, level)
+        local = tl.where(here, pid - begin, local)
+        begin += plain(programs[i])
+    return level, local, begin
+
+
+@triton.jit
+def _tiles(level, FLAT: tl.constexpr, CELLS: tl.constexpr):
+    """Of how many tiles of CELLS a level of an image is made."""
+    if FLAT:
+        tiles = tl.cdiv(level.anchors * level.cells, CELLS)
+    else:
+        tiles = level.anchors * tl.cdiv(level.cells, CELLS)
+    return tiles
+
+
+@triton.jit
+def _site(tile, level, FLAT: tl.constexpr, CELLS: tl.constexpr):
+    """A tile of a level. With FLAT the cells are all anchors of the level, one a cell."""
+    lane = tl.arange(0, CELLS)
+    tiles = _tiles(level, FLAT, CELLS)
+    own = tile % tiles
+    if FLAT:
+        a = own * 0
+        cells = own * CELLS + lane
+        mask = cells < level.anchors * level.cells
+        n = level.start + cells
+        position = n
+    else:
+        a = own // tl.cdiv(level.cells, CELLS)
+        cells = (own % tl.cdiv(level.cells, CELLS)) * CELLS + lane
+        mask = cells < level.cells
+        n = level.start + cells * level.anchors + a
+        position = level.start + a * level.cells + cells
+    return Site(tile // tiles, a, cells, n, position, mask)
+
+
+@triton.jit
+def _cells_at(ptr, by, site, level, NEAR: tl.constexpr):
+    """Pointers to the first channel of some cells of an anchor."""
+    at = ptr + site.b.to(tl.int64) * by.image + site.a * by.anchor
+    if NEAR:
+        at = at + site.cells
+    else:
+        at = at + (site.cells // level.width) * by.row + (site.cells % level.width) * by.column
+    return at
+
+
+@triton.jit
+def _anchors_at(ptr, by, site, level, K: tl.constexpr, SPEC: tl.constexpr):
+    """Pointers to the first of the K channels of some anchors, and elements from channel to channel."""
+    if SPEC.FLAT:
+        at = ptr + (site.b.to(tl.int64) * (level.anchors * level.cells) + site.cells) * K
+        by_channel = 1
+    else:
+        at = _cells_at(ptr, by, site, level, SPEC.NEAR)
+        by_channel = by.channel
+    return at, by_channel
+
+
+# -------------------------------------------------------------------------------------------------------- how much
+
+
+@triton.jit
+def share(found_ptr, b, B, BY_IMAGE: tl.constexpr, ACC: tl.constexpr):
+    """What the sums of image b are multiplied by."""
+    if BY_IMAGE:
+        result = 1.0 / (tl.maximum(tl.load(found_ptr + b), 1) * B).to(ACC)
+    else:
+        result = 1.0 / tl.maximum(tl.load(found_ptr + B), 1).to(ACC)
+    return result
+
+
+@triton.jit
+def _grad_out(grads, part: tl.constexpr, SPEC: tl.constexpr):
+    """What the gradient of a part is multiplied by: that of the total, the first of ``grads``, and its own; 1 with the
+    loss."""
+    grad = tl.cast(1.0 if SPEC.WITH_LOSS else 0.0, SPEC.ACC)
+    if grads[0] is not None:
+        grad += tl.load(grads[0]).to(SPEC.ACC)
+    if grads[part] is not None:
+        grad += tl.load(grads[part]).to(SPEC.ACC)
+    return grad
+
+
+# --------------------------------------------------------------------------------------------------------- classes
+
+
+@triton.jit
+def _labels(rows_ptr, match):
+    """Class of the rows that anchors have taken, -1 where they have none."""
+    return tl.load(rows_ptr + match * 6 + 1, mask=match >= 0, other=-1.0).to(tl.int32)
+
+
+@triton.jit
+def _class_terms(x, label, k, used, label_term, label_args):
+    """Loss of some logits of the classes k, 0 where they are not used, and its derivative by them."""
+    loss, d = label_term(x, label == k, label_args)
+    return tl.where(used | (x != x), loss, 0.0), tl.where(used, d, 0.0)  # a NaN shows, used or not
+
+
+@triton.jit
+def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SPEC: tl.constexpr):
+    """Class loss of a chunk of a level's logits [B, n, C], and their gradient; a chunk meets at most two images."""
+    C: tl.constexpr = SPEC.C
+    GROUP: tl.constexpr = SPEC.GROUP
+    GROUPS: tl.constexpr = SPEC.BLOCK // SPEC.GROUP
+    n = level.anchors * level.cells
+    e0 = chunk.to(tl.int64) * (SPEC.BLOCK * SPEC.STEPS)
+    left = tl.minimum(batch.B.to(tl.int64) * n * C - e0, SPEC.BLOCK * SPEC.STEPS).to(tl.int32)
+    first = e0 // C  # anchor of the batch
+    skipped = (e0 - first * C).to(tl.int32)  # of its classes
+    b = (first // n).to(tl.int32)
+    edge = ((b + 1).to(tl.int64) * n - first).to(tl.int32)  # anchors from there on are of the next image
+    match_ptr = matched.match_ptr + first + b.to(tl.int64) * (batch.N - n) + level.start
+    own_share = share(matched.found_ptr, b, batch.B, SPEC.BY_IMAGE, SPEC.ACC)
+    next_share = share(matched.found_ptr, tl.minimum(b + 1, batch.B - 1), batch.B, SPEC.BY_IMAGE, SPEC.ACC)
+    total = tl.zeros([GROUPS, GROUP], SPEC.ACC)
+    k = tl.arange(0, GROUP)[None, :]
+    for i in tl.range(0, SPEC.STEPS, loop_unroll_factor=1):
+        e = i * SPEC.BLOCK + tl.arange(0, GROUPS) * GROUP
+        mask = e < left
+        anchor = (skipped + e) // C
+        after = anchor >= edge
+        match = tl.load(match_ptr + anchor + tl.where(after, batch.N - n, 0), mask=mask, other=IGNORED)
+        label = _labels(matched.rows_ptr, match) - (skipped + e - anchor * C)  # from the group's first class on
+        at = e[:, None] + k
+        x = tl.load(view.ptr + e0 + at, mask=mask[:, None], other=0.0).to(SPEC.ACC)
+        used = (match != IGNORED)[:, None]
+        loss, d = _class_terms(x, label[:, None], k, used, terms.label, numbers.label_args)
+        weight = tl.where(after, next_share, own_share)[:, None]
+        if SPEC.WITH_LOSS:
+            total += weight * loss
+        if SPEC.WITH_GRAD:
+            d = (grad * weight) * d
+            tl.store(view.d_ptr + e0 + at, d.to(view.d_ptr.dtype.element_ty), mask=mask[:, None])
+    return tl.sum(tl.sum(total, axis=1), axis=0)
+
+
+@triton.jit
+def _plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPEC: tl.constexpr):
+    """Class loss of one anchor of some cells, PLANES classes at a time, and their gradient."""
+    CELLS: tl.constexpr = SPEC.CELLS
+    PLANES: tl.constexpr = SPEC.PLANES
+    site = _site(local, level, False, CELLS)
+    x_ptr = _cells_at(view.ptr, view.by, site, level, SPEC.NEAR)
+    d_ptr = x_ptr
+    if SPEC.WITH_GRAD:
+        d_ptr = _cells_at(view.d_ptr, view.d_by, site, level, SPEC.NEAR)
+    at = matched.match_ptr + site.b.to(tl.int64) * batch.N + site.position
+    match = tl.load(at, mask=site.mask, other=IGNORED)
+    label = _labels(matched.rows_ptr, match)[None, :]
+    used = (match != IGNORED)[None, :]
+    weight = share(matched.found_ptr, site.b, batch.B, SPEC.BY_IMAGE, SPEC.ACC)
+    total = tl.zeros([PLANES, CELLS], SPEC.ACC)
+    for k0 in tl.range(0, SPEC.C, PLANES, loop_unroll_factor=1):
+        k = k0 + tl.arange(0, PLANES)[:, None]
+        keep = site.mask[None, :] & (k < SPEC.C)
+        x = tl.load(x_ptr[None, :] + k * view.by.channel, mask=keep, other=0.0).to(SPEC.ACC)
+        loss, d = _class_terms(x, label, k, used & keep, terms.label, numbers.label_args)
+        if SPEC.WITH_LOSS:
+            total += loss
+        if SPEC.WITH_GRAD:
+            d = ((grad * weight) * d).to(view.d_ptr.dtype.element_ty)
+            tl.store(d_ptr[None, :] + k * view.d_by.channel, d, mask=keep)
+    return weight * tl.sum(tl.sum(total, axis=0), axis=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- ranked
+
+
+@triton.jit
+def rank_key(ce):
+    """An integer that orders cross-entropies as they are, NaN as infinity."""
+    return ordered_bits(tl.where(ce != ce, float("inf"), ce))
+
+
+@triton.jit
+def _ranked_weight(ce, match, n, picks_ptr):
+    """How often the cross-entropy of each anchor counts: see :func:`~.rank.rank_kernel`."""
+    key = tl.load(picks_ptr)
+    hard = (rank_key(ce) > key) | ((rank_key(ce) == key) & (n < tl.load(picks_ptr + 1)))
+    twice = n < tl.load(picks_ptr + 2)
+    return tl.where(match >= 0, tl.where(twice, 2, 1), tl.where(hard, 1, 0))
+
+
+@triton.jit
+def _chunk_mask(mask, i: tl.constexpr, SPEC: tl.constexpr):
+    """Which logits of the i-th chunk are there: only the last one is padded."""
+    if (i + 1) * SPEC.WIDTH <= SPEC.C:
+        keep = mask[:, None]
+    else:
+        keep = mask[:, None] & (i * SPEC.WIDTH + tl.arange(0, SPEC.WIDTH)[None, :] < SPEC.C)
+    return keep
+
+
+@triton.jit
+def _load_chunks(ptr, by_channel, mask, SPEC: tl.constexpr):
+    """All logits of some anchors, and the largest of each; what is padding adds nothing to a softmax."""
+    CHUNKS: tl.constexpr = SPEC.CHUNKS
+    at = ptr[:, None] + tl.arange(0, SPEC.WIDTH)[None, :] * by_channel
+    chunks = ()
+    for i in tl.static_range(CHUNKS):
+        keep = _chunk_mask(mask, i, SPEC)
+        chunks = chunks + (tl.load(at + i * SPEC.WIDTH * by_channel, mask=keep, other=-1e30).to(SPEC.ACC),)
+    largest = chunks[0]
+    for i in tl.static_range(1, CHUNKS):
+        largest = tl.maximum(largest, chunks[i])
+    return chunks, tl.max(largest, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _rest(chunks, largest, SPEC: tl.constexpr):
+    """Sums of all exponentials but one of the largest, see :func:`~..terms.label.softmax_ce`."""
+    CHUNKS: tl.constexpr = SPEC.CHUNKS
+    others = tl.zeros_like(chunks[0])
+    equals = tl.zeros_like(chunks[0])
+    for i in tl.static_range(CHUNKS):
+        e, first = exponentials(chunks[i], largest)
+        others += tl.where(first, 0.0, e)
+        equals += tl.where(first, 1.0, 0.0)
+    return tl.sum(others, axis=1, keep_dims=True) + (tl.sum(equals, axis=1, keep_dims=True) - 1.0)
+
+
+@triton.jit
+def _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC: tl.constexpr):
+    """Leaves the cross-entropies of some anchors, and returns what shows a NaN in the total, counted or not: else 0."""
+    chunks, largest = _load_chunks(ptr, by_channel, site.mask, SPEC)
+    rest = _rest(chunks, largest, SPEC)
+    background = tl.where(tl.arange(0, SPEC.WIDTH)[None, :] == 0, chunks[0], 0.0)
+    x = tl.load(ptr + label * by_channel, mask=site.mask & (label > 0), other=0.0).to(SPEC.ACC)
+    x = tl.where(label > 0, x, tl.sum(background, axis=1))
+    ce = log1p(tl.sum(rest, axis=1)) - (x - tl.sum(largest, axis=1))
+    ce = ce + 0.0  # of -0, too, the bits are to be those of 0
+    tl.store(ce_ptr + site.n, ce, mask=site.mask)
+    return tl.where(site.mask & (ce != ce), ce, 0.0)
+
+
+@triton.jit
+def _ranked_gradient(ptr, by_channel, d_ptr, d_by_channel, site, label, weight, SPEC: tl.constexpr):
+    """The gradient by the logits of some anchors, of which those with a weight are looked at."""
+    CHUNKS: tl.constexpr = SPEC.CHUNKS
+    lane = tl.arange(0, SPEC.WIDTH)[None, :]
+    at = d_ptr[:, None] + lane * d_by_channel
+    used = site.mask & (weight != 0)
+    if tl.max(used.to(tl.int32), axis=0) > 0:
+        chunks, largest = _load_chunks(ptr, by_channel, used, SPEC)
+        rest = _rest(chunks, largest, SPEC)
+        for i in tl.static_range(CHUNKS):
+            e, first = exponentials(chunks[i], largest)
+            hot = label[:, None] == i * SPEC.WIDTH + lane
+            d = softmax_slope(e, first, rest, hot.to(SPEC.ACC), 1.0)
+            d = tl.where(used[:, None], weight[:, None] * d, 0.0).to(d_ptr.dtype.element_ty)
+            tl.store(at + i * SPEC.WIDTH * d_by_channel, d, mask=_chunk_mask(site.mask, i, SPEC))
+    else:
+        d = tl.zeros_like(label[:, None] + lane).to(d_ptr.dtype.element_ty)
+        for i in tl.static_range(CHUNKS):
+            tl.store(at + i * SPEC.WIDTH * d_by_channel, d, mask=_chunk_mask(site.mask, i, SPEC))
+
+
+@triton.jit
+def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.constexpr):
+    """The cross-entropies of STEPS tiles, or their gradient."""
+    CELLS: tl.constexpr = SPEC.CELLS
+    unknown = tl.zeros([CELLS], SPEC.ACC)
+    scale = grad
+    if SPEC.WITH_GRAD and not SPEC.BY_IMAGE:
+        scale = grad * share(matched.found_ptr, 0, batch.B, False, SPEC.ACC)
+    tiles = batch.B * _tiles(level, SPEC.FLAT, SPEC.CELLS)
+    end = tl.minimum(local * SPEC.STEPS + SPEC.STEPS, tiles)
+    for tile in tl.range(local * SPEC.STEPS, end, loop_unroll_factor=1):
+        site = _site(tile, level, SPEC.FLAT, SPEC.CELLS)
+        image = site.b.to(tl.int64) * batch.N
+        match = tl.load(matched.match_ptr + image + site.n, mask=site.mask, other=IGNORED)
+        label = tl.maximum(_labels(matched.rows_ptr, match), 0)  # no row: the background
+        ptr, by_channel = _anchors_at(view.ptr, view.by, site, level, SPEC.C, SPEC)
+        if SPEC.WITH_GRAD:
+            if SPEC.BY_IMAGE:
+                scale = grad * share(matched.found_ptr, site.b, batch.B, True, SPEC.ACC)
+            ce = tl.load(ranked.ce_ptr + image + site.n, mask=site.mask, other=0.0)
+            times = _ranked_weight(ce, match, site.n, ranked.picks_ptr + 4 * site.b)
+            d_ptr, d_by_channel = _anchors_at(view.d_ptr, view.d_by, site, level, SPEC.C, SPEC)
+            _ranked_gradient(ptr, by_channel, d_ptr, d_by_channel, site, label, times.to(SPEC.ACC) * scale, SPEC)
+        else:
+            unknown += _ranked_loss(ptr, by_channel, site, label, ranked.ce_ptr + image, SPEC)
+    return tl.sum(unknown, axis=0)
+
+
+@triton.jit
+def _class_program(local, view, level, batch, matched, ranked, terms, numbers, grad, SPEC: tl.constexpr):
+    """Class loss of a program of a level, and the gradient."""
+    if SPEC.RANKED:
+        loss = _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC)
+    elif SPEC.FLAT:
+        loss = _stream_classes(local, view, level, batch, matched, terms, numbers, grad, SPEC)
+    else:
+        wide = (level.cells % 16 == 0) & are_wide(view.by)
+        if SPEC.WITH_GRAD:
+            wide = wide & are_wide(view.d_by)
+        if SPEC.NEAR and wide:
+            same = Level(level.width, level.cells // 16 * 16, level.anchors, level.start)
+            known = View(view.ptr, as_wide(view.by), view.d_ptr, as_wide(view.d_by))
+            loss = _plane_classes(local, known, same, batch, matched, terms, numbers, grad, SPEC)
+        else:
+            loss = _plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPEC)
+    return loss
+
+
+# ----------------------------------------------------------------------------------------------------------- boxes
+
+
+@triton.jit
+def _load_raw(at, by_channel, mask, ACC: tl.constexpr):
+    """The four numbers of some boxes, in one access."""
+    k = tl.arange(0, 4)[None, :]
+    tile = tl.load(at[:, None] + k * by_channel, mask=mask[:, None], other=0.0).to(ACC)
+    even, odd = tl.split(tl.reshape(tile, (at.shape[0], 2, 2)))
+    zero, two = tl.split(even)
+    one, three = tl.split(odd)
+    return Raw(zero, one, two, three)
+
+
+@triton.jit
+def _relative(anchor, row, has, size, CORNERS: tl.constexpr, ACC: tl.constexpr):
+    """Anchors and their rows, sides of 1 where there is none.
+
+    Corners of a row are compared with those of the anchor, its centre with the middle of that, and its size is taken as
+    it is: of nearby numbers the differences keep their digits, while a size made of corners would not.
+    """
+    _image, _label, c0, c1, c2, c3 = row
+    if CORNERS:
+        cx = 0.5 * ((c0.to(ACC) - anchor.x1) + (c2.to(ACC) - anchor.x2))
+        cy = 0.5 * ((c1.to(ACC) - anchor.y1) + (c3.to(ACC) - anchor.y2))
+        gw = c2.to(ACC) - c0.to(ACC)
+        gh = c3.to(ACC) - c1.to(ACC)
+    else:
+        width = tl.cast(size[0], ACC)
+        height = tl.cast(size[1], ACC)
+        cx = scaled_less(c0, width, anchor.x1, ACC) - 0.5 * (anchor.x2 - anchor.x1)
+        cy = scaled_less(c1, height, anchor.y1, ACC) - 0.5 * (anchor.y2 - anchor.y1)
+        gw = c2.to(ACC) * width
+        gh = c3.to(ACC) * height
+    sides = Pair(tl.where(has, anchor.x2 - anchor.x1, 1.0), tl.where(has, anchor.y2 - anchor.y1, 1.0))
+    return Relative(sides, Pair(cx, cy), Pair(tl.where(has, gw, 1.0), tl.where(has, gh, 1.0)))
+
+
+@triton.jit
+def _box_term(raw, place, terms, numbers):
+    """Box loss of anchors, and its gradient by the four raw numbers."""
+    weights = numbers.weights
+    sides, shift, true = place
+    if terms.offset is not None:
+        least = 1.1754944e-38  # of the quotient of sides, whose logarithm is to be finite
+        tw = weights[2] * tl.log(tl.maximum(true.x / sides.x, least))
+        th = weights[3] * tl.log(tl.maximum(true.y / sides.y, least))
+        loss_x, dx, dw = terms.offset(raw.x, raw.w, weights[0] * shift.x / sides.x, tw, numbers.beta)
+        loss_y, dy, dh = terms.offset(raw.y, raw.h, weights[1] * shift.y / sides.y, th, numbers.beta)
+        loss = loss_x + loss_y
+    else:
+        x, jx = terms.axis(raw.x, raw.w, sides.x, sides.x / weights[0], 1.0 / weights[2])
+        y, jy = terms.axis(raw.y, raw.h, sides.y, sides.y / weights[1], 1.0 / weights[3])
+        pair_x = axis_of_sizes(x.size, true.x, x.centre - shift.x, numbers.size[0])
+        pair_y = axis_of_sizes(y.size, true.y, y.centre - shift.y, numbers.size[1])
+        loss, by_x, by_y = terms.box(pair_x, pair_y, numbers.box_args)
+        dx, dw = chain(by_x.centre, by_x.size, jx)
+        dy, dh = chain(by_y.centre, by_y.size, jy)
+    return loss, Raw(dx, dy, dw, dh)
+
+
+@triton.jit
+def _centreness(shift, true):
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of anchors' centres in boxes that hold them."""
+    dx = tl.abs(shift.x)
+    dy = tl.abs(shift.y)
+    hx = 0.5 * true.x
+    hy = 0.5 * true.y
+    quotient = safe_div(hx - dx, hx + dx) * safe_div(hy - dy, hy + dy)
+    return tl.sqrt(tl.maximum(quotient, 0.0))
+
+
+@triton.jit
+def _box_program(local, boxes, centres, level, batch, matched, terms, numbers, grads, SPEC: tl.constexpr):
+    """Box and centreness loss of a program of a level, and the gradient."""
+    ANCHORS: tl.constexpr = SPEC.ANCHORS
+    site = _site(local, level, SPEC.FLAT, ANCHORS)
+    position = site.position
+    if SPEC.RANKED:
+        position = site.n
+    match = tl.load(matched.match_ptr + site.b.to(tl.int64) * batch.N + position, mask=site.mask, other=IGNORED)
+    box = tl.cast(0.0, SPEC.ACC)
+    centre = tl.cast(0.0, SPEC.ACC)
+    has = site.mask & (match >= 0)
+    d = tl.zeros([ANCHORS, 4], SPEC.ACC)
+    d_centre = tl.zeros([ANCHORS], SPEC.ACC)
+    if tl.max(has.to(tl.int32), axis=0) > 0:
+        weight = share(matched.found_ptr, site.b, batch.B, SPEC.BY_IMAGE, SPEC.ACC)
+        anchor = load_corners(matched.anchors_ptr, site.n, has, SPEC.ACC)
+        row = load_rows(matched.rows_ptr, match, has, ANCHORS)
+        place = _relative(anchor, row, has, numbers.size, SPEC.CORNERS, SPEC.ACC)
+        at, by_channel = _anchors_at(boxes.ptr, boxes.by, site, level, 4, SPEC)
+        loss, d_raw = _box_term(_load_raw(at, by_channel, has, SPEC.ACC), place, terms, numbers)
+        box = weight * tl.sum(tl.where(has, loss, 0.0), axis=0)
+        if SPEC.WITH_GRAD:
+            even = tl.join(d_raw.x, d_raw.w)
+            odd = tl.join(d_raw.y, d_raw.h)
+            d = grads.boxes * weight * tl.reshape(tl.join(even, odd), (ANCHORS, 4))
+            d = tl.where(has[:, None], d, 0.0)
+        if terms.centre is not None:
+            at, _by_channel = _anchors_at(centres.ptr, centres.by, site, level, 1, SPEC)
+            x = tl.load(at, mask=has, other=0.0).to(SPEC.ACC)
+            loss, d_x = terms.centre(x, _centreness(place.shift, place.true), ())
+            centre = weight * tl.sum(tl.where(has, loss, 0.0), axis=0)
+            if SPEC.WITH_GRAD:
+                d_centre = tl.where(has, grads.centres * weight * d_x, 0.0)
+    if SPEC.WITH_GRAD:
+        at, by_channel = _anchors_at(boxes.d_ptr, boxes.d_by, site, level, 4, SPEC)
+        at = at[:, None] + tl.arange(0, 4)[None, :] * by_channel
+        tl.store(at, d.to(boxes.d_ptr.dtype.element_ty), mask=site.mask[:, None])
+        if terms.centre is not None:
+            at, _by_channel = _anchors_at(centres.d_ptr, centres.d_by, site, level, 1, SPEC)
+            tl.store(at, d_centre.to(centres.d_ptr.dtype.element_ty), mask=site.mask)
+    return box, centre
+
+
+@triton.jit
+def _finish(sums, programs, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
+    """The loss from the partial sums of all programs."""
+    totals = column_sums(sums.partial_ptr, programs, N_PARTS, SPEC.ACC)
+    classes = column(totals, 0)
+    boxes = column(totals, 1)
+    centres = column(totals, 2)
+    tl.store(sums.parts[0], classes)
+    tl.store(sums.parts[1], boxes)
+    if WITH_CENTRES:
+        tl.store(sums.parts[2], centres)
+    tl.store(sums.total_ptr, classes + boxes + centres)
+    tl.store(sums.done_ptr, 0)  # ready for the next launch
+
+
+@triton.jit(do_not_specialize=["N", "B"])
+def dense_kernel(predictions, levels, N, B, matched, terms, numbers, grads, ranked, sums, SPEC: tl.constexpr):
+    """Loss and gradient of a dense head; grid: the programs of boxes, level by level, then those of class logits.
+
+    ``grads`` are pointers to what the gradients of the total and of the three parts are multiplied by.
+    """
+    pid = tl.program_id(0)
+    batch = Batch(N, B)
+    i, local, end = _range_of(pid, levels.box_programs, 0, pid * 0, pid * 0)
+    of_boxes = pid < end
+    i, local, end = _range_of(pid, levels.class_programs, end, i, local)
+    start = pid * 0
+    for j in tl.static_range(len(levels.cells)):
+        start += tl.where(i > j, plain(levels.anchors[j]) * plain(levels.cells[j]), 0)
+    level = Level(integer_of(levels.widths, i), integer_of(levels.cells, i), integer_of(levels.anchors, i), start)
+    grad = Grads(_grad_out(grads, 1, SPEC), _grad_out(grads, 2, SPEC), _grad_out(grads, 3, SPEC))
+    if SPEC.SKIP_ONE:
+        skip_boxes = grad.boxes == 1.0
+        if terms.centre is not None:
+            skip_boxes = skip_boxes & (grad.centres == 1.0)
+        if tl.where(of_boxes, skip_boxes, grad.classes == 1.0):
+            return
+
+    cls = tl.cast(0.0, SPEC.ACC)
+    box = tl.cast(0.0, SPEC.ACC)
+    centre = tl.cast(0.0, SPEC.ACC)
+    if of_boxes:
+        boxes = _view(predictions.boxes, i, SPEC.WITH_GRAD)
+        centres = boxes
+        if terms.centre is not None:
+            centres = _view(predictions.centres, i, SPEC.WITH_GRAD)
+        box, centre = _box_program(local, boxes, centres, level, batch, matched, terms, numbers, grad, SPEC)
+    else:
+        view = _view(predictions.classes, i, SPEC.WITH_GRAD)
+        cls = _class_program(local, view, level, batch, matched, ranked, terms, numbers, grad.classes, SPEC)
+
+    if SPEC.WITH_LOSS:
+        part = tl.arange(0, N_PARTS)
+        partial = tl.where(part == 0, cls, tl.where(part == 1, box, tl.where(part == 2, centre, 0.0)))
+        tl.store(sums.partial_ptr + pid * N_PARTS + part, partial)
+        programs = tl.num_programs(0)
+        if is_last(sums.done_ptr, programs):
+            _finish(sums, programs, SPEC, terms.centre is not None)

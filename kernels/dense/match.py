@@ -1,0 +1,392 @@
+"""Matching anchors with target rows: which row of its image an anchor takes, if any.
+
+``overlap_kernel`` finds, for every row, the largest IoU that any anchor has with it; ``match_kernel`` settles every
+anchor and stores what it takes, which is all that later launches look at. A program owns a block of anchors. It tests
+the rows of its image 32 at a time, as lanes, against the box around all its anchors, and then meets one after the
+other, in their order, only those that can matter: a crowd costs what its overlaps cost, and memory is that of the
+anchors, however many rows there are.
+
+Decisions are made by comparing floats, some for equality, so both kernels are to be compiled without contraction of
+products and sums, and divide with rounding: each operation then has the one result that IEEE 754 says, in float32 the
+very bits that PyTorch's operators see. So the IoU of a row and an anchor is the same number in both kernels although
+each computes it, which ``rescue="equal"`` rests on.
+
+An anchor's *position* is its place in the order in which class logits lie in memory: anchors of a cell next to each
+other (n, the order of the anchors themselves), or with PLANES, for maps whose cells are next to each other, those of a
+level one after the other, each with all its cells.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..overlap import Corners, iou
+from ..primitives import divide, exact, ordered_bits, plain
+from ..rows import image_rows, in_its_range, load_rows, row_corners, rows_end, wrong_offsets
+from ..sums import is_last
+
+BACKGROUND: tl.constexpr = tl.constexpr(-1)
+IGNORED: tl.constexpr = tl.constexpr(-2)
+LANES: tl.constexpr = tl.constexpr(32)  # rows that a program tests at a time: one a thread of a warp
+
+
+class MatchSpec(NamedTuple):
+    """The structure of a match: kernels are compiled for each."""
+
+    CENTRE: Any  # by centres, else by IoU
+    RESCUE: Any  # None, "equal" or "best"
+    PLANES: Any
+    CORNERS: Any  # rows hold corners in pixels
+    ACC: Any
+    BLOCK: Any  # anchors of a program
+    BLOCK_G: Any  # rows searched at a time for those of an image
+
+
+class Frame(NamedTuple):
+    """What rows are read with: width and height of the image; the first class and the number of logits."""
+
+    size: Any
+    classes: Any
+
+
+class Targets(NamedTuple):
+    """The rows of a batch and, if known, where those of each image begin."""
+
+    ptr: Any
+    offsets_ptr: Any
+
+
+class Rule(NamedTuple):
+    """The numbers of a matcher; ``band`` and ``radius`` as :func:`exact` takes them."""
+
+    band: Any
+    radius: Any
+    ranges: Any
+    ends: Any  # anchors of the first and of the last level, as :func:`plain` takes them
+
+
+class Levels(NamedTuple):
+    """Anchors of a cell and cells of each level, as :func:`plain` takes them."""
+
+    anchors: Any
+    cells: Any
+
+
+class Matched(NamedTuple):
+    """What a match leaves."""
+
+    match_ptr: Any  # [B, N], int32, by position: a row, BACKGROUND or IGNORED
+    found_ptr: Any  # [B + 1], int32: anchors with a row, of each image and of all
+    counts_ptr: Any  # int32: those of all; invalid rows
+    tally_ptr: Any  # [B + 1], int32, zeros at first and in the end: where programs add them up
+    done_ptr: Any
+
+
+class Block(NamedTuple):
+    """The anchors of a program."""
+
+    b: Any  # the image
+    n: Any  # their indices
+    mask: Any
+    corners: Corners
+    around: Corners  # the box around them
+
+
+class Range(NamedTuple):
+    """The rows of an image, ``first`` to ``last`` of all."""
+
+    ptr: Any
+    first: Any
+    last: Any
+
+
+@triton.jit
+def anchor_at(position, levels, PLANES: tl.constexpr):
+    """Index of the anchor at a position."""
+    n = position
+    if PLANES:
+        start = 0
+        for level in tl.static_range(len(levels.anchors)):
+            A = plain(levels.anchors[level])
+            HW = plain(levels.cells[level])
+            size = A * HW
+            own = position - start
+            here = (own >= 0) & (own < size)
+            n = tl.where(here, start + (own % HW) * A + own // HW, n)
+            start += size
+    return n
+
+
+@triton.jit
+def load_corners(ptr, n, mask, ACC: tl.constexpr):
+    """Some boxes, in one access; 0 where masked out."""
+    corner = tl.arange(0, 4)[None, :]
+    tile = tl.load(ptr + n[:, None] * 4 + corner, mask=mask[:, None], other=0.0).to(ACC)
+    even, odd = tl.split(tl.reshape(tile, (n.shape[0], 2, 2)))
+    x1, x2 = tl.split(even)
+    y1, y2 = tl.split(odd)
+    return Corners(x1, y1, x2, y2)
+
+
+@triton.jit
+def _load_block(anchors_ptr, b, n, mask, ACC: tl.constexpr):
+    """The anchors n of image b."""
+    box = load_corners(anchors_ptr, n, mask, ACC)
+    inf = float("inf")
+    around = Corners(
+        tl.min(tl.where(mask, box.x1, inf), axis=0),
+        tl.min(tl.where(mask, box.y1, inf), axis=0),
+        tl.max(tl.where(mask, box.x2, -inf), axis=0),
+        tl.max(tl.where(mask, box.y2, -inf), axis=0),
+    )
+    return Block(b, n, mask, box, around)
+
+
+@triton.jit
+def _area(box):
+    """Of boxes by their corners."""
+    return (box.x2 - box.x1) * (box.y2 - box.y1)
+
+
+@triton.jit
+def _lanes(rows, g0, b, frame, SPEC: tl.constexpr):
+    """The indices of LANES rows from ``g0`` on, whether they are valid ones of image b, and their corners."""
+    g = g0 + tl.arange(0, LANES)
+    row = load_rows(rows.ptr, g, g < rows.last, LANES)
+    valid, _label, box = row_corners(row, b, b + 1, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
+    return g, valid, Corners(box[0], box[1], box[2], box[3])
+
+
+@triton.jit
+def _load_corners_of_row(rows, g, frame, SPEC: tl.constexpr):
+    """The corners of a row that is known to be valid."""
+    at = rows.ptr + g * 6
+    first = tl.load(at + 2)
+    row = (first, first, first, tl.load(at + 3), tl.load(at + 4), tl.load(at + 5))  # image and label do not matter
+    _valid, _label, box = row_corners(row, 0, 1, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
+    return Corners(box[0], box[1], box[2], box[3])
+
+
+@triton.jit
+def _bits(flags):
+    """An integer whose bits are those of the lanes."""
+    return tl.sum(flags.to(tl.int64) << tl.arange(0, LANES), axis=0)
+
+
+@triton.jit
+def _lowest(bits):
+    """The lowest bit that is set: the exponent of the power of two."""
+    power = (bits & -bits).to(tl.float32)
+    return (power.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def _meets(row, around):
+    """Whether rows meet a box. With what is in a box that it does not meet, a row has an IoU of exactly 0."""
+    return (row.x2 > around.x1) & (row.x1 < around.x2) & (row.y2 > around.y1) & (row.y1 < around.y2)
+
+
+LOWEST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # less an index: of equal IoUs the lowest index has the largest key
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def overlap_kernel(anchors_ptr, targets, N, M, frame, best_ptr, SPEC: tl.constexpr):
+    """The best anchor of every row; grid: for each image the blocks of its anchors.
+
+    ``best_ptr`` [M], int64, zeros at first: the bits of the largest IoU, or with RESCUE "best" a key for
+    :func:`best_anchor_of`, for which an IoU is rounded to float32.
+    """
+    BLOCK: tl.constexpr = SPEC.BLOCK
+    blocks = tl.cdiv(N, BLOCK)
+    b = tl.program_id(0) // blocks
+    n = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    own = _load_block(anchors_ptr, b, n, n < N, SPEC.ACC)
+    areas = _area(own.corners)
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
+    rows = Range(targets.ptr, first, last)
+    for g0 in range(first, last, LANES):
+        _lane, valid, box = _lanes(rows, g0, b, frame, SPEC)
+        bits = _bits(valid & _meets(box, own.around))
+        while bits != 0:
+            g = g0 + _lowest(bits)
+            bits = bits & (bits - 1)
+            row = _load_corners_of_row(rows, g, frame, SPEC)
+            value = tl.where(own.mask, iou(row, own.corners, _area(row), areas, divide), 0.0)
+            best = tl.max(value, axis=0)
+            if best > 0:
+                key = ordered_bits(best)
+                if SPEC.RESCUE == "best":
+                    at = tl.min(tl.where(value == best, n, LOWEST), axis=0)
+                    key = (ordered_bits(best.to(tl.float32)) << 32) | (LOWEST.value - at).to(tl.int64)
+                tl.atomic_max(best_ptr + g, key, sem="relaxed")
+
+
+@triton.jit
+def best_anchor_of(key):
+    """The anchor in a key: the first one if the row meets none."""
+    return tl.where(key == 0, 0, LOWEST.value - (key & 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def _most_overlap(own, rows, best_ptr, rule, frame, SPEC: tl.constexpr):
+    """The row that each anchor takes by IoU.
+
+    Rows that do not meet the block have an IoU of 0 with each of its anchors. The first of all valid rows is taken at
+    0, as far as the band takes any; a row that meets no anchor at all has its claim in every block.
+    """
+    BLOCK: tl.constexpr = SPEC.BLOCK
+    areas = _area(own.corners)
+    highest = tl.zeros([BLOCK], SPEC.ACC)
+    taken = tl.zeros([BLOCK], tl.int32) + BACKGROUND
+    saved = tl.zeros([BLOCK], tl.int32) + BACKGROUND
+    earliest = rows.last
+    for g0 in range(rows.first, rows.last, LANES):
+        lanes, valid, box = _lanes(rows, g0, own.b, frame, SPEC)
+        earliest = tl.minimum(earliest, tl.min(tl.where(valid, lanes, rows.last), axis=0))
+        matters = _meets(box, own.around)
+        if SPEC.RESCUE is not None:
+            matters = matters | (tl.load(best_ptr + lanes, mask=valid, other=0) == 0)
+        bits = _bits(valid & matters)
+        while bits != 0:
+            g = g0 + _lowest(bits)
+            bits = bits & (bits - 1)
+            row = _load_corners_of_row(rows, g, frame, SPEC)
+            value = iou(row, own.corners, _area(row), areas, divide)
+            taken = tl.where(value > highest, g, taken)
+            highest = tl.maximum(highest, value)
+            if SPEC.RESCUE == "equal":
+                saved = tl.where(ordered_bits(value) == tl.load(best_ptr + g), 1, saved)
+            if SPEC.RESCUE == "best":
+                saved = tl.where(own.n == best_anchor_of(tl.load(best_ptr + g)), g, saved)
+    any_row = earliest < rows.last
+    taken = tl.where((taken < 0) & any_row, earliest, taken)
+    highest = tl.where(any_row, highest, -1.0)
+    low = exact(rule.band[0]).to(SPEC.ACC)
+    high = exact(rule.band[1]).to(SPEC.ACC)
+    match = tl.where(highest < low, BACKGROUND, tl.where(highest < high, IGNORED, taken))
+    if SPEC.RESCUE == "equal":
+        match = tl.where(saved >= 0, taken, match)
+    if SPEC.RESCUE == "best":
+        match = tl.where(saved >= 0, saved, match)
+    return match
+
+
+@triton.jit
+def _reached(row, around_x, around_y, reach):
+    """Whether rows may take an anchor: they hold a place of the box around the anchors' centres, and have their own
+    centre at most so far from it. Differences of floats are rounded in order, so no anchor is missed."""
+    x = 0.5 * (row.x1 + row.x2)
+    y = 0.5 * (row.y1 + row.y2)
+    holds = (row.x1 < around_x[1]) & (row.x2 > around_x[0]) & (row.y1 < around_y[1]) & (row.y2 > around_y[0])
+    near_x = (x - around_x[1] < reach) & (around_x[0] - x < reach)
+    near_y = (y - around_y[1] < reach) & (around_y[0] - y < reach)
+    return holds & near_x & near_y
+
+
+@triton.jit
+def _smallest_around(own, rows, rule, frame, N, SPEC: tl.constexpr):
+    """The row that each anchor takes by its centre."""
+    BLOCK: tl.constexpr = SPEC.BLOCK
+    x = 0.5 * (own.corners.x1 + own.corners.x2)
+    y = 0.5 * (own.corners.y1 + own.corners.y2)
+    side = own.corners.x2 - own.corners.x1
+    reach = side * exact(rule.radius).to(SPEC.ACC)
+    low = tl.where(own.n < plain(rule.ends[0]), 0.0, side * tl.cast(rule.ranges[0], SPEC.ACC))
+    inf = float("inf")
+    high = tl.where(own.n >= N - plain(rule.ends[1]), inf, side * tl.cast(rule.ranges[1], SPEC.ACC))
+    around_x = (tl.min(tl.where(own.mask, x, inf), axis=0), tl.max(tl.where(own.mask, x, -inf), axis=0))
+    around_y = (tl.min(tl.where(own.mask, y, inf), axis=0), tl.max(tl.where(own.mask, y, -inf), axis=0))
+    farthest_reach = tl.max(reach, axis=0)  # 0 where masked out
+    taken = tl.zeros([BLOCK], tl.int32) + BACKGROUND
+    best = tl.zeros([BLOCK], SPEC.ACC) + 1e-5  # the peer's bound
+    for g0 in range(rows.first, rows.last, LANES):
+        _lane, valid, box = _lanes(rows, g0, own.b, frame, SPEC)
+        bits = _bits(valid & _reached(box, around_x, around_y, farthest_reach))
+        while bits != 0:
+            g = g0 + _lowest(bits)
+            bits = bits & (bits - 1)
+            row = _load_corners_of_row(rows, g, frame, SPEC)
+            off = tl.maximum(tl.abs(x - 0.5 * (row.x1 + row.x2)), tl.abs(y - 0.5 * (row.y1 + row.y2)))
+            nearest = tl.minimum(tl.minimum(x - row.x1, y - row.y1), tl.minimum(row.x2 - x, row.y2 - y))
+            farthest = tl.maximum(tl.maximum(x - row.x1, y - row.y1), tl.maximum(row.x2 - x, row.y2 - y))
+            fits = (off < reach) & (nearest > 0) & (farthest > low) & (farthest < high)
+            value = 1e8 - _area(row)
+            taken = tl.where(fits & ((value > best) | ((taken < 0) & (value == best))), g, taken)
+            best = tl.where(taken == g, value, best)
+    return taken
+
+
+@triton.jit
+def _count_invalid(targets, M, B, frame, SPEC: tl.constexpr):
+    """Of the rows that this program looks at those that no image will use, padding behind the last row is none; and, by
+    the first program, offsets that are wrong."""
+    end = rows_end(targets.offsets_ptr, M, B)
+    invalid = tl.zeros([LANES], tl.int32)
+    for g0 in range(tl.program_id(0) * LANES, end, tl.num_programs(0) * LANES):
+        g = g0 + tl.arange(0, LANES)
+        row = load_rows(targets.ptr, g, g < end, LANES)
+        valid, _label, _box = row_corners(row, 0, B, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
+        invalid += ((g < end) & ~in_its_range(row[0], g, valid, targets.offsets_ptr)).to(tl.int32)
+    count = tl.sum(invalid, axis=0)
+    if tl.program_id(0) == 0:
+        count += wrong_offsets(targets.offsets_ptr, M, B, LANES)
+    return count
+
+
+@triton.jit
+def _finish(matched, M, B, best_ptr, SPEC: tl.constexpr):
+    """What the last program does: counts go where they are read, and shared memory is cleared for the next call."""
+    lane = tl.arange(0, LANES)
+    total = tl.zeros([LANES], tl.int32)
+    for b0 in range(0, B, LANES):
+        mask = b0 + lane < B
+        found = tl.load(matched.tally_ptr + b0 + lane, mask=mask, other=0, cache_modifier=".cg")
+        tl.store(matched.found_ptr + b0 + lane, found, mask=mask)
+        tl.store(matched.tally_ptr + b0 + lane, lane * 0, mask=mask)
+        total += found
+    tl.store(matched.found_ptr + B, tl.sum(total, axis=0))
+    tl.store(matched.counts_ptr, tl.sum(total, axis=0))
+    tl.store(matched.counts_ptr + 1, tl.load(matched.tally_ptr + B, cache_modifier=".cg"))
+    tl.debug_barrier()  # every thread has read what one of them overwrites
+    tl.store(matched.tally_ptr + B, 0)
+    if SPEC.RESCUE is not None:
+        for g0 in range(0, M, LANES):
+            tl.store(best_ptr + g0 + lane, tl.zeros([LANES], tl.int64), mask=g0 + lane < M)
+    tl.store(matched.done_ptr, 0)
+
+
+@triton.jit(do_not_specialize=["N", "M", "B"])
+def match_kernel(
+    anchors_ptr, targets, N, M, B, frame, levels, rule, best_ptr, picks_ptr, matched, SPEC: tl.constexpr
+):
+    """The row of every anchor; grid: for each image the blocks of its anchors.
+
+    ``best_ptr`` is what :func:`overlap_kernel` left; the last program clears it. ``picks_ptr``, of a ranked
+    head: a counter of each image is set to 0, see :mod:`.rank`.
+    """
+    BLOCK: tl.constexpr = SPEC.BLOCK
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(N, BLOCK)
+    b = pid // blocks
+    position = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = position < N
+    own = _load_block(anchors_ptr, b, anchor_at(position, levels, SPEC.PLANES), mask, SPEC.ACC)
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
+    rows = Range(targets.ptr, first, last)
+    if SPEC.CENTRE:
+        match = _smallest_around(own, rows, rule, frame, N, SPEC)
+    else:
+        match = _most_overlap(own, rows, best_ptr, rule, frame, SPEC)
+    tl.store(matched.match_ptr + b.to(tl.int64) * N + position, match, mask=mask)
+    found = tl.sum((mask & (match >= 0)).to(tl.int32), axis=0)
+    if found > 0:
+        tl.atomic_add(matched.tally_ptr + b, found, sem="relaxed")
+    invalid = _count_invalid(targets, M, B, frame, SPEC)
+    if invalid > 0:
+        tl.atomic_add(matched.tally_ptr + B, invalid, sem="relaxed")
+    if picks_ptr is not None:
+        if pid % blocks == 0:
+            tl.store(picks_ptr + 4 * b + 3, 0)
+    if is_last(matched.done_ptr, tl.num_programs(0)):
+        _finish(matched, M, B, best_ptr, SPEC)
