@@ -165,11 +165,22 @@ class DenseDriver(Driver):
     def efforts(
         self, kernel: str, kinds: Sequence[int], arguments: Mapping[str, Any], known: Known
     ) -> tuple[Sequence[Any], list[float]]:
-        """By the rows of the image that a block of anchors is matched with."""
-        if kernel not in _BY_BLOCK:
+        """By the rows of the image that a block of anchors is matched with; of boxes by the anchors that have a row."""
+        if kernel in _BY_BLOCK:
+            blocks = _blocks(arguments)
+            return kinds, [float(known.rows[program // blocks]) for program in range(len(kinds))]
+        if kernel != "dense_kernel" or not arguments["SPEC"].FLAT:
             return super().efforts(kernel, kinds, arguments, known)
-        blocks = _blocks(arguments)
-        return kinds, [float(known.rows[program // blocks]) for program in range(len(kinds))]
+        levels = arguments["levels"]
+        sizes = [shared.even(n) * shared.even(a) for n, a in zip(levels.cells, levels.anchors, strict=True)]
+        taken = [
+            int(block.sum())
+            for level in (known.assignment.row >= 0).split(sizes, 1)
+            for image in level
+            for block in image.split(arguments["SPEC"].ANCHORS)
+        ]
+        taken += [0] * (len(kinds) - len(taken))  # class logits are read and stored whatever they are of
+        return [(kind, n > 0) for kind, n in zip(kinds, taken, strict=True)], [float(n) for n in taken]
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
         """Matches, and the cross-entropies that are ranked, both of the reference."""
