@@ -137,7 +137,7 @@ def dense_config(
 MATCH_BLOCK = 256  # anchors of a program
 MATCH_REGISTERS = 160  # of a thread: for fewer the compiler spills
 MATCH_ROWS = 256  # rows it searches at a time for those of its image
-RANK_PART = 4096  # anchors of a program
+RANK_PART = 2048  # anchors of a program
 RANK_BLOCK = 1024  # candidates looked at at a time
 
 

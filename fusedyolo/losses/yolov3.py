@@ -255,9 +255,9 @@ class YOLOv3Loss(_AnchorLoss):
         logits.
 
     Both take ``label_smooth_eps=0`` (targets ``1 - eps / 2`` and ``eps / 2``); ``cls_loss=None``, or ``"bce"``,
-    ``"focal"`` or another class term for users in the table of ``fusedyolo/terms.py``, with ``focal_alpha=None`` (0.75 for varifocal) and
-    ``focal_gamma=None`` (2 for a named ``cls_loss``; either of them alone asks for a focal loss); ``iou_alpha=1`` and
-    ``iou_gamma=0``, the powers of :func:`fusedyolo.functional.box_iou_loss`; and ``iou_band=(0.3, 0.7)``.
+    ``"focal"`` or another class term for users in the table of ``fusedyolo/terms.py``, with ``focal_alpha=None`` (0.75
+    for varifocal) and ``focal_gamma=None`` (2 for a named ``cls_loss``; either of them alone asks for a focal loss);
+    ``iou_alpha=1`` and ``iou_gamma=0``, the powers of :func:`fusedyolo.functional.box_iou_loss`; and ``iou_band=(0.3, 0.7)``.
 
     Args:
         anchors: for each level its (width, height) pairs, in pixels.

@@ -192,9 +192,7 @@ def _config(layout: _Layout, pred: Tensor, head: DenseHead) -> DenseConfig:
     batch = pred.shape[0]
     tuned = wishes("dense", _family(head.key), pred, not layout.near, batch, largest, head.num_classes)
     logits = batch * sum(streams)
-    return dense_config(
-        min(streams), largest, logits, head.num_classes, pred.element_size(), head.negatives > 0, tuned
-    )
+    return dense_config(min(streams), largest, logits, head.num_classes, pred.element_size(), head.negatives > 0, tuned)
 
 
 def _maps(
@@ -278,9 +276,7 @@ def dense_launch(
         "sums": sums,
         "SPEC": spec,
     }
-    return Launch(
-        loss.dense_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages
-    )
+    return Launch(loss.dense_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages)
 
 
 def _tally(device: torch.device, batch: int, rows: int, own: Tensor | None) -> Tensor:
@@ -370,9 +366,7 @@ def rank_launch(head: DenseHead, outputs: DenseOutputs, threads: int, workspace:
             partial_ptr=outputs.total.new_empty(batch * parts),
             images_ptr=outputs.total.new_empty(batch),
         ),
-        "outcome": rank.Outcome(
-            outputs.total, outputs.cls, outputs.box, done_counter(outputs.total.device, workspace)
-        ),
+        "outcome": rank.Outcome(outputs.total, outputs.cls, outputs.box, done_counter(outputs.total.device, workspace)),
         "SPEC": rank.RankSpec(
             BY_IMAGE=head.mean == "image",
             ACC=accumulator(outputs.total.dtype)[0],

@@ -357,9 +357,7 @@ def _finish(matched, M, B, best_ptr, SPEC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "M", "B"])
-def match_kernel(
-    anchors_ptr, targets, N, M, B, frame, levels, rule, best_ptr, picks_ptr, matched, SPEC: tl.constexpr
-):
+def match_kernel(anchors_ptr, targets, N, M, B, frame, levels, rule, best_ptr, picks_ptr, matched, SPEC: tl.constexpr):
     """The row of every anchor; grid: for each image the blocks of its anchors.
 
     ``best_ptr`` is what :func:`overlap_kernel` left; the last program clears it. ``picks_ptr``, of a ranked

@@ -220,54 +220,54 @@ def _power_2(q, gamma):
 
 
 @triton.jit
-def focal_0(x, t, args):
+def _focal_0(x, t, args):
     return _focal(x, t, args, _power_0)
 
 
 @triton.jit
-def focal_1(x, t, args):
+def _focal_1(x, t, args):
     return _focal(x, t, args, _power_1)
 
 
 @triton.jit
-def focal_2(x, t, args):
+def _focal_2(x, t, args):
     return _focal(x, t, args, _power_2)
 
 
 @triton.jit
-def qfl_0(x, t, args):
+def _qfl_0(x, t, args):
     return _qfl(x, t, args, _power_0)
 
 
 @triton.jit
-def qfl_1(x, t, args):
+def _qfl_1(x, t, args):
     return _qfl(x, t, args, _power_1)
 
 
 @triton.jit
-def qfl_2(x, t, args):
+def _qfl_2(x, t, args):
     return _qfl(x, t, args, _power_2)
 
 
 @triton.jit
-def varifocal_0(x, t, args):
+def _varifocal_0(x, t, args):
     return _varifocal(x, t, args, _power_0)
 
 
 @triton.jit
-def varifocal_1(x, t, args):
+def _varifocal_1(x, t, args):
     return _varifocal(x, t, args, _power_1)
 
 
 @triton.jit
-def varifocal_2(x, t, args):
+def _varifocal_2(x, t, args):
     return _varifocal(x, t, args, _power_2)
 
 
 _OF_GAMMA = {
-    focal: (focal_0, focal_1, focal_2),
-    qfl: (qfl_0, qfl_1, qfl_2),
-    varifocal: (varifocal_0, varifocal_1, varifocal_2),
+    focal: (_focal_0, _focal_1, _focal_2),
+    qfl: (_qfl_0, _qfl_1, _qfl_2),
+    varifocal: (_varifocal_0, _varifocal_1, _varifocal_2),
 }
 
 

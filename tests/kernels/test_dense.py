@@ -17,6 +17,7 @@ from torch import Tensor
 import fusedyolo
 from bench.count import count
 from fusedyolo import FCOSLoss, RetinaNetLoss, SSDLoss, anchors, ops, reference
+from fusedyolo.ops import dense as dense_ops
 from fusedyolo.ops import launch
 from fusedyolo.ops.dense import dense_outputs
 from fusedyolo.targets import corner_rows
@@ -415,6 +416,48 @@ def test_hard_negatives_at_equal_losses_come_first_by_their_index():
         assert preds[0].grad[0].abs().sum(1).nonzero().flatten().tolist() == [0, 1, 2, 5]
 
 
+@pytest.mark.parametrize("ratio", [0.5, 3.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_ranking_by_several_programs(monkeypatch, ratio, dtype):
+    """Parts of 16 anchors, ties within and across them, a NaN, and with a large ratio fewer negatives than wanted."""
+    monkeypatch.setattr(dense_ops, "RANK_PART", 16)
+    monkeypatch.setattr(dense_ops, "RANK_BLOCK", 8)
+    preds, targets = make_preds("ssd", 3, dtype), make_targets("ssd", 3, n=6)
+    with torch.no_grad():
+        preds[0].copy_(preds[0].round())  # of few values: many are as hard as each other
+    exact = [pred.detach().double().requires_grad_() for pred in preds]
+    want, true = run("ssd", "torch", exact, targets, neg_to_pos_ratio=ratio)
+    got, found = run("ssd", "triton", preds, targets, neg_to_pos_ratio=ratio)
+    assert float(got.total) == pytest.approx(float(want.total), rel=1e-5)
+    assert torch.equal(found != 0, true != 0)  # the same anchors count
+    torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-7)
+    again = run("ssd", "triton", preds, targets, neg_to_pos_ratio=ratio)
+    assert torch.equal(again[1], found)
+    assert float(again[0].total) == float(got.total)
+    with torch.no_grad():
+        preds[0][0, 150, 1] = math.nan
+    got, found = run("ssd", "triton", preds, targets, neg_to_pos_ratio=ratio)
+    assert math.isnan(float(got.total))
+    assert int(found.isnan().sum()) == C  # as hard as can be
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_meet_no_anchor_of_a_block(kind):
+    """Objects far from each other and from most anchors, and more than are tested at a time: each as if all were."""
+    targets, preds = make_targets(kind, 1, n=70, side=3.0), make_preds(kind, 1)
+    head, boxes = criterion(kind, "triton").head, make_anchors(kind)
+    rows, offsets = corner_rows(targets, 1)
+    ends = [sizes(kind)[0], sizes(kind)[-1]]
+    read = reference.read_corners(rows, head, 1, None, True, torch.float32)
+    want = reference.dense_match(boxes, read, head, 1, tuple(ends))
+    for block in (16, 256):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dense_ops, "MATCH_BLOCK", block)
+            outputs = ops.dense_loss(preds, boxes, rows, offsets, head.key, [math.inf] * 2, True, ends, False)
+        assert torch.equal(outputs[5].long(), want)
+        assert outputs[6].tolist() == [int((want >= 0).sum())] * 2
+
+
 def test_hard_negatives_of_maps_are_those_of_anchors():
     """Equal logits on a map of two anchors a cell: which ones count goes by anchor, wherever they lie in memory."""
     place = torch.tensor([[16.0 * x, 16.0 * y] for y in range(4) for x in range(4) for _ in range(2)])
@@ -605,13 +648,14 @@ def test_compiles_once_for_maps_of_any_size():
 @pytest.mark.interpreter("sectors are counted in the interpreter")
 @pytest.mark.parametrize("kind", KINDS)
 def test_cost_grows_linearly_with_the_objects(kind):
-    """Bytes of a step in the number of objects of an image; the programs stay the same."""
+    """Bytes of a step in the number of objects of an image, the same ones again; the programs stay the same."""
     corner = torch.rand(4, 2, generator=torch.Generator().manual_seed(0)) * 32
     boxes = torch.cat((corner, corner + 16), 1)
     moved, programs = {}, set()
     launch.zeros(torch.device("cpu"), 4096, torch.int64)  # room for all of them
     for n in (40, 160, 280):
-        targets = fusedyolo.Targets.from_torchvision(make_targets(kind, 1, n=n), SIZE)
+        again = [{name: torch.cat([value] * (n // 40)) for name, value in make_targets(kind, 1, n=40)[0].items()}]
+        targets = fusedyolo.Targets.from_torchvision(again, SIZE)
         preds = [torch.randn(1, 4, c).abs().requires_grad_() for c in (C, 4, 1)[: 3 if kind == "fcos" else 2]]
         loss = criterion(kind, "triton", image_size=SIZE)
         counts = count(lambda: loss(preds, targets, boxes, num_anchors_per_level=[2, 2]).total.backward())  # noqa: B023

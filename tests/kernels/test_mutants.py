@@ -8,10 +8,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedyolo.kernels import assign, dense, match, primitives, rows
+from fusedyolo.kernels import assign, primitives, rows
+from fusedyolo.kernels.dense import loss, match, rank
 from fusedyolo.kernels.grid import assign as listing
 from fusedyolo.kernels.grid import box as grid_box
-from fusedyolo.kernels.grid import ignore, loss, positives
+from fusedyolo.kernels.grid import ignore, positives
+from fusedyolo.kernels.grid import loss as grid_loss
 from fusedyolo.kernels.terms import box, decode, label, offset
 from fusedyolo.kernels.terms.records import Axis, Jacobian, Span
 from oracle import check_box_term, check_grid, check_label_term, check_row_term
@@ -477,7 +479,7 @@ def pow_of_twice(q, g):
 @triton.jit
 def bce_weight_on_all(x, t, args):
     p, q, e = primitives.logistic(x)
-    loss = tl.maximum(x, 0.0) - x * t + primitives.log1p(e)
+    loss = tl.maximum(x, 0.0) - x * t + primitives.log1p_of_share(e)
     d_x = p * (1.0 - t) - q * t
     if len(args) == 1:
         loss = loss * args[0]
@@ -563,8 +565,8 @@ def softmax_of_all_rows(x, t, args):
 
 
 @triton.jit
-def iou_of_areas_off(anchor, true):
-    return real_match_iou(anchor, true) * 0.5
+def iou_of_areas_off(p, q, p_area, q_area, QUOTIENT):
+    return real_match_iou(p, q, p_area, q_area, QUOTIENT) * 0.5
 
 
 @triton.jit
@@ -584,13 +586,13 @@ def centreness_squared(anchor, true):
 
 
 @triton.jit
-def share_of_the_batch(found_ptr, b, B, blocks, BY_IMAGE, ACC):
-    return real_share(found_ptr, b, B, blocks, False, ACC)
+def share_of_the_batch(found_ptr, b, B, BY_IMAGE, ACC):
+    return real_share(found_ptr, b, B, False, ACC)
 
 
 @triton.jit
-def share_of_the_image(found_ptr, b, B, blocks, BY_IMAGE, ACC):
-    return real_share(found_ptr, b, B, blocks, True, ACC)
+def share_of_the_image(found_ptr, b, B, BY_IMAGE, ACC):
+    return real_share(found_ptr, b, B, True, ACC)
 
 
 @triton.jit
@@ -604,8 +606,23 @@ def weight_of_positives(ce, taken, position, picks_ptr):
 
 
 @triton.jit
-def cut_one_lower(ce_ptr, match_ptr, N, left, BITS, BLOCK):
-    return real_cut(ce_ptr, match_ptr, N, left + 1, BITS, BLOCK)
+def cut_one_lower(scratch, base, candidates, left, SPEC):
+    return real_cut(scratch, base, candidates, left + 1, SPEC)
+
+
+@triton.jit
+def cut_too_high(keys, left, KEY, BITS):
+    return real_own_cut(keys, 1, KEY, BITS)
+
+
+@triton.jit
+def meets_inside(row, around):
+    return (row.x1 > around.x1) & (row.x2 < around.x2) & (row.y1 > around.y1) & (row.y2 < around.y2)
+
+
+@triton.jit
+def reached_by_less(row, around_x, around_y, reach):
+    return real_reached(row, around_x, around_y, 0.25 * reach)
 
 
 @triton.jit
@@ -635,21 +652,25 @@ def l1_of_the_centre(a, b, ta, tb, scale):
     return tl.abs(a - ta), primitives.sign(a - ta), primitives.sign(b - b)
 
 
-real_match_iou, real_row_corners, real_centreness = match._iou, rows.row_corners, dense._centreness
-real_share, real_ranked_weight, real_cut = dense._share, dense._ranked_weight, dense._cut
+real_match_iou, real_row_corners, real_centreness = match.iou, rows.row_corners, loss._centreness
+real_share, real_ranked_weight, real_cut = loss.share, loss._ranked_weight, rank._cut_of_packed
+real_own_cut, real_reached = rank._cut, match._reached
 real_delta, real_ltrb = decode.delta, decode.ltrb
 
 
 MUTANTS = [
-    (match, "_iou", iou_of_areas_off, check_retinanet),
+    (match, "iou", iou_of_areas_off, check_retinanet),
+    (match, "_meets", meets_inside, check_retinanet),
+    (match, "_reached", reached_by_less, check_fcos),
     (match, "row_corners", corners_of_any_class, check_ssd_classes),
     (match, "best_anchor_of", first_key_of_nobody, check_far_object),
-    (dense, "_share", share_of_the_batch, check_retinanet),
-    (dense, "_share", share_of_the_image, check_fcos),
-    (dense, "_centreness", centreness_squared, check_fcos),
-    (dense, "_ranked_weight", weight_never_twice, check_ssd),
-    (dense, "_ranked_weight", weight_of_positives, check_ssd),
-    (dense, "_cut", cut_one_lower, check_ssd),
+    (loss, "share", share_of_the_batch, check_retinanet),
+    (loss, "share", share_of_the_image, check_fcos),
+    (loss, "_centreness", centreness_squared, check_fcos),
+    (loss, "_ranked_weight", weight_never_twice, check_ssd),
+    (loss, "_ranked_weight", weight_of_positives, check_ssd),
+    (rank, "_cut_of_packed", cut_one_lower, check_ssd),
+    (rank, "_cut", cut_too_high, check_ssd),
     (decode, "delta", delta_unclipped, check_retinanet),
     (decode, "delta", delta_slope_beyond_the_clip, check_retinanet),
     (decode, "ltrb", ltrb_swapped, check_fcos),
@@ -662,7 +683,7 @@ MUTANTS = [
     (box, "_shared", overlap_clamped, check_boxes),
     (box, "_enclose", enclose_of_first, check_boxes),
     (box, "_scaled_eps", no_scaled_eps, check_boxes),
-    (label, "log1p", log1p_naive, check_labels),
+    (label, "log1p_of_share", log1p_naive, check_labels),
     (label, "pow_pos", pow_without_zero, check_labels),
     (label, "bce", bce_sign, check_labels),
     (label, "bce", bce_sign, check_small_grid),
@@ -686,7 +707,7 @@ MUTANTS = [
     (assign, "ratio", ratio_of_larger_rows, check_ratio_grid),
     (listing, "_rank", rank_backwards, check_ratio_grid),
     (positives, "box_term", similarity_below_zero, check_ratio_grid),
-    (loss, "prior_term", prior_of_nobody, check_prior_grid),
+    (grid_loss, "prior_term", prior_of_nobody, check_prior_grid),
     (listing, "iou", iou_half, check_band_grid),
     (primitives, "safe_div", safe_div_off, check_boxes),
     (box, "step", step_inclusive, check_longer_boxes),
@@ -732,7 +753,7 @@ CHECKS = [
 
 def forget() -> None:
     ops.forget_plans()
-    for constants in (grid_ops._parts, dense_ops._constants):
+    for constants in (grid_ops._parts, dense_ops._row):
         constants.cache_clear()
 
 
