@@ -29,7 +29,7 @@ class DenseDriver(Driver):
     head = DenseHead
     kind = "dense"
     layouts = ("rows", "nchw", "channels_last")
-    uniform = ("dense_kernel", "rank_kernel")
+    uniform = ("rank_kernel",)
 
     # ---- a call of a loss
 
@@ -173,14 +173,17 @@ class DenseDriver(Driver):
             return super().efforts(kernel, kinds, arguments, known)
         levels = arguments["levels"]
         sizes = [shared.even(n) * shared.even(a) for n, a in zip(levels.cells, levels.anchors, strict=True)]
-        taken = [
-            int(block.sum())
-            for level in (known.assignment.row >= 0).split(sizes, 1)
-            for image in level
-            for block in image.split(arguments["SPEC"].ANCHORS)
-        ]
-        taken += [0] * (len(kinds) - len(taken))  # class logits are read and stored whatever they are of
-        return [(kind, n > 0) for kind, n in zip(kinds, taken, strict=True)], [float(n) for n in taken]
+        has = known.assignment.row >= 0
+        boxes = _blocks_of(has, sizes, arguments["SPEC"].ANCHORS)
+        classes = [0] * (len(kinds) - len(boxes))  # logits are read and stored whatever they are of
+        if arguments["SPEC"].RANKED and not arguments["SPEC"].WITH_LOSS:  # but of anchors that do not count
+            steps, counted = arguments["SPEC"].STEPS, _counted(arguments["ranked"].ce_ptr, has, known.head.negatives)
+            classes = []
+            for stream in counted.split(sizes, 1):
+                tiles = _blocks_of(stream, [stream.shape[1]], arguments["SPEC"].CELLS)
+                classes += [sum(tiles[i : i + steps]) for i in range(0, len(tiles), steps)]
+        counts = boxes + classes
+        return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
         """Matches, and the cross-entropies that are ranked, both of the reference."""
@@ -214,3 +217,14 @@ def _widths(head: DenseHead) -> tuple[int, ...]:
 def _blocks(arguments: Mapping[str, Any]) -> int:
     """Programs of an image."""
     return -(-arguments["N"] // arguments["SPEC"].BLOCK)
+
+
+def _blocks_of(which: Tensor, sizes: Sequence[int], block: int) -> list[int]:
+    """How many of [B, N] are so in each block of anchors, level by level, image by image."""
+    return [int(part.sum()) for level in which.split(list(sizes), 1) for image in level for part in image.split(block)]
+
+
+def _counted(cross_entropy: Tensor, has: Tensor, ratio: float) -> Tensor:
+    """[B, N]: anchors with a row, and those hardest without one that count, of their cross-entropies."""
+    hardest = cross_entropy.masked_fill(has, -math.inf).argsort(stable=True, dim=1, descending=True).argsort(1)
+    return has | (hardest < (ratio * has.sum(1, keepdim=True)).ceil())
