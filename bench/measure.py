@@ -73,7 +73,8 @@ def known(case: Case, work: Workload, targets: Any) -> Known:
         criterion = case.build(work.classes, "torch")
         return fusedyolo.assign(criterion, case.pack(preds, work), targets, **case.geometry(work))
 
-    return Known(preds, torch.bincount(rows[:, 0].long(), minlength=work.batch).tolist(), assign)
+    each = torch.bincount(rows[:, 0].long(), minlength=work.batch).tolist()
+    return Known(case.head(work.classes), preds, each, assign)
 
 
 def planned(driver: Driver, known: Known, most: int, least: int) -> Planned:

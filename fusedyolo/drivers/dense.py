@@ -29,7 +29,7 @@ class DenseDriver(Driver):
     head = DenseHead
     kind = "dense"
     layouts = ("rows", "nchw", "channels_last")
-    uniform = ("dense_kernel", "rank_kernel")
+    uniform = ("rank_kernel",)
 
     # ---- a call of a loss
 
@@ -165,11 +165,25 @@ class DenseDriver(Driver):
     def efforts(
         self, kernel: str, kinds: Sequence[int], arguments: Mapping[str, Any], known: Known
     ) -> tuple[Sequence[Any], list[float]]:
-        """By the rows of the image that a block of anchors is matched with."""
-        if kernel not in _BY_BLOCK:
+        """By the rows of the image that a block of anchors is matched with; of boxes by the anchors that have a row."""
+        if kernel in _BY_BLOCK:
+            blocks = _blocks(arguments)
+            return kinds, [float(known.rows[program // blocks]) for program in range(len(kinds))]
+        if kernel != "dense_kernel" or not arguments["SPEC"].FLAT:
             return super().efforts(kernel, kinds, arguments, known)
-        blocks = _blocks(arguments)
-        return kinds, [float(known.rows[program // blocks]) for program in range(len(kinds))]
+        levels = arguments["levels"]
+        sizes = [shared.even(n) * shared.even(a) for n, a in zip(levels.cells, levels.anchors, strict=True)]
+        has = known.assignment.row >= 0
+        boxes = _blocks_of(has, sizes, arguments["SPEC"].ANCHORS)
+        classes = [0] * (len(kinds) - len(boxes))  # logits are read and stored whatever they are of
+        if arguments["SPEC"].RANKED and not arguments["SPEC"].WITH_LOSS:  # but of anchors that do not count
+            steps, counted = arguments["SPEC"].STEPS, _counted(arguments["ranked"].ce_ptr, has, known.head.negatives)
+            classes = []
+            for stream in counted.split(sizes, 1):
+                tiles = _blocks_of(stream, [stream.shape[1]], arguments["SPEC"].CELLS)
+                classes += [sum(tiles[i : i + steps]) for i in range(0, len(tiles), steps)]
+        counts = boxes + classes
+        return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
         """Matches, and the cross-entropies that are ranked, both of the reference."""
@@ -203,3 +217,14 @@ def _widths(head: DenseHead) -> tuple[int, ...]:
 def _blocks(arguments: Mapping[str, Any]) -> int:
     """Programs of an image."""
     return -(-arguments["N"] // arguments["SPEC"].BLOCK)
+
+
+def _blocks_of(which: Tensor, sizes: Sequence[int], block: int) -> list[int]:
+    """How many of [B, N] are so in each block of anchors, level by level, image by image."""
+    return [int(part.sum()) for level in which.split(list(sizes), 1) for image in level for part in image.split(block)]
+
+
+def _counted(cross_entropy: Tensor, has: Tensor, ratio: float) -> Tensor:
+    """[B, N]: anchors with a row, and those hardest without one that count, of their cross-entropies."""
+    hardest = cross_entropy.masked_fill(has, -math.inf).argsort(stable=True, dim=1, descending=True).argsort(1)
+    return has | (hardest < (ratio * has.sum(1, keepdim=True)).ceil())

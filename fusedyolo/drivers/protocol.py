@@ -65,12 +65,14 @@ class Piece(NamedTuple):
 
 
 class Known:
-    """What the reference knows of a step, where kernels do not run in full: ``rows`` of each image, ``preds`` as a list
-    of tensors in the usual layout, and the ``assignment``.
+    """What the reference knows of a step, where kernels do not run in full: the ``head``, ``rows`` of each image,
+    ``preds`` as a list of tensors in the usual layout, and the ``assignment``.
     """
 
-    def __init__(self, preds: list[Tensor], rows: list[int], assign: Callable[[], Assignment | AnchorAssignment]):
-        self.preds, self.rows, self._assign = preds, rows, assign
+    def __init__(
+        self, head: Any, preds: list[Tensor], rows: list[int], assign: Callable[[], Assignment | AnchorAssignment]
+    ):
+        self.head, self.preds, self.rows, self._assign = head, preds, rows, assign
 
     @cached_property
     def assignment(self) -> Any:

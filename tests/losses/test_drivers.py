@@ -106,9 +106,8 @@ def test_programs_have_kinds_and_efforts(case):
     preds = [pred.detach() for pred in case.predictions(WORK)]
     rows = torch.bincount(targets[:, 0].long(), minlength=2).tolist()
     criterion = case.build(5, "torch")
-    known = Known(
-        preds, rows, lambda: fusedyolo.assign(criterion, case.pack(preds, WORK), targets, **case.geometry(WORK))
-    )
+    packed, geometry = case.pack(preds, WORK), case.geometry(WORK)
+    known = Known(criterion.head, preds, rows, lambda: fusedyolo.assign(criterion, packed, targets, **geometry))
     found = codegen.launches(case, WORK)
     assert list(found)[-2:] == ["rank", "grad"] if "rank" in found else ["loss", "grad"]
     differing = 0
