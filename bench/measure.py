@@ -139,8 +139,8 @@ def filled_in(case: DenseCase, work: Workload, targets: Any) -> Iterator[None]:
         arguments = self.arguments
         if self.kernel.__name__ == "match_kernel":
             arguments["matched"].match_ptr.copy_(match)
-            found = (match >= 0).sum(1)
-            arguments["matched"].found_ptr.copy_(torch.cat((found, found.sum(0, keepdim=True))))
+            own = (match >= 0).sum(1)
+            arguments["matched"].found_ptr.copy_(torch.cat((own, own.sum(0, keepdim=True))))
         elif self.kernel.__name__ == "dense_kernel" and arguments["SPEC"].RANKED and arguments["SPEC"].WITH_LOSS:
             label = found.label.clamp(min=0)  # 0 is the background
             for image, (logits, classes) in enumerate(zip(rows[0].float(), label, strict=True)):

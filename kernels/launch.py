@@ -80,7 +80,7 @@ class DenseConfig:
     threads: int
     max_registers: int = 128
     match_threads: int = 32
-    rank_threads: int = 512
+    rank_threads: int = 256
     stages: int | None = None
 
 
@@ -102,14 +102,14 @@ def dense_config(
     """Tile for streams of at least so many numbers an image, so that a chunk meets two images at most, for maps of at
     most so many cells, and for so many ``logits`` in all; ``ranked`` takes all classes of an anchor at once.
 
-    Up to sixteen tiles a program keep the last one's sum of all partial sums short, as long as there are four waves of
-    programs. Threads share out the classes of an anchor, eight or more to a row of a warp.
+    Up to sixteen tiles a program, four of a ranked head, keep the last one's sum of all partial sums short, as long as
+    there are four waves of programs. Threads share out the classes of an anchor, eight or more to a row of a warp.
     """
     width = max(8, _power(-(-classes // MOST_CHUNKS)))
     usual = DenseConfig(
         block=2048,
         group=1,
-        steps=16,
+        steps=4 if ranked else 16,
         cells=max(1, 512 // width) if ranked else 512,
         planes=4,
         width=width,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -228,6 +229,8 @@ def dense_launch(
     layout = _layout(preds, grads, head)
     batch, N = outputs.match.shape
     config = _config(layout, preds[0], head)
+    if head.negatives and not with_loss:  # the fewer anchors a tile has, the more often it has none that counts
+        config = replace(config, cells=max(1, config.cells // 2), steps=2 * config.steps)
     cls_programs, box_programs = _programs(layout, head, batch, config)
     programs = sum(cls_programs) + sum(box_programs)
     row = _row(head.key)

@@ -63,6 +63,14 @@ def test_another_term_in_a_launch_is_seen():
     assert spoilt["grid_kernel"] > (1 + CLOSE) * known["grid_kernel"]
 
 
+def test_a_crowd_costs_what_its_overlaps_cost():
+    """Twenty times as many objects, each of which every anchor once met: no more than four times the instructions."""
+    for name, (few, many) in executed("crowds").items():
+        usual, crowded = (sum(one["instructions"] for one in launches) for launches in (few, many))
+        assert crowded < 4 * usual, (name, usual, crowded)
+        assert all(one["longest"] < 3 * one["median"] for one in few), name
+
+
 def test_a_part_of_the_programs_stands_for_a_launch():
     for name, (some, every) in executed("larger").items():
         assert sum(one["programs_run"] for one in some) < 0.7 * sum(one["programs"] for one in some), name
