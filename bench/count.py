@@ -80,50 +80,47 @@ class Counts:
 OnProgram = Callable[[int, int, int], None]
 
 
-Kinds = Callable[[str, int, Mapping[str, Any]], Sequence[int]]
+class Plan:
+    """Which programs of a launch to run, and what they say of the others.
 
-
-@dataclass(frozen=True)
-class Sample:
-    """Which programs of a launch on a one-dimensional grid to run.
-
-    ``kinds`` tells programs of different work apart: from the name of a kernel, how many programs it has and its
-    arguments, a number for each of them. Of each kind at least four are run, ``most`` in all if that allows; they stand
-    for the others of their kind. The first and the last program of a launch always run, and stand for themselves. What
-    is left out is not computed, so later launches must not need it.
+    ``kinds`` and ``effort`` have an entry for each program. Of each kind at least ``least`` are run, ``most`` in all if
+    that allows, whose efforts are spread over those of all, and the one of the largest effort; between two of them what
+    a program costs is interpolated by effort. The first and the last program of a launch always run, and stand for
+    themselves. What is left out is not computed, so later launches must not need it.
     """
 
-    kinds: Kinds
-    most: int = 48
-
-    def choose(self, kinds: Sequence[int]) -> list[int]:
-        """The programs to run, in order."""
-        chosen = {0, len(kinds) - 1}
-        for members in self._members(kinds):
-            few = min(len(members), max(4, round(self.most * len(members) / len(kinds))))
-            # from the middles of equal shares, so that no end is preferred
-            chosen |= {members[int((i + 0.5) * len(members) / few)] for i in range(few)}
-        return sorted(chosen)
-
-    def total(self, kinds: Sequence[int], moved: Mapping[int, int]) -> int:
-        """Bytes of a launch from those of the programs that ran."""
-        if len(moved) == len(kinds):
-            return sum(moved.values())
-        total = float(moved[0] + moved[len(kinds) - 1])
-        for members in self._members(kinds):
-            seen = [moved[p] for p in members if p in moved]
-            total += sum(seen) / len(seen) * len(members)
-        return round(total)
-
-    @staticmethod
-    def _members(kinds: Sequence[int]) -> list[list[int]]:
-        members: dict[int, list[int]] = {}
+    def __init__(self, kinds: Sequence[Any], effort: Sequence[float], most: int, least: int):
+        self.effort = np.asarray(effort, float)
+        members: dict[Any, list[int]] = {}
         for program in range(1, len(kinds) - 1):
             members.setdefault(kinds[program], []).append(program)
-        return list(members.values())
+        self.members = [np.array(m)[np.argsort(self.effort[m], kind="stable")] for m in members.values()]
+        chosen = {0, len(kinds) - 1}
+        for each in self.members:
+            few = min(len(each), max(least, round(most * len(each) / len(kinds))))
+            chosen |= {int(each[int((i + 0.5) * len(each) / few)]) for i in range(few)}
+            if self.effort[each[0]] < self.effort[each[-1]]:
+                chosen.add(int(each[-1]))
+        self.chosen = sorted(chosen)
+
+    def estimate(self, executed: Mapping[int, int]) -> np.ndarray:
+        """What every program costs, from what those do that ran."""
+        found = np.zeros(len(self.effort))
+        for each in self.members:
+            ran = [p for p in each.tolist() if p in executed]
+            efforts, group = np.unique(self.effort[ran], return_inverse=True)
+            means = np.bincount(group, [executed[p] for p in ran]) / np.bincount(group)
+            found[each] = np.interp(self.effort[each], efforts, means)
+        ran = list(executed)
+        found[ran] = [executed[p] for p in ran]
+        return found
 
 
-def count(fn: Callable[[], Any], on_program: OnProgram | None = None, sample: Sample | None = None) -> Counts:
+Planned = Callable[[str, int, Mapping[str, Any]], Plan]
+"""The plan of a launch on a one-dimensional grid: of the name of a kernel, how many programs it has, its arguments."""
+
+
+def count(fn: Callable[[], Any], on_program: OnProgram | None = None, planned: Planned | None = None) -> Counts:
     """Run ``fn`` once on CPU tensors and count.
 
     For kernels to be counted, Triton's interpreter must have been on (``TRITON_INTERPRET=1``) when they were imported.
@@ -131,11 +128,11 @@ def count(fn: Callable[[], Any], on_program: OnProgram | None = None, sample: Sa
     Args:
         fn: what is counted.
         on_program: called for every program with the number of its launch, how many have begun, how many will.
-        sample: programs to run where not all are.
+        planned: programs to run where not all are.
     """
     counts = Counts()
     operators = _CountOperators(counts)
-    with _count_kernels(counts, on_program, sample), _watch_methods(counts, operators), operators:
+    with _count_kernels(counts, on_program, planned), _watch_methods(counts, operators), operators:
         fn()
     return counts
 
@@ -152,7 +149,7 @@ def sectors(addresses: np.ndarray, mask: np.ndarray | None = None) -> int:
 
 
 @contextmanager
-def _count_kernels(counts: Counts, on_program: OnProgram | None, sample: Sample | None) -> Iterator[None]:
+def _count_kernels(counts: Counts, on_program: OnProgram | None, planned: Planned | None) -> Iterator[None]:
     try:
         from triton.runtime import interpreter
     except ImportError:  # no Triton here, so no kernel can run
@@ -163,19 +160,18 @@ def _count_kernels(counts: Counts, on_program: OnProgram | None, sample: Sample 
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     rmw, cas = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
 
-    # of the launch under way: its grid, its programs' kinds and those to run if not all, and what each has moved
+    # of the launch under way: its grid, the programs to run if not all, and what each has moved
     grid: tuple[int, ...] = ()
-    kinds: Sequence[int] = ()
     chosen: list[int] | None = None
     loaded: list[int] = []
     stored: list[int] = []
 
     def counted_launch(self, *args, **kwargs):
-        nonlocal grid, kinds, chosen
+        nonlocal grid, chosen
         grid, chosen = self.grid, None
-        if sample is not None:
-            kinds = sample.kinds(self.fn.__name__, grid[0], kwargs)
-            chosen = sample.choose(kinds)
+        if planned is not None:
+            plan = planned(self.fn.__name__, grid[0], kwargs)
+            chosen = plan.chosen
             self.grid = (len(chosen),)
         loaded.clear()
         stored.clear()
@@ -184,11 +180,12 @@ def _count_kernels(counts: Counts, on_program: OnProgram | None, sample: Sample 
             launch(self, *args, **kwargs)
         self.grid = grid
         counts.programs_run += len(loaded)
-        if sample is None or chosen is None:
-            programs, read, written = len(loaded), sum(loaded), sum(stored)
-        else:
+        programs, read, written = len(loaded), sum(loaded), sum(stored)
+        if chosen is not None:
             programs = grid[0]
-            read, written = (sample.total(kinds, dict(zip(chosen, m, strict=True))) for m in (loaded, stored))
+            read, written = (
+                round(plan.estimate(dict(zip(chosen, moved, strict=True))).sum()) for moved in (loaded, stored)
+            )
         counts.programs += programs
         counts.bytes_loaded += read
         counts.bytes_stored += written
@@ -229,20 +226,9 @@ def _count_kernels(counts: Counts, on_program: OnProgram | None, sample: Sample 
         stored[-1] += moved
         return cas(self, ptr, *args)
 
-    # Two shortcuts that halve the time. The interpreter patches triton.language again for every call of a device
-    # function, and checks integers for overflow with arithmetic of its own, which kernels on a GPU do not.
-    patch_language = interpreter._patch_lang
-    language = (interpreter.tl, interpreter.tl.core)
-
-    def patch_language_once(fn):
-        modules = [value for value in fn.__globals__.values() if any(value is module for module in language)]
-        if all(not interpreter.tl.core.is_builtin(module.load) for module in modules):
-            return interpreter._LangPatchScope()
-        return patch_language(fn)
-
     with ExitStack() as stack:
         for owner, name, replacement in (
-            (interpreter, "_patch_lang", patch_language_once),
+            # it checks integers for overflow with arithmetic of its own, which kernels on a GPU do not
             (interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
             (GridExecutor, "__call__", counted_launch),
             (InterpreterBuilder, "set_grid_dim", counted_span),
@@ -356,8 +342,10 @@ def _body_of(func) -> Callable | None:
     """The Python function of a custom operator: what it launches itself counts."""
     from torch._library.custom_ops import OPDEFS
 
+    from fusedyolo.ops.operator import FUNCTIONS
+
     definition = OPDEFS.get(func._schema.name)
-    return None if definition is None else definition._init_fn
+    return FUNCTIONS.get(func) if definition is None else definition._init_fn
 
 
 def _written_and_read(func, args, kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -1,19 +1,19 @@
-"""A small detector with the head that a loss wants: fit to the training boxes, network, and what it finds."""
+"""A small detector with the head that a loss wants, fit to the training boxes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fusedyolo
-from fusedyolo.tools.objects import Annotation
-from fusedyolo.tools.registry import Case, CellCase, DenseCase, Workload
+from fusedyolo.drivers.protocol import LOGIT, POSITIVE, UNIT
+from fusedyolo.tools.registry import Case, Workload
 
 COARSEST = 32  # stride of the last map that all heads share
 WIDTHS = {8: 48, 16: 64}  # channels of the maps by stride; 64 beyond
@@ -23,33 +23,18 @@ PRIOR = 0.01  # probability, before training, of what is rarely there: an object
 # ------------------------------------------------------------------------------------------------------------- geometry
 
 
-@dataclass(frozen=True)
-class GridCase(CellCase):
-    """YOLOv1 on a grid of any size."""
-
-    grid: int = 7
-
-    def shapes(self, work: Workload) -> list[tuple[int, ...]]:
-        """``[B, S * S * (5 n + C)]``, of 2 boxes."""
-        return [(work.batch, self.grid**2 * (5 * 2 + work.classes))]
-
-    def _options(self, backend: str) -> dict[str, Any]:
-        return {**super()._options(backend), "grid_size": self.grid}
-
-
 def fit(case: Case, size: int, boxes: Tensor) -> Case:
     """The case for images of ``size`` pixels with boxes of these widths and heights [N, 2], relative to the image.
 
-    Anchors of a grid become those of the boxes, in pixels (YOLOv2: in cells), and YOLOv1's grid that of the last map.
-    RetinaNet, SSD and FCOS keep the anchors of their papers.
+    Anchors that a loss is made with become those of the boxes, and a grid of any image that of the last map; anchors
+    that calls bring stay those of their papers.
     """
-    if isinstance(case, DenseCase):
+    if case.grid:
+        return replace(case, grid=size // COARSEST)
+    if not case.anchors:
         return case
-    if isinstance(case, CellCase):
-        return GridCase(case.loss, case.recipe, case.cls, grid=size // COARSEST)
     anchors = fit_anchors(boxes * size, [len(level) for level in case.anchors])
-    unit = case.strides[0] if case.cls == "YOLOv2Loss" else 1
-    return replace(case, anchors=tuple(tuple((w / unit, h / unit) for w, h in level) for level in anchors))
+    return replace(case, anchors=tuple(tuple((w / case.unit, h / case.unit) for w, h in level) for level in anchors))
 
 
 def fit_anchors(sizes: Tensor, levels: Sequence[int], rounds: int = 30) -> list[list[tuple[float, float]]]:
@@ -57,12 +42,16 @@ def fit_anchors(sizes: Tensor, levels: Sequence[int], rounds: int = 30) -> list[
 
     It starts from quantiles of the area.
     """
+
+    def centred(sides: Tensor) -> Tensor:
+        return torch.cat((-sides / 2, sides / 2), 1)
+
     count = sum(levels)
     sizes = sizes[sizes.prod(1).argsort()].double()
     anchors = sizes[torch.linspace(0, len(sizes) - 1, 2 * count + 1).long()[1::2]]
     for _ in range(rounds):
-        overlap = torch.minimum(sizes[:, None], anchors).prod(2)
-        nearest = (overlap / (sizes.prod(1)[:, None] + anchors.prod(1) - overlap)).argmax(1)
+        boxes = centred(sizes)[:, None], centred(anchors)
+        nearest = fusedyolo.functional.box_iou_loss(*boxes, "iou", eps=0.0, backend="torch").argmin(1)
         members = [sizes[nearest == k] for k in range(count)]
         anchors = torch.stack([own.mean(0) if len(own) else old for own, old in zip(members, anchors, strict=True)])
     ordered = iter([(round(w, 1), round(h, 1)) for w, h in anchors[anchors.prod(1).argsort()].tolist()])
@@ -81,22 +70,22 @@ class Output(NamedTuple):
     activation: Callable[[Tensor], Tensor] | None = None
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    LOGIT: None,
+    UNIT: torch.sigmoid,
+    POSITIVE: functional.softplus,
+}
+
+
 def outputs(case: Case, work: Workload) -> list[Output]:
     """The maps that a loss takes, in its order."""
-    shapes = case.shapes(work)
-    if isinstance(case, CellCase):  # squared errors of probabilities, offsets and roots of sizes: all in 0 ... 1
-        return [Output(COARSEST, 5 * 2 + work.classes, (4, 9), torch.sigmoid)]
-    if isinstance(case, DenseCase):
-        found = []
-        for kind, (_, _, width) in enumerate(shapes):
-            focal = kind == 0 and not case.background
-            activation = functional.softplus if kind == 1 and case.cls == "FCOSLoss" else None  # distances
-            for stride, anchors in zip(case.strides, case.cell, strict=True):
-                channels = anchors * width
-                found.append(Output(stride, channels, range(channels) if focal else (), activation))
-        return found
-    sizes = [(shape[1] * shape[2], shape[2]) for shape in shapes]
-    return [Output(stride, n, range(4, n, width)) for stride, (n, width) in zip(case.strides, sizes, strict=True)]
+    found, counts = [], case.frame(work).cell
+    for piece in case.pieces(work):
+        for level in piece.levels:
+            channels = counts[level] * piece.width
+            rare = [first + each for first in range(0, channels, piece.width) for each in piece.rare]
+            found.append(Output(case.strides[level], channels, rare, ACTIVATIONS[piece.values]))
+    return found
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -129,12 +118,12 @@ class Detector(nn.Module):
             head.bias.data[list(output.rare)] = -math.log(1 / PRIOR - 1)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The predictions: one map after another, or of YOLOv1 ``[B, S, S, 5 n + C]``."""
+        """The predictions, one map after another, as the loss takes them."""
         maps, preds = self.pyramid(images), []
         for head, output in zip(self.heads, self.outputs, strict=True):
             raw = head(maps[output.stride])
             preds.append(raw if output.activation is None else output.activation(raw))
-        return [pred.permute(0, 2, 3, 1) for pred in preds] if isinstance(self.case, CellCase) else preds
+        return [pred.permute(0, 2, 3, 1) for pred in preds] if self.case.driver.channels_last else preds
 
     def pyramid(self, images: Tensor) -> dict[int, Tensor]:
         """Maps by stride."""
@@ -149,49 +138,3 @@ class Detector(nn.Module):
             stride = max(maps)
             maps[2 * stride] = layer(maps[stride])
         return maps
-
-
-# ----------------------------------------------------------------------------------------------------------- detections
-
-
-def detect(model: Detector, work: Workload, images: Tensor, conf: float, iou: float) -> list[dict[str, Tensor]]:
-    """Detections in each image, on the CPU, their labels counted from 0."""
-    case, first = model.case, 0
-    with torch.no_grad():
-        preds: Any = model(images)
-    options: dict[str, Any] = {"conf": conf, "iou": iou, "image_size": work.size, "backend": "torch"}
-    if isinstance(case, DenseCase):
-        levels, first = len(case.strides), case.background
-        preds = [preds[i : i + levels] for i in range(0, len(preds), levels)]
-        options["anchors"] = case.anchor_boxes(work, str(images.device))
-    elif len(preds) == 1:
-        (preds,) = preds
-    boxes, scores, labels, count = fusedyolo.select(preds, case.build(work.classes, "torch"), **options)
-    return fusedyolo.Detections(boxes.cpu(), scores.cpu(), labels.cpu() - first, count.cpu()).images()
-
-
-def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU [N, M] of boxes [N, 4] and others [M, 4], as corners."""
-    low = torch.maximum(boxes[:, None, :2], others[:, :2])
-    high = torch.minimum(boxes[:, None, 2:], others[:, 2:])
-    shared = (high - low).clamp(min=0).prod(2)
-    return shared / ((boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None] + (others[:, 2:] - others[:, :2]).prod(1) - shared)
-
-
-def hits(found: dict[str, Tensor], annotation: Annotation, iou: float = 0.5) -> int:
-    """How many annotated boxes are found: a detection of their class with an IoU above ``iou``, each used once.
-
-    ``found`` is of one image, on the CPU, as ``fusedyolo.Detections.images`` returns it.
-    """
-    size = torch.tensor([annotation.width, annotation.height])
-    centre, half = (annotation.boxes * size.repeat(2)).split(2, dim=1)
-    half = half / 2
-    match = overlaps(found["boxes"], torch.cat([centre - half, centre + half], 1))
-    match *= found["labels"][:, None] == annotation.classes
-    count = 0
-    for _ in range(min(match.shape)):
-        best = int(match.argmax())
-        row, column = divmod(best, match.shape[1])
-        count += bool(match[row, column] > iou)
-        match[row], match[:, column] = 0, 0
-    return count

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 import fusedyolo
+from fusedyolo.drivers.protocol import Driver, Known
 from fusedyolo.targets import Targets
 from fusedyolo.tools import timing
 from fusedyolo.tools.parity import Loss, step
-from fusedyolo.tools.registry import CASES, Case, CellCase, DenseCase, Workload
+from fusedyolo.tools.registry import CASES, Case, Workload
 
 from . import peers
-from .count import Counts, OnProgram, Sample, count
+from .count import Counts, OnProgram, Plan, Planned, count
 
+MOST, LEAST = 48, 4  # programs of a launch that are counted, see Plan
 FUSED, EAGER, COMPILE = "fused", "eager", "compile"
 
 
@@ -55,98 +56,50 @@ def count_step(
     step(provide(case, provider, tiny, device), case.predictions(tiny, device), case.targets(tiny, device), one)
     loss, preds = provide(case, provider, work, device), case.predictions(work, device)
     targets = case.targets(work, device)
-    sample = Sample(kinds) if provider == FUSED and not exact else None
-    with filled_in(case, work, targets) if sample and isinstance(case, DenseCase) else nullcontext():
-        return count(lambda: step(loss, preds, targets, one), on_program, sample)
+    if provider != FUSED or exact:
+        return count(lambda: step(loss, preds, targets, one), on_program)
+    reference = known(case, work, targets)
+    with completed(case.driver, reference):
+        return count(lambda: step(loss, preds, targets, one), on_program, planned(case.driver, reference, MOST, LEAST))
 
 
-def kinds(kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
-    """What work each program of one of our launches has: which stream or level it is of, and how large its tile is."""
-    if kernel in ("grid_kernel", "grid_grad_kernel"):
-        cells = arguments["CELLS"]
-        return [
-            level * (cells + 1) + min(cells, size - tile * cells)
-            for level, (own, size) in enumerate(zip(arguments["LEVELS"], arguments["HWs"], strict=True))
-            for _ in range(arguments["B"] * len(own))
-            for tile in range(-(-size // cells))
-        ]
-    if kernel == "dense_kernel":
-        levels = arguments["levels"]
-        streams = [(n - 3) // 2 for n in (*levels.box_programs, *levels.class_programs)]  # made odd
-        return [stream for stream, count in enumerate(streams) for _ in range(count)]
-    if kernel in ("overlap_kernel", "match_kernel"):
-        blocks = -(-arguments["N"] // arguments["SPEC"].BLOCK)
-        return [int(p % blocks == blocks - 1) for p in range(programs)]
-    return [0] * programs
+def known(case: Case, work: Workload, targets: Any) -> Known:
+    """What the reference knows of a step."""
+    work = replace(work, layout="")
+    preds = [pred.detach() for pred in case.predictions(work)]
+    rows = targets.rows if isinstance(targets, Targets) else targets
+
+    def assign() -> Any:
+        criterion = case.build(work.classes, "torch")
+        return fusedyolo.assign(criterion, case.pack(preds, work), targets, **case.geometry(work))
+
+    return Known(preds, torch.bincount(rows[:, 0].long(), minlength=work.batch).tolist(), assign)
 
 
-UNIFORM = ("dense_kernel", "rank_kernel")
-"""Kernels whose programs execute as much as the others of their kind."""
+def planned(driver: Driver, known: Known, most: int, least: int) -> Planned:
+    """Which programs of the launches of a driver to run."""
 
+    def plan(kernel: str, programs: int, arguments: Mapping[str, Any]) -> Plan:
+        kinds = driver.kinds(kernel, programs, arguments)
+        with _disable_current_modes():  # not to be counted
+            return Plan(*driver.efforts(kernel, kinds, arguments, known), most, least)
 
-class Effort:
-    """How much programs of one kind have to do, as far as the reference knows: it tells which predictions are assigned,
-    and the targets how many rows an image has.
-    """
-
-    def __init__(self, case: Case, work: Workload, targets: Any):
-        rows = targets.rows if isinstance(targets, Targets) else targets
-        self.rows = torch.bincount(rows[:, 0].long(), minlength=work.batch).tolist()
-        self.assigned: list[torch.Tensor] = []  # [B, A, H * W] of each level of a grid
-        if not isinstance(case, (CellCase, DenseCase)):
-            preds = [p.detach() for p in case.predictions(work)]
-            found = fusedyolo.assign(case.build(work.classes, "torch"), preds, targets)
-            self.assigned = [(level.row >= 0).flatten(2) for level in found.levels]
-
-    def of(self, kernel: str, kinds: Sequence[int], arguments: Mapping[str, Any]) -> tuple[Sequence[Any], list[float]]:
-        """Of each program a kind that is finer where it must be, and a number that grows with its instructions."""
-        programs = len(kinds)
-        if kernel in ("grid_kernel", "grid_grad_kernel"):
-            counts = [
-                (tile.sum().item(), self.rows[image])
-                for level in self.assigned
-                for image, planes in enumerate(level)
-                for plane in planes
-                for tile in plane.split(arguments["CELLS"])
-            ]
-            finer = [(kind, assigned > 0) for kind, (assigned, _) in zip(kinds, counts, strict=True)]
-            return finer, [4.0 * assigned + rows for assigned, rows in counts]
-        if kernel in ("overlap_kernel", "match_kernel"):
-            blocks = -(-arguments["N"] // arguments["SPEC"].BLOCK)
-            return kinds, [float(self.rows[program // blocks]) for program in range(programs)]
-        return kinds, [0.0] * programs
+    return plan
 
 
 @contextmanager
-def filled_in(case: DenseCase, work: Workload, targets: Any) -> Iterator[None]:
-    """After a launch of which a part was run, what the rest would have left for later launches is put there: matches
-    and cross-entropies, both taken from the eager reference.
-    """
+def completed(driver: Driver, known: Known) -> Iterator[None]:
+    """After a launch of which a part was run, what the rest would have left for later launches is put there."""
     from fusedyolo.ops.launch import Launch
 
-    criterion = case.build(work.classes, "torch")
-    rows = [p.detach() for p in case.predictions(replace(work, layout="rows"))]
-    found = fusedyolo.assign(criterion, tuple(rows), targets, **case.geometry(work))
-    match = torch.where(found.ignored & (found.row < 0), -2, found.row)
     run = Launch.run
 
-    def run_and_fill(self: Launch) -> None:
+    def run_and_complete(self: Launch) -> None:
         run(self)
-        with _disable_current_modes():  # not to be counted
-            fill(self)
+        with _disable_current_modes():
+            driver.complete(self.kernel.__name__, self.arguments, known)
 
-    def fill(self: Launch) -> None:
-        arguments = self.arguments
-        if self.kernel.__name__ == "match_kernel":
-            arguments["matched"].match_ptr.copy_(match)
-            own = (match >= 0).sum(1)
-            arguments["matched"].found_ptr.copy_(torch.cat((own, own.sum(0, keepdim=True))))
-        elif self.kernel.__name__ == "dense_kernel" and arguments["SPEC"].RANKED and arguments["SPEC"].WITH_LOSS:
-            label = found.label.clamp(min=0)  # 0 is the background
-            for image, (logits, classes) in enumerate(zip(rows[0].float(), label, strict=True)):
-                arguments["ranked"].ce_ptr[image] = functional.cross_entropy(logits, classes, reduction="none")
-
-    with mock.patch.object(Launch, "run", run_and_fill):
+    with mock.patch.object(Launch, "run", run_and_complete):
         yield
 
 

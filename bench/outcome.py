@@ -1,33 +1,34 @@
-"""What a training run has shown: whether its curves agree, tables, remarks and pictures."""
+"""What a training run has shown: whether its curves agree, a table and two pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from .measure import EAGER, FUSED
 from .phases import PHASES
-from .pictures import Bar, Pictures, draw_curves, draw_predictions, draw_steps
 
 NAMES = {EAGER: "eager reference", FUSED: "fused"}
 COMPARED = 10  # first steps, over which the curves are held to BOUND
 JUDGED = 100  # steps of a run, from which on its loss must have fallen
 BOUND = 2e-5  # relative; 3.4e-6 was seen. Tens of steps later one flipped assignment sets any two roundings 1e-2 apart
-SHOWN = 12  # pictures in predictions.png
-CLOCKS = "host: until the calls had returned, nothing being queued before; busy: what the GPU had to do"
-INTERPRETED = "?: the fused loss ran in Triton's interpreter"
+COLOURS = ("#1d3557", "#e76f51")  # of the two runs
+PHASE_COLOURS = ("#c9c9bd", "#a8c4da", "#e76f51", "#7fa8c9", "#d9c58b")
+
+Result = Mapping[str, Any]
+"""What ``train.json`` holds."""
 
 
-def fell(steps: Sequence[dict[str, float]]) -> bool:
-    """Whether the last quarter of a curve lies below its first."""
-    quarter = max(1, len(steps) // 4)
-    return fmean(s["total"] for s in steps[-quarter:]) < fmean(s["total"] for s in steps[:quarter])
-
-
-def faults(result: dict) -> list[str]:
+def faults(result: Result) -> list[str]:
     """What is wrong with the curves. A fused run that stopped early is held to the other one alone.
 
     Whether the loss fell is asked of longer runs: from batch to batch it differs by the number of objects.
@@ -37,93 +38,123 @@ def faults(result: dict) -> list[str]:
     if not early <= BOUND:
         found.append(f"The curves differ by {early:.1e} within {COMPARED} steps, want at most {BOUND:g}.")
     for provider, run in result["runs"].items():
-        if result["config"]["steps"] == len(run["steps"]) >= JUDGED and not fell(run["steps"]):
+        totals = [step["total"] for step in run["steps"]]
+        quarter = len(totals) // 4
+        if result["config"]["steps"] == len(totals) >= JUDGED and fmean(totals[-quarter:]) >= fmean(totals[:quarter]):
             found.append(f"The loss of the {NAMES.get(provider, provider)} run did not fall.")
     return found
 
 
-def phase_table(result: dict) -> Table:
-    """Where a step goes."""
-    config, gpu = result["config"], not result["interpreted"]
-    title = f"{config['loss']}, batches of {config['batch']} images of {config['size']} x {config['size']}"
-    table = Table(title=title, caption=CLOCKS if gpu else INTERPRETED)
-    table.add_column("ms of a step")
-    for provider in result["runs"]:
-        for column in (NAMES.get(provider, provider), "share", *["host", "busy"] * gpu):
-            table.add_column(column, justify="right")
-    for name in (*PHASES, "step"):
+def table(result: Result) -> Table:
+    """Where a step goes, how fast it is, and where its loss waits."""
+    config, runs, gpu = result["config"], result["runs"], not result["interpreted"]
+    found = Table(
+        title=f"{config['loss']}, batches of {config['batch']} images of {config['size']} x {config['size']}",
+        caption="host: until the calls had returned, nothing being queued before"
+        if gpu
+        else "?: the fused loss ran in Triton's interpreter",
+    )
+    found.add_column("ms of a step, its share" + ", of the host" * gpu)
+    for provider in runs:
+        found.add_column(NAMES.get(provider, provider), justify="right")
+    told = [gpu or provider != FUSED for provider in runs]
+    for phase in PHASES:
         cells = []
-        for provider, run in result["runs"].items():
-            step = run["step_seconds"]["p50"]
-            seconds = run["seconds"].get(name, step)
-            told = gpu or provider != FUSED
-            cells.append(f"{1e3 * seconds:.2f}" if told or name not in ("loss", "step") else "?")
-            cells.append(f"{seconds / step:.1%}" if told else "?")
-            for clock in ("host_seconds", "busy_seconds") * gpu:
-                cells.append(f"{1e3 * (sum(run[clock].values()) if name == 'step' else run[clock].get(name, 0)):.2f}")
-        table.add_row(name, *cells, end_section=name == PHASES[-1])
-    return table
+        for run, known in zip(runs.values(), told, strict=True):
+            seconds, host = run["seconds"][phase], run["host_seconds"][phase]
+            share = f"{seconds / run['step_seconds']['p50']:.1%}" if known else "?"
+            time = f"{1e3 * seconds:.2f}" if known or phase != "loss" else "?"
+            cells.append(f"{time}  {share}" + f"  {1e3 * host:.2f}" * gpu)
+        found.add_row(phase, *cells, end_section=phase == PHASES[-1])
 
+    def row(name: str, cells: Sequence[str]) -> None:
+        found.add_row(name, *(cell if known else "?" for cell, known in zip(cells, told, strict=True)))
 
-def table(result: dict) -> Table:
-    """The summary."""
-    runs, rows = list(result["runs"].values()), Table()
-    rows.add_column()
-    for provider in result["runs"]:
-        rows.add_column(NAMES.get(provider, provider), justify="right")
+    each = list(runs.values())
+    for q in ("p20", "p50", "p80"):
+        row(f"ms of a step, {q}", [f"{1e3 * run['step_seconds'][q]:.2f}" for run in each])
+    row("images/s", [f"{config['batch'] / run['step_seconds']['p50']:.1f}" for run in each])
+    found.add_row("steps, and those timed", *(f"{len(run['steps'])}, {run['timed_steps']}" for run in each))
+    found.add_row("loss at the last step", *(f"{run['steps'][-1]['total']:.4f}" for run in each))
     shared = len(result["difference"])
-    rows.add_row("steps, and those timed", *(f"{len(run['steps'])}, {run['timed_steps']}" for run in runs))
-    for title, step in (("the first step", 0), (f"step {shared}", shared - 1), ("the last step", -1)):
-        rows.add_row(f"loss at {title}", *(f"{run['steps'][step]['total']:.4f}" for run in runs))
     for steps in sorted({min(COMPARED, shared), shared}):
-        rows.add_row(
-            f"largest relative difference, first {steps} steps", "", f"{max(result['difference'][:steps]):.1e}"
-        )
-    rates = [" ".join(f"{rate:.1f}" for rate in run["images_per_second"].values()) for run in runs]
-    rows.add_row("images/s, p20 p50 p80", rates[0], "?" if result["interpreted"] else rates[1])
-    where = "of the loss alone, counted" if result["interpreted"] else "of a step"
-    waits = ("?" if run["waits"] is None else f"{sum(run['waits'].values()):g}" for run in runs)
-    rows.add_row(f"host waits {where}", *waits)
-    rows.add_row("held-out annotations found", f"{result['recall']:.0%}", "")
-    rows.add_row("detections that are annotated", f"{result['precision']:.0%}", "")
-    return rows
-
-
-def remarks(result: dict) -> Iterator[str]:
-    """What bounds each run, and where its host waits."""
-    for provider, run in result["runs"].items():
-        name, found = NAMES.get(provider, provider), run["verdict"]
-        if not (result["interpreted"] and provider == FUSED):
-            here = ", on this CPU" * result["interpreted"]
-            saving = f"A faster loss could save at most {found['saving']:.0%} of a step{here}."
-            yield f"{name}: {found['bound']} ({found['why']}). {saving}"
-        if run["waits"]:
-            yield f"{name}, host waits: " + ", ".join(f"{n:g} x {place}" for place, n in run["waits"].items())
-
-
-def bars(result: dict) -> list[Bar]:
-    """The two runs as they are drawn; on a GPU the host's time under each."""
-    found, gpu = [], not result["interpreted"]
-    for provider, run in result["runs"].items():
-        name, phases = NAMES.get(provider, provider), run["seconds"]
-        if not gpu and provider == FUSED:
-            found.append(Bar(name, phases, f"{len(run['steps'])} steps, loss interpreted", untold="loss"))
-            continue
-        note = f"{1e3 * run['step_seconds']['p50']:.3g} ms, {run['images_per_second']['p50']:.3g} images/s"
-        found.append(Bar(name, phases, f"{note}, {run['verdict']['bound']}" if gpu else note))
-        if gpu:
-            calls = run["host_seconds"]
-            note = f"{1e3 * sum(calls.values()):.3g} ms until all calls return"
-            found.append(Bar("its host", calls, note, under=True))
+        found.add_row(f"largest difference, {steps} steps", "", f"{max(result['difference'][:steps]):.1e}")
+    waits = [run["waits"] for run in each]
+    found.add_row("host waits of the loss", *("?" if w is None else f"{sum(w.values()):g}" for w in waits))
+    for place in dict.fromkeys(place for w in waits for place in w or ()):
+        found.add_row(f"  {place}", *(f"{(w or {}).get(place, 0):g}" for w in waits))
     return found
 
 
-def draw(result: dict, out: Path, validation: Pictures, detections: Sequence[dict], names: Sequence[str]) -> None:
-    """The pictures."""
-    config, curves = result["config"], [run["steps"] for run in result["runs"].values()]
-    labels = [NAMES.get(provider, provider) for provider in result["runs"]]
-    draw_curves(out / "curves.png", labels, curves, result["difference"], BOUND)
-    title = f"{config['loss']}: where a step goes. {config['batch']} images of {config['size']} x {config['size']}"
-    draw_steps(out / "steps.png", f"{title} on {result['device']}", bars(result))
-    title = f"Held-out images after {config['steps']} steps: detections in colour, annotations dashed in white"
-    draw_predictions(out / "predictions.png", validation, detections[:SHOWN], names, title)
+def draw_curves(path: Path, result: Result) -> None:
+    """Loss curves of both runs on one another, the fused loss last; its parts, and the relative difference of totals.
+
+    A peer has no parts.
+    """
+    runs = {NAMES.get(provider, provider): run["steps"] for provider, run in result["runs"].items()}
+    curves, difference = list(runs.values()), result["difference"]
+    parts = ["total", *(name for name in curves[-1][0] if name not in ("total", "positives"))]
+    figure = Figure(figsize=(4.2 * (len(parts) + 1), 4), layout="constrained")
+    axes = figure.subplots(1, len(parts) + 1)
+    for part, axis in zip(parts, axes[:-1], strict=True):
+        _plain(axis, part)
+        for (name, steps), colour, line in zip(runs.items(), COLOURS, ("-", (0, (2, 2))), strict=True):
+            if part in steps[0]:
+                few = {"marker": "o", "markersize": 4, "markerfacecolor": "none"} if len(steps) <= 50 else {}
+                axis.plot([step[part] for step in steps], color=colour, linestyle=line, linewidth=1, label=name, **few)
+        axis.set_ylim(bottom=0)
+    axes[0].legend(frameon=False)
+    _plain(axes[-1], f"relative difference (1e-9: none), bound {BOUND:g}")
+    axes[-1].semilogy([max(d, 1e-9) for d in difference], color=COLOURS[1], linewidth=1, marker=".", markersize=4)
+    axes[-1].axhline(BOUND, color="grey", linewidth=0.8, linestyle=":")
+    figure.savefig(path, dpi=110)
+
+
+def draw_steps(path: Path, result: Result) -> None:
+    """Where a step goes: a bar for each run, stacked of its phases; on a GPU another of the host's time under it."""
+    config, gpu = result["config"], not result["interpreted"]
+    bars = []  # name, seconds by phase, what is written behind
+    for provider, run in result["runs"].items():
+        name, seconds = NAMES.get(provider, provider), dict(run["seconds"])
+        step = run["step_seconds"]["p50"]
+        note = f"{1e3 * step:.5g} ms, the loss {seconds['loss'] / step:.0%} of it"
+        if not gpu and provider == FUSED:
+            note, seconds["loss"] = f"{len(run['steps'])} steps, loss interpreted: ?", 0.0
+        bars.append((name, seconds, note))
+        if gpu:
+            host = run["host_seconds"]
+            bars.append(("its host", host, f"{1e3 * sum(host.values()):.5g} ms until all calls return"))
+    figure = Figure(figsize=(11, 1.4 + 0.55 * len(bars)), layout="constrained")
+    axis = figure.subplots()
+    _plain(axis, "")
+    ends = np.zeros(len(bars))
+    names, phases, notes = zip(*bars, strict=True)
+    for phase, colour in zip(PHASES, PHASE_COLOURS, strict=True):
+        widths = np.array([1e3 * each[phase] for each in phases])
+        drawn = axis.barh(range(len(bars)), widths, 0.62, left=ends, color=colour, edgecolor="white", linewidth=0.8)
+        wide = max(sum(each.values()) for each in phases) * 1e3 / 30
+        labels = [f"{width:.4g}" if width > wide else "" for width in widths]
+        axis.bar_label(drawn, labels, label_type="center", fontsize=8.5, color="#222222")
+        ends += widths
+    for place, (end, note) in enumerate(zip(ends, notes, strict=True)):
+        axis.text(end, place, f"  {note}", va="center", fontsize=9)
+    axis.set_yticks(range(len(bars)), names)
+    axis.set_ylim(len(bars) - 0.5, -0.5)
+    axis.set_xlim(0, 1.4 * ends.max())
+    axis.set_xlabel("milliseconds of a step, median of each phase", fontsize=9)
+    axis.grid(visible=False, axis="y")
+    keys = [Patch(color=colour, label=phase) for phase, colour in zip(PHASES, PHASE_COLOURS, strict=True)]
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
+    size = f"{config['batch']} images of {config['size']} x {config['size']}"
+    on = result["environment"]["gpu"] or result["environment"]["system"]
+    figure.suptitle(f"{config['loss']}: where a step goes. {size} on {on}", fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def _plain(axis: Axes, title: str) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.25, linewidth=0.5)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.spines[["top", "right"]].set_visible(False)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedyolo import Targets
 from fusedyolo.tools.parity import Loss
-from fusedyolo.tools.registry import DTYPES, WARMED_UP, Case, DenseCase, Workload
+from fusedyolo.tools.registry import DTYPES, WARMED_UP, Case, Workload
 
 Bound = Callable[[list[Tensor]], Tensor]
 """From predictions to the total, of shape ()."""
@@ -169,7 +169,7 @@ class _Detector(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ libraries
 
 
-def _torchvision(case: DenseCase, work: Workload, device: str) -> Bound:
+def _torchvision(case: Case, work: Workload, device: str) -> Bound:
     detection, box_iou = _load("torchvision.models.detection"), _load("torchvision.ops").box_iou
     classes, anchors = work.classes + case.background, [case.anchor_boxes(work, device)] * work.batch
     targets = []

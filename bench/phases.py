@@ -1,18 +1,16 @@
-"""Where a training step goes: the times of its phases, what bounds it, and where it makes the host wait."""
+"""Where a training step goes: the times of its phases, and where the loss makes the host wait."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +21,6 @@ from fusedyolo.tools.timing import QUANTILES
 PHASES = ("data", "forward", "loss", "backward", "optimiser")
 WARM_UP, WATCHED, TRACED = 1, 2, 2  # steps that are not timed: the very first, those whose waits are counted, the last
 BLOCK = 20  # steps that a run takes before the other has its turn
-LAUNCHES = ("cuda_runtime", "cuda_driver")  # what a trace calls the calls that hand work to a GPU
-ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # and that work
-
-
-# ---------------------------------------------------------------------------------------------------------------- turns
 
 
 class Block(NamedTuple):
@@ -56,9 +49,6 @@ def turns(*steps: int) -> list[tuple[int, Block]]:
     return order
 
 
-# ---------------------------------------------------------------------------------------------------------------- times
-
-
 class Times(NamedTuple):
     """Seconds of one step by phase: on the device's clock, and until the calls had returned."""
 
@@ -69,18 +59,17 @@ class Times(NamedTuple):
 
 
 class Clock:
-    """Times the phases of the steps of one run."""
+    """Times the phases of the steps of one run, and names them in a trace."""
 
     def __init__(self, device: torch.device, name: str):
         self.gpu, self.name = device.type == "cuda", name
-        self.now = ""  # the phase under way
         self.steps: list[Times] = []
-        self._open: list[tuple[str, torch.cuda.Event | float, torch.cuda.Event | float, float]] = []
+        self._open: list[tuple[str, Any, Any, float]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of a step, and name it in a trace."""
-        self.now, begin, start = name, time.perf_counter(), self._stamp()
+        """Time a part of a step."""
+        begin, start = time.perf_counter(), self._stamp()
         with record_function(f"{self.name}: {name}"):
             yield
         host = time.perf_counter() - begin
@@ -92,118 +81,50 @@ class Clock:
             torch.cuda.synchronize()
         for first in range(0, len(self._open), len(PHASES)):
             marks = self._open[first : first + len(PHASES)]
-            device = {name: _elapsed(start, end) for name, start, end, _ in marks}
-            device["step"] = _elapsed(marks[0][1], marks[-1][2])
+            device = {name: self._elapsed(start, end) for name, start, end, _ in marks}
+            device["step"] = self._elapsed(marks[0][1], marks[-1][2])
             self.steps.append(Times(kind, first == 0, device, {name: host for name, *_, host in marks}))
         self._open.clear()
 
-    def _stamp(self) -> torch.cuda.Event | float:
+    def _stamp(self) -> Any:
         if not self.gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-
-def _elapsed(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
-
-
-class Summary(NamedTuple):
-    """Medians over the timed steps of a run, in seconds."""
-
-    device: dict[str, float]  # by phase
-    host: dict[str, float]  # by phase; of first steps of a block, as a full queue makes the host wait for the device
-    step: tuple[float, ...]  # at each of QUANTILES
-    timed: int  # how many steps that is
+    def _elapsed(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1000 if self.gpu else end - start
 
 
-def summarise(steps: Sequence[Times]) -> Summary:
-    """Of the timed steps; of all steps where none are timed."""
+def summarise(steps: Sequence[Times]) -> dict[str, Any]:
+    """Seconds of the timed steps, of all steps where none are timed: medians by phase, and of a step the quantiles.
+
+    The host's are those of first steps of a block, as a full queue makes the host wait for the device.
+    """
     timed = [step for step in steps if step.kind == "timed"]
     used = timed or list(steps)
-    first = [step for step in used if step.first]
-    return Summary(
-        {name: median(step.device[name] for step in used) for name in PHASES},
-        {name: median(step.host[name] for step in first) for name in PHASES},
-        tuple(np.quantile([step.device["step"] for step in used], QUANTILES).tolist()),
-        len(timed),
-    )
-
-
-def busy(trace: Path) -> dict[str, float]:
-    """Seconds for which a GPU worked in a step of a trace, by the phase that launched it; empty without a GPU.
-
-    Work of which no launch is known stands under "".
-    """
-    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    launched = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") in LAUNCHES}
-    named = [e for e in events if e.get("cat") == "user_annotation"]
-    phases = [(e["ts"], e["ts"] + e["dur"], e["name"].rpartition(": ")[2]) for e in named]
-    found: dict[str, float] = {}
-    for work in (e for e in events if e.get("cat") in ON_DEVICE):
-        when = launched.get(work["args"].get("correlation"), -1)
-        phase = next((name for begin, end, name in phases if begin <= when <= end and name in PHASES), "")
-        found[phase] = found.get(phase, 0.0) + work["dur"] / 1e6 / TRACED
-    return found
-
-
-# -------------------------------------------------------------------------------------------------------------- verdict
-
-
-class Verdict(NamedTuple):
-    """What bounds a step, and the share of it that a faster loss could save at most."""
-
-    bound: str  # "GPU-bound", "launch-bound", "data-bound", or "?" where it cannot be told
-    why: str
-    saving: float
-
-
-def verdict(device: Mapping[str, float], host: Mapping[str, float], busy: Mapping[str, float]) -> Verdict:
-    """What bounds a step: the longer of what the host and the GPU have to do in it.
-
-    Args:
-        device: seconds of each phase on the device's clock; a GPU may wait for its host in them.
-        host: seconds of each phase until the calls had returned, nothing being queued before.
-        busy: seconds for which the GPU computes in a step, by phase; empty without a GPU.
-
-    A loss that costs nothing would still leave the longer of what else the two have to do.
-    """
-    step = sum(device.values())
-    if not busy:
-        return Verdict("?", "cannot be told without a trace of a GPU", device["loss"] / step)
-    calls, work = sum(host.values()), sum(busy.values())
-    loss = busy.get("loss", 0.0) + busy.get("", 0.0)  # what cannot be placed may be the loss's
-    rest = max(calls - host["loss"], work - loss)
-    saving = 1 - rest / max(step, calls, work)
-    why = f"the host is through after {1e3 * calls:.3g} ms, the GPU has {1e3 * work:.3g} ms of work"
-    if work >= calls:
-        return Verdict("GPU-bound", why, saving)
-    if host["data"] >= calls / 2:
-        return Verdict("data-bound", f"{why}; batches take the host {1e3 * host['data']:.3g} ms", saving)
-    return Verdict("launch-bound", why, saving)
-
-
-# ---------------------------------------------------------------------------------------------------------------- waits
+    step = np.quantile([step.device["step"] for step in used], QUANTILES).tolist()
+    return {
+        "seconds": {name: median(step.device[name] for step in used) for name in PHASES},
+        "host_seconds": {name: median(step.host[name] for step in used if step.first) for name in PHASES},
+        "step_seconds": {f"p{100 * q:.0f}": seconds for q, seconds in zip(QUANTILES, step, strict=True)},
+        "timed_steps": len(timed),
+    }
 
 
 @contextmanager
-def waits(clock: Clock) -> Iterator[Counter[str]]:
-    """Count, by phase and line of code, the calls that make the host wait for the GPU."""
+def waits() -> Iterator[Counter[str]]:
+    """Count, by line of code, the calls that make the host wait for the GPU."""
     found: Counter[str] = Counter()
-    show = warnings.showwarning
-
-    def tally(message, category, filename, lineno, file=None, line=None):
-        if "synchronizing CUDA operation" not in str(message):
-            return show(message, category, filename, lineno, file, line)
-        found[f"{clock.now}: {'/'.join(Path(filename).parts[-2:])}:{lineno}"] += 1
-
     mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
-        warnings.showwarning = tally
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
             yield found
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    for each in said:
+        if "synchronizing CUDA operation" in str(each.message):
+            found["/".join(Path(each.filename).parts[-2:]) + f":{each.lineno}"] += 1

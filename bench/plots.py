@@ -6,6 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullLocator
+
 from fusedyolo.tools.registry import CASES, Case, Workload
 
 from .measure import COMPILE, EAGER, FUSED
@@ -32,7 +38,7 @@ def plot(out: Path, found: Sequence[Row], cases: Sequence[Case], gpu: str = "H10
     out.mkdir(parents=True, exist_ok=True)
     cases = [case for case in cases if case.name in CASES]
     for case in cases:
-        for provider in (PEER, EAGER, COMPILE, FUSED):
+        for provider in NAMES:
             each = [values.get((case.name, provider, f"{kind}_launches")) for kind in ("triton", "other")]
             values[case.name, provider, "launches"] = sum(n or 0 for n in each) or None
     title = (
@@ -57,61 +63,11 @@ def plot(out: Path, found: Sequence[Row], cases: Sequence[Case], gpu: str = "H10
     return paths
 
 
-def _predicted(path: Path, predicted: Mapping[tuple[str, str], Sequence[float]], gpu: str, title: str) -> Path:
-    """Two bars a launch and a mark for its longest program."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
-
-    figure, axis = plt.subplots(figsize=(8.4, 1.9 + 0.31 * len(predicted)), dpi=160, layout="constrained")
-    axis.set_xscale("log")
-    low = 0.01  # what takes no more is over at once
-    high = max(2 * low, *(max(each) for each in predicted.values()))
-    axis.set_xlim(low, high * (high / low) ** 0.25)
-    y, ticks, names, before = 0.0, [], [], ""
-    for (case, launch), (memory, issue, longest) in predicted.items():
-        if before and case != before:
-            y += 0.35
-        for place, (part, value) in zip((y - 0.2, y + 0.2), (("memory", memory), ("issue", issue)), strict=True):
-            axis.barh(place, max(0.0, value - low), 0.4, left=low, color=PARTS[part])
-        mark = {"marker": "|", "color": PARTS["longest"], "markersize": 7, "markeredgewidth": 1.6}
-        axis.plot(max(low, longest), y + 0.2, zorder=3, **mark)
-        note = f"{max(memory, issue):.3g}   issue/memory {issue / memory:.2g}"
-        style = {"va": "center", "size": 7, "color": INK, "weight": "bold" if issue > memory else "normal"}
-        axis.annotate(note, (max(memory, issue, longest, low), y), (6, 0), textcoords="offset points", **style)
-        ticks.append(y)
-        names.append(f"{case}  {launch}" if case != before else launch)
-        y, before = y + 1, case
-    axis.set_yticks(ticks, names, size=8, color=INK)
-    axis.set_ylim(y - 0.4, -0.7)
-    axis.set_xlabel(f"microseconds predicted for {gpu}, not measured (log scale)", size=9, color=INK)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
-    axis.tick_params(axis="y", length=0)
-    axis.tick_params(axis="x", labelsize=8, colors=MUTED)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(MUTED)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=PARTS[part]) for part in ("memory", "issue")]
-    handles.append(plt.Line2D([], [], color=PARTS["longest"], marker="|", linestyle="", markeredgewidth=1.6))
-    labels = [
-        "bytes / bandwidth", "instructions / issue rate", "issue of the longest program with a multiprocessor to itself"
-    ]  # fmt: skip
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(
-        f"{title}\nEach launch on {gpu}: predicted, not measured", x=0.01, ha="left", size=10, weight="bold", color=INK
-    )
-    figure.savefig(path)
-    plt.close(figure)
-    return path
-
-
 def _with_peers(values: Index) -> Index:
     """The first peer of a case also under one name for all peers."""
-    ours = (EAGER, COMPILE, FUSED)
     peers: Index = {}
     for (name, provider, metric), value in values.items():
-        if provider not in ours:
+        if provider not in NAMES:
             peers.setdefault((name, PEER, metric), value)
     return {**values, **peers}
 
@@ -119,59 +75,65 @@ def _with_peers(values: Index) -> Index:
 def _bars(
     path: Path, title: str, panels: Sequence[tuple[str, str, str]], values: Mapping[Any, Any], cases: Sequence[Case]
 ) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
+    """A bar for each provider of each case, in a panel for each metric."""
     metric = panels[0][0]
     shown = {c.name: [p for p in NAMES if p != PEER or values.get((c.name, p, metric)) is not None] for c in cases}
     used = [provider for provider in NAMES if any(provider in each for each in shown.values())]
-    bars = sum(map(len, shown.values()))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 1.6 + 0.19 * bars + 0.1 * len(cases)), sharey=True, dpi=160,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, (metric, label, form) in zip(axes, panels, strict=True):
-        axis.set_xscale("log")
+    height = 1.6 + 0.19 * sum(map(len, shown.values())) + 0.1 * len(cases)
+    figure = Figure(figsize=(5.2 * len(panels), height), dpi=160, layout="constrained")
+    for axis, (metric, label, form) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         known = [n for n in (values.get((name, p, metric)) for name, each in shown.items() for p in each) if n]
         low, high = (min(0.5, min(known) / 2), max(known)) if known else (1, 10)
-        axis.set_xlim(low, high * (high / low) ** 0.35)
         y, ticks = 0.0, []
-        for case in cases:
-            ticks.append(y + (len(shown[case.name]) - 1) / 2)
-            for provider in shown[case.name]:
-                value = values.get((case.name, provider, metric))
+        for name, each in shown.items():
+            ticks.append(y + (len(each) - 1) / 2)
+            for provider in each:
+                value = values.get((name, provider, metric))
                 if value:
                     axis.barh(y, value - low, 0.85, left=low, color=COLOURS[provider])
-                best = values.get((case.name, PEER, metric)) or values.get((case.name, EAGER, metric))
-                note, weight = text(value, form), "normal"
-                if provider == FUSED and value:
-                    weight = "bold"
-                    if best:
-                        ratio, word = (best / value, "less") if best >= value else (value / best, "MORE")
-                        note += f"  ({ratio:.{0 if ratio > 10 else 1}f}x {word})"
-                style = {"va": "center", "size": 7.5, "weight": weight, "color": INK}
-                axis.annotate(note, (value or low, y), (4, 0), textcoords="offset points", **style)
+                best = values.get((name, PEER, metric)) or values.get((name, EAGER, metric))
+                note, ours = text(value, form), provider == FUSED and value
+                if ours and best:
+                    ratio, word = (best / value, "less") if best >= value else (value / best, "MORE")
+                    note += f"  ({ratio:.{0 if ratio > 10 else 1}f}x {word})"
+                _note(axis, note, value or low, y, bool(ours))
                 y += 1
             y += 0.7
-        axis.set_xlabel(f"{label} (log scale)", size=9, color=INK)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.tick_params(axis="y", length=0)
-        axis.tick_params(axis="x", labelsize=8, colors=MUTED)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.spines["bottom"].set_color(MUTED)
-        axis.set_yticks(ticks, [case.name.replace("/", "\n") for case in cases], size=9, color=INK)
+        axis.set_yticks(ticks, [case.name.replace("/", "\n") for case in cases])
         axis.set_ylim(y - 0.7, -0.7)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[provider]) for provider in used]
-    labels = [NAMES[provider] for provider in used]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(used), frameon=False, fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", size=10, weight="bold", color=INK)
-    figure.savefig(path)
-    plt.close(figure)
-    return path
+        _log_scale(axis, low, high * (high / low) ** 0.35, f"{label} (log scale)")
+        axis.xaxis.set_minor_locator(NullLocator())
+    keys = [Patch(color=COLOURS[provider], label=NAMES[provider]) for provider in used]
+    return _save(figure, path, title, keys)
+
+
+def _predicted(path: Path, predicted: Mapping[tuple[str, str], Sequence[float]], gpu: str, title: str) -> Path:
+    """Two bars a launch and a mark for its longest program."""
+    figure = Figure(figsize=(8.4, 1.9 + 0.31 * len(predicted)), dpi=160, layout="constrained")
+    axis = figure.subplots()
+    low = 0.01  # what takes no more is over at once
+    high = max(2 * low, *(max(each) for each in predicted.values()))
+    mark: dict[str, Any] = {"marker": "|", "color": PARTS["longest"], "markeredgewidth": 1.6, "linestyle": ""}
+    y, ticks, names, before = 0.0, [], [], ""
+    for (case, launch), (memory, issue, longest) in predicted.items():
+        y += 0.35 * (before not in ("", case))
+        for place, (part, value) in zip((y - 0.2, y + 0.2), (("memory", memory), ("issue", issue)), strict=True):
+            axis.barh(place, max(0.0, value - low), 0.4, left=low, color=PARTS[part])
+        axis.plot(max(low, longest), y + 0.2, zorder=3, markersize=7, **mark)
+        note = f"{max(memory, issue):.3g}   issue/memory {issue / memory:.2g}"
+        _note(axis, note, max(memory, issue, longest, low), y, issue > memory)
+        ticks.append(y)
+        names.append(f"{case}  {launch}" if case != before else launch)
+        y, before = y + 1, case
+    axis.set_yticks(ticks, names)
+    axis.set_ylim(y - 0.4, -0.7)
+    _log_scale(axis, low, high * (high / low) ** 0.25, f"microseconds predicted for {gpu}, not measured (log scale)")
+    keys = [
+        Patch(color=PARTS["memory"], label="bytes / bandwidth"),
+        Patch(color=PARTS["issue"], label="instructions / issue rate"),
+        Line2D([], [], label="issue of the longest program with a multiprocessor to itself", **mark),
+    ]
+    return _save(figure, path, f"{title}\nEach launch on {gpu}: predicted, not measured", keys)
 
 
 Curves = Mapping[tuple[str, str, str], Mapping[Any, Mapping[str, Any] | None]]
@@ -180,7 +142,6 @@ Curves = Mapping[tuple[str, str, str], Mapping[Any, Mapping[str, Any] | None]]
 
 def sweep(out: Path, curves: Curves, gpu: bool, base: Workload) -> list[Path]:
     """``sweep_time.png`` on a GPU, else ``sweep_bytes.png`` and ``sweep_launches.png``; a row is a loss."""
-    out.mkdir(parents=True, exist_ok=True)
     if gpu:
         return [_curves(out / "sweep_time.png", curves, lambda r: r["full_ms_p50"], "milliseconds of a step", base)]
 
@@ -197,43 +158,54 @@ def sweep(out: Path, curves: Curves, gpu: bool, base: Workload) -> list[Path]:
 
 
 def _curves(path: Path, curves: Curves, read: Callable[[Mapping[str, Any]], float], label: str, base: Workload) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     cases, axes = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 1))
-    figure, panels = plt.subplots(
-        len(cases), len(axes), figsize=(2.9 * len(axes), 0.9 + 1.5 * len(cases)), squeeze=False, dpi=140,
-        layout="constrained", sharey="row",
-    )  # fmt: skip
-    drawn = {}
+    figure = Figure(figsize=(2.9 * len(axes), 0.9 + 1.5 * len(cases)), dpi=140, layout="constrained")
+    panels = figure.subplots(len(cases), len(axes), squeeze=False, sharey="row")
+    keys: dict[str, Any] = {}
     for (case, axis, provider), results in curves.items():
         panel = panels[cases.index(case)][axes.index(axis)]
         known = {value: read(result) for value, result in results.items() if result}
-        if not known:
-            continue
-        places = list(range(len(known)))  # at equal distances, whatever the values
-        kind = provider if provider in COLOURS else PEER
-        style = {"color": COLOURS[kind], "linewidth": 1.8 if kind == FUSED else 1.3, "marker": "o", "markersize": 3}
-        numbers = all(isinstance(value, int) for value in known)
-        (line,) = panel.plot(places, list(known.values()), linestyle="-" if numbers else ":", **style)
-        drawn.setdefault(NAMES[kind], line)
-        panel.set_xticks(places, [str(value).replace("channels_last", "chan. last") for value in known], fontsize=7)
-    for row, case in enumerate(cases):
-        for column, axis in enumerate(axes):
-            panel = panels[row][column]
+        kind = provider if provider in NAMES else PEER
+        if known:
+            places = list(range(len(known)))  # at equal distances, whatever the values
+            line = "-" if all(isinstance(value, int) for value in known) else ":"
+            style = {"linestyle": line, "linewidth": 1.8 if kind == FUSED else 1.3, "marker": "o", "markersize": 3}
+            (drawn,) = panel.plot(places, list(known.values()), color=COLOURS[kind], label=NAMES[kind], **style)
+            keys.setdefault(kind, drawn)
+            panel.set_xticks(places, [str(value).replace("channels_last", "chan. last") for value in known])
+    for case, row in zip(cases, panels, strict=True):
+        row[0].set_ylabel(case.replace("/", "\n"), size=8, color=INK)
+        for panel in row:
             panel.set_yscale("log")
             panel.grid(axis="y", alpha=0.3, linewidth=0.5)
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(labelsize=7, colors=MUTED)
-            if row == len(cases) - 1:
-                panel.set_xlabel(axis + " of an image" * (axis == "objects"), size=8, color=INK)
-        panels[row][0].set_ylabel(case.replace("/", "\n"), size=8, color=INK)
+    for axis, panel in zip(axes, panels[-1], strict=True):
+        panel.set_xlabel(axis + " of an image" * (axis == "objects"), size=8, color=INK)
     usual = f"batch {base.batch}, {base.size} px, {base.classes} classes but for what varies"
-    title = f"{label[0].upper()}{label[1:]}: {usual}"
-    figure.suptitle(title, x=0.01, ha="left", size=9, weight="bold", color=INK)
-    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return _save(figure, path, f"{label[0].upper()}{label[1:]}: {usual}", list(keys.values()))
+
+
+def _note(axis: Axes, note: str, x: float, y: float, bold: bool) -> None:
+    """Behind a bar."""
+    style: dict[str, Any] = {"va": "center", "size": 7.5, "weight": "bold" if bold else "normal", "color": INK}
+    axis.annotate(note, (x, y), (5, 0), textcoords="offset points", **style)
+
+
+def _log_scale(axis: Axes, low: float, high: float, label: str) -> None:
+    """Of horizontal bars, with nothing around them that says nothing."""
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    axis.set_xlabel(label, size=9, color=INK)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+    axis.tick_params(axis="y", length=0, labelsize=8.5, labelcolor=INK)
+    axis.tick_params(axis="x", labelsize=8, colors=MUTED)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(MUTED)
+
+
+def _save(figure: Figure, path: Path, title: str, keys: Sequence[Any]) -> Path:
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8)
+    figure.suptitle(title, x=0.01, ha="left", size=10, weight="bold", color=INK)
     figure.savefig(path)
-    plt.close(figure)
     return path

@@ -7,7 +7,7 @@ turns instructions of PTX into those of the GPU. Of a launch some programs stand
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -17,10 +17,10 @@ import torch
 
 from fusedyolo.tools.codegen import target_of
 from fusedyolo.tools.parity import step
-from fusedyolo.tools.registry import Case, DenseCase, Workload
+from fusedyolo.tools.registry import Case, Workload
 
 from .count import pretend_others_finished
-from .measure import FUSED, UNIFORM, Effort, filled_in, kinds, provide
+from .measure import FUSED, completed, known, planned, provide
 
 
 @dataclass(frozen=True)
@@ -52,43 +52,7 @@ GPUS = {
 
 # ------------------------------------------------------------------------------------------------------------ executed
 
-MOST = 32  # programs of a launch whose work differs, beside the first, the last and the longest of each kind
-LEAST = 2  # of each kind
-
-
-class Plan:
-    """Which programs of a launch to run, and what they say of the others.
-
-    ``kinds`` and ``effort`` have an entry for each program. Of each kind some are run whose efforts are spread over
-    those of all, and the one of the largest effort; between two of them the instructions of a program are interpolated
-    by effort. The first and the last program of a launch always run, and stand for themselves.
-    """
-
-    def __init__(self, kinds: Sequence[Any], effort: Sequence[float], most: int):
-        self.effort = np.asarray(effort, float)
-        members: dict[Any, list[int]] = {}
-        for program in range(1, len(kinds) - 1):
-            members.setdefault(kinds[program], []).append(program)
-        self.members = [np.array(m)[np.argsort(self.effort[m], kind="stable")] for m in members.values()]
-        chosen = {0, len(kinds) - 1}
-        for each in self.members:
-            few = min(len(each), max(LEAST, round(most * len(each) / len(kinds))))
-            chosen |= {int(each[int((i + 0.5) * len(each) / few)]) for i in range(few)}
-            if self.effort[each[0]] < self.effort[each[-1]]:
-                chosen.add(int(each[-1]))
-        self.chosen = sorted(chosen)
-
-    def estimate(self, executed: Mapping[int, int]) -> np.ndarray:
-        """Of every program, from those that ran."""
-        found = np.zeros(len(self.effort))
-        for each in self.members:
-            ran = [p for p in each.tolist() if p in executed]
-            efforts, group = np.unique(self.effort[ran], return_inverse=True)
-            means = np.bincount(group, [executed[p] for p in ran]) / np.bincount(group)
-            found[each] = np.interp(self.effort[each], efforts, means)
-        ran = list(executed)
-        found[ran] = [executed[p] for p in ran]
-        return found
+MOST, LEAST = 32, 2  # programs of a launch that run, see Plan; where they are uniform as few as can be
 
 
 def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -> list[dict[str, Any]]:
@@ -112,8 +76,8 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
     from fusedyolo.emulator import Device, Program
     from fusedyolo.ops.launch import Launch
 
-    one, targets = torch.ones(()), case.targets(work)
-    effort = Effort(case, work, targets)
+    one, targets, driver = torch.ones(()), case.targets(work), case.driver
+    reference = known(case, work, targets)
     chosen: Sequence[int] = ()
     found: list[dict[str, Any]] = []
     device = Device(
@@ -124,9 +88,8 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
     def run_some(self: Launch) -> None:
         nonlocal chosen
         name, programs = self.kernel.__name__, self.grid[0]
-        plan = Plan(
-            *effort.of(name, kinds(name, programs, self.arguments), self.arguments), 0 if name in UNIFORM else MOST
-        )
+        most = 0 if name in driver.uniform else MOST
+        plan = planned(driver, reference, most, LEAST)(name, programs, self.arguments)
         ran = list(range(programs)) if exact else plan.chosen
         begin = len(device.launches)
         # the last program alone, so that the final sum is its own
@@ -150,10 +113,8 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
         )
 
     loss, preds = provide(case, FUSED, work), case.predictions(work)
-    missing = isinstance(case, DenseCase) and not exact
-    with device, mock.patch.object(Launch, "run", run_some), ExitStack() as stack:
-        if missing:
-            stack.enter_context(filled_in(case, work, targets))
+    completing = nullcontext() if exact else completed(driver, reference)
+    with device, mock.patch.object(Launch, "run", run_some), completing:
         step(loss, preds, targets, one)
     device.check()
     return found

@@ -14,15 +14,15 @@ from fusedyolo.tools.registry import CASES, Case, Workload
 from . import peers
 from .measure import COMPILE, EAGER, FUSED
 from .predict import GPUS, predict
+from .work import case_of
 
 MODES = ("no_grad", "forward", "backward", "full")
 GRAPHS = ("forward_graph", "full_graph")
+TIMES = (*(f"{mode}_ms_p{q}" for mode in MODES + GRAPHS for q in (20, 50, 80)), "host_us", "cold_s")
+COUNTS = ("triton_launches", "other_launches", "syncs", "loads_per_P", "stores_per_P", "bytes_per_P")
+
 Row = dict[str, Any]
-
-
-def case_of(name: str) -> Case:
-    """A case of this package, or one that only a peer computes yet."""
-    return CASES.get(name) or peers.PENDING[name]
+Index = dict[tuple[str, str, str], Any]
 
 
 def rows(results: Mapping[Any, Any], work: Workload, host: Mapping[str, Any], gpu: str = "H100") -> list[Row]:
@@ -32,71 +32,45 @@ def rows(results: Mapping[Any, Any], work: Workload, host: Mapping[str, Any], gp
     """
     kinds = {"count exactly": "count", "quick time": "time"}
     found = {(kinds.get(task.kind, task.kind), task.case, task.provider): r for task, r in results.items()}
-    return [
-        row
-        for name in dict.fromkeys(task.case for task in results if task.case)
-        for row in _rows_of(case_of(name), found, work, host, gpu)
-    ]
-
-
-def _rows_of(case: Case, found: Mapping, work: Workload, host: Mapping[str, Any], gpu: str) -> Iterator[Row]:
-    size = case.prediction_bytes(work)
     versions = {name: host[name] for name in ("torch", "triton", "fusedyolo", "commit")}
+    listed = []
+    for case in map(case_of, dict.fromkeys(task.case for task in results if task.case)):
+        for provider, metric, value in _values(case, found, work, gpu):
+            peer = peers.PEERS.get(provider)
+            row = {"loss": case.loss, "recipe": case.recipe, "provider": provider, "metric": metric, "value": value}
+            row |= {name: getattr(work, name) for name in ("batch", "size", "classes", "dtype")}
+            row |= {"layout": case.layout(work), "objects": work.objects, "form": work.form, "seed": work.seed}
+            row |= {"device": host["gpu"] or "cpu", "peer": f"{peer.package} {peer.version()}" if peer else ""}
+            listed.append(row | versions)
+    return listed
 
-    def row(provider: str, metric: str, value: Any) -> Row:
-        peer = peers.PEERS.get(provider)
-        return {
-            "loss": case.loss,
-            "recipe": case.recipe,
-            "provider": provider,
-            "metric": metric,
-            "value": value,
-            "batch": work.batch,
-            "size": work.size,
-            "classes": work.classes,
-            "dtype": work.dtype,
-            "layout": case.layout(work),
-            "objects": work.objects if not Path(work.objects).exists() else "labels",
-            "form": work.form,
-            "seed": work.seed,
-            "device": host["gpu"] or "cpu",
-            "peer": f"{peer.package} {peer.version()}" if peer else "",
-            **versions,
-        }
 
-    parity = found.get(("parity", case.name, ""), {})
-    measured = [p for kind, name, p in found if kind in ("count", "time") and name == case.name]
-    others = [p for p in dict.fromkeys(measured) if p not in (FUSED, EAGER, COMPILE)]
-    ours = [EAGER, COMPILE, FUSED] if case.name in CASES else []
-    for provider in (*others, *ours):
-        if provider != COMPILE:
-            for metric in ("loss_error", "grad_error"):
-                yield row(provider, metric, parity.get(f"{provider}_{metric}"))
-        kind = "compile" if provider == COMPILE else "count"
-        for metric, value in _counted(found.get((kind, case.name, provider)), size).items():
-            yield row(provider, metric, value)
-        timed = found.get(("time", case.name, provider)) or {}
-        for mode in MODES + GRAPHS:
-            for q in (20, 50, 80):
-                yield row(provider, f"{mode}_ms_p{q}", timed.get(f"{mode}_ms_p{q}"))
-        for metric in ("host_us", "cold_s"):
-            yield row(provider, metric, timed.get(metric))
-        peak = timed.get("peak_bytes")
-        yield row(provider, "peak_per_P", None if peak is None else peak / size)
-    if ours:
-        yield row(FUSED, "floor_per_P", case.floor(work))
-        counted, timed = found.get(("count", case.name, FUSED)), found.get(("time", case.name, FUSED))
-        ceiling = found.get(("bandwidth", "", ""))
-        moved = counted["bytes_loaded"] + counted["bytes_stored"] if counted else 0
-        rate = moved / timed["full_ms_p50"] / 1e6 if counted and timed else None
-        yield row(FUSED, "gb_per_s", rate)
-        yield row(FUSED, "copy_gb_per_s", ceiling)
-        yield row(FUSED, "time_over_bytes", ceiling / rate if rate and ceiling else None)
-        floor_ms = case.floor(work) * size / ceiling / 1e6 if ceiling else None
-        yield row(FUSED, "time_over_floor", timed["full_ms_p50"] / floor_ms if timed and floor_ms else None)
-    for launch, predicted in _predicted(case, found, gpu).items():
-        for metric, value in predicted.items():
-            yield row(FUSED, f"predicted.{gpu}.{launch}.{metric}", value)
+def _values(case: Case, found: Mapping, work: Workload, gpu: str) -> Iterator[tuple[str, str, Any]]:
+    """Provider, metric and value."""
+    size = case.prediction_bytes(work)
+
+    def of(kind: str, provider: str) -> Any:
+        return found.get((kind, case.name, provider)) or {}
+
+    measured = dict.fromkeys(p for kind, name, p in found if kind in ("count", "time") and name == case.name)
+    ours = (EAGER, COMPILE, FUSED) if case.name in CASES else ()
+    for provider in (*(p for p in measured if p not in (EAGER, COMPILE, FUSED)), *ours):
+        timed, peak = of("time", provider), of("time", provider).get("peak_bytes")
+        numbers = {name: of("parity", "").get(f"{provider}_{name}") for name in ("loss_error", "grad_error")}
+        numbers = {} if provider == COMPILE else numbers
+        numbers |= _counted(of("compile" if provider == COMPILE else "count", provider), size)
+        numbers |= {name: timed.get(name) for name in TIMES}
+        numbers |= {"peak_per_P": None if peak is None else peak / size}
+        if provider == FUSED:
+            numbers |= _rates(of("count", FUSED), timed, found.get(("bandwidth", "", "")), case.floor(work) * size)
+            numbers |= {"floor_per_P": case.floor(work)}
+        yield from ((provider, metric, value) for metric, value in numbers.items())
+    target = GPUS[gpu].target
+    counted, executed, compiled = of("count", FUSED), of("execute", target), of("codegen", target)
+    if counted and executed and compiled:
+        for launch, predicted in predict(GPUS[gpu], counted["kernels"], executed, compiled).items():
+            for metric, value in predicted.items():
+                yield FUSED, f"predicted.{gpu}.{launch}.{metric}", value
     for (kind, name, target), launches in found.items():
         if kind == "codegen" and name == case.name:
             for launch, resources in launches.items():
@@ -104,23 +78,12 @@ def _rows_of(case: Case, found: Mapping, work: Workload, host: Mapping[str, Any]
                     if metric in ("loads", "stores"):
                         value = widths({int(width): number for width, number in value.items()})
                     if metric not in ("target", "code"):
-                        yield row(FUSED, f"{target}.{launch}.{metric}", value)
+                        yield FUSED, f"{target}.{launch}.{metric}", value
 
 
-def _predicted(case: Case, found: Mapping, gpu: str) -> dict[str, dict[str, float]]:
-    """By launch, if all that it takes is there."""
-    model = GPUS[gpu]
-    counted = found.get(("count", case.name, FUSED))
-    executed, compiled = (found.get((kind, case.name, model.target)) for kind in ("execute", "codegen"))
-    if not (counted and executed and compiled):
-        return {}
-    return predict(model, counted["kernels"], executed, compiled)
-
-
-def _counted(counted: Mapping[str, Any] | None, size: int) -> dict[str, Any]:
-    names = ("triton_launches", "other_launches", "syncs", "loads_per_P", "stores_per_P", "bytes_per_P")
-    if counted is None:
-        return dict.fromkeys(names)
+def _counted(counted: Mapping[str, Any], size: int) -> Row:
+    if not counted:
+        return dict.fromkeys(COUNTS)
     if "graph_breaks" in counted:
         return {
             "other_launches": counted["kernels"],
@@ -128,16 +91,19 @@ def _counted(counted: Mapping[str, Any] | None, size: int) -> dict[str, Any]:
             "graph_breaks": counted["graph_breaks"],
         }
     loads, stores = counted["bytes_loaded"] / size, counted["bytes_stored"] / size
-    return {
-        **{name: counted[name] for name in names[:3]},
-        "loads_per_P": loads,
-        "stores_per_P": stores,
-        "bytes_per_P": loads + stores,
-        "programs_run": counted["programs_run"] / max(1, counted["programs"]),
-    }
+    shares = {"loads_per_P": loads, "stores_per_P": stores, "bytes_per_P": loads + stores}
+    ran = counted["programs_run"] / max(1, counted["programs"])
+    return {name: counted[name] for name in COUNTS[:3]} | shares | {"programs_run": ran}
 
 
-Index = dict[tuple[str, str, str], Any]
+def _rates(counted: Row, timed: Row, ceiling: float | None, floor: float) -> Row:
+    """How near the fused loss comes to copying what it moves, and the ``floor`` in bytes of what it must move."""
+    rate = over_bytes = over_floor = None
+    if timed:
+        over_floor = timed["full_ms_p50"] * ceiling * 1e6 / floor if ceiling else None
+        rate = (counted["bytes_loaded"] + counted["bytes_stored"]) / timed["full_ms_p50"] / 1e6 if counted else None
+        over_bytes = ceiling / rate if rate and ceiling else None
+    return {"gb_per_s": rate, "copy_gb_per_s": ceiling, "time_over_bytes": over_bytes, "time_over_floor": over_floor}
 
 
 def index(found: Iterable[Row]) -> Index:
@@ -163,30 +129,24 @@ def slower(values: Index, cases: Iterable[Case]) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def write(out: Path, found: Sequence[Row], host: Mapping[str, Any], name: str = "bench") -> list[Path]:
-    """Write ``{name}.json`` (this run) and ``{name}.csv`` (this run's rows replace those with the same key)."""
+def write(
+    out: Path, found: Sequence[Row], host: Mapping[str, Any], failures: Sequence[str], name: str = "bench"
+) -> list[Path]:
+    """Write ``{name}.json`` (this run), ``{name}.csv`` (this run's rows replace those with the same key, that is
+    everything but the value) and, if tasks broke, what they had to say.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({"environment": host, "rows": list(found)}, indent=1) + "\n")
-    merge(out / f"{name}.csv", found)
-    return [out / f"{name}.json", out / f"{name}.csv"]
+    paths = [out / f"{name}.json", out / f"{name}.csv", out / "failed.txt"]
+    paths[0].write_text(json.dumps({"environment": host, "rows": list(found)}, indent=1) + "\n")
+    if found:
+        _merge(paths[1], found)
+    paths[2].unlink(missing_ok=True)
+    if failures:
+        paths[2].write_text("\n".join(failures))
+    return [path for path in paths if path.exists()]
 
 
-def write_failures(out: Path, failures: Sequence[str]) -> list[Path]:
-    """Write what tasks that broke had to say to ``failed.txt``, or remove the one of an earlier run."""
-    path = out / "failed.txt"
-    if not failures:
-        path.unlink(missing_ok=True)
-        return []
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(failures))
-    return [path]
-
-
-def merge(path: Path, found: Sequence[Row]) -> None:
-    """Put rows into a CSV in place of those with the same key, that is everything but the value."""
+def _merge(path: Path, found: Sequence[Row]) -> None:
     names = list(found[0])
 
     def key(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,25 +1,23 @@
-"""``python -m bench sweep``: how the cost of a step grows with objects, batch, classes, type and layout.
+"""How the cost of a step grows with objects, batch, classes, type and layout, one of them varied at a time.
 
-On a GPU milliseconds, elsewhere bytes and launches, counted; one quantity is varied at a time.
+On a GPU milliseconds, elsewhere bytes and launches, counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from fusedyolo.tools.environment import environment
-from fusedyolo.tools.registry import DTYPES, Case, Workload, add_loss, select
+from fusedyolo.tools.registry import DTYPES, Case, Workload, select
 
 from . import peers, plots, report
+from .compare import differing, gate
 from .measure import COMPILE, EAGER, FUSED
-from .rows import Row, index, rows, write, write_failures
+from .rows import Row, index, rows, write
 from .work import Task, run_all
 
 LOSSES = ("YOLOv4/paper", "YOLOv5", "RetinaNet", "SSD", "FCOS")
@@ -31,22 +29,6 @@ NUMBERS: dict[str, tuple[int, ...]] = {
 INTERPRETED = {**NUMBERS, "objects": (1, 8, 64), "batch": (1, 4, 16)}  # more takes Triton's interpreter too long
 AXES = (*NUMBERS, "dtype", "layout")
 BASE = {True: Workload(), False: Workload(batch=4, size=320)}  # on a GPU, without one
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser("python -m bench sweep", description=__doc__.splitlines()[0])
-    add_loss(parser, ", ".join(LOSSES))
-    parser.add_argument("--axis", action="append", choices=AXES, help="what is varied; repeat for more (all)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time, without a GPU")
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder for JSON, CSV and pictures")
-    options = parser.parse_args(argv)
-    options.axis = options.axis or list(AXES)
-    try:
-        options.cases = select(options.loss or list(LOSSES))
-    except ValueError as error:
-        parser.error(str(error))
-    return options
 
 
 def workloads(case: Case, axis: str, gpu: bool) -> dict[Any, Workload]:
@@ -61,53 +43,43 @@ def workloads(case: Case, axis: str, gpu: bool) -> dict[Any, Workload]:
     return {n: replace(base, **{axis: n}) for n in numbers[axis]}
 
 
-def main(argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measure and draw: 0, or 1 if a loss failed parity or a measurement of ours broke."""
-    options, console = parse(argv), Console()
-    host, failures = environment(), []
-    found: list[Row] = []
+    host, console, failures = environment(), Console(), []
     gpu = host["gpu"] is not None
-    base, device = BASE[gpu], "cuda" if gpu else "cpu"
+    base, device, kind = BASE[gpu], "cuda" if gpu else "cpu", "quick time" if gpu else "count"
+    cases = options.cases or select(list(LOSSES))
     console.print(report.headline(base, host), highlight=False)
-    wanted = {(case, axis): workloads(case, axis, gpu) for case in options.cases for axis in options.axis}
-
+    wanted = {(case, axis): workloads(case, axis, gpu) for case in cases for axis in options.axis or AXES}
     checked = {(case.name, w.dtype, w.layout): w for (case, _), each in wanted.items() for w in each.values()}
-    gate = [Task("parity", name, replace(w, objects="coco"), device=device) for (name, *_), w in checked.items()]
-    parity = run_all(list(dict.fromkeys(gate)), 1 if gpu else options.jobs, console, "parity", failures)
-    bad = [task.label for task in gate if task not in parity or not parity[task]["ok"]]
-    if bad:
-        console.print(f"[bold red]parity failed:[/] {', '.join(bad)}; nothing else was measured")
-        write_failures(options.out, failures)
+    checks = [Task("parity", name, replace(w, objects="coco"), device=device) for (name, *_), w in checked.items()]
+    passed, parity = gate(list(dict.fromkeys(checks)), options, console, failures)
+    if not passed:
+        write(options.out, [], host, failures, "sweep")
         return 1
 
-    kind = "quick time" if gpu else "count"
-    tasks = [
-        Task(kind, case.name, work, provider, device)
-        for (case, _), each in wanted.items()
-        for provider in (*(peer.name for peer in peers.of(case)), EAGER, *[COMPILE] * gpu, FUSED)
-        for work in each.values()
-    ]
-    differing = {(task.case, name) for task, found in parity.items() for name in found["failed"]}
-    tasks = [task for task in dict.fromkeys(tasks) if not gpu or (task.case, task.provider) not in differing]
+    unlike = differing(parity) if gpu else set()
+    found: list[Row] = []
     results: dict[Task, Any] = {}
-    for case in options.cases:  # what was measured is kept, should the rest be cut
-        own = [task for task in tasks if task.case == case.name]
+    curves: dict[tuple[str, str, str], dict[Any, Task]] = {}
+    for case in cases:
+        providers = [*(peer.name for peer in peers.of(case)), EAGER, *[COMPILE] * gpu, FUSED]
+        for provider in [each for each in providers if (case.name, each) not in unlike]:
+            for axis in options.axis or AXES:
+                each = wanted[case, axis]
+                curves[case.name, axis, provider] = {
+                    value: Task(kind, case.name, work, provider, device) for value, work in each.items()
+                }
+        tasks = {task: None for (name, *_), each in curves.items() if name == case.name for task in each.values()}
         title = f"{'timing' if gpu else 'counting'} {case.name}"
-        measured = run_all(own, 1 if gpu else options.jobs, console, title, failures)
-        results |= measured
-        for work in dict.fromkeys(task.work for task in measured):
-            own_rows = rows({task: result for task, result in measured.items() if task.work == work}, work, host)
-            found += own_rows
+        results |= run_all(list(tasks), 1 if gpu else options.jobs, console, title, failures)
+        for work in dict.fromkeys(task.work for task in tasks):
+            own = {task: results[task] for task in tasks if task.work == work and task in results}
+            found += (own_rows := rows(own, work, host))
             report.print_remarks(console, index(own_rows), [case])
-        write(options.out, found, host, "sweep")
-    curves = {
-        (case.name, axis, provider): {
-            value: results.get(Task(kind, case.name, work, provider, device)) for value, work in each.items()
-        }
-        for (case, axis), each in wanted.items()
-        for provider in (*(peer.name for peer in peers.of(case)), EAGER, COMPILE, FUSED)
-    }
-    pictures = plots.sweep(options.out, curves, gpu, base)
-    for path in [*write(options.out, found, host, "sweep"), *pictures, *write_failures(options.out, failures)]:
+        paths = write(options.out, found, host, failures, "sweep")  # kept, should the rest be cut
+    measured = {key: {value: results.get(task) for value, task in each.items()} for key, each in curves.items()}
+    for path in [*paths, *plots.sweep(options.out, measured, gpu, base)]:
         console.print(f"wrote {path}", highlight=False)
+    tasks = {task: None for each in curves.values() for task in each.values()}
     return int(any(task not in results for task in tasks if task.provider == FUSED))

@@ -1,15 +1,16 @@
 """Every ``ValueError`` about an argument: its name, what came, what was wanted.
 
 Nothing here launches work or waits for a device, so the checks run on every call, and ``torch.compile`` traces through
-them.
+them. What they find of shapes, types and devices is remembered.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache, wraps
 from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("sum", "mean")
 
 Pair = tuple[float, float]
+R = TypeVar("R")
 
 
 def fail(name: str, got: object, want: object) -> NoReturn:
@@ -32,6 +34,38 @@ def describe(value: object) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
     return text if len(text) <= 40 else f"a {type(value).__name__}"
+
+
+class Form(NamedTuple):
+    """What there is to check of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def form(value: object) -> Form | str:
+    """Of a tensor; what came instead, in words."""
+    return Form(value.shape, value.dtype, value.device) if isinstance(value, Tensor) else describe(value)
+
+
+def remembered(check: Callable[..., R]) -> Callable[..., R]:
+    """Decorates a check of what can be a key: done once for the same arguments, unless it fails.
+
+    Graphs are traced through it, and where a size is a symbol, which is no key, it is done at each call.
+    """
+    find = lru_cache(maxsize=256, typed=True)(check)
+
+    @wraps(check)
+    def checked(*arguments: Any) -> R:
+        if not torch.compiler.is_compiling():
+            try:
+                return find(*arguments)
+            except TypeError:
+                pass
+        return check(*arguments)
+
+    return checked
 
 
 # Scalars.
@@ -70,6 +104,8 @@ def count(name: str, value: Any, low: int = 1) -> int:
 
 def size(name: str, value: Any) -> tuple[float, float]:
     """``value`` as (height, width), both positive; one number stands for a square."""
+    if type(value) is int and 0 < value <= 1 << 53:
+        return value, value
     pair = (value, value) if isinstance(value, Real) else value
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
         fail(name, describe(value), "(height, width)")
@@ -226,8 +262,8 @@ def class_counts(value: Any, num_classes: int) -> tuple[float, ...]:
 
 def grid_predictions(
     preds: Any,
-    anchors: Sequence[int],
-    strides: Sequence[float],
+    anchors: tuple[int, ...],
+    strides: tuple[float, ...],
     num_classes: int,
     image_size: tuple[float, float] | None,
 ) -> tuple[int, tuple[float, float]]:
@@ -240,10 +276,23 @@ def grid_predictions(
         fail("preds", describe(preds), f"a list of {levels} tensors, one a level")
     if len(preds) != levels:
         fail("preds", f"{len(preds)} levels", f"{levels}, one for each level of anchors")
-    sizes = []
-    for i, pred in enumerate(preds):
-        if not isinstance(pred, Tensor):
-            fail(f"preds[{i}]", describe(pred), "a tensor")
+    return _grid_maps(tuple([form(pred) for pred in preds]), anchors, strides, num_classes, image_size)
+
+
+@remembered
+def _grid_maps(
+    maps: tuple[Form | str, ...],
+    anchors: tuple[int, ...],
+    strides: tuple[float, ...],
+    num_classes: int,
+    image_size: tuple[float, float] | None,
+) -> tuple[int, tuple[float, float]]:
+    """Of maps, one a level."""
+    sizes: list[tuple[float, float]] = []
+    first: Any = maps[0]
+    for i, pred in enumerate(maps):
+        if isinstance(pred, str):
+            fail(f"preds[{i}]", pred, "a tensor")
         shape, channels = pred.shape, 5 + num_classes
         flat = len(shape) == 4 and shape[1] == anchors[i] * channels
         if not flat and not (len(shape) == 5 and shape[1] == anchors[i] and shape[4] == channels):
@@ -255,7 +304,6 @@ def grid_predictions(
         height, width = shape[2], shape[3]
         if shape[0] < 1 or height < 1 or width < 1:
             fail(f"preds[{i}]", f"shape {tuple(shape)}", "no empty dimension")
-        first = preds[0]
         if pred.dtype not in FLOATS:
             fail(f"preds[{i}]", f"dtype {pred.dtype}", "one of " + ", ".join(map(str, FLOATS)))
         if pred.dtype != first.dtype:
@@ -273,7 +321,7 @@ def grid_predictions(
             )
     if image_size is not None and sizes[0] != image_size:
         fail("preds", f"maps of an image of {sizes[0]} (height, width)", f"image_size {image_size}")
-    return preds[0].shape[0], sizes[0]
+    return first.shape[0], sizes[0]
 
 
 # Targets.
@@ -367,8 +415,8 @@ def cell_predictions(pred: Any, grid_size: int, num_boxes: int, num_classes: int
 
 
 def dense_predictions(
-    preds: Any, names: Sequence[str], channels: Sequence[int], anchors: Any
-) -> tuple[list[list[Tensor]], list[int]]:
+    preds: Any, names: tuple[str, ...], channels: tuple[int, ...], anchors: Any
+) -> tuple[list[list[Tensor]], tuple[int, ...]]:
     """Check the predictions of a dense head; each as a list of levels comes back, and the anchors of a level.
 
     ``names`` and ``channels`` are those of each prediction: ``[B, N, channels]``, or maps ``[B, A * channels, H, W]``.
@@ -376,18 +424,30 @@ def dense_predictions(
     if not isinstance(preds, list | tuple) or len(preds) != len(names):
         fail("preds", describe(preds), f"({', '.join(names)})")
     levels = [list(pred) if isinstance(pred, list | tuple) else [pred] for pred in preds]
-    first = levels[0][0] if levels[0] else None
+    forms = tuple([tuple([form(pred) for pred in maps]) for maps in levels])
+    return levels, _dense_levels(forms, names, channels, form(anchors))
+
+
+@remembered
+def _dense_levels(
+    levels: tuple[tuple[Form | str, ...], ...],
+    names: tuple[str, ...],
+    channels: tuple[int, ...],
+    anchors: Form | str,
+) -> tuple[int, ...]:
+    """The anchors of each level."""
+    first: Any = levels[0][0] if levels[0] else None
     sizes: list[int] = []
     for name, maps, width in zip(names, levels, channels, strict=True):
         if not maps or len(maps) != len(levels[0]):
             fail(name, f"{len(maps)} levels", f"{max(len(levels[0]), 1)} as {names[0]}")
         for i, pred in enumerate(maps):
             where = name if len(maps) == 1 else f"{name}[{i}]"
-            if not isinstance(pred, Tensor):
-                fail(where, describe(pred), "a tensor, or a list of maps")
+            if isinstance(pred, str):
+                fail(where, pred, "a tensor, or a list of maps")
             shape = tuple(pred.shape)
-            maps_form = pred.dim() == 4 and shape[1] % width == 0
-            if not maps_form and not (pred.dim() == 3 and len(maps) == 1 and shape[2] == width):
+            maps_form = len(shape) == 4 and shape[1] % width == 0
+            if not maps_form and not (len(shape) == 3 and len(maps) == 1 and shape[2] == width):
                 fail(where, f"shape {shape}", f"(B, N, {width}), or a list of maps (B, A * {width}, H, W)")
             if 0 in shape:
                 fail(where, f"shape {shape}", "no empty dimension")
@@ -396,32 +456,33 @@ def dense_predictions(
             for what in ("dtype", "device"):
                 if getattr(pred, what) != getattr(first, what):
                     fail(where, f"{what} {getattr(pred, what)}", f"{getattr(first, what)} as {names[0]}")
-            found = _cells(pred, width)
+            like: Any = levels[0][i]
+            found = _cells(shape, width)
             if name == names[0]:
                 sizes.append(math.prod(found[1:]))
-            if found != _cells(levels[0][i], channels[0]) or found[0] != len(levels[0][0]):
-                fail(
-                    where, f"shape {shape}", f"that of {names[0]}, {tuple(levels[0][i].shape)}, in all but its channels"
-                )
-    if not isinstance(anchors, Tensor) or anchors.dim() != 2 or anchors.shape[1] != 4:
-        fail("anchors", describe(anchors), "a tensor of shape (N, 4)")
+            if found != _cells(like.shape, channels[0]) or found[0] != first.shape[0]:
+                fail(where, f"shape {shape}", f"that of {names[0]}, {tuple(like.shape)}, in all but its channels")
+    if isinstance(anchors, str):
+        fail("anchors", anchors, "a tensor of shape (N, 4)")
+    if len(anchors.shape) != 2 or anchors.shape[1] != 4:
+        fail("anchors", f"a tensor of shape {tuple(anchors.shape)}", "a tensor of shape (N, 4)")
     if anchors.dtype not in FLOATS:
         fail("anchors", f"dtype {anchors.dtype}", "torch.float32")
     if first is not None and anchors.device != first.device:
         fail("anchors", f"device {anchors.device}", f"{first.device} as {names[0]}")
     if anchors.shape[0] != sum(sizes):
         fail("anchors", f"shape {tuple(anchors.shape)}", f"({sum(sizes)}, 4), one for each of {names[0]}")
-    return levels, sizes
+    return tuple(sizes)
 
 
-def _cells(pred: Tensor, channels: int) -> tuple[int, ...]:
+def _cells(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
     """Images and anchors of a prediction; of maps images, anchors of a cell, rows, columns."""
-    if pred.dim() == 3:
-        return len(pred), pred.shape[1]
-    return len(pred), pred.shape[1] // channels, *pred.shape[2:]
+    if len(shape) == 3:
+        return shape[0], shape[1]
+    return shape[0], shape[1] // channels, *shape[2:]
 
 
-def level_sizes(value: Any, levels: Sequence[int], in_one_piece: bool, needed: bool) -> tuple[int, int]:
+def level_sizes(value: Any, levels: tuple[int, ...], in_one_piece: bool, needed: bool) -> tuple[int, int]:
     """The numbers of anchors of the first and of the last level, from ``num_anchors_per_level`` or the maps themselves.
 
     ``levels`` are the anchors of each tensor that came, a map or, ``in_one_piece``, all levels: these then have to be
@@ -431,13 +492,19 @@ def level_sizes(value: Any, levels: Sequence[int], in_one_piece: bool, needed: b
         if needed and in_one_piece:
             fail("num_anchors_per_level", None, "the number of anchors of each level")
         return levels[0], levels[-1]
-    want = f"integers that add up to {sum(levels)}, one a level" if in_one_piece else f"{list(levels)}, as the maps"
-    if not isinstance(value, list | tuple) or not value:
+    found = _level_sizes(levels, in_one_piece, *value) if isinstance(value, list | tuple) and value else None
+    if found is None:
+        want = f"integers that add up to {sum(levels)}, one a level" if in_one_piece else f"{list(levels)}, as the maps"
         fail("num_anchors_per_level", describe(value), want)
-    sizes = [count("num_anchors_per_level", item) for item in value]
-    if sum(sizes) != sum(levels) if in_one_piece else sizes != list(levels):
-        fail("num_anchors_per_level", describe(value), want)
-    return sizes[0], sizes[-1]
+    return found
+
+
+@remembered
+def _level_sizes(levels: tuple[int, ...], in_one_piece: bool, *value: Any) -> tuple[int, int] | None:
+    """The first and the last number, None if they are not those of the levels."""
+    sizes = tuple([count("num_anchors_per_level", item) for item in value])
+    fit = sum(sizes) == sum(levels) if in_one_piece else sizes == levels
+    return (sizes[0], sizes[-1]) if fit else None
 
 
 # Decoding.

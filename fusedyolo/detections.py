@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import backend as backends
-from . import checks
-from .heads import CellHead, DenseHead, GridHead, head_from_key
-from .reference import decode_anchors, flat_maps
+from . import checks, drivers
+from .drivers.protocol import Predictions
+from .drivers.shared import wide
+from .heads import GridHead, head_from_key
 from .reference import select as reference
-from .reference.terms import constants
 
 
 class Detections(NamedTuple):
@@ -70,7 +70,7 @@ def decode(
     Raises:
         ValueError: names the argument, what came and what was wanted.
     """
-    return _decode(_read(preds, criterion, image_size, anchors))
+    return _decode(criterion, drivers.of(criterion).view(criterion, preds, image_size, anchors))
 
 
 def select(
@@ -115,14 +115,15 @@ def select(
     """
     conf, iou = checks.number("conf", conf, 0, 1), checks.number("iou", iou, 0, 1)
     max_det, candidates = checks.count("max_det", max_det), checks.count("candidates", candidates)
-    read = _read(preds, criterion, image_size, anchors)
-    read = read._replace(preds=[pred.detach() for pred in read.preds])
-    backend = backends.resolve(backend, read.preds[0].device)
+    driver = drivers.of(criterion)
+    seen = driver.view(criterion, preds, image_size, anchors)
+    seen = seen._replace(preds=[pred.detach() for pred in seen.preds])
+    backend = backends.resolve(backend, seen.preds[0].device)
     settings = conf, iou, max_det, bool(class_agnostic), candidates
-    if backend == "triton" and isinstance(read.head, GridHead):
-        return Detections(*_select_maps(read.preds, _key(read.head), *settings))
-    dtype = _out_dtype(read.preds[0])
-    exact = _decode(read._replace(preds=[pred.double() for pred in read.preds]))
+    if backend == "triton" and driver.scans:
+        return Detections(*_select_maps(seen.preds, _key(criterion.head), *settings))
+    dtype = wide(seen.preds[0].dtype)
+    exact = _decode(criterion, seen._replace(preds=[pred.double() for pred in seen.preds]))
     boxes, scores, labels, count = _select_decoded(*exact, *settings, backend)
     return Detections(boxes.to(dtype), scores.to(dtype), labels, count)
 
@@ -192,7 +193,7 @@ def _key(head: GridHead) -> str:
 
 def _outputs(like: Tensor, max_det: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Memory for what :class:`Detections` holds."""
-    batch, dtype = like.shape[0], _out_dtype(like)
+    batch, dtype = like.shape[0], wide(like.dtype)
     return (
         like.new_empty((batch, max_det, 4), dtype=dtype),
         like.new_empty((batch, max_det), dtype=dtype),
@@ -201,52 +202,7 @@ def _outputs(like: Tensor, max_det: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     )
 
 
-def _out_dtype(pred: Tensor) -> torch.dtype:
-    return torch.float64 if pred.dtype == torch.float64 else torch.float32
-
-
-class _Predictions(NamedTuple):
-    """Checked predictions, and what their boxes depend on."""
-
-    preds: list[Tensor]
-    head: GridHead | CellHead | DenseHead
-    size: tuple[float, float] | None  # of the image, where boxes are scaled or clipped to it
-    anchors: Tensor | None
-
-
-def _read(preds: Any, criterion: Any, image_size: Any, anchors: Any) -> _Predictions:
-    head = checks.head(criterion, (GridHead, CellHead, DenseHead))
-    size = getattr(criterion, "image_size", None) if image_size is None else checks.size("image_size", image_size)
-    if isinstance(head, DenseHead):
-        names = ("cls_logits", "bbox_regression", "bbox_ctrness")[: 3 if head.centreness else 2]
-        channels = (head.num_classes, 4, 1)
-        levels, _ = checks.dense_predictions(preds, names, channels[: len(names)], anchors)
-        flat = [flat_maps(maps, width) for maps, width in zip(levels, channels, strict=False)]
-        return _Predictions(flat, head, size, anchors)
-    if anchors is not None:
-        checks.fail("anchors", checks.describe(anchors), "none: this loss has its own")
-    if isinstance(head, CellHead):
-        checks.cell_predictions(preds, head.grid_size, head.num_boxes, head.num_classes)
-        return _Predictions([preds], head, size, None)
-    maps = [preds] if isinstance(preds, Tensor) and len(head.levels) == 1 else preds
-    strides = tuple(int(s) if s.is_integer() else s for s in head.strides)
-    checks.grid_predictions(maps, tuple(map(len, head.levels)), strides, head.num_classes, size)
-    return _Predictions(list(maps), head, None, None)
-
-
-def _decode(read: _Predictions) -> tuple[Tensor, Tensor]:
+def _decode(criterion: Any, seen: Predictions) -> tuple[Tensor, Tensor]:
     """Boxes and scores in float64 for float64 predictions, else in float32."""
-    head, preds = read.head, [pred.to(_out_dtype(pred)) for pred in read.preds]
-    if isinstance(head, GridHead):
-        return reference.decode_grid(preds, head)
-    if isinstance(head, CellHead):
-        boxes, scores = reference.decode_cells(preds[0], head)
-    else:
-        assert read.anchors is not None
-        centre = preds[2] if head.centreness else None
-        boxes, scores = decode_anchors(preds[0], preds[1], centre, read.anchors.to(preds[0].dtype), head)
-    if read.size is not None:
-        height, width = read.size
-        image = constants((width, height, width, height), boxes)
-        boxes = boxes * image if isinstance(head, CellHead) else boxes.clamp(min=0).minimum(image)
-    return boxes, scores
+    preds = [pred.to(wide(pred.dtype)) for pred in seen.preds]
+    return drivers.of(criterion).decode(criterion.head, seen._replace(preds=preds))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .backend import resolve
-from .heads import IOU_KINDS
+from .terms import find_term
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -156,29 +156,29 @@ def box_iou_loss(
     Args:
         boxes1: x1, y1, x2, y2, ``[..., 4]``.
         boxes2: the same, of a shape that broadcasts with it.
-        kind: ``"iou"``, ``"giou"``, ``"diou"``, ``"ciou"``, ``"eiou"`` (Zhang et al. 2021, arXiv 2101.08158),
-            ``"siou"`` (Gevorgyan 2022, arXiv 2205.12740) or ``"mpdiou"`` (Ma & Xu 2023, arXiv 2307.07662).
+        kind: ``"iou"``, ``"giou"``, ``"ciou"``, ...: an IoU term for users of the table in ``fusedyolo.terms``, which
+            says where each is from.
         reduction: ``"none"`` (``[...]``), ``"mean"`` (0 if there are no boxes) or ``"sum"``.
         eps: added to every denominator that is an area or a squared length of boxes, and to CIoU's alpha's.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         alpha: power of the IoU and of each penalty, above 0 (alpha-IoU, He et al. 2021, arXiv 2110.13675).
         gamma: the loss is multiplied by ``IoU^gamma``, held constant (the focal factor of Focal-EIoU).
-        image_size: (height, width) of the image in the unit of the boxes, or one number for both; for ``"mpdiou"``,
-            which divides by its diagonal. The other kinds do not read it.
+        image_size: (height, width) of the image in the unit of the boxes, or one number for both; for a term that needs
+            its extent, as ``"mpdiou"``, which divides by its diagonal. The other kinds do not read it.
 
     Raises:
         ValueError: another shape or device, an unknown ``kind`` or ``reduction``, a number out of range, or no
-            ``image_size`` for ``"mpdiou"``.
+            ``image_size`` for a term that needs it.
     """
-    checks.one_of("kind", kind, IOU_KINDS)
+    needs_extent = find_term("kind", kind, "iou", users=True).needs_extent
     alpha = checks.number("alpha", alpha, 0, open_low=True)
     gamma = checks.number("gamma", gamma, 0)
     extent = None
-    if kind == "mpdiou" or image_size is not None:
+    if needs_extent or image_size is not None:
         height, width = checks.size("image_size", image_size)
         extent = [float(width), float(height)]
     args = (eps, eps) if alpha == 1 and gamma == 0 else (eps, eps, alpha, gamma)
-    return _box_loss(boxes1, boxes2, kind, args, reduction, backend, extent if kind == "mpdiou" else None)
+    return _box_loss(boxes1, boxes2, kind, args, reduction, backend, extent if needs_extent else None)
 
 
 def _box_loss(
@@ -212,7 +212,7 @@ def _box_loss(
         own = None if reduction == "none" else ops.workspace(boxes1.device)
         return ops.box_loss(boxes1, boxes2, kind, list(args), reduction, extent, own)
     boxes1, boxes2 = _wide(boxes1), _wide(boxes2)
-    sides = None if extent is None else reference.terms.constants(extent, boxes1)
+    sides = None if extent is None else reference.constants(extent, boxes1)
     loss = reference.BOX_TERMS[kind](boxes1, boxes2, args, sides)
     if reduction == "mean" and not loss.numel():
         return 0.0 * loss.sum()

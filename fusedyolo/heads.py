@@ -13,14 +13,7 @@ from typing import Any
 
 import numpy as np
 
-IOU_KINDS = ("iou", "giou", "diou", "ciou", "eiou", "siou", "mpdiou")
-BOX_KINDS = (*IOU_KINDS, "ciou_plus")
-"""Of decoded boxes: those for users, and with them one that is there for parity with a peer."""
-OFFSET_KINDS = ("mse", "bce_mse")
-DELTA_KINDS = ("l1", "smooth_l1")
-"""Of offsets too, those that take raw logits for them."""
-LABEL_KINDS = ("bce", "focal", "qfl", "varifocal", "sse", "softmax_ce")
-CLASS_KINDS = ("bce", "focal", "softmax_ce", "qfl", "varifocal")
+from .terms import check_term, find_term
 
 
 class _Row:
@@ -108,6 +101,15 @@ class GridHead(_Row):
     obj_args: tuple[float, ...] = ()
     quality_args: tuple[float, ...] = (0.0, 1e-7)
 
+    def __post_init__(self):
+        super().__post_init__()
+        find_term("decode", self.decode, "grid")
+        check_term("box", self.box, self.box_args, "iou", "offset")
+        check_term("label", self.label, self.label_args, "class")
+        check_term("objectness", self.objectness, self.obj_args, "objectness")
+        if self.quality is not None:
+            check_term("quality", self.quality, self.quality_args, "iou")
+
     @property
     def centre_limit(self) -> float:
         """Centres of valid rows lie below this, in images: 1, or the next float32 where 1 itself is valid."""
@@ -128,12 +130,16 @@ class GridHead(_Row):
             if self.iou_thresh < 1:
                 return len(own)
             return len(self.levels) if self.per_level else 1
-        # an overlap above t leaves the centres less than `reach` anchors apart on each axis
-        t = max(self.band[1], 1e-3)
-        reach = max(1 - t, (1 / t - 1) / 2)
         steps = zip(self.levels, self.strides, strict=True)
-        sides = [tuple(2 * reach * side / stride + 1 for side in self.anchors[a]) for own, stride in steps for a in own]
+        apart = 2 * reach(self.band[1])
+        sides = [tuple(apart * side / stride + 1 for side in self.anchors[a]) for own, stride in steps for a in own]
         return sum(math.ceil(w) * math.ceil(h) for w, h in sides)
+
+
+def reach(overlap: float) -> float:
+    """Sides of a box by which, on each axis, the centre of another lies at most apart whose IoU with it is larger."""
+    t = max(overlap, 1e-3)
+    return max(1 - t, (1 / t - 1) / 2)
 
 
 CENTRE_LIMITS = (1.0, 1.0 + 2.0**-23)
@@ -214,7 +220,7 @@ class DenseHead(_Row):
 
     Structure. With ``background`` logit 0 is that of no object, and rows are of the classes from 1 on. ``decode`` is
     ``"delta"`` (with ``weights`` of x, y, w, h) or ``"ltrb"``; ``box`` an IoU term on decoded boxes, or a term of
-    :data:`DELTA_KINDS` on deltas, ``beta`` where it is quadratic. ``label`` is an elementwise term against one-hot
+    the role ``"delta"`` on deltas, ``beta`` where it is quadratic. ``label`` is an elementwise term against one-hot
     targets, or ``"softmax_ce"``. ``negatives``: of the anchors without a row that many times the number of those with
     one count, an image's hardest; 0 for all of them. ``centreness``: a third prediction, of the square root of min(l,
     r) / max(l, r) * min(t, b) / max(t, b), distances of an anchor's centre from the sides of its row. ``mean``: sums
@@ -239,6 +245,12 @@ class DenseHead(_Row):
     mean: str = "image"
     box_args: tuple[float, ...] = (1e-7, 1e-7)
     label_args: tuple[float, ...] = (0.25, 2.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        find_term("decode", self.decode, "anchor")
+        check_term("box", self.box, self.box_args, "iou", "delta")
+        check_term("label", self.label, self.label_args, "class")
 
 
 @lru_cache(maxsize=256)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .kernels.launch import Wishes, legal_wishes
 
@@ -25,6 +24,9 @@ FORMAT = 1
 SHIPPED = Path(__file__).parent / "configs"
 
 _trial: tuple[Wishes, set[str]] | None = None  # what launches get meanwhile, and the keys they asked for
+
+version = 0
+"""Another number whenever :func:`wishes` may say something else; whoever keeps what it said keeps this too."""
 
 
 def folder() -> Path:
@@ -46,13 +48,13 @@ def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def wishes(kind: str, terms: str, pred: Tensor, planes: bool, batch: int, cells: int, classes: int) -> Wishes:
+def wishes(kind: str, terms: str, pred: Any, planes: bool, batch: int, cells: int, classes: int) -> Wishes:
     """What was found best for a launch, nothing where nothing was.
 
     Args:
         kind: ``"grid"``, ``"cell"`` or ``"dense"``.
         terms: those of the loss.
-        pred: predictions, for their device and type.
+        pred: predictions, or what a plan knows of them, for their device and type.
         planes: whether neighbouring cells are neighbours in memory, not neighbouring channels.
         batch: images.
         cells: of the largest map.
@@ -125,17 +127,21 @@ def _refuse(path: Path, why: str) -> dict[str, dict[str, Any]]:
 
 def forget() -> None:
     """Read the files again at the next launch."""
+    global version
     entries.cache_clear()
     _wishes.cache_clear()
+    version += 1
 
 
 @contextmanager
 def forced(wishes: Wishes) -> Iterator[set[str]]:
     """Launches get these wishes and no others, for measuring them; the keys that were asked for are collected."""
-    global _trial
+    global _trial, version
     before, seen = _trial, set[str]()
     _trial = wishes, seen
+    version += 1
     try:
         yield seen
     finally:
         _trial = before
+        version += 1

@@ -1,7 +1,8 @@
 """Which predictions a target row is assigned to: on loaded values, scalars or blocks; nothing is differentiated.
 
-A match rule is ``rule(w, h, own, own_w, own_h, anchors, thresh)``: whether a row of this width and height takes the
-anchor with the index ``own`` in ``anchors`` = (w0, h0, w1, h1, ...), which is ``own_w`` by ``own_h``; all in pixels.
+A match rule is ``rule(w, h, site, pool, thresh, PER_LEVEL)``: whether a row of this width and height takes the anchor
+``site.own`` of the ``pool`` (w0, h0, w1, h1, ...), which is ``site.own_w`` by ``site.own_h``; all in pixels. With
+PER_LEVEL it competes with those from ``pool.first`` to ``pool.end`` only.
 """
 
 import triton
@@ -47,26 +48,30 @@ def row_cell(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
 
 
 @triton.jit
-def best_anchor(w, h, own, own_w, own_h, anchors, thresh):
+def best_anchor(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
     """The row's best anchor (the first of equals, IoU above 0), or one whose IoU exceeds ``thresh``.
 
     The IoU is that of two boxes with one centre. A threshold of 1 is never exceeded.
     """
     best = w * 0.0
-    best_index = own * 0 - 1
+    best_index = (w * 0.0).to(tl.int32) - 1
     own_iou = best
-    for t in tl.static_range(len(anchors) // 2):
-        inter = tl.minimum(w, anchors[2 * t]) * tl.minimum(h, anchors[2 * t + 1])
-        value = near_divide(inter, w * h + anchors[2 * t] * anchors[2 * t + 1] - inter)
+    for t in tl.static_range(len(pool.sides) // 2):
+        side_w = pool.sides[2 * t]
+        side_h = pool.sides[2 * t + 1]
+        inter = tl.minimum(w, side_w) * tl.minimum(h, side_h)
+        value = near_divide(inter, w * h + side_w * side_h - inter)
+        if PER_LEVEL:
+            value = tl.where((t >= pool.first) & (t < pool.end), value, 0.0)
         best_index = tl.where(value > best, t, best_index)
         best = tl.maximum(best, value)
-        own_iou = tl.where(own == t, value, own_iou)
-    return (best_index == own) | (own_iou > thresh)
+        own_iou = tl.where(site.own == t, value, own_iou)
+    return (best_index == site.own) | (own_iou > thresh)
 
 
 @triton.jit
-def ratio(w, h, own, own_w, own_h, anchors, thresh):
+def ratio(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
     """No side more than ``thresh`` times that of the anchor, nor less than its ``thresh``-th part."""
-    rw = near_divide(w, own_w)
-    rh = near_divide(h, own_h)
+    rw = near_divide(w, site.own_w)
+    rh = near_divide(h, site.own_h)
     return tl.maximum(tl.maximum(rw, near_divide(1.0, rw)), tl.maximum(rh, near_divide(1.0, rh))) < thresh

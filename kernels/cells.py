@@ -2,29 +2,134 @@
 
 Each of the S x S cells of an image predicts N boxes (x, y, a, b), each with a confidence, and C class scores of its
 own. Channels are counted N times x, y, a, b, confidence, then the class scores; where a channel lies in memory is said
-by three strided views. Every term is a gain times the squared error of a channel, so a program holds CELLS consecutive
+by :class:`Places`. Every term is a gain times the squared error of a channel, so a program holds CELLS consecutive
 cells of the batch as one tile, loaded once (confidences of all cells, the rest of cells with an object) and, as a
 gradient, stored once.
 
 A tile is [HIGH, cells, LOW], channel k = high * LOW + low: with LOW channels and 32 / LOW cells side by side in a warp,
 accesses still fill sectors, and what is computed once a cell is not computed by 32 threads.
 
-Modes. WITH_LOSS leaves partial sums, which the last program to finish adds up in a fixed order. WITH_GRAD leaves the
-gradient times ``grad_out``, 1 without a pointer to it. SKIP_ONE, of a gradient that is already there for a ``grad_out``
-of 1: a program returns at once if it is 1, and overwrites the gradient otherwise.
+Two launches. The loss decides which row each cell holds and which of its boxes answers for it, and stores that, a
+number a cell; it leaves partial sums, which the last program to finish adds up in a fixed order, and, asked for it, the
+gradient for a ``grad_out`` of 1. The gradient launch reads what was decided and decides nothing.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .assign import row_cell
 from .primitives import larger, smaller
-from .rows import held_range, rows_end, wrong_offsets
+from .rows import in_its_range, load_rows, rows_end, wrong_offsets
 from .sums import column, column_sums, is_last
-from .terms.box import _iou, _normalise
+from .terms.box import similarity
+from .terms.records import axis_of_sizes
 
 LOW: tl.constexpr = tl.constexpr(4)
-N_PARTS: tl.constexpr = tl.constexpr(8)  # box, confidence, class, cells with an object, valid rows; the rest is empty
+N_PARTS: tl.constexpr = tl.constexpr(8)  # box, confidence, class, cells with an object, invalid rows; the rest is empty
+
+
+class Part(NamedTuple):
+    """Where numbers of one kind lie in an image: the first one, and elements from row to row, column to column, box to
+    box (or class to class), and entry to entry of a box."""
+
+    first: Any
+    row: Any
+    column: Any
+    each: Any
+    entry: Any
+
+
+class Places(NamedTuple):
+    """Where predictions, or their gradient, lie: elements from image to image, and the parts of an image."""
+
+    image: Any
+    boxes: Part
+    confidences: Part
+    scores: Part
+
+
+class Map(NamedTuple):
+    """Predictions, or their gradient; without a pointer there is none."""
+
+    ptr: Any
+    at: Places
+
+
+class Gains(NamedTuple):
+    """What squared errors are multiplied by: of boxes that answer for an object, their confidences, all others, and
+    the class scores of cells with an object."""
+
+    box: Any
+    obj: Any
+    noobj: Any
+    cls: Any
+
+
+class Targets(NamedTuple):
+    """The rows of a batch."""
+
+    ptr: Any
+    offsets_ptr: Any
+
+
+class Outputs(NamedTuple):
+    """What the loss launch leaves; ``taken_ptr``, a number a cell: its row times N and the box that answers, or -1.
+    ``done_ptr`` counts finished programs: 0 before and after every launch."""
+
+    total_ptr: Any
+    parts_ptr: Any
+    counts_ptr: Any
+    taken_ptr: Any
+    partial_ptr: Any
+    done_ptr: Any
+
+
+class Spec(NamedTuple):
+    """The structure of a row and the tile of a launch: a kernel is compiled for each. CHANNELS of the ``5 * N + C``
+    channels are in a tile, those of all boxes in the first."""
+
+    S: Any
+    N: Any
+    C: Any
+    ROOT: Any
+    NEAREST: Any
+    RESCORE: Any
+    ACC: Any
+    CELLS: Any
+    CHANNELS: Any
+    BLOCK_G: Any
+
+
+class Box(NamedTuple):
+    """Boxes: centre from the origin of their cell, in cells, and size; of an object in images, of a prediction as it
+    comes."""
+
+    x: Any
+    y: Any
+    w: Any
+    h: Any
+
+
+class Held(NamedTuple):
+    """The objects of some cells: which box answers for it, -1 where there is none, and the target of that one's
+    confidence, the true box, the class."""
+
+    chosen: Any
+    confidence: Any
+    truth: Box
+    label: Any
+
+
+@triton.jit
+def _like(pred, ptr, at):
+    """The map at a pointer; it lies as the predictions do, unless it has places of its own."""
+    if at is None:
+        found = Map(ptr, pred.at)
+    else:
+        found = Map(ptr, at)
+    return found
 
 
 @triton.jit
@@ -35,84 +140,94 @@ def _channels(k0, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _column(tile, k, index):
-    """One channel of a tile with the channels k, as a vector."""
-    return tl.sum(tl.sum(tl.where((k == index)[:, None, :], tile, 0.0), axis=0), axis=1)
+    """One channel of a tile with the channels k, as a vector; ``index`` is one for all cells, [1], or each its own."""
+    return tl.sum(tl.sum(tl.where(k[:, None, :] == index[None, :, None], tile, 0.0), axis=0), axis=1)
 
 
 @triton.jit
-def _load_rows(rows_ptr, g, mask):
-    """Image, class, cx, cy, w, h of a block of rows, in one access: one of few columns would read as many sectors.
-
-    Rows masked out are zero, and so not valid.
-    """
-    k = _channels(0, 8)
-    keep = mask[None, :, None] & (k < 6)[:, None, :]
-    tile = tl.load((rows_ptr + g * 6)[None, :, None] + k[:, None, :], mask=keep, other=0.0)
-    return (
-        _column(tile, k, 0),
-        _column(tile, k, 1),
-        _column(tile, k, 2),
-        _column(tile, k, 3),
-        _column(tile, k, 4),
-        _column(tile, k, 5),
+def _box(tile, k, j):
+    """The j-th box of each cell; j as ``index`` of :func:`_column`."""
+    return Box(
+        _column(tile, k, 5 * j), _column(tile, k, 5 * j + 1), _column(tile, k, 5 * j + 2), _column(tile, k, 5 * j + 3)
     )
 
 
 @triton.jit
-def _first_rows(
-    rows_ptr, offsets_ptr, M, c0, last_image, B,
-    S: tl.constexpr, C: tl.constexpr, CELLS: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """The first valid row in each of the cells from c0 to those of ``last_image``, M where there is none; and how many
-    lie in them all. With offsets each image is searched in its own range, else all rows at once."""
-    lane = tl.arange(0, CELLS)
-    owner = tl.zeros([CELLS], tl.int32) + M
+def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
+    """The first valid row in each of the cells, M where there is none; and how many lie in them all."""
+    CELLS: tl.constexpr = SPEC.CELLS
+    BLOCK_G: tl.constexpr = SPEC.BLOCK_G
+    AREA: tl.constexpr = SPEC.S * SPEC.S
+    lane = tl.arange(0, CELLS)[:, None]
+    # A tile of cells and rows, rows along a warp: of what is computed a row, a thread computes one or two. The first
+    # of each cell is found once, after the loop.
+    owner = tl.zeros([CELLS, BLOCK_G], tl.int32) + M
     valid = tl.zeros([BLOCK_G], tl.int32)
-    image = c0 // (S * S)
-    while image <= last_image:
-        first = M * 0
-        last = M
-        if offsets_ptr is not None:
-            first, last = held_range(offsets_ptr, M, image)
-        for g0 in range(first, last, BLOCK_G):
-            g = g0 + tl.arange(0, BLOCK_G)
-            row = _load_rows(rows_ptr, g, g < last)
-            b = tl.where((row[0] >= 0) & (row[0] < B), row[0], 0.0).to(tl.int32)
-            cell = row_cell(row, 0, b, S, S, C, 1.0, False)
-            at = b * (S * S) + cell - c0
-            here = (cell >= 0) & (at >= 0) & (at < CELLS)
-            if offsets_ptr is not None:
-                here = here & (b == image)
-            valid += here.to(tl.int32)
-            if tl.max(here.to(tl.int32), axis=0) > 0:
-                hit = here[:, None] & (at[:, None] == lane[None, :])
-                owner = tl.minimum(owner, tl.min(tl.where(hit, g[:, None], M), axis=0))
-        image += 1
-        if offsets_ptr is None:
-            image = last_image + 1
-    return owner, tl.sum(valid, axis=0)
+    first = M * 0
+    last = M
+    if targets.offsets_ptr is not None:  # from the first row of any of their images to the last
+        ranges = targets.offsets_ptr + tl.minimum(cells // AREA, B - 1)
+        first = tl.minimum(tl.maximum(tl.min(tl.load(ranges), axis=0), 0), M)
+        last = tl.minimum(tl.max(tl.load(ranges + 1), axis=0), M)
+    c0 = tl.program_id(0) * CELLS
+    for g0 in range(first, last, BLOCK_G):
+        g = g0 + tl.arange(0, BLOCK_G)
+        row = load_rows(targets.ptr, g, g < last, BLOCK_G)
+        b = tl.where((row.image >= 0) & (row.image < B), row.image, -1.0).to(tl.int32)
+        cell = row_cell(row, 0, b, SPEC.S, SPEC.S, SPEC.C, 1.0, False)
+        at = b * AREA + cell - c0
+        here = (b >= 0) & (cell >= 0) & (at >= 0) & (at < CELLS)
+        here = in_its_range(b, g, here, targets.offsets_ptr)
+        valid += here.to(tl.int32)
+        hit = tl.where(here, at, -1)[None, :] == lane
+        owner = tl.minimum(owner, tl.where(hit, g[None, :], M))
+    return tl.min(owner, axis=1), tl.sum(valid, axis=0)
 
 
 @triton.jit
-def _places(views, cells, k, S: tl.constexpr, N: tl.constexpr):
-    """Where channels k of the cells lie: elements from the first one, as a tile.
-
-    ``views`` is the stride from image to image, and for boxes (row, column, box, entry), confidences (row, column, box)
-    and class scores (row, column, class) their strides with the place of the first element before them.
-    """
-    image, box, conf, cls = views
+def _places(at, cells, k, SPEC: tl.constexpr):
+    """Where channels k of the cells lie: elements from the first one, as a tile."""
+    N: tl.constexpr = SPEC.N
+    S: tl.constexpr = SPEC.S
+    boxes = at.boxes
+    confidences = at.confidences
+    scores = at.scores
     j = k // 5
     e = k % 5
     is_cls = k >= 5 * N
     is_conf = e == 4
-    start = tl.where(is_conf, conf[0] + j * conf[3], box[0] + j * box[3] + e * box[4])
-    start = tl.where(is_cls, cls[0] + (k - 5 * N) * cls[3], start)
-    down = tl.where(is_cls, cls[1], tl.where(is_conf, conf[1], box[1]))
-    right = tl.where(is_cls, cls[2], tl.where(is_conf, conf[2], box[2]))
+    start = tl.where(is_conf, confidences.first + j * confidences.each, boxes.first + j * boxes.each + e * boxes.entry)
+    start = tl.where(is_cls, scores.first + (k - 5 * N) * scores.each, start)
+    down = tl.where(is_cls, scores.row, tl.where(is_conf, confidences.row, boxes.row))
+    right = tl.where(is_cls, scores.column, tl.where(is_conf, confidences.column, boxes.column))
     y = ((cells % (S * S)) // S)[None, :, None]
     x = (cells % S)[None, :, None]
     inside = start[:, None, :] + y * down[:, None, :] + x * right[:, None, :]
-    return ((cells // (S * S)).to(tl.int64) * image)[None, :, None] + inside
+    return ((cells // (S * S)).to(tl.int64) * at.image)[None, :, None] + inside
+
+
+@triton.jit
+def _load_tile(pred, k, cells, inside, has, SPEC: tl.constexpr):
+    """The channels k of the cells that have an object; confidences of all."""
+    is_cls = k >= 5 * SPEC.N
+    always = ((k % 5 == 4) & ~is_cls)[:, None, :]
+    there = inside[None, :, None] & (k < 5 * SPEC.N + SPEC.C)[:, None, :]
+    mask = there & (always | has[None, :, None])
+    return tl.load(pred.ptr + _places(pred.at, cells, k, SPEC), mask=mask, other=0.0).to(SPEC.ACC)
+
+
+@triton.jit
+def _truth(rows_ptr, owner, has, cells, SPEC: tl.constexpr):
+    """The true box of each cell with an object, and its class."""
+    CELLS: tl.constexpr = SPEC.CELLS
+    row = load_rows(rows_ptr, owner, has, CELLS)
+    # offsets in the cell: the product is not rounded before the cell is taken off
+    side = tl.full([CELLS], SPEC.S, SPEC.ACC)
+    x = tl.fma(row.cx.to(SPEC.ACC), side, -(cells % SPEC.S).to(SPEC.ACC))
+    y = tl.fma(row.cy.to(SPEC.ACC), side, -((cells % (SPEC.S * SPEC.S)) // SPEC.S).to(SPEC.ACC))
+    w = tl.where(has, row.w, 0.0).to(SPEC.ACC)
+    h = tl.where(has, row.h, 0.0).to(SPEC.ACC)
+    return Box(x, y, w, h), row.label.to(tl.int32)
 
 
 @triton.jit
@@ -125,45 +240,34 @@ def _size(a, ROOT: tl.constexpr):
 
 
 @triton.jit
-def _overlap(x, y, a, b, truth, S: tl.constexpr, ROOT: tl.constexpr):
+def _overlap(box, truth, SPEC: tl.constexpr):
     """IoU of a predicted box and the object, and the square of their distance: of centres and sizes, in images."""
-    tx, ty, tw, th = truth
-    w = _size(a, ROOT)
-    h = _size(b, ROOT)
-    dx = (x - tx) / S
-    dy = (y - ty) / S
-    ex = 0.5 * (tw - w)
-    ey = 0.5 * (th - h)
-    along_x, along_y, _inv = _normalise((w, tw, dx + ex, ex - dx), (h, th, dy + ey, ey - dy))
-    iou, _union, _di, _d = _iou(along_x, along_y, 0.0)
+    w = _size(box.w, SPEC.ROOT)
+    h = _size(box.h, SPEC.ROOT)
+    dx = (box.x - truth.x) / SPEC.S
+    dy = (box.y - truth.y) / SPEC.S
+    ex = 0.5 * (truth.w - w)
+    ey = 0.5 * (truth.h - h)
+    iou = similarity(axis_of_sizes(w, truth.w, dx, None), axis_of_sizes(h, truth.h, dy, None))
     return iou, dx * dx + dy * dy + 4.0 * (ex * ex + ey * ey)
 
 
 @triton.jit
-def _responsible(
-    tile, k, truth,
-    S: tl.constexpr, N: tl.constexpr, ROOT: tl.constexpr, NEAREST: tl.constexpr, CELLS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def _responsible(tile, k, truth, SPEC: tl.constexpr):
     """The box of each cell that answers for its object, and its IoU.
 
     It is the one of the largest IoU, the first of equals. If all are 0: with NEAREST the one at the smallest distance,
     the first of equals, otherwise the first. A NaN never wins.
     """
+    CELLS: tl.constexpr = SPEC.CELLS
     chosen = tl.zeros([CELLS], tl.int32)
-    best = tl.zeros([CELLS], ACC)
+    best = tl.zeros([CELLS], SPEC.ACC)
     nearest = best + float("inf")
+    N: tl.constexpr = SPEC.N
     for j in tl.static_range(N):
-        iou, distance = _overlap(
-            _column(tile, k, 5 * j),
-            _column(tile, k, 5 * j + 1),
-            _column(tile, k, 5 * j + 2),
-            _column(tile, k, 5 * j + 3),
-            truth,
-            S,
-            ROOT,
-        )
+        iou, distance = _overlap(_box(tile, k, tl.full([1], j, tl.int32)), truth, SPEC)
         better = iou > best
-        if NEAREST:
+        if SPEC.NEAREST:
             better = better | ((best == 0) & (iou == 0) & (distance < nearest))
         chosen = tl.where(better, j, chosen)
         nearest = tl.where(better, distance, nearest)
@@ -172,139 +276,139 @@ def _responsible(
 
 
 @triton.jit
-def _squares(
-    tile, k, has, chosen, confidence, truth, label, numbers,
-    N: tl.constexpr, ROOT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Loss of a tile with the channels k, and its gradient.
-
-    ``has`` says which cells hold an object, ``chosen`` which of their boxes answers for it (-1 without one) and
-    ``confidence`` that one's target. A NaN that no term takes shows in the loss all the same.
-    """
-    box_gain, obj_gain, noobj_gain, cls_gain = numbers
-    tx, ty, tw, th = truth
-    if ROOT:
+def _squares(tile, k, held, gains, SPEC: tl.constexpr):
+    """Loss of a tile with the channels k, and its gradient. A NaN that no term takes shows in the loss all the same."""
+    N: tl.constexpr = SPEC.N
+    tw = held.truth.w
+    th = held.truth.h
+    if SPEC.ROOT:
         tw = tl.sqrt(tw)
         th = tl.sqrt(th)
     e = (k % 5)[:, None, :]
     is_cls = (k >= 5 * N)[:, None, :]
     is_conf = (e == 4) & ~is_cls
-    mine = (k // 5)[:, None, :] == chosen[None, :, None]
-    one_hot = ((k - 5 * N)[:, None, :] == label[None, :, None]).to(ACC)
+    mine = (k // 5)[:, None, :] == held.chosen[None, :, None]
+    one_hot = ((k - 5 * N)[:, None, :] == held.label[None, :, None]).to(SPEC.ACC)
     size = tl.where(e == 2, tw[None, :, None], th[None, :, None])
-    target = tl.where(e == 0, tx[None, :, None], tl.where(e == 1, ty[None, :, None], size))
-    target = tl.where(is_conf, tl.where(mine, confidence[None, :, None], 0.0), target)
+    target = tl.where(e == 0, held.truth.x[None, :, None], tl.where(e == 1, held.truth.y[None, :, None], size))
+    target = tl.where(is_conf, tl.where(mine, held.confidence[None, :, None], 0.0), target)
     target = tl.where(is_cls, one_hot, target)
-    gain = tl.where(is_conf, tl.where(mine, tl.cast(obj_gain, ACC), tl.cast(noobj_gain, ACC)), tl.cast(box_gain, ACC))
-    gain = tl.where(is_cls, tl.cast(cls_gain, ACC), gain)
-    used = tl.where(is_cls, has[None, :, None], is_conf | mine)
+    gain = tl.where(mine, tl.cast(gains.obj, SPEC.ACC), tl.cast(gains.noobj, SPEC.ACC))
+    gain = tl.where(is_conf, gain, tl.cast(gains.box, SPEC.ACC))
+    gain = tl.where(is_cls, tl.cast(gains.cls, SPEC.ACC), gain)
+    used = tl.where(is_cls, (held.chosen >= 0)[None, :, None], is_conf | mine)
     error = tile - target
     loss = tl.where(used, gain * (error * error), 0.0)
     return tl.where(tile != tile, tile, loss), tl.where(used, 2.0 * gain * error, 0.0)
 
 
 @triton.jit
-def _channel_terms(
-    d_ptr, d_views, tile, k, cells, end, has, chosen, confidence, truth, label, numbers, grad_out,
-    S: tl.constexpr, N: tl.constexpr, C: tl.constexpr, ROOT: tl.constexpr,
-    WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Box, confidence and class loss of a tile with the channels k; stores its gradient."""
-    box = tl.cast(0.0, ACC)
-    obj = tl.cast(0.0, ACC)
-    cls = tl.cast(0.0, ACC)
-    loss, d = _squares(tile, k, has, chosen, confidence, truth, label, numbers, N, ROOT, ACC)
-    keep = (cells < end)[None, :, None] & (k < 5 * N + C)[:, None, :]
-    if WITH_LOSS:
-        sums = tl.sum(tl.where(keep, loss, 0.0), axis=1)
-        is_cls = k >= 5 * N
-        is_conf = (k % 5 == 4) & ~is_cls
-        box = tl.sum(tl.where(is_cls | is_conf, 0.0, sums))
-        obj = tl.sum(tl.where(is_conf, sums, 0.0))
-        cls = tl.sum(tl.where(is_cls, sums, 0.0))
-    if WITH_GRAD:
-        to = d_ptr + _places(d_views, cells, k, S, N)
-        tl.store(to, (grad_out * d).to(d_ptr.dtype.element_ty), mask=keep)
+def _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC: tl.constexpr):
+    """Box, confidence and class loss of a tile with the channels k; stores its gradient where there is a place."""
+    loss, d = _squares(tile, k, held, gains, SPEC)
+    keep = inside[None, :, None] & (k < 5 * SPEC.N + SPEC.C)[:, None, :]
+    sums = tl.sum(tl.where(keep, loss, 0.0), axis=1)
+    is_cls = k >= 5 * SPEC.N
+    is_conf = (k % 5 == 4) & ~is_cls
+    box = tl.sum(tl.where(is_cls | is_conf, 0.0, sums))
+    obj = tl.sum(tl.where(is_conf, sums, 0.0))
+    cls = tl.sum(tl.where(is_cls, sums, 0.0))
+    if grad.ptr is not None:
+        to = grad.ptr + _places(grad.at, cells, k, SPEC)
+        tl.store(to, (grad_out * d).to(grad.ptr.dtype.element_ty), mask=keep)
     return box, obj, cls
 
 
-@triton.jit(do_not_specialize=["B", "M"])
-def cell_kernel(
-    pred_ptr, d_ptr, views, d_views, rows_ptr, offsets_ptr, M, grad_out_ptr, numbers, B,
-    total_ptr, parts_ptr, counts_ptr, partial_ptr, done_ptr,
-    S: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-    ROOT: tl.constexpr, NEAREST: tl.constexpr, RESCORE: tl.constexpr,
-    WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, SKIP_ONE: tl.constexpr, ACC: tl.constexpr,
-    CELLS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """Loss and gradient of a head of cells; grid: one program for CELLS of the B * S * S cells, image after image.
+@triton.jit
+def _other_scores(pred, cells, inside, held, gains, grad, grad_out, SPEC: tl.constexpr):
+    """Class loss of the scores that the first tile has no room for; stores their gradient."""
+    loss = tl.cast(0.0, SPEC.ACC)
+    CHANNELS: tl.constexpr = SPEC.CHANNELS
+    for k0 in tl.range(CHANNELS, 5 * SPEC.N + SPEC.C, CHANNELS, loop_unroll_factor=1):
+        k = _channels(k0, CHANNELS)
+        tile = _load_tile(pred, k, cells, inside, held.chosen >= 0, SPEC)
+        _box_loss, _obj, cls = _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC)
+        loss += cls
+    return loss
 
-    ``views`` and ``d_views`` are the strides of predictions and gradient, see :func:`_places`; CHANNELS of the
-    ``5 * N + C`` channels are in a tile, those of all boxes in the first. ``done_ptr`` counts finished programs: 0
-    before and after every launch.
+
+@triton.jit(do_not_specialize=["B", "M"])
+def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M, B, SPEC: tl.constexpr):
+    """Loss of a head of cells, and its gradient where there is a ``grad_ptr``; grid: one program for CELLS of the
+    ``B * S * S`` cells, image after image. ``M`` is the number of rows.
     """
-    grad_out = tl.cast(1.0, ACC)
-    if grad_out_ptr is not None:
-        grad_out = tl.load(grad_out_ptr).to(ACC)
+    CELLS: tl.constexpr = SPEC.CELLS
+    cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    inside = cells < B * (SPEC.S * SPEC.S)
+    owner, valid = _first_rows(targets, M, B, cells, SPEC)
+    invalid = -valid  # of the whole batch, once all programs are added up
+    if tl.program_id(0) == 0:
+        invalid += rows_end(targets.offsets_ptr, M, B) + wrong_offsets(targets.offsets_ptr, M, B, SPEC.BLOCK_G)
+    has = owner < M
+    truth, label = _truth(targets.ptr, owner, has, cells, SPEC)
+    k = _channels(0, SPEC.CHANNELS)
+    pred = Map(pred_ptr, pred_at)
+    tile = _load_tile(pred, k, cells, inside, has, SPEC)
+    chosen, iou = _responsible(tile, k, truth, SPEC)
+    tl.store(outputs.taken_ptr + cells, tl.where(has, owner * SPEC.N + chosen, -1), mask=inside)
+    confidence = iou
+    if not SPEC.RESCORE:
+        confidence = tl.full([CELLS], 1.0, SPEC.ACC)
+    chosen = tl.where(has, chosen, -1)
+    held = Held(chosen, confidence, truth, label)
+    grad = _like(pred, grad_ptr, grad_at)
+    one = tl.cast(1.0, SPEC.ACC)
+    box, obj, cls = _terms(tile, k, cells, inside, held, gains, grad, one, SPEC)
+    cls += _other_scores(pred, cells, inside, held, gains, grad, one, SPEC)
+
+    part = tl.arange(0, N_PARTS)
+    used = tl.sum((chosen >= 0).to(tl.int32), axis=0).to(SPEC.ACC)
+    partial = tl.where(part == 3, used, tl.where(part == 4, invalid.to(SPEC.ACC), 0.0))
+    partial = tl.where(part == 0, box, tl.where(part == 1, obj, tl.where(part == 2, cls, partial)))
+    tl.store(outputs.partial_ptr + tl.program_id(0) * N_PARTS + part, partial)
+    programs = tl.num_programs(0)
+    if is_last(outputs.done_ptr, programs):
+        sums = column_sums(outputs.partial_ptr, programs, N_PARTS, SPEC.ACC)
+        box = column(sums, 0)
+        obj = column(sums, 1)
+        cls = column(sums, 2)
+        tl.store(outputs.parts_ptr, box)
+        tl.store(outputs.parts_ptr + 1, obj)
+        tl.store(outputs.parts_ptr + 2, cls)
+        tl.store(outputs.total_ptr, box + obj + cls)
+        tl.store(outputs.counts_ptr, column(sums, 3).to(tl.int32))
+        tl.store(outputs.counts_ptr + 1, column(sums, 4).to(tl.int32))
+        tl.store(outputs.done_ptr, 0)  # ready for the next launch
+
+
+@triton.jit(do_not_specialize=["B"])
+def cell_grad_kernel(
+    pred_ptr, pred_at, grad_ptr, grad_at, rows_ptr, taken_ptr, gains, grad_out_ptr, B,
+    SPEC: tl.constexpr, SKIP_ONE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the loss times ``grad_out``, of what the loss launch has decided; grid and tile as there.
+
+    SKIP_ONE: it is already there for a ``grad_out`` of 1, and stays as it is in this case.
+    """
+    CELLS: tl.constexpr = SPEC.CELLS
+    grad_out = tl.load(grad_out_ptr).to(SPEC.ACC)
     if SKIP_ONE:
         if grad_out == 1.0:
             return
-    c0 = tl.program_id(0) * CELLS
-    end = B * (S * S)
-    last_image = (tl.minimum(c0 + CELLS, end) - 1) // (S * S)
-    owner, valid = _first_rows(rows_ptr, offsets_ptr, M, c0, last_image, B, S, C, CELLS, BLOCK_G)
-    has = owner < M
-    row = _load_rows(rows_ptr, owner, has)
-    cells = c0 + tl.arange(0, CELLS)
-    # offsets in the cell: the product is not rounded before the cell is taken off
-    side = tl.full([CELLS], S, ACC)
-    tx = tl.fma(row[2].to(ACC), side, -(cells % S).to(ACC))
-    ty = tl.fma(row[3].to(ACC), side, -((cells % (S * S)) // S).to(ACC))
-    truth = (tx, ty, row[4].to(ACC), row[5].to(ACC))
-    label = row[1].to(tl.int32)
-
-    k = _channels(0, CHANNELS)
-    inside = (cells < end)[None, :, None]
-    always = ((k < 5 * N) & (k % 5 == 4))[:, None, :]  # confidences
-    mask = inside & (k < 5 * N + C)[:, None, :] & (always | has[None, :, None])
-    tile = tl.load(pred_ptr + _places(views, cells, k, S, N), mask=mask, other=0.0).to(ACC)
-    chosen, iou = _responsible(tile, k, truth, S, N, ROOT, NEAREST, CELLS, ACC)
-    chosen = tl.where(has, chosen, -1)
-    confidence = iou
-    if not RESCORE:
-        confidence = tl.full([CELLS], 1.0, ACC)
-
-    box, obj, cls = _channel_terms(
-        d_ptr, d_views, tile, k, cells, end, has, chosen, confidence, truth, label, numbers, grad_out,
-        S, N, C, ROOT, WITH_LOSS, WITH_GRAD, ACC,
-    )  # fmt: skip
-    for k0 in tl.range(CHANNELS, 5 * N + C, CHANNELS, loop_unroll_factor=1):  # class scores that are left
-        k = _channels(k0, CHANNELS)
-        mask = inside & (k < 5 * N + C)[:, None, :] & has[None, :, None]
-        tile = tl.load(pred_ptr + _places(views, cells, k, S, N), mask=mask, other=0.0).to(ACC)
-        _box, _obj, more = _channel_terms(
-            d_ptr, d_views, tile, k, cells, end, has, chosen, confidence, truth, label, numbers, grad_out,
-            S, N, C, ROOT, WITH_LOSS, WITH_GRAD, ACC,
-        )  # fmt: skip
-        cls += more
-
-    if WITH_LOSS:
-        part = tl.arange(0, N_PARTS)
-        used = tl.sum(has.to(tl.int32), axis=0).to(ACC)
-        partial = tl.where(part == 3, used, tl.where(part == 4, valid.to(ACC), 0.0))
-        partial = tl.where(part == 0, box, tl.where(part == 1, obj, tl.where(part == 2, cls, partial)))
-        tl.store(partial_ptr + tl.program_id(0) * N_PARTS + part, partial)
-        programs = tl.num_programs(0)
-        if is_last(done_ptr, programs):
-            sums = column_sums(partial_ptr, programs, N_PARTS, ACC)
-            box = column(sums, 0)
-            obj = column(sums, 1)
-            cls = column(sums, 2)
-            invalid = rows_end(offsets_ptr, M, B) - column(sums, 4).to(tl.int32)
-            tl.store(parts_ptr, box)
-            tl.store(parts_ptr + 1, obj)
-            tl.store(parts_ptr + 2, cls)
-            tl.store(total_ptr, box + obj + cls)
-            tl.store(counts_ptr, column(sums, 3).to(tl.int32))
-            tl.store(counts_ptr + 1, invalid + wrong_offsets(offsets_ptr, M, B, BLOCK_G))
-            tl.store(done_ptr, 0)  # ready for the next launch
+    cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    inside = cells < B * (SPEC.S * SPEC.S)
+    taken = tl.load(taken_ptr + cells, mask=inside, other=-1)
+    has = taken >= 0
+    truth, label = _truth(rows_ptr, taken // SPEC.N, has, cells, SPEC)
+    chosen = tl.where(has, taken % SPEC.N, -1)
+    k = _channels(0, SPEC.CHANNELS)
+    pred = Map(pred_ptr, pred_at)
+    tile = _load_tile(pred, k, cells, inside, has, SPEC)
+    confidence = tl.full([CELLS], 1.0, SPEC.ACC)
+    if SPEC.RESCORE:
+        iou, _distance = _overlap(_box(tile, k, chosen), truth, SPEC)
+        confidence = tl.where(iou > 0, iou, 0.0)  # a NaN does not answer for an object
+    held = Held(chosen, confidence, truth, label)
+    grad = _like(pred, grad_ptr, grad_at)
+    _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC)
+    _other_scores(pred, cells, inside, held, gains, grad, grad_out, SPEC)

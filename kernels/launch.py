@@ -36,7 +36,7 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
     half the registers and no stack on gfx942.
     """
     if not cells_contiguous:
-        return replace(GridConfig(cells=128, channels=32, threads=128), **dict(wishes))
+        return replace(GridConfig(cells=128, channels=16, threads=128), **dict(wishes))
     wanted = dict(wishes)
     cells = largest = wanted.pop("cells", 1024)
     while cells > SMALLEST_TILE and cells >= 2 * largest_map:
@@ -47,6 +47,7 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
 
 
 CELL_TILE = 32768  # bytes of a tile of the driver of cells
+CELL_PAIRS = 8192  # of cells and rows that are compared at a time
 WIDEST = 128  # channels in it, unless the boxes of a cell have more
 
 
@@ -55,7 +56,8 @@ def cell_config(cells: int, channels: int, box_channels: int, itemsize: int, wis
     width = max(_power(box_channels), min(_power(channels), WIDEST))
     several = width < channels  # what is kept from one tile to the next takes registers
     height = max(16, min(_power(cells), CELL_TILE // width // itemsize // (1 + several)))
-    return replace(GridConfig(cells=height, channels=width, threads=512, rows=16), **dict(wishes))
+    config = replace(GridConfig(cells=height, channels=width, threads=512), **dict(wishes))
+    return config if "rows" in dict(wishes) else replace(config, rows=max(16, min(128, CELL_PAIRS // config.cells)))
 
 
 def _power(n: int) -> int:
@@ -113,7 +115,7 @@ def dense_config(
         cells=max(1, 512 // width) if ranked else 512,
         planes=4,
         width=width,
-        anchors=512 if itemsize > 2 else 256,
+        anchors=512,
         threads=256,
     )
     tile = classes * usual.cells if ranked else usual.block

@@ -1,9 +1,22 @@
 """Loading target rows: image, class and four numbers of a box, six floats each."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .assign import row_valid
+
+
+class Row(NamedTuple):
+    """A row, or a block of them: centre and size relative to the image, or where it is told so, two corners."""
+
+    image: Any
+    label: Any
+    cx: Any
+    cy: Any
+    w: Any
+    h: Any
 
 
 @triton.jit
@@ -16,7 +29,7 @@ def _row_of(values):
     one, five = tl.split(one_five)
     two, _spare = tl.split(two_six)
     three, _spare = tl.split(three_seven)
-    return zero, one, two, three, four, five
+    return Row(zero, one, two, three, four, five)
 
 
 @triton.jit
@@ -119,6 +132,6 @@ def row_corners(row, first_image, last_image, classes, size, CORNERS: tl.constex
         cy = c1.to(ACC)
         corners = ((cx - hx) * width, (cy - hy) * height, (cx + hx) * width, (cy + hy) * height)
     first_class, logits = classes
-    row = (image, label - first_class, box[0], box[1], box[2], box[3])
+    row = Row(image, label - first_class, box[0], box[1], box[2], box[3])
     valid = row_valid(row, first_image, last_image, logits - first_class, 1.0)
     return valid, label.to(tl.int32), corners

@@ -46,8 +46,8 @@ def spoilt():
     run = Launch.run
 
     def run_spoilt(self):
-        if "OBJ" in self.arguments:
-            self.arguments["OBJ"] = bce_twice
+        if "terms" in self.arguments:
+            self.arguments["terms"] = self.arguments["terms"]._replace(objectness=bce_twice)
         run(self)
 
     with mock.patch.object(Launch, "run", run_spoilt):

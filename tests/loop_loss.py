@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from formulas import ZERO, box_term, class_terms, decoded, label_term, offset_term, plain_iou
 from torch import Tensor
 
 from fusedyolo.heads import GridHead
 
-ZERO = torch.zeros((), dtype=torch.float64)
 Place = tuple[int, ...]  # image, anchor of the level, y, x
 
 
@@ -32,132 +32,6 @@ class LoopLoss:
     @property
     def total(self) -> Tensor:
         return self.box + self.obj + self.cls
-
-
-def label_term(kind: str, x: Tensor, t: float | Tensor, args: tuple[float, ...]) -> Tensor:
-    log_p, log_q = -torch.logaddexp(ZERO, -x), -torch.logaddexp(ZERO, x)
-    if kind == "sse":
-        return (torch.exp(log_p) * (1 - t) - torch.exp(log_q) * t) ** 2
-    is_weighted = (kind, len(args)) in (("bce", 1), ("focal", 3))
-    loss = -t * log_p * (args[-1] if is_weighted else 1.0) - (1 - t) * log_q
-    if kind == "bce":
-        return loss
-    alpha, gamma = args[:2]
-    if kind == "varifocal":
-        p = torch.exp(log_p)
-        negative = (p**gamma if p > 0 else float(gamma == 0)) * (alpha if alpha >= 0 else 1.0)
-        return loss * (t if t > 0 else negative)
-    if kind == "focal":
-        wrong = (1 - t) * torch.exp(log_p) + t * torch.exp(log_q)
-    else:  # qfl
-        wrong = abs((1 - t) * torch.exp(log_p) - t * torch.exp(log_q))
-    loss = loss * (wrong**gamma if wrong > 0 else float(gamma == 0))
-    return loss * (t * alpha + (1 - t) * (1 - alpha)) if alpha >= 0 else loss
-
-
-def class_terms(kind: str, logits: list[Tensor], targets: list[float], args: tuple[float, ...]) -> list[Tensor]:
-    """Of one prediction, one an entry of its classes."""
-    if kind != "softmax_ce":
-        return [label_term(kind, z, t, args) for z, t in zip(logits, targets, strict=True)]
-    return [-t * (z - torch.logsumexp(torch.stack(logits), 0)) for z, t in zip(logits, targets, strict=True)]
-
-
-def box_term(
-    kind: str,
-    p: tuple[Tensor, ...],
-    g: tuple[Tensor, ...],
-    args: tuple[float, ...],
-    extent: tuple[float, float] | None = None,
-) -> Tensor:
-    """Boxes as (cx, cy, w, h), and so the image's width and height."""
-    eps, eps_alpha = args[:2]
-    alpha, gamma = args[2:] or (1.0, 0.0)
-    low = [torch.maximum(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2) for i in (0, 1)]
-    high = [torch.minimum(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2) for i in (0, 1)]
-    hull = [
-        torch.maximum(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2)
-        - torch.minimum(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2)
-        for i in (0, 1)
-    ]
-    meets = bool(high[0] > low[0]) and bool(high[1] > low[1])
-    inter = (high[0] - low[0]) * (high[1] - low[1]) if meets else ZERO
-    union = p[2] * p[3] + g[2] * g[3] - inter
-    iou = over(inter, union + eps)
-    diagonal = hull[0] * hull[0] + hull[1] * hull[1] + eps
-    away = over((p[0] - g[0]) ** 2 + (p[1] - g[1]) ** 2, diagonal)
-    penalties: list[Tensor] = []
-    if kind == "giou":
-        area = hull[0] * hull[1]
-        penalties = [over(area - union, area + eps)]
-    if kind == "mpdiou":
-        corners = [[(p[i] - g[i]) + side * (p[i + 2] - g[i + 2]) / 2 for i in (0, 1)] for side in (-1, 1)]
-        penalties = [(d[0] * d[0] + d[1] * d[1]) / (extent[0] ** 2 + extent[1] ** 2) for d in corners]
-    if kind == "siou":
-        sides = [torch.abs(p[i] - g[i]) for i in (0, 1)]
-        angle = over(2 * sides[0] * sides[1], sides[0] * sides[0] + sides[1] * sides[1])
-        spread = ZERO
-        for i in (0, 1):
-            rho = over(sides[i] * sides[i], hull[i] * hull[i] + eps)
-            omega = over(torch.abs(p[i + 2] - g[i + 2]), torch.maximum(p[i + 2], g[i + 2]))
-            spread = spread + (1 - torch.exp((angle - 2) * rho) + (1 - torch.exp(-omega)) ** 4) / 2
-        penalties = [spread]
-    if kind in ("diou", "ciou", "eiou"):
-        penalties = [away]
-    if kind == "eiou":
-        penalties += [over((p[i + 2] - g[i + 2]) ** 2, hull[i] * hull[i] + eps) for i in (0, 1)]
-    if kind == "ciou":
-        v = 4 * (torch.atan2(g[2], g[3]) - torch.atan2(p[2], p[3])) ** 2 / math.pi**2
-        below = 1 - float(iou.detach()) + float(v.detach()) + eps_alpha
-        penalties.append((float(v.detach()) / below if below != 0 else 0.0) * v)
-    if kind == "ciou_plus":
-        v = 4 * (torch.atan2(g[2], g[3] + eps) - torch.atan2(p[2], p[3] + eps)) ** 2 / math.pi**2
-        below = 1 - float(iou.detach()) + float(v.detach())
-        return 1 - torch.clamp(iou - away + (float(v.detach()) / below if below != 0 else 0.0) * v, -1, 1)
-    loss = 1 - power(iou, alpha) + sum((power(penalty, alpha) for penalty in penalties), ZERO)
-    return loss * power(iou.detach(), gamma)
-
-
-def over(a: Tensor, b: Tensor) -> Tensor:
-    return a / b if float(b.detach()) != 0 else ZERO
-
-
-def power(x: Tensor, exponent: float) -> Tensor:
-    if exponent == 1:
-        return x
-    return x**exponent if x > 0 else ZERO + float(exponent == 0)
-
-
-def sensitive(a: Tensor, scale: float) -> Tensor:
-    return scale * torch.exp(-torch.logaddexp(ZERO, -a)) - (scale - 1) / 2
-
-
-def offset_term(kind: str, a: Tensor, b: Tensor, ta: float, tb: float, scale: float) -> Tensor:
-    if kind == "mse":
-        return (sensitive(a, scale) - ta) ** 2 + (b - tb) ** 2
-    return scale * label_term("bce", a, (ta + (scale - 1) / 2) / scale, ()) + (b - tb) ** 2 / 2
-
-
-def decoded(
-    kind: str, raw: list[Tensor], anchor: tuple[float, float], stride: float, scale: float
-) -> tuple[Tensor, ...]:
-    """Pixels, the centre from the cell's origin."""
-    x, y = sensitive(raw[0], scale) * stride, sensitive(raw[1], scale) * stride
-    if kind == "exp":  # a value held within e^-60 and e^60 whose relative slope is 1 everywhere
-        w, h = (
-            side * math.exp(min(max(float(b.detach()), -60.0), 60.0)) * torch.exp(b - b.detach())
-            for side, b in zip(anchor, raw[2:4], strict=True)
-        )
-    else:
-        w, h = (side * 4 * torch.exp(-2 * torch.logaddexp(ZERO, -b)) for side, b in zip(anchor, raw[2:4], strict=True))
-    return x, y, w, h
-
-
-def plain_iou(p: tuple[float, ...], g: tuple[float, ...]) -> float:
-    sides = [
-        min(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2) - max(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2) for i in (0, 1)
-    ]
-    inter = sides[0] * sides[1] if sides[0] > 0 and sides[1] > 0 else 0.0
-    return inter / (p[2] * p[3] + g[2] * g[3] - inter) if inter else 0.0
 
 
 def is_valid(row: list[float], batch: int, head: GridHead) -> bool:
@@ -420,7 +294,8 @@ class _Prediction:
         self.seen["several classes"] += len(set(labels)) > 1
         total = ZERO
         for group in [[label] for label in labels] if head.shared == "each" else [labels]:
-            terms = class_terms(head.label, self.raw[5:], self.class_targets(group), head.label_args)
+            targets = torch.tensor(self.class_targets(group), dtype=torch.float64)
+            terms = class_terms(head.label, torch.stack(self.raw[5:]), targets, head.label_args)
             for c, term in enumerate(terms):
                 w = 1.0
                 if class_weights is not None and c in group:

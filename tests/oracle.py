@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 from conftest import DEVICE
-from fusedyolo.kernels.terms import label
 from torch import Tensor
 
 from fusedyolo import ops, reference
 from fusedyolo.heads import GridHead
+from fusedyolo.terms import TERMS
 
 # Absolute, for gradients of order one; the float32 figure is a hundred roundings of the largest entry.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -64,13 +64,29 @@ def extreme_boxes(n: int = 100) -> tuple[Tensor, Tensor]:
 
 
 EXTENT = (640.0, 384.0)
+SMALL_EPS = {"ciou_plus": (1e-16, 1e-16)}
+"""Of the terms whose eps is no area."""
+SOME_NUMBERS = {"alpha": (0.25, -1.0, 0.0), "gamma": (0.0, 0.5, 1.0, 1.5, 2.0), "pos_weight": (2.5,)}
+
+
+def label_numbers(kind: str, some: dict[str, tuple[float, ...]] = SOME_NUMBERS) -> list[list[float]]:
+    """All combinations of ``some`` numbers that a label term takes, and of those that may follow."""
+    term = TERMS[kind]
+    plain = [some.get(name, (usual, usual / 2)) for name, usual in term.numbers.items()]
+    more = [some.get(name, (usual, usual / 2)) for name, usual in term.optional.items()]
+    taken = [plain, [*([usual] for usual in term.numbers.values()), *more]] if more else [plain]
+    return [list(numbers) for values in taken for numbers in itertools.product(*values)]
+
+
+def extent_of(kind: str) -> list[float] | None:
+    """The width and height of the image, for a term that asks for them."""
+    return list(EXTENT) if TERMS[kind].needs_extent else None
 
 
 def box_loss(kind: str, args: list[float], fused: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """A box term over pairs of boxes, of an image of ``EXTENT`` if it asks for that, unreduced."""
     if fused:
-        extent = list(EXTENT) if kind == "mpdiou" else None
-        return lambda p, g: ops.box_loss(p, g, kind, args, "none", extent)
+        return lambda p, g: ops.box_loss(p, g, kind, args, "none", extent_of(kind))
     return lambda p, g: reference.BOX_TERMS[kind](p, g, args, torch.tensor(EXTENT, device=p.device))
 
 
@@ -80,8 +96,7 @@ def check_box_term(kind: str, dtype: torch.dtype = torch.float64, shape: tuple[f
     ``shape`` is its alpha and gamma. With alpha < 1 there is no slope where a penalty vanishes: random boxes only.
     """
     # as the kernel sees them
-    eps = (1e-16, 1e-16) if kind == "ciou_plus" else (1e-7, 1e-6)
-    args = torch.tensor((*eps, *shape)).tolist()
+    args = torch.tensor((*SMALL_EPS.get(kind, (1e-7, 1e-6)), *shape)).tolist()
     cases = [random_boxes()]
     if not shape or shape[0] >= 1:
         cases += [extreme_boxes(), lattice(), lattice(3, empty=True)]
@@ -135,8 +150,10 @@ def _softmax_kernel(x_ptr, t_ptr, loss_ptr, dx_ptr, n, C, LABEL: tl.constexpr, R
     tl.store(dx_ptr + at, d_x, mask=mask)
 
 
-def check_softmax(dtype: torch.dtype = torch.float64) -> None:
-    """Value and gradient of softmax_ce, hard and soft targets, relative to each entry's own size where it has one."""
+def check_row_term(kind: str = "softmax_ce", dtype: torch.dtype = torch.float64) -> None:
+    """Value and gradient of a label term that goes along rows, for hard and soft targets, relative to each entry's own
+    size where it has one.
+    """
     gen = torch.Generator().manual_seed(0)
     x = 4 * torch.randn(9, 7, generator=gen, dtype=torch.float64)
     x[1], x[2] = 0.0, torch.tensor([5.0, -1.0, 5.0, 5.0, 0.0, -30.0, -1e4])
@@ -150,12 +167,12 @@ def check_softmax(dtype: torch.dtype = torch.float64) -> None:
     for t in (hard, hard.roll(1, 1), soft, 0.98 * hard + 0.02 / 7, 0 * hard):
         t = t.to(DEVICE, dtype)
         leaf = x.double().requires_grad_()
-        want = reference.LABEL_TERMS["softmax_ce"](leaf, t.double())
+        want = reference.LABEL_TERMS[kind](leaf, t.double())
         (want_grad,) = torch.autograd.grad(want.sum(), leaf)
         for rows, c_pad in ((0, 8), (4, 8), (4, 16)):
             loss, d_x = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
             grid = (-(-9 // rows) if rows else 9,)
-            _softmax_kernel[grid](x, t, loss, d_x, 9, 7, LABEL=label.softmax_ce, ROWS=rows, C_PAD=c_pad)
+            _softmax_kernel[grid](x, t, loss, d_x, 9, 7, LABEL=TERMS[kind].kernel, ROWS=rows, C_PAD=c_pad)
             torch.testing.assert_close(loss.double(), want.detach(), rtol=TOLERANCE[dtype], atol=1e-30)
             # a soft target's gradient is a difference of probabilities
             floor = 0.1 * TOLERANCE[dtype] if ((t > 0) & (t < 1)).any() else 1e-30

@@ -102,7 +102,7 @@ class GridLoss(nn.Module):
         if weights is None or (weights.device == device and weights.dtype == torch.float32):
             return weights
         if torch.compiler.is_compiling():  # what a graph allocates is not to be kept in a module
-            return reference.terms.constants(self._weights or (), pred.new_empty(0, dtype=torch.float32))
+            return reference.constants(self._weights or (), pred.new_empty(0, dtype=torch.float32))
         self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=device)
         return self.class_weights
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .. import backend as backends
 from .. import checks, reference
-from ..heads import DELTA_KINDS, IOU_KINDS, DenseHead
+from ..heads import DenseHead
 from ..targets import Targets, as_targets, corner_rows, without_spare
+from ..terms import find_term
 from .base import counts_without_spare
 from .output import LossOutput, rounded
 
@@ -47,6 +48,8 @@ class DenseLoss(nn.Module):
         # thresholds stay as they are: those of the peer are not rounded where its boxes are float64
         self.head = dataclasses.replace(rounded(head), band=head.band, radius=head.radius)
         self._key = self.head.key
+        self._names = ("cls_logits", "bbox_regression", "bbox_ctrness")[: 3 if head.centreness else 2]
+        self._channels = (head.num_classes, 4, 1)[: len(self._names)]
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
 
@@ -96,23 +99,24 @@ class DenseLoss(nn.Module):
     ) -> DenseCall:
         """The arguments of :meth:`forward`, checked, in the form in which they are used."""
         head = self.head
-        names = ("cls_logits", "bbox_regression", "bbox_ctrness")[: 3 if head.centreness else 2]
-        channels = (head.num_classes, 4, 1)[: len(names)]
-        levels, sizes = checks.dense_predictions(preds, names, channels, anchors)
+        levels, sizes = checks.dense_predictions(preds, self._names, self._channels, anchors)
         pred: Tensor = levels[0][0]
+        batch = pred.shape[0]
         ends = checks.level_sizes(num_anchors_per_level, sizes, pred.dim() == 3, head.matcher == "centre")
         size = self.image_size if image_size is None else checks.size("image_size", image_size)
         corners = isinstance(targets, list | tuple)
-        if size is None and (not corners or head.box == "mpdiou"):
-            what = "with loss_type='mpdiou'" if corners else "for targets relative to the image"
+        if size is None and (not corners or find_term("box", head.box, "iou", "delta").needs_extent):
+            what = f"with loss_type={head.box!r}" if corners else "for targets relative to the image"
             checks.fail("image_size", None, f"(height, width) of the images, {what}")
         offsets: Tensor | None
         if corners:
-            rows, offsets = corner_rows(targets, len(pred), pred.device)
+            rows, offsets = corner_rows(targets, batch, pred.device)
         else:
-            rows, offsets = as_targets(targets, len(pred), size or (1, 1), pred.device)
+            rows, offsets = as_targets(targets, batch, size or (1, 1), pred.device)
         wide = torch.float64 if pred.dtype == torch.float64 else torch.float32
-        return DenseCall(levels, channels, anchors.detach().to(wide), rows, offsets, size, corners, ends)
+        if anchors.requires_grad:
+            anchors = anchors.detach()
+        return DenseCall(levels, self._channels, anchors.to(wide), rows, offsets, size, corners, ends)
 
     def _compute(self, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Total, parts and counts."""
@@ -153,10 +157,10 @@ class DenseLoss(nn.Module):
         return f"num_classes={self.head.num_classes}, loss_type={self.head.box!r}, backend={self.backend!r}"
 
 
-def _box(loss_type: Any, kinds: tuple[str, ...], beta: Any) -> dict[str, Any]:
+def _box(loss_type: Any, beta: Any, *roles: str) -> dict[str, Any]:
     """Fields of the head that say what boxes cost."""
     return {
-        "box": checks.one_of("loss_type", loss_type, kinds),
+        "box": find_term("loss_type", loss_type, *roles, users=True).name,
         "beta": checks.number("beta", beta, 0),
         "box_args": (1e-7, 1e-7),
     }
@@ -194,8 +198,8 @@ class RetinaNetLoss(DenseLoss):
         fg_iou_thresh: IoU of a match, from there on.
         bg_iou_thresh: IoU below which an anchor is background.
         allow_low_quality_matches: see above.
-        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or an IoU loss on decoded boxes: ``"iou"``, ``"giou"``,
-            ``"diou"``, ``"ciou"``, ``"eiou"``, ``"siou"`` or ``"mpdiou"``.
+        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or on decoded boxes ``"iou"``, ``"giou"``, ``"ciou"``
+            or another IoU term for users in the table of ``fusedyolo/terms.py``.
         beta: of ``"smooth_l1"``, the difference below which it is quadratic.
         alpha: weight of positives in the focal loss, -1 for no weights.
         gamma: exponent of its modulating factor.
@@ -249,7 +253,7 @@ class RetinaNetLoss(DenseLoss):
             decode="delta",
             weights=_weights(weights),
             mean="image",
-            **_box(loss_type, DELTA_KINDS + IOU_KINDS, beta),
+            **_box(loss_type, beta, "delta", "iou"),
             **_focal(alpha, gamma),
         )
         super().__init__(head, image_size, backend)
@@ -308,7 +312,7 @@ class SSDLoss(DenseLoss):
             label_args=(),
             negatives=checks.number("neg_to_pos_ratio", neg_to_pos_ratio, 0, open_low=True),
             mean="batch",
-            **_box(loss_type, DELTA_KINDS + IOU_KINDS, beta),
+            **_box(loss_type, beta, "delta", "iou"),
         )
         super().__init__(head, image_size, backend)
 
@@ -328,7 +332,7 @@ class FCOSLoss(DenseLoss):
     Args:
         num_classes: C.
         center_sampling_radius: see above.
-        loss_type: ``"iou"``, ``"giou"``, ``"diou"``, ``"ciou"``, ``"eiou"``, ``"siou"`` or ``"mpdiou"``.
+        loss_type: ``"iou"``, ``"giou"``, ``"ciou"`` or another IoU term for users of ``fusedyolo/terms.py``.
         alpha: as in :class:`RetinaNetLoss`.
         gamma: as in :class:`RetinaNetLoss`.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
@@ -362,7 +366,7 @@ class FCOSLoss(DenseLoss):
             decode="ltrb",
             mean="batch",
             centreness=True,
-            **_box(loss_type, IOU_KINDS, 1.0),
+            **_box(loss_type, 1.0, "iou"),
             **_focal(alpha, gamma),
         )
         super().__init__(head, image_size, backend)

@@ -171,7 +171,7 @@ class YOLOv1Loss(nn.Module):
             # The first backward changes the gradient that the loss leaves. A compiled graph is better off without.
             with_grad = torch.is_grad_enabled() and pred.requires_grad and not torch.compiler.is_compiling()
             own = ops.workspace(pred.device)
-            total, parts, counts, _ = ops.cell_loss(pred, rows, offsets, head.key, with_grad, own)
+            total, parts, counts, *_ = ops.cell_loss(pred, rows, offsets, head.key, with_grad, own)
         else:
             total, parts, counts = _reference_loss(pred, rows, offsets, head)
         num_pos, num_invalid = counts.unbind()

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from .. import checks
-from ..heads import CLASS_KINDS, IOU_KINDS, GridHead
+from ..heads import GridHead
+from ..terms import TERMS, find_term, term_names
 from .base import GridLoss, box_arguments, hyper_parameters
 
 
@@ -128,7 +129,8 @@ class _AnchorLoss(GridLoss):
         levels = checks.level_anchors(anchors)
         pool = sum(levels, ()) if all_anchors is None else checks.all_anchors(all_anchors)
         num_classes = checks.count("num_classes", num_classes)
-        iou_loss = checks.one_of("iou_loss", row.iou_loss if iou_loss is None else iou_loss, (*IOU_KINDS, "mse"))
+        iou_loss = row.iou_loss if iou_loss is None else iou_loss
+        box = find_term("iou_loss", iou_loss, "iou", "offset", users=True)
         iou_thresh = checks.number("iou_thresh", row.iou_thresh if iou_thresh is None else iou_thresh, 0, 1)
         ignore_thresh = checks.number(
             "ignore_thresh", row.ignore_thresh if ignore_thresh is None else ignore_thresh, 0, 1
@@ -146,7 +148,7 @@ class _AnchorLoss(GridLoss):
             assigner=checks.one_of("assigner", assigner, ("best_anchor", "iou_band")),
             iou_thresh=iou_thresh,
             band=checks.band("iou_band", hyp["iou_band"]),
-            box=row.offset if iou_loss == "mse" else iou_loss,
+            box=row.offset if box.is_offset else box.name,
             label=label,
             class_gate=row.class_gate,
             average_box=row.averages and iou_thresh < 1,
@@ -182,12 +184,14 @@ def _label(hyp: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
     gamma = checks.number("focal_gamma", gamma, 0)
     if kind is None:
         kind = "bce" if alpha is None and gamma == 0 else "focal"
-    checks.one_of("cls_loss", kind, CLASS_KINDS)
-    if kind in ("bce", "softmax_ce"):
-        return kind, ()
+    usual = find_term("cls_loss", kind, "class", users=True).numbers
+    if "alpha" not in usual:
+        return kind, tuple({**usual, "gamma": gamma}[name] for name in usual)
     if alpha is None:
-        alpha = 0.75 if kind == "varifocal" else -1.0
-    return kind, (alpha if alpha == -1.0 else checks.number("focal_alpha", alpha, 0, 1), gamma)
+        alpha = -1.0 if kind == "focal" else usual["alpha"]
+    if alpha != -1.0:
+        alpha = checks.number("focal_alpha", alpha, 0, 1)
+    return kind, tuple({**usual, "alpha": alpha, "gamma": gamma}[name] for name in usual)
 
 
 def _class_weights(hyp: dict[str, Any], num_classes: int) -> tuple[float, ...] | None:
@@ -197,8 +201,10 @@ def _class_weights(hyp: dict[str, Any], num_classes: int) -> tuple[float, ...] |
         limit = math.inf
     if hyp.get("counters_per_class") is None:
         return None
-    if hyp["cls_loss"] == "softmax_ce":
-        checks.fail("cls_loss", "'softmax_ce' with counters_per_class", "a term that judges each class by itself")
+    if hyp["cls_loss"] is not None and not TERMS[hyp["cls_loss"]].elementwise:
+        checks.fail(
+            "cls_loss", f"{hyp['cls_loss']!r} with counters_per_class", "a term that judges each class by itself"
+        )
     counts = checks.class_counts(hyp["counters_per_class"], num_classes)
     return tuple(min(max(counts) / count, limit) for count in counts)
 
@@ -212,8 +218,9 @@ def _darknet(head: GridHead, hyp: dict[str, Any]) -> GridHead:
     (new_coords,) = checks.flags("new_coords", hyp["new_coords"], 1)
     if not new_coords:
         return head
-    if head.box == "bce_mse":
-        checks.fail("iou_loss", "'mse' with new_coords", "one of " + ", ".join(map(repr, IOU_KINDS)))
+    if TERMS[head.box].is_offset:
+        ious = term_names("iou", users=True)
+        checks.fail("iou_loss", "'mse' with new_coords", "one of " + ", ".join(map(repr, ious)))
     if head.label != "bce":
         checks.fail("new_coords", "a class term of its own", "no cls_loss, focal_alpha or focal_gamma beside it")
     # the derivative of half a squared error
@@ -248,9 +255,9 @@ class YOLOv3Loss(_AnchorLoss):
         logits.
 
     Both take ``label_smooth_eps=0`` (targets ``1 - eps / 2`` and ``eps / 2``); ``cls_loss=None``, or ``"bce"``,
-    ``"focal"``, ``"qfl"``, ``"varifocal"``, ``"softmax_ce"``, with ``focal_alpha=None`` (0.75 for varifocal) and
-    ``focal_gamma=None`` (2 for a named ``cls_loss``; either of them alone asks for a focal loss); ``iou_alpha=1`` and
-    ``iou_gamma=0``, the powers of :func:`fusedyolo.functional.box_iou_loss`; and ``iou_band=(0.3, 0.7)``.
+    ``"focal"`` or another class term for users in the table of ``fusedyolo/terms.py``, with ``focal_alpha=None`` (0.75
+    for varifocal) and ``focal_gamma=None`` (2 for a named ``cls_loss``; either of them alone asks for a focal loss);
+    ``iou_alpha=1`` and ``iou_gamma=0``, the powers of :func:`fusedyolo.functional.box_iou_loss`; and ``iou_band=(0.3, 0.7)``.
 
     Args:
         anchors: for each level its (width, height) pairs, in pixels.
@@ -262,8 +269,8 @@ class YOLOv3Loss(_AnchorLoss):
         assigner: ``"best_anchor"``, or ``"iou_band"``: an anchor in the middle of its cell is positive, for the object
             that it overlaps most, where that IoU exceeds the upper end of ``iou_band``; negative where it is below the
             lower end; and left out between. An object that no anchor overlaps so well is not learnt.
-        iou_loss: ``"mse"`` (the default), or of decoded boxes ``"iou"``, ``"giou"``, ``"diou"``, ``"ciou"``,
-            ``"eiou"``, ``"siou"``, ``"mpdiou"``.
+        iou_loss: ``"mse"`` (the default), or of decoded boxes ``"iou"``, ``"giou"``, ``"ciou"`` or another IoU term for
+            users in the table of ``fusedyolo/terms.py``.
         scale_x_y: grid sensitivity, ``x = s * sigmoid - (s - 1) / 2``; a number, or one a level. 1 by default.
         iou_thresh: every anchor whose IoU of widths and heights with the object exceeds it is assigned too. 1 (none) by
             default.

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from .. import checks
-from ..heads import IOU_KINDS, GridHead
+from ..heads import GridHead
+from ..terms import find_term
 from .base import GridLoss, box_arguments, hyper_parameters
 
 FOCAL_ALPHA = 0.25  # fixed in the peers
@@ -37,7 +38,7 @@ class _RatioLoss(GridLoss):
         if len(levels) not in self.balances:
             checks.fail("anchors", f"{len(levels)} levels", f"one of {sorted(self.balances)}")
         num_classes = checks.count("num_classes", num_classes)
-        iou_loss = checks.one_of("iou_loss", iou_loss, IOU_KINDS)
+        iou_loss = find_term("iou_loss", iou_loss, "iou", users=True).name
         smooth = checks.number("label_smoothing", hyp.get("label_smoothing", 0.0), 0, 1)
         gamma = checks.number("fl_gamma", hyp["fl_gamma"], 0)
         label, label_args = _term(checks.number("cls_pw", hyp["cls_pw"], 0, open_low=True), gamma)

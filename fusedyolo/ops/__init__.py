@@ -1,18 +1,28 @@
 """Custom operators: what the dispatcher, autograd and torch.compile see, and the launches behind them."""
 
-from .cells import cell_launch, cell_loss, cell_loss_grad, cell_loss_rescale, cell_outputs
+from .cells import (
+    CellOutputs,
+    cell_grad_launch,
+    cell_launch,
+    cell_loss,
+    cell_loss_grad,
+    cell_loss_rescale,
+    cell_outputs,
+)
 from .dense import Geometry, dense_launch, dense_loss, dense_loss_grad, dense_loss_rescale, dense_outputs, loss_launches
 from .grid import GridOutputs, grid_grad_launch, grid_launch, grid_loss, grid_loss_grad, grid_outputs
-from .launch import Launch, accumulator, run_all, shared_zeros, workspace
+from .launch import Launch, accumulator, forget_plans, run_all, shared_zeros, workspace
 from .pointwise import box_loss, box_loss_grad, label_loss, label_loss_grad
 
 __all__ = [
+    "CellOutputs",
     "Geometry",
     "GridOutputs",
     "Launch",
     "accumulator",
     "box_loss",
     "box_loss_grad",
+    "cell_grad_launch",
     "cell_launch",
     "cell_loss",
     "cell_loss_grad",
@@ -23,6 +33,7 @@ __all__ = [
     "dense_loss_grad",
     "dense_loss_rescale",
     "dense_outputs",
+    "forget_plans",
     "grid_grad_launch",
     "grid_launch",
     "grid_loss",

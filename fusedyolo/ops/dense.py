@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..heads import DELTA_KINDS, DenseHead, dense_head_from_key
+from ..heads import DenseHead, dense_head_from_key
 from ..kernels.dense import loss, match, rank
 from ..kernels.launch import MATCH_BLOCK, MATCH_REGISTERS, MATCH_ROWS, RANK_BLOCK, RANK_PART, DenseConfig, dense_config
 from ..kernels.levels import Strides
-from ..kernels.terms import box, decode, label, offset
+from ..kernels.terms import label
+from ..terms import TERMS
 from ..tuned import wishes
 from .grid import cell_strides
 from .launch import (
@@ -73,11 +74,11 @@ class _Row(NamedTuple):
 @lru_cache(maxsize=256)
 def _row(key: str) -> _Row:
     head = dense_head_from_key(key)
-    is_delta = head.box in DELTA_KINDS
+    box = TERMS[head.box]
     terms = loss.Terms(
-        axis=getattr(decode, head.decode),
-        box=None if is_delta else getattr(box, head.box),
-        offset=getattr(offset, head.box) if is_delta else None,
+        axis=TERMS[head.decode].kernel,
+        box=None if box.is_offset else box.kernel,
+        offset=box.kernel if box.is_offset else None,
         label=label.label_term(head.label, head.label_args),
         centre=label.bce if head.centreness else None,
     )

@@ -2,73 +2,118 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..heads import OFFSET_KINDS, GridHead, head_from_key, obj_scales
-from ..kernels import assign, grid
+from ..heads import GridHead, head_from_key, obj_scales, reach
+from ..kernels import assign
+from ..kernels.grid import gradient, loss, records
 from ..kernels.launch import SMALLEST_TILE, grid_config
-from ..kernels.terms import box, decode, label, offset
-from ..reference.grid import NEIGHBOURS, grid_view
+from ..kernels.levels import Strides
+from ..reference.grid import NEIGHBOURS
+from ..terms import TERMS
 from ..tuned import wishes
-from .launch import Launch, accumulator, done_counter, refuse_double_backward, run_all
+from .launch import (
+    Launch,
+    Layout,
+    accumulator,
+    done_counter,
+    layouts,
+    odd,
+    planned,
+    refuse_double_backward,
+    run_all,
+)
+from .operator import differentiable, fake, operator
 
 _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
 
 
+class _Parts(NamedTuple):
+    """What a launch takes from the row alone."""
+
+    terms: records.Terms
+    numbers: records.Numbers
+    spec: dict[str, Any]
+    anchors: tuple[float, ...]
+
+
 @lru_cache(maxsize=256)
-def _grid_constants(key: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What a grid launch takes from the row alone."""
+def _parts(key: str, dtype: torch.dtype) -> _Parts:
     head = head_from_key(key)
-    is_offset = head.box in OFFSET_KINDS
-    ignore, gate = head.ignore_thresh, head.class_gate
-    pools = [own if head.per_level else range(len(head.anchors)) for own in head.levels]
-    quality: Any = None if head.quality is None else getattr(box, head.quality)
-    if (head.quality, head.quality_args) == (head.box, head.box_args):
-        quality = "box"
+    box = TERMS[head.box]
     is_band = head.assigner == "iou_band"
-    return {
-        "strides": head.strides,
-        "scales": head.scale_x_y,
-        "anchors": tuple(tuple(side for t in pool for side in head.anchors[t]) for pool in pools),
-        "thresh": head.anchor_t if head.assigner == "ratio" else head.iou_thresh,
-        "limit": head.centre_limit,
-        "gains": (head.box_gain, head.obj_gain, head.noobj_gain, head.cls_gain),
-        "prior_gain": head.prior_gain,
-        "band": head.band,
-        "ignore_thresh": 1.0 if ignore is None else ignore,
-        "gate": 0.0 if gate is None else gate,
-        "labels": (*head.class_targets, head.first_weight, head.quality_ratio),
-        "shape": (head.area_weight, head.area_cap),
-        "box_args": head.box_args,
-        "label_args": head.label_args,
-        "obj_args": head.obj_args,
-        "quality_args": head.quality_args,
-        "C": head.num_classes,
-        "AXIS": getattr(decode, head.decode),
-        "BOX": None if is_offset else getattr(box, head.box),
-        "OFFSET": getattr(offset, head.box) if is_offset else None,
-        "LABEL": getattr(label, head.label),
-        "OBJ": getattr(label, head.objectness),
-        "QUALITY": quality,
-        "MATCH": _MATCH[head.assigner],
+    of_box = (head.quality, head.quality_args) == (head.box, head.box_args)
+    own = tuple(t for level in head.levels for t in level)
+    acc, torch_acc = accumulator(dtype)
+    threshold = 1.0 if head.ignore_thresh is None else head.ignore_thresh
+    terms = records.Terms(
+        axis=TERMS[head.decode].kernel,
+        box=None if box.is_offset else box.kernel,
+        offset=box.kernel if box.is_offset else None,
+        label=TERMS[head.label].kernel,
+        objectness=TERMS[head.objectness].kernel,
+        quality=None if head.quality is None or of_box else TERMS[head.quality].kernel,
+        match=_MATCH[head.assigner],
+    )
+    numbers = records.Numbers(
+        C=head.num_classes,
+        thresh=head.anchor_t if head.assigner == "ratio" else head.iou_thresh,
+        limit=head.centre_limit,
+        box_gain=head.box_gain,
+        obj_gain=head.obj_gain,
+        noobj_gain=head.noobj_gain,
+        cls_gain=head.cls_gain,
+        prior_gain=head.prior_gain,
+        band_low=head.band[0],
+        band_high=head.band[1],
+        ignore_thresh=threshold,
+        ignore_margin=_half_step(threshold, torch_acc),
+        reach=1.001 * reach(threshold),
+        gate=0.0 if head.class_gate is None else head.class_gate,
+        positive=head.class_targets[0],
+        negative=head.class_targets[1],
+        first_weight=head.first_weight,
+        quality_ratio=head.quality_ratio,
+        area_weight=head.area_weight,
+        area_cap=head.area_cap,
+        box_args=head.box_args,
+        label_args=head.label_args,
+        obj_args=head.obj_args,
+        quality_args=head.quality_args,
+    )
+    spec = {
         "KINDS": len(NEIGHBOURS) if head.assigner == "ratio" else 1,
         "SHARING": "one" if is_band else head.shared,
         "UNIT": head.unit,
-        "IGNORES": ignore is not None,
-        "GATED": gate is not None,
+        "QUALITY_IS_BOX": of_box,
+        "IGNORES": head.ignore_thresh is not None,
+        "GATED": head.class_gate is not None,
         "AVERAGE": head.average_box,
-        "SMOOTH": head.smooth_levels,
+        "SMOOTH": any(head.smooth),
         "PRIOR": head.prior_gain > 0,
         "MEAN_ROWS": head.mean_rows,
         "MEAN_USED": head.obj_mean == "used",
-        "ACC": accumulator(dtype)[0],
+        "PER_LEVEL": head.per_level,
+        "OWN": None if head.per_level or own == tuple(range(len(own))) else own,
+        "ANCHORS": tuple(map(len, head.levels)),
+        "PLACES": head.places_per_row,
+        "ACC": acc,
         "K_PAD": 1 << (4 + head.num_classes).bit_length(),
-        "LEVELS": tuple(tuple(pool.index(t) for t in own) for own, pool in zip(head.levels, pools, strict=True)),
     }
+    competing = [head.anchors[t] for t in own] if head.per_level else head.anchors
+    return _Parts(terms, numbers, spec, tuple(side for anchor in competing for side in anchor))
+
+
+def _half_step(value: float, dtype: torch.dtype) -> float:
+    """Half of what separates a number, as a kernel receives it, from the next larger one of this type."""
+    step = np.spacing(np.float32(value) if dtype == torch.float32 else np.float64(np.float32(value)))
+    return float(step) / 2
 
 
 @lru_cache(maxsize=256)
@@ -86,24 +131,37 @@ class GridOutputs(NamedTuple):
     total: Tensor  # 0-dim
     parts: Tensor  # [3], and where the row asks for means two numbers a level that the gradient takes
     counts: Tensor  # int32 [2]: assigned predictions, invalid rows
-    state: Tensor  # uint8: a byte a prediction, then (at a multiple of 4) an int32 for each program
+    state: Tensor  # uint8: a byte a prediction, planes from multiples of 16 on, then an int32 for each program
     kept: Tensor  # [places, 5 + C, rounded up to a multiple of 8]: gradients of assigned predictions
-    true_obj: Tensor  # [N]: objectness targets, where they are more than a byte says
+    true_obj: Tensor  # objectness targets, where they are more than a byte says; planes as in ``state``
 
 
-def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: bool) -> GridOutputs:
-    """Memory for what a loss launch leaves."""
-    pred, channels = preds[0], 5 + head.num_classes
-    acc = accumulator(pred.dtype)[1]
-    means = 2 * len(preds) if head.mean_rows or head.obj_mean == "used" else 0
+class _Room(NamedTuple):
+    """How much memory a loss launch leaves; of predictions whose sizes are symbols symbols."""
+
+    predictions: int
+    padded: int  # planes, each from a multiple of 16 on
+    programs: int  # at most
+
+
+def _room(shapes: Sequence[Sequence[int]], head: GridHead) -> _Room:
+    planes = [(s[0] * len(own), s[2] * s[3]) for s, own in zip(shapes, head.levels, strict=True)]
+    return _Room(
+        sum(count * cells for count, cells in planes),
+        sum(count * (-(-cells // 16) * 16) for count, cells in planes),
+        sum(count * -(-cells // SMALLEST_TILE) for count, cells in planes),
+    )
+
+
+def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> GridOutputs:
+    acc, channels = accumulator(pred.dtype)[1], 5 + head.num_classes
+    means = 2 * len(head.levels) if head.mean_rows or head.obj_mean == "used" else 0
     size = places = targets = 0
-    if with_state:
-        predictions = [p.numel() // channels for p in preds]
-        programs = sum(-(-n // SMALLEST_TILE) for n in predictions) + pred.shape[0] * len(head.anchors)
-        size = _bases_start(sum(predictions)) + 4 * programs
+    if room is not None:
+        size = room.padded + 4 * room.programs
         # no more assignments than predictions, nor than rows can make; in a compiled graph both are symbols
-        places = torch.sym_min(sum(predictions), rows.shape[0] * head.places_per_row)
-        targets = sum(predictions) if any(head.smooth) else 0
+        places = torch.sym_min(room.predictions, rows.shape[0] * head.places_per_row)
+        targets = room.padded if any(head.smooth) else 0
     return GridOutputs(
         pred.new_empty((), dtype=acc),
         pred.new_empty(3 + means, dtype=acc),
@@ -114,47 +172,93 @@ def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: 
     )
 
 
-def _bases_start(predictions: int) -> int:
-    return -(-predictions // 4) * 4
+def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: bool) -> GridOutputs:
+    """Memory for what a loss launch leaves."""
+    room = _room([pred.shape for pred in preds], head) if with_state else None
+    return _outputs(preds[0], rows, head, room)
 
 
-def _common_arguments(
-    preds: list[Tensor], grads: list[Tensor] | None, head: GridHead, outputs: GridOutputs, kept: bool
-):
-    """What both launches take, and their tile; they must agree on it."""
-    views = [grid_view(pred, len(level)) for pred, level in zip(preds, head.levels, strict=True)]
-    strides = [cell_strides(view) for view in views]
-    grad_strides = None
-    if grads is not None:
-        grad_views = [grid_view(grad, len(level)) for grad, level in zip(grads, head.levels, strict=True)]
-        grad_strides = [cell_strides(view) for view in grad_views]
-    batch, widths = views[0].shape[0], [view.shape[3] for view in views]
-    cells = [view.shape[2] * view.shape[3] for view in views]
-    planes = all(s[3] == 1 for s in strides)
-    tuned = wishes("grid", _family(head.key), preds[0], planes, batch, max(cells), head.num_classes)
-    config = grid_config(max(cells), planes, preds[0].element_size(), tuned)
-    programs = sum(batch * len(own) * -(-count // config.cells) for own, count in zip(head.levels, cells, strict=True))
-    flat = all(s[2] == s[3] * width for s, width in zip(strides + (grad_strides or []), widths * 2, strict=False))
-    start = _bases_start(sum(view[..., 0].numel() for view in views))
-    arguments = {
-        "raw_ptrs": tuple(preds),
-        "s_raws": tuple(strides),
-        "Ws": tuple(widths),
-        "Hs": tuple(view.shape[2] for view in views),
-        "HWs": tuple(cells),
-        "obj_scales": obj_scales(
-            head.obj_balance, head.obj_mean, tuple(view.shape[1] * n for view, n in zip(views, cells, strict=True))
-        ),
-        "state_ptr": outputs.state if kept else None,
-        "bases_ptr": outputs.state[start:].view(torch.int32) if kept else None,
-        "kept_ptr": outputs.kept if kept else None,
-        "true_obj_ptr": outputs.true_obj if kept and any(head.smooth) else None,
-        "parts_ptr": outputs.parts,
-        "B": batch,
-        "FLAT": flat,
-        "CELLS": config.cells,
-    }
-    return arguments, grad_strides, config, programs
+LISTS = 6  # in one piece of memory: those of grid.records.Lists but for blocks
+
+
+class _Plan(NamedTuple):
+    """Both launches of a step but for their tensors, and the sizes of what they share."""
+
+    loss: Launch
+    grad: Launch
+    room: _Room
+    lists: int  # integers a row
+    numbers: int  # partial sums, and boxes met by a tile
+
+
+@planned
+def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
+    head = head_from_key(key)
+    parts, shapes = _parts(key, preds[0].dtype), [pred.shape for pred in preds]
+    strides = [map_strides(pred, 5 + head.num_classes) for pred in preds]
+    batch, cells = shapes[0][0], [shape[2] * shape[3] for shape in shapes]
+    planes = all(by.column == 1 for by in strides)
+    tuned = wishes("grid", _family(key), preds[0], planes, batch, max(cells), head.num_classes)
+    config = grid_config(max(cells), planes, preds[0].dtype.itemsize, tuned)
+    per_plane = tuple(len(own) * n for own, n in zip(head.levels, cells, strict=True))
+    levels = records.Levels(
+        batch=2 * batch + 3,
+        by=odd(tuple(strides)),
+        widths=odd(tuple([shape[3] for shape in shapes])),
+        heights=odd(tuple([shape[2] for shape in shapes])),
+        cell_sides=head.strides,
+        scales=head.scale_x_y,
+        obj_scales=obj_scales(head.obj_balance, head.obj_mean, per_plane),
+        smooth=odd(tuple(map(int, head.smooth_levels))),
+        anchors=parts.anchors,
+    )
+    spec = records.Spec(
+        **parts.spec,
+        LAYOUT=_layout(strides, preds),
+        CELLS=config.cells,
+        ROWS=config.rows,
+        NEAR=min(64, config.rows),
+        PICKS=max(1, 8 * config.threads // parts.spec["K_PAD"]),
+        CHANNELS=config.channels,
+    )
+    programs = sum(batch * len(own) * -(-n // config.cells) for own, n in zip(head.levels, cells, strict=True))
+    arguments = {"levels": levels, "head": parts.numbers, "terms": parts.terms, "SPEC": spec}
+    settings = config.threads, config.max_registers
+    return _Plan(
+        # the peers' operators decide with products and sums that are rounded one by one
+        Launch(loss.grid_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages),
+        Launch(gradient.grid_grad_kernel, (programs,), arguments, *settings, stages=config.stages),
+        _room(shapes, head),
+        LISTS * head.places_per_row,
+        programs * (loss.N_PARTS.value + 5 * spec.NEAR * spec.IGNORES),
+    )
+
+
+@planned
+def _grad_plan(key: str, preds: tuple[Layout, ...], grads: tuple[Layout, ...]) -> Launch:
+    """The gradient launch with the strides of the gradients; of one layout with the predictions' only if both are."""
+    plan, head = _plan(key, preds), head_from_key(key)
+    strides = [map_strides(grad, 5 + head.num_classes) for grad in grads]
+    spec = plan.grad.arguments["SPEC"]
+    if _layout(strides, grads) != spec.LAYOUT:
+        spec = spec._replace(LAYOUT="strided")
+    return plan.grad.filled({"grads_by": odd(tuple(strides)), "SPEC": spec})
+
+
+def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:
+    """That of a :class:`~fusedyolo.kernels.grid.records.Spec`."""
+    if all(by.row == by.column * each.shape[3] for by, each in zip(strides, maps, strict=True)):
+        if all(by.column == 1 for by in strides):
+            return "planes"
+        if all(by.channel == 1 for by in strides):
+            return "channels"
+    return "strided"
+
+
+def _saved(outputs: GridOutputs, room: _Room, head: GridHead) -> records.Saved:
+    """What a loss launch leaves, as the kernels take it."""
+    bases = outputs.state[room.padded :].view(torch.int32)
+    return records.Saved(outputs.state, outputs.true_obj if any(head.smooth) else None, outputs.kept, bases)
 
 
 def grid_launch(
@@ -168,48 +272,56 @@ def grid_launch(
     workspace: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
-    common, _, config, programs = _common_arguments(preds, None, head, outputs, with_state)
-    arguments = {
-        **common,
-        **_grid_constants(head.key, preds[0].dtype),
-        "rows_ptr": rows,
-        "offsets_ptr": offsets,
-        "M": rows.shape[0],
-        "weights_ptr": class_weights,
-        "total_ptr": outputs.total,
-        "counts_ptr": outputs.counts,
-        "partial_ptr": rows.new_empty(programs * grid.N_PARTS.value, dtype=outputs.total.dtype),
-        "done_ptr": done_counter(rows.device, workspace),
-        "BLOCK_G": config.rows,
-    }
-    settings = config.threads, config.max_registers
-    # who is assigned to whom is tested more than once, and the copies must not be rounded differently
-    return Launch(grid.grid_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages)
+    plan, M = _plan(head.key, layouts(preds)), rows.shape[0]
+    spec, (programs,) = plan.loss.arguments["SPEC"], plan.loss.grid
+    blocks = -(-M * spec.KINDS // spec.ROWS) * programs
+    partial = rows.new_empty(plan.numbers, dtype=outputs.total.dtype)
+    done = done_counter(rows.device, workspace)
+    return plan.loss.filled(
+        {
+            "maps": tuple(preds),
+            "targets": records.Targets(rows, offsets, class_weights),
+            "M": M,
+            "lists_ptr": rows.new_empty(plan.lists * M + 2 * blocks, dtype=torch.int32),
+            "saved": _saved(outputs, plan.room, head) if with_state else NOTHING,
+            "outputs": records.Outputs(outputs.total, outputs.parts, outputs.counts, partial, done),
+        }
+    )
 
 
-_GRAD_CONSTANTS = (
-    "strides", "scales", "anchors", "gains", "prior_gain", "shape", "box_args", "obj_args", "C",
-    "AXIS", "BOX", "OFFSET", "OBJ", "UNIT", "SMOOTH", "PRIOR", "MEAN_ROWS", "MEAN_USED", "ACC", "LEVELS",
-)  # fmt: skip
+NOTHING = records.Saved(None, None, None, None)
 
 
 def grid_grad_launch(
     preds: list[Tensor], grads: list[Tensor], grad_total: Tensor, head: GridHead, outputs: GridOutputs
 ) -> Launch:
     """The launch that leaves the gradient, times ``grad_total``, after a loss launch with state."""
-    common, grad_strides, config, programs = _common_arguments(preds, grads, head, outputs, True)
-    constants = _grid_constants(head.key, preds[0].dtype)
-    arguments = {
-        **common,
-        **{name: constants[name] for name in _GRAD_CONSTANTS},
-        "d_ptrs": tuple(grads),
-        "s_ds": tuple(grad_strides),
-        "grad_out_ptr": grad_total,
-        "CHANNELS": config.channels,
-    }
-    return Launch(
-        grid.grid_grad_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages
+    at = layouts(preds)
+    return _grad_plan(head.key, at, layouts(grads)).filled(
+        {
+            "maps": tuple(preds),
+            "grads": tuple(grads),
+            "saved": _saved(outputs, _plan(head.key, at).room, head),
+            "parts_ptr": outputs.parts,
+            "grad_out_ptr": grad_total,
+        }
     )
+
+
+def map_strides(at: Layout, channels: int) -> Strides:
+    """Strides of a map ``[B, A * channels, H, W]`` or ``[B, A, H, W, channels]``; those of axes of length 1 are made
+    to follow their neighbours."""
+    (height, width), stride = at.shape[2:4], at.stride
+    if len(stride) == 4:
+        b, k, y, x = stride
+        a = k * channels
+    else:
+        b, a, y, x, k = stride
+    if width == 1:
+        x = y if height > 1 else 1
+    if height == 1:
+        y = x * width
+    return Strides(b, y, x, a, k)
 
 
 def cell_strides(view: Tensor) -> tuple[int, ...]:
@@ -222,7 +334,7 @@ def cell_strides(view: Tensor) -> tuple[int, ...]:
     return b, a, y, x, k
 
 
-@torch.library.custom_op("fusedyolo::grid_loss", mutates_args=())
+@operator
 def grid_loss(
     preds: list[Tensor],
     rows: Tensor,
@@ -237,18 +349,18 @@ def grid_loss(
     A compiled graph brings its ``workspace``.
     """
     head = head_from_key(key)
-    outputs = grid_outputs(preds, rows, head, with_state)
+    outputs = _outputs(preds[0], rows, head, _plan(key, layouts(preds)).room if with_state else None)
     launch = grid_launch(preds, rows, offsets, class_weights, head, outputs, with_state, workspace)
     run_all([launch], rows.device)
     return outputs.total, outputs.parts, outputs.counts, outputs.state, outputs.kept, outputs.true_obj
 
 
-@grid_loss.register_fake
+@fake(grid_loss)
 def _(preds, rows, offsets, class_weights, key, with_state, workspace=None):
     return tuple(grid_outputs(preds, rows, head_from_key(key), with_state))
 
 
-@torch.library.custom_op("fusedyolo::grid_loss_grad", mutates_args=())
+@operator
 def grid_loss_grad(
     grad_total: Tensor,
     preds: list[Tensor],
@@ -265,7 +377,7 @@ def grid_loss_grad(
     return grads
 
 
-@grid_loss_grad.register_fake
+@fake(grid_loss_grad)
 def _(grad_total, preds, parts, state, kept, true_obj, key):
     return [torch.empty_like(pred) for pred in preds]
 
@@ -280,13 +392,12 @@ def _save_grid(ctx, inputs, output):
 
 def _grid_backward(ctx, grad_total, *_grads):
     parts, state, kept, true_obj, *preds = ctx.saved_tensors
-    others = (None,) * (len(ctx.needs_input_grad) - 1)  # a workspace counts only where there is one
     if grad_total is None:
-        return [None] * len(preds), *others
+        return [None] * len(preds)
     if state.numel() == 0:
         raise RuntimeError("grid_loss: no gradient was prepared, with_state was False")
-    return grid_loss_grad(grad_total, preds, parts, state, kept, true_obj, ctx.key), *others
+    return grid_loss_grad(grad_total, preds, parts, state, kept, true_obj, ctx.key)
 
 
-grid_loss.register_autograd(_grid_backward, setup_context=_save_grid)
-grid_loss_grad.register_autograd(refuse_double_backward(grid_loss_grad._qualname))
+differentiable(grid_loss, _grid_backward, _save_grid)
+differentiable(grid_loss_grad, refuse_double_backward(grid_loss_grad))

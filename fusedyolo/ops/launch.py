@@ -1,4 +1,22 @@
-"""A kernel launch as an object, and what every launch needs."""
+"""A kernel launch as an object, and what every launch needs.
+
+A driver works in two steps. What follows from shapes, strides, types, devices and the row alone (the configuration,
+programs, strides, records of numbers, flags, sizes of buffers) is a *plan*, made once by a function under
+:func:`planned`. A call allocates, fills its tensors in (:meth:`Launch.filled`) and launches:
+
+    @planned
+    def _plan(key: str, pred: Layout, grad: Layout | None, with_loss: bool) -> Launch:
+        head, view = head_from_key(key), grid_view(pred.meta(), ...)
+        ...
+        return Launch(kernel, (programs,), {"W": view.shape[3], "HEAD": ...}, threads)
+
+    def grid_launch(pred, rows, ...):
+        plan = _plan(head.key, layout(pred), None, True)
+        return plan.filled({"pred_ptr": pred, "rows_ptr": rows, "M": rows.shape[0], ...})
+
+A plan may be a tuple of launches, or a ``NamedTuple`` with sizes beside them. What differs from batch to batch, such as
+the number of rows, does not belong in its key; of what does, everything must be in it. It holds no tensor.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +24,18 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import tuned
+
 import triton.language as tl  # isort: skip
+
+R = TypeVar("R")
 
 _ACC = {torch.float64: (tl.float64, torch.float64)}
 
@@ -30,14 +53,67 @@ def float_parts(value: float) -> tuple[float, float, float]:
 
 
 def odd(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Integers, also in tuples, as odd ones: no kernel is compiled for the values of these, see ``plain``."""
-    return tuple(odd(n) if isinstance(n, tuple) else 2 * n + 3 for n in numbers)
+    """Integers, also in tuples within, as odd ones: no kernel is compiled for the values of these, see ``plain``."""
+    odds = [odd(n) if isinstance(n, tuple) else 2 * n + 3 for n in numbers]
+    return type(numbers)(*odds) if hasattr(numbers, "_fields") else tuple(odds)
 
 
-@dataclass(frozen=True)
+class Layout(NamedTuple):
+    """What a plan knows of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def meta(self) -> Tensor:
+        """A tensor that lies so, without memory: for views and their strides."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+_new = tuple.__new__  # what a NamedTuple's own constructor, in Python, comes to
+
+
+def layout(tensor: Tensor) -> Layout:
+    """Of a tensor."""
+    return _new(Layout, (tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+
+
+def layouts(tensors: Sequence[Tensor]) -> tuple[Layout, ...]:
+    """Of each of some tensors."""
+    return tuple([_new(Layout, (t.shape, t.stride(), t.dtype, t.device)) for t in tensors])
+
+
+PLANS = 512  # of a driver; a plan is a few kilobytes
+_plans: list[Any] = []  # the caches, of all drivers
+
+
+def planned(make: Callable[..., R]) -> Callable[..., R]:
+    """Decorates what makes a plan: made once for the same arguments, and for what ``tuned`` says meanwhile.
+
+    Of the ``PLANS`` last ones; threads share them. Arguments are hashable and positional.
+    """
+    find = lru_cache(maxsize=PLANS)(lambda _version, *arguments: make(*arguments))
+    _plans.append(find)
+
+    @wraps(make)
+    def plan(*arguments: Any) -> R:
+        return find(tuned.version, *arguments)
+
+    return plan
+
+
+def forget_plans() -> None:
+    """Make all plans anew: something that no key says has changed."""
+    for find in _plans:
+        find.cache_clear()
+
+
+@dataclass(slots=True, eq=False)
 class Launch:
-    """One kernel launch, ready to run, compile or count. ``max_registers``, a thread's, is of NVIDIA only; ``exact``
-    keeps products and sums apart, as PyTorch's operators do; ``stages`` is how many loads of a loop are under way.
+    """One kernel launch, ready to run, compile or count, or one that lacks only its tensors. ``max_registers``, a
+    thread's, is of NVIDIA only; ``exact`` keeps products and sums apart, as PyTorch's operators do; ``stages`` is how
+    many loads of a loop are under way.
     """
 
     kernel: Any
@@ -48,20 +124,31 @@ class Launch:
     exact: bool = False
     stages: int | None = None
 
+    def filled(self, tensors: dict[str, Any]) -> Launch:
+        """This launch with further arguments, those of a call; it stays as it is."""
+        arguments = {**self.arguments, **tensors}
+        return Launch(self.kernel, self.grid, arguments, self.threads, self.max_registers, self.exact, self.stages)
+
     def run(self) -> None:
         """Launch on the current device and stream: :func:`run_all` sees to it that they are the right ones."""
-        self.kernel[self.grid](**self.arguments, **self.options(torch.version.hip is None))
+        options = _options(self.threads, self.max_registers, self.exact, self.stages, torch.version.hip is None)
+        self.kernel[self.grid](**self.arguments, **options)
 
     def options(self, nvidia: bool) -> dict[str, int]:
         """Compiler options: a warp is 32 threads on NVIDIA's GPUs, 64 on AMD's data-centre GPUs."""
-        options: dict[str, int] = {"enable_fp_fusion": not self.exact}
-        if self.stages is not None:
-            options["num_stages"] = self.stages
-        if not nvidia:
-            return {"num_warps": max(1, self.threads // 64), **options}
-        if self.max_registers is not None:
-            options["maxnreg"] = self.max_registers
-        return {"num_warps": self.threads // 32, **options}
+        return dict(_options(self.threads, self.max_registers, self.exact, self.stages, nvidia))
+
+
+@lru_cache(maxsize=256)
+def _options(threads: int, max_registers: int | None, exact: bool, stages: int | None, nvidia: bool) -> dict[str, int]:
+    options: dict[str, int] = {"enable_fp_fusion": not exact}
+    if stages is not None:
+        options["num_stages"] = stages
+    if not nvidia:
+        return {"num_warps": max(1, threads // 64), **options}
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
+    return {"num_warps": threads // 32, **options}
 
 
 _ANYWHERE = nullcontext()
@@ -155,10 +242,10 @@ def row_maxima(device: torch.device, rows: int, own: Tensor | None = None) -> Te
     return zeros(device, rows, torch.int64) if own is None else own[COUNTERS:]
 
 
-def refuse_double_backward(name: str) -> Callable[..., Any]:
-    """The autograd formula of a gradient operator: an error that says so."""
+def refuse_double_backward(operator: Any) -> Callable[..., Any]:
+    """The autograd formula of a gradient operator: an error that names it."""
 
     def refuse(ctx, *grads):
-        raise NotImplementedError(f"{name}: double backward is not supported; use backend='torch' for it")
+        raise NotImplementedError(f"{operator}: double backward is not supported; use backend='torch' for it")
 
     return refuse

@@ -11,81 +11,80 @@ from torch import Tensor
 from .. import checks
 from ..kernels import pointwise
 from ..kernels.launch import POINTWISE_BLOCK, POINTWISE_THREADS
-from ..kernels.terms import box, label
+from ..terms import find_term
 from .launch import Launch, accumulator, done_counter, float_parts, refuse_double_backward, run_all
-
-
-def _pointwise(
-    kernel: Any,
-    inputs: tuple[Tensor, Tensor],
-    n: int,
-    term: dict[str, Any],
-    args: list[float],
-    reduction: str,
-    loss: Tensor | None,
-    grad_out: Tensor | None,
-    grads: tuple[Tensor, ...],
-    workspace: Tensor | None = None,
-) -> Launch:
-    """A launch of a pointwise driver over ``n`` items: the loss with ``loss``, the gradient with ``grads``."""
-    programs = -(-n // POINTWISE_BLOCK)
-    tl_acc, acc = accumulator(inputs[0].dtype)
-    reduce = reduction != "none"
-    reduce_forward = reduce and loss is not None
-    arguments = {
-        **dict(zip(_POINTWISE_NAMES[kernel], (*inputs, *(grads or (None, None))), strict=False)),
-        "n": n,
-        "args": tuple(args),
-        "scale": float_parts(1.0 / n if reduction == "mean" else 1.0),
-        "loss_ptr": loss,
-        "partial_ptr": inputs[0].new_empty(programs, dtype=acc) if reduce_forward else None,
-        "done_ptr": done_counter(inputs[0].device, workspace) if reduce_forward else None,
-        "grad_out_ptr": grad_out,
-        "REDUCE": reduce,
-        "WITH_GRAD": loss is None,
-        "ACC": tl_acc,
-        "BLOCK": POINTWISE_BLOCK,
-        **term,
-    }
-    return Launch(kernel, (programs,), arguments, _THREADS[kernel])
-
-
-_POINTWISE_NAMES = {
-    pointwise.label_kernel: ("x_ptr", "t_ptr", "dx_ptr"),
-    pointwise.box_kernel: ("p_ptr", "g_ptr", "dp_ptr", "dg_ptr"),
-}
-
+from .operator import differentiable, fake, operator
 
 # two boxes a thread: with four, the gradient of the longest terms by both boxes leaves the registers
 _THREADS = {pointwise.label_kernel: POINTWISE_THREADS, pointwise.box_kernel: POINTWISE_BLOCK // 2}
 
 
-def _pointwise_loss(
-    kernel: Any, a: Tensor, b: Tensor, shape, term: dict[str, Any], args, reduction: str, workspace: Tensor | None
+def _run(
+    kernel: Any,
+    inputs: tuple[Tensor, Tensor],
+    n: int,
+    term: pointwise.Term,
+    reduction: str,
+    *,
+    outputs: pointwise.Outputs | None = None,
+    grads: pointwise.Grads | None = None,
+) -> None:
+    """Launches a driver over ``n`` items: for the loss with ``outputs``, for the gradient with ``grads``."""
+    first, second = inputs
+    arguments = dict(zip(kernel.arg_names, (first.contiguous(), second.contiguous(), n), strict=False))
+    arguments |= {
+        "scale": float_parts(1.0 / n if reduction == "mean" else 1.0),
+        "term": term,
+        "outputs": outputs,
+        "grads": grads,
+        "SPEC": pointwise.Spec(reduction != "none", accumulator(first.dtype)[0], POINTWISE_BLOCK),
+    }
+    run_all([Launch(kernel, (_programs(n),), arguments, _THREADS[kernel])], first.device)
+
+
+def _programs(n: int) -> int:
+    return -(-n // POINTWISE_BLOCK)
+
+
+def _loss(
+    kernel: Any,
+    inputs: tuple[Tensor, Tensor],
+    shape: tuple[int, ...],
+    term: pointwise.Term,
+    reduction: str,
+    workspace: Tensor | None,
 ) -> Tensor:
-    loss = a.new_empty(shape if reduction == "none" else (), dtype=accumulator(a.dtype)[1])
-    n = math.prod(shape)
+    loss, n = _empty_loss(inputs[0], shape, reduction), math.prod(shape)
     if n == 0:
         return loss.zero_()
-    inputs = (a.contiguous(), b.contiguous())
-    run_all([_pointwise(kernel, inputs, n, term, args, reduction, loss, None, (), workspace)], a.device)
+    sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    if reduction != "none":
+        sums = loss.new_empty(_programs(n)), done_counter(loss.device, workspace)
+    _run(kernel, inputs, n, term, reduction, outputs=pointwise.Outputs(loss, *sums))
     return loss
 
 
-def _pointwise_grad(kernel: Any, grad_out: Tensor, a: Tensor, b: Tensor, n: int, term, args, reduction, grads) -> None:
-    if n > 0:
-        inputs = (a.contiguous(), b.contiguous())
-        launch = _pointwise(kernel, inputs, n, term, args, reduction, None, grad_out.contiguous(), grads)
-        run_all([launch], a.device)
+def _empty_loss(like: Tensor, shape: tuple[int, ...], reduction: str) -> Tensor:
+    return like.new_empty(shape if reduction == "none" else (), dtype=accumulator(like.dtype)[1])
 
 
-def _label(kind: str) -> dict[str, Any]:
-    if kind == "softmax_ce":
+def _empty_grad(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _label(kind: str, args: list[float]) -> pointwise.Term:
+    term = find_term("kind", kind, "class", "objectness")
+    if not term.elementwise:
         checks.fail("kind", repr(kind), "a label term that is elementwise")
-    return {"LABEL": getattr(label, kind)}
+    return pointwise.Term(term.kernel, tuple(args), (None, None))
 
 
-@torch.library.custom_op("fusedyolo::label_loss", mutates_args=())
+def _box(kind: str, args: list[float], extent: list[float] | None) -> pointwise.Term:
+    sides = (None, None) if extent is None else tuple(extent)
+    return pointwise.Term(find_term("kind", kind, "iou").kernel, tuple(args), sides)
+
+
+@operator
 def label_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -98,37 +97,34 @@ def label_loss(
 
     float64 for float64, else float32. A compiled graph brings its ``workspace``.
     """
-    term = _label(kind)
-    return _pointwise_loss(pointwise.label_kernel, inputs, targets, inputs.shape, term, args, reduction, workspace)
+    pair, term = (inputs, targets), _label(kind, args)
+    return _loss(pointwise.label_kernel, pair, inputs.shape, term, reduction, workspace)
 
 
-@label_loss.register_fake
+@fake(label_loss)
 def _(inputs, targets, kind, args, reduction, workspace=None):
-    return inputs.new_empty(inputs.shape if reduction == "none" else (), dtype=accumulator(inputs.dtype)[1])
+    return _empty_loss(inputs, inputs.shape, reduction)
 
 
-@torch.library.custom_op("fusedyolo::label_loss_grad", mutates_args=())
+@operator
 def label_loss_grad(
     grad_out: Tensor, inputs: Tensor, targets: Tensor, kind: str, args: list[float], reduction: str
 ) -> Tensor:
     """Gradient of :func:`label_loss` by ``inputs``."""
-    grad = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-    _pointwise_grad(
-        pointwise.label_kernel, grad_out, inputs, targets, inputs.numel(), _label(kind), args, reduction, (grad,)
-    )
+    grad = _empty_grad(inputs)
+    if inputs.numel():
+        grads = pointwise.Grads(grad_out.contiguous(), grad, None)
+        pair = (inputs, targets)
+        _run(pointwise.label_kernel, pair, inputs.numel(), _label(kind, args), reduction, grads=grads)
     return grad
 
 
-@label_loss_grad.register_fake
+@fake(label_loss_grad)
 def _(grad_out, inputs, targets, kind, args, reduction):
-    return torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    return _empty_grad(inputs)
 
 
-def _box(kind: str, extent: list[float] | None) -> dict[str, Any]:
-    return {"BOX": getattr(box, kind), "extent": (None, None) if extent is None else tuple(extent)}
-
-
-@torch.library.custom_op("fusedyolo::box_loss", mutates_args=())
+@operator
 def box_loss(
     boxes1: Tensor,
     boxes2: Tensor,
@@ -143,16 +139,16 @@ def box_loss(
     ``extent`` is the width and height of the image, for a term that needs them. A compiled graph brings its
     ``workspace``.
     """
-    shape, term = boxes1.shape[:-1], _box(kind, extent)
-    return _pointwise_loss(pointwise.box_kernel, boxes1, boxes2, shape, term, args, reduction, workspace)
+    pair, term = (boxes1, boxes2), _box(kind, args, extent)
+    return _loss(pointwise.box_kernel, pair, boxes1.shape[:-1], term, reduction, workspace)
 
 
-@box_loss.register_fake
+@fake(box_loss)
 def _(boxes1, boxes2, kind, args, reduction, extent=None, workspace=None):
-    return boxes1.new_empty(boxes1.shape[:-1] if reduction == "none" else (), dtype=accumulator(boxes1.dtype)[1])
+    return _empty_loss(boxes1, boxes1.shape[:-1], reduction)
 
 
-@torch.library.custom_op("fusedyolo::box_loss_grad", mutates_args=())
+@operator
 def box_loss_grad(
     grad_out: Tensor,
     boxes1: Tensor,
@@ -163,39 +159,33 @@ def box_loss_grad(
     extent: list[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of :func:`box_loss` by both sets of boxes."""
-    grads = (
-        torch.empty_like(boxes1, memory_format=torch.contiguous_format),
-        torch.empty_like(boxes2, memory_format=torch.contiguous_format),
-    )
-    n = boxes1.numel() // 4
-    _pointwise_grad(pointwise.box_kernel, grad_out, boxes1, boxes2, n, _box(kind, extent), args, reduction, grads)
-    return grads
+    found = _empty_grad(boxes1), _empty_grad(boxes2)
+    if boxes1.numel():
+        grads = pointwise.Grads(grad_out.contiguous(), *found)
+        pair, term = (boxes1, boxes2), _box(kind, args, extent)
+        _run(pointwise.box_kernel, pair, boxes1.numel() // 4, term, reduction, grads=grads)
+    return found
 
 
-@box_loss_grad.register_fake
+@fake(box_loss_grad)
 def _(grad_out, boxes1, boxes2, kind, args, reduction, extent=None):
-    return (
-        torch.empty_like(boxes1, memory_format=torch.contiguous_format),
-        torch.empty_like(boxes2, memory_format=torch.contiguous_format),
-    )
+    return _empty_grad(boxes1), _empty_grad(boxes2)
 
 
-def _save_pair(ctx, inputs, output):
-    a, b, ctx.kind, ctx.args, ctx.reduction, *ctx.extent, _workspace = inputs
-    ctx.save_for_backward(a, b)
+def _save(ctx, inputs, output):
+    first, second, *ctx.others, _workspace = inputs
+    ctx.save_for_backward(first, second)
 
 
 def _label_backward(ctx, grad_out):
-    grad = label_loss_grad(grad_out, *ctx.saved_tensors, ctx.kind, ctx.args, ctx.reduction)
-    return grad, None, None, None, None, None
+    return label_loss_grad(grad_out, *ctx.saved_tensors, *ctx.others)
 
 
 def _box_backward(ctx, grad_out):
-    grads = box_loss_grad(grad_out, *ctx.saved_tensors, ctx.kind, ctx.args, ctx.reduction, *ctx.extent)
-    return *grads, None, None, None, None, None
+    return tuple(box_loss_grad(grad_out, *ctx.saved_tensors, *ctx.others))
 
 
-label_loss.register_autograd(_label_backward, setup_context=_save_pair)
-box_loss.register_autograd(_box_backward, setup_context=_save_pair)
+differentiable(label_loss, _label_backward, _save)
+differentiable(box_loss, _box_backward, _save)
 for _op in (label_loss_grad, box_loss_grad):
-    _op.register_autograd(refuse_double_backward(_op._qualname))
+    differentiable(_op, refuse_double_backward(_op))

@@ -11,11 +11,12 @@ from torch import Tensor
 from .. import checks
 from ..heads import GridHead
 from ..kernels import select as kernels
+from ..kernels.levels import Strides
 from ..kernels.terms import decode
 from ..reference import grid_view
 from ..reference.select import LOWEST_BIN, SCORE_BINS
 from .grid import cell_strides
-from .launch import Launch, float_parts, run_all
+from .launch import Launch, float_parts, odd, run_all
 
 MOST_PAIRS = 2**31 - 1  # indices are int32
 SCAN_THREADS = NMS_THREADS = 256
@@ -57,44 +58,54 @@ def scan_launches(preds: Sequence[Tensor], head: GridHead, conf: float, limit: i
     index = torch.empty((batch, K), dtype=torch.int32, device=device)
     counts = torch.empty((3, -(-batch * tiles // 4) * 4), dtype=torch.int32, device=device)
     arguments = {
-        "raw_ptrs": tuple(preds),
-        "s_raws": tuple(strides),
-        "Ws": tuple(widths),
-        "HWs": tuple(cells),
-        "anchors": tuple(tuple(side for t in own for side in head.anchors[t]) for own in head.levels),
-        "strides": head.strides,
-        "scales": head.scale_x_y,
+        "levels": kernels.Levels(
+            raw_ptrs=tuple(preds),
+            by=tuple(
+                Strides(*odd((image, row, column, anchor, channel))) for image, anchor, row, column, channel in strides
+            ),
+            Ws=odd(tuple(widths)),
+            HWs=odd(tuple(cells)),
+            anchors=tuple(tuple(side for t in own for side in head.anchors[t]) for own in head.levels),
+            strides=head.strides,
+            scales=head.scale_x_y,
+        ),
+        "bound": kernels.Bound(float_parts(conf), _below(conf), -1),
         "C": C,
-        "low": _below(conf),
-        "conf": float_parts(conf),
         "T": tiles,
         "K": K,
-        "histogram_ptr": histogram,
-        "passing_ptr": counts[0],
-        "above_ptr": counts[1],
-        "edge_ptr": counts[2],
-        "cut_ptr": torch.empty(batch, dtype=torch.int32, device=device),
-        "scores_ptr": scores,
-        "boxes_ptr": boxes,
-        "index_ptr": index,
+        "counts": kernels.Counts(histogram, *counts, torch.empty(batch, dtype=torch.int32, device=device)),
+        "slots": kernels.Slots(scores, boxes, index),
         "AXIS": getattr(decode, head.decode),
-        "SOFTMAX": head.label == "softmax_ce",
-        "FLAT": all(s[2] == s[3] * width for s, width in zip(strides, widths, strict=True)),
-        "CELLS": block,
-        "CLASSES": classes,
-        "LOWEST": LOWEST_BIN,
-        "BINS": SCORE_BINS,
-        "BLOCK": 128,
     }
-    modes = (
-        (kernels.COUNT, COUNT_REGISTERS),
-        (kernels.RECOUNT, COUNT_REGISTERS),
-        (kernels.WRITE, MAX_REGISTERS),
+    spec = kernels.ScanSpec(
+        MODE="count",
+        SOFTMAX=head.label == "softmax_ce",
+        NEAR=_near(strides, widths),
+        CELLS=block,
+        CLASSES=classes,
+        LOWEST=LOWEST_BIN,
+        BINS=SCORE_BINS,
+        BLOCK=128,
     )
+    modes = (("count", COUNT_REGISTERS), ("recount", COUNT_REGISTERS), ("write", MAX_REGISTERS))
     return Candidates(scores, boxes, index), [
-        Launch(kernels.scan_kernel, (batch * tiles,), {**arguments, "MODE": mode}, SCAN_THREADS, registers, exact=True)
+        Launch(
+            kernels.scan_kernel,
+            (batch * tiles,),
+            {**arguments, "SPEC": spec._replace(MODE=mode)},
+            SCAN_THREADS,
+            registers,
+            exact=True,
+        )
         for mode, registers in modes
     ]
+
+
+def _near(strides: Sequence[tuple[int, ...]], widths: Sequence[int]) -> str | None:
+    """Which neighbours lie next to each other in memory: all cells of a plane, the channels of a cell, or neither."""
+    if all((row, column) == (width, 1) for (_, _, row, column, _), width in zip(strides, widths, strict=True)):
+        return "cells"
+    return "channels" if all(by[4] == 1 for by in strides) else None
 
 
 def _tile(largest_map: int, num_classes: int, cells_contiguous: bool) -> tuple[int, int]:
@@ -124,22 +135,15 @@ def nms_launch(
     boxes, scores, labels, count = outputs
     batch, max_det = scores.shape
     arguments = {
-        "scores_ptr": found.scores,
+        "slots": kernels.Slots(found.scores, found.boxes, found.index),
         "order_ptr": order,
-        "boxes_ptr": found.boxes,
-        "index_ptr": found.index,
+        "kept_ptr": torch.empty((batch, max_det), dtype=torch.int32, device=scores.device),
+        "found": kernels.Detections(boxes, scores, labels, count),
         "C": num_classes,
         "K": found.scores.shape[1],
         "max_det": max_det,
-        "iou": float_parts(iou),
-        "kept_ptr": torch.empty((batch, max_det), dtype=torch.int32, device=scores.device),
-        "out_boxes_ptr": boxes,
-        "out_scores_ptr": scores,
-        "out_labels_ptr": labels,
-        "out_count_ptr": count,
-        "AGNOSTIC": class_agnostic,
-        "BLOCK": NMS_BLOCK,
-        "CHUNK": NMS_CHUNK,
+        "limit": float_parts(iou),
+        "SPEC": kernels.NmsSpec(class_agnostic, NMS_BLOCK, NMS_CHUNK),
     }
     # exact: an IoU of 1 must not come out above 1
     return Launch(kernels.nms_kernel, (batch,), arguments, NMS_THREADS, MAX_REGISTERS, exact=True)

@@ -5,10 +5,11 @@ host, so nothing here waits for a device.
 """
 
 from .cells import cell_assign, cell_loss, cell_views
-from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, read_corners, relative
+from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, relative
 from .dense import flat as flat_maps
-from .grid import Candidates, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets, read_rows
-from .pairs import Rows
+from .grid import Candidates, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets
+from .primitives import constants
+from .rows import Rows, read_corners, read_rows
 from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "cell_loss",
     "cell_views",
     "centreness",
+    "constants",
     "decode_anchors",
     "dense_loss",
     "dense_match",

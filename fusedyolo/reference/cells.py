@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..heads import CellHead
-from .grid import read_rows
-from .terms import _pair, area, iou_of_areas
+from .rows import read_rows
+from .terms.box import boxes_of_sizes, similarity
 
 LARGEST_SIZE = 2.0**60  # of a predicted box, in images: its square stays finite in float32
 
@@ -106,8 +106,6 @@ def _overlap(boxes: Tensor, offset: Tensor, size: Tensor, head: CellHead) -> tup
     p = boxes[..., 2:].square() if head.root else boxes[..., 2:]
     p, g = p.clamp(-LARGEST_SIZE, LARGEST_SIZE), size[..., None, :].expand_as(p)
     distance = (offset[..., None, :] - boxes[..., :2]) / head.grid_size
-    # from the centre of the prediction, so that a tiny box keeps its sides
-    pair = _pair(torch.cat((-p / 2, p / 2), -1), torch.cat((distance - g / 2, distance + g / 2), -1), 0.0)
-    overlap, _ = iou_of_areas(area(pair.overlap), area(pair.p), area(pair.g), pair.eps)
+    overlap = similarity(*boxes_of_sizes(p, g, distance))
     away = distance.square().sum(-1) + (p - g).square().sum(-1)
     return torch.where(overlap > 0, overlap, 0.0), torch.where(away.isnan(), math.inf, away)

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..heads import DELTA_KINDS, DenseHead
-from .pairs import PairIoU, Rows, chunks, corner_areas
-from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS, area, constants
+from ..heads import DenseHead
+from .overlap import PairIoU, area, chunks, corner_areas, corners_of
+from .primitives import constants
+from .rows import BoxRows, Rows, read_corners
+from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS
+from .terms.box import boxes_of_sizes
 
 BACKGROUND, IGNORED = -1, -2
 LARGEST_AREA = 1e8  # square pixels; torchvision takes an area from this, and the largest difference wins
@@ -25,45 +27,6 @@ def flat(maps: Sequence[Tensor], channels: int) -> Tensor:
         return maps[0]
     cells = [m.unflatten(1, (-1, channels)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps]
     return torch.cat(cells, 1)
-
-
-@dataclass(frozen=True)
-class BoxRows(Rows):
-    """Target rows of which ``boxes`` are corners in pixels, and with them what corners have lost."""
-
-    centres: Tensor | None  # [M, 2] in pixels, float64; None where rows came as corners
-    sides: Tensor  # [M, 2] in pixels
-
-
-def read_corners(
-    rows: Tensor, head: DenseHead, batch_size: int, size: tuple[float, float] | None, corners: bool, dtype: torch.dtype
-) -> BoxRows:
-    """Validity of target rows [M, 6] by the contract, and what they hold.
-
-    The boxes of rows are their ``corners`` in pixels, or centre and size relative to an image of ``size`` (height,
-    width), which for corners may be None: unknown.
-    """
-    height, width = (math.inf, math.inf) if size is None else size
-    image, label, *box = rows.unbind(1)
-    if corners:
-        x1, y1, x2, y2 = box
-        cx, cy, w, h = 0.5 * (x1 + x2) / width, 0.5 * (y1 + y2) / height, x2 - x1, y2 - y1
-    else:
-        cx, cy, w, h = box
-    first = 1 if head.background else 0
-    valid = rows.isfinite().all(1) & (w > 0) & (h > 0) & w.isfinite() & h.isfinite()
-    valid = valid & (image >= 0) & (image < batch_size) & (label >= first) & (label < head.num_classes)
-    valid = valid & (cx >= 0) & (cx < 1) & (cy >= 0) & (cy < 1)
-    safe = torch.where(valid[:, None], rows, 0.5)
-    boxes = safe[:, 2:].to(dtype)
-    image, label = safe[:, 0].long(), safe[:, 1].long()
-    if corners:
-        return BoxRows(valid, image, label, boxes, None, boxes[:, 2:] - boxes[:, :2])
-    pixels = boxes * constants((width, height) * 2, boxes)
-    half = boxes[:, 2:] * 0.5
-    boxes = torch.cat((boxes[:, :2] - half, boxes[:, :2] + half), 1) * constants((width, height) * 2, boxes)
-    centres = safe[:, 2:4].double() * constants((width, height), safe.double())
-    return BoxRows(valid, image, label, boxes, centres, pixels[:, 2:])
 
 
 def dense_match(
@@ -220,16 +183,13 @@ def _box_loss(
     raw = torch.where(has[..., None], raw, 0.0)
     a, b = raw[..., :2], raw[..., 2:]
     sides, weights = anchors[:, 2:] - anchors[:, :2], constants(head.weights, raw)
-    if head.box in DELTA_KINDS:
+    if head.box in OFFSET_TERMS:
         logs = (true / sides).clamp(min=torch.finfo(torch.float32).tiny).log()
         loss = OFFSET_TERMS[head.box](a, b, weights[:2] * shift / sides, weights[2:] * logs, head.beta).sum(-1)
     else:
         centre, p = DECODE[head.decode](a, b, sides, sides / weights[:2], 1 / weights[2:])
-        distance = shift - centre
-        # from the centre of the prediction, so that a tiny box keeps its sides
-        pair = torch.cat((-p / 2, p / 2), -1), torch.cat((distance - true / 2, distance + true / 2), -1)
         extent = None if size is None else constants((size[1], size[0]), raw)
-        loss = BOX_TERMS[head.box](*pair, head.box_args, extent)
+        loss = BOX_TERMS[head.box](*boxes_of_sizes(p, true, shift - centre), head.box_args, extent)
     return torch.where(has, loss, 0.0).sum(1)
 
 
@@ -249,8 +209,7 @@ def decode_anchors(
     """
     sides, weights = anchors[:, 2:] - anchors[:, :2], constants(head.weights, anchors)
     shift, size = DECODE[head.decode](box[..., :2], box[..., 2:], sides, sides / weights[:2], 1 / weights[2:])
-    middle = 0.5 * (anchors[:, :2] + anchors[:, 2:]) + shift
-    boxes = torch.cat((middle - size / 2, middle + size / 2), -1)
+    boxes = corners_of(0.5 * (anchors[:, :2] + anchors[:, 2:]) + shift, size)
     if head.background:
         scores = cls.softmax(-1)
         return boxes, torch.cat((torch.zeros_like(scores[..., :1]), scores[..., 1:]), -1)

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads import CENTRE_LIMITS, CellHead, GridHead, obj_scales
-from .pairs import PairIoU, Rows
-from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, area, constants
+from ..heads import GridHead, obj_scales
+from .overlap import PairIoU, area, corners_of, iou_of_areas
+from .primitives import constants
+from .rows import Rows, read_rows
+from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS
+from .terms.box import boxes_of_sizes
 
 NEIGHBOURS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (-0.5, 0.0), (0.0, -0.5))
 """Of the ratio assigner: what is taken off a centre, in cells, for its own cell and the left, upper, right, lower."""
@@ -27,17 +30,6 @@ class Candidates:
     row: Tensor  # [R] int64
     slot: Tensor  # [R] int64
     ignored: Tensor | None = None  # [N] bool: neither positive nor negative
-
-
-def read_rows(rows: Tensor, head: GridHead | CellHead, batch_size: int) -> Rows:
-    """Validity of target rows [M, 6] by the contract, and what they hold."""
-    image, label, cx, cy, w, h = rows.unbind(1)
-    valid = rows.isfinite().all(1) & (w > 0) & (h > 0)
-    valid = valid & (image >= 0) & (image < batch_size) & (label >= 0) & (label < head.num_classes)
-    limit = CENTRE_LIMITS[isinstance(head, GridHead) and head.edge]
-    valid = valid & (cx >= 0) & (cx < limit) & (cy >= 0) & (cy < limit)
-    safe = torch.where(valid[:, None], rows, 0.5)
-    return Rows(valid, safe[:, 0].long(), safe[:, 1].long(), safe[:, 2:])
 
 
 def assign(
@@ -90,8 +82,7 @@ def _best_anchor(size: Tensor, head: GridHead, own: Sequence[int]) -> Tensor:
     """[M, A]: whether an anchor of the level is the best for a row of ``size`` [M, 1, 2], or good enough."""
     pool = own if head.per_level else range(len(head.anchors))
     anchors = _anchors(head, pool, size)
-    inter = area(torch.minimum(size, anchors))
-    shape_iou = inter / (area(size) + area(anchors) - inter)
+    shape_iou, _ = iou_of_areas(area(torch.minimum(size, anchors)), area(size), area(anchors))
     best = shape_iou.argmax(1, keepdim=True)
     fits = (torch.arange(len(pool), device=size.device) == best) & (shape_iou > 0)
     if head.iou_thresh < 1:
@@ -125,9 +116,7 @@ def _pairs(centre: Tensor, size: Tensor, boxes: Tensor, rows: Rows) -> PairIoU:
     the rows'; all by centre and size in pixels.
     """
     shape = (-1, math.prod(centre.shape[-4:-1]))
-    edges = torch.cat((centre - size / 2, centre + size / 2), -1).reshape(*shape, 4)
-    half = boxes[:, 2:] / 2
-    true_edges = torch.cat((boxes[:, :2] - half, boxes[:, :2] + half), 1)
+    edges, true_edges = corners_of(centre, size).reshape(*shape, 4), corners_of(boxes[:, :2], boxes[:, 2:])
     return PairIoU(edges, area(size).reshape(shape), true_edges, area(boxes[:, 2:]), rows)
 
 
@@ -302,9 +291,7 @@ def _box_term(
     image = constants((cells[1] * stride, cells[0] * stride), raw)
     unit = {"pixel": torch.ones_like(image), "cell": torch.full_like(image, stride), "image": image}[head.unit]
     centre, p = DECODE[head.decode](a, b, anchors, stride, scale)
-    p, g, distance = p / unit, size * image / unit, (offset * stride - centre) / unit
-    # from the centre of the prediction, so that a box of 1e-20 pixels keeps its sides
-    pair = torch.cat((-p / 2, p / 2), -1), torch.cat((distance - g / 2, distance + g / 2), -1)
+    pair = boxes_of_sizes(p / unit, size * image / unit, (offset * stride - centre) / unit)
     if head.box in OFFSET_TERMS:
         loss = OFFSET_TERMS[head.box](a, b, offset, (size * image / anchors).log(), scale).sum(-1)
         loss = loss * (1 + head.area_weight * (1 - area(size).clamp(max=head.area_cap)))

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..heads import CellHead, GridHead
+from ..terms import TERMS
 from .cells import cell_views
 from .grid import decode_map, grid_view
-from .terms import area, iou_of_areas
+from .overlap import Corners, corner_areas, corners_of, iou
 
 SCORE_BINS = 2048
 LOWEST_BIN = 0x3F80 - (SCORE_BINS - 1)  # the highest holds 1.0, and what a detector without a sigmoid has above it
@@ -28,8 +29,8 @@ def decode_grid(preds: Sequence[Tensor], head: GridHead) -> tuple[Tensor, Tensor
     for level, (pred, own) in enumerate(zip(preds, head.levels, strict=True)):
         raw = grid_view(pred, len(own))
         centre, size = decode_map(raw, level, head)
-        boxes.append(torch.cat((centre - size / 2, centre + size / 2), -1).flatten(1, 3))
-        classes = raw[..., 5:].softmax(-1) if head.label == "softmax_ce" else raw[..., 5:].sigmoid()
+        boxes.append(corners_of(centre, size).flatten(1, 3))
+        classes = raw[..., 5:].sigmoid() if TERMS[head.label].elementwise else raw[..., 5:].softmax(-1)
         scores.append((raw[..., 4:5].sigmoid() * classes).flatten(1, 3))
     return torch.cat(boxes, 1), torch.cat(scores, 1)
 
@@ -44,8 +45,7 @@ def decode_cells(pred: Tensor, head: CellHead) -> tuple[Tensor, Tensor]:
     origin = torch.stack(torch.meshgrid(cell, cell, indexing="xy"), -1)[:, :, None]
     centre = (raw[..., :2] + origin) / head.grid_size
     size = raw[..., 2:] ** 2 if head.root else raw[..., 2:]
-    boxes = torch.cat((centre - size / 2, centre + size / 2), -1)
-    return boxes.flatten(1, 3), (confidence[..., None] * scores[:, :, :, None]).flatten(1, 3)
+    return corners_of(centre, size).flatten(1, 3), (confidence[..., None] * scores[:, :, :, None]).flatten(1, 3)
 
 
 def candidates(boxes: Tensor, scores: Tensor, conf: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,24 +69,22 @@ def candidates(boxes: Tensor, scores: Tensor, conf: float, limit: int) -> tuple[
 
 
 def nms(
-    scores: Tensor, boxes: Tensor, labels: Tensor, iou: float, max_det: int, class_agnostic: bool
+    scores: Tensor, boxes: Tensor, labels: Tensor, thresh: float, max_det: int, class_agnostic: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Greedy non-maximum suppression of boxes [B, K, 4] with scores [B, K] in descending order, 0 where there is none.
 
-    The best box that is left is kept and suppresses those of its class, or of any, with IoU > ``iou``, until
+    The best box that is left is kept and suppresses those of its class, or of any, with IoU > ``thresh``, until
     ``max_det`` are kept. Two boxes without area do not suppress each other. Returns boxes
     [B, max_det, 4], scores and labels [B, max_det], padded with 0 and -1, and how many there are [B], int32.
     """
-    low, high = boxes.chunk(2, -1)
-    areas = area(high - low)
+    edges, areas = Corners(*boxes.unbind(-1)), corner_areas(boxes)
     left, picks, found = scores > 0, [], []
     for _ in range(min(max_det, scores.shape[1])):
         pick = left.to(torch.uint8).argmax(1, keepdim=True)  # the first one left
         found.append(left.gather(1, pick))
         picks.append(pick)
-        own_low, own_high = (side.gather(1, pick[..., None].expand(-1, -1, 2)) for side in (low, high))
-        inter = area((torch.minimum(high, own_high) - torch.maximum(low, own_low)).clamp(min=0))
-        over = iou_of_areas(inter, areas, areas.gather(1, pick))[0] > iou
+        own = Corners(*(edge.gather(1, pick) for edge in edges))
+        over = iou(edges, own, areas, areas.gather(1, pick)) > thresh
         if not class_agnostic:
             over = over & (labels == labels.gather(1, pick))
         left = (left & ~over).scatter(1, pick, False)

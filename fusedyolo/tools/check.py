@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,24 +20,7 @@ from rich.table import Table
 
 from . import compiled, interpreter
 from .compiled_table import Result, accepts, print_results, write
-from .registry import DTYPES, Case, Workload, add_loss, select
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    add_loss(parser, "all; with --compiled also select and pointwise")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="repeat for more (float32)")
-    parser.add_argument("--compiled", action="store_true", help="compile the kernels and execute them without a GPU")
-    group = parser.add_argument_group("with --compiled")
-    group.add_argument(
-        "--arch", action="append", type=int, choices=compiled.ARCHS, help="90 for sm_90; repeat for more (90)"
-    )
-    group.add_argument("--seeds", type=_count, help="orders of threads, warps and programs that are tried (2)")
-    group.add_argument("--fusion", choices=list(compiled.FUSION), help="of products and sums (as-shipped)")
-    group.add_argument("--noise", action="store_true", help="approximate instructions are off by what is documented")
-    group.add_argument("--fine", action="store_true", help="other threads come in before every access")
-    group.add_argument("--markdown", type=Path, metavar="PATH", help="also write the table into this file")
-    parser.set_defaults(run=run)
+from .registry import Case, Workload, choose, select
 
 
 def run(options: argparse.Namespace) -> int:
@@ -103,19 +85,12 @@ def _table(results: list[tuple[Case, Workload, dict[str, Any]]], device: str) ->
 # --------------------------------------------------------------------------------------------------------- compiled
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}, want at least 1")
-    return number
-
-
 def _run_compiled(options: argparse.Namespace, console: Console) -> int:
     settings = compiled.Settings(
         seeds=options.seeds or 2, fusion=options.fusion or "as-shipped", noise=options.noise, fine=options.fine
     )
     try:
-        cases = compiled.choose(options.loss)
+        cases = choose(options.loss, compiled.cases())
         if options.markdown:
             accepts(options.markdown)
         compiled.ready()

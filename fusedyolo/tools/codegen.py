@@ -16,9 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .registry import Case, CellCase, DenseCase, Workload
+from .registry import Case, Workload
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -60,41 +58,12 @@ def widths(counts: Mapping[int, int]) -> str:
     return " ".join(f"{number}x{width}" for width, number in sorted(counts.items(), reverse=True)) or "none"
 
 
-_NAMES = {"overlap_kernel": "overlap", "match_kernel": "match", "dense_kernel": "loss", "rank_kernel": "rank"}
-
-
 def launches(case: Case, work: Workload) -> dict[str, Any]:
     """The launches of a training step by name, on memory that is never touched."""
-    from .. import ops
-
-    criterion: Any = case.build(work.classes, "auto")
-    preds, rows = case.predictions(work, empty=True), case.targets(work)
-    one = torch.ones(())
-    if isinstance(case, DenseCase):
-        anchors, head = case.anchor_boxes(work), criterion.head
-        geometry = ops.Geometry((float(work.size),) * 2, False, (case.sizes(work)[0], case.sizes(work)[-1]))
-        outputs = ops.dense_outputs(preds, anchors, head, True)
-        forward = ops.loss_launches(preds, anchors, rows, None, head, geometry, outputs)
-        found = {_NAMES[launch.kernel.__name__]: launch for launch in forward}
-        grads = [torch.empty_like(pred) for pred in preds]
-        ones = (one, None, None, None)
-        skip = head.negatives == 0
-        return found | {
-            "grad": ops.dense_launch(preds, anchors, rows, head, geometry, outputs, False, grads, ones, skip)
-        }
-    if isinstance(case, CellCase):
-        sums, grad = ops.cell_outputs(preds[0], True)
-        key = criterion.head.key
-        return {
-            "loss": ops.cell_launch(preds[0], grad, rows, None, key, sums),
-            "grad": ops.cell_launch(preds[0], grad, rows, None, key, None, one, True),
-        }
-    kept = ops.grid_outputs(preds, rows, criterion.head, True)
-    grads = [torch.empty_like(pred) for pred in preds]
-    return {
-        "loss": ops.grid_launch(preds, rows, None, criterion.class_weights, criterion.head, kept, True),
-        "grad": ops.grid_grad_launch(preds, grads, one, criterion.head, kept),
-    }
+    criterion, driver = case.build(work.classes, "auto"), case.driver
+    preds = case.pack(case.predictions(work, empty=True), work)
+    call = driver.read(criterion, preds, case.targets(work), **case.geometry(work))
+    return driver.launches(criterion.head, call)
 
 
 def target_of(name: str) -> tuple[str, int | str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,15 +14,14 @@ from torch import Tensor
 import fusedyolo
 
 from ..emulator import Device
-from ..heads import IOU_KINDS
+from ..terms import term_names
 from .parity import TOLERANCE
-from .registry import CASES, CellCase, Workload
+from .registry import CASES, Workload
 from .registry import Case as LossCase
 
 ARCHS = (80, 90)
 FUSION = {"as-shipped": ("as shipped",), "off": ("off",), "both": ("as shipped", "off", "by seed")}
 SMALL = Workload(batch=2, size=64, classes=3, seed=3)
-CELL_BATCH = 12  # YOLOv1 has 49 cells an image: enough of them for several programs
 WEIGHTS = (1.0, 0.75)  # gradients of the total; dense heads have launches that do their work for others than 1 only
 LABEL_LOSSES = ("sigmoid_focal_loss", "quality_focal_loss", "varifocal_loss")
 
@@ -86,8 +85,7 @@ class Found:
 
 def _loss(case: LossCase, work: Workload) -> Step:
     """A training step: total, parts, counts, and a gradient for each of :data:`WEIGHTS`."""
-    if isinstance(case, CellCase):
-        work = replace(work, batch=max(work.batch, CELL_BATCH))
+    work = replace(work, batch=max(work.batch, case.images))
     targets = case.targets(work)
 
     def step(backend: str, exact: bool) -> Outputs:
@@ -111,8 +109,7 @@ def _select(case: LossCase, work: Workload) -> Step:
         preds = [p + 3.5 * (torch.rand(p.shape, generator=generator) > 0.7).to(p.dtype) for p in preds]
         preds = [_as(pred, exact) for pred in preds]
         criterion = case.build(work.classes, backend)
-        given = preds if len(preds) > 1 else preds[0]
-        return fusedyolo.select(given, criterion, 0.2, 0.4, 20, backend=backend)._asdict()
+        return fusedyolo.select(case.pack(preds, work), criterion, 0.2, 0.4, 20, backend=backend)._asdict()
 
     return step
 
@@ -130,7 +127,7 @@ def _pointwise(work: Workload) -> Step:
         calls: dict[str, tuple[tuple[Tensor, Tensor], Callable[..., Tensor]]] = {
             name: (labels, partial(getattr(fusedyolo.functional, name), reduction="sum")) for name in LABEL_LOSSES
         }
-        for name in IOU_KINDS:
+        for name in term_names("iou", users=True):
             calls[f"box_iou_loss {name}"] = boxes, partial(fusedyolo.functional.box_iou_loss, kind=name, image_size=2)
         found = {}
         for name, (pair, loss) in calls.items():
@@ -148,9 +145,14 @@ def _as(value: Tensor, exact: bool) -> Tensor:
     return value.detach().double() if exact else value.detach()
 
 
-COMPILED: dict[str, Case] = {name: partial(_loss, case) for name, case in CASES.items()}
-COMPILED |= {f"select/{CASES[name].loss}": partial(_select, CASES[name]) for name in ("YOLOv3/paper", "YOLOv2/region")}
-COMPILED |= {"pointwise": _pointwise}
+@lru_cache(maxsize=1)
+def cases() -> dict[str, Case]:
+    """All cases by name: every loss, ``select`` once for each class term where kernels read predictions, the rest."""
+    found: dict[str, Case] = {name: partial(_loss, case) for name, case in CASES.items()}
+    scanned = {case.head(SMALL.classes).label: case for case in reversed(CASES.values()) if case.driver.scans}
+    return (
+        found | {f"select/{case.loss}": partial(_select, case) for case in scanned.values()} | {"pointwise": _pointwise}
+    )
 
 
 def ready() -> None:
@@ -164,21 +166,6 @@ def ready() -> None:
         raise ValueError("--compiled: Triton is not installed, and there is nothing to compile with") from None
     except RuntimeError as error:
         raise ValueError(f"--compiled: {error}") from None
-
-
-def choose(names: list[str]) -> dict[str, Case]:
-    """Cases by name or by what comes before its slash, in any case of letters; all of them for no names.
-
-    Raises:
-        ValueError: no case has the name.
-    """
-    chosen: dict[str, Case] = {}
-    for name in names:
-        found = {k: case for k, case in COMPILED.items() if name.lower() in (k.lower(), k.partition("/")[0].lower())}
-        if not found:
-            raise ValueError(f"--loss: {name}, want one of {', '.join(COMPILED)}")
-        chosen |= found
-    return chosen or COMPILED
 
 
 # ------------------------------------------------------------------------------------------------------- comparison

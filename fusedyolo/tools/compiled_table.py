@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .compiled import CELL_BATCH, SMALL, Found, Settings
+from .compiled import SMALL, Found, Settings
 from .environment import kernels_digest, version
+from .registry import CASES
 
 BEGIN, END = "<!-- written by fusedyolo check --compiled -->", "<!-- until here -->"
 LINES = 8  # of what is wrong with a case
@@ -96,10 +97,11 @@ def _markdown(results: Sequence[Result], settings: Settings) -> str:
     archs = " / ".join(dict.fromkeys(f"sm_{result.arch}" for result in results))
     failed = sum(not result.found.ok for result in results)
     versions = ", ".join(f"{name} {version(name)}" for name in ("fusedyolo", "torch", "triton"))
+    larger = dict.fromkeys(f" ({case.loss}: {case.images})" for case in CASES.values() if case.images > SMALL.batch)
     head = ["case", "dtype", *(name for _, name, _ in COLUMNS)]
     lines = [
         f"{len(results) - failed} of {len(results)} pass. {archs}; {_how(settings)}. {versions}, kernels "
-        f"{kernels_digest()}. Batch {SMALL.batch} (YOLOv1: {CELL_BATCH}), {SMALL.size} px, {SMALL.classes} classes.",
+        f"{kernels_digest()}. Batch {SMALL.batch}{''.join(larger)}, {SMALL.size} px, {SMALL.classes} classes.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * 2 + "---:|" * len(COLUMNS),

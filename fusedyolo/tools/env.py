@@ -20,12 +20,6 @@ VARIABLES = ("FUSEDYOLO_DISABLE", "FUSEDYOLO_CONFIG_DIR", "TRITON_INTERPRET", "T
 PEERS = ("torchvision", "ultralytics", "yolov5", "lightnet")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
-
-
 def report() -> dict[str, Any]:
     """Everything that a report of a fault should say."""
     from .. import backend  # loads Triton, and ``check`` must choose the interpreter before that

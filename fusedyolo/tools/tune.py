@@ -12,12 +12,9 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +30,8 @@ from .. import tuned
 from ..kernels.launch import REGISTERS, Wishes, legal_wishes
 from .environment import environment, kernels_digest
 from .parity import step
-from .registry import DTYPES, LAYOUTS, Case, CellCase, DenseCase, Workload, add_loss, first_recipes, select
+from .processes import Call, Failed, run_all
+from .registry import Case, Workload, first_recipes, select
 
 GAIN = 0.02  # of the time that a configuration must save to be preferred to the heuristic
 TURNS = 3  # in which the best one and the heuristic are timed once more
@@ -65,36 +63,9 @@ class Point:
 
 def candidates(point: Point) -> list[Wishes]:
     """What is tried, the heuristic (no wishes) first."""
-    found: Iterator[dict[str, int]]
-    if isinstance(point.case, CellCase):
-        found = _product(cells=(16, 32, 64, 128, 256), threads=(128, 256, 512))
-    elif isinstance(point.case, DenseCase):
-        tiles = _product(block=(1024, 2048, 4096), steps=(4, 8, 16), threads=(128, 256, 512))
-        if point.case.cls == "SSDLoss":
-            tiles = _product(cells=(8, 16, 32, 64), steps=(8, 16), threads=(128, 256, 512))
-        elif point.case.layout(point.work) != "rows":
-            tiles = _product(cells=(256, 512, 1024), planes=(2, 4, 8), threads=(128, 256, 512))
-        others = [{"match_threads": n} for n in (64, 128, 512)] + [{"rank_threads": n} for n in (256, 1024)]
-        found = itertools.chain(tiles, others[: 5 if point.case.cls == "SSDLoss" else 3], _product(stages=(1, 2, 4)))
-    elif point.case.layout(point.work) == "nchw":
-        found = (
-            {"cells": cells, "channels": channels, "threads": cells // each}
-            for cells, channels, each in itertools.product((512, 1024, 2048), (4, 8, 16), (8, 4, 2))
-        )
-        found = itertools.chain(found, _product(stages=(1, 2, 4)), _product(max_registers=(96, 168, 255)))
-    else:
-        tiles = _product(cells=(64, 128, 256), channels=(16, 32, 64), threads=(64, 128, 256))
-        found = itertools.chain(tiles, _product(stages=(1, 2, 4)))
-    return [(), *(tuple(each.items()) for each in found if legal_wishes(_kind(point), each))]
-
-
-def _kind(point: Point) -> str:
-    return "cell" if isinstance(point.case, CellCase) else "dense" if isinstance(point.case, DenseCase) else "grid"
-
-
-def _product(**values: Sequence[int]) -> Iterator[dict[str, int]]:
-    for each in itertools.product(*values.values()):
-        yield dict(zip(values, each, strict=True))
+    driver, head = point.case.driver, point.case.head(point.work.classes)
+    found = driver.candidates(head, point.case.layout(point.work))
+    return [(), *(tuple(each.items()) for each in found if legal_wishes(driver.kind, each))]
 
 
 def prune(reports: Mapping[Wishes, Resources | str]) -> dict[Wishes, str]:
@@ -153,20 +124,13 @@ def inspect_all(
     point: Point, wanted: Sequence[Wishes], target: str, jobs: int, done: Callable[[], None]
 ) -> dict[Wishes, Resources | str]:
     """The same for many, in ``jobs`` processes; of what does not compile, that it does not."""
-    context = get_context("spawn")
-    found: dict[Wishes, Resources | str] = {}
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = {wishes: pool.submit(inspect, point, wishes, target) for wishes in wanted}
-        for wishes, future in futures.items():
-            try:
-                found[wishes] = future.result()
-            except BrokenProcessPool:  # a process died, which says nothing of the configuration
-                raise
-            except Exception as error:  # whatever a compiler raises
-                if not wishes:
-                    raise
-                found[wishes] = f"does not compile: {type(error).__name__}"
-            done()
+    calls = {wishes: Call(partial(inspect, point, wishes, target)) for wishes in wanted}
+    found = run_all(calls, jobs, lambda wishes, result: done())
+    for wishes, result in found.items():
+        if isinstance(result, Failed):
+            if not (wishes and result.error):  # a process that died says nothing of the configuration
+                raise RuntimeError(result.why)
+            found[wishes] = f"does not compile: {result.error}"
     return found
 
 
@@ -315,31 +279,12 @@ def _try(point: Point, wishes: Wishes, usual: list[torch.Tensor], timer: Timer) 
         return f"fails: {type(error).__name__}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    add_loss(parser, "each loss in its default recipe")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(DTYPES))
-    parser.add_argument(
-        "--layout", nargs="+", default=[""], choices=LAYOUTS, help="of predictions (a loss's usual one)"
-    )
-    parser.add_argument("--batch", nargs="+", type=int, default=[16])
-    parser.add_argument("--size", nargs="+", type=int, default=[640], help="image sides in pixels, multiples of 32")
-    parser.add_argument("--classes", nargs="+", type=int, default=[80])
-    parser.add_argument("--out", type=Path, help="folder of the results (that of the user's own configurations)")
-    parser.add_argument("--jobs", type=int, default=_cores(), help="processes that compile")
-    parser.set_defaults(run=run)
-
-
 def points(options: argparse.Namespace, device: str) -> list[Point]:
     """Every combination that was asked for, a layout that a loss does not take left out.
 
     Raises:
-        ValueError: a loss or a size that cannot be.
+        ValueError: a loss that there is not.
     """
-    for name in ("batch", "classes", "size"):
-        for value in getattr(options, name):
-            if value < 1 or (name == "size" and value % 32):
-                raise ValueError(f"--{name}: {value}, want {'a multiple of 32' if name == 'size' else 'at least 1'}")
     found = []
     for case in select(options.loss) if options.loss else first_recipes():
         for each in itertools.product(options.batch, options.size, options.classes, options.dtype, options.layout):
@@ -392,10 +337,6 @@ def run(
     tuned.forget()
     console.print(_table(results), f"wrote {records.path}", highlight=False)
     return 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _target(device: torch.device) -> str:

@@ -31,6 +31,7 @@ from ..rows import load_rows
 from ..sums import column, column_sums, is_last
 from ..terms.decode import chain
 from ..terms.label import exponentials, softmax_slope
+from ..terms.records import axis_of_sizes
 from .match import IGNORED, load_corners
 
 N_PARTS: tl.constexpr = tl.constexpr(4)  # class, box and centreness loss; one to spare
@@ -579,15 +580,13 @@ def _box_term(raw, place, terms, numbers):
         loss_y, dy, dh = terms.offset(raw.y, raw.h, weights[1] * shift.y / sides.y, th, numbers.beta)
         loss = loss_x + loss_y
     else:
-        x, by_x = terms.axis(raw.x, raw.w, sides.x, sides.x / weights[0], 1.0 / weights[2])
-        y, by_y = terms.axis(raw.y, raw.h, sides.y, sides.y / weights[1], 1.0 / weights[3])
-        hx = 0.5 * (true.x - x.size)
-        hy = 0.5 * (true.y - y.size)
-        pair_x = (x.size, true.x, x.centre - shift.x + hx, hx - (x.centre - shift.x), numbers.size[0])
-        pair_y = (y.size, true.y, y.centre - shift.y + hy, hy - (y.centre - shift.y), numbers.size[1])
-        loss, g_x, g_y = terms.box(pair_x, pair_y, numbers.box_args)
-        dx, dw = chain(g_x[0], g_x[1], by_x)
-        dy, dh = chain(g_y[0], g_y[1], by_y)
+        x, jx = terms.axis(raw.x, raw.w, sides.x, sides.x / weights[0], 1.0 / weights[2])
+        y, jy = terms.axis(raw.y, raw.h, sides.y, sides.y / weights[1], 1.0 / weights[3])
+        pair_x = axis_of_sizes(x.size, true.x, x.centre - shift.x, numbers.size[0])
+        pair_y = axis_of_sizes(y.size, true.y, y.centre - shift.y, numbers.size[1])
+        loss, by_x, by_y = terms.box(pair_x, pair_y, numbers.box_args)
+        dx, dw = chain(by_x.centre, by_x.size, jx)
+        dy, dh = chain(by_y.centre, by_y.size, jy)
     return loss, Raw(dx, dy, dw, dh)
 
 

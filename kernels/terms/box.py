@@ -1,10 +1,9 @@
 """IoU terms on decoded boxes.
 
-Contract: ``box(x, y, args) -> loss, (d_cx, d_w), (d_cy, d_h)``, by the predicted centre and size: as derivatives by
-edges, the part that turns a tiny box would drown the part that moves it. ``x`` and ``y`` describe the predicted
-interval p and the true interval g on one axis by ``(p2 - p1, g2 - g1, p1 - g1, g2 - p2, extent)``: the whole family is
-invariant under translation, and differences keep their digits where coordinates would cancel. ``extent`` is the length
-of the image on that axis; only :func:`mpdiou` reads it, the others take four lengths as well. Any one unit of length.
+Contract: ``box(x: Axis, y: Axis, args) -> loss, Span, Span``, the derivatives on both axes by the predicted centre and
+size: as derivatives by edges, the part that turns a tiny box would drown the part that moves it. The whole family is
+invariant under translation, and an :class:`Axis` holds differences alone. Only :func:`mpdiou` reads its extent, the
+others take None as well. Any one unit of length.
 
 ``args = (eps, eps_alpha)`` or ``(eps, eps_alpha, alpha, gamma)``. eps joins each denominator that is an area or a
 squared length of boxes, eps_alpha that of CIoU's alpha. A loss is ``1 - IoU`` and penalties; with the longer args it is
@@ -18,10 +17,67 @@ symmetric: the gradient by the true box is that of the term with p and g swapped
 boxes of any finite size with none below 1e-30, or without area; a NaN among the lengths makes all of them NaN.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..primitives import angle, inverse_power, larger, pow_pos, safe_div, sign, smaller, step, vanishes
+from .records import Axis, Span, takes
+
+
+class _Numbers(NamedTuple):
+    """The numbers of an IoU term."""
+
+    eps: Any
+    eps_alpha: Any
+    alpha: Any  # or None, with gamma: a plain loss
+    gamma: Any
+
+
+class _Ends(NamedTuple):
+    """Derivatives by the two edges of the predicted interval, p1 and p2."""
+
+    first: Any
+    last: Any
+
+
+class _Overlap(NamedTuple):
+    """How much two boxes have in common, and its derivatives on both axes."""
+
+    iou: Any
+    union: Any
+    inter_x: _Ends  # of the intersection
+    inter_y: _Ends
+    iou_x: _Ends
+    iou_y: _Ends
+
+
+class _Penalty(NamedTuple):
+    """A penalty q and its derivatives, None where there is none."""
+
+    value: Any
+    x: Any  # _Ends of a normalised axis
+    y: Any
+    width: Any  # what comes on top of these by the predicted width, in the original unit
+    height: Any
+
+
+@triton.jit
+def _numbers(args):
+    takes(args, 2, 4)
+    if len(args) == 4:
+        numbers = _Numbers(args[0], args[1], args[2], args[3])
+    else:
+        numbers = _Numbers(args[0], args[1], None, None)
+    return numbers
+
+
+@triton.jit
+def _plain_numbers(args):
+    """Of a term that has no alpha and no focal form."""
+    takes(args, 2, 2)
+    return _Numbers(args[0], args[1], None, None)
 
 
 @triton.jit
@@ -33,8 +89,8 @@ def _normalise(x, y):
     """
     inv = inverse_power(tl.maximum(_enclose(x), _enclose(y)))
     return (
-        (x[0] * inv, x[1] * inv, x[2] * inv, x[3] * inv),
-        (y[0] * inv, y[1] * inv, y[2] * inv, y[3] * inv),
+        Axis(x.size * inv, x.true_size * inv, x.before * inv, x.behind * inv, None),
+        Axis(y.size * inv, y.true_size * inv, y.before * inv, y.behind * inv, None),
         inv,
     )
 
@@ -45,54 +101,62 @@ def _scaled_eps(eps, inv):
 
 
 @triton.jit
-def _overlap(x):
+def _shared(x):
     """min(p2, g2) - max(p1, g1), what sticks out taken off the shorter interval, where fewer digits cancel.
 
     A NaN of a place is in both differences, of which one is enough to keep it; one of a side is in the area as well.
     """
-    p = x[0] + smaller(x[2], 0.0) + tl.minimum(x[3], 0.0)
-    g = x[1] - larger(x[2], 0.0) - tl.maximum(x[3], 0.0)
-    return tl.where(x[0] < x[1], p, g)
+    p = x.size + smaller(x.before, 0.0) + tl.minimum(x.behind, 0.0)
+    g = x.true_size - larger(x.before, 0.0) - tl.maximum(x.behind, 0.0)
+    return tl.where(x.size < x.true_size, p, g)
 
 
 @triton.jit
 def _enclose(x):
     """max(p2, g2) - min(p1, g1)."""
-    return x[0] + tl.maximum(x[2], 0.0) + tl.maximum(x[3], 0.0)
+    return x.size + tl.maximum(x.before, 0.0) + tl.maximum(x.behind, 0.0)
 
 
 @triton.jit
-def _iou(x, y, eps):
-    """IoU and its union (with eps); the derivatives of the intersection by (px1, px2, py1, py2), and of IoU."""
-    ow = _overlap(x)
-    oh = _overlap(y)
+def _overlap(x, y, eps):
+    """Of normalised axes; eps joins the union that IoU is divided by."""
+    ow = _shared(x)
+    oh = _shared(y)
     on = tl.where((ow > 0) & (oh > 0), 1.0, 0.0)
     inter = ow * oh * on
-    union = x[0] * y[0] + x[1] * y[1] - inter
+    union = x.size * y.size + x.true_size * y.true_size - inter
     iou = safe_div(inter, union + eps)
-    di = (-oh * on * step(x[2]), oh * on * step(x[3]), -ow * on * step(y[2]), ow * on * step(y[3]))
+    inter_x = _Ends(-oh * on * step(x.before), oh * on * step(x.behind))
+    inter_y = _Ends(-ow * on * step(y.before), ow * on * step(y.behind))
     # d iou = (d inter (1 + iou) - iou d area) / (union + eps)
     r = safe_div(1.0, union + eps)
     k = (1.0 + iou) * r
     a = iou * r
-    d = (di[0] * k + a * y[0], di[1] * k - a * y[0], di[2] * k + a * x[0], di[3] * k - a * x[0])
-    return iou, union, di, d
+    iou_x = _Ends(inter_x.first * k + a * y.size, inter_x.last * k - a * y.size)
+    iou_y = _Ends(inter_y.first * k + a * x.size, inter_y.last * k - a * x.size)
+    return _Overlap(iou, union, inter_x, inter_y, iou_x, iou_y)
 
 
 @triton.jit
-def _centre_size(d1, d2, inv):
+def similarity(x, y):
+    """IoU of a pair, 0 where both have no area."""
+    x, y, _inv = _normalise(x, y)
+    return _overlap(x, y, 0.0).iou
+
+
+@triton.jit
+def _span(ends, inv):
     """Derivatives by centre and size from those by both edges, in the original unit."""
-    return (d1 + d2) * inv, 0.5 * (d2 - d1) * inv
+    return Span((ends.first + ends.last) * inv, 0.5 * (ends.last - ends.first) * inv)
 
 
 @triton.jit
-def _power(q, args):
+def _power(q, numbers):
     """q^alpha and its derivative; q and 1 without an alpha."""
-    if len(args) > 2:
-        alpha = args[2]
-        raised = pow_pos(q, alpha)
-        slope = tl.where(alpha == 1, 1.0, alpha * safe_div(raised, q))
-        raised = tl.where(alpha == 1, q, raised)
+    if numbers.alpha is not None:
+        raised = pow_pos(q, numbers.alpha)
+        slope = tl.where(numbers.alpha == 1, 1.0, numbers.alpha * safe_div(raised, q))
+        raised = tl.where(numbers.alpha == 1, q, raised)
     else:
         raised = q
         slope = 1.0
@@ -100,43 +164,41 @@ def _power(q, args):
 
 
 @triton.jit
-def _compose(iou, d, penalties, inv, args):
-    """The loss made of an IoU, its derivatives by the normalised edges, and penalties; and its gradient.
+def _plus(ends, slope, more):
+    """``more``, if there is any, times a slope on top."""
+    if more is not None:
+        ends = _Ends(ends.first + slope * more.first, ends.last + slope * more.last)
+    return ends
 
-    A penalty is ``(q, ex, ey, dw, dh)``: its value, its derivatives by (px1, px2) and (py1, py2) in the normalised
-    unit, and what comes on top of these by the predicted width and height, in the original unit. Each may be None.
-    """
-    raised, slope = _power(iou, args)
+
+@triton.jit
+def _compose(overlap, penalties, inv, numbers):
+    """The loss made of an overlap and penalties, and its gradient."""
+    raised, slope = _power(overlap.iou, numbers)
     loss = 1.0 - raised
-    e0 = -slope * d[0]
-    e1 = -slope * d[1]
-    e2 = -slope * d[2]
-    e3 = -slope * d[3]
+    x = _Ends(-slope * overlap.iou_x.first, -slope * overlap.iou_x.last)
+    y = _Ends(-slope * overlap.iou_y.first, -slope * overlap.iou_y.last)
     for i in tl.static_range(len(penalties)):
-        raised, slope = _power(penalties[i][0], args)
+        raised, slope = _power(penalties[i].value, numbers)
         loss += raised
-        if penalties[i][1] is not None:
-            e0 += slope * penalties[i][1][0]
-            e1 += slope * penalties[i][1][1]
-        if penalties[i][2] is not None:
-            e2 += slope * penalties[i][2][0]
-            e3 += slope * penalties[i][2][1]
-    cx, w = _centre_size(e0, e1, inv)
-    cy, h = _centre_size(e2, e3, inv)
+        x = _plus(x, slope, penalties[i].x)
+        y = _plus(y, slope, penalties[i].y)
+    cx, w = _span(x, inv)
+    cy, h = _span(y, inv)
     for i in tl.static_range(len(penalties)):
-        _raised, slope = _power(penalties[i][0], args)
-        if penalties[i][3] is not None:
-            w += slope * penalties[i][3]
-        if penalties[i][4] is not None:
-            h += slope * penalties[i][4]
-    if len(args) > 2:
-        focus = pow_pos(iou, args[3])
+        _raised, slope = _power(penalties[i].value, numbers)
+        if penalties[i].width is not None:
+            w += slope * penalties[i].width
+        if penalties[i].height is not None:
+            h += slope * penalties[i].height
+    if numbers.gamma is not None:
+        focus = pow_pos(overlap.iou, numbers.gamma)
         loss *= focus
         cx *= focus
         w *= focus
         cy *= focus
         h *= focus
-    return loss, (cx, w), (cy, h)
+    return loss, Span(cx, w), Span(cy, h)
 
 
 @triton.jit
@@ -153,15 +215,15 @@ def _spread(x, y, eps):
     """DIoU's penalty of normalised axes: squared distance of the centres over squared enclosing diagonal."""
     cw = _enclose(x)
     ch = _enclose(y)
-    dx = 0.5 * (x[2] - x[3])
-    dy = 0.5 * (y[2] - y[3])
+    dx = 0.5 * (x.before - x.behind)
+    dy = 0.5 * (y.before - y.behind)
     r = safe_div(1.0, cw * cw + ch * ch + eps)
     ratio = (dx * dx + dy * dy) * r
     kx = 2.0 * ratio * cw
     ky = 2.0 * ratio * ch
-    ex = ((dx + kx * step(-x[2])) * r, (dx - kx * step(-x[3])) * r)
-    ey = ((dy + ky * step(-y[2])) * r, (dy - ky * step(-y[3])) * r)
-    return ratio, ex, ey, None, None
+    by_x = _Ends((dx + kx * step(-x.before)) * r, (dx - kx * step(-x.behind)) * r)
+    by_y = _Ends((dy + ky * step(-y.before)) * r, (dy - ky * step(-y.behind)) * r)
+    return _Penalty(ratio, by_x, by_y, None, None)
 
 
 @triton.jit
@@ -172,93 +234,103 @@ def _aspect(w, h, turn, alpha):
     a = safe_div(w, side)
     b = safe_div(h, side)
     k = safe_div(alpha * 0.8105694691387022 * turn, (a * a + b * b) * side)
-    return alpha * (0.4052847345693511 * turn * turn), None, None, -(k * b), k * a
+    return _Penalty(alpha * (0.4052847345693511 * turn * turn), None, None, -(k * b), k * a)
 
 
 @triton.jit
 def iou(x, y, args):
     """1 - IoU."""
+    numbers = _numbers(args)
     x, y, inv = _normalise(x, y)
-    value, _union, _di, d = _iou(x, y, _scaled_eps(args[0], inv))
-    return _compose(value, d, (), inv, args)
+    return _compose(_overlap(x, y, _scaled_eps(numbers.eps, inv)), (), inv, numbers)
 
 
 @triton.jit
 def giou(x, y, args):
     """1 - IoU + (C - U) / C, C the area of the enclosing box (Rezatofighi et al. 2019)."""
+    numbers = _numbers(args)
     x, y, inv = _normalise(x, y)
-    eps = _scaled_eps(args[0], inv)
-    value, union, di, d = _iou(x, y, eps)
+    eps = _scaled_eps(numbers.eps, inv)
+    common = _overlap(x, y, eps)
     cw = _enclose(x)
     ch = _enclose(y)
-    rest = safe_div(cw * ch - union, cw * ch + eps)
+    rest = safe_div(cw * ch - common.union, cw * ch + eps)
     # d rest = (d C (1 - rest) - d U) / (C + eps), d U = d area - d inter
     r = safe_div(1.0, cw * ch + eps)
     kx = (1.0 - rest) * ch
     ky = (1.0 - rest) * cw
-    ex = ((-kx * step(-x[2]) + y[0] + di[0]) * r, (kx * step(-x[3]) - y[0] + di[1]) * r)
-    ey = ((-ky * step(-y[2]) + x[0] + di[2]) * r, (ky * step(-y[3]) - x[0] + di[3]) * r)
-    return _compose(value, d, ((rest, ex, ey, None, None),), inv, args)
+    by_x = _Ends(
+        (-kx * step(-x.before) + y.size + common.inter_x.first) * r,
+        (kx * step(-x.behind) - y.size + common.inter_x.last) * r,
+    )
+    by_y = _Ends(
+        (-ky * step(-y.before) + x.size + common.inter_y.first) * r,
+        (ky * step(-y.behind) - x.size + common.inter_y.last) * r,
+    )
+    return _compose(common, (_Penalty(rest, by_x, by_y, None, None),), inv, numbers)
 
 
 @triton.jit
 def diou(x, y, args):
     """1 - IoU + rho^2 / c^2: squared distance of the centres over squared diagonal of the enclosing box (Zheng)."""
+    numbers = _numbers(args)
     x, y, inv = _normalise(x, y)
-    eps = _scaled_eps(args[0], inv)
-    value, _union, _di, d = _iou(x, y, eps)
-    return _compose(value, d, (_spread(x, y, eps),), inv, args)
+    eps = _scaled_eps(numbers.eps, inv)
+    return _compose(_overlap(x, y, eps), (_spread(x, y, eps),), inv, numbers)
 
 
 @triton.jit
 def ciou(x, y, args):
     """DIoU + alpha v, v = 4/pi^2 (atan(gw/gh) - atan(pw/ph))^2, alpha = v / (1 - IoU + v) held constant (Zheng)."""
-    pw = x[0]
-    ph = y[0]
-    turn = angle(x[1], y[1]) - angle(pw, ph)
+    numbers = _numbers(args)
+    pw = x.size
+    ph = y.size
+    turn = angle(x.true_size, y.true_size) - angle(pw, ph)
     v = 0.4052847345693511 * turn * turn
     x, y, inv = _normalise(x, y)
-    eps = _scaled_eps(args[0], inv)
-    value, _union, _di, d = _iou(x, y, eps)
-    aspect = _aspect(pw, ph, turn, safe_div(v, 1.0 - value + v + args[1]))
-    return _compose(value, d, (_spread(x, y, eps), aspect), inv, args)
+    eps = _scaled_eps(numbers.eps, inv)
+    common = _overlap(x, y, eps)
+    aspect = _aspect(pw, ph, turn, safe_div(v, 1.0 - common.iou + v + numbers.eps_alpha))
+    return _compose(common, (_spread(x, y, eps), aspect), inv, numbers)
 
 
 @triton.jit
 def ciou_plus(x, y, args):
     """DIoU - alpha v, with lightnet's sign: 1 - (IoU - rho^2 / c^2 + alpha v), alpha = v / (1 - IoU + v) constant.
 
-    v takes height + eps for both heights. ``args = (eps,)``, and what follows is not read. Its clip of 1 - loss to
-    [-1, 1] is left out, for no two boxes reach further: v is at most 1 - IoU, rho at most c.
+    v takes height + eps for both heights; eps_alpha is not read. It has no alpha and no focal form. Its clip of
+    1 - loss to [-1, 1] is left out, for no two boxes reach further: v is at most 1 - IoU, rho at most c.
     """
-    tl.static_assert(len(args) < 3, "ciou_plus has no alpha and no focal form")
-    pw = x[0]
-    ph = y[0] + args[0]
-    turn = angle(x[1], y[1] + args[0]) - angle(pw, ph)
+    numbers = _plain_numbers(args)
+    pw = x.size
+    ph = y.size + numbers.eps
+    turn = angle(x.true_size, y.true_size + numbers.eps) - angle(pw, ph)
     v = 0.4052847345693511 * turn * turn
     x, y, inv = _normalise(x, y)
-    eps = _scaled_eps(args[0], inv)
-    value, _union, _di, d = _iou(x, y, eps)
-    aspect = _aspect(pw, ph, turn, -safe_div(v, 1.0 - value + v))
-    return _compose(value, d, (_spread(x, y, eps), aspect), inv, args)
+    eps = _scaled_eps(numbers.eps, inv)
+    common = _overlap(x, y, eps)
+    aspect = _aspect(pw, ph, turn, -safe_div(v, 1.0 - common.iou + v))
+    return _compose(common, (_spread(x, y, eps), aspect), inv, numbers)
 
 
 @triton.jit
 def _side_share(x, eps, inv):
     """EIoU's penalty on one normalised axis, (pw - gw)^2 / cw^2: value, derivatives by both edges, by size on top."""
-    q, by_size, by_enclosing = _share(x[0] - x[1], _enclose(x), eps)
-    return q, (-by_enclosing * step(-x[2]), by_enclosing * step(-x[3])), by_size * inv
+    q, by_size, by_enclosing = _share(x.size - x.true_size, _enclose(x), eps)
+    return q, _Ends(-by_enclosing * step(-x.before), by_enclosing * step(-x.behind)), by_size * inv
 
 
 @triton.jit
 def eiou(x, y, args):
     """DIoU + (pw - gw)^2 / cw^2 + (ph - gh)^2 / ch^2, cw and ch the sides of the enclosing box (Zhang et al. 2021)."""
+    numbers = _numbers(args)
     x, y, inv = _normalise(x, y)
-    eps = _scaled_eps(args[0], inv)
-    value, _union, _di, d = _iou(x, y, eps)
-    qw, ex, dw = _side_share(x, eps, inv)
-    qh, ey, dh = _side_share(y, eps, inv)
-    return _compose(value, d, (_spread(x, y, eps), (qw, ex, None, dw, None), (qh, None, ey, None, dh)), inv, args)
+    eps = _scaled_eps(numbers.eps, inv)
+    qw, by_x, by_width = _side_share(x, eps, inv)
+    qh, by_y, by_height = _side_share(y, eps, inv)
+    wider = _Penalty(qw, by_x, None, by_width, None)
+    higher = _Penalty(qh, None, by_y, None, by_height)
+    return _compose(_overlap(x, y, eps), (_spread(x, y, eps), wider, higher), inv, numbers)
 
 
 @triton.jit
@@ -280,13 +352,14 @@ def siou(x, y, args):
     (1 - e^-ww)^4 + (1 - e^-wh)^4, ww = |pw - gw| / max(pw, gw), and wh likewise. eps joins cw^2 and ch^2 alone. Where
     the centres coincide, the slope of distance is 0, its limit.
     """
-    shape_w, dw = _misfit(x[0], x[1])  # as they come: a thin box beside a large one would lose its width
-    shape_h, dh = _misfit(y[0], y[1])
+    numbers = _numbers(args)
+    shape_w, dw = _misfit(x.size, x.true_size)  # as they come: a thin box beside a large one would lose its width
+    shape_h, dh = _misfit(y.size, y.true_size)
     x, y, inv = _normalise(x, y)
-    eps = _scaled_eps(args[0], inv)
-    value, _union, _di, d = _iou(x, y, eps)
-    dx = 0.5 * (x[2] - x[3])
-    dy = 0.5 * (y[2] - y[3])
+    eps = _scaled_eps(numbers.eps, inv)
+    common = _overlap(x, y, eps)
+    dx = 0.5 * (x.before - x.behind)
+    dy = 0.5 * (y.before - y.behind)
     far = tl.maximum(tl.abs(dx), tl.abs(dy))
     a = safe_div(tl.abs(dx), far)
     b = safe_div(tl.abs(dy), far)
@@ -299,14 +372,20 @@ def siou(x, y, args):
     q = 0.5 * (2.0 - tx - ty + shape_w + shape_h)
     # d distance = k (tx d rx + ty d ry) - (rx tx + ry ty) d angle, d angle / d |dx| = 2 b (b^2 - a^2) / s^2 / far
     turn = safe_div(2.0 * (rx * tx + ry * ty) * (b * b - a * a) / (s * s), far)
-    by_x = k * tx * rx_d - turn * b * sign(dx)
-    by_y = k * ty * ry_d + turn * a * sign(dy)
+    by_dx = k * tx * rx_d - turn * b * sign(dx)
+    by_dy = k * ty * ry_d + turn * a * sign(dy)
     by_cw = k * tx * rx_c
     by_ch = k * ty * ry_c
     # half of each, and a centre moves by half of what an edge moves
-    ex = (0.25 * by_x - 0.5 * by_cw * step(-x[2]), 0.25 * by_x + 0.5 * by_cw * step(-x[3]))
-    ey = (0.25 * by_y - 0.5 * by_ch * step(-y[2]), 0.25 * by_y + 0.5 * by_ch * step(-y[3]))
-    return _compose(value, d, ((q, ex, ey, 0.5 * dw, 0.5 * dh),), inv, args)
+    by_x = _Ends(
+        0.25 * by_dx - 0.5 * by_cw * step(-x.before),
+        0.25 * by_dx + 0.5 * by_cw * step(-x.behind),
+    )
+    by_y = _Ends(
+        0.25 * by_dy - 0.5 * by_ch * step(-y.before),
+        0.25 * by_dy + 0.5 * by_ch * step(-y.behind),
+    )
+    return _compose(common, (_Penalty(q, by_x, by_y, 0.5 * dw, 0.5 * dh),), inv, numbers)
 
 
 @triton.jit
@@ -316,19 +395,19 @@ def mpdiou(x, y, args):
     d1 and d2 are the distances of the upper left and of the lower right corners, W and H the sides of the image; none
     of these takes eps. The one term that is not bounded: it leaves float32 with boxes of 1e19 images.
     """
-    width = tl.cast(x[4], x[0].dtype)  # a plain argument of a kernel is float32
-    height = tl.cast(y[4], x[0].dtype)
+    numbers = _numbers(args)
+    width = tl.cast(x.extent, x.size.dtype)  # a plain argument of a kernel is float32
+    height = tl.cast(y.extent, x.size.dtype)
     scale = 1.0 / tl.maximum(width, height)
     width *= scale
     height *= scale
     r = 1.0 / (width * width + height * height)
-    x1 = x[2] * scale
-    y1 = y[2] * scale
-    x2 = x[3] * scale
-    y2 = y[3] * scale
+    x1 = x.before * scale
+    y1 = y.before * scale
+    x2 = x.behind * scale
+    y2 = y.behind * scale
     x, y, inv = _normalise(x, y)
-    value, _union, _di, d = _iou(x, y, _scaled_eps(args[0], inv))
     k = 2.0 * r * (scale / inv)
-    first = ((x1 * x1 + y1 * y1) * r, (k * x1, 0.0), (k * y1, 0.0), None, None)
-    second = ((x2 * x2 + y2 * y2) * r, (0.0, -k * x2), (0.0, -k * y2), None, None)
-    return _compose(value, d, (first, second), inv, args)
+    first = _Penalty((x1 * x1 + y1 * y1) * r, _Ends(k * x1, 0.0), _Ends(k * y1, 0.0), None, None)
+    second = _Penalty((x2 * x2 + y2 * y2) * r, _Ends(0.0, -k * x2), _Ends(0.0, -k * y2), None, None)
+    return _compose(_overlap(x, y, _scaled_eps(numbers.eps, inv)), (first, second), inv, numbers)

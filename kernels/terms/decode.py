@@ -1,33 +1,16 @@
 """Decoding, one axis at a time: raw logits to a box's centre and size.
 
-Contract: ``axis(a, b, anchor, stride, scale) -> Span, Jacobian``. ``a`` and ``b`` are the raw outputs, of grids the
+Contract: ``decode(a, b, anchor, stride, scale) -> Span, Jacobian``. ``a`` and ``b`` are the raw outputs, of grids the
 logits of centre and size; the centre is measured from the cell's origin, or from the centre of an anchor that has a
 place; ``anchor``, ``stride`` and the results share one unit of length; ``scale`` is the grid sensitivity, or what else
 :func:`delta` says. x and y are two calls, so they cannot diverge. :func:`chain` leads back to a and b.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from ..primitives import larger, logistic, smaller
-
-
-class Span(NamedTuple):
-    """An interval by centre and size, or the derivatives by these."""
-
-    centre: Any
-    size: Any
-
-
-class Jacobian(NamedTuple):
-    """Derivatives of centre and size by the raw outputs a and b of an axis."""
-
-    centre_by_a: Any
-    centre_by_b: Any
-    size_by_a: Any
-    size_by_b: Any
+from .records import Jacobian, Span
 
 
 @triton.jit

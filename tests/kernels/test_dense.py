@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from test_crowds import Watch
+from test_select import greedy
 from torch import Tensor
 
 import fusedyolo
@@ -20,6 +21,7 @@ from fusedyolo.ops import dense as dense_ops
 from fusedyolo.ops import launch
 from fusedyolo.ops.dense import dense_outputs
 from fusedyolo.targets import corner_rows
+from fusedyolo.terms import term_names
 
 BACKENDS = ["torch", "triton"]
 C = 3
@@ -156,7 +158,7 @@ LOOSE = {"allow_low_quality_matches": False, "fg_iou_thresh": 0.3, "bg_iou_thres
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "retinanet": [
         {},
-        {"loss_type": "smooth_l1", "beta": 0.3},
+        *({"loss_type": name, "beta": 0.3} for name in term_names("delta", "iou", users=True)),
         {"loss_type": "ciou", "alpha": -1, "gamma": 1.5},
         {"loss_type": "giou", **LOOSE},
     ],
@@ -790,21 +792,8 @@ def test_select(kind, backend):
     assert boxes.min() >= 0
     assert (boxes <= torch.tensor([SIZE[1], SIZE[0]] * 2, device=DEVICE)).all()
     for image in range(2):
-        pairs = [(float(scores[image, n, k]), n, k) for n in range(scores.shape[1]) for k in range(C)]
-        kept: list[tuple[float, int, int]] = []
-        for score, n, k in sorted((p for p in pairs if p[0] > 0.3), key=lambda p: (-p[0], p[1], p[2])):
-            box = boxes[image, n]
-            if all(k != other or overlap(box, boxes[image, m]) <= 0.4 for _, m, other in kept):
-                kept.append((score, n, k))
-        kept = kept[:20]
+        kept = greedy(boxes[image].cpu().numpy(), scores[image].cpu().numpy(), conf=0.3, iou=0.4, max_det=20)
         assert int(found.count[image]) == len(kept) > 0
-        assert found.labels[image, : len(kept)].tolist() == [k for _, _, k in kept]
-        want = boxes[image, [n for _, n, _ in kept]].float()
+        assert found.labels[image, : len(kept)].tolist() == [k for _, k in kept]
+        want = boxes[image, [n for n, _ in kept]].float()
         torch.testing.assert_close(found.boxes[image, : len(kept)], want, rtol=1e-6, atol=1e-4)
-
-
-def overlap(a: Tensor, b: Tensor) -> float:
-    low, high = torch.maximum(a[:2], b[:2]), torch.minimum(a[2:], b[2:])
-    inter = float((high - low).clamp(min=0).prod())
-    union = float((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()) - inter
-    return inter / union if union > 0 else 0.0

@@ -6,6 +6,7 @@ What torchvision lacks is checked, term by term, in test_terms.py.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 
@@ -16,15 +17,20 @@ import torch
 from conftest import DEVICE
 
 from fusedyolo import functional, ops, reference
-from fusedyolo.heads import BOX_KINDS, IOU_KINDS
+from fusedyolo.terms import TERMS, term_names
 
 BACKENDS = ["torch", "triton"]
+IOU_KINDS = term_names("iou", users=True)
 BOXES = {
     "giou": functional.generalized_box_iou_loss,
     "diou": functional.distance_box_iou_loss,
     "ciou": functional.complete_box_iou_loss,
 }
-LABELS = [functional.sigmoid_focal_loss, functional.quality_focal_loss, functional.varifocal_loss]
+LABELS = {
+    "focal": functional.sigmoid_focal_loss,
+    "qfl": functional.quality_focal_loss,
+    "varifocal": functional.varifocal_loss,
+}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -193,7 +199,7 @@ def test_nothing(backend):
             assert loss == 0
             assert [grad.shape for grad in torch.autograd.grad(loss, boxes)] == [(0, 4)] * 2
     x = torch.zeros(0, 3, requires_grad=True, device=DEVICE)
-    for function in LABELS:
+    for function in LABELS.values():
         assert function(x, x.detach(), backend=backend).shape == (0, 3)
         assert function(x, x.detach(), reduction="sum", backend=backend) == 0
         assert function(x, x.detach(), reduction="mean", backend=backend).isnan()
@@ -212,8 +218,8 @@ def test_focal_targets_may_need_a_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
     boxes = pairs(2, dtype=torch.float64, seed=3)
-    reductions = {"iou": "mean", "giou": "none", "diou": "sum", "eiou": "none", "siou": "mean", "mpdiou": "sum"}
-    for kind, reduction in reductions.items():  # CIoU holds its alpha constant, and a focal factor is held constant
+    kinds = (kind for kind in IOU_KINDS if kind != "ciou")  # which holds its alpha constant, as all do a focal factor
+    for kind, reduction in zip(kinds, itertools.cycle(("mean", "none", "sum")), strict=False):
         options = {"kind": kind, "reduction": reduction, "backend": backend, "image_size": 2}
         for alpha in (1.0, 1.5):
             assert torch.autograd.gradcheck(
@@ -223,7 +229,7 @@ def test_gradcheck(backend):
             )
     x = torch.randn(5, dtype=torch.float64, requires_grad=True, device=DEVICE)
     t = torch.tensor([0.0, 0.3, 1.0, 0.0, 0.7], dtype=torch.float64, device=DEVICE)
-    for function in LABELS:
+    for function in LABELS.values():
         assert torch.autograd.gradcheck(lambda x, f=function: f(x, t, backend=backend), x)
 
 
@@ -233,7 +239,7 @@ def test_compiled(backend):
         boxes = [function(a, b, "mean", backend=backend) for function in BOXES.values()]
         options = {"backend": backend, "alpha": 2.0, "gamma": 0.5, "image_size": (3, 4)}
         boxes.append(functional.box_iou_loss(a, b, "mpdiou", "mean", **options))
-        return sum(boxes) + sum(function(x, t, reduction="mean", backend=backend) for function in LABELS)
+        return sum(boxes) + sum(function(x, t, reduction="mean", backend=backend) for function in LABELS.values())
 
     compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
     for n in (5, 6, 7):
@@ -257,24 +263,21 @@ def test_arguments_are_those_of_torchvision():
     focal = functional.sigmoid_focal_loss
     assert list(inspect.signature(focal).parameters) == ["inputs", "targets", "alpha", "gamma", "reduction", "backend"]
     assert defaults(focal) == {"alpha": 0.25, "gamma": 2, "reduction": "none", "backend": "auto"}
-    assert defaults(functional.quality_focal_loss) == {
-        "gamma": 2.0, "alpha": -1.0, "reduction": "none", "backend": "auto",
-    }  # fmt: skip
-    assert defaults(functional.varifocal_loss) == {"alpha": 0.75, "gamma": 2.0, "reduction": "none", "backend": "auto"}
+    for kind, function in LABELS.items():
+        assert defaults(function) == {**TERMS[kind].numbers, "reduction": "none", "backend": "auto"}
 
 
-@pytest.mark.parametrize("kind", BOX_KINDS)
+@pytest.mark.parametrize("kind", term_names("iou"))
 def test_opcheck_boxes(kind):
     boxes = pairs(3)
-    args = [1e-7, 1e-7] if kind == "ciou_plus" else [1e-7, 1e-7, 3.0, 0.5]
-    extent = [4.0, 3.0] if kind == "mpdiou" else None
+    args = [1e-7, 1e-7, 3.0, 0.5] if TERMS[kind].optional else [1e-7, 1e-7]
+    extent = [4.0, 3.0] if TERMS[kind].needs_extent else None
     torch.library.opcheck(ops.box_loss, (*boxes, kind, args, "mean", extent))
 
 
-@pytest.mark.parametrize(
-    ("kind", "args"), [("qfl", [-1.0, 2.0]), ("varifocal", [0.75, 2.0]), ("bce", [2.0]), ("sse", [])]
-)
-def test_opcheck_labels(kind, args):
+@pytest.mark.parametrize("kind", term_names("objectness"))
+def test_opcheck_labels(kind):
+    args = [*TERMS[kind].numbers.values(), *TERMS[kind].optional.values()]
     x, t = torch.randn(3, 2, device=DEVICE, requires_grad=True), torch.rand(3, 2, device=DEVICE)
     torch.library.opcheck(ops.label_loss, (x, t, kind, args, "none"))
 
@@ -314,7 +317,7 @@ def test_image_size(backend):
     [
         (
             {"kind": "ciou_plus"},
-            "kind: 'ciou_plus', want one of 'iou', 'giou', 'diou', 'ciou', 'eiou', 'siou', 'mpdiou'",
+            f"kind: 'ciou_plus', want one of {', '.join(map(repr, IOU_KINDS))}",
         ),
         ({"kind": "mpdiou"}, "image_size: None, want (height, width)"),
         ({"kind": "mpdiou", "image_size": (480,)}, "image_size: (480,), want (height, width)"),

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import DEVICE
-from fusedyolo.kernels import grid
 from oracle import check_grid
 from torch import Tensor
 
-from fusedyolo import ops, reference
-from fusedyolo.heads import IOU_KINDS, OFFSET_KINDS, GridHead
+from fusedyolo import ops, reference, tuned
+from fusedyolo.heads import GridHead
 from fusedyolo.reference import grid_view as canonical
+from fusedyolo.terms import term_names
 
 ANCHORS = ((10.0, 13.0), (16.0, 30.0), (33.0, 23.0), (30.0, 61.0), (62.0, 45.0), (59.0, 110.0))
 HEAD = GridHead(
@@ -63,7 +63,7 @@ def make_rows(batch=2, n=8, classes=3, seed=0, invalid=3) -> Tensor:
 
 @pytest.mark.parametrize(
     ("box", "dtype"),
-    [*((box, torch.float64) for box in (*IOU_KINDS, *OFFSET_KINDS)), ("ciou", torch.float32), ("siou", torch.float32)],
+    [*((box, torch.float64) for box in term_names("iou", "offset")), ("ciou", torch.float32), ("siou", torch.float32)],
 )
 def test_every_box_term(box, dtype):
     check_grid(make_preds(dtype, size=(32, 48)), make_rows(), replace(HEAD, box=box))
@@ -293,23 +293,16 @@ def test_crowded_cells():
     check_grid(make_preds(size=(16, 32)), make_rows(n=40, seed=3), HEAD)
 
 
-@pytest.mark.parametrize(("cells", "channels"), [(64, 16), (1024, 2)])
+@pytest.mark.parametrize(("cells", "channels"), [(64, 16), (1024, 4)])
 def test_gradient_is_the_same_for_every_tile(cells, channels):
     preds, rows = make_preds(), make_rows()
     found = []
-    for tile in (None, {"CELLS": cells, "BLOCK_G": 16}):
-        outputs = ops.grid_outputs(preds, rows, HEAD, True)
+    for tile in ((), (("cells", cells), ("channels", channels), ("rows", 16))):
         grads = [torch.full_like(p, float("nan")) for p in preds]
-        loss = ops.grid_launch(preds, rows, None, None, HEAD, outputs, True)
-        grad = ops.grid_grad_launch(preds, grads, torch.ones((), device=DEVICE), HEAD, outputs)
-        if tile:
-            programs = sum(2 * 3 * -(-p.shape[2] * p.shape[3] // cells) for p in preds)
-            partial = torch.empty(programs * grid.N_PARTS.value, device=DEVICE)
-            loss = replace(loss, grid=(programs,), arguments=loss.arguments | tile | {"partial_ptr": partial})
-            changes = {"CELLS": cells, "CHANNELS": channels}
-            grad = replace(grad, grid=(programs,), arguments=grad.arguments | changes)
-        loss.run()
-        grad.run()
+        with tuned.forced(tile):
+            outputs = ops.grid_outputs(preds, rows, HEAD, True)
+            ops.grid_launch(preds, rows, None, None, HEAD, outputs, True).run()
+            ops.grid_grad_launch(preds, grads, torch.ones((), device=DEVICE), HEAD, outputs).run()
         found.append((outputs, grads))
     torch.testing.assert_close(found[0][0].total, found[1][0].total, rtol=1e-6, atol=0)
     assert torch.equal(found[0][0].counts, found[1][0].counts)

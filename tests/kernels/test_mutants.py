@@ -8,16 +8,22 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedyolo.kernels import assign, grid, primitives, rows
+from fusedyolo.kernels import assign, primitives, rows
 from fusedyolo.kernels.dense import loss, match, rank
+from fusedyolo.kernels.grid import assign as listing
+from fusedyolo.kernels.grid import box as grid_box
+from fusedyolo.kernels.grid import ignore, positives
+from fusedyolo.kernels.grid import loss as grid_loss
 from fusedyolo.kernels.terms import box, decode, label, offset
-from oracle import check_box_term, check_grid, check_label_term, check_softmax
+from fusedyolo.kernels.terms.records import Axis, Jacobian, Span
+from oracle import check_box_term, check_grid, check_label_term, check_row_term
 from test_dense import check as check_loss
 from test_dense import make_anchors as dense_anchors
 from test_dense import make_preds as dense_preds
 from test_dense import make_targets as dense_targets
 from test_grid import DARKNET, HEADS, LIGHTNET, RATIO, make_preds, make_rows
 
+from fusedyolo import ops
 from fusedyolo.ops import dense as dense_ops
 from fusedyolo.ops import grid as grid_ops
 
@@ -50,6 +56,14 @@ def check_ratio_grid() -> None:
     pred = make_preds(torch.float64, batch=1, size=(32, 64))[0][:, :8]
     pred[0, 2:4, 0, 0] = torch.tensor([-6.0, 4.0])  # a similarity below 0
     check_grid([pred], rows, head, tolerance=1e-11)
+
+
+def check_strips() -> None:
+    """A map of several tiles, each of a few rows of cells: boxes that reach from one into the next."""
+    head = replace(DARKNET, ignore_thresh=0.125)
+    rows = torch.tensor([[0, 1, 0.5, (y + 0.5) / 12, 0.25, 0.25] for y in range(12)])
+    preds = make_preds(torch.float64, batch=1, size=(256, 512))
+    check_grid(preds, rows, head, torch.tensor([1.0, 2.5, 0.75]), tolerance=1e-11)
 
 
 def check_prior_grid() -> None:
@@ -141,9 +155,10 @@ def check_qualities() -> None:
 # ---- broken functions: the same signatures, one thing wrong
 
 # their modules' names are those that are replaced
-mpdiou, softmax_ce = box.mpdiou, label.softmax_ce
+mpdiou, softmax_ce, real_side_share = box.mpdiou, label.softmax_ce, box._side_share
 real_best_anchor, real_row_cell = assign.best_anchor, assign.row_cell
-real_box_term, real_iou, real_next_candidate = grid._box_term, grid._iou, grid._next_candidate
+real_box_term, real_iou, real_rank, real_picked = grid_box.box_term, listing.iou, listing._rank, positives._picked
+real_near_boxes = ignore._near_boxes
 
 
 @triton.jit
@@ -197,12 +212,12 @@ def pow_without_zero(q, g):
 
 @triton.jit
 def overlap_clamped(x):
-    return tl.maximum(x[0] + tl.minimum(x[2], 0.0) + tl.minimum(x[3], 0.0), 1e-3)
+    return tl.maximum(x.size + tl.minimum(x.before, 0.0) + tl.minimum(x.behind, 0.0), 1e-3)
 
 
 @triton.jit
 def enclose_of_first(x):
-    return x[0] + tl.maximum(x[2], 0.0)
+    return x.size + tl.maximum(x.before, 0.0)
 
 
 @triton.jit
@@ -230,20 +245,20 @@ def valid_anywhere(row, first_image, last_image, classes, limit):
 
 
 @triton.jit
-def best_anchor_only(w, h, own, own_w, own_h, anchors, thresh):
-    return real_best_anchor(w, h, own, own_w, own_h, anchors, 1.0)
+def best_anchor_only(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
+    return real_best_anchor(w, h, site, pool, 1.0, PER_LEVEL)
 
 
 @triton.jit
-def ratio_inclusive(w, h, own, own_w, own_h, anchors, thresh):
-    rw = w / own_w
-    rh = h / own_h
+def ratio_inclusive(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
+    rw = w / site.own_w
+    rh = h / site.own_h
     return tl.maximum(tl.maximum(rw, 1.0 / rw), tl.maximum(rh, 1.0 / rh)) <= thresh
 
 
 @triton.jit
-def ratio_of_larger_rows(w, h, own, own_w, own_h, anchors, thresh):
-    return tl.maximum(w / own_w, h / own_h) < thresh
+def ratio_of_larger_rows(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
+    return tl.maximum(w / site.own_w, h / site.own_h) < thresh
 
 
 @triton.jit
@@ -292,61 +307,51 @@ def cell_of_no_neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.
 
 
 @triton.jit
-def candidate_never(
-    rows_ptr, after, first, last, cell, site, rule,
-    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    return (last - first) * KINDS
+def picked_with_one_row(slot, found, lists, site, SPEC: tl.constexpr):
+    cell, first, count = real_picked(slot, found, lists, site, SPEC)
+    return cell, first, tl.minimum(count, 1)
 
 
 @triton.jit
-def candidate_any(
-    rows_ptr, after, first, last, cell, site, rule,
-    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    return after + 1
+def picked_with_the_next_ones_row(slot, found, lists, site, SPEC: tl.constexpr):
+    cell, first, count = real_picked(slot, found, lists, site, SPEC)
+    return cell, first, tl.where(slot + 1 < found.picks, count + 1, count)
 
 
 @triton.jit
-def candidates_backwards(
-    rows_ptr, after, first, last, cell, site, rule,
-    MATCH: tl.constexpr, KINDS: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The last candidate before ``after``: the first one in order becomes the last to write."""
-    end = (last - first) * KINDS
-    before = tl.where(after < 0, end, after)
-    found = end
-    q = real_next_candidate(rows_ptr, -1, first, last, cell, site, rule, MATCH, KINDS, BLOCK_G, ACC)
-    while q < before:
-        found = q
-        q = real_next_candidate(rows_ptr, q, first, last, cell, site, rule, MATCH, KINDS, BLOCK_G, ACC)
-    return found
+def rank_of_nobody(lists, first, amount, cell, SPEC: tl.constexpr):
+    return cell * 0
 
 
 @triton.jit
-def prior_of_nobody(
-    t, scale, site, shape, box_args,
-    AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    none = 0.0 * t[0]
+def rank_backwards(lists, first, amount, cell, SPEC: tl.constexpr):
+    """The first one in order becomes the last to write."""
+    lane = tl.arange(0, SPEC.ROWS)
+    same = (cell[:, None] == cell[None, :]) & (lane[None, :] < amount)
+    return tl.sum(same.to(tl.int32), axis=1) - 1 - real_rank(lists, first, amount, cell, SPEC)
+
+
+@triton.jit
+def near_boxes_of_the_strip(g, rows, near_ptr, site, head, SPEC: tl.constexpr):
+    """As if centres could not be apart."""
+    return real_near_boxes(g, rows, near_ptr, site, head._replace(reach=-1.0), SPEC)
+
+
+@triton.jit
+def prior_of_nobody(logits, site, head, terms, SPEC: tl.constexpr):
+    none = 0.0 * logits[0]
     return none, (none, none, none, none)
 
 
 @triton.jit
-def similarity_below_zero(
-    t, true, scale, site, shape, box_args, quality_args,
-    AXIS: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr, QUALITY: tl.constexpr, UNIT: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    loss, d, _similarity = real_box_term(
-        t, true, scale, site, shape, box_args, quality_args, AXIS, BOX, OFFSET, QUALITY, UNIT, ACC
-    )
+def similarity_below_zero(logits, true, site, head, terms, QUALITY: tl.constexpr, SPEC: tl.constexpr):
+    loss, d, _similarity = real_box_term(logits, true, site, head, terms, QUALITY, SPEC)
     return loss, d, 1.0 - loss
 
 
 @triton.jit
-def iou_half(x1, x2, y1, y2, area, gx, gy, gw, gh):
-    return 0.5 * real_iou(x1, x2, y1, y2, area, gx, gy, gw, gh)
+def iou_half(p, q, p_area, q_area, QUOTIENT: tl.constexpr):
+    return 0.5 * real_iou(p, q, p_area, q_area, QUOTIENT)
 
 
 @triton.jit
@@ -393,15 +398,14 @@ def misfit_over_a_constant(p, g):
 
 @triton.jit
 def side_share_twice(x, eps, inv):
-    q, by_size, by_enclosing = box._share(x[0] - x[1], box._enclose(x), eps)
-    step = primitives.step
-    return 2.0 * q, (-2.0 * by_enclosing * step(-x[2]), 2.0 * by_enclosing * step(-x[3])), 2.0 * by_size * inv
+    q, ends, by_size = real_side_share(x, eps, inv)
+    return 2.0 * q, box._Ends(2.0 * ends.first, 2.0 * ends.last), 2.0 * by_size
 
 
 @triton.jit
 def side_share_signed(x, eps, inv):
-    q, by_size, by_enclosing = box._share(x[0] - x[1], box._enclose(x), eps)
-    return q, (-by_enclosing * primitives.step(-x[2]), by_enclosing * primitives.step(-x[3])), -by_size * inv
+    q, ends, by_size = real_side_share(x, eps, inv)
+    return q, ends, -by_size
 
 
 @triton.jit
@@ -410,52 +414,52 @@ def aspect_of_the_other_sign(w, h, turn, alpha):
     a = primitives.safe_div(w, side)
     b = primitives.safe_div(h, side)
     k = primitives.safe_div(tl.abs(alpha) * 0.8105694691387022 * turn, (a * a + b * b) * side)
-    return tl.abs(alpha) * (0.4052847345693511 * turn * turn), None, None, -(k * b), k * a
+    return box._Penalty(tl.abs(alpha) * (0.4052847345693511 * turn * turn), None, None, -(k * b), k * a)
 
 
 @triton.jit
 def siou_without_angle(x, y, args):
+    numbers = box._numbers(args)
     x, y, inv = box._normalise(x, y)
-    eps = box._scaled_eps(args[0], inv)
-    value, _union, _di, d = box._iou(x, y, eps)
-    rx, rx_d, rx_c = box._share(0.5 * (x[2] - x[3]), box._enclose(x), eps)
-    ry, ry_d, ry_c = box._share(0.5 * (y[2] - y[3]), box._enclose(y), eps)
+    eps = box._scaled_eps(numbers.eps, inv)
+    rx, rx_d, rx_c = box._share(0.5 * (x.before - x.behind), box._enclose(x), eps)
+    ry, ry_d, ry_c = box._share(0.5 * (y.before - y.behind), box._enclose(y), eps)
     tx = tl.exp(-2.0 * rx)
     ty = tl.exp(-2.0 * ry)
-    w, dw = box._misfit(x[0], x[1])
-    h, dh = box._misfit(y[0], y[1])
+    w, dw = box._misfit(x.size, x.true_size)
+    h, dh = box._misfit(y.size, y.true_size)
     step = primitives.step
-    ex = (tx * (0.5 * rx_d - rx_c * step(-x[2])), tx * (0.5 * rx_d + rx_c * step(-x[3])))
-    ey = (ty * (0.5 * ry_d - ry_c * step(-y[2])), ty * (0.5 * ry_d + ry_c * step(-y[3])))
-    q = 0.5 * (2.0 - tx - ty + w + h)
-    return box._compose(value, d, ((q, ex, ey, 0.5 * dw * inv, 0.5 * dh * inv),), inv, args)
+    by_x = box._Ends(tx * (0.5 * rx_d - rx_c * step(-x.before)), tx * (0.5 * rx_d + rx_c * step(-x.behind)))
+    by_y = box._Ends(ty * (0.5 * ry_d - ry_c * step(-y.before)), ty * (0.5 * ry_d + ry_c * step(-y.behind)))
+    penalty = box._Penalty(0.5 * (2.0 - tx - ty + w + h), by_x, by_y, 0.5 * dw * inv, 0.5 * dh * inv)
+    return box._compose(box._overlap(x, y, eps), (penalty,), inv, numbers)
 
 
 @triton.jit
 def mpdiou_of_a_square(x, y, args):
-    return mpdiou((x[0], x[1], x[2], x[3], x[4]), (y[0], y[1], y[2], y[3], x[4]), args)
+    return mpdiou(x, Axis(y.size, y.true_size, y.before, y.behind, x.extent), args)
 
 
 @triton.jit
 def mpdiou_999(x, y, args):
-    loss, gx, gy = mpdiou(x, y, args)
-    return loss, (gx[0] * 0.999, gx[1]), gy
+    loss, by_x, by_y = mpdiou(x, y, args)
+    return loss, Span(by_x.centre * 0.999, by_x.size), by_y
 
 
 @triton.jit
-def power_of_value_only(q, args):
-    if len(args) > 2:
-        raised = primitives.pow_pos(q, args[2])
+def power_of_value_only(q, numbers):
+    if numbers.alpha is not None:
+        raised = primitives.pow_pos(q, numbers.alpha)
     else:
         raised = q
     return raised, 1.0
 
 
 @triton.jit
-def power_without_first(q, args):
-    if len(args) > 2:
-        raised = primitives.pow_pos(q, args[2])
-        slope = args[2] * primitives.safe_div(raised, q)
+def power_without_first(q, numbers):
+    if numbers.alpha is not None:
+        raised = primitives.pow_pos(q, numbers.alpha)
+        slope = numbers.alpha * primitives.safe_div(raised, q)
     else:
         raised = q
         slope = 1.0
@@ -624,13 +628,13 @@ def reached_by_less(row, around_x, around_y, reach):
 @triton.jit
 def delta_unclipped(a, b, anchor, stride, scale):
     w = anchor * tl.exp(b * scale)
-    return (a * stride, w), (stride, 0.0, 0.0, scale * w)
+    return Span(a * stride, w), Jacobian(stride, 0.0, 0.0, scale * w)
 
 
 @triton.jit
 def delta_slope_beyond_the_clip(a, b, anchor, stride, scale):
-    value, _d = real_delta(a, b, anchor, stride, scale)
-    return value, (stride, 0.0, 0.0, scale * value[1])
+    span, _slopes = real_delta(a, b, anchor, stride, scale)
+    return span, Jacobian(stride, 0.0, 0.0, scale * span.size)
 
 
 @triton.jit
@@ -676,7 +680,7 @@ MUTANTS = [
     (box, "step", step_zero_at_tie, check_boxes),
     (box, "angle", angle_of_first_octant, check_boxes),
     (box, "safe_div", safe_div_off, check_boxes),
-    (box, "_overlap", overlap_clamped, check_boxes),
+    (box, "_shared", overlap_clamped, check_boxes),
     (box, "_enclose", enclose_of_first, check_boxes),
     (box, "_scaled_eps", no_scaled_eps, check_boxes),
     (label, "log1p_of_share", log1p_naive, check_labels),
@@ -691,18 +695,20 @@ MUTANTS = [
     (offset, "bce", bce_999, check_small_grid),
     (assign, "row_valid", valid_anywhere, check_small_grid),
     (assign, "best_anchor", best_anchor_only, check_small_grid),
-    (grid, "_next_candidate", candidate_never, check_small_grid),
-    (grid, "_next_candidate", candidate_any, check_small_grid),
-    (grid, "row_cell", cell_at_most_half_away, check_ratio_grid),
-    (grid, "row_cell", cell_beyond_the_border, check_ratio_grid),
-    (grid, "row_cell", cell_not_clamped, check_ratio_grid),
-    (grid, "row_cell", cell_of_no_neighbour, check_ratio_grid),
+    (positives, "_picked", picked_with_one_row, check_small_grid),
+    (positives, "_picked", picked_with_the_next_ones_row, check_small_grid),
+    (listing, "_rank", rank_of_nobody, check_ratio_grid),
+    (ignore, "_near_boxes", near_boxes_of_the_strip, check_strips),
+    (listing, "row_cell", cell_at_most_half_away, check_ratio_grid),
+    (listing, "row_cell", cell_beyond_the_border, check_ratio_grid),
+    (listing, "row_cell", cell_not_clamped, check_ratio_grid),
+    (listing, "row_cell", cell_of_no_neighbour, check_ratio_grid),
     (assign, "ratio", ratio_inclusive, check_ratio_grid),
     (assign, "ratio", ratio_of_larger_rows, check_ratio_grid),
-    (grid, "_next_candidate", candidates_backwards, check_ratio_grid),
-    (grid, "_box_term", similarity_below_zero, check_ratio_grid),
-    (grid, "_prior_term", prior_of_nobody, check_prior_grid),
-    (grid, "_iou", iou_half, check_band_grid),
+    (listing, "_rank", rank_backwards, check_ratio_grid),
+    (positives, "box_term", similarity_below_zero, check_ratio_grid),
+    (grid_loss, "prior_term", prior_of_nobody, check_prior_grid),
+    (listing, "iou", iou_half, check_band_grid),
     (primitives, "safe_div", safe_div_off, check_boxes),
     (box, "step", step_inclusive, check_longer_boxes),
     (box, "step", step_zero_at_tie, check_longer_boxes),
@@ -731,28 +737,32 @@ MUTANTS = [
     (label, "varifocal", varifocal_of_all, check_qualities),
     (label, "sse", sse_half, check_qualities),
     (label, "sse", sse_naive, check_qualities),
-    (label, "softmax_ce", softmax_naive, check_softmax),
-    (label, "softmax_ce", softmax_of_one_target, check_softmax),
-    (label, "softmax_ce", softmax_of_all_rows, check_softmax),
-    (label, "log1p", log1p_naive, check_softmax),
+    (label, "softmax_ce", softmax_naive, check_row_term),
+    (label, "softmax_ce", softmax_of_one_target, check_row_term),
+    (label, "softmax_ce", softmax_of_all_rows, check_row_term),
+    (label, "log1p", log1p_naive, check_row_term),
 ]
 
 
 CHECKS = [
-    check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_softmax,
-    check_ratio_grid, check_prior_grid, check_band_grid, check_retinanet, check_ssd, check_ssd_classes,
+    check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_row_term,
+    check_ratio_grid, check_strips, check_prior_grid, check_band_grid, check_retinanet, check_ssd, check_ssd_classes,
     check_far_object, check_fcos,
 ]  # fmt: skip
+
+
+def forget() -> None:
+    ops.forget_plans()
+    for constants in (grid_ops._parts, dense_ops._row):
+        constants.cache_clear()
 
 
 @pytest.fixture
 def fresh_constants():
     """Launches look their functions up anew, and leave no broken one behind."""
-    for constants in (grid_ops._grid_constants, dense_ops._row):
-        constants.cache_clear()
+    forget()
     yield
-    for constants in (grid_ops._grid_constants, dense_ops._row):
-        constants.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("check", CHECKS)

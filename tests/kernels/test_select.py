@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from conftest import DEVICE
 from fusedyolo.kernels import select as kernels
+from fusedyolo.kernels.overlap import intersection, iou
 from fusedyolo.kernels.primitives import safe_div
+from fusedyolo.kernels.select import area
 from torch import Tensor, nn
 
 import fusedyolo
@@ -607,26 +609,27 @@ def test_compiles_without_spills(form, dtype, target):
 
 
 @triton.jit
-def suppresses_at_equality(area, other_area, inter, iou, label, other_label, AGNOSTIC: tl.constexpr):
-    over = safe_div(inter, area + other_area - inter) >= iou
+def suppresses_at_equality(box, other, limit, AGNOSTIC: tl.constexpr):
+    over = iou(box.corners, other.corners, area(box.corners), area(other.corners), safe_div) >= limit
     if not AGNOSTIC:
-        over = over & (label == other_label)
+        over = over & (box.label == other.label)
     return over
 
 
 @triton.jit
-def suppresses_other_classes(area, other_area, inter, iou, label, other_label, AGNOSTIC: tl.constexpr):
-    over = safe_div(inter, area + other_area - inter) > iou
+def suppresses_other_classes(box, other, limit, AGNOSTIC: tl.constexpr):
+    over = iou(box.corners, other.corners, area(box.corners), area(other.corners), safe_div) > limit
     if not AGNOSTIC:
-        over = over & (label != other_label)
+        over = over & (box.label != other.label)
     return over
 
 
 @triton.jit
-def suppresses_of_smaller_area(area, other_area, inter, iou, label, other_label, AGNOSTIC: tl.constexpr):
-    over = safe_div(inter, tl.minimum(area, other_area)) > iou
+def suppresses_of_smaller_area(box, other, limit, AGNOSTIC: tl.constexpr):
+    smaller = tl.minimum(area(box.corners), area(other.corners))
+    over = safe_div(intersection(box.corners, other.corners), smaller) > limit
     if not AGNOSTIC:
-        over = over & (label == other_label)
+        over = over & (box.label == other.label)
     return over
 
 

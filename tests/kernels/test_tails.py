@@ -13,11 +13,12 @@ import triton.language as tl
 from conftest import DEVICE
 from fusedyolo.kernels import primitives
 from fusedyolo.kernels.terms import box, decode, label, offset
-from oracle import EXTENT, TOLERANCE, box_loss, compare, extreme_boxes, lattice
+from fusedyolo.kernels.terms.records import Jacobian, Span, axis_of_sizes
+from oracle import EXTENT, SMALL_EPS, TOLERANCE, box_loss, compare, extreme_boxes, label_numbers, lattice
 from oracle import value_and_grads as run
 
 from fusedyolo import ops, reference
-from fusedyolo.heads import BOX_KINDS, IOU_KINDS
+from fusedyolo.terms import TERMS, term_names
 
 # What a GPU does with subnormal numbers: keep them, flush them in approximate operations (ex2, lg2, div) alone, or in
 # every operation. A GPU does one of these by itself; the interpreter is made to.
@@ -72,13 +73,9 @@ LOGITS = [
     120.0, 745.0, 1e4,
 ]  # fmt: skip
 SOFT = [0.5, 0.3, 1e-3, 1e-30, 1 - 2.0**-24]
-LABELS = {
-    "bce": [[], [2.5]],
-    "sse": [[]],
-    "focal": [[a, g] for a in (-1.0, 0.25) for g in GAMMAS] + [[0.25, g, 2.5] for g in (0.0, 0.1, 2.0)],
-    "qfl": [[a, g] for a in (-1.0, 0.25) for g in GAMMAS],
-    "varifocal": [[a, g] for a in (-1.0, 0.25) for g in GAMMAS],
-}
+SOME_NUMBERS = {"alpha": (-1.0, 0.25), "gamma": GAMMAS, "pos_weight": (2.5,)}
+LABELS = {kind: label_numbers(kind, SOME_NUMBERS) for kind in term_names("objectness")}
+LABELS["focal"] += [[0.25, gamma, 2.5] for gamma in (0.0, 0.1)]
 
 
 def label_sweep(dtype):
@@ -141,18 +138,18 @@ def far_and_thin_boxes():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", BOX_KINDS)
+@pytest.mark.parametrize("kind", term_names("iou"))
 def test_boxes(kind, mode, subnormal):
     """Finite in every corner of the domain; and the reference's where float32 can tell one box from another."""
     subnormal(mode)
-    for numbers in BOX_ARGS if kind in IOU_KINDS else [(1e-16, 1e-16)]:
+    for numbers in BOX_ARGS if TERMS[kind].optional else [SMALL_EPS[kind]]:
         args = torch.tensor(numbers).tolist()  # as the kernel sees them
         p, g = far_and_thin_boxes()
         for got in (*run(box_loss(kind, args, True), p, g), *run(box_loss(kind, args, False), p, g)):
             assert got.isfinite().all(), (args, p[~got.isfinite().view(len(p), -1).all(1)][:3])
         if len(args) > 2 and args[2] < 1:  # no slope where a penalty vanishes
             continue
-        largest = 1e-3 if kind == "mpdiou" else 1.0  # of 1e5 px: the one term without a bound, to the fifth power
+        largest = 1e-3 if TERMS[kind].needs_extent else 1.0  # of 1e5 px: in images without bound, to the fifth power
         p, g = (largest * boxes.float().to(DEVICE) for boxes in extreme_boxes(40))
         got = run(box_loss(kind, args, True), p, g)
         want = run(box_loss(kind, args, False), p.double(), g.double())
@@ -184,16 +181,16 @@ def decoded_kernel(
     gh = tl.load(true_ptr + 4 * at + 3, mask=mask, other=1.0)
     x, jx = AXIS(a, c, w, tl.cast(stride, ACC), tl.cast(scale, ACC))
     y, jy = AXIS(b, d, w, tl.cast(stride, ACC), tl.cast(scale, ACC))
-    hx = 0.5 * (gw - x[1])
-    hy = 0.5 * (gh - y[1])
-    pair_x = (x[1], gw, x[0] - gx + hx, hx - (x[0] - gx), extent[0])
-    pair_y = (y[1], gh, y[0] - gy + hy, hy - (y[0] - gy), extent[1])
-    loss, g_x, g_y = BOX(pair_x, pair_y, args)
+    pair_x = axis_of_sizes(x.size, gw, x.centre - gx, extent[0])
+    pair_y = axis_of_sizes(y.size, gh, y.centre - gy, extent[1])
+    loss, by_x, by_y = BOX(pair_x, pair_y, args)
+    d_a, d_c = decode.chain(by_x.centre, by_x.size, jx)
+    d_b, d_d = decode.chain(by_y.centre, by_y.size, jy)
     tl.store(loss_ptr + at, loss, mask=mask)
-    tl.store(grad_ptr + 4 * at, g_x[0] * jx[0] + g_x[1] * jx[2], mask=mask)
-    tl.store(grad_ptr + 4 * at + 1, g_y[0] * jy[0] + g_y[1] * jy[2], mask=mask)
-    tl.store(grad_ptr + 4 * at + 2, g_x[0] * jx[1] + g_x[1] * jx[3], mask=mask)
-    tl.store(grad_ptr + 4 * at + 3, g_y[0] * jy[1] + g_y[1] * jy[3], mask=mask)
+    tl.store(grad_ptr + 4 * at, d_a, mask=mask)
+    tl.store(grad_ptr + 4 * at + 1, d_b, mask=mask)
+    tl.store(grad_ptr + 4 * at + 2, d_c, mask=mask)
+    tl.store(grad_ptr + 4 * at + 3, d_d, mask=mask)
 
 
 def decoded(kind, axis, raw, true, args, anchor, stride, scale):
@@ -201,8 +198,8 @@ def decoded(kind, axis, raw, true, args, anchor, stride, scale):
     loss, grad = torch.empty_like(raw[:, 0]), torch.empty_like(raw)
     acc = tl.float64 if raw.dtype == torch.float64 else tl.float32
     decoded_kernel[(1,)](
-        raw, true, len(raw), anchor, stride, scale, tuple(args), EXTENT, loss, grad, AXIS=getattr(decode, axis),
-        BOX=getattr(box, kind), ACC=acc, BLOCK=triton.next_power_of_2(len(raw)),
+        raw, true, len(raw), anchor, stride, scale, tuple(args), EXTENT, loss, grad, AXIS=TERMS[axis].kernel,
+        BOX=TERMS[kind].kernel, ACC=acc, BLOCK=triton.next_power_of_2(len(raw)),
     )  # fmt: skip
     return loss, grad
 
@@ -221,7 +218,9 @@ def decoded_reference(kind, axis, raw, true, args, anchor, stride, scale):
 
 
 def decoded_sides(axis, raw):
-    anchor, stride, scale = (torch.tensor(value, dtype=torch.float64, device=raw.device) for value in NUMBERS[axis])
+    anchor, stride, scale = (
+        torch.tensor(value, dtype=torch.float64, device=raw.device) for value in NUMBERS.get(axis, OTHER_NUMBERS)
+    )
     return reference.DECODE[axis](raw[:, :2].double(), raw[:, 2:].double(), anchor, stride, scale)[1]
 
 
@@ -229,12 +228,15 @@ SIZES = {
     "exp": [-1e4, -120.0, -60.0, -46.0, -44.0, -43.0, -30.0, 0.0, 3.0, 40.0],
     "sigmoid_square": [-1e4, -745.0, -120.0, -60.0, -45.0, -43.8, -30.0, -20.0, 0.0, 1e4],
     "delta": [-1e4, -745.0, -104.0, -88.5, -87.4, -60.0, -43.0, 0.0, 4.0, 5.0, 1e4],
+    "ltrb": [0.5, 1.0, 40.0, 1e4],
 }
 NUMBERS = {"exp": (13.0, 8.0, 1.25), "sigmoid_square": (13.0, 8.0, 2.0), "delta": (32.0, 32.0, 1.0)}
+OTHER_SIZES, OTHER_NUMBERS = [-120.0, -30.0, 0.0, 3.0, 40.0], (13.0, 8.0, 1.0)
 
 
 def decoded_sweep(axis, dtype):
-    raw = [(x, 0.3, w, h) for x in (-0.4, 90.0 if axis != "delta" else 3.0) for w in SIZES[axis] for h in SIZES[axis]]
+    sizes = SIZES.get(axis, OTHER_SIZES)
+    raw = [(x, 0.3, w, h) for x in (-0.4, 90.0 if axis in term_names("grid") else 3.0) for w in sizes for h in sizes]
     true = [(3.0, 5.0, 10.0, 6.0), (40.0, -3.0, 1e3, 1e-3), (4.0, 4.0, 0.0, 0.0)]
     raw, true = torch.tensor(raw, dtype=dtype), torch.tensor(true, dtype=dtype)
     return raw.repeat_interleave(len(true), 0).to(DEVICE), true.repeat(len(raw), 1).to(DEVICE)
@@ -242,8 +244,8 @@ def decoded_sweep(axis, dtype):
 
 def check_decoded(kind, axis, dtype):
     raw, true = decoded_sweep(axis, dtype)
-    for eps in ((1e-16, 1e-16),) if kind == "ciou_plus" else ((0.0, 0.0), (1e-7, 1e-7)):
-        args = (torch.tensor(eps).tolist(), *NUMBERS[axis])
+    for eps in (SMALL_EPS[kind],) if kind in SMALL_EPS else ((0.0, 0.0), (1e-7, 1e-7)):
+        args = (torch.tensor(eps).tolist(), *NUMBERS.get(axis, OTHER_NUMBERS))
         got = decoded(kind, axis, raw, true, *args)
         want = decoded_reference(kind, axis, raw.double(), true.double(), *args)
         settled = torch.ones_like(raw[:, 0], dtype=torch.bool)
@@ -258,9 +260,9 @@ def check_decoded(kind, axis, dtype):
             assert a.isfinite().all(), (args, raw[~a.isfinite().view(len(raw), -1).all(1)][:3])
 
 
-@pytest.mark.parametrize("axis", SIZES)
+@pytest.mark.parametrize("axis", term_names("grid", "anchor"))
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", BOX_KINDS)
+@pytest.mark.parametrize("kind", term_names("iou"))
 def test_decoded_boxes(kind, mode, axis, subnormal):
     subnormal(mode)
     check_decoded(kind, axis, torch.float32)
@@ -309,7 +311,7 @@ def spoiled(boxes):
 
 
 def check_nan_in_boxes(kind, fused=True):
-    shapes = [()] if kind == "ciou_plus" else [(), (3.0, 0.5), (0.5, 0.0)]
+    shapes = [(), (3.0, 0.5), (0.5, 0.0)] if TERMS[kind].optional else [()]
     p, g = (boxes.to(DEVICE, torch.float32) for boxes in lattice(2, empty=True))
     for shape in shapes:
         for bad, good in ((p, g), (g, p)):
@@ -321,7 +323,7 @@ def check_nan_in_boxes(kind, fused=True):
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize("kind", BOX_KINDS)
+@pytest.mark.parametrize("kind", term_names("iou"))
 def test_nan_in_boxes(kind, fused):
     """Of the predicted or of the true box: the loss is NaN, and the gradient of the prediction."""
     check_nan_in_boxes(kind, fused)
@@ -332,15 +334,15 @@ def check_nan_in_logits(kind, axis):
     raw = torch.cat((raw, spoiled(raw)))
     true = torch.tensor([[3.0, 5.0, 10.0, 6.0]], device=DEVICE).repeat(len(raw), 1)
     for function in (decoded, decoded_reference):
-        loss, grad = function(kind, axis, raw, true, [1e-7, 1e-7], *NUMBERS.get(axis, (13.0, 8.0, 1.0)))
+        loss, grad = function(kind, axis, raw, true, [1e-7, 1e-7], *NUMBERS.get(axis, OTHER_NUMBERS))
         assert loss[:2].isfinite().all()
         assert loss[2:].isnan().all()
         assert grad[:2].isfinite().all()
         assert grad[2:][raw[2:].isnan()].isnan().all()  # by the NaN itself, and by what it spoils
 
 
-@pytest.mark.parametrize("axis", reference.DECODE)
-@pytest.mark.parametrize("kind", BOX_KINDS)
+@pytest.mark.parametrize("axis", term_names("grid", "anchor"))
+@pytest.mark.parametrize("kind", term_names("iou"))
 def test_nan_in_logits(kind, axis):
     check_nan_in_logits(kind, axis)
 
@@ -365,9 +367,9 @@ def check_offset(kind, dtype):
     edge = torch.cat((edge, -edge, torch.tensor([math.nan])))
     a, b = torch.cartesian_prod(edge, edge).T.contiguous().to(DEVICE, dtype)
     ta, tb = torch.full_like(a, 0.25), torch.full_like(b, -0.5)
-    for scale in (1.0, 2.0) if kind in ("mse", "bce_mse") else (0.0, 1e-40, 1e-8, 1.0):
+    for scale in (1.0, 2.0) if "sensitivity" in TERMS[kind].numbers else (0.0, 1e-40, 1e-8, 1.0):
         got = [torch.empty_like(a) for _ in range(3)]
-        offset_kernel[(1,)](a, b, ta, tb, scale, *got, len(a), OFFSET=getattr(offset, kind), BLOCK=1024)
+        offset_kernel[(1,)](a, b, ta, tb, scale, *got, len(a), OFFSET=TERMS[kind].kernel, BLOCK=1024)
         leaves = [a.double().requires_grad_(), b.double().requires_grad_()]
         loss = reference.OFFSET_TERMS[kind](*leaves, ta.double(), tb.double(), scale)
         want = (loss.detach(), *torch.autograd.grad(loss.sum(), leaves))
@@ -429,7 +431,7 @@ def sigmoid_square_to_nothing(a, b, anchor, stride, scale):
     v, dv = decode.scaled_sigmoid(a, scale)
     p, q, _e = primitives.logistic(b)
     w = anchor * (4.0 * p * p)
-    return (v * stride, w), (dv * stride, 0.0, 0.0, 2.0 * w * q)
+    return Span(v * stride, w), Jacobian(dv * stride, 0.0, 0.0, 2.0 * w * q)
 
 
 @triton.jit
@@ -437,7 +439,7 @@ def delta_to_nothing(a, b, anchor, stride, scale):
     z = b * scale
     limit = tl.full([], 4.135166556742356, tl.float64).to(b.dtype)
     w = anchor * tl.exp(primitives.smaller(z, limit))
-    return (a * stride, w), (stride, 0.0, 0.0, tl.where(z <= limit, scale * w, 0.0))
+    return Span(a * stride, w), Jacobian(stride, 0.0, 0.0, tl.where(z <= limit, scale * w, 0.0))
 
 
 @triton.jit

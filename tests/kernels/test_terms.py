@@ -1,39 +1,48 @@
-"""Every Triton term against its eager twin, and the newer ones against their papers' formulas."""
+"""Every Triton term against its eager twin, and both against the formulas of papers and peers."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from conftest import DEVICE
-from oracle import EXTENT, box_loss, check_box_term, check_label_term, check_softmax, lattice, random_boxes
+from formulas import PENALTIES, box_term, label_term
+from fusedyolo.kernels.terms.records import axis_of_edges
+from oracle import (
+    EXTENT,
+    box_loss,
+    check_box_term,
+    check_label_term,
+    check_row_term,
+    label_numbers,
+    lattice,
+    random_boxes,
+)  # fmt: skip
 from oracle import value_and_grads as run
 
 from fusedyolo import ops, reference
-from fusedyolo.heads import BOX_KINDS, IOU_KINDS, LABEL_KINDS
+from fusedyolo.terms import TERMS, term_names
 
 DTYPES = (torch.float64, torch.float32)
 GAMMAS = (0.0, 0.5, 1.0, 2.0)
-LABELS = [
-    ("bce", []),
-    ("bce", [2.5]),
-    ("sse", []),
-    *(("focal", [alpha, gamma]) for alpha in (0.25, -1.0, 0.0) for gamma in GAMMAS),
-    ("focal", [0.25, 1.5, 2.5]),
-    *((kind, [0.25, gamma]) for kind in ("qfl", "varifocal") for gamma in (*GAMMAS, 1.5)),
-    *((kind, [-1.0, 2.0]) for kind in ("qfl", "varifocal")),
-]
+BOX_KINDS = term_names("iou")
+SHAPED = [kind for kind in BOX_KINDS if TERMS[kind].optional]  # those that have an alpha and a focal form
+LABELS = [(kind, args) for kind in term_names("objectness") for args in label_numbers(kind)]
 SHAPES = [((1.0, 0.5), torch.float64), ((3.0, 0.0), torch.float32), ((0.75, 1.0), torch.float64)]  # alpha and gamma
 BACKENDS = [pytest.param(True, id="triton"), pytest.param(False, id="torch")]
 EPS = [0.0, 0.0]
 
 
-def test_every_kind_has_both_twins():
-    from fusedyolo.kernels.terms import box, label
-
-    assert set(BOX_KINDS) == set(reference.BOX_TERMS)
-    assert set(LABEL_KINDS) == set(reference.LABEL_TERMS)
-    assert all(hasattr(box, kind) for kind in BOX_KINDS)
-    assert all(hasattr(label, kind) for kind in LABEL_KINDS)
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_has_both_twins_and_its_name_once(name):
+    term = TERMS[name]
+    assert term.kernel.fn.__module__ == f"fusedyolo.kernels.terms.{term.room}"
+    twins = {"box": reference.BOX_TERMS, "offset": reference.OFFSET_TERMS, "label": reference.LABEL_TERMS}
+    assert name in twins.get(term.room, reference.DECODE)
+    assert term.source
+    assert term.kernel.fn.__doc__
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,7 +52,7 @@ def test_box_term(kind, dtype):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES)
-@pytest.mark.parametrize("kind", IOU_KINDS)
+@pytest.mark.parametrize("kind", SHAPED)
 def test_box_term_with_alpha_and_gamma(kind, shape, dtype):
     check_box_term(kind, dtype, shape)
 
@@ -55,70 +64,60 @@ def test_label_term(kind, args, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_softmax(dtype):
-    check_softmax(dtype)
+@pytest.mark.parametrize("kind", [kind for kind in term_names("class") if not TERMS[kind].elementwise])
+def test_row_term(kind, dtype):
+    check_row_term(kind, dtype)
 
 
-# ---- the formulas as they are printed, on boxes without ties
+@triton.jit
+def _taking_kernel(one_ptr, out_ptr, args, extent, BOX: tl.constexpr):
+    """A box term of lengths of 1."""
+    one = tl.load(one_ptr + tl.arange(0, 1))
+    axis = axis_of_edges(one, one + one, one, one + one, extent)
+    loss, _x, _y = BOX(axis, axis, args)
+    tl.store(out_ptr + tl.arange(0, 1), loss)
 
 
-def parts(p, g):
-    """Sides, enclosing sides and vector between the centres [..., 2]; IoU [...]."""
-    low, high = torch.maximum(p[..., :2], g[..., :2]), torch.minimum(p[..., 2:], g[..., 2:])
-    inter = (high - low).clamp(min=0).prod(-1)
-    a, b = p[..., 2:] - p[..., :2], g[..., 2:] - g[..., :2]
-    hull = torch.maximum(p[..., 2:], g[..., 2:]) - torch.minimum(p[..., :2], g[..., :2])
-    way = (g[..., :2] + g[..., 2:] - p[..., :2] - p[..., 2:]) / 2
-    return a, b, hull, way, inter / (a.prod(-1) + b.prod(-1) - inter)
+def reasons(error: BaseException | None) -> str:
+    """What an error says, and those that it came of: the compiler says at which call it stood."""
+    return "" if error is None else f"{error}\n{reasons(error.__cause__ or error.__context__)}"
 
 
-def paper_eiou(p, g):
-    a, b, hull, way, value = parts(p, g)
-    return value, [(way**2).sum(-1) / (hull**2).sum(-1), *(((a - b) / hull) ** 2).unbind(-1)]
+@pytest.mark.parametrize("kind", BOX_KINDS)
+def test_a_kernel_takes_the_numbers_of_the_table(kind):
+    """A term itself refuses another number of them, when it is compiled."""
+    term = TERMS[kind]
+    taken = {len(term.numbers), len(term.numbers) + len(term.optional)}
+    for n in range(6):
+        one = torch.ones(1, device=DEVICE)
+        launch = partial(_taking_kernel[(1,)], one, torch.empty_like(one), (0.5,) * n, EXTENT[0], term.kernel)
+        if n in taken:
+            launch()
+        else:
+            with pytest.raises(Exception) as refused:  # noqa: PT011 (of Triton, or of its interpreter)
+                launch()
+            assert "a term takes another number of args" in reasons(refused.value)
 
 
-def paper_siou(p, g):
-    a, b, hull, way, value = parts(p, g)
-    sigma = (way**2).sum(-1).sqrt()
-    angle = 1 - 2 * torch.sin(torch.arcsin(way[..., 1].abs() / sigma) - math.pi / 4) ** 2
-    rho = (way / hull) ** 2
-    distance = (1 - torch.exp(-(2 - angle)[..., None] * rho)).sum(-1)
-    omega = (a - b).abs() / torch.maximum(a, b)
-    shape = ((1 - torch.exp(-omega)) ** 4).sum(-1)
-    return value, [(distance + shape) / 2]
+# ---- the formulas, on boxes without ties
 
 
-def paper_mpdiou(p, g):
-    w, h = EXTENT
-    d1 = (p[..., 0] - g[..., 0]) ** 2 + (p[..., 1] - g[..., 1]) ** 2
-    d2 = (p[..., 2] - g[..., 2]) ** 2 + (p[..., 3] - g[..., 3]) ** 2
-    return parts(p, g)[-1], [d1 / (w**2 + h**2), d2 / (w**2 + h**2)]
-
-
-def paper_ciou_plus(p, g):
-    a, b, hull, way, value = parts(p, g)
-    v = 4 / math.pi**2 * (torch.atan(b[..., 0] / b[..., 1]) - torch.atan(a[..., 0] / a[..., 1])) ** 2
-    alpha = (v / (1 - value + v)).detach()
-    similarity = (value - (way**2).sum(-1) / (hull**2).sum(-1) + v * alpha).clamp(-1, 1)
-    return value, [value - similarity]
-
-
-PAPERS = {"eiou": paper_eiou, "siou": paper_siou, "mpdiou": paper_mpdiou, "ciou_plus": paper_ciou_plus}
+def centred(corners):
+    low, high = corners[..., :2], corners[..., 2:]
+    return (*((low + high) / 2).unbind(-1), *(high - low).unbind(-1))
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize("kind", PAPERS)
+@pytest.mark.parametrize("kind", PENALTIES)
 def test_box_formula(kind, fused):
     p, g = (boxes[:40].to(DEVICE) for boxes in random_boxes())
-    shapes = [()] if kind == "ciou_plus" else [(), (3.0, 0.0), (1.0, 0.5), (2.0, 0.25)]
-    for shape in shapes:
-        alpha, gamma = shape or (1.0, 0.0)
+    for shape in [(), (3.0, 0.0), (1.0, 0.5), (2.0, 0.25)] if TERMS[kind].optional else [()]:
+        args = [*EPS, *shape]
 
-        def loss(p, g, alpha=alpha, gamma=gamma):
-            value, penalties = PAPERS[kind](p, g)
-            return value.detach() ** gamma * (1 - value**alpha + sum(q**alpha for q in penalties))
+        def loss(p, g, args=args):
+            return box_term(kind, centred(p), centred(g), args, EXTENT)
 
-        got = run(box_loss(kind, [*EPS, *shape], fused), p, g)
+        got = run(box_loss(kind, args, fused), p, g)
         for a, b in zip(got, run(loss, p, g), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
@@ -147,7 +146,7 @@ def test_ciou_plus_of_a_true_box_without_size(fused):
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize("kind", IOU_KINDS)
+@pytest.mark.parametrize("kind", SHAPED)
 def test_alpha_of_one_and_gamma_of_zero_are_the_plain_loss(kind, fused):
     p, g = (boxes.to(DEVICE) for boxes in lattice(3, empty=True))
     plain = run(box_loss(kind, EPS, fused), p, g)
@@ -156,7 +155,7 @@ def test_alpha_of_one_and_gamma_of_zero_are_the_plain_loss(kind, fused):
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize("kind", IOU_KINDS)
+@pytest.mark.parametrize("kind", SHAPED)
 def test_roots_have_no_slope_where_they_vanish(kind, fused):
     """alpha < 1: penalties of 0, IoUs of 0, and what is left of them by rounding."""
     p, g = (boxes.to(DEVICE) for boxes in lattice(3, empty=True))
@@ -171,7 +170,7 @@ def test_roots_have_no_slope_where_they_vanish(kind, fused):
 @pytest.mark.parametrize("fused", BACKENDS)
 def test_focal_factor_is_0_without_overlap_and_its_zeroth_power_1(fused):
     p = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64, device=DEVICE)
-    for kind in IOU_KINDS:
+    for kind in SHAPED:
         loss, *grads = run(box_loss(kind, [*EPS, 1.0, 0.5], fused), p, p + 3)
         assert loss == 0
         assert not any(grad.any() for grad in grads)
@@ -190,7 +189,7 @@ def test_siou_at_rest(fused):
 @pytest.mark.parametrize("kind", BOX_KINDS)
 def test_nan_stays_nan_and_in_its_lane(kind, fused):
     p, g = (boxes[:3].to(DEVICE) for boxes in random_boxes())
-    for shape in [()] if kind == "ciou_plus" else [(), (3.0, 0.5)]:
+    for shape in [(), (3.0, 0.5)] if TERMS[kind].optional else [()]:
         args = [*EPS, *shape]
         want = run(box_loss(kind, args, fused), p, g)
         bad = p.clone()
@@ -207,49 +206,28 @@ def logits():
     return x.to(DEVICE), torch.rand(60, generator=gen, dtype=torch.float64).to(DEVICE)
 
 
-def paper_bce(x, t, w=1.0):
-    p = 1 / (1 + torch.exp(-x))
-    return -w * t * p.log() - (1 - t) * (1 - p).log()
-
-
-def paper_qfl(x, t, alpha, gamma):
-    p = 1 / (1 + torch.exp(-x))
-    balance = 1.0 if alpha < 0 else alpha * t + (1 - alpha) * (1 - t)
-    return balance * -((t - p).abs() ** gamma) * ((1 - t) * (1 - p).log() + t * p.log())
-
-
-def paper_varifocal(x, q, alpha, gamma):
-    p = 1 / (1 + torch.exp(-x))
-    return torch.where(q > 0, -q * (q * p.log() + (1 - q) * (1 - p).log()), -abs(alpha) * p**gamma * (1 - p).log())
-
-
-def paper_focal(x, t, alpha, gamma, w):
-    p = 1 / (1 + torch.exp(-x))
-    return (alpha * t + (1 - alpha) * (1 - t)) * (1 - t * p - (1 - t) * (1 - p)) ** gamma * paper_bce(x, t, w)
-
-
 FORMULAS = [
-    ("bce", [2.5], paper_bce),
-    ("focal", [0.25, 2.0, 2.5], paper_focal),
-    ("qfl", [-1.0, 2.0], paper_qfl),
-    ("qfl", [0.25, 1.5], paper_qfl),
-    ("qfl", [0.75, 0.0], paper_qfl),
-    ("varifocal", [0.75, 2.0], paper_varifocal),
-    ("varifocal", [-1.0, 1.0], paper_varifocal),
-    ("sse", [], lambda x, t: (1 / (1 + torch.exp(-x)) - t) ** 2),
+    ("bce", [2.5]),
+    ("focal", [0.25, 2.0, 2.5]),
+    ("qfl", [-1.0, 2.0]),
+    ("qfl", [0.25, 1.5]),
+    ("qfl", [0.75, 0.0]),
+    ("varifocal", [0.75, 2.0]),
+    ("varifocal", [-1.0, 1.0]),
+    ("sse", []),
 ]
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize(("kind", "args", "formula"), FORMULAS)
-def test_label_formula(kind, args, formula, fused):
+@pytest.mark.parametrize(("kind", "args"), FORMULAS)
+def test_label_formula(kind, args, fused):
     x, soft = logits()
     for t in (soft, (soft > 0.5).double(), torch.where(soft > 0.5, soft, 0.0)):
         if fused:
             got = run(lambda x, t=t: ops.label_loss(x, t, kind, args, "none"), x)
         else:
             got = run(lambda x, t=t: reference.LABEL_TERMS[kind](x, t, args), x)
-        for a, b in zip(got, run(lambda x, t=t: formula(x, t, *args), x), strict=True):
+        for a, b in zip(got, run(lambda x, t=t: label_term(kind, x, t, args), x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -266,7 +244,7 @@ def test_qfl_where_the_prediction_is_its_target(gamma, fused):
 
 
 def test_softmax_formula():
-    """The reference's, which check_softmax compares the kernel's with: PyTorch's own, where that has digits."""
+    """The reference's, which check_row_term compares the kernel's with: PyTorch's own, where that has digits."""
     gen = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 5, 7, generator=gen, dtype=torch.float64)
     got = run(reference.LABEL_TERMS["softmax_ce"], x, t)

@@ -20,6 +20,7 @@ from fusedyolo import (
     functional,
 )
 from fusedyolo.targets import as_targets
+from fusedyolo.terms import term_names
 
 ANCHORS = [[(10, 13), (16, 30)], [(30, 61)]]
 NAN, INF = float("nan"), float("inf")
@@ -43,8 +44,7 @@ def raises(message):
 
 # The constructor.
 
-KINDS = "'iou', 'giou', 'diou', 'ciou', 'eiou', 'siou', 'mpdiou'"
-CLASS_TERMS = "'bce', 'focal', 'softmax_ce', 'qfl', 'varifocal'"
+KINDS, CLASS_TERMS = (", ".join(map(repr, term_names(role, users=True))) for role in ("iou", "class"))
 COMMON = "label_smooth_eps, cls_loss, focal_alpha, focal_gamma, iou_alpha, iou_gamma, iou_band"
 PAPER = f"lambda_coord, lambda_noobj, {COMMON}"
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
-from test_yolov5 import similarity
+from formulas import box_term, class_terms, label_term, plain_iou
 
 import fusedyolo
 from fusedyolo import LossOutput, Targets, YOLOv3Loss, YOLOv4Loss, backend, reference
 from fusedyolo.losses import RECIPES, rounded
+from fusedyolo.terms import term_names
 
 BACKENDS = ["torch", "triton"]
 ANCHORS = [[(10, 13), (16, 30), (33, 23)], [(30, 61), (62, 45), (59, 48)]]
@@ -64,28 +65,7 @@ def criterion(cls=YOLOv3Loss, **kwargs):
 
 
 def bce(logit, target):
-    return -target * torch.nn.functional.logsigmoid(logit) - (1 - target) * torch.nn.functional.logsigmoid(-logit)
-
-
-def box_iou(p, g):
-    """Of boxes (cx, cy, w, h)."""
-    sides = [torch.minimum(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2) for i in (0, 1)]
-    sides = [side - torch.maximum(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2) for i, side in enumerate(sides)]
-    inter = sides[0].clamp(min=0) * sides[1].clamp(min=0)
-    return inter / (p[2] * p[3] + g[2] * g[3] - inter)
-
-
-def ciou_loss(p, g):
-    overlap = box_iou(p, g)
-    hull = [
-        torch.maximum(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2)
-        - torch.minimum(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2)
-        for i in (0, 1)
-    ]
-    distance = ((p[0] - g[0]) ** 2 + (p[1] - g[1]) ** 2) / (hull[0] ** 2 + hull[1] ** 2)
-    v = 4 / math.pi**2 * (torch.atan(g[2] / g[3]) - torch.atan(p[2] / p[3])) ** 2
-    alpha = (v / (1 - overlap + v + f32(1e-7))).detach()
-    return 1 - overlap + distance + alpha * v
+    return label_term("bce", logit, target, ())
 
 
 def paper(preds, rows, box, scale, iou_thresh, ignore_thresh=0.5, lambda_coord=5.0, lambda_noobj=0.5, eps=0.0):
@@ -118,7 +98,7 @@ def paper(preds, rows, box, scale, iou_thresh, ignore_thresh=0.5, lambda_coord=5
             decoded = ((sx + x) * stride, (sy + y) * stride, aw * v[2].exp(), ah * v[3].exp())
             own = owners.get((level, image, anchor, y, x))
             if own is None:
-                overlaps = [box_iou(decoded, truth).item() for b, _, truth in truths if b == image]
+                overlaps = [plain_iou(decoded, truth) for b, _, truth in truths if b == image]
                 if max(overlaps, default=0.0) > ignore_thresh:
                     seen["ignored"] += 1
                 else:
@@ -130,7 +110,7 @@ def paper(preds, rows, box, scale, iou_thresh, ignore_thresh=0.5, lambda_coord=5
                 parts["cls"] += bce(v[5 + c], 1 - eps / 2 if c in [label for label, _ in own] else eps / 2)
             for _, truth in own:
                 if box == "ciou":
-                    parts["box"] += lambda_coord * ciou_loss(decoded, truth)
+                    parts["box"] += lambda_coord * box_term("ciou", decoded, truth, (0.0, f32(1e-7)))
                 else:
                     target = (
                         truth[0] / stride - x,
@@ -231,8 +211,7 @@ def band_owners(rows, low, high, batch=2):
     for image, anchor, y, x in np.ndindex(batch, 3, HEIGHT // 16, WIDTH // 16):
         box = torch.tensor([(x + 0.5) * 16, (y + 0.5) * 16, *ANCHORS[1][anchor]], dtype=torch.float64)
         overlaps = [
-            box_iou(box, truth).item() if row[0] == image else 0.0
-            for row, truth in zip(rows, in_pixels(rows), strict=True)
+            plain_iou(box, truth) if row[0] == image else 0.0 for row, truth in zip(rows, in_pixels(rows), strict=True)
         ]
         if max(overlaps) > high:
             owners[image, anchor, y, x] = [overlaps.index(max(overlaps))]
@@ -241,29 +220,23 @@ def band_owners(rows, low, high, batch=2):
     return owners, between
 
 
-def class_bce(z, t):
-    return bce(z, t)
-
-
-CLASS_TERMS = {
-    "bce": (("bce", {}), class_bce),
-    "focal": (("focal", {}), lambda z, t: (z.sigmoid() * (1 - t) + (1 - z.sigmoid()) * t) ** 2 * bce(z, t)),
-    "focal with alpha": (
-        ("focal", {"focal_alpha": 0.25, "focal_gamma": 1.5}),
-        lambda z, t: (z.sigmoid() + t - 2 * z.sigmoid() * t) ** 1.5 * (0.25 * t + 0.75 * (1 - t)) * bce(z, t),
-    ),
-    "softmax_ce": (("softmax_ce", {}), lambda z, t: -t * z.log_softmax(0)),
-    "qfl": (("qfl", {}), lambda z, t: (t - z.sigmoid()).abs() ** 2 * bce(z, t)),
-    "qfl with gamma": (("qfl", {"focal_gamma": 1.0}), lambda z, t: (t - z.sigmoid()).abs() * bce(z, t)),
-    "varifocal": (("varifocal", {}), lambda z, t: torch.where(t > 0, t, 0.75 * z.sigmoid() ** 2) * bce(z, t)),
+CLASS_TERMS = {  # what the user says, and the numbers of the term
+    "bce": ("bce", {}, ()),
+    "focal": ("focal", {}, (-1.0, 2.0)),
+    "focal with alpha": ("focal", {"focal_alpha": 0.25, "focal_gamma": 1.5}, (0.25, 1.5)),
+    "softmax_ce": ("softmax_ce", {}, ()),
+    "qfl": ("qfl", {}, (-1.0, 2.0)),
+    "qfl with gamma": ("qfl", {"focal_gamma": 1.0}, (-1.0, 1.0)),
+    "varifocal": ("varifocal", {}, (0.75, 2.0)),
     "varifocal with both": (
-        ("varifocal", {"focal_alpha": 0.5, "focal_gamma": 1.0, "label_smooth_eps": 0.25}),
-        lambda z, t: torch.where(t > 0, t, 0.5 * z.sigmoid()) * bce(z, t),
+        "varifocal",
+        {"focal_alpha": 0.5, "focal_gamma": 1.0, "label_smooth_eps": 0.25},
+        (0.5, 1.0),
     ),
 }
 
 
-def direct(pred, rows, owners, between=(), box="mse", term=class_bce, powers=(1, 0), eps=0.0, gate=None, smooth=None):
+def direct(pred, rows, owners, between=(), box="mse", term=("bce", ()), powers=(1, 0), eps=0.0, gate=None, smooth=None):
     """Parts of the paper's loss on the small map for each way to assign, weigh and judge.
 
     ``smooth``: objectness of every prediction is trained towards its largest IoU if that is above this.
@@ -276,9 +249,7 @@ def direct(pred, rows, owners, between=(), box="mse", term=class_bce, powers=(1,
         aw, ah = ANCHORS[1][anchor]
         sx, sy = v[0].sigmoid(), v[1].sigmoid()
         decoded = torch.stack(((sx + x) * 16, (sy + y) * 16, aw * v[2].exp(), ah * v[3].exp()))
-        best = max(
-            (box_iou(decoded, g).item() for row, g in zip(rows, boxes, strict=True) if row[0] == image), default=0
-        )
+        best = max((plain_iou(decoded, g) for row, g in zip(rows, boxes, strict=True) if row[0] == image), default=0)
         if gate is not None and not (v[5:].sigmoid() > gate).any():
             best = 0.0
         own = owners.get(place)
@@ -296,16 +267,15 @@ def direct(pred, rows, owners, between=(), box="mse", term=class_bce, powers=(1,
         seen["shared"] += len(own) > 1
         labels = {int(rows[r, 1]) for r in own}
         t = torch.tensor([1 - eps / 2 if c in labels else eps / 2 for c in range(CLASSES)], dtype=torch.float64)
-        parts["cls"] = parts["cls"] + term(v[5:], t).sum()
+        parts["cls"] = parts["cls"] + class_terms(term[0], v[5:], t, term[1]).sum()
         for r in own:
             g = boxes[r]
             if box == "mse":
                 wanted = (g[0] / 16 - x, g[1] / 16 - y, (g[2] / aw).log(), (g[3] / ah).log())
                 loss = sum((p - t) ** 2 for p, t in zip((sx, sy, v[2], v[3]), wanted, strict=True))
             else:
-                value = similarity(box, decoded, g, 0.0, (WIDTH, HEIGHT), f32(1e-7))
-                alpha, gamma = powers
-                loss = 1 - value if powers == (1, 0) else value.detach() ** gamma * (1 - value**alpha)
+                numbers = (0.0, f32(1e-7), *powers)
+                loss = box_term(box, decoded.unbind(-1), g.unbind(-1), numbers, (WIDTH, HEIGHT))
             parts["box"] = parts["box"] + 5.0 * loss
     return parts, seen
 
@@ -329,16 +299,16 @@ def small_map():
 
 @pytest.mark.parametrize("name", CLASS_TERMS)
 def test_class_terms(name):
-    (kind, hyp), term = CLASS_TERMS[name]
+    kind, hyp, args = CLASS_TERMS[name]
     exact, rows = small_map(), objects(device="cpu")
     owners = best_anchor_owners(rows)
-    parts, seen = direct(exact, rows, owners, term=term, eps=hyp.get("label_smooth_eps", 0.0))
+    parts, seen = direct(exact, rows, owners, term=(kind, args), eps=hyp.get("label_smooth_eps", 0.0))
     assert seen["shared"] > 0
     agrees_with({"cls_loss": kind, **hyp}, parts, exact, rows, len(owners))
 
 
-@pytest.mark.parametrize("box", ["eiou", "siou", "mpdiou"])
-def test_later_box_terms(box):
+@pytest.mark.parametrize("box", term_names("iou", users=True))
+def test_box_terms(box):
     exact, rows = small_map(), objects(device="cpu")
     owners = best_anchor_owners(rows)
     parts, _ = direct(exact, rows, owners, box=box)
@@ -587,7 +557,7 @@ def test_the_paper_is_the_default():
 
 @pytest.mark.parametrize("cls", LOSSES)
 @pytest.mark.parametrize("recipe", ["paper", "darknet"])
-@pytest.mark.parametrize("iou_loss", ["mse", "iou", "giou", "diou", "ciou", "eiou", "siou", "mpdiou"])
+@pytest.mark.parametrize("iou_loss", term_names("iou", "offset", users=True))
 def test_every_box_loss_goes_with_every_recipe(cls, recipe, iou_loss):
     module = criterion(cls, recipe=recipe, iou_loss=iou_loss)
     preds = maps()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import DEVICE
+from formulas import plain_iou
 
 from fusedyolo import Targets, YOLOv2Loss
 
@@ -48,14 +49,6 @@ def make_rows(n=7, batch=2, classes=CLASSES, seed=0):
 # The formula, in float64.
 
 
-def overlap(p, g):
-    """IoU of boxes (cx, cy, w, h)."""
-    sides = [torch.minimum(p[i] + p[i + 2] / 2, g[i] + g[i + 2] / 2) for i in (0, 1)]
-    sides = [side - torch.maximum(p[i] - p[i + 2] / 2, g[i] - g[i + 2] / 2) for i, side in enumerate(sides)]
-    inter = sides[0].clamp(min=0) * sides[1].clamp(min=0)
-    return inter / (p[2] * p[3] + g[2] * g[3] - inter)
-
-
 def region(pred, rows, lambda_coord=5.0, lambda_obj=1.0, lambda_noobj=0.5, lambda_class=1.0, thresh=0.6):
     """Parts of the formula for pred [B, A, H, W, 5 + C], the predictions with an object, and how many are left out."""
     batch, _, height, width, _ = pred.shape
@@ -82,8 +75,8 @@ def region(pred, rows, lambda_coord=5.0, lambda_obj=1.0, lambda_noobj=0.5, lambd
             errors += (raw[2] - (g[2] / w).log(), raw[3] - (g[3] / h).log())
             coord = coord + sum(error**2 for error in errors)
             cls = cls - raw[5:].log_softmax(0)[label]
-            with_object = with_object + (overlap(box, g).detach() - confidence) ** 2
-        elif max((overlap(box, g).item() for g in truths[image]), default=0.0) < thresh:
+            with_object = with_object + (plain_iou(box, g) - confidence) ** 2
+        elif max((plain_iou(box, g) for g in truths[image]), default=0.0) < thresh:
             without = without + confidence**2
             counted += 1
     n_obj, n_conf = max(len(owner), 1), max(len(owner) + counted, 1)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
-from torch.nn.functional import logsigmoid
+from formulas import box_term, label_term
 
 from fusedyolo import ScaledYOLOv4Loss, Targets, YOLOv5Loss, reference
-from fusedyolo.heads import IOU_KINDS
+from fusedyolo.terms import term_names
 
 BACKENDS = ["torch", "triton"]
 STRIDES = (8, 16, 32, 64, 128)
@@ -25,49 +23,11 @@ def f32(value):
 # The description, in float64.
 
 
-def similarity(kind, p, g, eps, extent=None, eps_alpha=None):
-    """1 - loss of boxes [R, 4] (cx, cy, w, h) by the papers' formulas; ``extent`` is the image's width and height."""
-    (px, py, pw, ph), (gx, gy, gw, gh) = p.unbind(-1), g.unbind(-1)
-    px1, px2, py1, py2 = px - pw / 2, px + pw / 2, py - ph / 2, py + ph / 2
-    gx1, gx2, gy1, gy2 = gx - gw / 2, gx + gw / 2, gy - gh / 2, gy + gh / 2
-    overlap = (torch.minimum(px2, gx2) - torch.maximum(px1, gx1)).clamp(min=0)
-    overlap = overlap * (torch.minimum(py2, gy2) - torch.maximum(py1, gy1)).clamp(min=0)
-    union = pw * ph + gw * gh - overlap
-    iou = overlap / (union + eps)
-    if kind == "iou":
-        return iou
-    hull_w, hull_h = (
-        torch.maximum(px2, gx2) - torch.minimum(px1, gx1),
-        torch.maximum(py2, gy2) - torch.minimum(py1, gy1),
-    )
-    if kind == "giou":
-        return iou - (hull_w * hull_h - union) / (hull_w * hull_h + eps)
-    if kind == "mpdiou":
-        diagonal = extent[0] ** 2 + extent[1] ** 2
-        corners = (px1 - gx1) ** 2 + (py1 - gy1) ** 2 + (px2 - gx2) ** 2 + (py2 - gy2) ** 2
-        return iou - corners / diagonal
-    dx, dy = gx - px, gy - py
-    if kind == "siou":
-        angle = 1 - 2 * torch.sin(torch.asin(dy.abs() / (dx**2 + dy**2).sqrt()) - math.pi / 4) ** 2
-        rho = [(dx / hull_w) ** 2, (dy / hull_h) ** 2]
-        distance = sum(1 - torch.exp(-(2 - angle) * r) for r in rho)
-        omega = [(pw - gw).abs() / torch.maximum(pw, gw), (ph - gh).abs() / torch.maximum(ph, gh)]
-        return iou - (distance + sum((1 - torch.exp(-o)) ** 4 for o in omega)) / 2
-    diou = iou - (dx**2 + dy**2) / (hull_w**2 + hull_h**2 + eps)
-    if kind == "diou":
-        return diou
-    if kind == "eiou":
-        return diou - (pw - gw) ** 2 / (hull_w**2 + eps) - (ph - gh) ** 2 / (hull_h**2 + eps)
-    v = 4 / math.pi**2 * (torch.atan(gw / gh) - torch.atan(pw / ph)) ** 2
-    return diou - v * (v / (1 - iou + v + (eps if eps_alpha is None else eps_alpha))).detach()
-
-
-def cross_entropy(logit, target, positive_weight, gamma):
-    value = -positive_weight * target * logsigmoid(logit) - (1 - target) * logsigmoid(-logit)
-    if gamma == 0:
-        return value
-    p = logit.sigmoid()
-    return value * (0.25 * target + 0.75 * (1 - target)) * (p * (1 - target) + (1 - p) * target) ** gamma
+def modulated(hyp, weight, logits, targets):
+    """Cross-entropy with a positive weight, focal with fl_gamma."""
+    if hyp["fl_gamma"] == 0:
+        return "bce", logits, targets, (hyp[weight],)
+    return "focal", logits, targets, (0.25, hyp["fl_gamma"], hyp[weight])
 
 
 def emitted(rows, width, height, anchors, anchor_t):
@@ -129,25 +89,21 @@ def described(detector, preds, rows, anchors, classes, iou_loss="ciou", **hyp):
             sides = torch.tensor(cells, dtype=torch.float64)[anchor]
             p = torch.cat((2 * raw[:, :2].sigmoid() - 0.5, (2 * raw[:, 2:4].sigmoid()) ** 2 * sides), 1)
             g = torch.cat((truth[:, 2:4] * size - cell, truth[:, 4:] * size), 1)
-            value = similarity(iou_loss, p, g, peer["eps"], size)
-            if (hyp["iou_alpha"], hyp["iou_gamma"]) == (1, 0):
-                loss = 1 - value
-            else:  # of "iou" alone
-                loss = value.detach() ** hyp["iou_gamma"] * (1 - value ** hyp["iou_alpha"])
-            box = box + loss.mean()
+            boxes, eps = (p.unbind(-1), g.unbind(-1)), (peer["eps"], peer["eps"])
+            value = 1 - box_term(iou_loss, *boxes, eps, size)
+            box = box + box_term(iou_loss, *boxes, (*eps, hyp["iou_alpha"], hyp["iou_gamma"]), size).mean()
             if classes > 1:
                 wanted = torch.full((len(found), classes), hyp["label_smoothing"] / 2, dtype=torch.float64)
                 for i, k in enumerate(r.tolist()):
                     wanted[i, int(table[k, 1])] = 1 - hyp["label_smoothing"] / 2
-                term = cross_entropy(raw[:, 5:], wanted, hyp["cls_pw"], hyp["fl_gamma"])
-                cls_part = cls_part + term.mean()
+                cls_part = cls_part + label_term(*modulated(hyp, "cls_pw", raw[:, 5:], wanted)).mean()
             places = set()
             for i, place in enumerate(zip(*(v.tolist() for v in (image, anchor, y, x)), strict=True)):
                 met["rewritten"] += place in places
                 places.add(place)
                 target[place] = (1 - hyp["gr"]) + hyp["gr"] * value[i].detach().clamp(min=0)
             positives += len(places)
-        term = cross_entropy(pred[..., 4], target, hyp["obj_pw"], hyp["fl_gamma"])
+        term = label_term(*modulated(hyp, "obj_pw", pred[..., 4], target))
         obj = obj + f32(peer["balance"](levels)[level]) * term.mean()
     s = peer["scales"](levels)
     parts = (hyp[peer["gain"]] * s[0] * box, hyp["obj"] * s[1] * obj, hyp["cls"] * s[2] * cls_part)
@@ -280,7 +236,7 @@ def test_float32(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("iou_loss", IOU_KINDS)
+@pytest.mark.parametrize("iou_loss", term_names("iou", users=True))
 def test_every_iou_loss(iou_loss, backend):
     check(YOLOv5Loss, (None, 1, 2, 2, 6 if backend == "torch" else 3, {}), backend, 1, iou_loss=iou_loss)
 

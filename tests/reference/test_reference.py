@@ -10,13 +10,15 @@ from dataclasses import replace
 import golden
 import pytest
 import torch
-from loop_loss import box_term, label_term, loop_loss, offset_term
+from formulas import box_term, label_term, offset_term
+from loop_loss import loop_loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusedyolo.heads import BOX_KINDS, IOU_KINDS, LABEL_KINDS, OFFSET_KINDS, GridHead
+from fusedyolo.heads import GridHead
 from fusedyolo.reference import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, assign, grid_loss, read_rows
+from fusedyolo.terms import TERMS, term_names
 
 F64 = torch.float64
 
@@ -139,7 +141,8 @@ def test_torchvision_focal_loss(name):
 # ---- terms
 
 EXTENT = (3.0, 2.0)
-BOUNDED = [kind for kind in IOU_KINDS if kind != "mpdiou"]  # that one grows with the distance
+IOU_KINDS = term_names("iou", users=True)
+BOUNDED = [kind for kind in IOU_KINDS if not TERMS[kind].needs_extent]  # such a one grows with the distance
 
 
 @pytest.mark.parametrize("args", [(0.0, 0.0), (1e-7, 1e-7), (0.0, 1e-6)])
@@ -217,9 +220,14 @@ def test_ciou_of_inverted_boxes_keeps_the_sign_of_the_aspect():
 TAILS = [0.0, -0.0, 0.5, 17.0, 40.0, 88.0, 100.0, 120.0, 745.0, 1e4]
 
 
-@pytest.mark.parametrize("args", [(), (-1.0, 0.0), (0.25, 0.5), (0.6, 1.0), (0.0, 1.5), (1.0, 2.0), (0.25, 0.01)])
-def test_label_term_in_the_tails(args):
-    kind = "focal" if args else "bce"
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [
+        ("bce", ()),
+        *(("focal", args) for args in ((-1.0, 0.0), (0.25, 0.5), (0.6, 1.0), (0.0, 1.5), (1.0, 2.0), (0.25, 0.01))),
+    ],
+)
+def test_label_term_in_the_tails(kind, args):
     values = [sign * value for value in TAILS for sign in (1, -1)]
     for t in (0.0, 0.05, 0.5, 0.95, 1.0):
         x, y = leaf(values), leaf(values)
@@ -245,7 +253,7 @@ def test_bce_slope_at_zero():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.05, 2.0])
-@pytest.mark.parametrize("kind", OFFSET_KINDS)
+@pytest.mark.parametrize("kind", term_names("offset"))
 def test_offset_term(kind, scale):
     a, b = leaf([0.0, 1.5, -120.0, 120.0, 17.0]), leaf([0.0, -2.0, 120.0, -120.0, 0.5])
     ta, tb = torch.tensor([0.5, 0.0, 0.99, 0.25, 1.0]).double(), torch.tensor([0.0, 1.0, -3.0, 0.5, 0.5]).double()
@@ -298,8 +306,9 @@ def head_of(**changes) -> GridHead:
         strides=(8.0, 16.0),
         scale_x_y=(1.2, 1.05),
         box_args=(1e-7, 1e-7),
-        label_args=(0.25, 1.5),
     )
+    if "label" in changes:
+        changes = {"label_args": tuple(TERMS[changes["label"]].numbers.values()), **changes}
     return replace(base, **changes)
 
 
@@ -427,13 +436,13 @@ def random_head(gen: torch.Generator, anchors: list[tuple[float, float]], own: l
         return values[int(torch.randint(len(values), (), generator=gen))]
 
     levels = len(own)
-    box = pick(*BOX_KINDS, *OFFSET_KINDS)
-    is_offset = box in OFFSET_KINDS
+    box = pick(*term_names("iou", "offset"))
+    is_offset = TERMS[box].is_offset
     assigner = pick("best_anchor", "ratio", "iou_band")
     smooth = pick(True, False, False)
     shared = pick("sum", "last", *(() if smooth else ("each",)))
     mean_rows, obj_mean = not smooth and pick(True, False), None if smooth else pick(None, "cells", "used")
-    label, objectness = pick(*LABEL_KINDS), pick(*(kind for kind in LABEL_KINDS if kind != "softmax_ce"))
+    label, objectness = pick(*term_names("class")), pick(*term_names("objectness"))
     eps = pick((0.0, 1e-6), (1e-7, 1e-7), (1e-16, 1e-16))
     quality = pick(None, "box", *IOU_KINDS)
     if quality == "box":
@@ -442,9 +451,10 @@ def random_head(gen: torch.Generator, anchors: list[tuple[float, float]], own: l
     soften = pick(0.0, 0.2)
 
     def label_args(kind: str) -> tuple[float, ...]:
-        heavier = pick((), (1.75,))
-        modulated = (pick(-1.0, 0.25), pick(0.0, 1.5, 2.0))
-        return {"bce": heavier, "focal": (*modulated, *heavier), "qfl": modulated, "varifocal": modulated}.get(kind, ())
+        some = {"alpha": (-1.0, 0.25), "gamma": (0.0, 1.5, 2.0), "pos_weight": (1.75,)}
+        term = TERMS[kind]
+        taken = {**term.numbers, **pick({}, term.optional)}
+        return tuple(pick(*some.get(name, (usual,))) for name, usual in taken.items())
 
     return GridHead(
         num_classes=pick(1, 3, 5),
@@ -460,7 +470,7 @@ def random_head(gen: torch.Generator, anchors: list[tuple[float, float]], own: l
         per_level=pick(True, False),
         shared=shared,
         edge=pick(True, False),
-        decode="exp" if is_offset else pick("exp", "sigmoid_square"),
+        decode="exp" if is_offset else pick(*term_names("grid")),
         box=box,
         label=label,
         objectness=objectness,
@@ -482,7 +492,7 @@ def random_head(gen: torch.Generator, anchors: list[tuple[float, float]], own: l
         area_cap=pick(3.0e38, 0.25),
         class_targets=(1 - soften / 2, soften / 2),
         first_weight=0.5,
-        box_args=eps if box == "ciou_plus" else (*eps, *pick((), (), (2.0, 0.5))),
+        box_args=(*eps, *pick((), (), (2.0, 0.5))) if TERMS[box].optional else eps,
         label_args=label_args(label),
         obj_args=label_args(objectness),
         quality_args=quality_args,
@@ -639,7 +649,7 @@ def test_nan_box_logit_shows_in_the_total_only(where, level, box):
             assert torch.equal(got[same], want[same])
 
 
-@pytest.mark.parametrize("label", LABEL_KINDS)
+@pytest.mark.parametrize("label", term_names("class"))
 def test_nan_that_is_not_needed_is_not_read(label):
     preds, rows, head = small_case(label=label, ignore_thresh=0.05)
     want = loss_and_grads(preds, rows, head)
@@ -725,7 +735,7 @@ def test_no_rows_at_all(assigner):
 
 
 @pytest.mark.parametrize("unit", ["pixel", "cell", "image"])
-@pytest.mark.parametrize("box", [*BOX_KINDS, *OFFSET_KINDS])
+@pytest.mark.parametrize("box", term_names("iou", "offset"))
 def test_prior_of_predictions_without_an_object(box, unit):
     """An IoU term sees a true box without size there; lightnet's eps makes the slope of its aspect 1e16."""
     preds, rows, head = small_case(box=box, unit=unit, prior_gain=0.5, average_box=False, box_args=(1e-16, 0.0))
@@ -875,7 +885,7 @@ def test_float32_is_close_to_float64():
         close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("box", [*BOUNDED, *OFFSET_KINDS])
+@pytest.mark.parametrize("box", [*BOUNDED, *term_names("offset")])
 def test_float32_is_finite_in_the_tails(box):
     for seed in range(5):
         preds, rows, head, weights = random_case(seed, 2, tails=True)
@@ -924,7 +934,7 @@ def test_ignore_test_in_chunks(monkeypatch):
     want, want_grads, counts = loss_and_grads(preds, rows, head)
     assert counts[1] > 0
     for size in (1, 100, 1000):
-        monkeypatch.setattr("fusedyolo.reference.pairs.PAIRS_CHUNK", size)
+        monkeypatch.setattr("fusedyolo.reference.overlap.PAIRS_CHUNK", size)
         with Watch() as watch:
             total, grads, _ = loss_and_grads(preds, rows, head)
         # [rows of a chunk, predictions of an image, 2], [M, A, 5 + C], the maps

@@ -4,9 +4,12 @@ import csv
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import peers
@@ -15,8 +18,8 @@ import torch
 from rich.console import Console
 
 from bench import __main__ as entry
-from bench import measure, plots, qualify, report, rows, sweep, work
-from fusedyolo.tools import codegen, registry, timing
+from bench import compare, labels, measure, plots, qualify, report, rows, sweep, work
+from fusedyolo.tools import codegen, processes, registry, timing
 from fusedyolo.tools.parity import parity as parity_of
 
 ROOT = Path(__file__).parents[2]
@@ -41,12 +44,17 @@ def test_predictions_and_targets_depend_on_the_seed_alone():
     assert registry.Workload(batch=2, form="Targets").targets().batch_size == 2
 
 
-def test_labels_that_the_classes_do_not_cover_are_refused(tmp_path):
+def test_objects_of_label_files(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("7 0.5 0.5 0.1 0.1\n")
-    rows = registry.Workload(batch=2, classes=8, objects=str(tmp_path)).targets()
-    assert rows[:, :2].tolist() == [[0, 7], [1, 7]]
-    with pytest.raises(ValueError, match="class 7, want fewer than --classes 7"):
-        registry.Workload(batch=2, classes=7, objects=str(tmp_path)).targets()
+    arguments = ["--labels", str(tmp_path), "--batch", "3", "--size", "64", "--out", str(tmp_path)]
+    load = compare.workload(entry.parse([*arguments, "--classes", "8"]))
+    assert load.objects == "labels"
+    assert load.targets()[:, :2].tolist() == [[0, 7], [1, 7], [2, 7]]
+    assert load.small().targets()[:, 0].tolist() == [0, 1]
+    assert pickle.loads(pickle.dumps(load)) == load
+    assert labels.given(replace(load, form="Targets"), load.targets()).targets().batch_size == 3
+    assert entry.main([*arguments, "--classes", "7"]) == 2
+    assert "class 7, want fewer than --classes 7" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------- codegen
@@ -283,7 +291,7 @@ def test_a_second_run_replaces_its_own_rows_and_keeps_others(tmp_path):
     results, load, _ = fake_results()
     found = rows.rows(results, load, HOST)
     for each in (found, found, rows.rows(results, load, {**HOST, "commit": "d"})):
-        rows.write(tmp_path, each, HOST)
+        rows.write(tmp_path, each, HOST, [])
     with (tmp_path / "bench.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * len(found)
@@ -336,20 +344,32 @@ def test_losses_are_chosen_by_name():
     assert [case.loss for case in registry.first_recipes()] == list(
         dict.fromkeys(c.loss for c in registry.CASES.values())
     )
-    assert entry.parse(["--recipes"]).cases == list(registry.CASES.values())
+    assert [case.name for case in entry.parse(["--loss", "YOLOV4"]).cases] == ["YOLOv4/paper", "YOLOv4/darknet"]
 
 
 def parity(ok):
     errors = {f"{who}_{what}_error": 0.5 for who in ("fused", "eager") for what in ("loss", "grad")}
-    return {**errors, "positives": 3, "ok": ok, "failed": []}
+    return {**errors, "positives": 3, "ok": ok, "failed": [], "broken": {}}
 
 
-@pytest.mark.parametrize("broken", [(parity(False), ""), (None, "RuntimeError: no")])
+def answer(monkeypatch, given):
+    """In place of processes: what is ``given`` for a kind of task; the tasks there are."""
+    tasks = []
+
+    def run_all(calls, jobs, done):
+        for task in calls:
+            tasks.append(task)
+            done(task, given[task.kind])
+
+    monkeypatch.setattr(processes, "run_all", run_all)
+    return tasks
+
+
+@pytest.mark.parametrize("broken", [parity(False), processes.Failed("RuntimeError: no")])
 def test_nothing_is_measured_on_a_red_gate(broken, monkeypatch, tmp_path, capsys):
-    kinds = []
-    monkeypatch.setattr(work.Worker, "run", lambda self, task, tell: kinds.append(task.kind) or broken)
+    tasks = answer(monkeypatch, {"parity": broken})
     assert entry.main(["--quick", "--loss", "yolov3", "--out", str(tmp_path)]) == 1
-    assert kinds == ["parity", "parity"]
+    assert [task.kind for task in tasks] == ["parity", "parity"]
     assert "nothing else was measured" in capsys.readouterr().out
 
 
@@ -358,11 +378,7 @@ def test_what_breaks_is_shown_as_unknown_and_fails_the_run_if_it_is_ours(breaks,
     results, _, _ = fake_results()
     answers = {task.kind: result for task, result in results.items()}
     answers |= {"parity": parity(True), "compile": {"kernels": 9, "bytes": 99, "graph_breaks": 0}}
-
-    def run(self, task, on_progress):
-        return (None, "Traceback\nValueError: [red] no\nmore") if task.kind == breaks else (answers[task.kind], "")
-
-    monkeypatch.setattr(work.Worker, "run", run)
+    answer(monkeypatch, answers | {breaks: processes.Failed("Traceback\nValueError: [red] no\nmore")})
     assert entry.main(["--loss", "yolov4/paper", "--batch", "2", "--size", "64", "--out", str(tmp_path)]) == status
     assert "ValueError: [red] no" in capsys.readouterr().out
     assert "Traceback" in (tmp_path / "failed.txt").read_text()
@@ -370,10 +386,9 @@ def test_what_breaks_is_shown_as_unknown_and_fails_the_run_if_it_is_ours(breaks,
 
 def test_the_main_job_in_small(tmp_path, capsys):
     arguments = ["--quick", "--batch", "1", "--size", "64", "--classes", "4", "--loss", "yolov3/paper"]
-    status = entry.main([*arguments, "--target", "sm_90", "--json", "--out", str(tmp_path)])
-    printed = capsys.readouterr()
-    assert status == 0, printed.err
-    values = rows.index(json.loads(printed.out))
+    assert entry.main([*arguments, "--target", "sm_90", "--out", str(tmp_path)]) == 0
+    assert "YOLOv3/paper" in capsys.readouterr().out
+    values = rows.index(json.loads((tmp_path / "bench.json").read_text())["rows"])
     fused = {metric: value for (_, provider, metric), value in values.items() if provider == "fused"}
     assert (fused["triton_launches"], fused["other_launches"], fused["syncs"]) == (2, 0, 0)
     assert fused["stores_per_P"] >= 1
@@ -388,9 +403,7 @@ def test_the_main_job_in_small(tmp_path, capsys):
 
 def test_predicting_alone_counts_compiles_and_executes_ours(monkeypatch, tmp_path, capsys):
     results, _, _ = fake_results()
-    answers = {task.kind: result for task, result in results.items()} | {"parity": parity(True)}
-    tasks = []
-    monkeypatch.setattr(work.Worker, "run", lambda self, task, tell: tasks.append(task) or (answers[task.kind], ""))
+    tasks = answer(monkeypatch, {task.kind: result for task, result in results.items()} | {"parity": parity(True)})
     arguments = ["--predict", "--gpu", "A100", "--loss", "yolov4/paper", "--out", str(tmp_path)]
     assert entry.main([*arguments, "--batch", "2", "--size", "64"]) == 0
     assert {(task.kind, task.provider) for task in tasks} == {
@@ -399,21 +412,31 @@ def test_predicting_alone_counts_compiles_and_executes_ours(monkeypatch, tmp_pat
         ("execute", "sm_80"),
         ("codegen", "sm_80"),
     }
-    assert not next(task for task in tasks if task.kind == "execute").interpreted
     assert "Predicted for A100, not measured" in capsys.readouterr().out
     assert (tmp_path / "issue_time.png").exists()
 
 
-def test_a_worker_that_dies_is_replaced():
-    worker, load = work.Worker(False, 1), registry.Workload(batch=1, classes=2)
-    broken = work.Task("compile", "YOLOv99", load)
-    result, why = worker.run(broken, print)
-    assert result is None
-    assert "KeyError: 'YOLOv99'" in why
-    result, why = worker.run(work.Task("count", "YOLOv1/paper", load, "eager"), print)
-    assert why == ""
-    assert result["other_launches"] > 50
-    assert worker.close() == "exit status 0"
+def test_work_is_done_in_processes_that_may_die():
+    """Each of its kind; what broke has said why, and what was not broken goes on in another process."""
+    load = registry.Workload(batch=1, classes=2)
+    counted, unknown = (work.Task("count", name, load, "eager") for name in ("YOLOv1/paper", "YOLOv99"))
+    console, failures = Console(quiet=True), []
+    found = work.run_all([unknown, counted], 1, console, "counting", failures)
+    assert found[counted]["other_launches"] > 50
+    assert unknown not in found
+    assert "KeyError: 'YOLOv99'" in failures[0]
+    calls = {
+        "dies": processes.Call(partial(os._exit, 3)),
+        "plain": processes.Call(partial(os.getenv, "TRITON_INTERPRET")),
+        "interpreted": processes.Call(partial(os.getenv, "TRITON_INTERPRET"), interpreted=True),
+        "alone": processes.Call(partial(os.getenv, "TRITON_CACHE_DIR"), alone=True),
+    }
+    told = {}
+    results = processes.run_all(calls, 1, told.__setitem__)
+    assert results == told
+    assert results["dies"] == processes.Failed("the process died")
+    assert (results["plain"], results["interpreted"]) == (None, "1")
+    assert results["alone"] != os.getenv("TRITON_CACHE_DIR")
 
 
 # ------------------------------------------------------------------------------------------------------ sweep, qualify
@@ -434,8 +457,8 @@ def test_a_sweep_counts_and_draws(monkeypatch, tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
     results, _, _ = fake_results()
     answers = {task.kind: result for task, result in results.items()} | {"parity": parity(True)}
-    monkeypatch.setattr(work.Worker, "run", lambda self, task, tell: (answers[task.kind], ""))
-    assert sweep.main(["--loss", "yolov5", "--axis", "batch", "--axis", "dtype", "--out", str(tmp_path)]) == 0
+    answer(monkeypatch, answers)
+    assert entry.main(["sweep", "--loss", "yolov5", "--axis", "batch", "--axis", "dtype", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "sweep.json").read_text())["rows"]
     assert {row["batch"] for row in found} >= {1, 4, 16}
     assert {row["dtype"] for row in found} == {"float32", "bfloat16", "float16"}
@@ -443,7 +466,7 @@ def test_a_sweep_counts_and_draws(monkeypatch, tmp_path, capsys):
     assert pictures == ["sweep_bytes.png", "sweep_launches.png"]
     assert all(len(image.open(tmp_path / name).convert("RGB").getcolors(1 << 16)) > 10 for name in pictures)
     answers["parity"] = parity(False)
-    assert sweep.main(["--loss", "yolov5", "--axis", "batch", "--out", str(tmp_path)]) == 1
+    assert entry.main(["sweep", "--loss", "yolov5", "--axis", "batch", "--out", str(tmp_path)]) == 1
     assert "nothing else was measured" in capsys.readouterr().out
 
 
@@ -454,7 +477,7 @@ def test_every_step_of_qualifying_has_its_time_and_its_end(tmp_path, monkeypatch
         qualify.Step("long", ("sleep", "60"), 0.2),
         qualify.Step("absent", ("no-such-program",), 10, needs="no-such-program"),
     ]
-    console = entry.Console(quiet=True)
+    console = Console(quiet=True)
     found = {each.name: each for each in qualify.qualify(steps, tmp_path, 1, console)}
     assert {name: each.verdict for name, each in found.items()} == {
         "fine": "passed", "wrong": "failed", "long": "cut", "absent": "left out",
@@ -476,10 +499,11 @@ def test_a_gpu_is_qualified_only_by_what_passed():
 
 def test_qualifying_fits_its_minutes_and_needs_a_gpu(tmp_path, capsys):
     steps = qualify.plan(tmp_path)
-    assert sum(step.seconds for step in steps) < 60 * qualify.MINUTES
+    minutes = entry.parse(["qualify"]).minutes
+    assert sum(step.seconds for step in steps) < 60 * minutes
+    assert minutes < 8
     assert [step.name for step in steps][:3] == ["environment", "check", "tests"]
     assert {"memcheck", "tune", "bench", "sweep", "profile"} <= {step.name for step in steps}
-    assert qualify.MINUTES < 8
     if not torch.cuda.is_available():
         assert entry.main(["qualify", "--out", str(tmp_path)]) == 2
         assert "no GPU" in capsys.readouterr().out
@@ -511,9 +535,10 @@ def test_a_peer_that_breaks_or_differs_is_told_and_not_timed():
     assert found["ok"]
     assert found["failed"] == ["broken", "twice"]
     assert found["broken"] == {"broken": "AttributeError: no such thing in this version"}
-    gate = {work.Task("parity", case.name, load): found}
-    assert entry._differs(work.Task("time", case.name, load, "twice", "cuda"), gate)
-    assert not entry._differs(work.Task("time", case.name, load, "same", "cuda"), gate)
+    assert compare.differing({work.Task("parity", case.name, load): found}) == {
+        (case.name, "broken"),
+        (case.name, "twice"),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- the README

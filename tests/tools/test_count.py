@@ -1,7 +1,5 @@
 """The counters, on kernels and operators whose cost is known, and on losses that do what a fused one must not."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -214,29 +212,56 @@ def test_a_custom_operator_counts_by_what_its_body_launches():
 # --------------------------------------------------------------------------------------------------- programs left out
 
 
-@pytest.mark.parametrize(("programs", "most"), [(5, 8), (64, 8), (1000, 48), (1, 8), (2, 8)])
-def test_first_last_and_some_of_each_kind_are_run(programs, most):
-    kinds = [int(p % 7 == 0) for p in range(programs)]
-    chosen = count.Sample(lambda *_: kinds, most).choose(kinds)
-    assert chosen == sorted(set(chosen))
-    assert {0, programs - 1} <= set(chosen)
-    assert len(chosen) <= max(most + 8, 2)
-    for kind in set(kinds[1:-1]):
-        assert sum(kinds[p] == kind for p in chosen) >= min(4, kinds[1:-1].count(kind))
+LEAST = 2
+
+
+@pytest.mark.parametrize("most", [0, 8, 1000])
+def test_first_last_longest_and_some_of_each_kind_are_run(most):
+    kinds = [p % 2 for p in range(100)]
+    effort = [float(p * 37 % 100) for p in range(100)]
+    plan = count.Plan(kinds, effort, most, LEAST)
+    assert plan.chosen == sorted(set(plan.chosen))
+    assert {0, 99} <= set(plan.chosen)
+    assert len(plan.chosen) == 100 if most == 1000 else len(plan.chosen) <= max(most, 4) + 4
+    for kind in (0, 1):
+        own = [p for p in range(1, 99) if kinds[p] == kind]
+        assert max(own, key=lambda p: effort[p]) in plan.chosen
+        assert len(set(own) & set(plan.chosen)) >= LEAST
+
+
+def test_between_two_efforts_instructions_are_interpolated():
+    effort = [float(p) for p in range(50)]
+    plan = count.Plan([0] * 50, effort, 8, LEAST)
+    work = [1000 + 7 * p for p in range(50)]
+    work[0], work[-1] = 50_000, 90_000  # these stand for themselves
+    found = plan.estimate({p: work[p] for p in plan.chosen})
+    first = min(p for p in plan.chosen if p)
+    assert found[[0, *range(first, 50)]] == pytest.approx(np.array(work)[[0, *range(first, 50)]])
+    assert found[1:first] == pytest.approx(work[first])
+
+
+def test_one_program_is_the_first_and_the_last():
+    plan = count.Plan([0], [0.0], 8, LEAST)
+    assert plan.chosen == [0]
+    assert plan.estimate({0: 7}).tolist() == [7.0]
 
 
 def test_programs_of_one_kind_stand_for_one_another():
     kinds = [0] * 50 + [1] * 50
-    sample = count.Sample(lambda *_: kinds, 10)
+    plan = count.Plan(kinds, [0.0] * 100, 10, 4)
     moved = [100 if kind == 0 else 7 for kind in kinds]
     moved[0], moved[-1] = 5000, 9000  # these stand for themselves
-    assert sample.total(kinds, {p: moved[p] for p in sample.choose(kinds)}) == sum(moved)
+    assert len(plan.chosen) == 12
+    assert plan.estimate({p: moved[p] for p in plan.chosen}).sum() == sum(moved)
 
 
 def test_a_sampled_launch_is_counted_as_a_whole_one():
     x, y = torch.randn(4096), torch.zeros(4096)
-    sample = count.Sample(lambda kernel, programs, arguments: [0] * programs, 4)
-    counts = count.count(lambda: InterpretedFunction(copy)[(32,)](x, y, 4096, 1, BLOCK=128), sample=sample)
+
+    def planned(kernel, programs, arguments):
+        return count.Plan([0] * programs, [0.0] * programs, 4, 4)
+
+    counts = count.count(lambda: InterpretedFunction(copy)[(32,)](x, y, 4096, 1, BLOCK=128), planned=planned)
     assert (counts.programs, counts.programs_run, counts.triton_launches) == (32, 6, 1)
     assert counts.kernels == [count.KernelLaunch("copy", 32, 8 * 4096)]
     assert counts.bytes_loaded == counts.bytes_stored == 4 * 4096
@@ -247,7 +272,7 @@ def test_a_sampled_launch_is_counted_as_a_whole_one():
 @pytest.mark.parametrize(("name", "batch", "size"), [("YOLOv3/paper", 4, 96), ("FCOS", 4, 192), ("SSD", 4, 128)])
 def test_what_stands_for_a_launch_is_close_to_all_of_it(name, batch, size, monkeypatch):
     """Also: what is left out must not be missed by the launches after it."""
-    monkeypatch.setattr(measure, "Sample", partial(count.Sample, most=8))
+    monkeypatch.setattr(measure, "MOST", 8)
     case, work = CASES[name], Workload(batch=batch, size=size, classes=20)
     exact = measure.count_step(case, work, "fused", exact=True)
     sampled = measure.count_step(case, work, "fused")

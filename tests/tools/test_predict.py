@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bench import predict
@@ -17,8 +16,8 @@ CLOSE = 0.03
 
 # Instructions of PTX that the warps of all programs execute, sm_90, as constraints.txt's Triton compiles them.
 EXECUTED = {
-    "YOLOv1/paper": {"cell_kernel": 26464, "cell_kernel, backward": 112},
-    "YOLOv2/region": {"grid_kernel": 94422, "grid_grad_kernel": 16568},
+    "YOLOv1/paper": {"cell_kernel": 25936, "cell_grad_kernel": 112},
+    "YOLOv2/region": {"grid_kernel": 57542, "grid_grad_kernel": 18536},
     "SSD": {
         "overlap_kernel": 15712,
         "match_kernel": 17144,
@@ -77,40 +76,6 @@ def test_a_part_of_the_programs_stands_for_a_launch():
         assert by_launch(some) == pytest.approx(by_launch(every), rel=CLOSE), name
         longest = [[one["longest"] for one in launches] for launches in (some, every)]
         assert longest[0] == pytest.approx(longest[1], rel=0.1), name
-
-
-# -------------------------------------------------------------------------------------------------------------- sampled
-
-
-@pytest.mark.parametrize("most", [0, 8, 1000])
-def test_first_last_longest_and_some_of_each_kind_are_run(most):
-    kinds = [p % 2 for p in range(100)]
-    effort = [float(p * 37 % 100) for p in range(100)]
-    plan = predict.Plan(kinds, effort, most)
-    assert plan.chosen == sorted(set(plan.chosen))
-    assert {0, 99} <= set(plan.chosen)
-    assert len(plan.chosen) == 100 if most == 1000 else len(plan.chosen) <= max(most, 4) + 4
-    for kind in (0, 1):
-        own = [p for p in range(1, 99) if kinds[p] == kind]
-        assert max(own, key=lambda p: effort[p]) in plan.chosen
-        assert len(set(own) & set(plan.chosen)) >= predict.LEAST
-
-
-def test_between_two_efforts_instructions_are_interpolated():
-    effort = [float(p) for p in range(50)]
-    plan = predict.Plan([0] * 50, effort, 8)
-    work = [1000 + 7 * p for p in range(50)]
-    work[0], work[-1] = 50_000, 90_000  # these stand for themselves
-    found = plan.estimate({p: work[p] for p in plan.chosen})
-    first = min(p for p in plan.chosen if p)
-    assert found[[0, *range(first, 50)]] == pytest.approx(np.array(work)[[0, *range(first, 50)]])
-    assert found[1:first] == pytest.approx(work[first])
-
-
-def test_one_program_is_the_first_and_the_last():
-    plan = predict.Plan([0], [0.0], 8)
-    assert plan.chosen == [0]
-    assert plan.estimate({0: 7}).tolist() == [7.0]
 
 
 # ------------------------------------------------------------------------------------------------------------ predicted

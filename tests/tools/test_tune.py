@@ -1,6 +1,5 @@
 """Tuning without a GPU: the compiler's report and the timer are made up, gradients come from Triton's interpreter."""
 
-import argparse
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ import torch
 from fusedyolo.kernels.launch import dense_config, grid_config, legal_wishes
 
 from fusedyolo import tuned
-from fusedyolo.__main__ import main
+from fusedyolo.__main__ import main, parse
 from fusedyolo.tools import codegen, tune
 from fusedyolo.tools.registry import CASES, Workload
 
@@ -232,9 +231,7 @@ def test_each_size_and_loss_has_measurements_of_its_own(tmp_path):
 
 def test_what_shares_a_key_is_tuned_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda point: FEW[:2])
-    parser = argparse.ArgumentParser()
-    tune.add_arguments(parser)
-    arguments = parser.parse_args(["--loss", "YOLOv3/paper", "--batch", "3", "4", "--size", "64", "--classes", "2"])
+    arguments = parse(["tune", "--loss", "YOLOv3/paper", "--batch", "3", "4", "--size", "64", "--classes", "2"])
     stub = Stub({(): 5.0, FEW[1]: 4.0})
     assert tune.run(arguments, "cpu", stub, lambda point, tried, done: reports(tried)) == 0
     assert "batch 4, 64 px, 2 classes: launched as" in capsys.readouterr().out
@@ -437,12 +434,8 @@ def test_the_command_tunes_prints_and_says_where_from(tmp_path, monkeypatch, cap
             done()
         return reports(tried, _1={"spills": 4})
 
-    parser = argparse.ArgumentParser()
-    tune.add_arguments(parser)
-    arguments = ["--loss", "yolov3/paper", "--batch", "1", "2", "--size", "64", "--classes", "2"]
-    status = tune.run(
-        parser.parse_args(arguments), "cpu", Stub(dict(zip(FEW, [5, 1, 4, 4.5, 4.6], strict=True))), inspector
-    )
+    arguments = ["tune", "--loss", "yolov3/paper", "--batch", "1", "2", "--size", "64", "--classes", "2"]
+    status = tune.run(parse(arguments), "cpu", Stub(dict(zip(FEW, [5, 1, 4, 4.5, 4.6], strict=True))), inspector)
     said = capsys.readouterr().out
     assert status == 0
     for text in ("20.0%", "1 spills", "cells=128"):
@@ -468,8 +461,10 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys):
     ],
 )
 def test_arguments_of_tune_are_checked(arguments, said, capsys):
-    assert main(["tune", *arguments]) == 2
-    assert said in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        raise SystemExit(main(["tune", *arguments]))
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
 
 
 def test_environment_says_which_implementation_runs(monkeypatch, capsys, tmp_path):

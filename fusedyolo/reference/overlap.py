@@ -1,26 +1,66 @@
-"""Overlaps of boxes with target rows, a chunk of pairs at a time: memory does not grow with the number of rows."""
+"""The overlap of two boxes, wherever a decision hangs on it: the twin of ``kernels/overlap.py``. And overlaps of many
+boxes with target rows, a chunk of pairs at a time: memory does not grow with the number of rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .terms import area, iou_of_areas
+from .primitives import safe_div
+
+if TYPE_CHECKING:
+    from .rows import Rows
 
 PAIRS_CHUNK = 1 << 18  # (row, box) pairs that are in memory at a time
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Target rows, made safe: an invalid one holds a legal row, and is False in ``valid``."""
+class Corners(NamedTuple):
+    """Boxes by their edges, in any one unit; of shapes that broadcast."""
 
-    valid: Tensor  # [M] bool
-    image: Tensor  # [M] int64
-    label: Tensor  # [M] int64
-    boxes: Tensor  # [M, 4]: of grids cx, cy, w, h, relative to the image, float32; else x1, y1, x2, y2 in pixels
+    x1: Tensor
+    y1: Tensor
+    x2: Tensor
+    y2: Tensor
+
+
+def area(sides: Tensor) -> Tensor:
+    """Width times height, of [..., 2]."""
+    return sides[..., 0] * sides[..., 1]
+
+
+def corner_areas(boxes: Tensor) -> Tensor:
+    """Areas [...] of boxes [..., 4] by their corners."""
+    return area(boxes[..., 2:] - boxes[..., :2])
+
+
+def corners_of(centre: Tensor, size: Tensor) -> Tensor:
+    """Boxes [..., 4], x1, y1, x2, y2, of centres and sizes [..., 2]."""
+    half = size / 2
+    return torch.cat((centre - half, centre + half), -1)
+
+
+def intersection(p: Corners, q: Corners) -> Tensor:
+    """The area that two boxes share, 0 where they do not meet."""
+    ow = torch.minimum(p.x2, q.x2) - torch.maximum(p.x1, q.x1)
+    oh = torch.minimum(p.y2, q.y2) - torch.maximum(p.y1, q.y1)
+    return ow.clamp(min=0) * oh.clamp(min=0)
+
+
+def iou_of_areas(inter: Tensor, p: Tensor, q: Tensor, eps: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """IoU = inter / (union + eps), and the union, from three areas."""
+    union = p + q - inter
+    return safe_div(inter, union + eps), union
+
+
+def iou(p: Corners, q: Corners, p_area: Tensor, q_area: Tensor) -> Tensor:
+    """IoU of two boxes of these areas. The areas are those that the peer takes: of a box given by centre and size they
+    are not those of its corners.
+    """
+    return iou_of_areas(intersection(p, q), p_area, q_area)[0]
 
 
 def chunks(rows: int, boxes: int) -> Iterator[slice]:
@@ -48,12 +88,9 @@ class PairIoU:
         """Rows, and their IoU [rows, N] with the boxes of their image, 0 for an invalid row."""
         for now in chunks(len(self.true_areas), self.areas.shape[1]):
             image = self.rows.image[now] if len(self.areas) > 1 else torch.zeros_like(self.rows.image[now])
-            x1, y1, x2, y2 = (edge.index_select(0, image) for edge in self.edges)
-            tx1, ty1, tx2, ty2 = self.true_edges[now].unbind(1)
-            ow = torch.minimum(x2, tx2) - torch.maximum(x1, tx1)
-            oh = torch.minimum(y2, ty2) - torch.maximum(y1, ty1)
-            inter = ow.clamp(min=0) * oh.clamp(min=0)
-            overlap, _ = iou_of_areas(inter, self.areas.index_select(0, image), self.true_areas[now])
+            boxes = Corners(*(edge.index_select(0, image) for edge in self.edges))
+            true = Corners(*self.true_edges[now].unbind(1))
+            overlap = iou(boxes, true, self.areas.index_select(0, image), self.true_areas[now])
             yield now, torch.where(self.rows.valid[now, None], overlap, 0.0)
 
     def best(self, batch_size: int) -> Tensor:
@@ -95,8 +132,3 @@ class PairIoU:
             row = torch.arange(now.start, now.start + len(slot), device=slot.device)
             wanted.scatter_reduce_(0, slot, row, "amax")
         return wanted[:-1].view(batch_size, N)
-
-
-def corner_areas(boxes: Tensor) -> Tensor:
-    """Areas [...] of boxes [..., 4] by their corners."""
-    return area(boxes[..., 2:] - boxes[..., :2])

@@ -1,0 +1,204 @@
+"""The driver of anchor grids: maps of cells, each with a prediction for every anchor of its level."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, reference
+from ..heads import GridHead
+from ..reference.select import decode_grid
+from ..targets import as_targets, without_spare
+from . import shared
+from .assignments import Assignment, LevelAssignment
+from .protocol import Driver, Frame, Known, Piece, Predictions
+
+if TYPE_CHECKING:
+    from ..ops import Launch
+
+
+class GridCall(NamedTuple):
+    """The arguments of a call."""
+
+    preds: Sequence[Tensor]
+    rows: Tensor  # [M, 6]
+    offsets: Tensor | None
+    size: tuple[float, float]  # (height, width) of the image
+    class_weights: Tensor | None
+
+
+class GridDriver(Driver):
+    """See :class:`~fusedyolo.drivers.protocol.Driver`."""
+
+    head = GridHead
+    kind = "grid"
+    layouts = ("nchw", "channels_last")
+    scans = True
+
+    # ---- a call of a loss
+
+    def read(self, criterion: Any, preds: Any, targets: Any, **geometry: Any) -> GridCall:
+        shared.refuse(geometry)
+        head = criterion.head
+        maps = _maps(preds, head)
+        batch, size = checks.grid_predictions(
+            maps, tuple(map(len, head.levels)), head.strides, head.num_classes, criterion.image_size
+        )
+        rows, offsets = as_targets(targets, batch, size, maps[0].device)
+        return GridCall(maps, rows, offsets, size, criterion.class_weights)
+
+    def reference_loss(self, head: GridHead, call: GridCall) -> tuple[Tensor, Tensor, Tensor]:
+        views = [reference.grid_view(pred, len(level)) for pred, level in zip(call.preds, head.levels, strict=True)]
+        rows, spare = without_spare(call.rows, call.offsets)
+        total, parts, counts = reference.grid_loss(views, rows, head, call.class_weights)
+        return total, parts, shared.counts_without_spare(counts, spare)
+
+    def launches(self, head: GridHead, call: GridCall) -> dict[str, Launch]:
+        from .. import ops
+
+        preds = list(call.preds)
+        outputs = ops.grid_outputs(preds, call.rows, head, True)
+        grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=preds[0].device)
+        return {
+            "loss": ops.grid_launch(preds, call.rows, call.offsets, call.class_weights, head, outputs, True),
+            "grad": ops.grid_grad_launch(preds, grads, one, head, outputs),
+        }
+
+    def assign(self, head: GridHead, call: GridCall) -> Assignment:
+        rows, _ = without_spare(call.rows, call.offsets)
+        with torch.no_grad():
+            views = [reference.grid_view(pred, len(own)) for pred, own in zip(call.preds, head.levels, strict=True)]
+            read = reference.read_rows(rows, head, len(views[0]))
+            levels = tuple(_level(views, level, read, head) for level in range(len(views)))
+        anchors = tuple(tuple(head.anchors[t] for t in own) for own in head.levels)
+        return Assignment(levels, rows, read.valid, head.strides, anchors)
+
+    # ---- predictions alone
+
+    def view(self, criterion: Any, preds: Any, image_size: Any, anchors: Any) -> Predictions:
+        head = criterion.head
+        size = shared.image_size(criterion, image_size)
+        shared.own_anchors(anchors)
+        maps = _maps(preds, head) if len(head.levels) == 1 else preds
+        strides = tuple(int(s) if s.is_integer() else s for s in head.strides)
+        checks.grid_predictions(maps, tuple(map(len, head.levels)), strides, head.num_classes, size)
+        return Predictions(list(maps))
+
+    def decode(self, head: GridHead, seen: Predictions) -> tuple[Tensor, Tensor]:
+        return decode_grid(seen.preds, head)
+
+    # ---- what a network with such a head looks like
+
+    def pieces(self, head: GridHead, frame: Frame) -> list[Piece]:
+        width = 5 + head.num_classes
+        return [
+            Piece((frame.batch, count, width, *sides), width, (level,), low=(2, 4, width - 4), rare=(4,))
+            for level, (count, sides) in enumerate(zip(frame.cell, frame.maps, strict=True))
+        ]
+
+    def arrange(self, values: Tensor, piece: Piece, frame: Frame) -> list[Tensor]:
+        values = values.flatten(1, 2)
+        last = frame.layout == "channels_last"
+        return [values.contiguous(memory_format=torch.channels_last) if last else values]
+
+    def pack(self, preds: list[Tensor], frame: Frame) -> Any:
+        return preds if len(preds) > 1 else preds[0]
+
+    # ---- what is measured
+
+    def floor(self, head: GridHead) -> float:
+        """Write the gradient; read objectness, and boxes where there is an ignore mask or a prior."""
+        boxes = head.ignore_thresh is not None or head.prior_gain > 0 or any(head.smooth)
+        return 1 + (5 if boxes else 1) / (5 + head.num_classes)
+
+    def candidates(self, head: GridHead, layout: str) -> Iterable[dict[str, int]]:
+        if layout == "channels_last":
+            yield from shared.products(cells=(64, 128, 256), channels=(16, 32, 64), threads=(64, 128, 256))
+            yield from shared.products(stages=(1, 2, 4))
+            return
+        for cells, channels, each in itertools.product((512, 1024, 2048), (4, 8, 16), (8, 4, 2)):
+            yield {"cells": cells, "channels": channels, "threads": cells // each}
+        yield from shared.products(stages=(1, 2, 4))
+        yield from shared.products(max_registers=(96, 168, 255))
+
+    def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
+        if kernel not in _BY_TILE:
+            return super().kinds(kernel, programs, arguments)
+        cells = arguments["SPEC"].CELLS
+        return [
+            level * (cells + 1) + min(cells, size - tile * cells)
+            for level, size, anchors in _by_level(arguments)
+            for _ in range(shared.even(arguments["levels"].batch) * anchors)
+            for tile in range(-(-size // cells))
+        ]
+
+    def efforts(
+        self, kernel: str, kinds: Sequence[int], arguments: Mapping[str, Any], known: Known
+    ) -> tuple[Sequence[Any], list[float]]:
+        """By the assigned predictions of a tile, and the rows of its image."""
+        if kernel not in _BY_TILE:
+            return super().efforts(kernel, kinds, arguments, known)
+        counts = [
+            (int(tile.sum()), known.rows[image])
+            for level, _, _ in _by_level(arguments)
+            for image, planes in enumerate((known.assignment.levels[level].row >= 0).flatten(2))
+            for plane in planes
+            for tile in plane.split(arguments["SPEC"].CELLS)
+        ]
+        finer = [(kind, assigned > 0) for kind, (assigned, _) in zip(kinds, counts, strict=True)]
+        return finer, [4.0 * assigned + rows for assigned, rows in counts]
+
+
+GRID = GridDriver()
+
+_BY_TILE = ("grid_kernel", "grid_grad_kernel")
+"""Kernels whose programs are tiles of the maps, level by level, image by image, anchor by anchor."""
+
+
+def _by_level(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Number, cells and anchors of each level in the order of programs, which begin with the coarsest map."""
+    levels = arguments["levels"]
+    sides = [[shared.even(n) for n in each] for each in (levels.widths, levels.heights)]
+    anchors = arguments["SPEC"].ANCHORS
+    return [(level, w * h, anchors[level]) for level, (w, h) in enumerate(zip(*sides, strict=True))][::-1]
+
+
+def _maps(preds: Any, head: GridHead) -> Any:
+    """A list of maps; of one level the map itself will do."""
+    return [preds] if isinstance(preds, Tensor) else preds
+
+
+def _level(views: list[Tensor], level: int, rows: reference.Rows, head: GridHead) -> LevelAssignment:
+    pred = views[level]
+    pred = pred.to(shared.wide(pred.dtype))
+    B, A, H, W, _ = shape = pred.shape
+    N, stride, scale = B * A * H * W, head.strides[level], head.scale_x_y[level]
+    found = reference.assign(rows, head, level, [(v.shape[2], v.shape[3]) for v in views], B, pred.dtype)
+    place = found.slot.clamp(max=N - 1)
+    raw = pred[place // (A * H * W), place // (H * W) % A, place // W % H, place % W]
+    _, quality = reference.box_loss(raw, rows, found, level, (H, W), head)
+    answers = reference.objectness_targets(pred, rows, found, quality, level, head)
+
+    # the rows' boxes, with one of nothing behind them for predictions that answer for none
+    image = torch.stack([pred.new_full((), side * stride) for side in (W, H)])
+    boxes = rows.boxes.to(pred.dtype)
+    centre, sides = (torch.cat((part * image, part.new_zeros(1, 2)))[answers.row] for part in boxes.split(2, 1))
+    label = torch.cat((rows.label, rows.label.new_full((1,), -1)))[answers.row]
+    index = torch.arange(N, device=pred.device)
+    origin = torch.stack((index % W, index // W % H), -1) * stride
+    anchors = reference.level_anchors(head, level, pred)[index // (H * W) % A]
+    a, b = reference.ENCODE[head.decode](centre - origin, sides, anchors, stride, scale)
+    encoded = torch.where(answers.assigned[:, None], torch.cat((a, b), 1), 0.0)
+    return LevelAssignment(
+        torch.where(answers.assigned, answers.row, -1).view(shape[:4]),
+        label.view(shape[:4]),
+        torch.cat((centre - sides / 2, centre + sides / 2), 1).view(*shape[:4], 4),
+        encoded.view(*shape[:4], 4),
+        answers.target.view(shape[:4]),
+        ~answers.used.view(shape[:4]),
+        torch.stack((found.row, found.slot)),
+    )

@@ -1,0 +1,24 @@
+"""The terms: twins of ``kernels/terms``, found by the names of the table in ``fusedyolo/terms.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from ...terms import TERMS
+from . import box, decode, label, offset
+
+
+def _room(module: ModuleType, prefix: str = "") -> dict[str, Callable[..., Any]]:
+    room = module.__name__.rpartition(".")[2]
+    return {term.name: getattr(module, prefix + term.name) for term in TERMS.values() if term.room == room}
+
+
+BOX_TERMS: dict[str, Callable[..., Tensor]] = _room(box)
+OFFSET_TERMS: dict[str, Callable[..., Tensor]] = _room(offset)
+LABEL_TERMS: dict[str, Callable[..., Tensor]] = _room(label)
+DECODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = _room(decode)
+ENCODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = _room(decode, "encode_")

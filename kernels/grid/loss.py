@@ -1,0 +1,193 @@
+"""The loss launch."""
+
+import triton
+import triton.language as tl
+
+from ..assign import row_valid
+from ..levels import integer_of, number_of, pointer_of, strides_of
+from ..primitives import plain
+from ..rows import image_rows, in_its_range, load_rows, rows_end, wrong_offsets
+from ..sums import column, column_sums, is_last
+from .assign import assigned
+from .box import prior_term
+from .ignore import ignored
+from .positives import box_losses, class_losses
+from .records import Lists, Rows
+from .site import load_logits, programs_of, site_of, store_plane
+
+BACKGROUND: tl.constexpr = tl.constexpr(0)
+IGNORED: tl.constexpr = tl.constexpr(1)
+ASSIGNED: tl.constexpr = tl.constexpr(2)
+# columns of the partial sums: box, objectness, class, assigned predictions; what means are divided by: rows in use, and
+# predictions whose objectness counts; two to spare
+N_PARTS: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def _count_invalid(targets, M, B, head, SPEC: tl.constexpr):
+    """Rows that no program will use, padding behind the last row is none; and offsets that are wrong."""
+    ROWS: tl.constexpr = SPEC.ROWS
+    end = rows_end(targets.offsets_ptr, M, B)
+    n = tl.zeros([ROWS], tl.int32)
+    for g0 in range(0, end, SPEC.ROWS):
+        g = g0 + tl.arange(0, SPEC.ROWS)
+        row = load_rows(targets.ptr, g, g < end, SPEC.ROWS)
+        used = in_its_range(row.image, g, row_valid(row, 0, B, head.C, head.limit), targets.offsets_ptr)
+        n += tl.where((g < end) & ~used, 1, 0)
+    return tl.sum(n, axis=0) + wrong_offsets(targets.offsets_ptr, M, B, SPEC.ROWS)
+
+
+@triton.jit
+def _lists(lists_ptr, partial_ptr, pid, M, SPEC: tl.constexpr):
+    """Where a program finds its lists in the memory of all."""
+    room = M * SPEC.PLACES
+    blocks_ptr = lists_ptr + 6 * room + pid * tl.cdiv(M * SPEC.KINDS, SPEC.ROWS) * 2
+    near_ptr = partial_ptr + tl.num_programs(0) * N_PARTS + pid * (5 * SPEC.NEAR)
+    return Lists(
+        cell_ptr=lists_ptr,
+        row_ptr=lists_ptr + room,
+        order_ptr=lists_ptr + 2 * room,
+        pick_ptr=lists_ptr + 3 * room,
+        first_ptr=lists_ptr + 4 * room,
+        pushed_ptr=lists_ptr + 5 * room,
+        blocks_ptr=blocks_ptr,
+        near_ptr=near_ptr,
+    )
+
+
+@triton.jit
+def _store_partial(at, box, obj, cls, assigned_to, in_use, counted):
+    """The sums of a program, as one access of a sector."""
+    i = tl.arange(0, 8)
+    values = tl.where(i == 0, box, 0.0)
+    values = tl.where(i == 1, obj, values)
+    values = tl.where(i == 2, cls, values)
+    values = tl.where(i == 3, assigned_to, values)
+    values = tl.where(i == 4, in_use, values)
+    values = tl.where(i == 5, counted, values)
+    tl.store(at + i, values)
+
+
+@triton.jit
+def _tile(maps, levels, site, pool, rows, lists, saved, outputs, head, terms, SPEC: tl.constexpr):
+    """The tile of a program: its partial sums, and what the gradient needs."""
+    CELLS: tl.constexpr = SPEC.CELLS
+    map_ptr = pointer_of(maps, site.level)
+    by = strides_of(levels.by, site.level)
+    obj_scale = tl.cast(number_of(levels.obj_scales, site.level), SPEC.ACC)
+    cells = site.first_cell + tl.arange(0, SPEC.CELLS)
+    mask = cells < site.HW
+    logits, logit = load_logits(map_ptr, by, site, cells, SPEC.IGNORES or SPEC.PRIOR, SPEC)
+    bad = logit != logit  # a NaN that was read shows in the total even where nothing asks for it
+    for i in tl.static_range(4):
+        bad = bad | (logits[i] != logits[i])
+    if SPEC.IGNORES:
+        over, best = ignored(map_ptr, by, logits, rows, lists.near_ptr, site, head, terms, SPEC)
+    amounts, found = assigned(rows, site, pool, lists, outputs.done_ptr, head, terms, SPEC)
+    state = tl.where(amounts > 0, ASSIGNED, tl.where(amounts < 0, IGNORED, BACKGROUND))
+    true_obj = tl.zeros([CELLS], SPEC.ACC)
+    smooth = False
+    if SPEC.SMOOTH:
+        smooth = integer_of(levels.smooth, site.level) != 0
+    if SPEC.IGNORES:
+        state = tl.where(over & (state == BACKGROUND), IGNORED, state)
+        if SPEC.SMOOTH:
+            true_obj = tl.where(smooth, best, 0.0)
+    if saved.true_obj_ptr is not None:
+        store_plane(saved.true_obj_ptr, true_obj, cells, site)
+    if saved.state_ptr is not None:
+        store_plane(saved.state_ptr, state.to(tl.uint8), cells, site)
+    counts = mask & (state == BACKGROUND)
+    if SPEC.SMOOTH:
+        counts = mask & (smooth | (state == BACKGROUND))
+    loss_obj, _d_obj = terms.objectness(logit, true_obj, head.obj_args)
+    loss_obj = tl.where(bad, float("nan"), tl.where(counts, obj_scale * head.noobj_gain * loss_obj, 0.0))
+    obj = tl.sum(tl.where(mask, loss_obj, 0.0), axis=0)
+    counted = tl.sum(counts.to(tl.int32), axis=0)
+    box = tl.cast(0.0, SPEC.ACC)
+    cls = tl.cast(0.0, SPEC.ACC)
+    in_use = site.pid * 0
+    if SPEC.PRIOR:
+        prior, _d_prior = prior_term(logits, site, head, terms, SPEC)
+        box += head.prior_gain * tl.sum(tl.where(mask & (state < ASSIGNED), prior, 0.0), axis=0)
+    if found.picks > 0:
+        if saved.bases_ptr is not None:
+            tl.store(saved.bases_ptr + site.pid, found.pick)
+        cls = class_losses(map_ptr, by, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
+        if SPEC.AVERAGE:
+            tl.debug_barrier()
+        own_box, own_obj, in_use = box_losses(
+            map_ptr, by, rows, found, lists, saved.kept_ptr, site, obj_scale, smooth, head, terms, SPEC
+        )
+        box += own_box
+        obj += own_obj
+    if SPEC.SMOOTH:
+        counted += tl.where(smooth, 0, found.picks)
+    else:
+        counted += found.picks
+    at = outputs.partial_ptr + site.pid * N_PARTS
+    _store_partial(at, box, obj, cls, found.picks.to(SPEC.ACC), in_use.to(SPEC.ACC), counted.to(SPEC.ACC))
+
+
+@triton.jit
+def _finish(levels, outputs, SPEC: tl.constexpr):
+    """The parts and the total, from the partial sums of all programs."""
+    box = tl.cast(0.0, SPEC.ACC)
+    obj = tl.cast(0.0, SPEC.ACC)
+    cls = tl.cast(0.0, SPEC.ACC)
+    picks = tl.cast(0.0, SPEC.ACC)
+    if SPEC.MEAN_ROWS or SPEC.MEAN_USED:
+        at = outputs.partial_ptr
+        for i in tl.range(0, len(SPEC.ANCHORS), loop_unroll_factor=1):
+            level = len(SPEC.ANCHORS) - 1 - i
+            programs = _programs(level, levels, SPEC)
+            sums = column_sums(at, programs, N_PARTS, SPEC.ACC)
+            per_row = tl.cast(1.0, SPEC.ACC)
+            per_used = tl.cast(1.0, SPEC.ACC)
+            if SPEC.MEAN_ROWS:
+                per_row = 1.0 / tl.maximum(column(sums, 4), 1.0)
+            if SPEC.MEAN_USED:
+                per_used = 1.0 / tl.maximum(column(sums, 5), 1.0)
+            box += per_row * column(sums, 0)
+            obj += per_used * column(sums, 1)
+            cls += per_row * column(sums, 2)
+            picks += column(sums, 3)
+            tl.store(outputs.parts_ptr + 3 + 2 * level, per_row)
+            tl.store(outputs.parts_ptr + 4 + 2 * level, per_used)
+            at += programs * N_PARTS
+    else:
+        sums = column_sums(outputs.partial_ptr, tl.num_programs(0), N_PARTS, SPEC.ACC)
+        box = column(sums, 0)
+        obj = column(sums, 1)
+        cls = column(sums, 2)
+        picks = column(sums, 3)
+    tl.store(outputs.parts_ptr, box)
+    tl.store(outputs.parts_ptr + 1, obj)
+    tl.store(outputs.parts_ptr + 2, cls)
+    tl.store(outputs.total_ptr, box + obj + cls)
+    tl.store(outputs.counts_ptr, picks.to(tl.int32))
+    tl.store(outputs.done_ptr + tl.arange(0, 4), tl.zeros([4], tl.int32))  # ready for the next launch
+
+
+@triton.jit
+def _programs(level, levels, SPEC: tl.constexpr):
+    """Programs of a level known at run time."""
+    chosen = level * 0
+    for i in tl.static_range(len(SPEC.ANCHORS)):
+        chosen = tl.where(level == i, programs_of(i, levels, SPEC), chosen)
+    return chosen
+
+
+@triton.jit(do_not_specialize=["M"])
+def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms, SPEC: tl.constexpr):
+    """Loss of an anchor-grid head; grid: one program for each level, image, anchor and CELLS cells."""
+    pid = tl.program_id(0)
+    site, pool = site_of(pid, levels, SPEC)
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, site.b, SPEC.ROWS)
+    rows = Rows(targets.ptr, first, last, targets.weights_ptr)
+    lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, SPEC)
+    _tile(maps, levels, site, pool, rows, lists, saved, outputs, head, terms, SPEC)
+    if pid == 0:
+        tl.store(outputs.counts_ptr + 1, _count_invalid(targets, M, plain(levels.batch), head, SPEC))
+    if is_last(outputs.done_ptr, tl.num_programs(0)):
+        _finish(levels, outputs, SPEC)

@@ -1,0 +1,192 @@
+"""What the functions of the driver hand each other.
+
+Functions and memory travel in plain tuples, what a kernel is compiled for in a :class:`Spec`, a constexpr: Triton
+hashes a function there by its name alone, and would keep the code of a term that has changed. Numbers of a size travel
+as :func:`~..primitives.plain` takes them.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Terms(NamedTuple):
+    """The functions of a head, None where it has none. Of ``box`` and ``offset`` it has one."""
+
+    axis: Any
+    box: Any
+    offset: Any
+    label: Any
+    objectness: Any
+    quality: Any
+    match: Any  # None: cells take the row that they overlap most
+
+
+class Spec(NamedTuple):
+    """The structure of a head and of a launch."""
+
+    KINDS: int  # cells that a row may take on a level
+    SHARING: str  # of rows on one prediction: "sum", "last", "each", or "one", where there is but one
+    UNIT: str
+    QUALITY_IS_BOX: bool  # the similarity is that of the box term
+    IGNORES: bool
+    GATED: bool
+    AVERAGE: bool
+    SMOOTH: bool  # of some level
+    PRIOR: bool
+    MEAN_ROWS: bool
+    MEAN_USED: bool
+    PER_LEVEL: bool  # the anchors of a level compete among themselves
+    OWN: Any  # the anchor of each plane among all, level by level; None: as they come
+    ANCHORS: tuple[int, ...]  # of each level
+    LAYOUT: str  # "planes" of cells that follow each other, cells whose "channels" do, or "strided"
+    PLACES: int  # that a row may take on all levels
+    ACC: Any
+    CELLS: int  # of a tile
+    ROWS: int  # candidates, or listed predictions, looked at at a time
+    NEAR: int  # boxes that a tile meets at a time
+    PICKS: int  # listed predictions whose classes are read at a time
+    K_PAD: int  # channels, a power of two
+    CHANNELS: int  # stored at a time
+
+
+class Numbers(NamedTuple):
+    """The numbers of a head: see :class:`fusedyolo.heads.GridHead`."""
+
+    C: int
+    thresh: float
+    limit: float
+    box_gain: float
+    obj_gain: float
+    noobj_gain: float
+    cls_gain: float
+    prior_gain: float
+    band_low: float
+    band_high: float
+    ignore_thresh: float
+    ignore_margin: float  # half of what separates it from the next number
+    reach: float  # heights by which centres of boxes that overlap by more than it may differ
+    gate: float
+    positive: float
+    negative: float
+    first_weight: float
+    quality_ratio: float
+    area_weight: float
+    area_cap: float
+    box_args: tuple[float, ...]
+    label_args: tuple[float, ...]
+    obj_args: tuple[float, ...]
+    quality_args: tuple[float, ...]
+
+
+class Levels(NamedTuple):
+    """Of the prediction maps one entry a level, the number of images, and the sides of all anchors that compete,
+    (w, h, w, h, ...).
+    """
+
+    batch: Any
+    by: Any  # Strides
+    widths: Any
+    heights: Any
+    cell_sides: Any  # in pixels
+    scales: Any  # grid sensitivity
+    obj_scales: Any
+    smooth: Any
+    anchors: Any
+
+
+class Targets(NamedTuple):
+    """The rows of a batch, and the class weights."""
+
+    ptr: Any
+    offsets_ptr: Any
+    weights_ptr: Any
+
+
+class Rows(NamedTuple):
+    """Those of an image."""
+
+    ptr: Any
+    first: Any
+    last: Any
+    weights_ptr: Any
+
+
+class Saved(NamedTuple):
+    """What the loss launch leaves for the gradient launch, None where none will be asked for.
+
+    ``state_ptr`` and ``true_obj_ptr`` hold a plane of every level, image and anchor, each from a multiple of 16 on.
+    ``kept_ptr`` takes :func:`kept_stride` numbers for each assigned prediction: those of one program lie in the order
+    of their cells, from the place that it stores at ``bases_ptr``.
+    """
+
+    state_ptr: Any
+    true_obj_ptr: Any
+    kept_ptr: Any
+    bases_ptr: Any
+
+
+class Lists(NamedTuple):
+    """Who is assigned to what; of a program each list begins where it has found room.
+
+    A block of candidates leaves those that its tile takes: their ``cell_ptr`` and ``row_ptr``; where, and how many, is
+    in ``blocks_ptr``, two numbers a block. ``order_ptr`` holds the rows again, by cell, and ``pick_ptr`` each assigned
+    cell, with ``first_ptr``, where its rows begin, and with AVERAGE ``pushed_ptr``, its classes. ``near_ptr`` is room
+    for the boxes of NEAR rows a program.
+    """
+
+    cell_ptr: Any
+    row_ptr: Any
+    order_ptr: Any
+    pick_ptr: Any
+    first_ptr: Any
+    pushed_ptr: Any
+    blocks_ptr: Any
+    near_ptr: Any
+
+
+class Outputs(NamedTuple):
+    """``parts_ptr`` takes the parts and behind them, a level, what box and class terms and what objectness are
+    multiplied by for their means. ``done_ptr`` counts finished programs, and places taken in ``kept_ptr``, ``row_ptr``
+    and ``order_ptr``: 0 before and after every launch.
+    """
+
+    total_ptr: Any
+    parts_ptr: Any
+    counts_ptr: Any
+    partial_ptr: Any
+    done_ptr: Any
+
+
+class Site(NamedTuple):
+    """The tile of a program; lengths in pixels."""
+
+    pid: Any
+    b: Any
+    level: Any
+    anchor: Any  # of the level
+    first_cell: Any
+    W: Any
+    H: Any
+    HW: Any
+    plane: Any  # where its plane begins in state and true_obj
+    side: Any  # of a cell
+    scale: Any
+    own: Any  # its anchor among those that compete
+    own_w: Any
+    own_h: Any
+
+
+class Pool(NamedTuple):
+    """Anchors that compete: (w, h, w, h, ...), those of a site from ``first`` to ``end``."""
+
+    sides: Any
+    first: Any
+    end: Any
+
+
+class Found(NamedTuple):
+    """What is assigned to a tile: from ``base`` on its rows, from ``pick`` on its ``picks`` cells."""
+
+    base: Any
+    rows: Any
+    pick: Any
+    picks: Any

@@ -1,0 +1,181 @@
+"""Where the tile of a program is, and how to get at its predictions."""
+
+import triton
+import triton.language as tl
+
+from ..levels import are_wide, as_wide, integer_of, number_of
+from ..primitives import plain
+from .records import Pool, Site
+
+
+@triton.jit
+def padded(HW):
+    """Numbers that a plane takes where each begins at a multiple of 16."""
+    return (HW + 15) // 16 * 16
+
+
+@triton.jit
+def programs_of(level, levels, SPEC: tl.constexpr):
+    """Programs of a level known when compiled."""
+    HW = plain(levels.widths[level]) * plain(levels.heights[level])
+    return plain(levels.batch) * SPEC.ANCHORS[level] * tl.cdiv(HW, SPEC.CELLS)
+
+
+@triton.jit
+def _anchor_sides(sides, own):
+    """Width and height of an anchor."""
+    w = sides[0]
+    h = sides[1]
+    for t in tl.static_range(1, len(sides) // 2):
+        w = tl.where(own == t, sides[2 * t], w)
+        h = tl.where(own == t, sides[2 * t + 1], h)
+    return w, h
+
+
+@triton.jit
+def site_of(pid, levels, SPEC: tl.constexpr):
+    """The tile of a program, the last level first: objects are the fewer tiles' the coarser a map, and the programs
+    that have the most to do should not begin last. And the anchors that compete there."""
+    COUNT: tl.constexpr = len(SPEC.ANCHORS)
+    level = pid * 0
+    local = pid
+    anchors = pid * 0 + 1
+    first_plane = pid * 0
+    plane = pid * 0
+    start = pid * 0
+    for i in tl.static_range(COUNT):
+        programs = programs_of(COUNT - 1 - i, levels, SPEC)
+        here = (pid >= start) & (pid < start + programs)
+        level = tl.where(here, COUNT - 1 - i, level)
+        local = tl.where(here, pid - start, local)
+        start += programs
+    before = pid * 0
+    begin = pid * 0
+    for i in tl.static_range(COUNT):
+        HW = plain(levels.widths[i]) * plain(levels.heights[i])
+        first_plane = tl.where(level == i, before, first_plane)
+        anchors = tl.where(level == i, SPEC.ANCHORS[i], anchors)
+        plane = tl.where(level == i, begin, plane)
+        before += SPEC.ANCHORS[i]
+        begin += plain(levels.batch) * SPEC.ANCHORS[i] * padded(HW)
+    W = integer_of(levels.widths, level)
+    H = integer_of(levels.heights, level)
+    tiles = tl.cdiv(W * H, SPEC.CELLS)
+    anchor = local // tiles % anchors
+    b = local // tiles // anchors
+    own = first_plane + anchor
+    if SPEC.OWN is not None:
+        known = own
+        for i in tl.static_range(len(SPEC.OWN)):
+            own = tl.where(known == i, SPEC.OWN[i], own)
+    own_w, own_h = _anchor_sides(levels.anchors, own)
+    site = Site(
+        pid=pid,
+        b=b,
+        level=level,
+        anchor=anchor,
+        first_cell=local % tiles * SPEC.CELLS,
+        W=W,
+        H=H,
+        HW=W * H,
+        plane=plane + (b * anchors + anchor) * padded(W * H),
+        side=tl.cast(number_of(levels.cell_sides, level), SPEC.ACC),
+        scale=tl.cast(number_of(levels.scales, level), SPEC.ACC),
+        own=own,
+        own_w=tl.cast(own_w, SPEC.ACC),
+        own_h=tl.cast(own_h, SPEC.ACC),
+    )
+    return site, Pool(levels.anchors, first_plane, first_plane + anchors)
+
+
+@triton.jit
+def plane_of(ptr, by, site):
+    """The plane of a site in a map, by its strides."""
+    return ptr + site.b.to(tl.int64) * by.image + site.anchor.to(tl.int64) * by.anchor
+
+
+@triton.jit
+def cells_at(ptr, by, cells, W, SPEC: tl.constexpr):
+    """Where the cells of a plane lie."""
+    if SPEC.LAYOUT == "planes":
+        at = ptr + cells
+    elif SPEC.LAYOUT == "channels":
+        at = ptr + cells * by.column
+    else:
+        at = ptr + (cells // W) * by.row + (cells % W) * by.column
+    return at
+
+
+@triton.jit
+def channel_step(by, SPEC: tl.constexpr):
+    """Elements from channel to channel."""
+    step = by.channel
+    if SPEC.LAYOUT == "channels":
+        step = 1
+    return step
+
+
+@triton.jit
+def _load(ptr, by, cells, HW, site, FROM: tl.constexpr, SPEC: tl.constexpr):
+    """Channels from FROM to objectness of some cells, 0 from cell HW on; those before it are not read."""
+    at = cells_at(plane_of(ptr, by, site), by, cells, site.W, SPEC)
+    step = channel_step(by, SPEC)
+    mask = cells < HW
+    obj = tl.load(at + 4 * step, mask=mask, other=0.0)
+    tx = obj
+    ty = obj
+    tw = obj
+    th = obj
+    if FROM == 0:
+        tx = tl.load(at, mask=mask, other=0.0)
+        ty = tl.load(at + step, mask=mask, other=0.0)
+        tw = tl.load(at + 2 * step, mask=mask, other=0.0)
+        th = tl.load(at + 3 * step, mask=mask, other=0.0)
+    return tx, ty, tw, th, obj
+
+
+@triton.jit
+def load_logits(ptr, by, site, cells, BOX: tl.constexpr, SPEC: tl.constexpr):
+    """x, y, w, h (of which only BOX makes use) and objectness of the tile."""
+    FROM: tl.constexpr = 0 if BOX else 4
+    if SPEC.LAYOUT == "planes":
+        if (site.HW % 16 == 0) & are_wide(by):
+            tx, ty, tw, th, obj = _load(ptr, as_wide(by), cells, wide(site.HW), site, FROM, SPEC)
+        else:
+            tx, ty, tw, th, obj = _load(ptr, by, cells, site.HW, site, FROM, SPEC)
+    else:
+        tx, ty, tw, th, obj = _load(ptr, by, cells, site.HW, site, FROM, SPEC)
+    return (tx.to(SPEC.ACC), ty.to(SPEC.ACC), tw.to(SPEC.ACC), th.to(SPEC.ACC)), obj.to(SPEC.ACC)
+
+
+@triton.jit
+def wide(number):
+    """A multiple of 16, in a form that tells the compiler."""
+    return number // 16 * 16
+
+
+@triton.jit
+def store_plane(ptr, values, cells, site):
+    """Store a number for each cell of the tile in ``ptr``, of the form of :class:`~.records.Saved`."""
+    at = ptr + wide(site.plane) + cells
+    if site.HW % 16 == 0:
+        tl.store(at, values, mask=cells < wide(site.HW))
+    else:
+        tl.store(at, values, mask=cells < site.HW)
+
+
+@triton.jit
+def load_plane(ptr, cells, site):
+    """What :func:`store_plane` has stored, 0 beyond the map."""
+    at = ptr + wide(site.plane) + cells
+    if site.HW % 16 == 0:
+        values = tl.load(at, mask=cells < wide(site.HW), other=0)
+    else:
+        values = tl.load(at, mask=cells < site.HW, other=0)
+    return values
+
+
+@triton.jit
+def kept_stride(C):
+    """Numbers between the kept gradients of two predictions: 5 + C, and what makes them begin with a sector."""
+    return (5 + C + 7) // 8 * 8

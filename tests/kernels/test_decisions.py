@@ -1,0 +1,57 @@
+"""Who is assigned to what, as it is compiled: decided at one place, of numbers that are rounded one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Functions that decide, and the losses whose launches hold them. A row's validity (row_valid) is none: it compares
+# numbers as they were loaded, so that it may be asked for anywhere.
+DECIDE = {
+    "YOLOv1/paper": {"cells._first_rows", "cells._responsible"},
+    "YOLOv4/paper": {"assign.row_cell", "grid/assign._nearest_rows"},
+    "YOLOv4/darknet": {"assign.row_cell", "assign.best_anchor", "grid/assign._block", "grid/ignore.ignored"},
+    "YOLOv5": {"assign.row_cell", "assign.ratio", "grid/assign._block"},
+    "RetinaNet": {"match.overlap_kernel", "match._most_overlap"},
+    "FCOS": {"match._smallest_around"},
+}
+AGAIN = {"YOLOv1/paper"}  # whose gradient launch decides once more, by the same code
+
+
+@cache
+def compiled(what: str) -> list[dict[str, Any]]:
+    """Of each launch what tests/inlined.py, a process without the interpreter, finds."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "inlined.py"), what]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", DECIDE)
+def test_decided_once_and_without_contraction(name):
+    """A decision is compiled at one place of one launch, in which no product runs into a sum."""
+    for function in DECIDE[name]:
+        holding = [launch for launch in compiled(name) if function in launch["functions"]]
+        assert len(holding) == 1 + (name in AGAIN), function
+        for launch in holding:
+            sites = launch["functions"][function]["sites"]
+            assert len(sites) == 1, (function, sites)
+            assert launch["fusion"] is False  # ptxas is told so, too
+            assert {name: found["fused"] for name, found in launch["functions"].items() if found["fused"]} == {}
+
+
+def test_a_broken_rule_is_seen():
+    """A comparison at two places, fused or not; a product and a sum that a line asks to fuse are not reported."""
+    fused, exact = (launch["functions"]["inlined.decides"] for launch in compiled("toy"))
+    assert len(fused["sites"]) == len(exact["sites"]) == 2
+    assert fused["fused"]
+    assert exact["fused"] == []

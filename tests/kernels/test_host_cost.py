@@ -1,0 +1,224 @@
+"""What a step costs the host, launches aside: Python calls, and time as a multiple of two bare operators."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedyolo
+from fusedyolo import ops, tuned
+from fusedyolo.ops import launch
+from fusedyolo.ops.launch import Launch, Layout, layout, layouts, planned
+from fusedyolo.tools.registry import CASES, FORMS, Workload, first_recipes
+
+OURS = str(Path(fusedyolo.__file__).parent)
+STEPS = [(case.name, form, way) for case in first_recipes() for form in FORMS for way in case.layouts[:2]]
+
+# Python calls of a step in files of ours: packed rows, predictions in the usual layout; and of each further tensor
+CALLS = {"YOLOv1": 0, "YOLOv2": 0, "YOLOv3": 0, "YOLOv4": 0, "ScaledYOLOv4": 0, "YOLOv5": 0}
+CALLS |= {"RetinaNet": 0, "SSD": 0, "FCOS": 0}
+A_TENSOR = 4
+MOST = 2.0  # times the time of the bare operators
+
+
+@torch.library.custom_op("fusedyolo_test::bare", mutates_args=())
+def bare(preds: list[Tensor], rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocates as much as a loss does."""
+    pred = preds[0]
+    total, parts, kept = pred.new_empty(()), pred.new_empty(3), pred.new_empty((10, 8))
+    return total, parts, pred.new_empty(2, dtype=torch.int32), pred.new_empty(100, dtype=torch.uint8), kept
+
+
+@torch.library.custom_op("fusedyolo_test::bare_grad", mutates_args=())
+def bare_grad(grad: Tensor, preds: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
+    """And its gradient."""
+    return [torch.empty_like(pred) for pred in preds]
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], *inputs[0])
+
+
+def _backward(ctx, grad, *_others):
+    saved = ctx.saved_tensors
+    return bare_grad(grad, list(saved[4:]), list(saved[1:4])), None
+
+
+bare.register_autograd(_backward, setup_context=_save)
+bare_grad.register_autograd(lambda ctx, *grads: None)
+
+
+def _step(loss: Callable[[Any, Any], Tensor], preds: list[Tensor], targets: Any) -> Callable[[], None]:
+    def run() -> None:
+        for pred in preds:
+            pred.grad = None
+        loss(preds, targets).backward()
+
+    return run
+
+
+def steps(name: str, form: str = "packed", way: str = "") -> tuple[Callable[[], None], Callable[[], None], int]:
+    """A step of a loss, one of bare operators on the same predictions, and the number of these."""
+    case, work = CASES[name], Workload(batch=2, size=64, classes=20, form=form, layout=way)
+    loss = case.bind(case.build(work.classes, "triton"), work)
+    preds, targets = case.predictions(work), case.targets(work)
+    mine = _step(lambda preds, targets: loss(preds, targets).total, preds, targets)
+    theirs = _step(lambda preds, targets: bare(preds, targets)[0], preds, torch.zeros(3, 6))
+    return mine, theirs, len(preds)
+
+
+def calls(run: Callable[[], None]) -> int:
+    """Python calls into files of ours, once everything has been seen."""
+    for _ in range(3):
+        run()
+    found = 0
+
+    def profile(frame: Any, event: str, _argument: Any) -> None:
+        nonlocal found
+        found += event == "call" and frame.f_code.co_filename.startswith(OURS)
+
+    gc.disable()
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    return found
+
+
+def seconds(run: Callable[[], None], times: int = 5) -> float:
+    begin = time.perf_counter()
+    for _ in range(times):
+        run()
+    return time.perf_counter() - begin
+
+
+def allowed(name: str, tensors: int) -> int:
+    """Python calls."""
+    return CALLS[name.partition("/")[0]] + A_TENSOR * tensors
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    """Launches do nothing; Triton's own launcher does not count."""
+    monkeypatch.setattr(Launch, "run", lambda self: None)
+
+
+@pytest.mark.interpreter("launches are stubbed: what would run does not matter")
+@pytest.mark.parametrize(("name", "form", "way"), STEPS)
+def test_a_step_makes_few_calls(name, form, way, stubbed):
+    mine, _, tensors = steps(name, form, way)
+    assert calls(mine) <= allowed(name, tensors)
+
+
+@pytest.mark.interpreter("launches are stubbed: what would run does not matter")
+@pytest.mark.parametrize("name", [case.name for case in first_recipes()])
+def test_calls_show_what_is_computed_anew(name, stubbed):
+    """A step that makes its plans again is one that the test above refuses."""
+    mine, _, tensors = steps(name)
+
+    def forgetful() -> None:
+        ops.forget_plans()
+        mine()
+
+    assert calls(forgetful) > allowed(name, tensors)
+
+
+@pytest.mark.interpreter("launches are stubbed: what would run does not matter")
+@pytest.mark.parametrize(("name", "form", "way"), STEPS)
+def test_a_step_takes_no_longer_than_two_bare_operators_twice(name, form, way, stubbed):
+    """Medians of repeats in turns, so that what else runs on the machine hits both; the margin is about two."""
+    mine, theirs, _ = steps(name, form, way)
+    for run in (mine, theirs) * 2:
+        run()
+    ratios = [seconds(mine) / seconds(theirs) for _ in range(15)]
+    assert statistics.median(ratios) < MOST
+
+
+# ---- plans
+
+
+def test_a_plan_is_made_once_and_again_when_measurements_change():
+    made = []
+
+    @planned
+    def plan(key: str, at: Layout) -> Launch:
+        made.append(key)
+        return Launch(None, (1,), {"shape": at.shape}, 32)
+
+    a, b = torch.empty(2, 3), torch.empty(2, 3)
+    first = plan("a", layout(a))
+    assert plan("a", layout(b)) is first
+    assert plan("b", layout(a)) is not first
+    assert plan("a", layout(a.t())) is not first
+    assert plan("a", layout(a.double())) is not first
+    assert plan("a", layout(a.to("meta"))) is not first
+    assert len(made) == 5
+    with tuned.forced((("threads", 64),)):
+        assert plan("a", layout(a)) is not first
+    again = plan("a", layout(a))
+    assert again is plan("a", layout(b))
+    tuned.forget()
+    assert plan("a", layout(a)) is not again
+    ops.forget_plans()
+    assert len(made) == 8
+
+
+def test_a_launch_is_filled_apart_from_its_plan():
+    plan = Launch("kernel", (4,), {"n": 1}, 64, 96, exact=True, stages=2)
+    filled = plan.filled({"ptr": "a"})
+    assert filled.arguments == {"n": 1, "ptr": "a"}
+    assert plan.arguments == {"n": 1}
+    same = ("kernel", "grid", "threads", "max_registers", "exact", "stages")
+    assert all(getattr(filled, name) == getattr(plan, name) for name in same)
+
+
+def test_a_layout_is_that_of_its_tensor():
+    view = torch.empty(4, 6, 8).permute(2, 0, 1)[::2]
+    at = layout(view)
+    assert (at.meta().shape, at.meta().stride(), at.meta().dtype) == (view.shape, view.stride(), view.dtype)
+    assert layouts([view, view]) == (at, at)
+
+
+def _tensors(root: Any) -> list[Tensor]:
+    """Those that are held by what is kept in a cache."""
+    seen, found, todo = set(), [], [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, dict | list | tuple | Launch) or "lru" in type(item).__name__:
+            todo += (
+                [getattr(item, name) for name in item.__slots__] if isinstance(item, Launch) else gc.get_referents(item)
+            )
+    return found
+
+
+@pytest.mark.interpreter("launches are stubbed: what would run does not matter")
+def test_plans_hold_no_tensor(stubbed):
+    """They outlive a step, and so would its memory, or that of a graph that was captured meanwhile."""
+    ops.forget_plans()
+    for name in ("YOLOv1/paper", "YOLOv5", "SSD"):
+        steps(name)[0]()
+    kept = [plans for plans in launch._plans if plans.cache_info().currsize]
+    assert kept
+    assert not any(_tensors(plans) for plans in kept)
+    holding = lru_cache(maxsize=4)(lambda n: Launch(None, (1,), {"ptr": torch.zeros(n)}, 32))
+    holding(1)
+    assert len(_tensors(holding)) == 1
