@@ -19,11 +19,11 @@ EXECUTED = {
     "YOLOv1/paper": {"cell_kernel": 25936, "cell_grad_kernel": 112},
     "YOLOv2/region": {"grid_kernel": 57542, "grid_grad_kernel": 18536},
     "SSD": {
-        "overlap_kernel": 15712,
-        "match_kernel": 17144,
-        "dense_kernel": 240152,
-        "rank_kernel": 123056,
-        "dense_kernel, backward": 213104,
+        "overlap_kernel": 10500,
+        "match_kernel": 12361,
+        "dense_kernel": 113232,
+        "rank_kernel": 59720,
+        "dense_kernel, backward": 109296,
     },
 }
 
