@@ -505,14 +505,3 @@ def _level_sizes(levels: tuple[int, ...], in_one_piece: bool, *value: Any) -> tu
     sizes = tuple([count("num_anchors_per_level", item) for item in value])
     fit = sum(sizes) == sum(levels) if in_one_piece else sizes == levels
     return (sizes[0], sizes[-1]) if fit else None
-
-
-# Decoding.
-
-
-def head(criterion: Any, kinds: tuple[type, ...]) -> Any:
-    """The head of a loss whose predictions can be decoded."""
-    found = getattr(criterion, "head", None)
-    if not isinstance(found, kinds):
-        fail("criterion", describe(criterion), "a loss of fusedyolo, such as YOLOv4Loss")
-    return found

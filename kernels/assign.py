@@ -1,8 +1,8 @@
 """Which predictions a target row is assigned to: on loaded values, scalars or blocks; nothing is differentiated.
 
-A match rule is ``rule(w, h, site, pool, thresh, PER_LEVEL)``: whether a row of this width and height takes the anchor
-``site.own`` of the ``pool`` (w0, h0, w1, h1, ...), which is ``site.own_w`` by ``site.own_h``; all in pixels. With
-PER_LEVEL it competes with those from ``pool.first`` to ``pool.end`` only.
+A match rule is ``rule(w, h, site, thresh, PER_LEVEL)``: whether a row of this width and height takes the anchor
+``site.own``, which is ``site.own_w`` by ``site.own_h``; all in pixels. It competes with those of ``site.pool``, (w0, h0,
+w1, h1, ...), or with PER_LEVEL only with those from ``first`` to ``end`` there.
 """
 
 import triton
@@ -48,7 +48,7 @@ def row_cell(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
 
 
 @triton.jit
-def best_anchor(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
+def best_anchor(w, h, site, thresh, PER_LEVEL: tl.constexpr):
     """The row's best anchor (the first of equals, IoU above 0), or one whose IoU exceeds ``thresh``.
 
     The IoU is that of two boxes with one centre. A threshold of 1 is never exceeded.
@@ -56,13 +56,13 @@ def best_anchor(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
     best = w * 0.0
     best_index = (w * 0.0).to(tl.int32) - 1
     own_iou = best
-    for t in tl.static_range(len(pool.sides) // 2):
-        side_w = pool.sides[2 * t]
-        side_h = pool.sides[2 * t + 1]
+    for t in tl.static_range(len(site.pool.sides) // 2):
+        side_w = site.pool.sides[2 * t]
+        side_h = site.pool.sides[2 * t + 1]
         inter = tl.minimum(w, side_w) * tl.minimum(h, side_h)
         value = near_divide(inter, w * h + side_w * side_h - inter)
         if PER_LEVEL:
-            value = tl.where((t >= pool.first) & (t < pool.end), value, 0.0)
+            value = tl.where((t >= site.pool.first) & (t < site.pool.end), value, 0.0)
         best_index = tl.where(value > best, t, best_index)
         best = tl.maximum(best, value)
         own_iou = tl.where(site.own == t, value, own_iou)
@@ -70,7 +70,7 @@ def best_anchor(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
 
 
 @triton.jit
-def ratio(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
+def ratio(w, h, site, thresh, PER_LEVEL: tl.constexpr):
     """No side more than ``thresh`` times that of the anchor, nor less than its ``thresh``-th part."""
     rw = near_divide(w, site.own_w)
     rh = near_divide(h, site.own_h)

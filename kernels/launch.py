@@ -39,8 +39,8 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
         return replace(GridConfig(cells=128, channels=16, threads=128), **dict(wishes))
     wanted = dict(wishes)
     cells = largest = wanted.pop("cells", 1024)
-    while cells > SMALLEST_TILE and cells >= 2 * largest_map:
-        cells //= 2
+    while cells > SMALLEST_TILE and cells > largest_map:  # by fours: a kernel is compiled for each of them
+        cells = max(SMALLEST_TILE, cells // 4)
     threads = max(64, wanted.pop("threads", largest // 4) * cells // largest)
     rows = min(256, threads)  # of more a thread would hold several, and spill
     return replace(GridConfig(cells=cells, channels=8 if itemsize > 2 else 4, threads=threads, rows=rows), **wanted)
@@ -82,7 +82,7 @@ class DenseConfig:
     threads: int
     max_registers: int = 128
     match_threads: int = 32
-    rank_threads: int = 512
+    rank_threads: int = 256
     stages: int | None = None
 
 
@@ -104,18 +104,18 @@ def dense_config(
     """Tile for streams of at least so many numbers an image, so that a chunk meets two images at most, for maps of at
     most so many cells, and for so many ``logits`` in all; ``ranked`` takes all classes of an anchor at once.
 
-    Up to sixteen tiles a program keep the last one's sum of all partial sums short, as long as there are four waves of
-    programs. Threads share out the classes of an anchor, eight or more to a row of a warp.
+    Up to sixteen tiles a program, four of a ranked head, keep the last one's sum of all partial sums short, as long as
+    there are four waves of programs. Threads share out the classes of an anchor, eight or more to a row of a warp.
     """
     width = max(8, _power(-(-classes // MOST_CHUNKS)))
     usual = DenseConfig(
         block=2048,
         group=1,
-        steps=16,
+        steps=4 if ranked else 16,
         cells=max(1, 512 // width) if ranked else 512,
         planes=4,
         width=width,
-        anchors=512 if itemsize > 2 else 256,
+        anchors=512,
         threads=256,
     )
     tile = classes * usual.cells if ranked else usual.block

@@ -24,6 +24,13 @@ LARGER = {
     "YOLOv2/region": Workload(batch=24, size=160, classes=20),
     "SSD": Workload(batch=4, size=128, classes=20),
 }
+CROWDS = ("RetinaNet", "FCOS")
+
+
+def crowds():
+    """Steps of one image with as many objects as in COCO, and with many more."""
+    works = [Workload(batch=1, size=160, classes=20, objects=objects) for objects in ("coco", "crowded:150")]
+    return {name: [execute_step(CASES[name], work, "sm_90", exact=True) for work in works] for name in CROWDS}
 
 
 @triton.jit
@@ -54,6 +61,8 @@ def main(what):
         return {name: execute_step(CASES[name], work, "sm_90", exact=True) for name, work in SMALL.items()}
     if what == "spoilt":
         return spoilt()
+    if what == "crowds":
+        return crowds()
     return {
         name: [execute_step(CASES[name], work, "sm_90", exact) for exact in (False, True)]
         for name, work in LARGER.items()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .. import backend as backends
 from .. import checks, reference
+from ..drivers.grid import GRID, GridCall
 from ..heads import GridHead, head_from_key
-from ..targets import Targets, as_targets, without_spare
+from ..targets import Targets, as_targets
 from .output import LossOutput, rounded
 
 PARTS = ("box", "obj", "cls")
@@ -81,7 +82,8 @@ class GridLoss(nn.Module):
             own = ops.workspace(device)
             total, parts, counts, *_ = ops.grid_loss(list(preds), rows, offsets, weights, key, with_state, own)
         else:
-            total, parts, counts = _reference_loss(preds, rows, offsets, head, weights)
+            call = GridCall(preds, rows, offsets, size, weights)
+            total, parts, counts = GRID.reference_loss(head, call)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, terms, num_pos, num_invalid)
@@ -129,24 +131,6 @@ def box_arguments(eps: tuple[float, float], alpha: Any, gamma: Any) -> tuple[flo
     alpha = checks.number("iou_alpha", alpha, 0, open_low=True)
     gamma = checks.number("iou_gamma", gamma, 0)
     return eps if (alpha, gamma) == (1.0, 0.0) else (*eps, alpha, gamma)
-
-
-def counts_without_spare(counts: Tensor, spare: Tensor | None) -> Tensor:
-    """``counts``, int32 [2], with the emptied rows of :func:`~fusedyolo.targets.without_spare` off the invalid ones."""
-    if spare is None:
-        return counts
-    num_pos, num_invalid = counts.unbind()
-    return torch.stack((num_pos, num_invalid - spare))
-
-
-def _reference_loss(
-    preds: Sequence[Tensor], rows: Tensor, offsets: Tensor | None, head: GridHead, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The eager loss of rows that may have capacity behind them."""
-    views = [reference.grid_view(pred, len(level)) for pred, level in zip(preds, head.levels, strict=True)]
-    rows, spare = without_spare(rows, offsets)
-    total, parts, counts = reference.grid_loss(views, rows, head, weights)
-    return total, parts, counts_without_spare(counts, spare)
 
 
 @torch.compiler.assume_constant_result

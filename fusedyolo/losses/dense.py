@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend as backends
-from .. import checks, reference
+from .. import checks
+from ..drivers.dense import DENSE
 from ..heads import DenseHead
-from ..targets import Targets, as_targets, corner_rows, without_spare
+from ..targets import Targets, as_targets, corner_rows
 from ..terms import find_term
-from .base import counts_without_spare
 from .output import LossOutput, rounded
 
 TERMS = ("classification", "bbox_regression", "bbox_ctrness")
@@ -144,13 +144,7 @@ class DenseLoss(nn.Module):
                 ops.workspace(pred.device, call.rows.shape[0] + pred.shape[0] + 1),
             )
             return total, (cls, box, middle)[: len(call.levels)], counts
-        rows, spare = without_spare(call.rows, call.offsets)
-        maps = [reference.flat_maps(each, width) for each, width in zip(call.levels, call.channels, strict=True)]
-        centre = maps[2] if self.head.centreness else None
-        terms, counts = reference.dense_loss(
-            maps[0], maps[1], centre, call.anchors, rows, self.head, call.size, call.corners, call.ends
-        )
-        return torch.stack(terms).sum(), terms, counts_without_spare(counts, spare)
+        return DENSE.reference_loss(self.head, call)
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""

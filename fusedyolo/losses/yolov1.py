@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend as backends
-from .. import checks, reference
+from .. import checks
+from ..drivers.cells import CELLS, CellCall
 from ..heads import CellHead, cell_head_from_key
-from ..targets import Targets, as_targets, without_spare
-from .base import PARTS, counts_without_spare, hyper_parameters
+from ..targets import Targets, as_targets
+from .base import PARTS, hyper_parameters
 from .output import LossOutput, rounded
 
 GAINS = ("box_gain", "obj_gain", "noobj_gain", "cls_gain")
@@ -173,7 +174,7 @@ class YOLOv1Loss(nn.Module):
             own = ops.workspace(pred.device)
             total, parts, counts, *_ = ops.cell_loss(pred, rows, offsets, head.key, with_grad, own)
         else:
-            total, parts, counts = _reference_loss(pred, rows, offsets, head)
+            total, parts, counts = CELLS.reference_loss(head, CellCall(pred, rows, offsets, size))
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, dict(zip(PARTS, parts.unbind(), strict=True)), num_pos, num_invalid)
 
@@ -185,15 +186,6 @@ class YOLOv1Loss(nn.Module):
             f"num_classes={head.num_classes}, grid_size={head.grid_size}, num_boxes={head.num_boxes}, "
             f"recipe={self.recipe!r}, reduction={self.reduction!r}, backend={self.backend!r}{hyp}"
         )
-
-
-def _reference_loss(
-    pred: Tensor, rows: Tensor, offsets: Tensor | None, head: CellHead
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The eager loss of rows that may have capacity behind them."""
-    rows, spare = without_spare(rows, offsets)
-    total, parts, counts = reference.cell_loss(pred, rows, head)
-    return total, parts, counts_without_spare(counts, spare)
 
 
 @torch.compiler.assume_constant_result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -206,6 +207,8 @@ def _plan(
 ) -> _Plan:
     """Of the driver after the match; ``anchors`` in an image."""
     head, config, row, batch = dense_head_from_key(key), _config(key, preds), _row(key), preds[0].shape[0]
+    if head.negatives and not with_loss:  # the fewer anchors a tile has, the more often it has none that counts
+        config = replace(config, cells=max(1, config.cells // 2), steps=2 * config.steps)
     layout = _layout(key, preds, preds if grads is None else grads)
     cls_programs, box_programs = _programs(layout, head, batch, config)
     spec = loss.Spec(

@@ -691,10 +691,14 @@ def dense_kernel(predictions, levels, N, B, matched, terms, numbers, grads, rank
         centres = boxes
         if terms.centre is not None:
             centres = _view(predictions.centres, i, SPEC.WITH_GRAD)
-        box, centre = _box_program(local, boxes, centres, level, batch, matched, terms, numbers, grad, SPEC)
+        box, centre = _box_program(
+            local, boxes, centres, level, batch, matched, terms, numbers=numbers, grads=grad, SPEC=SPEC
+        )
     else:
         view = _view(predictions.classes, i, SPEC.WITH_GRAD)
-        cls = _class_program(local, view, level, batch, matched, ranked, terms, numbers, grad.classes, SPEC)
+        cls = _class_program(
+            local, view, level, batch, matched, ranked, terms, numbers=numbers, grad=grad.classes, SPEC=SPEC
+        )
 
     if SPEC.WITH_LOSS:
         part = tl.arange(0, N_PARTS)

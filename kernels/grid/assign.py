@@ -28,7 +28,7 @@ def true_corners(row, site, ACC: tl.constexpr):
 
 
 @triton.jit
-def _block(q, rows, site, pool, head, terms, SPEC: tl.constexpr):
+def _block(q, rows, site, head, terms, SPEC: tl.constexpr):
     """Of some candidates the cell and the row, and whether the tile takes them: the one place that decides it."""
     count = rows.last - rows.first
     kind = 0
@@ -40,7 +40,7 @@ def _block(q, rows, site, pool, head, terms, SPEC: tl.constexpr):
     cell = row_cell(row, kind, site.b, site.W, site.H, head.C, head.limit, SPEC.KINDS > 1)
     gw = row.w.to(SPEC.ACC) * (site.W * site.side)
     gh = row.h.to(SPEC.ACC) * (site.H * site.side)
-    taken = terms.match(gw, gh, site, pool, head.thresh, SPEC.PER_LEVEL)
+    taken = terms.match(gw, gh, site, head.thresh, SPEC.PER_LEVEL)
     taken = taken & (cell >= site.first_cell) & (cell < site.first_cell + SPEC.CELLS)
     return cell, g, taken
 
@@ -52,13 +52,13 @@ def _take(count_ptr, amount):
 
 
 @triton.jit
-def _list_candidates(rows, site, pool, lists, done_ptr, head, terms, SPEC: tl.constexpr):
+def _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     """Leaves the candidates that the tile takes, block by block; returns the number of blocks and of candidates."""
     end = (rows.last - rows.first) * SPEC.KINDS
     found = site.pid * 0
     lane = tl.arange(0, SPEC.ROWS)
     for q0 in range(0, end, SPEC.ROWS):
-        cell, g, taken = _block(q0 + lane, rows, site, pool, head, terms, SPEC)
+        cell, g, taken = _block(q0 + lane, rows, site, head, terms, SPEC)
         taken = taken.to(tl.int32)
         amount = tl.sum(taken, axis=0)
         at = lists.blocks_ptr + q0 // SPEC.ROWS * 2
@@ -135,7 +135,7 @@ def _nearest_rows(rows, site, cells, head, SPEC: tl.constexpr):
 
 
 @triton.jit
-def assigned(rows, site, pool, lists, done_ptr, head, terms, SPEC: tl.constexpr):
+def assigned(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     """How many rows each cell of the tile is assigned to, and in the band between negative and positive -1; and the
     lists of these rows and cells.
     """
@@ -156,7 +156,7 @@ def assigned(rows, site, pool, lists, done_ptr, head, terms, SPEC: tl.constexpr)
             tl.store(lists.order_ptr + base + first, taken, mask=amounts > 0)
     else:
         amounts = tl.zeros([CELLS], tl.int32)
-        blocks, found = _list_candidates(rows, site, pool, lists, done_ptr, head, terms, SPEC)
+        blocks, found = _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC)
         if found > 0:
             tl.debug_barrier()
             for i in range(0, blocks):

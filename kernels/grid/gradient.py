@@ -1,12 +1,25 @@
 """The gradient launch."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..levels import are_wide, as_wide, integer_of, number_of, pointer_of, strides_of
+from ..levels import are_wide, pointer_of, strides_of
 from .box import prior_term
 from .loss import ASSIGNED, BACKGROUND
-from .site import cells_at, channel_step, kept_stride, load_logits, load_plane, plane_of, site_of, wide
+from .records import Plane
+from .site import as_wide_plane, cells_at, channel_step, kept_stride, load_logits, load_plane, site_of, wide
+
+
+class Known(NamedTuple):
+    """What is known of the tile before anything is stored."""
+
+    state: Any
+    d_obj: Any  # of objectness, where nothing is assigned
+    d_prior: Any  # of the four box logits, likewise
+    per_row: Any  # what kept gradients are multiplied by,
+    per_used: Any  # and those of objectness
 
 
 @triton.jit
@@ -20,16 +33,16 @@ def _background(k, d_obj, d_prior, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _store(d_ptr, by, HW, site, state, d_obj, d_prior, saved, shares, smooth, head, SPEC: tl.constexpr):
+def _store_tile(plane, HW, site, known, saved, head, SPEC: tl.constexpr):
     """The gradient of the tile, every entry before cell HW once."""
+    state, d_obj, d_prior, per_row, per_used = known
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     mask = cells < HW
-    step = channel_step(by, SPEC)
-    at = cells_at(plane_of(d_ptr, by, site), by, cells, site.W, SPEC)
+    step = channel_step(plane.by, SPEC)
+    at = cells_at(plane, cells, site, SPEC)
     is_assigned = state == ASSIGNED
     amount = tl.sum(is_assigned.to(tl.int32), axis=0)
     if amount > 0:  # two loops, so that tiles without an assigned prediction have no loads in theirs
-        per_row, per_used = shares
         slot = tl.load(saved.bases_ptr + site.pid) + tl.cumsum(is_assigned.to(tl.int32), axis=0) - 1
         kept_at = saved.kept_ptr + slot.to(tl.int64) * kept_stride(head.C)
         for k0 in range(0, 5 + head.C, SPEC.CHANNELS):
@@ -39,15 +52,15 @@ def _store(d_ptr, by, HW, site, state, d_obj, d_prior, saved, shares, smooth, he
             kept = tl.load(kept_at[None, :] + k[:, None], mask=own, other=0.0)
             kept *= tl.where(k == 4, per_used, per_row)[:, None]
             if SPEC.SMOOTH:  # objectness takes no notice
-                own = own & ~(smooth & (k == 4))[:, None]
+                own = own & ~(site.smooth & (k == 4))[:, None]
             d = tl.where(own, kept, _background(k, d_obj, d_prior, SPEC))
-            tl.store(at[None, :] + (k * step)[:, None], d.to(d_ptr.dtype.element_ty), mask=here & mask[None, :])
+            tl.store(at[None, :] + (k * step)[:, None], d.to(plane.ptr.dtype.element_ty), mask=here & mask[None, :])
     else:
         for k0 in range(0, 5 + head.C, SPEC.CHANNELS):
             k = k0 + tl.arange(0, SPEC.CHANNELS)
             here = (k < 5 + head.C)[:, None]
             d = _background(k, d_obj, d_prior, SPEC)
-            tl.store(at[None, :] + (k * step)[:, None], d.to(d_ptr.dtype.element_ty), mask=here & mask[None, :])
+            tl.store(at[None, :] + (k * step)[:, None], d.to(plane.ptr.dtype.element_ty), mask=here & mask[None, :])
 
 
 @triton.jit
@@ -58,38 +71,34 @@ def grid_grad_kernel(
     ``grads`` are those of ``maps``, ``grads_by`` their strides.
     """
     pid = tl.program_id(0)
-    site, _pool = site_of(pid, levels, SPEC)
+    site = site_of(pid, levels, SPEC)
     per_row = tl.load(grad_out_ptr).to(SPEC.ACC)
     per_used = per_row
     if SPEC.MEAN_ROWS or SPEC.MEAN_USED:
         per_row *= tl.load(parts_ptr + 3 + 2 * site.level)
         per_used *= tl.load(parts_ptr + 4 + 2 * site.level)
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
-    map_ptr = pointer_of(maps, site.level)
-    logits, logit = load_logits(map_ptr, strides_of(levels.by, site.level), site, cells, SPEC.PRIOR, SPEC)
+    plane = Plane(pointer_of(maps, site.level), strides_of(levels.by, site.level))
+    logits, logit = load_logits(plane, site, cells, SPEC.PRIOR, SPEC)
     state = load_plane(saved.state_ptr, cells, site).to(tl.int32)
     true_obj = tl.cast(0.0, SPEC.ACC)
     counts = state == BACKGROUND
-    smooth = False
     if SPEC.SMOOTH:
-        smooth = integer_of(levels.smooth, site.level) != 0
         true_obj = load_plane(saved.true_obj_ptr, cells, site)
-        counts = counts | smooth
-    obj_scale = tl.cast(number_of(levels.obj_scales, site.level), SPEC.ACC)
+        counts = counts | site.smooth
     _loss, d_obj = terms.objectness(logit, true_obj, head.obj_args)
-    d_obj = tl.where(counts, per_used * (obj_scale * head.noobj_gain) * d_obj, 0.0)
+    d_obj = tl.where(counts, per_used * (site.obj_scale * head.noobj_gain) * d_obj, 0.0)
     d_prior = (d_obj, d_obj, d_obj, d_obj)
     if SPEC.PRIOR:
         _prior, d = prior_term(logits, site, head, terms, SPEC)
         share = per_row * head.prior_gain
         d_prior = (share * d[0], share * d[1], share * d[2], share * d[3])
-    d_ptr = pointer_of(grads, site.level)
-    by = strides_of(grads_by, site.level)
-    shares = (per_row, per_used)
+    plane = Plane(pointer_of(grads, site.level), strides_of(grads_by, site.level))
+    known = Known(state, d_obj, d_prior, per_row, per_used)
     if SPEC.LAYOUT == "planes":
-        if (site.HW % 16 == 0) & are_wide(by):
-            _store(d_ptr, as_wide(by), wide(site.HW), site, state, d_obj, d_prior, saved, shares, smooth, head, SPEC)
+        if (site.HW % 16 == 0) & are_wide(plane.by):
+            _store_tile(as_wide_plane(plane), wide(site.HW), site, known, saved, head, SPEC)
         else:
-            _store(d_ptr, by, site.HW, site, state, d_obj, d_prior, saved, shares, smooth, head, SPEC)
+            _store_tile(plane, site.HW, site, known, saved, head, SPEC)
     else:
-        _store(d_ptr, by, site.HW, site, state, d_obj, d_prior, saved, shares, smooth, head, SPEC)
+        _store_tile(plane, site.HW, site, known, saved, head, SPEC)

@@ -8,7 +8,7 @@ from ..overlap import Corners, intersection
 from ..primitives import near_divide
 from ..rows import load_rows
 from .assign import true_corners
-from .site import cells_at, channel_step, plane_of
+from .site import cells_at, channel_step
 
 
 @triton.jit
@@ -49,19 +49,19 @@ def _decoded(logits, cells, site, terms):
 
 
 @triton.jit
-def _are_hot(map_ptr, by, over, cells, site, head, SPEC: tl.constexpr):
+def _are_hot(plane, over, cells, site, head, SPEC: tl.constexpr):
     """Those of the predictions that are ``over`` that have some class logit above the gate."""
     CELLS: tl.constexpr = SPEC.CELLS
-    at = cells_at(plane_of(map_ptr, by, site), by, cells, site.W, SPEC)
+    at = cells_at(plane, cells, site, SPEC)
     hot = tl.zeros([CELLS], tl.int32)
     for k in tl.range(0, head.C, loop_unroll_factor=1):
-        z = tl.load(at + (5 + k) * channel_step(by, SPEC), mask=over, other=float("-inf")).to(SPEC.ACC)
+        z = tl.load(at + (5 + k) * channel_step(plane.by, SPEC), mask=over, other=float("-inf")).to(SPEC.ACC)
         hot = tl.where(z > head.gate, 1, hot)
     return over & (hot == 1)
 
 
 @triton.jit
-def ignored(map_ptr, by, logits, rows, near_ptr, site, head, terms, SPEC: tl.constexpr):
+def ignored(plane, logits, rows, near_ptr, site, head, terms, SPEC: tl.constexpr):
     """Whether the largest IoU of each prediction with a true box exceeds the threshold, and the gate is passed; and
     with SMOOTH this IoU, 0 elsewhere.
     """
@@ -94,5 +94,5 @@ def ignored(map_ptr, by, logits, rows, near_ptr, site, head, terms, SPEC: tl.con
     hit = hit & (cells < site.HW)
     if SPEC.GATED:
         if tl.max(hit.to(tl.int32), axis=0) > 0:
-            hit = _are_hot(map_ptr, by, hit, cells, site, head, SPEC)
+            hit = _are_hot(plane, hit, cells, site, head, SPEC)
     return hit, tl.where(hit, best, 0.0)

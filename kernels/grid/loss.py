@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..assign import row_valid
-from ..levels import integer_of, number_of, pointer_of, strides_of
+from ..levels import pointer_of, strides_of
 from ..primitives import plain
 from ..rows import image_rows, in_its_range, load_rows, rows_end, wrong_offsets
 from ..sums import column, column_sums, is_last
@@ -12,7 +12,7 @@ from .assign import assigned
 from .box import prior_term
 from .ignore import ignored
 from .positives import box_losses, class_losses
-from .records import Lists, Rows
+from .records import Lists, Plane, Rows
 from .site import load_logits, programs_of, site_of, store_plane
 
 BACKGROUND: tl.constexpr = tl.constexpr(0)
@@ -69,39 +69,33 @@ def _store_partial(at, box, obj, cls, assigned_to, in_use, counted):
 
 
 @triton.jit
-def _tile(maps, levels, site, pool, rows, lists, saved, outputs, head, terms, SPEC: tl.constexpr):
+def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constexpr):
     """The tile of a program: its partial sums, and what the gradient needs."""
     CELLS: tl.constexpr = SPEC.CELLS
-    map_ptr = pointer_of(maps, site.level)
-    by = strides_of(levels.by, site.level)
-    obj_scale = tl.cast(number_of(levels.obj_scales, site.level), SPEC.ACC)
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     mask = cells < site.HW
-    logits, logit = load_logits(map_ptr, by, site, cells, SPEC.IGNORES or SPEC.PRIOR, SPEC)
+    logits, logit = load_logits(plane, site, cells, SPEC.IGNORES or SPEC.PRIOR, SPEC)
     bad = logit != logit  # a NaN that was read shows in the total even where nothing asks for it
     for i in tl.static_range(4):
         bad = bad | (logits[i] != logits[i])
     if SPEC.IGNORES:
-        over, best = ignored(map_ptr, by, logits, rows, lists.near_ptr, site, head, terms, SPEC)
-    amounts, found = assigned(rows, site, pool, lists, outputs.done_ptr, head, terms, SPEC)
+        over, best = ignored(plane, logits, rows, lists.near_ptr, site, head, terms, SPEC)
+    amounts, found = assigned(rows, site, lists, outputs.done_ptr, head, terms, SPEC)
     state = tl.where(amounts > 0, ASSIGNED, tl.where(amounts < 0, IGNORED, BACKGROUND))
     true_obj = tl.zeros([CELLS], SPEC.ACC)
-    smooth = False
-    if SPEC.SMOOTH:
-        smooth = integer_of(levels.smooth, site.level) != 0
     if SPEC.IGNORES:
         state = tl.where(over & (state == BACKGROUND), IGNORED, state)
         if SPEC.SMOOTH:
-            true_obj = tl.where(smooth, best, 0.0)
+            true_obj = tl.where(site.smooth, best, 0.0)
     if saved.true_obj_ptr is not None:
         store_plane(saved.true_obj_ptr, true_obj, cells, site)
     if saved.state_ptr is not None:
         store_plane(saved.state_ptr, state.to(tl.uint8), cells, site)
     counts = mask & (state == BACKGROUND)
     if SPEC.SMOOTH:
-        counts = mask & (smooth | (state == BACKGROUND))
+        counts = mask & (site.smooth | (state == BACKGROUND))
     loss_obj, _d_obj = terms.objectness(logit, true_obj, head.obj_args)
-    loss_obj = tl.where(bad, float("nan"), tl.where(counts, obj_scale * head.noobj_gain * loss_obj, 0.0))
+    loss_obj = tl.where(bad, float("nan"), tl.where(counts, site.obj_scale * head.noobj_gain * loss_obj, 0.0))
     obj = tl.sum(tl.where(mask, loss_obj, 0.0), axis=0)
     counted = tl.sum(counts.to(tl.int32), axis=0)
     box = tl.cast(0.0, SPEC.ACC)
@@ -113,16 +107,14 @@ def _tile(maps, levels, site, pool, rows, lists, saved, outputs, head, terms, SP
     if found.picks > 0:
         if saved.bases_ptr is not None:
             tl.store(saved.bases_ptr + site.pid, found.pick)
-        cls = class_losses(map_ptr, by, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
+        cls = class_losses(plane, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
         if SPEC.AVERAGE:
             tl.debug_barrier()
-        own_box, own_obj, in_use = box_losses(
-            map_ptr, by, rows, found, lists, saved.kept_ptr, site, obj_scale, smooth, head, terms, SPEC
-        )
+        own_box, own_obj, in_use = box_losses(plane, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
         box += own_box
         obj += own_obj
     if SPEC.SMOOTH:
-        counted += tl.where(smooth, 0, found.picks)
+        counted += tl.where(site.smooth, 0, found.picks)
     else:
         counted += found.picks
     at = outputs.partial_ptr + site.pid * N_PARTS
@@ -182,11 +174,12 @@ def _programs(level, levels, SPEC: tl.constexpr):
 def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms, SPEC: tl.constexpr):
     """Loss of an anchor-grid head; grid: one program for each level, image, anchor and CELLS cells."""
     pid = tl.program_id(0)
-    site, pool = site_of(pid, levels, SPEC)
+    site = site_of(pid, levels, SPEC)
+    plane = Plane(pointer_of(maps, site.level), strides_of(levels.by, site.level))
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, site.b, SPEC.ROWS)
     rows = Rows(targets.ptr, first, last, targets.weights_ptr)
     lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, SPEC)
-    _tile(maps, levels, site, pool, rows, lists, saved, outputs, head, terms, SPEC)
+    _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC)
     if pid == 0:
         tl.store(outputs.counts_ptr + 1, _count_invalid(targets, M, plain(levels.batch), head, SPEC))
     if is_last(outputs.done_ptr, tl.num_programs(0)):

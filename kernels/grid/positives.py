@@ -11,7 +11,7 @@ import triton.language as tl
 from ..primitives import logistic
 from ..rows import load_rows
 from .box import box_term, true_box
-from .site import cells_at, channel_step, kept_stride, plane_of
+from .site import cells_at, channel_step, kept_stride
 
 
 @triton.jit
@@ -40,11 +40,11 @@ def _labels(g, rows, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def class_losses(map_ptr, by, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.constexpr):
+def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.constexpr):
     """The class loss of the listed predictions, its gradient kept; lanes are predictions and channels."""
     PICKS: tl.constexpr = SPEC.PICKS
     K_PAD: tl.constexpr = SPEC.K_PAD
-    step = channel_step(by, SPEC)
+    step = channel_step(plane.by, SPEC)
     k = tl.arange(0, SPEC.K_PAD)[None, :]  # classes begin at 5
     is_class = (k >= 5) & (k < 5 + head.C)
     total = tl.zeros([PICKS], SPEC.ACC)
@@ -52,7 +52,7 @@ def class_losses(map_ptr, by, rows, found, lists, kept_ptr, site, head, terms, S
         slot = slot0 + tl.arange(0, SPEC.PICKS)
         cell, first, count = _picked(slot, found, lists, site, SPEC)
         here = (slot < found.picks)[:, None] & is_class
-        at = cells_at(plane_of(map_ptr, by, site), by, cell, site.W, SPEC)
+        at = cells_at(plane, cell, site, SPEC)
         z = tl.load(at[:, None] + k * step, mask=here, other=0.0).to(SPEC.ACC)
         z = tl.where(is_class, z, -1e30)  # adds nothing to a softmax
         y = tl.where(is_class, tl.zeros([PICKS, K_PAD], SPEC.ACC) + head.negative, 0.0)
@@ -87,10 +87,10 @@ def class_losses(map_ptr, by, rows, found, lists, kept_ptr, site, head, terms, S
 
 
 @triton.jit
-def box_losses(map_ptr, by, rows, found, lists, kept_ptr, site, obj_scale, smooth, head, terms, SPEC: tl.constexpr):
+def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.constexpr):
     """Box and objectness loss of the listed predictions, their gradients kept; and how many rows were in use."""
     ROWS: tl.constexpr = SPEC.ROWS
-    step = channel_step(by, SPEC)
+    step = channel_step(plane.by, SPEC)
     box = tl.zeros([ROWS], SPEC.ACC)
     obj = tl.zeros([ROWS], SPEC.ACC)
     used = tl.zeros([ROWS], tl.int32)
@@ -98,7 +98,7 @@ def box_losses(map_ptr, by, rows, found, lists, kept_ptr, site, obj_scale, smoot
         slot = slot0 + tl.arange(0, SPEC.ROWS)
         mask = slot < found.picks
         cell, first, count = _picked(slot, found, lists, site, SPEC)
-        at = cells_at(plane_of(map_ptr, by, site), by, cell, site.W, SPEC)
+        at = cells_at(plane, cell, site, SPEC)
         tx = tl.load(at, mask=mask, other=0.0).to(SPEC.ACC)
         ty = tl.load(at + step, mask=mask, other=0.0).to(SPEC.ACC)
         tw = tl.load(at + 2 * step, mask=mask, other=0.0).to(SPEC.ACC)
@@ -132,9 +132,9 @@ def box_losses(map_ptr, by, rows, found, lists, kept_ptr, site, obj_scale, smoot
         target = 1.0 - head.quality_ratio + head.quality_ratio * similarity
         loss_obj, d_obj = terms.objectness(logit, target, head.obj_args)
         if SPEC.SMOOTH:  # of the whole tile, assigned or not
-            loss_obj = tl.where(smooth, 0.0, loss_obj)
-            d_obj = tl.where(smooth, 0.0, d_obj)
-        gain = head.obj_gain * obj_scale * m
+            loss_obj = tl.where(site.smooth, 0.0, loss_obj)
+            d_obj = tl.where(site.smooth, 0.0, d_obj)
+        gain = head.obj_gain * site.obj_scale * m
         obj += tl.where(mask, gain * loss_obj, 0.0)
         if kept_ptr is not None:
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)

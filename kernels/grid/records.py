@@ -156,6 +156,21 @@ class Outputs(NamedTuple):
     done_ptr: Any
 
 
+class Plane(NamedTuple):
+    """A prediction map, and its strides."""
+
+    ptr: Any
+    by: Any
+
+
+class Pool(NamedTuple):
+    """Anchors that compete: (w, h, w, h, ...), those of a site from ``first`` to ``end``."""
+
+    sides: Any
+    first: Any
+    end: Any
+
+
 class Site(NamedTuple):
     """The tile of a program; lengths in pixels."""
 
@@ -170,17 +185,12 @@ class Site(NamedTuple):
     plane: Any  # where its plane begins in state and true_obj
     side: Any  # of a cell
     scale: Any
-    own: Any  # its anchor among those that compete
+    obj_scale: Any
+    smooth: Any  # whether objectness of its level is
+    pool: Pool
+    own: Any  # its anchor in the pool
     own_w: Any
     own_h: Any
-
-
-class Pool(NamedTuple):
-    """Anchors that compete: (w, h, w, h, ...), those of a site from ``first`` to ``end``."""
-
-    sides: Any
-    first: Any
-    end: Any
 
 
 class Found(NamedTuple):

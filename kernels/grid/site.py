@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..levels import are_wide, as_wide, integer_of, number_of
 from ..primitives import plain
-from .records import Pool, Site
+from .records import Plane, Pool, Site
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _anchor_sides(sides, own):
 @triton.jit
 def site_of(pid, levels, SPEC: tl.constexpr):
     """The tile of a program, the last level first: objects are the fewer tiles' the coarser a map, and the programs
-    that have the most to do should not begin last. And the anchors that compete there."""
+    that have the most to do should not begin last."""
     COUNT: tl.constexpr = len(SPEC.ANCHORS)
     level = pid * 0
     local = pid
@@ -69,7 +69,7 @@ def site_of(pid, levels, SPEC: tl.constexpr):
         for i in tl.static_range(len(SPEC.OWN)):
             own = tl.where(known == i, SPEC.OWN[i], own)
     own_w, own_h = _anchor_sides(levels.anchors, own)
-    site = Site(
+    return Site(
         pid=pid,
         b=b,
         level=level,
@@ -81,28 +81,31 @@ def site_of(pid, levels, SPEC: tl.constexpr):
         plane=plane + (b * anchors + anchor) * padded(W * H),
         side=tl.cast(number_of(levels.cell_sides, level), SPEC.ACC),
         scale=tl.cast(number_of(levels.scales, level), SPEC.ACC),
+        obj_scale=tl.cast(number_of(levels.obj_scales, level), SPEC.ACC),
+        smooth=integer_of(levels.smooth, level) != 0,
+        pool=Pool(levels.anchors, first_plane, first_plane + anchors),
         own=own,
         own_w=tl.cast(own_w, SPEC.ACC),
         own_h=tl.cast(own_h, SPEC.ACC),
     )
-    return site, Pool(levels.anchors, first_plane, first_plane + anchors)
 
 
 @triton.jit
-def plane_of(ptr, by, site):
-    """The plane of a site in a map, by its strides."""
-    return ptr + site.b.to(tl.int64) * by.image + site.anchor.to(tl.int64) * by.anchor
+def plane_of(plane, site):
+    """Where the plane of a site begins in a map."""
+    return plane.ptr + site.b.to(tl.int64) * plane.by.image + site.anchor.to(tl.int64) * plane.by.anchor
 
 
 @triton.jit
-def cells_at(ptr, by, cells, W, SPEC: tl.constexpr):
-    """Where the cells of a plane lie."""
+def cells_at(plane, cells, site, SPEC: tl.constexpr):
+    """Where cells of a site lie in a map."""
+    ptr = plane_of(plane, site)
     if SPEC.LAYOUT == "planes":
         at = ptr + cells
     elif SPEC.LAYOUT == "channels":
-        at = ptr + cells * by.column
+        at = ptr + cells * plane.by.column
     else:
-        at = ptr + (cells // W) * by.row + (cells % W) * by.column
+        at = ptr + (cells // site.W) * plane.by.row + (cells % site.W) * plane.by.column
     return at
 
 
@@ -116,10 +119,16 @@ def channel_step(by, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, by, cells, HW, site, FROM: tl.constexpr, SPEC: tl.constexpr):
+def as_wide_plane(plane):
+    """A map whose planes begin at multiples of 16 elements, in a form that tells the compiler."""
+    return Plane(plane.ptr, as_wide(plane.by))
+
+
+@triton.jit
+def _load(plane, cells, HW, site, FROM: tl.constexpr, SPEC: tl.constexpr):
     """Channels from FROM to objectness of some cells, 0 from cell HW on; those before it are not read."""
-    at = cells_at(plane_of(ptr, by, site), by, cells, site.W, SPEC)
-    step = channel_step(by, SPEC)
+    at = cells_at(plane, cells, site, SPEC)
+    step = channel_step(plane.by, SPEC)
     mask = cells < HW
     obj = tl.load(at + 4 * step, mask=mask, other=0.0)
     tx = obj
@@ -135,16 +144,16 @@ def _load(ptr, by, cells, HW, site, FROM: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_logits(ptr, by, site, cells, BOX: tl.constexpr, SPEC: tl.constexpr):
+def load_logits(plane, site, cells, BOX: tl.constexpr, SPEC: tl.constexpr):
     """x, y, w, h (of which only BOX makes use) and objectness of the tile."""
     FROM: tl.constexpr = 0 if BOX else 4
     if SPEC.LAYOUT == "planes":
-        if (site.HW % 16 == 0) & are_wide(by):
-            tx, ty, tw, th, obj = _load(ptr, as_wide(by), cells, wide(site.HW), site, FROM, SPEC)
+        if (site.HW % 16 == 0) & are_wide(plane.by):
+            tx, ty, tw, th, obj = _load(as_wide_plane(plane), cells, wide(site.HW), site, FROM, SPEC)
         else:
-            tx, ty, tw, th, obj = _load(ptr, by, cells, site.HW, site, FROM, SPEC)
+            tx, ty, tw, th, obj = _load(plane, cells, site.HW, site, FROM, SPEC)
     else:
-        tx, ty, tw, th, obj = _load(ptr, by, cells, site.HW, site, FROM, SPEC)
+        tx, ty, tw, th, obj = _load(plane, cells, site.HW, site, FROM, SPEC)
     return (tx.to(SPEC.ACC), ty.to(SPEC.ACC), tw.to(SPEC.ACC), th.to(SPEC.ACC)), obj.to(SPEC.ACC)
 
 

