@@ -1,8 +1,8 @@
 """Which predictions a target row is assigned to: on loaded values, scalars or blocks; nothing is differentiated.
 
 A match rule is ``rule(w, h, site, thresh, PER_LEVEL)``: whether a row of this width and height takes the anchor
-``site.own``, which is ``site.own_w`` by ``site.own_h``; all in pixels. It competes with those of ``site.pool``, (w0, h0,
-w1, h1, ...), or with PER_LEVEL only with those from ``first`` to ``end`` there.
+``site.own``, which is ``site.own_w`` by ``site.own_h``; all in pixels. It competes with those of ``site.pool``, (w0,
+h0, w1, h1, ...), or with PER_LEVEL only with those from ``first`` to ``end`` there.
 """
 
 import triton

@@ -420,7 +420,7 @@ def cleared(monkeypatch):
 
 def test_opcheck_with_a_workspace(cleared):
     """An operator leaves what it is handed as it was."""
-    rows, own = torch.tensor(ROWS[:2], device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    rows, own = torch.tensor(ROWS[:2], device=DEVICE), torch.zeros(6, dtype=torch.int64, device=DEVICE)
     rows[:, 0] = 0
     first = {kind: [pred[:1].detach().requires_grad_() for pred in predictions(kind)] for kind in LOSSES}
     key = CRITERIA["yolov4"].head.key
