@@ -124,7 +124,6 @@ class Spec(NamedTuple):
     ACC: Any
     BLOCK: Any  # numbers of a stream at a time
     GROUP: Any  # of those that are always of one anchor, at most what one access holds
-    STEPS: Any
     CELLS: Any
     PLANES: Any
     ANCHORS: Any
@@ -137,6 +136,7 @@ class Batch(NamedTuple):
 
     N: Any  # anchors
     B: Any  # images
+    steps: Any  # tiles of class logits a program
 
 
 class Level(NamedTuple):
@@ -329,8 +329,8 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SP
     GROUP: tl.constexpr = SPEC.GROUP
     GROUPS: tl.constexpr = SPEC.BLOCK // SPEC.GROUP
     n = level.anchors * level.cells
-    e0 = chunk.to(tl.int64) * (SPEC.BLOCK * SPEC.STEPS)
-    left = tl.minimum(batch.B.to(tl.int64) * n * C - e0, SPEC.BLOCK * SPEC.STEPS).to(tl.int32)
+    e0 = chunk.to(tl.int64) * (SPEC.BLOCK * batch.steps)
+    left = tl.minimum(batch.B.to(tl.int64) * n * C - e0, SPEC.BLOCK * batch.steps).to(tl.int32)
     first = e0 // C  # anchor of the batch
     skipped = (e0 - first * C).to(tl.int32)  # of its classes
     b = (first // n).to(tl.int32)
@@ -340,7 +340,7 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SP
     next_share = share(matched.found_ptr, tl.minimum(b + 1, batch.B - 1), batch.B, SPEC.BY_IMAGE, SPEC.ACC)
     total = tl.zeros([GROUPS, GROUP], SPEC.ACC)
     k = tl.arange(0, GROUP)[None, :]
-    for i in tl.range(0, SPEC.STEPS, loop_unroll_factor=1):
+    for i in tl.range(0, batch.steps, loop_unroll_factor=1):
         e = i * SPEC.BLOCK + tl.arange(0, GROUPS) * GROUP
         mask = e < left
         anchor = (skipped + e) // C
@@ -483,15 +483,15 @@ def _ranked_gradient(ptr, by_channel, d_ptr, d_by_channel, site, label, weight, 
 
 @triton.jit
 def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.constexpr):
-    """The cross-entropies of STEPS tiles, or their gradient."""
+    """The cross-entropies of some tiles, or their gradient."""
     CELLS: tl.constexpr = SPEC.CELLS
     unknown = tl.zeros([CELLS], SPEC.ACC)
     scale = grad
     if SPEC.WITH_GRAD and not SPEC.BY_IMAGE:
         scale = grad * share(matched.found_ptr, 0, batch.B, False, SPEC.ACC)
     tiles = batch.B * _tiles(level, SPEC.FLAT, SPEC.CELLS)
-    end = tl.minimum(local * SPEC.STEPS + SPEC.STEPS, tiles)
-    for tile in tl.range(local * SPEC.STEPS, end, loop_unroll_factor=1):
+    end = tl.minimum(local * batch.steps + batch.steps, tiles)
+    for tile in tl.range(local * batch.steps, end, loop_unroll_factor=1):
         site = _site(tile, level, SPEC.FLAT, SPEC.CELLS)
         image = site.b.to(tl.int64) * batch.N
         match = tl.load(matched.match_ptr + image + site.n, mask=site.mask, other=IGNORED)
@@ -660,14 +660,14 @@ def _finish(sums, programs, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
     tl.store(sums.done_ptr, 0)  # ready for the next launch
 
 
-@triton.jit(do_not_specialize=["N", "B"])
-def dense_kernel(predictions, levels, N, B, matched, terms, numbers, grads, ranked, sums, SPEC: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "B", "steps"])
+def dense_kernel(predictions, levels, N, B, steps, matched, terms, numbers, grads, ranked, sums, SPEC: tl.constexpr):
     """Loss and gradient of a dense head; grid: the programs of boxes, level by level, then those of class logits.
 
     ``grads`` are pointers to what the gradients of the total and of the three parts are multiplied by.
     """
     pid = tl.program_id(0)
-    batch = Batch(N, B)
+    batch = Batch(N, B, steps)
     i, local, end = _range_of(pid, levels.box_programs, 0, pid * 0, pid * 0)
     of_boxes = pid < end
     i, local, end = _range_of(pid, levels.class_programs, end, i, local)

@@ -102,6 +102,14 @@ def check_ssd() -> None:
         check_loss("ssd", preds, targets, 1e-11, neg_to_pos_ratio=ratio, loss_type="l1")
 
 
+def check_blocks() -> None:
+    """Few anchors a program, so that most rows do not meet a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense_ops, "MATCH_BLOCK", 16)
+        for kind in ("retinanet", "fcos"):
+            check_loss(kind, dense_preds(kind, 1, torch.float64), dense_targets(kind, 1, n=12), 1e-11)
+
+
 def check_ssd_classes() -> None:
     """An object of the background is none."""
     targets = dense_targets("ssd", 1)
@@ -660,8 +668,8 @@ real_delta, real_ltrb = decode.delta, decode.ltrb
 
 MUTANTS = [
     (match, "iou", iou_of_areas_off, check_retinanet),
-    (match, "_meets", meets_inside, check_retinanet),
-    (match, "_reached", reached_by_less, check_fcos),
+    (match, "_meets", meets_inside, check_blocks),
+    (match, "_reached", reached_by_less, check_blocks),
     (match, "row_corners", corners_of_any_class, check_ssd_classes),
     (match, "best_anchor_of", first_key_of_nobody, check_far_object),
     (loss, "share", share_of_the_batch, check_retinanet),
@@ -747,7 +755,7 @@ MUTANTS = [
 CHECKS = [
     check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_row_term,
     check_ratio_grid, check_strips, check_prior_grid, check_band_grid, check_retinanet, check_ssd, check_ssd_classes,
-    check_far_object, check_fcos,
+    check_far_object, check_fcos, check_blocks,
 ]  # fmt: skip
 
 
