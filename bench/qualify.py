@@ -30,7 +30,7 @@ from .sweep import LOSSES
 
 PYTHON = (sys.executable, "-W", "ignore", "-m")
 REQUIRED = {"environment", "check", "tests", "bench"}
-KERNELS = "regex:(grid|grid_grad|cell|overlap|match|dense|rank)_kernel"
+KERNELS = "regex:(grid|grid_grad|cell|cell_grad|overlap|match|dense|rank)_kernel"
 PROFILED = "from bench.measure import run_fused; run_fused('YOLOv4/paper')"
 COLOURS = {"passed": "green", "failed": "bold red", "cut": "yellow", "left out": "yellow"}
 
