@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,22 @@ from .assignments import AnchorAssignment
 from .protocol import LOGIT, POSITIVE, Driver, Frame, Known, Piece, Predictions
 
 if TYPE_CHECKING:
-    from ..losses.dense import DenseCall
     from ..ops import Launch
 
 NAMES = ("cls_logits", "bbox_regression", "bbox_ctrness")
+
+
+class DenseCall(NamedTuple):
+    """The arguments of a call."""
+
+    levels: list[list[Tensor]]  # class logits, boxes and, of some heads, centreness; of each a tensor a level
+    channels: tuple[int, ...]
+    anchors: Tensor  # [N, 4] float32, or float64 as the predictions
+    rows: Tensor  # [M, 6]
+    offsets: Tensor | None
+    size: tuple[float, float] | None  # (height, width) of the images, if known
+    corners: bool  # rows hold corners in pixels, not centre and size relative to the image
+    ends: tuple[int, int]  # anchors of the first and the last level
 
 
 class DenseDriver(Driver):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import backend as backends
 from .. import checks
-from ..drivers.dense import DENSE
+from ..drivers.dense import DENSE, DenseCall
 from ..heads import DenseHead
 from ..targets import Targets, as_targets, corner_rows
 from ..terms import find_term
@@ -23,19 +23,6 @@ TERMS = ("classification", "bbox_regression", "bbox_ctrness")
 
 Maps = Tensor | Sequence[Tensor]
 AnyTargets = Tensor | Sequence[dict[str, Tensor]] | Targets
-
-
-class DenseCall(NamedTuple):
-    """The arguments of a call."""
-
-    levels: list[list[Tensor]]  # class logits, boxes and, of some heads, centreness; of each a tensor a level
-    channels: tuple[int, ...]
-    anchors: Tensor  # [N, 4] float32, or float64 as the predictions
-    rows: Tensor  # [M, 6]
-    offsets: Tensor | None
-    size: tuple[float, float] | None  # (height, width) of the images, if known
-    corners: bool  # rows hold corners in pixels, not centre and size relative to the image
-    ends: tuple[int, int]  # anchors of the first and the last level
 
 
 class DenseLoss(nn.Module):
