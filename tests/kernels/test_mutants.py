@@ -327,11 +327,6 @@ def picked_with_the_next_ones_row(slot, found, lists, site, SPEC: tl.constexpr):
 
 
 @triton.jit
-def rank_of_nobody(lists, first, amount, cell, SPEC: tl.constexpr):
-    return cell * 0
-
-
-@triton.jit
 def rank_backwards(lists, first, amount, cell, SPEC: tl.constexpr):
     """The first one in order becomes the last to write."""
     lane = tl.arange(0, SPEC.ROWS)
@@ -705,7 +700,6 @@ MUTANTS = [
     (assign, "best_anchor", best_anchor_only, check_small_grid),
     (positives, "_picked", picked_with_one_row, check_small_grid),
     (positives, "_picked", picked_with_the_next_ones_row, check_small_grid),
-    (listing, "_rank", rank_of_nobody, check_ratio_grid),
     (ignore, "_near_boxes", near_boxes_of_the_strip, check_strips),
     (listing, "row_cell", cell_at_most_half_away, check_ratio_grid),
     (listing, "row_cell", cell_beyond_the_border, check_ratio_grid),
