@@ -39,11 +39,14 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
         return replace(GridConfig(cells=128, channels=16, threads=128), **dict(wishes))
     wanted = dict(wishes)
     cells = largest = wanted.pop("cells", 1024)
-    while cells > SMALLEST_TILE and cells > largest_map:  # by fours: a kernel is compiled for each of them
+    while cells > SMALLEST_TILE and cells >= 4 * largest_map:  # by fours: a kernel is compiled for each of them
         cells = max(SMALLEST_TILE, cells // 4)
     threads = max(64, wanted.pop("threads", largest // 4) * cells // largest)
     rows = min(256, threads)  # of more a thread would hold several, and spill
-    return replace(GridConfig(cells=cells, channels=8 if itemsize > 2 else 4, threads=threads, rows=rows), **wanted)
+    channels = 8 if itemsize > 2 else 4
+    registers = 128 if threads >= 256 else 168  # programs of few threads leave room for more
+    config = GridConfig(cells=cells, channels=channels, threads=threads, rows=rows, max_registers=registers)
+    return replace(config, **wanted)
 
 
 CELL_TILE = 32768  # bytes of a tile of the driver of cells
@@ -89,6 +92,7 @@ class DenseConfig:
 WAVE = 2 * 132  # programs that a GPU runs at a time: two a multiprocessor
 MOST_CHUNKS = 12  # classes of an anchor that a thread holds
 ACCESS = 16  # bytes of the widest
+SECTOR = 32  # bytes that memory moves at least
 
 
 @lru_cache(maxsize=256)
@@ -105,9 +109,10 @@ def dense_config(
     most so many cells, and for so many ``logits`` in all; ``ranked`` takes all classes of an anchor at once.
 
     Up to sixteen tiles a program, four of a ranked head, keep the last one's sum of all partial sums short, as long as
-    there are four waves of programs. Threads share out the classes of an anchor, eight or more to a row of a warp.
+    there are four waves of programs. Threads share out the classes of an anchor, two sectors at a time: rows begin
+    anywhere, and fewer would touch twice as many.
     """
-    width = max(8, _power(-(-classes // MOST_CHUNKS)))
+    width = max(2 * SECTOR // itemsize, _power(-(-classes // MOST_CHUNKS)))
     usual = DenseConfig(
         block=2048,
         group=1,

@@ -40,6 +40,12 @@ def load_row(rows_ptr, g):
 
 
 @triton.jit
+def load_eight(ptr):
+    """The first six of eight numbers, in one access."""
+    return _row_of(tl.reshape(tl.load(ptr + tl.arange(0, 8)), (2, 2, 2)))
+
+
+@triton.jit
 def load_rows(rows_ptr, g, mask, BLOCK_G: tl.constexpr):
     """The same of a block of rows; rows masked out are of no image."""
     i = tl.arange(0, 8)[None, :]

@@ -189,7 +189,7 @@ class DenseDriver(Driver):
         boxes = _blocks_of(has, sizes, arguments["SPEC"].ANCHORS)
         classes = [0] * (len(kinds) - len(boxes))  # logits are read and stored whatever they are of
         if arguments["SPEC"].RANKED and not arguments["SPEC"].WITH_LOSS:  # but of anchors that do not count
-            steps, counted = arguments["SPEC"].STEPS, _counted(arguments["ranked"].ce_ptr, has, known.head.negatives)
+            steps, counted = arguments["steps"], _counted(arguments["ranked"].ce_ptr, has, known.head.negatives)
             classes = []
             for stream in counted.split(sizes, 1):
                 tiles = _blocks_of(stream, [stream.shape[1]], arguments["SPEC"].CELLS)

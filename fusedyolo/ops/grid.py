@@ -131,9 +131,9 @@ class GridOutputs(NamedTuple):
     total: Tensor  # 0-dim
     parts: Tensor  # [3], and where the row asks for means two numbers a level that the gradient takes
     counts: Tensor  # int32 [2]: assigned predictions, invalid rows
-    state: Tensor  # uint8: a byte a prediction, planes from multiples of 16 on, then an int32 for each program
+    state: Tensor  # int32: two bits a prediction, planes from multiples of 16 on, then one for each program
     kept: Tensor  # [places, 5 + C, rounded up to a multiple of 8]: gradients of assigned predictions
-    true_obj: Tensor  # objectness targets, where they are more than a byte says; planes as in ``state``
+    true_obj: Tensor  # objectness targets, where they are more than a state says; planes likewise
 
 
 class _Room(NamedTuple):
@@ -158,7 +158,7 @@ def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> 
     means = 2 * len(head.levels) if head.mean_rows or head.obj_mean == "used" else 0
     size = places = targets = 0
     if room is not None:
-        size = room.padded + 4 * room.programs
+        size = room.padded // 16 + room.programs
         # no more assignments than predictions, nor than rows can make; in a compiled graph both are symbols
         places = torch.sym_min(room.predictions, rows.shape[0] * head.places_per_row)
         targets = room.padded if any(head.smooth) else 0
@@ -166,7 +166,7 @@ def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> 
         pred.new_empty((), dtype=acc),
         pred.new_empty(3 + means, dtype=acc),
         pred.new_empty(2, dtype=torch.int32),
-        pred.new_empty(size, dtype=torch.uint8),
+        pred.new_empty(size, dtype=torch.int32),
         pred.new_empty((places, -(-channels // 8) * 8), dtype=acc),
         pred.new_empty(targets, dtype=acc),
     )
@@ -230,7 +230,7 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         Launch(gradient.grid_grad_kernel, (programs,), arguments, *settings, stages=config.stages),
         _room(shapes, head),
         LISTS * head.places_per_row,
-        programs * (loss.N_PARTS.value + 5 * spec.NEAR * spec.IGNORES),
+        programs * (loss.N_PARTS.value + 8 * spec.NEAR * spec.IGNORES),
     )
 
 
@@ -257,7 +257,7 @@ def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:
 
 def _saved(outputs: GridOutputs, room: _Room, head: GridHead) -> records.Saved:
     """What a loss launch leaves, as the kernels take it."""
-    bases = outputs.state[room.padded :].view(torch.int32)
+    bases = outputs.state[room.padded // 16 :]
     return records.Saved(outputs.state, outputs.true_obj if any(head.smooth) else None, outputs.kept, bases)
 
 

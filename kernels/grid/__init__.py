@@ -6,7 +6,7 @@ consecutive cells, a tile, of one image, level and anchor; all levels are one la
 Two launches. The loss launch (``loss``) first lists what its tile is assigned (``assign``), then settles objectness of
 the whole tile, then the box and class loss of the listed predictions, many at a time (``positives``). It leaves partial
 sums, which the last program to finish adds up in a fixed order, and, where a gradient will be asked for, what that
-needs: one byte a prediction (BACKGROUND, IGNORED or ASSIGNED), the gradient of every assigned prediction, densely
+needs: two bits a prediction (BACKGROUND, IGNORED or ASSIGNED), the gradient of every assigned prediction, densely
 packed, and where the packed ones of each program begin. The gradient launch (``gradient``) is then a stream of stores:
 of a map it reads the objectness, of the loss launch the rest, of the target rows nothing.
 

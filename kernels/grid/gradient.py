@@ -9,7 +9,7 @@ from ..levels import are_wide, pointer_of, strides_of
 from .box import prior_term
 from .loss import ASSIGNED, BACKGROUND
 from .records import Plane
-from .site import as_wide_plane, cells_at, channel_step, kept_stride, load_logits, load_plane, site_of, wide
+from .site import as_wide_plane, cells_at, channel_step, kept_stride, load_logits, load_plane, load_state, site_of, wide
 
 
 class Known(NamedTuple):
@@ -80,7 +80,7 @@ def grid_grad_kernel(
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     plane = Plane(pointer_of(maps, site.level), strides_of(levels.by, site.level))
     logits, logit = load_logits(plane, site, cells, SPEC.PRIOR, SPEC)
-    state = load_plane(saved.state_ptr, cells, site).to(tl.int32)
+    state = load_state(saved.state_ptr, cells, site)
     true_obj = tl.cast(0.0, SPEC.ACC)
     counts = state == BACKGROUND
     if SPEC.SMOOTH:

@@ -6,7 +6,7 @@ import triton.language as tl
 from ..assign import row_valid
 from ..overlap import Corners, intersection
 from ..primitives import near_divide
-from ..rows import load_rows
+from ..rows import load_eight, load_rows
 from .assign import true_corners
 from .site import cells_at, channel_step
 
@@ -18,6 +18,7 @@ def _near_boxes(g, rows, near_ptr, site, head, SPEC: tl.constexpr):
     The centre of a box that overlaps a true one by more than the threshold is less than ``reach`` heights of this away,
     and that of a prediction no further from its cell than the grid sensitivity allows.
     """
+    NEAR: tl.constexpr = SPEC.NEAR
     row = load_rows(rows.ptr, g, g < rows.last, SPEC.NEAR)
     true, area = true_corners(row, site, SPEC.ACC)
     middle = 0.5 * (true.y1 + true.y2)
@@ -27,12 +28,12 @@ def _near_boxes(g, rows, near_ptr, site, head, SPEC: tl.constexpr):
         middle - reach < (last_cell // site.W + 1) * site.side
     )
     near = (near & row_valid(row, site.b, site.b + 1, head.C, head.limit)).to(tl.int32)
-    at = near_ptr + tl.cumsum(near, axis=0) - 1
-    tl.store(at, true.x1, mask=near > 0)
-    tl.store(at + SPEC.NEAR, true.y1, mask=near > 0)
-    tl.store(at + 2 * SPEC.NEAR, true.x2, mask=near > 0)
-    tl.store(at + 3 * SPEC.NEAR, true.y2, mask=near > 0)
-    tl.store(at + 4 * SPEC.NEAR, area, mask=near > 0)
+    at = near_ptr + 8 * (tl.cumsum(near, axis=0) - 1)
+    none = tl.zeros_like(area)
+    even = tl.join(tl.join(true.x1, area), tl.join(true.x2, none))
+    odd = tl.join(tl.join(true.y1, none), tl.join(true.y2, none))
+    boxes = tl.reshape(tl.join(even, odd), (NEAR, 8))  # a sector each: edges, area, and three to spare
+    tl.store(at[:, None] + tl.arange(0, 8)[None, :], boxes, mask=(near > 0)[:, None])
     return tl.sum(near, axis=0)
 
 
@@ -74,13 +75,9 @@ def ignored(plane, logits, rows, near_ptr, site, head, terms, SPEC: tl.constexpr
         near = _near_boxes(g0 + tl.arange(0, SPEC.NEAR), rows, near_ptr, site, head, SPEC)
         tl.debug_barrier()
         for i in tl.range(0, near, loop_unroll_factor=1):
-            at = near_ptr + i
-            x1 = tl.load(at)
-            y1 = tl.load(at + SPEC.NEAR)
-            x2 = tl.load(at + 2 * SPEC.NEAR)
-            y2 = tl.load(at + 3 * SPEC.NEAR)
+            x1, y1, x2, y2, true_area, _spare = load_eight(near_ptr + 8 * i)
             shared = intersection(box, Corners(x1, y1, x2, y2))
-            union = area + tl.load(at + 4 * SPEC.NEAR) - shared
+            union = area + true_area - shared
             if SPEC.SMOOTH:
                 best = tl.maximum(best, near_divide(shared, union))
             else:

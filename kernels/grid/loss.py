@@ -13,7 +13,7 @@ from .box import prior_term
 from .ignore import ignored
 from .positives import box_losses, class_losses
 from .records import Lists, Plane, Rows
-from .site import load_logits, programs_of, site_of, store_plane
+from .site import load_logits, programs_of, site_of, store_plane, store_state
 
 BACKGROUND: tl.constexpr = tl.constexpr(0)
 IGNORED: tl.constexpr = tl.constexpr(1)
@@ -42,7 +42,7 @@ def _lists(lists_ptr, partial_ptr, pid, M, SPEC: tl.constexpr):
     """Where a program finds its lists in the memory of all."""
     room = M * SPEC.PLACES
     blocks_ptr = lists_ptr + 6 * room + pid * tl.cdiv(M * SPEC.KINDS, SPEC.ROWS) * 2
-    near_ptr = partial_ptr + tl.num_programs(0) * N_PARTS + pid * (5 * SPEC.NEAR)
+    near_ptr = partial_ptr + tl.num_programs(0) * N_PARTS + pid * (8 * SPEC.NEAR)
     return Lists(
         cell_ptr=lists_ptr,
         row_ptr=lists_ptr + room,
@@ -90,7 +90,7 @@ def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.conste
     if saved.true_obj_ptr is not None:
         store_plane(saved.true_obj_ptr, true_obj, cells, site)
     if saved.state_ptr is not None:
-        store_plane(saved.state_ptr, state.to(tl.uint8), cells, site)
+        store_state(saved.state_ptr, state, site, SPEC)
     counts = mask & (state == BACKGROUND)
     if SPEC.SMOOTH:
         counts = mask & (site.smooth | (state == BACKGROUND))

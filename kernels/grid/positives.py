@@ -117,11 +117,12 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
         for i in range(0, tl.max(count, axis=0)):
             active = i < count
             g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
-            _label, weight = _labels(g, rows, active, SPEC.ACC)
             row = load_rows(rows.ptr, g, active, SPEC.ROWS)
             true = true_box(row, cell, active, site, SPEC.ACC)
             loss, d, alike = box_term((tx, ty, tw, th), true, site, head, terms, True, SPEC)
-            m = tl.where(active, weight, m)
+            if rows.weights_ptr is not None:
+                _label, weight = _labels(g, rows, active, SPEC.ACC)
+                m = tl.where(active, weight, m)
             similarity = tl.where(active, alike, similarity)
             box += tl.where(active, scale * (m * loss), 0.0)
             d0 += tl.where(active, m * d[0], 0.0)
@@ -138,9 +139,7 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
         obj += tl.where(mask, gain * loss_obj, 0.0)
         if kept_ptr is not None:
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
-            tl.store(at, scale * d0, mask=mask)
-            tl.store(at + 1, scale * d1, mask=mask)
-            tl.store(at + 2, scale * d2, mask=mask)
-            tl.store(at + 3, scale * d3, mask=mask)
+            d = tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, d3)), (ROWS, 4))
+            tl.store(at[:, None] + tl.arange(0, 4)[None, :], scale[:, None] * d, mask=mask[:, None])
             tl.store(at + 4, gain * d_obj, mask=mask)
     return tl.sum(box, axis=0), tl.sum(obj, axis=0), tl.sum(used, axis=0)

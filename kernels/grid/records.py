@@ -113,7 +113,8 @@ class Rows(NamedTuple):
 class Saved(NamedTuple):
     """What the loss launch leaves for the gradient launch, None where none will be asked for.
 
-    ``state_ptr`` and ``true_obj_ptr`` hold a plane of every level, image and anchor, each from a multiple of 16 on.
+    ``state_ptr`` (two bits a prediction) and ``true_obj_ptr`` hold a plane of every level, image and anchor, from
+    multiples of 16 on.
     ``kept_ptr`` takes :func:`kept_stride` numbers for each assigned prediction: those of one program lie in the order
     of their cells, from the place that it stores at ``bases_ptr``.
     """

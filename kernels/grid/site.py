@@ -165,12 +165,28 @@ def wide(number):
 
 @triton.jit
 def store_plane(ptr, values, cells, site):
-    """Store a number for each cell of the tile in ``ptr``, of the form of :class:`~.records.Saved`."""
+    """Store a number for each cell of the tile in ``ptr``, planes from multiples of 16 on."""
     at = ptr + wide(site.plane) + cells
     if site.HW % 16 == 0:
         tl.store(at, values, mask=cells < wide(site.HW))
     else:
         tl.store(at, values, mask=cells < site.HW)
+
+
+@triton.jit
+def store_state(ptr, state, site, SPEC: tl.constexpr):
+    """Store the states of the tile, two bits each, sixteen in an integer."""
+    SIXTEENTH: tl.constexpr = SPEC.CELLS // 16
+    bits = tl.reshape(state, (SIXTEENTH, 16)) << (2 * tl.arange(0, 16))[None, :]
+    word = site.first_cell // 16 + tl.arange(0, SIXTEENTH)
+    tl.store(ptr + site.plane // 16 + word, tl.sum(bits, axis=1), mask=word * 16 < site.HW)
+
+
+@triton.jit
+def load_state(ptr, cells, site):
+    """The states that :func:`store_state` has stored, BACKGROUND beyond the map."""
+    words = tl.load(ptr + site.plane // 16 + cells // 16, mask=cells < site.HW, other=0)
+    return (words >> (2 * (cells % 16))) & 3
 
 
 @triton.jit
