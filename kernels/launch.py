@@ -117,7 +117,7 @@ def dense_config(
         block=2048,
         group=1,
         steps=4 if ranked else 16,
-        cells=max(1, 512 // width) if ranked else 512,
+        cells=max(1, 1024 // width) if ranked else 512,
         planes=4,
         width=width,
         anchors=512,
