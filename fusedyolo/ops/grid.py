@@ -131,7 +131,7 @@ class GridOutputs(NamedTuple):
     total: Tensor  # 0-dim
     parts: Tensor  # [3], and where the row asks for means two numbers a level that the gradient takes
     counts: Tensor  # int32 [2]: assigned predictions, invalid rows
-    state: Tensor  # int32: two bits a prediction, planes from multiples of 16 on, then one for each program
+    state: Tensor  # int32: two bits a prediction, planes from multiples of 16 on, then an integer for each program
     kept: Tensor  # [places, 5 + C, rounded up to a multiple of 8]: gradients of assigned predictions
     true_obj: Tensor  # objectness targets, where they are more than a state says; planes likewise
 
@@ -153,12 +153,17 @@ def _room(shapes: Sequence[Sequence[int]], head: GridHead) -> _Room:
     )
 
 
+def _bases_start(room: _Room) -> int:
+    """Integers that states take, to a multiple of 16 bytes: a kernel is compiled for how its pointers are aligned."""
+    return -(-room.padded // 64) * 4
+
+
 def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> GridOutputs:
     acc, channels = accumulator(pred.dtype)[1], 5 + head.num_classes
     means = 2 * len(head.levels) if head.mean_rows or head.obj_mean == "used" else 0
     size = places = targets = 0
     if room is not None:
-        size = room.padded // 16 + room.programs
+        size = _bases_start(room) + room.programs
         # no more assignments than predictions, nor than rows can make; in a compiled graph both are symbols
         places = torch.sym_min(room.predictions, rows.shape[0] * head.places_per_row)
         targets = room.padded if any(head.smooth) else 0
@@ -257,7 +262,7 @@ def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:
 
 def _saved(outputs: GridOutputs, room: _Room, head: GridHead) -> records.Saved:
     """What a loss launch leaves, as the kernels take it."""
-    bases = outputs.state[room.padded // 16 :]
+    bases = outputs.state[_bases_start(room) :]
     return records.Saved(outputs.state, outputs.true_obj if any(head.smooth) else None, outputs.kept, bases)
 
 
