@@ -141,21 +141,19 @@ class _Room(NamedTuple):
 
     predictions: int
     padded: int  # planes, each from a multiple of 16 on
+    states: int  # integers, to a multiple of 16 bytes: a kernel is compiled for how its pointers are aligned
     programs: int  # at most
 
 
 def _room(shapes: Sequence[Sequence[int]], head: GridHead) -> _Room:
     planes = [(s[0] * len(own), s[2] * s[3]) for s, own in zip(shapes, head.levels, strict=True)]
+    padded = sum(count * (-(-cells // 16) * 16) for count, cells in planes)
     return _Room(
         sum(count * cells for count, cells in planes),
-        sum(count * (-(-cells // 16) * 16) for count, cells in planes),
+        padded,
+        -(-padded // 64) * 4,
         sum(count * -(-cells // SMALLEST_TILE) for count, cells in planes),
     )
-
-
-def _bases_start(room: _Room) -> int:
-    """Integers that states take, to a multiple of 16 bytes: a kernel is compiled for how its pointers are aligned."""
-    return -(-room.padded // 64) * 4
 
 
 def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> GridOutputs:
@@ -163,7 +161,7 @@ def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> 
     means = 2 * len(head.levels) if head.mean_rows or head.obj_mean == "used" else 0
     size = places = targets = 0
     if room is not None:
-        size = _bases_start(room) + room.programs
+        size = room.states + room.programs
         # no more assignments than predictions, nor than rows can make; in a compiled graph both are symbols
         places = torch.sym_min(room.predictions, rows.shape[0] * head.places_per_row)
         targets = room.padded if any(head.smooth) else 0
@@ -262,7 +260,7 @@ def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:
 
 def _saved(outputs: GridOutputs, room: _Room, head: GridHead) -> records.Saved:
     """What a loss launch leaves, as the kernels take it."""
-    bases = outputs.state[_bases_start(room) :]
+    bases = outputs.state[room.states :]
     return records.Saved(outputs.state, outputs.true_obj if any(head.smooth) else None, outputs.kept, bases)
 
 
