@@ -48,9 +48,11 @@ def load_eight(ptr):
 @triton.jit
 def load_rows(rows_ptr, g, mask, BLOCK_G: tl.constexpr):
     """The same of a block of rows; rows masked out are of no image."""
-    i = tl.arange(0, 8)[None, :]
-    at = (rows_ptr + g * 6)[:, None] + i
-    return _row_of(tl.reshape(tl.load(at, mask=mask[:, None] & (i < 6), other=-1.0), (BLOCK_G, 2, 2, 2)))
+    i = tl.arange(0, 8)[:, None]
+    # times 1, which the compiler does not know to be: else several threads would share a row, and repeat its work
+    at = (rows_ptr + g * 6)[None, :] + i * tl.num_programs(1)
+    values = tl.load(at, mask=mask[None, :] & (i < 6), other=-1.0)
+    return _row_of(tl.reshape(tl.trans(values), (BLOCK_G, 2, 2, 2)))
 
 
 @triton.jit

@@ -181,7 +181,6 @@ def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: 
     return _outputs(preds[0], rows, head, room)
 
 
-LISTS = 6  # in one piece of memory: those of grid.records.Lists but for blocks
 
 
 class _Plan(NamedTuple):
@@ -190,7 +189,7 @@ class _Plan(NamedTuple):
     loss: Launch
     grad: Launch
     room: _Room
-    lists: int  # integers a row
+    lists: int  # integers a row, see grid.records.Lists
     numbers: int  # partial sums, and boxes met by a tile
 
 
@@ -204,8 +203,10 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
     tuned = wishes("grid", _family(key), preds[0], planes, batch, max(cells), head.num_classes)
     config = grid_config(max(cells), planes, preds[0].dtype.itemsize, tuned)
     per_plane = tuple(len(own) * n for own, n in zip(head.levels, cells, strict=True))
+    near = _near_places(head, shapes, config.cells) if parts.spec["KINDS"] > 1 else 0
     levels = records.Levels(
         batch=2 * batch + 3,
+        near_places=2 * near + 3,
         by=odd(tuple(strides)),
         widths=odd(tuple([shape[3] for shape in shapes])),
         heights=odd(tuple([shape[2] for shape in shapes])),
@@ -221,7 +222,7 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         CELLS=config.cells,
         ROWS=config.rows,
         NEAR=min(64, config.rows),
-        PICKS=max(1, 8 * config.threads // parts.spec["K_PAD"]),
+        PICKS=max(1, 4 * config.threads // parts.spec["K_PAD"]),
         CHANNELS=config.channels,
     )
     programs = sum(batch * len(own) * -(-n // config.cells) for own, n in zip(head.levels, cells, strict=True))
@@ -232,9 +233,15 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         Launch(loss.grid_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages),
         Launch(gradient.grid_grad_kernel, (programs,), arguments, *settings, stages=config.stages),
         _room(shapes, head),
-        LISTS * head.places_per_row,
+        6 * head.places_per_row + 2 * near,
         programs * (loss.N_PARTS.value + 8 * spec.NEAR * spec.IGNORES),
     )
+
+
+def _near_places(head: GridHead, shapes: Sequence[Sequence[int]], cells: int) -> int:
+    """How many tiles have a part of three lines of cells, at most, on all maps."""
+    maps = [(len(own), shape[2], shape[3]) for own, shape in zip(head.levels, shapes, strict=True)]
+    return sum(count * min(-(-height * width // cells), 2 + 3 * width // cells) for count, height, width in maps)
 
 
 @planned
@@ -277,7 +284,7 @@ def grid_launch(
     """The launch that leaves the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
     plan, M = _plan(head.key, layouts(preds)), rows.shape[0]
     spec, (programs,) = plan.loss.arguments["SPEC"], plan.loss.grid
-    blocks = -(-M * spec.KINDS // spec.ROWS) * programs
+    blocks = -(-M * spec.KINDS // spec.ROWS) - (-M // spec.ROWS)
     partial = rows.new_empty(plan.numbers, dtype=outputs.total.dtype)
     done = done_counter(rows.device, workspace)
     return plan.loss.filled(
@@ -285,7 +292,7 @@ def grid_launch(
             "maps": tuple(preds),
             "targets": records.Targets(rows, offsets, class_weights),
             "M": M,
-            "lists_ptr": rows.new_empty(plan.lists * M + 2 * blocks, dtype=torch.int32),
+            "lists_ptr": rows.new_empty(plan.lists * M + programs * (4 * spec.ROWS + blocks), dtype=torch.int32),
             "saved": _saved(outputs, plan.room, head) if with_state else NOTHING,
             "outputs": records.Outputs(outputs.total, outputs.parts, outputs.counts, partial, done),
         }

@@ -14,8 +14,6 @@ from ..primitives import near_divide
 from ..rows import load_row, load_rows
 from .records import Found
 
-RANKED: tl.constexpr = tl.constexpr(8)  # entries of a block that each of it is compared with at a time
-
 
 @triton.jit
 def true_corners(row, site, ACC: tl.constexpr):
@@ -28,21 +26,11 @@ def true_corners(row, site, ACC: tl.constexpr):
 
 
 @triton.jit
-def _block(q, rows, site, head, terms, SPEC: tl.constexpr):
-    """Of some candidates the cell and the row, and whether the tile takes them: the one place that decides it."""
-    count = rows.last - rows.first
-    kind = 0
-    g = rows.first + q
-    if SPEC.KINDS > 1:
-        kind = q // tl.maximum(count, 1)
-        g = rows.first + q % tl.maximum(count, 1)
-    row = load_rows(rows.ptr, g, q < count * SPEC.KINDS, SPEC.ROWS)
-    cell = row_cell(row, kind, site.b, site.W, site.H, head.C, head.limit, SPEC.KINDS > 1)
+def _matches(row, site, head, terms, SPEC: tl.constexpr):
+    """Whether the shapes of rows are such that the anchor of the tile answers for them."""
     gw = row.w.to(SPEC.ACC) * (site.W * site.side)
     gh = row.h.to(SPEC.ACC) * (site.H * site.side)
-    taken = terms.match(gw, gh, site, head.thresh, SPEC.PER_LEVEL)
-    taken = taken & (cell >= site.first_cell) & (cell < site.first_cell + SPEC.CELLS)
-    return cell, g, taken
+    return terms.match(gw, gh, site, head.thresh, SPEC.PER_LEVEL)
 
 
 @triton.jit
@@ -52,65 +40,112 @@ def _take(count_ptr, amount):
 
 
 @triton.jit
-def _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
-    """Leaves the candidates that the tile takes, block by block; returns the number of blocks and of candidates."""
-    end = (rows.last - rows.first) * SPEC.KINDS
+def _places(taken, amount, found, block, blocks_ptr, done_ptr, SPEC: tl.constexpr):
+    """Where those that are taken go in a list of blocks of ROWS, only the last of which is not full; and that block."""
+    filled = found % SPEC.ROWS
+    following = block
+    if (filled == 0) | (filled + amount > SPEC.ROWS):
+        following = _take(done_ptr + 2, SPEC.ROWS)
+        tl.store(blocks_ptr + tl.cdiv(found, SPEC.ROWS), following)
+    place = filled + tl.cumsum(taken, axis=0) - 1
+    return tl.where((filled > 0) & (place < SPEC.ROWS), block, following) + place % SPEC.ROWS, following
+
+
+@triton.jit
+def _list_near(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
+    """Leaves the rows that match and whose cell, or one next to it, is in a line of cells that the tile has a part of;
+    and their number.
+    """
     found = site.pid * 0
-    lane = tl.arange(0, SPEC.ROWS)
-    for q0 in range(0, end, SPEC.ROWS):
-        cell, g, taken = _block(q0 + lane, rows, site, head, terms, SPEC)
+    block = site.pid * 0
+    for g0 in range(rows.first, rows.last, SPEC.ROWS):
+        g = g0 + tl.arange(0, SPEC.ROWS)
+        row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
+        cell = row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, False)
+        line = cell // site.W
+        taken = (cell >= 0) & _matches(row, site, head, terms, SPEC)
+        taken = taken & ((line + 2) * site.W > site.first_cell) & ((line - 1) * site.W < site.first_cell + SPEC.CELLS)
         taken = taken.to(tl.int32)
         amount = tl.sum(taken, axis=0)
-        at = lists.blocks_ptr + q0 // SPEC.ROWS * 2
-        tl.store(at + 1, amount)
         if amount > 0:
-            first = _take(done_ptr + 2, amount)
-            tl.store(at, first)
-            place = first + tl.cumsum(taken, axis=0) - 1
-            tl.store(lists.cell_ptr + place, cell - site.first_cell, mask=taken > 0)
-            tl.store(lists.row_ptr + place, g, mask=taken > 0)
-        found += amount
-    return tl.cdiv(end, SPEC.ROWS), found
+            at, block = _places(taken, amount, found, block, lists.near_ptr, done_ptr, SPEC)
+            tl.store(lists.row_ptr + at, g, mask=taken > 0)
+            found += amount
+    return found
 
 
 @triton.jit
-def _listed(lists, i, SPEC: tl.constexpr):
-    """A block of the list: its cells in the tile, its rows, and a mask."""
-    amount = tl.load(lists.blocks_ptr + 2 * i + 1)
+def _candidates(q, near, rows, site, lists, head, terms, SPEC: tl.constexpr):
+    """Of some candidates the cell and the row, and whether the tile takes them: the one place that decides it."""
+    if SPEC.KINDS > 1:
+        kind = q // near
+        i = q % near
+        mask = q < near * SPEC.KINDS
+        block = tl.load(lists.near_ptr + i // SPEC.ROWS, mask=mask, other=0)
+        g = tl.load(lists.row_ptr + block + i % SPEC.ROWS, mask=mask, other=0)
+        row = load_rows(rows.ptr, g, mask, SPEC.ROWS)
+        cell = row_cell(row, kind, site.b, site.W, site.H, head.C, head.limit, True)
+        taken = mask
+    else:
+        g = rows.first + q
+        row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
+        cell = row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, False)
+        taken = _matches(row, site, head, terms, SPEC)
+    return cell, g, taken & (cell >= site.first_cell) & (cell < site.first_cell + SPEC.CELLS)
+
+
+@triton.jit
+def _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
+    """Leaves the candidates that the tile takes; and their number."""
+    near = rows.last - rows.first
+    if SPEC.KINDS > 1:
+        near = _list_near(rows, site, lists, done_ptr, head, terms, SPEC)
+        tl.debug_barrier()
+    found = site.pid * 0
+    block = site.pid * 0
+    for q0 in range(0, near * SPEC.KINDS, SPEC.ROWS):
+        q = q0 + tl.arange(0, SPEC.ROWS)
+        cell, g, taken = _candidates(q, near, rows, site, lists, head, terms, SPEC)
+        taken = taken.to(tl.int32)
+        amount = tl.sum(taken, axis=0)
+        if amount > 0:
+            at, block = _places(taken, amount, found, block, lists.blocks_ptr, done_ptr, SPEC)
+            tl.store(lists.cell_ptr + at, cell - site.first_cell, mask=taken > 0)
+            tl.store(lists.row_ptr + at, g, mask=taken > 0)
+            found += amount
+    return found
+
+
+@triton.jit
+def _listed(lists, i, found, SPEC: tl.constexpr):
+    """A block of the list: where it begins, how many it holds, their cells in the tile, and a mask."""
+    amount = tl.minimum(found - i * SPEC.ROWS, SPEC.ROWS)
     mask = tl.arange(0, SPEC.ROWS) < amount
-    first = tl.load(lists.blocks_ptr + 2 * i, mask=amount > 0, other=0)
-    at = first + tl.arange(0, SPEC.ROWS)
-    cell = tl.load(lists.cell_ptr + at, mask=mask, other=0)
-    return amount, first, cell, tl.load(lists.row_ptr + at, mask=mask, other=0), mask
+    first = tl.load(lists.blocks_ptr + i)
+    return first, amount, tl.load(lists.cell_ptr + first + tl.arange(0, SPEC.ROWS), mask=mask, other=0), mask
 
 
 @triton.jit
-def _rank(lists, first, amount, cell, SPEC: tl.constexpr):
-    """How many of a block come before each of it on the same cell."""
-    ROWS: tl.constexpr = SPEC.ROWS
-    lane = tl.arange(0, ROWS)
-    key = (cell * ROWS + lane)[:, None]  # less another's: of one cell how much further back, else at least ROWS away
-    rank = tl.zeros([ROWS], tl.int32)
-    for j0 in range(0, amount, RANKED):
-        j = j0 + tl.arange(0, RANKED)
-        other = tl.load(lists.cell_ptr + first + j, mask=j < amount, other=-1) * ROWS + j
-        behind = (key - other[None, :] - 1).to(tl.uint32, bitcast=True)
-        rank += tl.sum((behind < lane.to(tl.uint32)[:, None]).to(tl.int32), axis=1)
-    return rank
-
-
-@triton.jit
-def _order_rows(lists, blocks, free, shared, SPEC: tl.constexpr):
+def _order_rows(lists, found, free, shared, SPEC: tl.constexpr):
     """Leaves the listed rows again, cell by cell, those of one cell in order; ``free`` is where each cell's go."""
-    for i in range(0, blocks):
-        amount, first, cell, g, mask = _listed(lists, i, SPEC)
-        if amount > 0:
-            at = tl.gather(free, cell, 0)
-            if shared:
-                at += _rank(lists, first, amount, cell, SPEC)
-            tl.store(lists.order_ptr + at, g, mask=mask)
-            if i + 1 < blocks:
-                free += tl.histogram(cell, SPEC.CELLS, mask=mask)
+    lane = tl.arange(0, SPEC.ROWS)
+    for i in range(0, tl.cdiv(found, SPEC.ROWS)):
+        first, amount, cell, mask = _listed(lists, i, found, SPEC)
+        own = lane
+        counts = free * 0
+        before = counts
+        if shared:  # cell by cell, with how many of the block are of the cells before
+            key = tl.sort(tl.where(mask, cell, SPEC.CELLS) * SPEC.ROWS + lane)
+            own = key % SPEC.ROWS
+            cell = tl.where(mask, key // SPEC.ROWS, 0)
+            counts = tl.histogram(cell, SPEC.CELLS, mask=mask)
+            before = tl.cumsum(counts, axis=0) - counts
+        g = tl.load(lists.row_ptr + first + own, mask=mask, other=0)
+        at = tl.gather(free - before, cell, 0)
+        if shared:
+            at += lane
+        tl.store(lists.order_ptr + at, g, mask=mask)
+        free += counts
 
 
 @triton.jit
@@ -156,16 +191,15 @@ def assigned(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
             tl.store(lists.order_ptr + base + first, taken, mask=amounts > 0)
     else:
         amounts = tl.zeros([CELLS], tl.int32)
-        blocks, found = _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC)
+        found = _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC)
         if found > 0:
             tl.debug_barrier()
-            for i in range(0, blocks):
-                amount, _first, cell, _g, listed = _listed(lists, i, SPEC)
-                if amount > 0:
-                    amounts += tl.histogram(cell, SPEC.CELLS, mask=listed)
+            for i in range(0, tl.cdiv(found, SPEC.ROWS)):
+                _first, _amount, cell, listed = _listed(lists, i, found, SPEC)
+                amounts += tl.histogram(cell, SPEC.CELLS, mask=listed)
             base = _take(done_ptr + 3, found)
             first = tl.cumsum(amounts, axis=0) - amounts
-            _order_rows(lists, blocks, base + first, tl.max(amounts, axis=0) > 1, SPEC)
+            _order_rows(lists, found, base + first, tl.max(amounts, axis=0) > 1, SPEC)
     is_pick = (amounts > 0).to(tl.int32)
     picks = tl.sum(is_pick, axis=0)
     if found > 0:

@@ -12,8 +12,8 @@ from .site import cells_at, channel_step
 
 
 @triton.jit
-def _near_boxes(g, rows, near_ptr, site, head, SPEC: tl.constexpr):
-    """Leaves the boxes of those of a block of rows in ``near_ptr`` that the tile can overlap so much; and their number.
+def _near_boxes(g, rows, boxes_ptr, site, head, SPEC: tl.constexpr):
+    """Leaves the boxes of those of a block of rows in ``boxes_ptr`` that the tile can overlap so much; and their number.
 
     The centre of a box that overlaps a true one by more than the threshold is less than ``reach`` heights of this away,
     and that of a prediction no further from its cell than the grid sensitivity allows.
@@ -28,7 +28,7 @@ def _near_boxes(g, rows, near_ptr, site, head, SPEC: tl.constexpr):
         middle - reach < (last_cell // site.W + 1) * site.side
     )
     near = (near & row_valid(row, site.b, site.b + 1, head.C, head.limit)).to(tl.int32)
-    at = near_ptr + 8 * (tl.cumsum(near, axis=0) - 1)
+    at = boxes_ptr + 8 * (tl.cumsum(near, axis=0) - 1)
     none = tl.zeros_like(area)
     even = tl.join(tl.join(true.x1, area), tl.join(true.x2, none))
     odd = tl.join(tl.join(true.y1, none), tl.join(true.y2, none))
@@ -62,7 +62,7 @@ def _are_hot(plane, over, cells, site, head, SPEC: tl.constexpr):
 
 
 @triton.jit
-def ignored(plane, logits, rows, near_ptr, site, head, terms, SPEC: tl.constexpr):
+def ignored(plane, logits, rows, boxes_ptr, site, head, terms, SPEC: tl.constexpr):
     """Whether the largest IoU of each prediction with a true box exceeds the threshold, and the gate is passed; and
     with SMOOTH this IoU, 0 elsewhere.
     """
@@ -72,10 +72,10 @@ def ignored(plane, logits, rows, near_ptr, site, head, terms, SPEC: tl.constexpr
     best = tl.zeros([CELLS], SPEC.ACC)
     over = tl.zeros([CELLS], tl.int32)
     for g0 in range(rows.first, rows.last, SPEC.NEAR):
-        near = _near_boxes(g0 + tl.arange(0, SPEC.NEAR), rows, near_ptr, site, head, SPEC)
+        near = _near_boxes(g0 + tl.arange(0, SPEC.NEAR), rows, boxes_ptr, site, head, SPEC)
         tl.debug_barrier()
         for i in tl.range(0, near, loop_unroll_factor=1):
-            x1, y1, x2, y2, true_area, _spare = load_eight(near_ptr + 8 * i)
+            x1, y1, x2, y2, true_area, _spare = load_eight(boxes_ptr + 8 * i)
             shared = intersection(box, Corners(x1, y1, x2, y2))
             union = area + true_area - shared
             if SPEC.SMOOTH:

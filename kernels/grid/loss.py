@@ -38,20 +38,23 @@ def _count_invalid(targets, M, B, head, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _lists(lists_ptr, partial_ptr, pid, M, SPEC: tl.constexpr):
+def _lists(lists_ptr, partial_ptr, pid, M, near_places, SPEC: tl.constexpr):
     """Where a program finds its lists in the memory of all."""
     room = M * SPEC.PLACES
-    blocks_ptr = lists_ptr + 6 * room + pid * tl.cdiv(M * SPEC.KINDS, SPEC.ROWS) * 2
-    near_ptr = partial_ptr + tl.num_programs(0) * N_PARTS + pid * (8 * SPEC.NEAR)
+    pool = room + M * near_places + 2 * tl.num_programs(0) * SPEC.ROWS  # of each list a block may not be full
+    order_ptr = lists_ptr + 2 * pool
+    near = tl.cdiv(M, SPEC.ROWS)
+    blocks_ptr = order_ptr + 4 * room + pid * (tl.cdiv(M * SPEC.KINDS, SPEC.ROWS) + near)
     return Lists(
         cell_ptr=lists_ptr,
-        row_ptr=lists_ptr + room,
-        order_ptr=lists_ptr + 2 * room,
-        pick_ptr=lists_ptr + 3 * room,
-        first_ptr=lists_ptr + 4 * room,
-        pushed_ptr=lists_ptr + 5 * room,
-        blocks_ptr=blocks_ptr,
-        near_ptr=near_ptr,
+        row_ptr=lists_ptr + pool,
+        order_ptr=order_ptr,
+        pick_ptr=order_ptr + room,
+        first_ptr=order_ptr + 2 * room,
+        pushed_ptr=order_ptr + 3 * room,
+        near_ptr=blocks_ptr,
+        blocks_ptr=blocks_ptr + near,
+        boxes_ptr=partial_ptr + tl.num_programs(0) * N_PARTS + pid * (8 * SPEC.NEAR),
     )
 
 
@@ -79,7 +82,7 @@ def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.conste
     for i in tl.static_range(4):
         bad = bad | (logits[i] != logits[i])
     if SPEC.IGNORES:
-        over, best = ignored(plane, logits, rows, lists.near_ptr, site, head, terms, SPEC)
+        over, best = ignored(plane, logits, rows, lists.boxes_ptr, site, head, terms, SPEC)
     amounts, found = assigned(rows, site, lists, outputs.done_ptr, head, terms, SPEC)
     state = tl.where(amounts > 0, ASSIGNED, tl.where(amounts < 0, IGNORED, BACKGROUND))
     true_obj = tl.zeros([CELLS], SPEC.ACC)
@@ -178,7 +181,7 @@ def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms
     plane = Plane(pointer_of(maps, site.level), strides_of(levels.by, site.level))
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, site.b, SPEC.ROWS)
     rows = Rows(targets.ptr, first, last, targets.weights_ptr)
-    lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, SPEC)
+    lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, plain(levels.near_places), SPEC)
     _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC)
     if pid == 0:
         tl.store(outputs.counts_ptr + 1, _count_invalid(targets, M, plain(levels.batch), head, SPEC))

@@ -78,11 +78,12 @@ class Numbers(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """Of the prediction maps one entry a level, the number of images, and the sides of all anchors that compete,
-    (w, h, w, h, ...).
+    """Of the prediction maps one entry a level, the number of images, how many tiles a row may be near, and the sides of
+    all anchors that compete, (w, h, w, h, ...).
     """
 
     batch: Any
+    near_places: Any
     by: Any  # Strides
     widths: Any
     heights: Any
@@ -128,10 +129,11 @@ class Saved(NamedTuple):
 class Lists(NamedTuple):
     """Who is assigned to what; of a program each list begins where it has found room.
 
-    A block of candidates leaves those that its tile takes: their ``cell_ptr`` and ``row_ptr``; where, and how many, is
-    in ``blocks_ptr``, two numbers a block. ``order_ptr`` holds the rows again, by cell, and ``pick_ptr`` each assigned
-    cell, with ``first_ptr``, where its rows begin, and with AVERAGE ``pushed_ptr``, its classes. ``near_ptr`` is room
-    for the boxes of NEAR rows a program.
+    The candidates that a tile takes are in ``cell_ptr`` and ``row_ptr``, in blocks of ROWS that begin where
+    ``blocks_ptr`` says. So are, in ``row_ptr`` too, the rows that it looks at for them where they may take several
+    cells: ``near_ptr`` says where. ``order_ptr`` holds the rows again, by cell, and ``pick_ptr`` each assigned cell,
+    with ``first_ptr``, where its rows begin, and with AVERAGE ``pushed_ptr``, its classes. ``boxes_ptr`` is room for
+    the boxes of NEAR rows a program.
     """
 
     cell_ptr: Any
@@ -140,8 +142,9 @@ class Lists(NamedTuple):
     pick_ptr: Any
     first_ptr: Any
     pushed_ptr: Any
-    blocks_ptr: Any
     near_ptr: Any
+    blocks_ptr: Any
+    boxes_ptr: Any
 
 
 class Outputs(NamedTuple):
