@@ -15,6 +15,7 @@ from ..kernels.dense import loss, match, rank
 from ..kernels.launch import MATCH_BLOCK, MATCH_REGISTERS, MATCH_ROWS, RANK_BLOCK, RANK_PART, DenseConfig, dense_config
 from ..kernels.levels import Strides
 from ..kernels.terms import label
+from ..operator import differentiable, fake, operator
 from ..terms import TERMS
 from ..tuned import wishes
 from .grid import cell_strides
@@ -33,7 +34,6 @@ from .launch import (
     run_all,
     zeros,
 )
-from .operator import differentiable, fake, operator
 
 import triton.language as tl  # isort: skip
 

@@ -15,6 +15,7 @@ from ..kernels import assign
 from ..kernels.grid import gradient, loss, records
 from ..kernels.launch import SMALLEST_TILE, grid_config
 from ..kernels.levels import Strides
+from ..operator import differentiable, fake, operator
 from ..reference.grid import NEIGHBOURS
 from ..terms import TERMS
 from ..tuned import wishes
@@ -29,7 +30,6 @@ from .launch import (
     refuse_double_backward,
     run_all,
 )
-from .operator import differentiable, fake, operator
 
 _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from .. import checks
 from ..kernels import pointwise
 from ..kernels.launch import POINTWISE_BLOCK, POINTWISE_THREADS
+from ..operator import differentiable, fake, operator
 from ..terms import find_term
 from .launch import Launch, accumulator, done_counter, float_parts, refuse_double_backward, run_all
-from .operator import differentiable, fake, operator
 
 # two boxes a thread: with four, the gradient of the longest terms by both boxes leaves the registers
 _THREADS = {pointwise.label_kernel: POINTWISE_THREADS, pointwise.box_kernel: POINTWISE_BLOCK // 2}
