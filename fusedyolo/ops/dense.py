@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from ..heads import DenseHead, dense_head_from_key
 from ..kernels.dense import loss, match, rank
 from ..kernels.launch import MATCH_BLOCK, MATCH_REGISTERS, MATCH_ROWS, RANK_BLOCK, RANK_PART, DenseConfig, dense_config
 from ..kernels.levels import Strides
-from ..kernels.terms import label
 from ..operator import differentiable, fake, operator
 from ..terms import TERMS
 from ..tuned import wishes
@@ -72,21 +71,21 @@ class _Row(NamedTuple):
     weights: tuple[float, ...]
     beta: float
     box_args: tuple[float, ...]
-    label_args: tuple[float, ...]
+    label_args: tuple[Any, ...]
 
 
 @lru_cache(maxsize=256)
 def _row(key: str) -> _Row:
     head = dense_head_from_key(key)
-    box = TERMS[head.box]
+    box, label = TERMS[head.box], TERMS[head.label]
     terms = loss.Terms(
         axis=TERMS[head.decode].kernel,
         box=None if box.is_offset else box.kernel,
         offset=box.kernel if box.is_offset else None,
-        label=label.label_term(head.label, head.label_args),
-        centre=label.bce if head.centreness else None,
+        label=label.kernel,
+        centre=TERMS["bce"].kernel if head.centreness else None,
     )
-    return _Row(terms, head.weights, head.beta, head.box_args, head.label_args)
+    return _Row(terms, head.weights, head.beta, head.box_args, label.kernel_args(head.label_args))
 
 
 def _split(preds: Sequence[Tensor], head: DenseHead) -> list[Sequence[Tensor]]:

@@ -46,7 +46,7 @@ class _Parts(NamedTuple):
 @lru_cache(maxsize=256)
 def _parts(key: str, dtype: torch.dtype) -> _Parts:
     head = head_from_key(key)
-    box = TERMS[head.box]
+    box, label, objectness = TERMS[head.box], TERMS[head.label], TERMS[head.objectness]
     is_band = head.assigner == "iou_band"
     of_box = (head.quality, head.quality_args) == (head.box, head.box_args)
     own = tuple(t for level in head.levels for t in level)
@@ -56,8 +56,8 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         axis=TERMS[head.decode].kernel,
         box=None if box.is_offset else box.kernel,
         offset=box.kernel if box.is_offset else None,
-        label=TERMS[head.label].kernel,
-        objectness=TERMS[head.objectness].kernel,
+        label=label.kernel,
+        objectness=objectness.kernel,
         quality=None if head.quality is None or of_box else TERMS[head.quality].kernel,
         match=_MATCH[head.assigner],
     )
@@ -83,8 +83,8 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         area_weight=head.area_weight,
         area_cap=head.area_cap,
         box_args=head.box_args,
-        label_args=head.label_args,
-        obj_args=head.obj_args,
+        label_args=label.kernel_args(head.label_args),
+        obj_args=objectness.kernel_args(head.obj_args),
         quality_args=head.quality_args,
     )
     spec = {

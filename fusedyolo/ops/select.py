@@ -12,9 +12,9 @@ from .. import checks
 from ..heads import GridHead
 from ..kernels import select as kernels
 from ..kernels.levels import Strides
-from ..kernels.terms import decode
 from ..reference import grid_view
 from ..reference.select import LOWEST_BIN, SCORE_BINS
+from ..terms import TERMS
 from .grid import cell_strides
 from .launch import Launch, float_parts, odd, run_all
 
@@ -75,11 +75,11 @@ def scan_launches(preds: Sequence[Tensor], head: GridHead, conf: float, limit: i
         "K": K,
         "counts": kernels.Counts(histogram, *counts, torch.empty(batch, dtype=torch.int32, device=device)),
         "slots": kernels.Slots(scores, boxes, index),
-        "AXIS": getattr(decode, head.decode),
+        "AXIS": TERMS[head.decode].kernel,
     }
     spec = kernels.ScanSpec(
         MODE="count",
-        SOFTMAX=head.label == "softmax_ce",
+        SOFTMAX=not TERMS[head.label].elementwise,
         NEAR=_near(strides, widths),
         CELLS=block,
         CLASSES=classes,

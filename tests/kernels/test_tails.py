@@ -422,8 +422,8 @@ def div_by_subnormals(a, b):
 def qfl_divided_late(x, t, args):
     ce, miss = label.bce(x, t, ())
     p, r, _e = primitives.logistic(x)
-    w = label._balance(t, args[0]) * primitives.pow_pos(tl.abs(miss), args[1])
-    return w * ce, w * miss + args[1] * div_by_subnormals(w, miss) * (p * r) * ce
+    w = label._balance(t, args[0]) * label._raised(tl.abs(miss), args[1])
+    return w * ce, w * miss + args[1].exponent * div_by_subnormals(w, miss) * (p * r) * ce
 
 
 @triton.jit
