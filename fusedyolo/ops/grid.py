@@ -30,6 +30,7 @@ from .launch import (
     refuse_double_backward,
     run_all,
 )
+from .strides import map_strides
 
 _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
 
@@ -309,32 +310,6 @@ def grid_grad_launch(
             "grad_out_ptr": grad_total,
         }
     )
-
-
-def map_strides(at: Layout, channels: int) -> Strides:
-    """Strides of a map ``[B, A * channels, H, W]`` or ``[B, A, H, W, channels]``; those of axes of length 1 are made
-    to follow their neighbours."""
-    (height, width), stride = at.shape[2:4], at.stride
-    if len(stride) == 4:
-        b, k, y, x = stride
-        a = k * channels
-    else:
-        b, a, y, x, k = stride
-    if width == 1:
-        x = y if height > 1 else 1
-    if height == 1:
-        y = x * width
-    return Strides(b, y, x, a, k)
-
-
-def cell_strides(view: Tensor) -> tuple[int, ...]:
-    """Strides by image, anchor, row, column, channel; those of axes of length 1 are made to follow their neighbours."""
-    b, a, y, x, k = view.stride()
-    if view.shape[3] == 1:
-        x = y if view.shape[2] > 1 else 1
-    if view.shape[2] == 1:
-        y = x * view.shape[3]
-    return b, a, y, x, k
 
 
 @operator
