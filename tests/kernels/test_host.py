@@ -226,6 +226,7 @@ def test_zeros_are_those_of_a_device_and_of_a_capture_on_it(monkeypatch):
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     with Pretend(0):
         assert launch.zeros(first, 2, torch.int32) is not launch.zeros(first, 2, torch.int32)
+        assert launch.done_counter(first).shape == (4,)  # of its own size: all that kernels leave at 0
     assert launch.shared_zeros() == []
     with Pretend(1):
         assert launch.zeros(second, 2, torch.int32) is launch.zeros(second, 2, torch.int32)
