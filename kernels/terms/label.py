@@ -16,7 +16,10 @@ from .records import takes
 
 
 class Power(NamedTuple):
-    """An exponent, and the function that raises to it: a number that changes what is computed is structure."""
+    """An exponent, and the function that raises to it: a number that changes what is computed is structure.
+
+    To be used as it is passed: a variable may not hold a function.
+    """
 
     exponent: Any
     function: Any  # of a base, at least 0, and the exponent
@@ -132,18 +135,17 @@ def focal(x, t, args):
     keeps its digits where the prediction is right.
     """
     takes(args, 2, 3)
-    gamma = args[1]
     if t.dtype == tl.int1:
         w = _balance(t, args[0])
         if len(args) > 2:
             w = tl.where(t, args[2] * w, w)
-        loss, d_x = _modulated(x, t, w, gamma)
+        loss, d_x = _modulated(x, t, w, args[1])
     else:
         ce, d_ce = _weighted_bce(x, t, args)
         p, r, _e = logistic(x)
         q = p * (1.0 - t) + r * t
-        w = _balance(t, args[0]) * _raised(q, gamma)
-        d_w = gamma.exponent * w * (1.0 - 2.0 * t) * safe_div(p * r, q)  # the quotient is at most 1 for a hard target
+        w = _balance(t, args[0]) * _raised(q, args[1])
+        d_w = args[1].exponent * w * (1.0 - 2.0 * t) * safe_div(p * r, q)  # the quotient is at most 1 for a hard target
         loss = w * ce
         d_x = w * d_ce + d_w * ce
     return loss, d_x
@@ -158,15 +160,14 @@ def qfl(x, t, args):
     comes first, being at most 1 for a hard target, where |t - p|^gamma over p - t may leave float32.
     """
     takes(args, 2, 2)
-    gamma = args[1]
     if t.dtype == tl.int1:
-        loss, d_x = _modulated(x, t, _balance(t, args[0]), gamma)
+        loss, d_x = _modulated(x, t, _balance(t, args[0]), args[1])
     else:
         ce, miss = bce(x, t, ())  # p - t, with all its digits where t is 0 or 1
         p, r, _e = logistic(x)
-        w = _balance(t, args[0]) * _raised(tl.abs(miss), gamma)
+        w = _balance(t, args[0]) * _raised(tl.abs(miss), args[1])
         loss = w * ce
-        d_x = w * miss + gamma.exponent * w * safe_div(p * r, miss) * ce
+        d_x = w * miss + args[1].exponent * w * safe_div(p * r, miss) * ce
     return loss, d_x
 
 
@@ -178,12 +179,11 @@ def varifocal(x, t, args):
     """
     takes(args, 2, 2)
     alpha = args[0]
-    gamma = args[1]
     t = t.to(x.dtype)
     ce, d_ce = bce(x, t, ())
     p, r, _e = logistic(x)
-    w = tl.where(t > 0, t, tl.where(alpha >= 0, alpha, 1.0) * _raised(p, gamma))
-    return w * ce, w * d_ce + tl.where(t > 0, 0.0, gamma.exponent * w * r) * ce
+    w = tl.where(t > 0, t, tl.where(alpha >= 0, alpha, 1.0) * _raised(p, args[1]))
+    return w * ce, w * d_ce + tl.where(t > 0, 0.0, args[1].exponent * w * r) * ce
 
 
 @triton.jit
