@@ -342,7 +342,7 @@ def _body_of(func) -> Callable | None:
     """The Python function of a custom operator: what it launches itself counts."""
     from torch._library.custom_ops import OPDEFS
 
-    from fusedyolo.ops.operator import FUNCTIONS
+    from fusedyolo.operator import FUNCTIONS
 
     definition = OPDEFS.get(func._schema.name)
     return FUNCTIONS.get(func) if definition is None else definition._init_fn

@@ -12,6 +12,7 @@ from . import checks, drivers
 from .drivers.protocol import Predictions
 from .drivers.shared import wide
 from .heads import GridHead, head_from_key
+from .operator import fake, operator
 from .reference import select as reference
 
 
@@ -121,18 +122,18 @@ def select(
     backend = backends.resolve(backend, seen.preds[0].device)
     settings = conf, iou, max_det, bool(class_agnostic), candidates
     if backend == "triton" and driver.scans:
-        return Detections(*_select_maps(seen.preds, _key(criterion.head), *settings))
+        return Detections(*select_maps(seen.preds, _key(criterion.head), *settings))
     dtype = wide(seen.preds[0].dtype)
     exact = _decode(criterion, seen._replace(preds=[pred.double() for pred in seen.preds]))
-    boxes, scores, labels, count = _select_decoded(*exact, *settings, backend)
+    boxes, scores, labels, count = select_decoded(*exact, *settings, backend)
     return Detections(boxes.to(dtype), scores.to(dtype), labels, count)
 
 
 # Operators, so that torch.compile need not trace what launches kernels, nor the hundreds of steps of the eager NMS.
 
 
-@torch.library.custom_op("fusedyolo::select_decoded", mutates_args=())
-def _select_decoded(
+@operator
+def select_decoded(
     boxes: Tensor,
     scores: Tensor,
     conf: float,
@@ -159,13 +160,13 @@ def _select_decoded(
     return outputs
 
 
-@_select_decoded.register_fake
+@fake(select_decoded)
 def _(boxes, scores, conf, iou, max_det, class_agnostic, candidates, backend):
     return _outputs(boxes, max_det)
 
 
-@torch.library.custom_op("fusedyolo::select_maps", mutates_args=())
-def _select_maps(
+@operator
+def select_maps(
     preds: list[Tensor], key: str, conf: float, iou: float, max_det: int, class_agnostic: bool, candidates: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What :class:`Detections` holds, of the maps of an anchor grid, ``key`` its row, on Triton."""
@@ -180,7 +181,7 @@ def _select_maps(
     return outputs
 
 
-@_select_maps.register_fake
+@fake(select_maps)
 def _(preds, key, conf, iou, max_det, class_agnostic, candidates):
     return _outputs(preds[0], max_det)
 

@@ -44,6 +44,15 @@ class Term:
         """The function that kernels call."""
         return getattr(import_module(f"fusedyolo.kernels.terms.{self.room}"), self.name)
 
+    def kernel_args(self, args: Sequence[float]) -> tuple[Any, ...]:
+        """The numbers ``args`` as that function takes them: a label term's gamma with what raises to it."""
+        if self.room != "label":
+            return tuple(args)
+        from .kernels.terms.label import power
+
+        names = (*self.numbers, *self.optional)
+        return tuple(power(value) if name == "gamma" else value for name, value in zip(names, args, strict=False))
+
     @property
     def is_offset(self) -> bool:
         """Whether it takes raw outputs, not decoded boxes."""

@@ -52,7 +52,7 @@ def wishes(kind: str, terms: str, pred: Any, planes: bool, batch: int, cells: in
     """What was found best for a launch, nothing where nothing was.
 
     Args:
-        kind: ``"grid"``, ``"cell"`` or ``"dense"``.
+        kind: of the driver, one of ``kernels.launch.KINDS``.
         terms: those of the loss.
         pred: predictions, or what a plan knows of them, for their device and type.
         planes: whether neighbouring cells are neighbours in memory, not neighbouring channels.
@@ -116,8 +116,7 @@ def read(path: Path, gpu: str) -> dict[str, dict[str, Any]]:
 def _usable(key: str, entry: Any) -> bool:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("config"), dict):
         return False
-    kind = key.partition(" ")[0]
-    return kind in ("grid", "cell", "dense") and legal_wishes(kind, entry["config"])
+    return legal_wishes(key.partition(" ")[0], entry["config"])
 
 
 def _refuse(path: Path, why: str) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ import triton.language as tl
 from .assign import row_cell
 from .primitives import larger, smaller
 from .rows import in_its_range, load_rows, rows_end, wrong_offsets
-from .sums import column, column_sums, is_last
+from .sums import column, column_sums, finish, is_last
 from .terms.box import similarity
 from .terms.records import axis_of_sizes
 
@@ -369,16 +369,8 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
     programs = tl.num_programs(0)
     if is_last(outputs.done_ptr, programs):
         sums = column_sums(outputs.partial_ptr, programs, N_PARTS, SPEC.ACC)
-        box = column(sums, 0)
-        obj = column(sums, 1)
-        cls = column(sums, 2)
-        tl.store(outputs.parts_ptr, box)
-        tl.store(outputs.parts_ptr + 1, obj)
-        tl.store(outputs.parts_ptr + 2, cls)
-        tl.store(outputs.total_ptr, box + obj + cls)
-        tl.store(outputs.counts_ptr, column(sums, 3).to(tl.int32))
         tl.store(outputs.counts_ptr + 1, column(sums, 4).to(tl.int32))
-        tl.store(outputs.done_ptr, 0)  # ready for the next launch
+        finish(column(sums, 0), column(sums, 1), column(sums, 2), column(sums, 3), outputs)
 
 
 @triton.jit(do_not_specialize=["B"])

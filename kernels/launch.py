@@ -146,8 +146,25 @@ RANK_PART = 2048  # anchors of a program
 RANK_BLOCK = 1024  # candidates looked at at a time
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What may be asked of the launches of a driver, as configurations are filed."""
+
+    config: type[GridConfig | DenseConfig]
+    cells: tuple[int, int]  # smallest and largest, as in _LEGAL
+    threads: int = 256  # where nothing is asked for
+    most_a_thread: int | None = None  # cells
+    fixed: tuple[str, ...] = ()  # fields that follow from the launch alone
+
+
+KINDS = {
+    # more than 32 cells a thread take the compiler minutes
+    "grid": Kind(GridConfig, (SMALLEST_TILE, 4096), most_a_thread=32),
+    "cell": Kind(GridConfig, (16, 1024), threads=512, fixed=("channels",)),
+    "dense": Kind(DenseConfig, (1, 2048), fixed=("group", "width")),
+}
+
 REGISTERS = 65536  # of a multiprocessor of NVIDIA's: no launch of more
-MOST_A_THREAD = 32  # cells: more take the compiler minutes
 _LEGAL = {  # smallest and largest; powers of two
     "threads": (32, 1024),
     "match_threads": (32, 1024),
@@ -159,14 +176,14 @@ _LEGAL = {  # smallest and largest; powers of two
     "anchors": (64, 2048),
     "rows": (16, 1024),
 }
-_NOT_WISHED: dict[str, set[str]] = {"grid": set(), "cell": {"channels"}, "dense": {"group", "width"}}
-_CELLS = {"grid": (SMALLEST_TILE, 4096), "cell": (16, 1024), "dense": (1, 2048)}
 
 
 def legal_wishes(kind: str, wishes: dict[str, int]) -> bool:
-    """Whether a launch of a ``"grid"``, ``"cell"`` or ``"dense"`` head can be given these, whoever wrote them."""
-    config = DenseConfig if kind == "dense" else GridConfig
-    known = {field.name for field in fields(config)} - _NOT_WISHED[kind]
+    """Whether ``kind`` is one of ``KINDS`` and its launches can be given these, whoever wrote them."""
+    if kind not in KINDS:
+        return False
+    own = KINDS[kind]
+    known = {field.name for field in fields(own.config)}.difference(own.fixed)
     for name, value in wishes.items():
         if name not in known or type(value) is not int:
             return False
@@ -177,11 +194,11 @@ def legal_wishes(kind: str, wishes: dict[str, int]) -> bool:
             if not 32 <= value <= 255:
                 return False
         else:
-            low, high = _CELLS[kind] if name == "cells" else _LEGAL[name]
+            low, high = own.cells if name == "cells" else _LEGAL[name]
             if not low <= value <= high or value & (value - 1):
                 return False
-    threads, registers = wishes.get("threads", 512 if kind == "cell" else 256), wishes.get("max_registers", 128)
-    if kind == "grid" and wishes.get("cells", 0) > MOST_A_THREAD * threads:
+    threads, registers = wishes.get("threads", own.threads), wishes.get("max_registers", 128)
+    if own.most_a_thread is not None and wishes.get("cells", 0) > own.most_a_thread * threads:
         return False
     return threads * registers <= REGISTERS
 

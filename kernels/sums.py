@@ -29,3 +29,17 @@ def column_sums(partial_ptr, programs, COLUMNS: tl.constexpr, ACC: tl.constexpr)
 def column(sums, k):
     """One of the sums."""
     return tl.sum(tl.where(tl.arange(0, sums.shape[0]) == k, sums, 0.0), axis=0)
+
+
+@triton.jit
+def finish(box, obj, cls, assigned, outputs):
+    """The end of a loss: the three parts, the total, the count of assigned predictions; counters are 0 again.
+
+    ``outputs`` has ``parts_ptr``, ``total_ptr``, ``counts_ptr`` and ``done_ptr``, of four integers.
+    """
+    tl.store(outputs.parts_ptr, box)
+    tl.store(outputs.parts_ptr + 1, obj)
+    tl.store(outputs.parts_ptr + 2, cls)
+    tl.store(outputs.total_ptr, box + obj + cls)
+    tl.store(outputs.counts_ptr, assigned.to(tl.int32))
+    tl.store(outputs.done_ptr + tl.arange(0, 4), tl.zeros([4], tl.int32))  # ready for the next launch

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..heads import cell_head_from_key
 from ..kernels import cells
 from ..kernels.launch import GridConfig, cell_config
+from ..operator import differentiable, fake, operator
 from ..reference import cell_views
 from ..tuned import wishes
 from .launch import Launch, Layout, accumulator, done_counter, layout, planned, refuse_double_backward, run_all
-from .operator import differentiable, fake, operator
 
 
 class CellOutputs(NamedTuple):

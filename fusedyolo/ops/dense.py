@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,9 @@ from ..heads import DenseHead, dense_head_from_key
 from ..kernels.dense import loss, match, rank
 from ..kernels.launch import MATCH_BLOCK, MATCH_REGISTERS, MATCH_ROWS, RANK_BLOCK, RANK_PART, DenseConfig, dense_config
 from ..kernels.levels import Strides
-from ..kernels.terms import label
+from ..operator import differentiable, fake, operator
 from ..terms import TERMS
 from ..tuned import wishes
-from .grid import cell_strides
 from .launch import (
     COUNTERS,
     Launch,
@@ -33,9 +32,11 @@ from .launch import (
     run_all,
     zeros,
 )
-from .operator import differentiable, fake, operator
+from .strides import map_strides
 
 import triton.language as tl  # isort: skip
+
+T = TypeVar("T", Tensor, Layout)
 
 KEYS = {torch.float32: tl.int32, torch.float64: tl.int64}
 """Integers that hold the bits of a float."""
@@ -72,24 +73,24 @@ class _Row(NamedTuple):
     weights: tuple[float, ...]
     beta: float
     box_args: tuple[float, ...]
-    label_args: tuple[float, ...]
+    label_args: tuple[Any, ...]
 
 
 @lru_cache(maxsize=256)
 def _row(key: str) -> _Row:
     head = dense_head_from_key(key)
-    box = TERMS[head.box]
+    box, label = TERMS[head.box], TERMS[head.label]
     terms = loss.Terms(
         axis=TERMS[head.decode].kernel,
         box=None if box.is_offset else box.kernel,
         offset=box.kernel if box.is_offset else None,
-        label=label.label_term(head.label, head.label_args),
-        centre=label.bce if head.centreness else None,
+        label=label.kernel,
+        centre=TERMS["bce"].kernel if head.centreness else None,
     )
-    return _Row(terms, head.weights, head.beta, head.box_args, head.label_args)
+    return _Row(terms, head.weights, head.beta, head.box_args, label.kernel_args(head.label_args))
 
 
-def _split(preds: Sequence[Tensor], head: DenseHead) -> list[Sequence[Tensor]]:
+def _split(preds: Sequence[T], head: DenseHead) -> list[Sequence[T]]:
     """Class logits, boxes and centreness, each a tensor a level, of all of them one after the other."""
     levels = len(preds) // (3 if head.centreness else 2)
     return [preds[i : i + levels] for i in range(0, len(preds), levels)]
@@ -100,12 +101,6 @@ def _view(pred: Tensor, channels: int) -> Tensor:
     if pred.ndim == 3:
         return pred[:, None, :, None]
     return pred.unflatten(1, (-1, channels)).permute(0, 3, 4, 1, 2)
-
-
-def _view_strides(view: Tensor) -> Strides:
-    """As :func:`cell_strides` takes them."""
-    b, a, y, x, k = cell_strides(view.permute(0, 3, 1, 2, 4))
-    return Strides(b, y, x, a, k)
 
 
 class _Layout(NamedTuple):
@@ -124,26 +119,27 @@ class _Layout(NamedTuple):
 def _layout(key: str, preds: tuple[Layout, ...], grads: tuple[Layout, ...]) -> _Layout:
     head = dense_head_from_key(key)
     channels = (head.num_classes, BOX_CHANNELS, CENTRE_CHANNELS)[: 3 if head.centreness else 2]
-    levels = len(preds) // len(channels)
-    views, grad_views = (
-        [[_view(own.meta(), c) for own in lie[i * levels : (i + 1) * levels]] for i, c in enumerate(channels)]
-        for lie in (preds, grads)
-    )
-    everything = [view for maps in (*views, *grad_views) for view in maps]
-    flat = all(view.is_contiguous() for view in everything)
-    none = Strides(0, 0, 0, 0, 0)  # a stream has no strides, and no kernel of its own for those of each size
+    of_both = [list(zip(_split(lie, head), channels, strict=True)) for lie in (preds, grads)]
+    views, grad_views = ([[_view(own.meta(), c) for own in maps] for maps, c in kinds] for kinds in of_both)
     strides, grad_strides = (
-        tuple(tuple(Strides(*odd(none if flat else _view_strides(view))) for view in maps) for maps in each)
-        for each in (views, grad_views)
+        tuple(tuple(map_strides(own, c) for own in maps) for maps, c in kinds) for kinds in of_both
     )
-    near = flat or all(_view_strides(view)[1:3] == (view.shape[2], 1) for view in everything)
+    flat = all(view.is_contiguous() for maps in (*views, *grad_views) for view in maps)
     sizes = [view.shape for view in views[0]]
+    widths = tuple(shape[2] for shape in sizes)
+    near = flat or all(
+        (by.row, by.column) == (width, 1)
+        for maps in (*strides, *grad_strides)
+        for by, width in zip(maps, widths, strict=True)
+    )
+    if flat:  # a stream has no strides, and no kernel of its own for those of each size
+        strides = grad_strides = ((Strides(0, 0, 0, 0, 0),) * len(sizes),) * len(channels)
     return _Layout(
         flat,
         near,
-        strides,
-        grad_strides,
-        tuple(shape[2] for shape in sizes),
+        odd(strides),
+        odd(grad_strides),
+        widths,
         tuple(shape[1] * shape[2] for shape in sizes),
         tuple(shape[3] for shape in sizes),
     )

@@ -15,6 +15,7 @@ from ..kernels import assign
 from ..kernels.grid import gradient, loss, records
 from ..kernels.launch import SMALLEST_TILE, grid_config
 from ..kernels.levels import Strides
+from ..operator import differentiable, fake, operator
 from ..reference.grid import NEIGHBOURS
 from ..terms import TERMS
 from ..tuned import wishes
@@ -29,7 +30,7 @@ from .launch import (
     refuse_double_backward,
     run_all,
 )
-from .operator import differentiable, fake, operator
+from .strides import map_strides
 
 _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
 
@@ -46,7 +47,7 @@ class _Parts(NamedTuple):
 @lru_cache(maxsize=256)
 def _parts(key: str, dtype: torch.dtype) -> _Parts:
     head = head_from_key(key)
-    box = TERMS[head.box]
+    box, label, objectness = TERMS[head.box], TERMS[head.label], TERMS[head.objectness]
     is_band = head.assigner == "iou_band"
     of_box = (head.quality, head.quality_args) == (head.box, head.box_args)
     own = tuple(t for level in head.levels for t in level)
@@ -56,8 +57,8 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         axis=TERMS[head.decode].kernel,
         box=None if box.is_offset else box.kernel,
         offset=box.kernel if box.is_offset else None,
-        label=TERMS[head.label].kernel,
-        objectness=TERMS[head.objectness].kernel,
+        label=label.kernel,
+        objectness=objectness.kernel,
         quality=None if head.quality is None or of_box else TERMS[head.quality].kernel,
         match=_MATCH[head.assigner],
     )
@@ -83,8 +84,8 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         area_weight=head.area_weight,
         area_cap=head.area_cap,
         box_args=head.box_args,
-        label_args=head.label_args,
-        obj_args=head.obj_args,
+        label_args=label.kernel_args(head.label_args),
+        obj_args=objectness.kernel_args(head.obj_args),
         quality_args=head.quality_args,
     )
     spec = {
@@ -316,32 +317,6 @@ def grid_grad_launch(
             "grad_out_ptr": grad_total,
         }
     )
-
-
-def map_strides(at: Layout, channels: int) -> Strides:
-    """Strides of a map ``[B, A * channels, H, W]`` or ``[B, A, H, W, channels]``; those of axes of length 1 are made
-    to follow their neighbours."""
-    (height, width), stride = at.shape[2:4], at.stride
-    if len(stride) == 4:
-        b, k, y, x = stride
-        a = k * channels
-    else:
-        b, a, y, x, k = stride
-    if width == 1:
-        x = y if height > 1 else 1
-    if height == 1:
-        y = x * width
-    return Strides(b, y, x, a, k)
-
-
-def cell_strides(view: Tensor) -> tuple[int, ...]:
-    """Strides by image, anchor, row, column, channel; those of axes of length 1 are made to follow their neighbours."""
-    b, a, y, x, k = view.stride()
-    if view.shape[3] == 1:
-        x = y if view.shape[2] > 1 else 1
-    if view.shape[2] == 1:
-        y = x * view.shape[3]
-    return b, a, y, x, k
 
 
 @operator

@@ -233,8 +233,8 @@ def workspace(device: torch.device, rows: int = 0) -> Tensor | None:
 
 
 def done_counter(device: torch.device, own: Tensor | None = None) -> Tensor:
-    """The counters of finished programs and of places taken, in a workspace where there is one; left at 0."""
-    return zeros(device, 2, torch.int32) if own is None else own[:COUNTERS].view(torch.int32)
+    """Four counters, of finished programs and of places taken, in a workspace where there is one; left at 0."""
+    return zeros(device, 2 * COUNTERS, torch.int32) if own is None else own[:COUNTERS].view(torch.int32)
 
 
 def row_maxima(device: torch.device, rows: int, own: Tensor | None = None) -> Tensor:

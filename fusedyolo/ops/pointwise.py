@@ -11,9 +11,9 @@ from torch import Tensor
 from .. import checks
 from ..kernels import pointwise
 from ..kernels.launch import POINTWISE_BLOCK, POINTWISE_THREADS
+from ..operator import differentiable, fake, operator
 from ..terms import find_term
 from .launch import Launch, accumulator, done_counter, float_parts, refuse_double_backward, run_all
-from .operator import differentiable, fake, operator
 
 # two boxes a thread: with four, the gradient of the longest terms by both boxes leaves the registers
 _THREADS = {pointwise.label_kernel: POINTWISE_THREADS, pointwise.box_kernel: POINTWISE_BLOCK // 2}
@@ -76,12 +76,12 @@ def _label(kind: str, args: list[float]) -> pointwise.Term:
     term = find_term("kind", kind, "class", "objectness")
     if not term.elementwise:
         checks.fail("kind", repr(kind), "a label term that is elementwise")
-    return pointwise.Term(term.kernel, tuple(args), (None, None))
+    return pointwise.Term(term.kernel, term.kernel_args(args), (None, None))
 
 
 def _box(kind: str, args: list[float], extent: list[float] | None) -> pointwise.Term:
-    sides = (None, None) if extent is None else tuple(extent)
-    return pointwise.Term(find_term("kind", kind, "iou").kernel, tuple(args), sides)
+    term, sides = find_term("kind", kind, "iou"), (None, None) if extent is None else tuple(extent)
+    return pointwise.Term(term.kernel, term.kernel_args(args), sides)
 
 
 @operator

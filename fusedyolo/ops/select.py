@@ -12,11 +12,11 @@ from .. import checks
 from ..heads import GridHead
 from ..kernels import select as kernels
 from ..kernels.levels import Strides
-from ..kernels.terms import decode
 from ..reference import grid_view
 from ..reference.select import LOWEST_BIN, SCORE_BINS
-from .grid import cell_strides
+from ..terms import TERMS
 from .launch import Launch, float_parts, odd, run_all
+from .strides import map_strides
 
 MOST_PAIRS = 2**31 - 1  # indices are int32
 SCAN_THREADS = NMS_THREADS = 256
@@ -38,16 +38,17 @@ class Candidates:
 
 def scan_launches(preds: Sequence[Tensor], head: GridHead, conf: float, limit: int) -> tuple[Candidates, list[Launch]]:
     """The launches that fill the candidates of an anchor-grid head, the best ``limit`` pairs of each image."""
+    C = head.num_classes
     views = [grid_view(pred, len(own)) for pred, own in zip(preds, head.levels, strict=True)]
-    strides = [cell_strides(view) for view in views]
+    strides = [map_strides(pred, 5 + C) for pred in preds]
     widths, cells = [view.shape[3] for view in views], [view.shape[2] * view.shape[3] for view in views]
     anchors = [len(own) for own in head.levels]
-    batch, C = views[0].shape[0], head.num_classes
+    batch = views[0].shape[0]
     pairs = C * sum(a * n for a, n in zip(anchors, cells, strict=True))
     if pairs > MOST_PAIRS:
         checks.fail("preds", f"{pairs} pairs of a prediction and a class", f"at most {MOST_PAIRS} an image")
     K = min(limit, pairs)
-    block, classes = _tile(max(cells), C, all(s[3] == 1 for s in strides))
+    block, classes = _tile(max(cells), C, all(by.column == 1 for by in strides))
     tiles = sum(a * -(-n // block) for a, n in zip(anchors, cells, strict=True))
 
     device = views[0].device
@@ -60,9 +61,7 @@ def scan_launches(preds: Sequence[Tensor], head: GridHead, conf: float, limit: i
     arguments = {
         "levels": kernels.Levels(
             raw_ptrs=tuple(preds),
-            by=tuple(
-                Strides(*odd((image, row, column, anchor, channel))) for image, anchor, row, column, channel in strides
-            ),
+            by=odd(tuple(strides)),
             Ws=odd(tuple(widths)),
             HWs=odd(tuple(cells)),
             anchors=tuple(tuple(side for t in own for side in head.anchors[t]) for own in head.levels),
@@ -75,11 +74,11 @@ def scan_launches(preds: Sequence[Tensor], head: GridHead, conf: float, limit: i
         "K": K,
         "counts": kernels.Counts(histogram, *counts, torch.empty(batch, dtype=torch.int32, device=device)),
         "slots": kernels.Slots(scores, boxes, index),
-        "AXIS": getattr(decode, head.decode),
+        "AXIS": TERMS[head.decode].kernel,
     }
     spec = kernels.ScanSpec(
         MODE="count",
-        SOFTMAX=head.label == "softmax_ce",
+        SOFTMAX=not TERMS[head.label].elementwise,
         NEAR=_near(strides, widths),
         CELLS=block,
         CLASSES=classes,
@@ -101,11 +100,11 @@ def scan_launches(preds: Sequence[Tensor], head: GridHead, conf: float, limit: i
     ]
 
 
-def _near(strides: Sequence[tuple[int, ...]], widths: Sequence[int]) -> str | None:
+def _near(strides: Sequence[Strides], widths: Sequence[int]) -> str | None:
     """Which neighbours lie next to each other in memory: all cells of a plane, the channels of a cell, or neither."""
-    if all((row, column) == (width, 1) for (_, _, row, column, _), width in zip(strides, widths, strict=True)):
+    if all((by.row, by.column) == (width, 1) for by, width in zip(strides, widths, strict=True)):
         return "cells"
-    return "channels" if all(by[4] == 1 for by in strides) else None
+    return "channels" if all(by.channel == 1 for by in strides) else None
 
 
 def _tile(largest_map: int, num_classes: int, cells_contiguous: bool) -> tuple[int, int]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..heads import DenseHead
-from .overlap import PairIoU, area, chunks, corner_areas, corners_of
+from .overlap import area, corner_areas, corners_of
+from .pairs import PairIoU, chunks
 from .primitives import constants
 from .rows import BoxRows, Rows, read_corners
 from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..heads import GridHead, obj_scales
-from .overlap import PairIoU, area, corners_of, iou_of_areas
+from .overlap import area, corners_of, iou_of_areas
+from .pairs import PairIoU
 from .primitives import constants
 from .rows import Rows, read_rows
 from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS

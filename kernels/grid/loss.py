@@ -7,7 +7,7 @@ from ..assign import row_valid
 from ..levels import pointer_of, strides_of
 from ..primitives import plain
 from ..rows import image_rows, in_its_range, load_rows, rows_end, wrong_offsets
-from ..sums import column, column_sums, is_last
+from ..sums import column, column_sums, finish, is_last
 from .assign import assigned
 from .box import prior_term
 from .ignore import ignored
@@ -125,7 +125,7 @@ def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.conste
 
 
 @triton.jit
-def _finish(levels, outputs, SPEC: tl.constexpr):
+def _sum_up(levels, outputs, SPEC: tl.constexpr):
     """The parts and the total, from the partial sums of all programs."""
     box = tl.cast(0.0, SPEC.ACC)
     obj = tl.cast(0.0, SPEC.ACC)
@@ -156,12 +156,7 @@ def _finish(levels, outputs, SPEC: tl.constexpr):
         obj = column(sums, 1)
         cls = column(sums, 2)
         picks = column(sums, 3)
-    tl.store(outputs.parts_ptr, box)
-    tl.store(outputs.parts_ptr + 1, obj)
-    tl.store(outputs.parts_ptr + 2, cls)
-    tl.store(outputs.total_ptr, box + obj + cls)
-    tl.store(outputs.counts_ptr, picks.to(tl.int32))
-    tl.store(outputs.done_ptr + tl.arange(0, 4), tl.zeros([4], tl.int32))  # ready for the next launch
+    finish(box, obj, cls, picks, outputs)
 
 
 @triton.jit
@@ -186,4 +181,4 @@ def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms
     if pid == 0:
         tl.store(outputs.counts_ptr + 1, _count_invalid(targets, M, plain(levels.batch), head, SPEC))
     if is_last(outputs.done_ptr, tl.num_programs(0)):
-        _finish(levels, outputs, SPEC)
+        _sum_up(levels, outputs, SPEC)

@@ -49,7 +49,7 @@ class Spec(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The numbers of a head: see :class:`fusedyolo.heads.GridHead`."""
+    """The numbers of a head: see :class:`fusedyolo.heads.GridHead`; those of terms as these take them."""
 
     C: int
     thresh: float

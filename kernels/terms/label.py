@@ -2,16 +2,55 @@
 
 Contract: ``label(x, t, args) -> loss, d_x``, finite for |x| <= 1e4, and NaN where x or t is. All are elementwise but
 :func:`softmax_ce`, which goes along the last axis, a NaN along its row, and smooth but :func:`qfl`. A negative alpha
-means no factor; ``pos_weight`` multiplies the positive half of BCE. Of a hard target much less is to be computed.
+means no factor; ``pos_weight`` multiplies the positive half of BCE; gamma comes as a :class:`Power`. Of a hard target
+much less is to be computed.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..primitives import exp_down, log1p, log1p_of_share, logistic, pow_pos, safe_div
+from .records import takes
+
+
+class Power(NamedTuple):
+    """An exponent, and the function that raises to it: a number that changes what is computed is structure.
+
+    To be used as it is passed: a variable may not hold a function.
+    """
+
+    exponent: Any
+    function: Any  # of a base, at least 0, and the exponent
+
+
+@triton.jit
+def _power_0(q, exponent):
+    return q * 0.0 + 1.0  # NaN stays NaN
+
+
+@triton.jit
+def _power_1(q, exponent):
+    return q
+
+
+@triton.jit
+def _power_2(q, exponent):
+    return q * q
+
+
+_POWERS = {0.0: _power_0, 1.0: _power_1, 2.0: _power_2}
+
+
+def power(exponent: float) -> Power:
+    """An exponent as terms take it; to 0, 1 and 2 nothing is raised by logarithms."""
+    return Power(exponent, _POWERS.get(exponent, pow_pos))
+
+
+@triton.jit
+def _raised(q, power):
+    return power.function(q, power.exponent)
 
 
 class Miss(NamedTuple):
@@ -38,6 +77,7 @@ def bce(x, t, args):
 
     Its derivative sigmoid(x) - t is taken as sigmoid(x) (1 - t) - sigmoid(-x) t, exact where a sure logit is right.
     """
+    takes(args, 0, 1)
     if t.dtype == tl.int1:
         miss = _miss(x, t)
         loss = miss.ce
@@ -80,30 +120,11 @@ def _balance(t, alpha):
 
 
 @triton.jit
-def _modulated(x, t, w, gamma, POWER: tl.constexpr):
+def _modulated(x, t, w, gamma):
     """Weight times wrong^gamma BCE of a hard target, wrong the probability of the wrong answer, and its derivative."""
     miss = _miss(x, t)
-    w = w * POWER(miss.wrong, gamma)
-    return w * miss.ce, w * miss.sign * (miss.wrong + gamma * miss.right * miss.ce)
-
-
-@triton.jit
-def _focal(x, t, args, POWER: tl.constexpr):
-    gamma = args[1]
-    if t.dtype == tl.int1:
-        w = _balance(t, args[0])
-        if len(args) > 2:
-            w = tl.where(t, args[2] * w, w)
-        loss, d_x = _modulated(x, t, w, gamma, POWER)
-    else:
-        ce, d_ce = _weighted_bce(x, t, args)
-        p, r, _e = logistic(x)
-        q = p * (1.0 - t) + r * t
-        w = _balance(t, args[0]) * POWER(q, gamma)
-        d_w = gamma * w * (1.0 - 2.0 * t) * safe_div(p * r, q)  # the quotient is at most 1 for a hard target
-        loss = w * ce
-        d_x = w * d_ce + d_w * ce
-    return loss, d_x
+    w = w * _raised(miss.wrong, gamma)
+    return w * miss.ce, w * miss.sign * (miss.wrong + gamma.exponent * miss.right * miss.ce)
 
 
 @triton.jit
@@ -113,20 +134,20 @@ def focal(x, t, args):
     ``args = (alpha, gamma)`` or ``(alpha, gamma, pos_weight)``. q is summed from products, not from 1 - p_t, so that it
     keeps its digits where the prediction is right.
     """
-    return _focal(x, t, args, pow_pos)
-
-
-@triton.jit
-def _qfl(x, t, args, POWER: tl.constexpr):
-    gamma = args[1]
+    takes(args, 2, 3)
     if t.dtype == tl.int1:
-        loss, d_x = _modulated(x, t, _balance(t, args[0]), gamma, POWER)
+        w = _balance(t, args[0])
+        if len(args) > 2:
+            w = tl.where(t, args[2] * w, w)
+        loss, d_x = _modulated(x, t, w, args[1])
     else:
-        ce, miss = bce(x, t, ())  # p - t, with all its digits where t is 0 or 1
+        ce, d_ce = _weighted_bce(x, t, args)
         p, r, _e = logistic(x)
-        w = _balance(t, args[0]) * POWER(tl.abs(miss), gamma)
+        q = p * (1.0 - t) + r * t
+        w = _balance(t, args[0]) * _raised(q, args[1])
+        d_w = args[1].exponent * w * (1.0 - 2.0 * t) * safe_div(p * r, q)  # the quotient is at most 1 for a hard target
         loss = w * ce
-        d_x = w * miss + gamma * w * safe_div(p * r, miss) * ce
+        d_x = w * d_ce + d_w * ce
     return loss, d_x
 
 
@@ -138,18 +159,16 @@ def qfl(x, t, args):
     large, but finite: gamma |t - p|^(gamma - 1) of a difference that is all rounding. The quotient p (1 - p) / (p - t)
     comes first, being at most 1 for a hard target, where |t - p|^gamma over p - t may leave float32.
     """
-    return _qfl(x, t, args, pow_pos)
-
-
-@triton.jit
-def _varifocal(x, t, args, POWER: tl.constexpr):
-    alpha = args[0]
-    gamma = args[1]
-    t = t.to(x.dtype)
-    ce, d_ce = bce(x, t, ())
-    p, r, _e = logistic(x)
-    w = tl.where(t > 0, t, tl.where(alpha >= 0, alpha, 1.0) * POWER(p, gamma))
-    return w * ce, w * d_ce + tl.where(t > 0, 0.0, gamma * w * r) * ce
+    takes(args, 2, 2)
+    if t.dtype == tl.int1:
+        loss, d_x = _modulated(x, t, _balance(t, args[0]), args[1])
+    else:
+        ce, miss = bce(x, t, ())  # p - t, with all its digits where t is 0 or 1
+        p, r, _e = logistic(x)
+        w = _balance(t, args[0]) * _raised(tl.abs(miss), args[1])
+        loss = w * ce
+        d_x = w * miss + args[1].exponent * w * safe_div(p * r, miss) * ce
+    return loss, d_x
 
 
 @triton.jit
@@ -158,12 +177,19 @@ def varifocal(x, t, args):
 
     Differentiated through the modulator.
     """
-    return _varifocal(x, t, args, pow_pos)
+    takes(args, 2, 2)
+    alpha = args[0]
+    t = t.to(x.dtype)
+    ce, d_ce = bce(x, t, ())
+    p, r, _e = logistic(x)
+    w = tl.where(t > 0, t, tl.where(alpha >= 0, alpha, 1.0) * _raised(p, args[1]))
+    return w * ce, w * d_ce + tl.where(t > 0, 0.0, args[1].exponent * w * r) * ce
 
 
 @triton.jit
 def sse(x, t, args):
     """(sigmoid(x) - t)^2; ``args = ()``."""
+    takes(args, 0, 0)
     p, q, _e = logistic(x)
     t = t.to(x.dtype)
     miss = p * (1.0 - t) - q * t
@@ -193,85 +219,10 @@ def softmax_ce(x, t, args):
     nothing. The largest entry is left out of the sum of exponentials, and 1 - p comes from it: both keep the digits of
     a class that is nearly sure.
     """
+    takes(args, 0, 0)
     t = t.to(x.dtype)
     largest = tl.max(x, axis=-1, keep_dims=True)
     e, first = exponentials(x, largest)
     rest = tl.sum(tl.where(first, 0.0, e), axis=-1, keep_dims=True)
     rest += tl.sum(first.to(e.dtype), axis=-1, keep_dims=True) - 1.0  # equals of the largest
     return -t * (x - largest - log1p(rest)), softmax_slope(e, first, rest, t, tl.sum(t, axis=-1, keep_dims=True))
-
-
-# The terms of a gamma that is 0, 1 or 2: no general power is taken.
-
-
-@triton.jit
-def _power_0(q, gamma):
-    return q * 0.0 + 1.0  # NaN stays NaN
-
-
-@triton.jit
-def _power_1(q, gamma):
-    return q
-
-
-@triton.jit
-def _power_2(q, gamma):
-    return q * q
-
-
-@triton.jit
-def _focal_0(x, t, args):
-    return _focal(x, t, args, _power_0)
-
-
-@triton.jit
-def _focal_1(x, t, args):
-    return _focal(x, t, args, _power_1)
-
-
-@triton.jit
-def _focal_2(x, t, args):
-    return _focal(x, t, args, _power_2)
-
-
-@triton.jit
-def _qfl_0(x, t, args):
-    return _qfl(x, t, args, _power_0)
-
-
-@triton.jit
-def _qfl_1(x, t, args):
-    return _qfl(x, t, args, _power_1)
-
-
-@triton.jit
-def _qfl_2(x, t, args):
-    return _qfl(x, t, args, _power_2)
-
-
-@triton.jit
-def _varifocal_0(x, t, args):
-    return _varifocal(x, t, args, _power_0)
-
-
-@triton.jit
-def _varifocal_1(x, t, args):
-    return _varifocal(x, t, args, _power_1)
-
-
-@triton.jit
-def _varifocal_2(x, t, args):
-    return _varifocal(x, t, args, _power_2)
-
-
-_OF_GAMMA = {
-    focal: (_focal_0, _focal_1, _focal_2),
-    qfl: (_qfl_0, _qfl_1, _qfl_2),
-    varifocal: (_varifocal_0, _varifocal_1, _varifocal_2),
-}
-
-
-def label_term(kind: str, args: Sequence[float]) -> Any:
-    """The term of this name that a row with these numbers takes: numbers that change it are its structure."""
-    term = globals()[kind]
-    return _OF_GAMMA[term][int(args[1])] if term in _OF_GAMMA and args[1] in (0, 1, 2) else term

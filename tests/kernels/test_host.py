@@ -12,14 +12,13 @@ import triton
 from conftest import DEVICE
 from fusedyolo.kernels import select as kernels
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 
 import fusedyolo
 from fusedyolo import detections, functional, ops, tuned
+from fusedyolo.operator import FUNCTIONS
 from fusedyolo.ops import launch
 from fusedyolo.ops.launch import Launch
-from fusedyolo.ops.operator import FUNCTIONS
 
 ROWS = ((0, 1, 0.4, 0.4, 0.3, 0.4), (0, 2, 0.6, 0.7, 0.2, 0.2), (1, 0, 0.3, 0.6, 0.5, 0.3))
 
@@ -170,7 +169,7 @@ class Driver:
 
 def inside(operator: Any) -> Callable[..., Any]:
     """What an operator runs."""
-    return FUNCTIONS[operator] if operator in FUNCTIONS else OPDEFS[operator._qualname]._init_fn
+    return FUNCTIONS[operator]
 
 
 def run_operators() -> None:
@@ -204,9 +203,9 @@ def run_operators() -> None:
 
     maps, settings = [torch.zeros(1, 8, 8, 8)], (0.25, 0.5, 10, False, 100)
     head = fusedyolo.YOLOv5Loss([[(10, 13)]], (8,), 3).head
-    inside(detections._select_maps)(maps, head.key, *settings)
+    inside(detections.select_maps)(maps, head.key, *settings)
     decoded = torch.zeros(1, 64, 4, dtype=torch.float64), torch.zeros(1, 64, 3, dtype=torch.float64)
-    inside(detections._select_decoded)(*decoded, *settings, "triton")
+    inside(detections.select_decoded)(*decoded, *settings, "triton")
 
 
 def test_every_operator_launches_on_the_device_of_its_tensors(monkeypatch):
@@ -227,6 +226,7 @@ def test_zeros_are_those_of_a_device_and_of_a_capture_on_it(monkeypatch):
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     with Pretend(0):
         assert launch.zeros(first, 2, torch.int32) is not launch.zeros(first, 2, torch.int32)
+        assert launch.done_counter(first).shape == (4,)  # of its own size: all that kernels leave at 0
     assert launch.shared_zeros() == []
     with Pretend(1):
         assert launch.zeros(second, 2, torch.int32) is launch.zeros(second, 2, torch.int32)

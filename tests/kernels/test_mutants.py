@@ -73,6 +73,15 @@ def check_prior_grid() -> None:
     check_grid([pred], torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.75]]), head, tolerance=1e-11)
 
 
+def check_focal_grid() -> None:
+    """Exponents for which no general power is taken, of classes and of objectness."""
+    rows, pred = make_rows(n=6), make_preds(torch.float64, batch=1, size=(16, 24))[0][:, :8]
+    one = replace(RATIO, anchors=((16.0, 16.0),), levels=((0,),), strides=(8.0,), scale_x_y=(2.0,), obj_balance=())
+    for label_gamma, obj_gamma in ((2.0, 0.0), (0.0, 1.0), (1.0, 2.0)):
+        terms = {"label": "focal", "label_args": (0.25, label_gamma), "objectness": "focal"}
+        check_grid([pred], rows, replace(one, **terms, obj_args=(-1.0, obj_gamma)), tolerance=1e-11)
+
+
 def check_band_grid() -> None:
     rows = torch.tensor([[0, 0, 0.5, 0.5, 0.25, 0.5], [0, 1, 0.55, 0.5, 0.25, 0.5], [0, 2, 0.25, 0.25, 0.375, 0.5]])
     pred = make_preds(torch.float64, batch=1, size=(32, 48))[0][:, :8]
@@ -137,6 +146,8 @@ def check_labels() -> None:
     check_label_term("bce", [])
     check_label_term("focal", [0.25, 1.5])
     check_label_term("focal", [-1.0, 0.0])
+    check_label_term("focal", [0.25, 1.0])
+    check_label_term("focal", [0.25, 2.0])
     check_label_term("bce", [], torch.float32)
 
 
@@ -214,8 +225,8 @@ def bce_naive_log(x, t, args):
 
 
 @triton.jit
-def pow_without_zero(q, g):
-    return tl.exp(g * tl.log(q))
+def power_999(q, exponent):
+    return 0.999 * primitives.pow_pos(q, exponent)
 
 
 @triton.jit
@@ -503,7 +514,7 @@ def balance_swapped(t, alpha):
 @triton.jit
 def qfl_held(x, t, args):
     ce, miss = label.bce(x, t, ())
-    w = label._balance(t, args[0]) * primitives.pow_pos(tl.abs(miss), args[1])
+    w = label._balance(t, args[0]) * label._raised(tl.abs(miss), args[1])
     return w * ce, w * miss
 
 
@@ -511,15 +522,15 @@ def qfl_held(x, t, args):
 def qfl_unsigned(x, t, args):
     ce, miss = label.bce(x, t, ())
     p, r, _e = primitives.logistic(x)
-    w = label._balance(t, args[0]) * primitives.pow_pos(tl.abs(miss), args[1])
-    return w * ce, w * miss + args[1] * primitives.safe_div(w, tl.abs(miss)) * (p * r) * ce
+    w = label._balance(t, args[0]) * label._raised(tl.abs(miss), args[1])
+    return w * ce, w * miss + args[1].exponent * primitives.safe_div(w, tl.abs(miss)) * (p * r) * ce
 
 
 @triton.jit
 def varifocal_held(x, t, args):
     ce, d_ce = label.bce(x, t, ())
     p, _r, _e = primitives.logistic(x)
-    w = tl.where(t > 0, t, tl.where(args[0] >= 0, args[0], 1.0) * primitives.pow_pos(p, args[1]))
+    w = tl.where(t > 0, t, tl.where(args[0] >= 0, args[0], 1.0) * label._raised(p, args[1]))
     return w * ce, w * d_ce
 
 
@@ -527,8 +538,8 @@ def varifocal_held(x, t, args):
 def varifocal_of_all(x, t, args):
     ce, d_ce = label.bce(x, t, ())
     p, r, _e = primitives.logistic(x)
-    w = tl.where(args[0] >= 0, args[0], 1.0) * primitives.pow_pos(p, args[1])
-    return w * ce, w * d_ce + args[1] * w * r * ce
+    w = tl.where(args[0] >= 0, args[0], 1.0) * label._raised(p, args[1])
+    return w * ce, w * d_ce + args[1].exponent * w * r * ce
 
 
 @triton.jit
@@ -687,7 +698,7 @@ MUTANTS = [
     (box, "_enclose", enclose_of_first, check_boxes),
     (box, "_scaled_eps", no_scaled_eps, check_boxes),
     (label, "log1p_of_share", log1p_naive, check_labels),
-    (label, "pow_pos", pow_without_zero, check_labels),
+    (label, "pow_pos", pow_of_twice, check_labels),
     (label, "bce", bce_sign, check_labels),
     (label, "bce", bce_sign, check_small_grid),
     (label, "bce", bce_999, check_small_grid),
@@ -748,8 +759,8 @@ MUTANTS = [
 
 CHECKS = [
     check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_row_term,
-    check_ratio_grid, check_strips, check_prior_grid, check_band_grid, check_retinanet, check_ssd, check_ssd_classes,
-    check_far_object, check_fcos, check_blocks,
+    check_ratio_grid, check_strips, check_prior_grid, check_focal_grid, check_band_grid, check_retinanet, check_ssd,
+    check_ssd_classes, check_far_object, check_fcos, check_blocks,
 ]  # fmt: skip
 
 
@@ -783,3 +794,17 @@ def test_a_broken_function_is_caught(module, name, broken, check, monkeypatch, f
         monkeypatch.setitem(grid_ops._MATCH, name, broken)
     with pytest.raises(AssertionError):
         check()
+
+
+@pytest.mark.parametrize("exponent", label._POWERS)
+@pytest.mark.parametrize("check", [check_labels, check_focal_grid])
+def test_a_wrong_power_is_caught(exponent, check, monkeypatch, fresh_constants):
+    monkeypatch.setitem(label._POWERS, exponent, power_999)
+    with pytest.raises(AssertionError):
+        check()
+
+
+def test_dense_heads_take_no_general_power(monkeypatch, fresh_constants):
+    monkeypatch.setitem(label._POWERS, 2.0, power_999)
+    with pytest.raises(AssertionError):
+        check_retinanet()

@@ -70,12 +70,23 @@ def test_row_term(kind, dtype):
 
 
 @triton.jit
-def _taking_kernel(one_ptr, out_ptr, args, extent, BOX: tl.constexpr):
+def _box_kernel(one_ptr, out_ptr, args, extent, TERM: tl.constexpr):
     """A box term of lengths of 1."""
     one = tl.load(one_ptr + tl.arange(0, 1))
     axis = axis_of_edges(one, one + one, one, one + one, extent)
-    loss, _x, _y = BOX(axis, axis, args)
+    loss, _x, _y = TERM(axis, axis, args)
     tl.store(out_ptr + tl.arange(0, 1), loss)
+
+
+@triton.jit
+def _label_kernel(one_ptr, out_ptr, args, extent, TERM: tl.constexpr):
+    """A label term of a logit of 1."""
+    one = tl.load(one_ptr + tl.arange(0, 1))
+    loss, _d_x = TERM(one, one, args)
+    tl.store(out_ptr + tl.arange(0, 1), loss)
+
+
+TAKING = {"box": _box_kernel, "label": _label_kernel}
 
 
 def reasons(error: BaseException | None) -> str:
@@ -83,14 +94,15 @@ def reasons(error: BaseException | None) -> str:
     return "" if error is None else f"{error}\n{reasons(error.__cause__ or error.__context__)}"
 
 
-@pytest.mark.parametrize("kind", BOX_KINDS)
+@pytest.mark.parametrize("kind", [name for name, term in TERMS.items() if term.room in TAKING])
 def test_a_kernel_takes_the_numbers_of_the_table(kind):
     """A term itself refuses another number of them, when it is compiled."""
     term = TERMS[kind]
     taken = {len(term.numbers), len(term.numbers) + len(term.optional)}
     for n in range(6):
-        one = torch.ones(1, device=DEVICE)
-        launch = partial(_taking_kernel[(1,)], one, torch.empty_like(one), (0.5,) * n, EXTENT[0], term.kernel)
+        one, args = torch.ones(1, device=DEVICE), term.kernel_args((0.5,) * n)
+        args += (0.5,) * (n - len(args))
+        launch = partial(TAKING[term.room][(1,)], one, torch.empty_like(one), args, EXTENT[0], term.kernel)
         if n in taken:
             launch()
         else:

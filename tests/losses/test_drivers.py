@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fusedyolo.kernels.launch import KINDS
 
 import fusedyolo
 from fusedyolo import drivers
@@ -31,8 +32,8 @@ FLOORS = {  # bytes over those of the predictions at 5 classes: the gradient, an
 
 def test_a_driver_is_found_by_the_head():
     found = {case.name: drivers.of(case.build(5, "torch")) for case in CASES.values()}
-    assert {driver.kind for driver in found.values()} == {"grid", "cell", "dense"}
-    assert len({id(driver) for driver in found.values()}) == 3  # one object each
+    assert {driver.kind for driver in found.values()} == set(KINDS)
+    assert len({id(driver) for driver in found.values()}) == len(KINDS)  # one object each
     for nothing in (torch.nn.Linear(1, 1), None, object()):
         with pytest.raises(ValueError, match=r"^criterion: .*, want a loss of fusedyolo"):
             drivers.of(nothing)

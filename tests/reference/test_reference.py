@@ -934,7 +934,7 @@ def test_ignore_test_in_chunks(monkeypatch):
     want, want_grads, counts = loss_and_grads(preds, rows, head)
     assert counts[1] > 0
     for size in (1, 100, 1000):
-        monkeypatch.setattr("fusedyolo.reference.overlap.PAIRS_CHUNK", size)
+        monkeypatch.setattr("fusedyolo.reference.pairs.PAIRS_CHUNK", size)
         with Watch() as watch:
             total, grads, _ = loss_and_grads(preds, rows, head)
         # [rows of a chunk, predictions of an image, 2], [M, A, 5 + C], the maps

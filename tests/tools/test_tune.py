@@ -90,8 +90,7 @@ def test_candidates_are_the_heuristic_first_and_legal(name):
         found = tune.candidates(tune.Point(case, replace(WORK, layout=layout)))
         assert found[0] == ()
         assert len(found) == len(set(found)) >= 10
-        kind = "cell" if name.startswith("YOLOv1") else "grid" if name.startswith("YOLO") else "dense"
-        assert all(legal_wishes(kind, dict(wishes)) for wishes in found)
+        assert all(legal_wishes(case.driver.kind, dict(wishes)) for wishes in found)
 
 
 @pytest.mark.parametrize(
