@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from fusedyolo.tools.environment import environment
+from fusedyolo.tools.env import environment
 from fusedyolo.tools.registry import CASES, Case, Workload, first_recipes
 
 from . import labels, peers, plots, report

@@ -52,7 +52,7 @@ GPUS = {
 
 # ------------------------------------------------------------------------------------------------------------ executed
 
-MOST, LEAST = 32, 2  # programs of a launch that run, see Plan; where they are uniform as few as can be
+MOST, LEAST = 32, 2  # programs of a launch that run, see Plan
 
 
 def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -> list[dict[str, Any]]:
@@ -88,8 +88,7 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
     def run_some(self: Launch) -> None:
         nonlocal chosen
         name, programs = self.kernel.__name__, self.grid[0]
-        most = 0 if name in driver.uniform else MOST
-        plan = planned(driver, reference, most, LEAST)(name, programs, self.arguments)
+        plan = planned(driver, reference, MOST, LEAST)(name, programs, self.arguments)
         ran = list(range(programs)) if exact else plan.chosen
         begin = len(device.launches)
         # the last program alone, so that the final sum is its own

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fusedyolo.tools.environment import ROOT, environment
+from fusedyolo.tools.env import ROOT, environment
 
 from .sweep import LOSSES
 

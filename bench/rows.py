@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedyolo.tools.codegen import widths
-from fusedyolo.tools.environment import version
+from fusedyolo.tools.env import version
 from fusedyolo.tools.registry import CASES, Case, Workload
 
 from . import peers

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fusedyolo.tools.environment import environment
+from fusedyolo.tools.env import environment
 from fusedyolo.tools.registry import DTYPES, Case, Workload, select
 
 from . import peers, plots, report

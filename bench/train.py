@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fusedyolo
 from fusedyolo.tools import interpreter
-from fusedyolo.tools.environment import environment, version
+from fusedyolo.tools.env import environment, version
 from fusedyolo.tools.parity import Loss, step
 from fusedyolo.tools.registry import CASES, Case, Workload
 

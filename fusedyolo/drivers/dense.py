@@ -41,7 +41,6 @@ class DenseDriver(Driver):
     head = DenseHead
     kind = "dense"
     layouts = ("rows", "nchw", "channels_last")
-    uniform = ("rank_kernel",)
 
     # ---- a call of a loss
 
@@ -172,6 +171,10 @@ class DenseDriver(Driver):
         if kernel in _BY_BLOCK:
             blocks = _blocks(arguments)
             return [int(p % blocks == blocks - 1) for p in range(programs)]
+        if (
+            kernel == "rank_kernel"
+        ):  # the last of an image reads what all others leave, and later launches what it picks
+            return range(programs)
         return super().kinds(kernel, programs, arguments)
 
     def efforts(

@@ -18,6 +18,11 @@ from ..drivers.protocol import POSITIVE, UNIT, Driver, Frame, Piece
 from ..targets import Targets
 from . import objects as samplers
 
+
+class RefusedError(ValueError):
+    """What a user asked for cannot be done; the message says why."""
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FORMS = ("packed", "Targets")
 LAYOUTS = ("nchw", "channels_last", "rows", "flat")
@@ -264,13 +269,13 @@ def choose(names: Sequence[str], known: Mapping[str, Named]) -> dict[str, Named]
     """Those of these names, or of what comes before a slash in them, in any case of letters; all of them for no names.
 
     Raises:
-        ValueError: there is none of a name.
+        RefusedError: there is none of a name.
     """
     chosen: dict[str, Named] = {}
     for name in names:
         found = {k: v for k, v in known.items() if name.lower() in (k.lower(), k.partition("/")[0].lower())}
         if not found:
-            raise ValueError(f"--loss: {name}, want one of {', '.join(known)}")
+            raise RefusedError(f"--loss: {name}, want one of {', '.join(known)}")
         chosen |= {k: v for k, v in found.items() if k not in chosen}
     return chosen or dict(known)
 

@@ -22,7 +22,7 @@ from bench.detector import fit, fit_anchors
 from bench.labels import Annotation, load_labels, pack, sample_labels
 from bench.measure import EAGER, FUSED
 from bench.pictures import Pictures, generate, load
-from fusedyolo.tools.environment import ROOT
+from fusedyolo.tools.env import ROOT
 from fusedyolo.tools.objects import coco_like, crowded
 from fusedyolo.tools.registry import CASES, Workload
 
