@@ -277,7 +277,7 @@ def points(options: argparse.Namespace, device: str) -> list[Point]:
     wanted = (options.batch, options.size, options.classes, options.dtype, options.layout)
     return [
         Point(case, Workload(batch, size, classes, dtype, layout=layout), device)
-        for case in (select(options.loss) if options.loss else first_recipes())
+        for case in select(options.loss, first_recipes())
         for batch, size, classes, dtype, layout in itertools.product(*wanted)
         if layout in ("", *case.layouts)
     ]
