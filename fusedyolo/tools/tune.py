@@ -27,7 +27,7 @@ from .. import tuned
 from ..kernels.launch import REGISTERS, Wishes, legal_wishes
 from . import codegen, timing
 from .env import environment, kernels_digest
-from .parity import step
+from .parity import Step, bound
 from .processes import Call, Failed, run_all
 from .registry import Case, RefusedError, Workload, first_recipes, select
 from .terminal import bars, table
@@ -134,28 +134,27 @@ def inspect_all(
 
 def milliseconds(point: Point, wishes: Wishes) -> float:
     """Median time of forward and backward on the GPU, by replay of a graph."""
-    loss, preds, targets, one = _bound(point)
+    step = _step(point)
     with tuned.forced(wishes):
-        return timing.by_replay(lambda: step(loss, preds, targets, one), preds)[1]
+        return timing.by_replay(step, step.preds)[1]
 
 
 def gradients(point: Point, wishes: Wishes) -> list[torch.Tensor]:
     """Of a step, as integers, so that equal means the same bits."""
-    loss, preds, targets, one = _bound(point)
-    for pred in preds:
+    step = _step(point)
+    for pred in step.preds:
         pred.grad = None
     with tuned.forced(wishes):
-        step(loss, preds, targets, one)
+        step()
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    grads = [pred.grad for pred in preds if pred.grad is not None]
+    grads = [pred.grad for pred in step.preds if pred.grad is not None]
     return [grad.view(integers[grad.element_size()]) for grad in grads]
 
 
 @lru_cache(maxsize=1)
-def _bound(point: Point) -> tuple[Any, list[torch.Tensor], Any, torch.Tensor]:
+def _step(point: Point) -> Step:
     case, work, device = point.case, point.work, point.device
-    loss = case.bind(case.build(work.classes, "triton"), work, device)
-    return loss, case.predictions(work, device), case.targets(work, device), torch.ones((), device=device)
+    return bound(case.bind(case.build(work.classes, "triton"), work, device), case, work, device)
 
 
 # -------------------------------------------------------------------------------------------------------------- records
