@@ -16,8 +16,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,19 +33,17 @@ PROFILED = f"from bench.measure import run_fused; run_fused({SHOWN[0].name!r})"
 COLOURS = {"passed": "green", "failed": "bold red", "cut": "yellow", "left out": "yellow"}
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A command, and the seconds it may take; ``needs`` is a program that not every machine has."""
 
     name: str
     command: tuple[str, ...]
     seconds: float
     needs: str = ""
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a step ended: ``passed``, ``failed``, ``cut`` or ``left out``."""
 
     name: str
@@ -118,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     if host["gpu"] is None:
         raise RefusedError("no GPU: there is nothing to qualify; python -m bench counts what can be counted without")
     outcomes = qualify(plan(options.out.resolve()), options.out, options.minutes, console)
-    content = {"environment": host, "steps": [asdict(outcome) for outcome in outcomes]}
+    content = {"environment": host, "steps": [outcome._asdict() for outcome in outcomes]}
     (options.out / "qualify.json").write_text(json.dumps(content, indent=1) + "\n")
     made = table(f"{host['gpu']}, commit {host['commit']}", ("step", ""), ("seconds",))
     made.add_column("its last line")

@@ -6,6 +6,7 @@ import torch
 
 from bench import count, measure, sampling
 from fusedyolo.ops.launch import shared_zeros
+from fusedyolo.tools import codegen
 from fusedyolo.tools.parity import step
 from fusedyolo.tools.registry import CASES, Workload
 
@@ -280,6 +281,16 @@ def test_what_stands_for_a_launch_is_close_to_all_of_it(name, batch, size, monke
     assert sampled.bytes == pytest.approx(exact.bytes, rel=0.03)
     assert sum(one.bytes for one in exact.kernels) == exact.bytes
     assert [(one.name, one.programs) for one in sampled.kernels] == [(one.name, one.programs) for one in exact.kernels]
+
+
+def test_a_ranking_counts_from_zero_where_matches_are_sampled():
+    """Which the first program of each image sees to, where all are run."""
+    case, work = CASES["SSD"], Workload(batch=2, size=128, classes=2)
+    arguments = codegen.launches(case, work)["match"].arguments
+    arguments["picks_ptr"].fill_(7)
+    sample = sampling.Sample(case, work, case.targets(work), 0, 1)
+    case.driver.complete("match_kernel", arguments, sample.known)
+    assert arguments["picks_ptr"][:, 3].tolist() == [0, 0]
 
 
 @pytest.mark.interpreter("sectors are counted in the interpreter")
