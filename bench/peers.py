@@ -155,8 +155,7 @@ class _Detector(nn.Module):
         super().__init__()
         self.anything = nn.Parameter(torch.zeros((), device=device))
         self.model = [SimpleNamespace(**layer)]
-        for name, value in settings.items():
-            setattr(self, name, value)
+        self.__dict__ |= settings
 
 
 # ------------------------------------------------------------------------------------------------------------ libraries
@@ -294,17 +293,12 @@ def _ultralytics(case: PendingCase, work: Workload, device: str) -> Bound:
     return total
 
 
+HOST = "matches on the host; copies to it and back are no launches and no waits in a count on a CPU"
 PEERS = {
     peer.name: peer
     for peer in (
         Peer("torchvision", "torchvision.models.detection", tuple(_MODELS), _torchvision),
-        Peer(
-            "lightnet",
-            "lightnet.network.loss",
-            ("YOLOv2/lightnet",),
-            _lightnet,
-            "matches on the host; copies to it and back are no launches and no waits in a count on a CPU",
-        ),
+        Peer("lightnet", "lightnet.network.loss", ("YOLOv2/lightnet",), _lightnet, HOST),
         Peer("yolov5", "yolov5.utils.loss", ("YOLOv5",), _yolov5),
         Peer("ultralytics", "ultralytics.utils.loss", ("YOLOv8", "YOLO26"), _ultralytics),
     )
@@ -333,11 +327,6 @@ class PendingCase(Case):
         return [Piece(*sides), scores] * self.branches
 
 
-PENDING: dict[str, Case] = {
-    case.name: case
-    for case in (
-        PendingCase("YOLOv8", None, "YOLOv8Loss"),
-        PendingCase("YOLO26", None, "YOLO26Loss", bins=1, branches=2),
-    )
-}
+_PENDING = PendingCase("YOLOv8", None, "YOLOv8Loss"), PendingCase("YOLO26", None, "YOLO26Loss", bins=1, branches=2)
+PENDING: dict[str, Case] = {case.name: case for case in _PENDING}
 """Cases that nothing but a peer computes."""
