@@ -6,15 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
-from fusedyolo.tools.arguments import add_loss, existing, positive, side
+from fusedyolo.tools import terminal
 from fusedyolo.tools.codegen import TARGETS
-from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, Workload, select
+from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, SHOWN, Workload
+from fusedyolo.tools.terminal import add_loss, existing, positive, side
 
 from .predict import GPUS
-from .sweep import AXES, LOSSES
+from .sweep import AXES
 
 FOLDER = "folder for JSON, CSV and pictures"
 LABELS = "YOLO txt folder, COCO json or VOC xml folder"
@@ -58,13 +58,13 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     sweep = command("sweep", "how the cost of a step grows with objects, batch, classes, type and layout")
-    add_loss(sweep, ", ".join(LOSSES))
+    add_loss(sweep, ", ".join(case.name for case in SHOWN))
     sweep.add_argument("--axis", action="append", choices=AXES, help="what is varied; repeat for more (all)")
     sweep.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes at a time, without a GPU")
     sweep.add_argument("--out", type=Path, default=Path("runs/sweep"), help=FOLDER)
 
     train = command("train", "where a training step goes, with the fused loss and with the one that it replaces")
-    add_loss(train, "YOLOv4/paper; the first recipe that is meant")
+    add_loss(train, f"{SHOWN[0].name}; the first recipe that is meant")
     train.add_argument("--peer", metavar="NAME", help="what to compare with (an installed peer, else eager)")
     train.add_argument("--steps", type=positive, default=1000)
     train.add_argument("--fused-steps", type=positive, help="all on a GPU, else 3: the interpreter is slow")
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, default=Path("runs/train"), help=FOLDER)
 
     assign = command("assign", "which predictions a loss assigns to the objects of an image, drawn")
-    add_loss(assign, "YOLOv5")
+    add_loss(assign, SHOWN[1].name)
     assign.add_argument("--index", type=int, default=0, help="which of the images")
     assign.add_argument("--size", type=side, default=416, help="side the image is fitted into, a multiple of 32")
     assign.add_argument("--out", type=Path, default=Path("runs/assignment.png"))
@@ -88,21 +88,9 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of a command, and in ``cases`` the losses that are named."""
-    known = parser()
-    options = known.parse_args(argv)
-    try:
-        options.cases = select(options.loss) if getattr(options, "loss", None) else []
-    except ValueError as error:
-        known.error(str(error))
-    return options
-
-
 def main(argv: Sequence[str]) -> int:
     """Run a command; its exit status."""
-    options = parse(argv)
-    return import_module(f".{options.module}", __package__).run(options)
+    return terminal.run("bench", parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
-from fusedyolo.tools.environment import environment
-from fusedyolo.tools.registry import CASES, Case, Workload, first_recipes
+from fusedyolo.tools.env import environment
+from fusedyolo.tools.registry import CASES, Case, RefusedError, Workload, first_recipes, select
+from fusedyolo.tools.terminal import asked
 
 from . import labels, peers, plots, report
 from .measure import COMPILE, EAGER, FUSED
@@ -48,23 +48,23 @@ def plan(cases: Iterable[Case], work: Workload, gpu: bool, options: argparse.Nam
 def usual_cases() -> list[Case]:
     """Each loss in its default recipe, and whatever a peer that is installed here computes."""
     first = first_recipes()
-    ours = [case for case in CASES.values() if case in first or peers.of(case)]
-    return ours + [case for case in peers.PENDING.values() if peers.of(case)]
+    return [case for case in (*CASES.values(), *peers.PENDING.values()) if case in first or peers.of(case)]
 
 
 def workload(options: argparse.Namespace) -> Workload:
     """What is asked for.
 
     Raises:
-        ValueError, OSError: label files that cannot be read, or name more classes.
+        RefusedError: label files that cannot be read, or name more classes.
     """
     batch, size = options.batch or (2 if options.quick else 16), options.size or (320 if options.quick else 640)
     objects = f"crowded:{options.crowded}" if options.crowded else "coco"
     work = Workload(batch, size, options.classes, options.dtype, objects, options.form, options.layout, options.seed)
     if options.labels is None:
         return work
-    annotations, _ = labels.load_labels(options.labels)
-    return labels.given(work, labels.sample_labels(annotations, batch, options.seed))
+    with asked():
+        annotations, _ = labels.load_labels(options.labels)
+        return labels.given(work, labels.sample_labels(annotations, batch, options.seed))
 
 
 def gate(
@@ -84,20 +84,14 @@ def differing(parity: dict[Task, Any]) -> set[tuple[str, str]]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it: 1 if a loss failed parity or a measurement of ours broke, 2 for what cannot be measured here."""
+    """Do it: 1 if a loss failed parity or a measurement of ours broke."""
     host, console, failures = environment(), Console(), []
     if not console.is_terminal:
         console = Console(width=120)
-    gpu = host["gpu"] is not None
-    try:
-        work = workload(options)
-    except (OSError, ValueError) as error:
-        console.print(f"[red]{escape(str(error))}", highlight=False)
-        return 2
+    work, gpu = workload(options), host["gpu"] is not None
     if options.times and not gpu:
-        console.print("[red]--times: there is no GPU to time on")
-        return 2
-    cases = options.cases or (list(CASES.values()) if options.recipes else usual_cases())
+        raise RefusedError("--times: there is no GPU to time on")
+    cases = select(options.loss, CASES.values() if options.recipes else usual_cases())
     console.print(report.headline(work, host), highlight=False)
 
     checks = [Task("parity", c.name, work, device="cuda" if gpu else "cpu") for c in cases if c.name in CASES]

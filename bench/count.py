@@ -8,7 +8,6 @@ distinct inputs and outputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from .sampling import Plan, pretend_others_finished
 
 SECTOR = 32
 
@@ -77,62 +78,18 @@ class Counts:
         return asdict(self)
 
 
-OnProgram = Callable[[int, int, int], None]
-
-
-class Plan:
-    """Which programs of a launch to run, and what they say of the others.
-
-    ``kinds`` and ``effort`` have an entry for each program. Of each kind at least ``least`` are run, ``most`` in all if
-    that allows, whose efforts are spread over those of all, and the one of the largest effort; between two of them what
-    a program costs is interpolated by effort. The first and the last program of a launch always run, and stand for
-    themselves. What is left out is not computed, so later launches must not need it.
-    """
-
-    def __init__(self, kinds: Sequence[Any], effort: Sequence[float], most: int, least: int):
-        self.effort = np.asarray(effort, float)
-        members: dict[Any, list[int]] = {}
-        for program in range(1, len(kinds) - 1):
-            members.setdefault(kinds[program], []).append(program)
-        self.members = [np.array(m)[np.argsort(self.effort[m], kind="stable")] for m in members.values()]
-        chosen = {0, len(kinds) - 1}
-        for each in self.members:
-            few = min(len(each), max(least, round(most * len(each) / len(kinds))))
-            chosen |= {int(each[int((i + 0.5) * len(each) / few)]) for i in range(few)}
-            if self.effort[each[0]] < self.effort[each[-1]]:
-                chosen.add(int(each[-1]))
-        self.chosen = sorted(chosen)
-
-    def estimate(self, executed: Mapping[int, int]) -> np.ndarray:
-        """What every program costs, from what those do that ran."""
-        found = np.zeros(len(self.effort))
-        for each in self.members:
-            ran = [p for p in each.tolist() if p in executed]
-            efforts, group = np.unique(self.effort[ran], return_inverse=True)
-            means = np.bincount(group, [executed[p] for p in ran]) / np.bincount(group)
-            found[each] = np.interp(self.effort[each], efforts, means)
-        ran = list(executed)
-        found[ran] = [executed[p] for p in ran]
-        return found
-
-
 Planned = Callable[[str, int, Mapping[str, Any]], Plan]
 """The plan of a launch on a one-dimensional grid: of the name of a kernel, how many programs it has, its arguments."""
 
 
-def count(fn: Callable[[], Any], on_program: OnProgram | None = None, planned: Planned | None = None) -> Counts:
-    """Run ``fn`` once on CPU tensors and count.
+def count(fn: Callable[[], Any], planned: Planned | None = None) -> Counts:
+    """Run ``fn`` once on CPU tensors and count; of launches all programs, or those ``planned``.
 
     For kernels to be counted, Triton's interpreter must have been on (``TRITON_INTERPRET=1``) when they were imported.
-
-    Args:
-        fn: what is counted.
-        on_program: called for every program with the number of its launch, how many have begun, how many will.
-        planned: programs to run where not all are.
     """
     counts = Counts()
     operators = _CountOperators(counts)
-    with _count_kernels(counts, on_program, planned), _watch_methods(counts, operators), operators:
+    with _count_kernels(counts, planned), _watch_methods(counts, operators), operators:
         fn()
     return counts
 
@@ -148,107 +105,91 @@ def sectors(addresses: np.ndarray, mask: np.ndarray | None = None) -> int:
     return len(np.unique(index))
 
 
+# Of the calls of Triton's interpreter that touch memory: where the pointers and the mask are among their arguments (if
+# they have one), whether they load and store. Plain loads and stores go through the masked ones.
+_ACCESSES = {
+    "create_masked_load": (0, 1, True, False),
+    "create_masked_store": (0, 2, False, True),
+    "create_atomic_rmw": (1, 3, True, True),
+    "create_atomic_cas": (0, None, True, True),
+}
+
+
+class _CountKernels:
+    """In place of methods of Triton's interpreter: counts the accesses of each program, and runs those planned."""
+
+    def __init__(self, counts: Counts, planned: Planned | None, interpreter: Any):
+        self.counts, self.planned = counts, planned
+        self.launch, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
+        self.place, self.span = builder.set_grid_idx, builder.set_grid_dim
+        self.grid: tuple[int, ...] = ()  # of the launch under way
+        self.chosen: Sequence[int] | None = None  # its programs to run, if not all
+        self.moved: list[list[int]] = []  # what each has loaded and stored
+
+    def launched(self, executor: Any, *args: Any, **kwargs: Any) -> None:
+        self.grid, plan = executor.grid, None
+        if self.planned is not None:
+            plan = self.planned(executor.fn.__name__, self.grid[0], kwargs)
+            executor.grid = (len(plan.chosen),)
+        self.chosen, self.moved = plan and plan.chosen, []
+        with _disable_current_modes():  # the interpreter's own tensor work is not the package's
+            self.launch(executor, *args, **kwargs)
+        executor.grid = self.grid
+        loaded, stored = np.array(self.moved).T.tolist()
+        programs, read, written = len(loaded), sum(loaded), sum(stored)
+        if plan is not None:
+            programs = self.grid[0]
+            read, written = (
+                round(plan.estimate(dict(zip(plan.chosen, each, strict=True))).sum()) for each in (loaded, stored)
+            )
+        self.counts.triton_launches += 1
+        self.counts.programs_run += len(loaded)
+        self.counts.programs += programs
+        self.counts.bytes_loaded += read
+        self.counts.bytes_stored += written
+        self.counts.kernels.append(KernelLaunch(executor.fn.__name__, programs, read + written))
+
+    def spanned(self, builder: Any, *dims: int) -> Any:
+        return self.span(builder, *(dims if self.chosen is None else (*self.grid, 1, 1)))
+
+    def placed(self, builder: Any, *index: int) -> Any:
+        if self.chosen is not None:
+            if len(self.moved) == len(self.chosen) - 1:
+                pretend_others_finished(len(self.moved), self.grid[0])
+            index = (self.chosen[index[0]], 0, 0)
+        self.moved.append([0, 0])
+        return self.place(builder, *index)
+
+    def accessed(self, access: Callable, pointers: int, mask: int | None, loads: bool, stores: bool) -> Callable:
+        def counted(builder, *args):
+            moved = SECTOR * sectors(args[pointers].data, None if mask is None else args[mask].data)
+            self.moved[-1][0] += moved * loads
+            self.moved[-1][1] += moved * stores
+            return access(builder, *args)
+
+        return counted
+
+
 @contextmanager
-def _count_kernels(counts: Counts, on_program: OnProgram | None, planned: Planned | None) -> Iterator[None]:
+def _count_kernels(counts: Counts, planned: Planned | None) -> Iterator[None]:
     try:
         from triton.runtime import interpreter
     except ImportError:  # no Triton here, so no kernel can run
         yield
         return
-    GridExecutor, InterpreterBuilder = interpreter.GridExecutor, interpreter.InterpreterBuilder
-    launch, place, span = GridExecutor.__call__, InterpreterBuilder.set_grid_idx, InterpreterBuilder.set_grid_dim
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    rmw, cas = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
-
-    # of the launch under way: its grid, the programs to run if not all, and what each has moved
-    grid: tuple[int, ...] = ()
-    chosen: list[int] | None = None
-    loaded: list[int] = []
-    stored: list[int] = []
-
-    def counted_launch(self, *args, **kwargs):
-        nonlocal grid, chosen
-        grid, chosen = self.grid, None
-        if planned is not None:
-            plan = planned(self.fn.__name__, grid[0], kwargs)
-            chosen = plan.chosen
-            self.grid = (len(chosen),)
-        loaded.clear()
-        stored.clear()
-        counts.triton_launches += 1
-        with _disable_current_modes():  # the interpreter's own tensor work is not the package's
-            launch(self, *args, **kwargs)
-        self.grid = grid
-        counts.programs_run += len(loaded)
-        programs, read, written = len(loaded), sum(loaded), sum(stored)
-        if chosen is not None:
-            programs = grid[0]
-            read, written = (
-                round(plan.estimate(dict(zip(chosen, moved, strict=True))).sum()) for moved in (loaded, stored)
-            )
-        counts.programs += programs
-        counts.bytes_loaded += read
-        counts.bytes_stored += written
-        counts.kernels.append(KernelLaunch(self.fn.__name__, programs, read + written))
-
-    def counted_span(self, *dims):
-        return span(self, *(dims if chosen is None else (*grid, 1, 1)))
-
-    def counted_place(self, *index):
-        if on_program is not None:
-            on_program(counts.triton_launches, len(loaded) + 1, len(chosen) if chosen else math.prod(self.grid_dim))
-        if chosen is not None:
-            if len(loaded) == len(chosen) - 1:
-                pretend_others_finished(len(loaded), grid[0])
-            index = (chosen[index[0]], 0, 0)
-        loaded.append(0)
-        stored.append(0)
-        return place(self, *index)
-
-    # plain loads and stores go through the masked ones
-    def counted_load(self, ptrs, mask, *args):
-        loaded[-1] += SECTOR * sectors(ptrs.data, mask.data)
-        return load(self, ptrs, mask, *args)
-
-    def counted_store(self, ptrs, value, mask, *args):
-        stored[-1] += SECTOR * sectors(ptrs.data, mask.data)
-        return store(self, ptrs, value, mask, *args)
-
-    def counted_rmw(self, op, ptr, val, mask, *args):
-        moved = SECTOR * sectors(ptr.data, mask.data)
-        loaded[-1] += moved
-        stored[-1] += moved
-        return rmw(self, op, ptr, val, mask, *args)
-
-    def counted_cas(self, ptr, *args):
-        moved = SECTOR * sectors(ptr.data)
-        loaded[-1] += moved
-        stored[-1] += moved
-        return cas(self, ptr, *args)
-
+    counting, builder = _CountKernels(counts, planned, interpreter), interpreter.InterpreterBuilder
+    patches: list[tuple[Any, str, Any]] = [
+        # it checks integers for overflow with arithmetic of its own, which kernels on a GPU do not
+        (interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
+        (interpreter.GridExecutor, "__call__", lambda *args, **kwargs: counting.launched(*args, **kwargs)),
+        (builder, "set_grid_dim", lambda *args: counting.spanned(*args)),
+        (builder, "set_grid_idx", lambda *args: counting.placed(*args)),
+    ]
+    patches += [(builder, name, counting.accessed(getattr(builder, name), *how)) for name, how in _ACCESSES.items()]
     with ExitStack() as stack:
-        for owner, name, replacement in (
-            # it checks integers for overflow with arithmetic of its own, which kernels on a GPU do not
-            (interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
-            (GridExecutor, "__call__", counted_launch),
-            (InterpreterBuilder, "set_grid_dim", counted_span),
-            (InterpreterBuilder, "set_grid_idx", counted_place),
-            (InterpreterBuilder, "create_masked_load", counted_load),
-            (InterpreterBuilder, "create_masked_store", counted_store),
-            (InterpreterBuilder, "create_atomic_rmw", counted_rmw),
-            (InterpreterBuilder, "create_atomic_cas", counted_cas),
-        ):
+        for owner, name, replacement in patches:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
-
-
-def pretend_others_finished(run: int, programs: int) -> None:
-    """Before the last program: those left out never added to the counter of finished programs, where there is one."""
-    from fusedyolo.ops.launch import done_counter
-
-    done = done_counter(torch.device("cpu"))
-    if int(done[0]) == run:
-        done[0] = programs - 1
 
 
 @contextmanager

@@ -11,16 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import fusedyolo
 from fusedyolo.drivers.protocol import LOGIT, POSITIVE, UNIT
 from fusedyolo.tools.registry import Case, Workload
 
 COARSEST = 32  # stride of the last map that all heads share
 WIDTHS = {8: 48, 16: 64}  # channels of the maps by stride; 64 beyond
 PRIOR = 0.01  # probability, before training, of what is rarely there: an object, a class of a focal loss
-
-
-# ------------------------------------------------------------------------------------------------------------- geometry
 
 
 def fit(case: Case, size: int, boxes: Tensor) -> Case:
@@ -37,28 +33,15 @@ def fit(case: Case, size: int, boxes: Tensor) -> Case:
     return replace(case, anchors=tuple(tuple((w / case.unit, h / case.unit) for w, h in level) for level in anchors))
 
 
-def fit_anchors(sizes: Tensor, levels: Sequence[int], rounds: int = 30) -> list[list[tuple[float, float]]]:
-    """So many anchors for each level, the smallest first: k-means by IoU over widths and heights [N, 2], in pixels.
-
-    It starts from quantiles of the area.
+def fit_anchors(sizes: Tensor, levels: Sequence[int]) -> list[list[tuple[float, float]]]:
+    """So many anchors for each level, the smallest first: of widths and heights [N, 2], in pixels, ordered by area, the
+    means of equal parts.
     """
-
-    def centred(sides: Tensor) -> Tensor:
-        return torch.cat((-sides / 2, sides / 2), 1)
-
     count = sum(levels)
-    sizes = sizes[sizes.prod(1).argsort()].double()
-    anchors = sizes[torch.linspace(0, len(sizes) - 1, 2 * count + 1).long()[1::2]]
-    for _ in range(rounds):
-        boxes = centred(sizes)[:, None], centred(anchors)
-        nearest = fusedyolo.functional.box_iou_loss(*boxes, "iou", eps=0.0, backend="torch").argmin(1)
-        members = [sizes[nearest == k] for k in range(count)]
-        anchors = torch.stack([own.mean(0) if len(own) else old for own, old in zip(members, anchors, strict=True)])
-    ordered = iter([(round(w, 1), round(h, 1)) for w, h in anchors[anchors.prod(1).argsort()].tolist()])
+    parts = sizes[sizes.prod(1).argsort()].double().repeat_interleave(count, 0).chunk(count)
+    means = torch.stack([part.mean(0) for part in parts])
+    ordered = iter([(round(w, 1), round(h, 1)) for w, h in means[means.prod(1).argsort()].tolist()])
     return [[next(ordered) for _ in range(level)] for level in levels]
-
-
-# -------------------------------------------------------------------------------------------------------------- network
 
 
 class Output(NamedTuple):
@@ -66,12 +49,12 @@ class Output(NamedTuple):
 
     stride: int
     channels: int
-    rare: Sequence[int] = ()  # channels that hold logits of what is rarely there
-    activation: Callable[[Tensor], Tensor] | None = None
+    rare: Sequence[int]  # channels that hold logits of what is rarely there
+    activation: Callable[[Tensor], Tensor]
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
-    LOGIT: None,
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    LOGIT: lambda raw: raw,
     UNIT: torch.sigmoid,
     POSITIVE: functional.softplus,
 }
@@ -119,10 +102,8 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """The predictions, one map after another, as the loss takes them."""
-        maps, preds = self.pyramid(images), []
-        for head, output in zip(self.heads, self.outputs, strict=True):
-            raw = head(maps[output.stride])
-            preds.append(raw if output.activation is None else output.activation(raw))
+        maps, heads = self.pyramid(images), zip(self.heads, self.outputs, strict=True)
+        preds = [output.activation(head(maps[output.stride])) for head, output in heads]
         return [pred.permute(0, 2, 3, 1) for pred in preds] if self.case.driver.channels_last else preds
 
     def pyramid(self, images: Tensor) -> dict[int, Tensor]:

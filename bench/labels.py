@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import torch
 
-from fusedyolo.targets import Targets
 from fusedyolo.tools.registry import Workload
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -32,27 +31,11 @@ class Annotation(NamedTuple):
     classes: torch.Tensor
 
 
-class Labels(NamedTuple):
-    """What :func:`load_labels` returns."""
-
-    annotations: list[Annotation]
-    names: list[str]
+Labels = tuple[list[Annotation], list[str]]
+"""Of each image, and the names of the classes."""
 
 
-@dataclass(frozen=True)
-class Given(Workload):
-    """A workload whose objects are at hand: image, class, cx, cy, w, h of each. Those of later images are left out."""
-
-    objects: str = "labels"
-    rows: tuple[tuple[float, ...], ...] = ()
-
-    def targets(self, device: str = "cpu") -> Any:
-        """As any workload makes them."""
-        rows = torch.tensor([row for row in self.rows if row[0] < self.batch]).reshape(-1, 6)
-        return Targets.from_packed(rows, self.batch).to(device) if self.form == "Targets" else rows.to(device)
-
-
-def given(work: Workload, rows: torch.Tensor) -> Given:
+def given(work: Workload, rows: torch.Tensor) -> Workload:
     """The workload with these packed rows in place of its objects.
 
     Raises:
@@ -60,7 +43,7 @@ def given(work: Workload, rows: torch.Tensor) -> Given:
     """
     if len(rows) and rows[:, 1].max() >= work.classes:
         raise ValueError(f"labels: class {int(rows[:, 1].max())}, want fewer than --classes {work.classes}")
-    return Given(**{**vars(work), "objects": "labels", "rows": tuple(map(tuple, rows.tolist()))})
+    return replace(work, objects="labels", rows=tuple(map(tuple, rows.tolist())))
 
 
 def pack(annotations: Sequence[Annotation]) -> torch.Tensor:
@@ -77,7 +60,7 @@ def sample_labels(annotations: Sequence[Annotation], batch: int, seed: int) -> t
 
 
 def load_labels(path: Path, images: Path | None = None) -> Labels:
-    """Read labels, whichever of the three ``path`` is.
+    """Read labels, whichever of the three ``path`` is: the annotation of each image, and the names of the classes.
 
     ``images`` is the folder searched for image files, by default the one the labels lie in. Boxes are clipped to the
     image; those without area, and COCO's crowd regions, are left out.
@@ -120,7 +103,7 @@ def _coco(path: Path, images: Path | None) -> Labels:
     for image in data["images"]:
         name = Path(image.get("file_name") or image["coco_url"])  # LVIS 1.0 only has the address
         annotations.append(_annotation(find(name), objects[image["id"]], image["width"], image["height"]))
-    return Labels(annotations, [category["name"] for category in categories])
+    return annotations, [category["name"] for category in categories]
 
 
 def _voc(files: Sequence[Path], images: Path) -> Labels:
@@ -137,10 +120,8 @@ def _voc(files: Sequence[Path], images: Path) -> Labels:
         ]
         read.append((find(Path(root.findtext("filename") or file.stem)) or find(file), objects, width, height))
     names = sorted({name for _, objects, *_ in read for name, *_ in objects})
-    return Labels(
-        [_annotation(i, [(names.index(name), *box) for name, *box in objects], *size) for i, objects, *size in read],
-        names,
-    )
+    rows = [[(names.index(name), *box) for name, *box in objects] for _, objects, *_ in read]
+    return [_annotation(image, own, *size) for own, (image, _, *size) in zip(rows, read, strict=True)], names
 
 
 def _yolo(folder: Path, files: Sequence[Path], images: Path | None) -> Labels:
@@ -152,7 +133,7 @@ def _yolo(folder: Path, files: Sequence[Path], images: Path | None) -> Labels:
         annotations.append(_annotation(find(file.relative_to(folder)), rows))
     names = _yolo_names([root, folder, root.parent])
     most = max((int(a.classes.max()) for a in annotations if len(a.classes)), default=0)
-    return Labels(annotations, names + [f"class {i}" for i in range(len(names), most + 1)])
+    return annotations, names + [f"class {i}" for i in range(len(names), most + 1)]
 
 
 def _yolo_row(line: str, where: str) -> tuple[float, ...]:

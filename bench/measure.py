@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
-import fusedyolo
-from fusedyolo.drivers.protocol import Driver, Known
-from fusedyolo.targets import Targets
 from fusedyolo.tools import timing
-from fusedyolo.tools.parity import Loss, step
+from fusedyolo.tools.parity import Loss, Step, bound
 from fusedyolo.tools.registry import CASES, Case, Workload
 
 from . import peers
-from .count import Counts, OnProgram, Plan, Planned, count
+from .count import Counts, count
+from .sampling import Sample
 
 MOST, LEAST = 48, 4  # programs of a launch that are counted, see Plan
 FUSED, EAGER, COMPILE = "fused", "eager", "compile"
@@ -38,70 +34,30 @@ def provide(case: Case, provider: str, work: Workload, device: str = "cpu") -> L
     return case.bind(criterion, work, device)
 
 
-def count_step(
-    case: Case,
-    work: Workload,
-    provider: str,
-    on_program: OnProgram | None = None,
-    exact: bool = False,
-) -> Counts:
+def ready(case: Case, work: Workload, provider: str, device: str = "cpu", empty: bool = False) -> Step:
+    """A step of a loss by a provider."""
+    return bound(provide(case, provider, work, device), case, work, device, empty)
+
+
+def tiny(case: Case, work: Workload) -> Workload:
+    """The least that a loss can be given."""
+    return replace(work.small(), batch=1, size=max(case.strides))
+
+
+def count_step(case: Case, work: Workload, provider: str, exact: bool = False) -> Counts:
     """Counts of forward and backward, of a call that is not the first.
 
     The eager reference has no shape that depends on data, so that it is counted without any: on the meta device. The
     kernels run in Triton's interpreter, of a launch some programs of each kind, or with ``exact`` all.
     """
     device = "meta" if provider == EAGER else "cpu"
-    one = torch.ones((), device=device)
-    tiny = replace(work.small(), batch=1, size=max(case.strides))
-    step(provide(case, provider, tiny, device), case.predictions(tiny, device), case.targets(tiny, device), one)
-    loss, preds = provide(case, provider, work, device), case.predictions(work, device)
-    targets = case.targets(work, device)
+    ready(case, tiny(case, work), provider, device)()
+    step = ready(case, work, provider, device)
     if provider != FUSED or exact:
-        return count(lambda: step(loss, preds, targets, one), on_program)
-    reference = known(case, work, targets)
-    with completed(case.driver, reference):
-        return count(lambda: step(loss, preds, targets, one), on_program, planned(case.driver, reference, MOST, LEAST))
-
-
-def known(case: Case, work: Workload, targets: Any) -> Known:
-    """What the reference knows of a step."""
-    work = replace(work, layout="")
-    preds = [pred.detach() for pred in case.predictions(work)]
-    rows = targets.rows if isinstance(targets, Targets) else targets
-
-    def assign() -> Any:
-        criterion = case.build(work.classes, "torch")
-        return fusedyolo.assign(criterion, case.pack(preds, work), targets, **case.geometry(work))
-
-    each = torch.bincount(rows[:, 0].long(), minlength=work.batch).tolist()
-    return Known(case.head(work.classes), preds, each, assign)
-
-
-def planned(driver: Driver, known: Known, most: int, least: int) -> Planned:
-    """Which programs of the launches of a driver to run."""
-
-    def plan(kernel: str, programs: int, arguments: Mapping[str, Any]) -> Plan:
-        kinds = driver.kinds(kernel, programs, arguments)
-        with _disable_current_modes():  # not to be counted
-            return Plan(*driver.efforts(kernel, kinds, arguments, known), most, least)
-
-    return plan
-
-
-@contextmanager
-def completed(driver: Driver, known: Known) -> Iterator[None]:
-    """After a launch of which a part was run, what the rest would have left for later launches is put there."""
-    from fusedyolo.ops.launch import Launch
-
-    run = Launch.run
-
-    def run_and_complete(self: Launch) -> None:
-        run(self)
-        with _disable_current_modes():
-            driver.complete(self.kernel.__name__, self.arguments, known)
-
-    with mock.patch.object(Launch, "run", run_and_complete):
-        yield
+        return count(step)
+    sample = Sample(case, work, step.targets, MOST, LEAST)
+    with sample.completed():
+        return count(step, sample.plan)
 
 
 def count_compiled(case: Case, work: Workload) -> dict[str, int]:
@@ -139,7 +95,7 @@ def count_compiled(case: Case, work: Workload) -> dict[str, int]:
     counters.clear()
     settings = config.patch(fx_graph_cache=False)
     with settings, mock.patch.object(GraphLowering, "compile_to_module", schedule_only):
-        step(provide(case, COMPILE, work), case.predictions(work, empty=True), case.targets(work), torch.ones(()))
+        ready(case, work, COMPILE, empty=True)()
     return found | {"graph_breaks": sum(counters["graph_break"].values())}
 
 
@@ -152,22 +108,17 @@ def time_step(case: Case, work: Workload, provider: str, device: str = "cuda", q
     ``cold_s`` is the very first step of the process, compilation included; what a provider cannot do (a graph of a loss
     that waits for the host) is left out. ``quick`` measures forward and backward by events alone.
     """
-    one = torch.ones((), device=device)
-    preds, targets = case.predictions(work, device), case.targets(work, device)
     if provider == COMPILE:
         import torch._functorch.config as functorch_config
 
         functorch_config.donated_buffer = False  # so that one forward serves many backwards
+    step = ready(case, work, provider, device)
+    loss, preds, targets = step.loss, step.preds, step.targets
     start = time.perf_counter()
-    loss = provide(case, provider, work, device)
-    step(loss, preds, targets, one).total.item()
-    result = {} if quick else {"cold_s": time.perf_counter() - start}
-
-    def full() -> None:
-        step(loss, preds, targets, one)
-
+    step().total.item()
+    cold = time.perf_counter() - start
     if quick:
-        return result | _quantiles("full_ms", timing.by_events(full, preds))
+        return _quantiles("full_ms", timing.by_events(step, preds))
     kept = [loss(preds, targets).total]
 
     def no_grad() -> None:
@@ -177,18 +128,17 @@ def time_step(case: Case, work: Workload, provider: str, device: str = "cuda", q
     modes: dict[str, Callable[[], Any]] = {
         "no_grad": no_grad,
         "forward": lambda: loss(preds, targets),
-        "backward": lambda: kept[0].backward(gradient=one, retain_graph=True),
-        "full": full,
+        "backward": lambda: kept[0].backward(gradient=step.one, retain_graph=True),
+        "full": step,
     }
+    result = {"cold_s": cold}
     for mode, fn in modes.items():
         result |= _quantiles(f"{mode}_ms", timing.by_events(fn, preds))
     kept.clear()
-    result["peak_bytes"] = timing.peak_memory(full, preds)
-    tiny = replace(work.small(), batch=1, size=max(case.strides))
-    few, rows = case.predictions(tiny, device), case.targets(tiny, device)
-    small = provide(case, provider, tiny, device)
-    step(small, few, rows, one)
-    result["host_us"] = timing.host_microseconds(lambda: step(small, few, rows, one), few, device)
+    result["peak_bytes"] = timing.peak_memory(step, preds)
+    small = ready(case, tiny(case, work), provider, device)
+    small()
+    result["host_us"] = timing.host_microseconds(small, small.preds, device)
     for mode in ("forward", "full"):  # last, for a capture that fails may leave errors behind
         try:
             result |= _quantiles(f"{mode}_graph_ms", timing.by_replay(modes[mode], preds))
@@ -199,11 +149,9 @@ def time_step(case: Case, work: Workload, provider: str, device: str = "cuda", q
 
 def run_fused(name: str, steps: int = 3) -> None:
     """Steps of the fused loss on a GPU and nothing beside them, for a profiler to look at."""
-    case, work, one = CASES[name], Workload(), torch.ones((), device="cuda")
-    loss, preds = provide(case, FUSED, work, "cuda"), case.predictions(work, "cuda")
-    targets = case.targets(work, "cuda")
+    step = ready(CASES[name], Workload(), FUSED, "cuda")
     for _ in range(steps):
-        step(loss, preds, targets, one)
+        step()
     torch.cuda.synchronize()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
+
+from fusedyolo.tools import terminal
 
 from .measure import EAGER, FUSED
 from .phases import PHASES
@@ -48,37 +49,33 @@ def faults(result: Result) -> list[str]:
 def table(result: Result) -> Table:
     """Where a step goes, how fast it is, and where its loss waits."""
     config, runs, gpu = result["config"], result["runs"], not result["interpreted"]
-    found = Table(
-        title=f"{config['loss']}, batches of {config['batch']} images of {config['size']} x {config['size']}",
-        caption="host: until the calls had returned, nothing being queued before"
+    found = terminal.table(
+        f"{config['loss']}, batches of {config['batch']} images of {config['size']} x {config['size']}",
+        ("ms of a step, its share" + ", of the host" * gpu,),
+        [NAMES.get(provider, provider) for provider in runs],
+        "host: until the calls had returned, nothing being queued before"
         if gpu
         else "?: the fused loss ran in Triton's interpreter",
     )
-    found.add_column("ms of a step, its share" + ", of the host" * gpu)
-    for provider in runs:
-        found.add_column(NAMES.get(provider, provider), justify="right")
-    told = [gpu or provider != FUSED for provider in runs]
+    each, known = list(runs.values()), [gpu or provider != FUSED for provider in runs]
     for phase in PHASES:
         cells = []
-        for run, known in zip(runs.values(), told, strict=True):
+        for run, told in zip(each, known, strict=True):
             seconds, host = run["seconds"][phase], run["host_seconds"][phase]
-            share = f"{seconds / run['step_seconds']['p50']:.1%}" if known else "?"
-            time = f"{1e3 * seconds:.2f}" if known or phase != "loss" else "?"
+            share = f"{seconds / run['step_seconds']['p50']:.1%}" if told else "?"
+            time = f"{1e3 * seconds:.2f}" if told or phase != "loss" else "?"
             cells.append(f"{time}  {share}" + f"  {1e3 * host:.2f}" * gpu)
         found.add_row(phase, *cells, end_section=phase == PHASES[-1])
-
-    def row(name: str, cells: Sequence[str]) -> None:
-        found.add_row(name, *(cell if known else "?" for cell, known in zip(cells, told, strict=True)))
-
-    each = list(runs.values())
-    for q in ("p20", "p50", "p80"):
-        row(f"ms of a step, {q}", [f"{1e3 * run['step_seconds'][q]:.2f}" for run in each])
-    row("images/s", [f"{config['batch'] / run['step_seconds']['p50']:.1f}" for run in each])
+    steps = [run["step_seconds"] for run in each]
+    speeds = {f"ms of a step, {q}": [f"{1e3 * step[q]:.2f}" for step in steps] for q in ("p20", "p50", "p80")}
+    speeds["images/s"] = [f"{config['batch'] / step['p50']:.1f}" for step in steps]
+    for name, cells in speeds.items():
+        found.add_row(name, *(cell if told else "?" for cell, told in zip(cells, known, strict=True)))
     found.add_row("steps, and those timed", *(f"{len(run['steps'])}, {run['timed_steps']}" for run in each))
     found.add_row("loss at the last step", *(f"{run['steps'][-1]['total']:.4f}" for run in each))
     shared = len(result["difference"])
-    for steps in sorted({min(COMPARED, shared), shared}):
-        found.add_row(f"largest difference, {steps} steps", "", f"{max(result['difference'][:steps]):.1e}")
+    for number in sorted({min(COMPARED, shared), shared}):
+        found.add_row(f"largest difference, {number} steps", "", f"{max(result['difference'][:number]):.1e}")
     waits = [run["waits"] for run in each]
     found.add_row("host waits of the loss", *("?" if w is None else f"{sum(w.values()):g}" for w in waits))
     for place in dict.fromkeys(place for w in waits for place in w or ()):
@@ -92,11 +89,10 @@ def draw_curves(path: Path, result: Result) -> None:
     A peer has no parts.
     """
     runs = {NAMES.get(provider, provider): run["steps"] for provider, run in result["runs"].items()}
-    curves, difference = list(runs.values()), result["difference"]
-    parts = ["total", *(name for name in curves[-1][0] if name not in ("total", "positives"))]
+    parts = ["total", *(name for name in list(runs.values())[-1][0] if name not in ("total", "positives"))]
     figure = Figure(figsize=(4.2 * (len(parts) + 1), 4), layout="constrained")
-    axes = figure.subplots(1, len(parts) + 1)
-    for part, axis in zip(parts, axes[:-1], strict=True):
+    *axes, last = figure.subplots(1, len(parts) + 1)
+    for part, axis in zip(parts, axes, strict=True):
         _plain(axis, part)
         for (name, steps), colour, line in zip(runs.items(), COLOURS, ("-", (0, (2, 2))), strict=True):
             if part in steps[0]:
@@ -104,9 +100,10 @@ def draw_curves(path: Path, result: Result) -> None:
                 axis.plot([step[part] for step in steps], color=colour, linestyle=line, linewidth=1, label=name, **few)
         axis.set_ylim(bottom=0)
     axes[0].legend(frameon=False)
-    _plain(axes[-1], f"relative difference (1e-9: none), bound {BOUND:g}")
-    axes[-1].semilogy([max(d, 1e-9) for d in difference], color=COLOURS[1], linewidth=1, marker=".", markersize=4)
-    axes[-1].axhline(BOUND, color="grey", linewidth=0.8, linestyle=":")
+    _plain(last, f"relative difference (1e-9: none), bound {BOUND:g}")
+    shown = [max(each, 1e-9) for each in result["difference"]]
+    last.semilogy(shown, color=COLOURS[1], linewidth=1, marker=".", markersize=4)
+    last.axhline(BOUND, color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(path, dpi=110)
 
 
@@ -115,8 +112,7 @@ def draw_steps(path: Path, result: Result) -> None:
     config, gpu = result["config"], not result["interpreted"]
     bars = []  # name, seconds by phase, what is written behind
     for provider, run in result["runs"].items():
-        name, seconds = NAMES.get(provider, provider), dict(run["seconds"])
-        step = run["step_seconds"]["p50"]
+        name, seconds, step = NAMES.get(provider, provider), dict(run["seconds"]), run["step_seconds"]["p50"]
         note = f"{1e3 * step:.5g} ms, the loss {seconds['loss'] / step:.0%} of it"
         if not gpu and provider == FUSED:
             note, seconds["loss"] = f"{len(run['steps'])} steps, loss interpreted: ?", 0.0
@@ -124,15 +120,14 @@ def draw_steps(path: Path, result: Result) -> None:
         if gpu:
             host = run["host_seconds"]
             bars.append(("its host", host, f"{1e3 * sum(host.values()):.5g} ms until all calls return"))
-    figure = Figure(figsize=(11, 1.4 + 0.55 * len(bars)), layout="constrained")
-    axis = figure.subplots()
-    _plain(axis, "")
-    ends = np.zeros(len(bars))
     names, phases, notes = zip(*bars, strict=True)
+    figure = Figure(figsize=(11, 1.4 + 0.55 * len(bars)), layout="constrained")
+    axis, ends = figure.subplots(), np.zeros(len(bars))
+    _plain(axis, "")
+    wide = max(sum(each.values()) for each in phases) * 1e3 / 30
     for phase, colour in zip(PHASES, PHASE_COLOURS, strict=True):
-        widths = np.array([1e3 * each[phase] for each in phases])
-        drawn = axis.barh(range(len(bars)), widths, 0.62, left=ends, color=colour, edgecolor="white", linewidth=0.8)
-        wide = max(sum(each.values()) for each in phases) * 1e3 / 30
+        widths, style = np.array([1e3 * each[phase] for each in phases]), {"edgecolor": "white", "linewidth": 0.8}
+        drawn = axis.barh(range(len(bars)), widths, 0.62, left=ends, color=colour, label=phase, **style)
         labels = [f"{width:.4g}" if width > wide else "" for width in widths]
         axis.bar_label(drawn, labels, label_type="center", fontsize=8.5, color="#222222")
         ends += widths
@@ -143,8 +138,7 @@ def draw_steps(path: Path, result: Result) -> None:
     axis.set_xlim(0, 1.4 * ends.max())
     axis.set_xlabel("milliseconds of a step, median of each phase", fontsize=9)
     axis.grid(visible=False, axis="y")
-    keys = [Patch(color=colour, label=phase) for phase, colour in zip(PHASES, PHASE_COLOURS, strict=True)]
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(PHASES), frameon=False, fontsize=9)
     size = f"{config['batch']} images of {config['size']} x {config['size']}"
     on = result["environment"]["gpu"] or result["environment"]["system"]
     figure.suptitle(f"{config['loss']}: where a step goes. {size} on {on}", fontsize=11)

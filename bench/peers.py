@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedyolo import Targets
+from fusedyolo.drivers.protocol import LOGIT, POSITIVE, Piece
 from fusedyolo.tools.parity import Loss
 from fusedyolo.tools.registry import DTYPES, WARMED_UP, Case, Workload
 
@@ -154,16 +155,18 @@ class _Detector(nn.Module):
         super().__init__()
         self.anything = nn.Parameter(torch.zeros((), device=device))
         self.model = [SimpleNamespace(**layer)]
-        for name, value in settings.items():
-            setattr(self, name, value)
+        self.__dict__ |= settings
 
 
 # ------------------------------------------------------------------------------------------------------------ libraries
 
 
+Outputs = dict[str, Tensor]
+
+
 def _torchvision(case: Case, work: Workload, device: str) -> Bound:
-    detection, box_iou = _load("torchvision.models.detection"), _load("torchvision.ops").box_iou
-    classes, anchors = work.classes + case.background, [case.anchor_boxes(work, device)] * work.batch
+    classes, geometry = work.classes + case.background, case.geometry(work, device)
+    anchors, sizes = [geometry["anchors"]] * work.batch, geometry["num_anchors_per_level"]
     targets = []
     for rows in _by_image(case, work):
         centre, half = rows[:, 1:3], rows[:, 3:] * 0.5
@@ -171,36 +174,52 @@ def _torchvision(case: Case, work: Workload, device: str) -> Bound:
         # which of them takes it is up to the last bit.
         corners = torch.cat((centre - half, centre + half), 1) * work.size
         targets.append({"boxes": corners.to(device), "labels": rows[:, 0].long().to(device)})
-    backbone: Any = nn.Identity()
-    backbone.out_channels = [32] * len(case.cell) if case.cls == "SSDLoss" else 32
-    if case.cls == "SSDLoss":
-        default_boxes = detection.anchor_utils.DefaultBoxGenerator([[2] if n == 4 else [2, 3] for n in case.cell])
-        model = detection.ssd.SSD(backbone, default_boxes, (work.size, work.size), classes)
-    else:
-        model = (detection.FCOS if case.cls == "FCOSLoss" else detection.RetinaNet)(backbone, classes)
-    levels, sizes, rows_already = len(case.strides), case.sizes(work), case.layout(work) == "rows"
+    levels, rows_already = len(case.strides), case.layout(work) == "rows"
     names = ("cls_logits", "bbox_regression", "bbox_ctrness")
+    compute = _MODELS[case.name](_load("torchvision.models.detection"), case, work.size, classes)
 
     def total(preds: list[Tensor]) -> Tensor:
         if not rows_already:
             preds = [_to_rows(preds[i : i + levels], sizes) for i in range(0, len(preds), levels)]
-        outputs = dict(zip(names, preds, strict=False))
-        if case.cls == "SSDLoss":  # which matches in its forward
-            matched = []
-            for image, boxes in zip(targets, anchors, strict=True):
-                if len(image["boxes"]):
-                    found = model.proposal_matcher(box_iou(image["boxes"], boxes))
-                else:
-                    found = torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
-                matched.append(found)
-            losses = model.compute_loss(targets, outputs, anchors, matched)
-        elif case.cls == "FCOSLoss":
-            losses = model.compute_loss(targets, outputs, anchors, sizes)
-        else:
-            losses = model.compute_loss(targets, outputs, anchors)
-        return sum(losses.values())
+        return sum(compute(targets, dict(zip(names, preds, strict=False)), anchors, sizes).values())
 
     return total
+
+
+def _backbone(channels: Any) -> Any:
+    module: Any = nn.Identity()
+    module.out_channels = channels
+    return module
+
+
+def _retinanet(detection: Any, case: Case, size: int, classes: int) -> Callable[..., Outputs]:
+    model = detection.RetinaNet(_backbone(32), classes)
+    return lambda targets, outputs, anchors, sizes: model.compute_loss(targets, outputs, anchors)
+
+
+def _fcos(detection: Any, case: Case, size: int, classes: int) -> Callable[..., Outputs]:
+    return detection.FCOS(_backbone(32), classes).compute_loss
+
+
+def _ssd(detection: Any, case: Case, size: int, classes: int) -> Callable[..., Outputs]:
+    box_iou = _load("torchvision.ops").box_iou
+    default_boxes = detection.anchor_utils.DefaultBoxGenerator([[2] if n == 4 else [2, 3] for n in case.cell])
+    model = detection.ssd.SSD(_backbone([32] * len(case.cell)), default_boxes, (size, size), classes)
+
+    def compute(targets: list[Outputs], outputs: Outputs, anchors: list[Tensor], sizes: list[int]) -> Outputs:
+        matched = []  # which its forward does
+        for image, boxes in zip(targets, anchors, strict=True):
+            if len(image["boxes"]):
+                found = model.proposal_matcher(box_iou(image["boxes"], boxes))
+            else:
+                found = torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
+            matched.append(found)
+        return model.compute_loss(targets, outputs, anchors, matched)
+
+    return compute
+
+
+_MODELS = {"RetinaNet": _retinanet, "SSD": _ssd, "FCOS": _fcos}
 
 
 def _to_rows(maps: list[Tensor], sizes: list[int]) -> Tensor:
@@ -274,17 +293,12 @@ def _ultralytics(case: PendingCase, work: Workload, device: str) -> Bound:
     return total
 
 
+HOST = "matches on the host; copies to it and back are no launches and no waits in a count on a CPU"
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("torchvision", "torchvision.models.detection", ("RetinaNet", "SSD", "FCOS"), _torchvision),
-        Peer(
-            "lightnet",
-            "lightnet.network.loss",
-            ("YOLOv2/lightnet",),
-            _lightnet,
-            "matches on the host; copies to it and back are no launches and no waits in a count on a CPU",
-        ),
+        Peer("torchvision", "torchvision.models.detection", tuple(_MODELS), _torchvision),
+        Peer("lightnet", "lightnet.network.loss", ("YOLOv2/lightnet",), _lightnet, HOST),
         Peer("yolov5", "yolov5.utils.loss", ("YOLOv5",), _yolov5),
         Peer("ultralytics", "ultralytics.utils.loss", ("YOLOv8", "YOLO26"), _ultralytics),
     )
@@ -303,30 +317,16 @@ class PendingCase(Case):
     bins: int = 16  # or 1, the distance itself
     branches: int = 1  # sets of predictions
 
-    layouts: ClassVar[tuple[str, ...]] = ("columns",)
+    driver: ClassVar[Any] = SimpleNamespace(layouts=("columns",), arrange=lambda values, piece, frame: [values])
 
-    def shapes(self, work: Workload) -> list[tuple[int, ...]]:
+    def pieces(self, work: Workload) -> list[Piece]:
         """``[B, 4 * bins, N]`` and ``[B, C, N]``, of each branch."""
-        places = sum(height * width for height, width in self.maps(work))
-        return [(work.batch, 4 * self.bins, places), (work.batch, work.classes, places)] * self.branches
-
-    def predictions(self, work: Workload, device: str = "cpu", empty: bool = False) -> list[Tensor]:
-        """Normal logits, those of classes low; distances not negative."""
-        generator, preds = torch.Generator().manual_seed(work.seed), []
-        for i, shape in enumerate(self.shapes(work)):
-            pred = torch.empty(shape, dtype=DTYPES[work.dtype], device=device)
-            if not empty:
-                values = torch.randn(shape, generator=generator)
-                pred.copy_(values - 4.0 if i % 2 else values.abs() if self.bins == 1 else values)
-            preds.append(pred.requires_grad_())
-        return preds
+        places, levels = sum(height * width for height, width in self.maps(work)), range(len(self.strides))
+        sides = (work.batch, 4 * self.bins, places), 4 * self.bins, levels, POSITIVE if self.bins == 1 else LOGIT
+        scores = Piece((work.batch, work.classes, places), work.classes, levels, low=(1, 0, work.classes))
+        return [Piece(*sides), scores] * self.branches
 
 
-PENDING: dict[str, Case] = {
-    case.name: case
-    for case in (
-        PendingCase("YOLOv8", None, "YOLOv8Loss"),
-        PendingCase("YOLO26", None, "YOLO26Loss", bins=1, branches=2),
-    )
-}
+_PENDING = PendingCase("YOLOv8", None, "YOLOv8Loss"), PendingCase("YOLO26", None, "YOLO26Loss", bins=1, branches=2)
+PENDING: dict[str, Case] = {case.name: case for case in _PENDING}
 """Cases that nothing but a peer computes."""

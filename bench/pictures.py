@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from .labels import Annotation, pack
+from .labels import Annotation, load_labels, pack
 
 COLOURS = ("#d1495b", "#2e86ab", "#edae49", "#66a182", "#8d5a97")
 GREY = (114, 114, 114)  # of what an image does not fill
@@ -45,6 +46,18 @@ def generate(folder: Path, count: int, size: int, seed: int) -> None:
             lines.append(f"{label} {x / size:.6f} {y / size:.6f} {2 * half / size:.6f} {2 * half / size:.6f}\n")
         image.filter(ImageFilter.GaussianBlur(0.5)).save(folder / f"images/{number:04d}.jpg", quality=90)
         (folder / f"labels/{number:04d}.txt").write_text("".join(lines))
+
+
+def annotated(
+    options: argparse.Namespace, drawn: Path, count: int, size: int, seed: int
+) -> tuple[list[Annotation], list[str]]:
+    """The annotations of a command's ``--images`` and ``--labels`` and the names of their classes; of images
+    :func:`generate` draws in ``drawn`` where there are none.
+    """
+    images = options.images or drawn
+    if options.images is None:
+        generate(images, count, size, seed)
+    return load_labels(options.labels or images, images)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from fusedyolo.tools.registry import CASES, Case, Workload
 
 from .measure import COMPILE, EAGER, FUSED
-from .report import LAUNCHES, text
-from .rows import Index, Row, index
+from .report import text
+from .rows import Index, Row, index, launches
 
 INK, MUTED = "#222222", "#777777"
 PEER = "peer"
@@ -54,11 +54,12 @@ def plot(out: Path, found: Sequence[Row], cases: Sequence[Case], gpu: str = "H10
         )
         paths.append(_bars(out / "time.png", title, panels, values, cases))
     predicted = {
-        (case.name, launch): [values.get((case.name, FUSED, f"predicted.{gpu}.{launch}.{name}_us")) for name in PARTS]
+        (case.name, launch): [each[f"{name}_us"] for name in PARTS]
         for case in cases
-        for launch in LAUNCHES
+        for launch, each in launches(values, case, f"predicted.{gpu}").items()
+        if launch != "step"
     }
-    if predicted := {key: each for key, each in predicted.items() if None not in each}:
+    if predicted:
         paths.append(_predicted(out / "issue_time.png", predicted, gpu, title))
     return paths
 
@@ -143,28 +144,22 @@ Curves = Mapping[tuple[str, str, str], Mapping[Any, Mapping[str, Any] | None]]
 def sweep(out: Path, curves: Curves, gpu: bool, base: Workload) -> list[Path]:
     """``sweep_time.png`` on a GPU, else ``sweep_bytes.png`` and ``sweep_launches.png``; a row is a loss."""
     if gpu:
-        return [_curves(out / "sweep_time.png", curves, lambda r: r["full_ms_p50"], "milliseconds of a step", base)]
-
-    def moved(result: Mapping[str, Any]) -> float:
-        return (result["bytes_loaded"] + result["bytes_stored"]) / 1e6
-
-    def launches(result: Mapping[str, Any]) -> float:
-        return result["triton_launches"] + result["other_launches"]
-
+        return [_curves(out / "sweep_time.png", curves, ("full_ms_p50",), 1, "milliseconds of a step", base)]
+    moved, launched = ("bytes_loaded", "bytes_stored"), ("triton_launches", "other_launches")
     return [
-        _curves(out / "sweep_bytes.png", curves, moved, "megabytes read and written by a step", base),
-        _curves(out / "sweep_launches.png", curves, launches, "launches of a step", base),
+        _curves(out / "sweep_bytes.png", curves, moved, 1e6, "megabytes read and written by a step", base),
+        _curves(out / "sweep_launches.png", curves, launched, 1, "launches of a step", base),
     ]
 
 
-def _curves(path: Path, curves: Curves, read: Callable[[Mapping[str, Any]], float], label: str, base: Workload) -> Path:
+def _curves(path: Path, curves: Curves, summed: Sequence[str], unit: float, label: str, base: Workload) -> Path:
     cases, axes = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 1))
     figure = Figure(figsize=(2.9 * len(axes), 0.9 + 1.5 * len(cases)), dpi=140, layout="constrained")
     panels = figure.subplots(len(cases), len(axes), squeeze=False, sharey="row")
     keys: dict[str, Any] = {}
     for (case, axis, provider), results in curves.items():
         panel = panels[cases.index(case)][axes.index(axis)]
-        known = {value: read(result) for value, result in results.items() if result}
+        known = {value: sum(r[name] for name in summed) / unit for value, r in results.items() if r}
         kind = provider if provider in NAMES else PEER
         if known:
             places = list(range(len(known)))  # at equal distances, whatever the values

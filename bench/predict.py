@@ -13,14 +13,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 
 from fusedyolo.tools.codegen import target_of
-from fusedyolo.tools.parity import step
 from fusedyolo.tools.registry import Case, Workload
 
-from .count import pretend_others_finished
-from .measure import FUSED, completed, known, planned, provide
+from .measure import FUSED, ready
+from .sampling import Sample, pretend_others_finished
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ GPUS = {
 
 # ------------------------------------------------------------------------------------------------------------ executed
 
-MOST, LEAST = 32, 2  # programs of a launch that run, see Plan; where they are uniform as few as can be
+MOST, LEAST = 32, 2  # programs of a launch that run, see Plan
 
 
 def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -> list[dict[str, Any]]:
@@ -76,8 +74,8 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
     from fusedyolo.emulator import Device, Program
     from fusedyolo.ops.launch import Launch
 
-    one, targets, driver = torch.ones(()), case.targets(work), case.driver
-    reference = known(case, work, targets)
+    step = ready(case, work, FUSED)
+    sample = Sample(case, work, step.targets, MOST, LEAST)
     chosen: Sequence[int] = ()
     found: list[dict[str, Any]] = []
     device = Device(
@@ -88,8 +86,7 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
     def run_some(self: Launch) -> None:
         nonlocal chosen
         name, programs = self.kernel.__name__, self.grid[0]
-        most = 0 if name in driver.uniform else MOST
-        plan = planned(driver, reference, most, LEAST)(name, programs, self.arguments)
+        plan = sample.plan(name, programs, self.arguments)
         ran = list(range(programs)) if exact else plan.chosen
         begin = len(device.launches)
         # the last program alone, so that the final sum is its own
@@ -112,10 +109,8 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
             }
         )
 
-    loss, preds = provide(case, FUSED, work), case.predictions(work)
-    completing = nullcontext() if exact else completed(driver, reference)
-    with device, mock.patch.object(Launch, "run", run_some), completing:
-        step(loss, preds, targets, one)
+    with device, mock.patch.object(Launch, "run", run_some), nullcontext() if exact else sample.completed():
+        step()
     device.check()
     return found
 

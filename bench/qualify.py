@@ -16,38 +16,34 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from fusedyolo.tools.environment import ROOT, environment
-
-from .sweep import LOSSES
+from fusedyolo.tools.env import ROOT, environment
+from fusedyolo.tools.registry import SHOWN, RefusedError
+from fusedyolo.tools.terminal import table
 
 PYTHON = (sys.executable, "-W", "ignore", "-m")
 REQUIRED = {"environment", "check", "tests", "bench"}
 KERNELS = "regex:(grid|grid_grad|cell|cell_grad|overlap|match|dense|rank)_kernel"
-PROFILED = "from bench.measure import run_fused; run_fused('YOLOv4/paper')"
+PROFILED = f"from bench.measure import run_fused; run_fused({SHOWN[0].name!r})"
 COLOURS = {"passed": "green", "failed": "bold red", "cut": "yellow", "left out": "yellow"}
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A command, and the seconds it may take; ``needs`` is a program that not every machine has."""
 
     name: str
     command: tuple[str, ...]
     seconds: float
     needs: str = ""
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a step ended: ``passed``, ``failed``, ``cut`` or ``left out``."""
 
     name: str
@@ -58,7 +54,7 @@ class Outcome:
 
 def plan(out: Path) -> list[Step]:
     """The steps, in order; their seconds are less than what all of them have."""
-    losses = tuple(argument for name in LOSSES for argument in ("--loss", name))
+    losses = tuple(argument for case in SHOWN for argument in ("--loss", case.name))
     check = (*PYTHON, "fusedyolo", "check")
     memcheck = ("compute-sanitizer", "--error-exitcode", "1", "--tool", "memcheck", *check, *losses)
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a cached block hides what lies beyond its tensor
@@ -115,20 +111,19 @@ def qualify(steps: Sequence[Step], out: Path, minutes: float, console: Console) 
 
 
 def run(options: argparse.Namespace) -> int:
-    """Qualify this GPU: see :func:`verdict`; 2 without a GPU."""
-    console = Console()
-    if not torch.cuda.is_available():
-        console.print("[red]no GPU: there is nothing to qualify; python -m bench counts what can be counted without")
-        return 2
-    host = environment()
+    """Qualify this GPU: see :func:`verdict`."""
+    console, host = Console(), environment()
+    if host["gpu"] is None:
+        raise RefusedError("no GPU: there is nothing to qualify; python -m bench counts what can be counted without")
     outcomes = qualify(plan(options.out.resolve()), options.out, options.minutes, console)
-    content = {"environment": host, "steps": [asdict(outcome) for outcome in outcomes]}
+    content = {"environment": host, "steps": [outcome._asdict() for outcome in outcomes]}
     (options.out / "qualify.json").write_text(json.dumps(content, indent=1) + "\n")
-    table = Table("step", "", "seconds", "its last line", title=f"{host['gpu']}, commit {host['commit']}")
+    made = table(f"{host['gpu']}, commit {host['commit']}", ("step", ""), ("seconds",))
+    made.add_column("its last line")
     for each in outcomes:
         coloured = f"[{COLOURS[each.verdict]}]{each.verdict}"
-        table.add_row(each.name, coloured, f"{each.seconds:.0f}", escape(each.said[:100]))
-    console.print(table, f"wrote {options.out}", highlight=False)
+        made.add_row(each.name, coloured, f"{each.seconds:.0f}", escape(each.said[:100]))
+    console.print(made, f"wrote {options.out}", highlight=False)
     return verdict(outcomes)
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fusedyolo.tools.codegen import TARGETS
 from fusedyolo.tools.registry import CASES, Case, Workload
+from fusedyolo.tools.terminal import PASSES, table
 
 from .measure import COMPILE, EAGER, FUSED
 from .peers import PEERS
-from .rows import Index, Row, index, providers, slower
+from .rows import Index, Row, index, launches, providers, slower
 
-LAUNCHES = ("overlap", "match", "loss", "rank", "grad")
 LABELS = {EAGER: "eager", COMPILE: "torch.compile", FUSED: "fused"}
 
 
@@ -41,35 +40,28 @@ def text(value: Any, form: str = "") -> str:
 def print_parity(console: Console, parity: Mapping[str, Any], gpu: bool) -> None:
     """What the gate decided on."""
     where = "on this GPU" if gpu else "in Triton's interpreter"
-    table = _table(f"Errors against the reference in float64, kernels {where}", ("loss", "provider"),
-                   ("loss", "gradient", "assigned", ""))  # fmt: skip
-    broken = []
+    title = f"Errors against the reference in float64, kernels {where}"
+    made, broken = table(title, ("loss", "provider"), ("loss", "gradient", "assigned", "")), []
     for name, found in parity.items():
         if found is None:
-            table.add_row(name, "fused", "?", "?", "?", "[bold red]did not run[/]", end_section=True)
+            made.add_row(name, "fused", "?", "?", "?", "[bold red]did not run[/]", end_section=True)
             continue
         broken += [f"[yellow]{name}, {provider}:[/] {escape(why)}" for provider, why in found["broken"].items()]
         others = [key.removesuffix("_loss_error") for key in found if key.endswith("_loss_error")]
-        for provider in [p for p in others if p not in ("truth", FUSED)] + [FUSED]:
-            ours = provider == FUSED
-            ok = found["ok"] if ours else provider not in found["failed"]
+        verdicts = {p: PASSES[p not in found["failed"]] for p in others if p not in ("truth", FUSED)}
+        for provider, verdict in (verdicts | {EAGER: "", FUSED: PASSES[found["ok"]]}).items():
             errors = [text(found[f"{provider}_{metric}"], ".1e") for metric in ("loss_error", "grad_error")]
-            verdict = "" if provider == EAGER else "[green]passes[/]" if ok else "[bold red]FAILS[/]"
-            row = (
-                name if ours else "",
-                LABELS.get(provider, provider),
-                *errors,
-                str(found["positives"]) if ours else "",
-            )
-            table.add_row(*row, verdict, end_section=ours)
-    console.print(table, *broken, sep="\n", highlight=False)
+            case, assigned = (name, str(found["positives"])) if provider == FUSED else ("", "")
+            row = case, LABELS.get(provider, provider), *errors, assigned, verdict
+            made.add_row(*row, end_section=provider == FUSED)
+    console.print(made, *broken, sep="\n", highlight=False)
 
 
 def print_tables(console: Console, found: Sequence[Row], cases: Sequence[Case], gpu: str) -> None:
     """Cost, time, time predicted for ``gpu`` and compiled resources, and what is to be said of them."""
     values = index(found)
-    for table in (_cost_table, _time_table, _codegen_table):
-        console.print(table(values, cases))
+    for make in (_cost_table, _time_table, _codegen_table):
+        console.print(make(values, cases))
     console.print(_predicted_table(values, cases, gpu))
     print_remarks(console, values, cases)
 
@@ -83,31 +75,21 @@ def print_remarks(console: Console, values: Index, cases: Sequence[Case]) -> Non
         console.print(f"[yellow]slower than another:[/] {sentence}", highlight=False)
 
 
-def _table(title: str, names: Sequence[str], numbers: Sequence[str], caption: str = "") -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.caption, table.caption_justify = caption, "left"
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _lines(values: Index, cases: Sequence[Case]) -> Iterator[tuple[Case, str, list[str], Callable[..., str], bool]]:
-    """A case, a provider of it, how the line of both begins, its values as text, and whether it is the case's last."""
+def _lines(values: Index, cases: Sequence[Case]) -> Iterator[tuple[Case, str, list[str], Callable[[str], Any], bool]]:
+    """A case, a provider of it, how the line of both begins, its values, and whether it is the case's last."""
     for case in cases:
         each = providers(values, case)
         for provider in each:
 
-            def get(metric: str, form: str = "", key: tuple[str, str] = (case.name, provider)) -> str:
-                return text(values.get((*key, metric)), form)
+            def get(metric: str, key: tuple[str, str] = (case.name, provider)) -> Any:
+                return values.get((*key, metric))
 
             begin = [case.name if provider == each[0] else "", LABELS.get(provider, provider)]
             yield case, provider, begin, get, provider == each[-1]
 
 
 def _cost_table(values: Index, cases: Sequence[Case]) -> Table:
-    table = _table(
+    made = table(
         "Forward + backward: launches (Triton + other), bytes, host waits; P = bytes of the predictions",
         ("loss", "provider"),
         ("launches", "loads/P", "stores/P", "bytes/P", "of floor", "waits"),
@@ -115,45 +97,48 @@ def _cost_table(values: Index, cases: Sequence[Case]) -> Table:
         "bytes, as Inductor schedules them for a CPU.",
     )
     for case, provider, begin, get, last in _lines(values, cases):
-        floor = values.get((case.name, FUSED, "floor_per_P"))
-        moved = values.get((case.name, provider, "bytes_per_P"))
-        estimated = (values.get((case.name, provider, "programs_run")) or 1) < 1
-        launches = get("other_launches")
-        if provider == FUSED and launches != "?":
-            launches = f"{get('triton_launches')} + {launches}"
-        parts = (get("loads_per_P", ".2f"), get("stores_per_P", ".2f"))
+        floor, moved = values.get((case.name, FUSED, "floor_per_P")), get("bytes_per_P")
+        estimated = (get("programs_run") or 1) < 1
+        launched = text(get("other_launches"))
+        if provider == FUSED and launched != "?":
+            launched = f"{get('triton_launches')} + {launched}"
+        parts = (text(get(name), ".2f") for name in ("loads_per_P", "stores_per_P"))
         total = "~" * estimated + text(moved, ".2f" if estimated else ".3f")
         share = f"{moved / floor:.2f}x" if moved and floor else "?"
-        table.add_row(*begin, launches, *parts, total, share, get("syncs"), end_section=last)
+        made.add_row(*begin, launched, *parts, total, share, text(get("syncs")), end_section=last)
         if last and case.name not in CASES:
-            table.add_row("", "fused", "planned", end_section=True)
-    return table
+            made.add_row("", "fused", "planned", end_section=True)
+    return made
+
+
+TIMES = {  # by the head of a column: metrics, their format, what is put between them
+    "fwd": (["forward_ms_p50"], ".3f", ""),
+    "bwd": (["backward_ms_p50"], ".3f", ""),
+    "full": (["full_ms_p20", "full_ms_p50", "full_ms_p80"], ".3f", " / "),
+    "graph": (["full_graph_ms_p50"], ".3f", ""),
+    "no grad": (["no_grad_ms_p50"], ".3f", ""),
+    "GB/s": (["gb_per_s", "copy_gb_per_s"], ".0f", " of "),  # this and the next of the fused loss alone
+    "x floor": (["time_over_floor"], ".2f", ""),
+    "peak/P": (["peak_per_P"], ".2f", ""),
+    "host us": (["host_us"], ".0f", ""),
+    "cold s": (["cold_s"], ".1f", ""),
+}
 
 
 def _time_table(values: Index, cases: Sequence[Case]) -> Table:
-    table = _table(
-        "Milliseconds p50 (full: p20 / p50 / p80), cold cache, graph: warm; ? without a GPU",
-        ("loss", "provider"),
-        ("fwd", "bwd", "full", "graph", "no grad", "GB/s", "x floor", "peak/P", "host us", "cold s"),
-    )
-    for _, provider, begin, get, last in _lines(values, cases):
-        full = " / ".join(get(f"full_ms_p{q}", ".3f") for q in (20, 50, 80))
-        bandwidth = f"{get('gb_per_s', '.0f')} of {get('copy_gb_per_s', '.0f')}".replace("? of ?", "?")
-        rates = [bandwidth, get("time_over_floor", ".2f")]
-        table.add_row(
-            *begin,
-            *(get(f"{mode}_ms_p50", ".3f") for mode in ("forward", "backward")),
-            full.replace("? / ? / ?", "?"),
-            *(get(f"{mode}_ms_p50", ".3f") for mode in ("full_graph", "no_grad")),
-            *(rates if provider == FUSED else ("", "")),
-            *(get(metric, form) for metric, form in (("peak_per_P", ".2f"), ("host_us", ".0f"), ("cold_s", ".1f"))),
-            end_section=last,
-        )
-    return table
+    title = "Milliseconds p50 (full: p20 / p50 / p80), cold cache, graph: warm; ? without a GPU"
+    made = table(title, ("loss", "provider"), tuple(TIMES))
+    for case, provider, begin, get, last in _lines(values, cases):
+        cells = []
+        for metrics, form, between in TIMES.values():
+            known = [text(get(metric), form) for metric in metrics if (case.name, provider, metric) in values]
+            cells.append("?" if set(known) == {"?"} else between.join(known))
+        made.add_row(*begin, *cells, end_section=last)
+    return made
 
 
 def _predicted_table(values: Index, cases: Sequence[Case], gpu: str) -> Table:
-    table = _table(
+    made = table(
         f"Predicted for {gpu}, not measured: microseconds of forward + backward, by bytes and by instructions",
         ("loss", "launch"),
         ("programs", "memory", "issue", "predicted", "issue/memory", "longest/median", "longest"),
@@ -163,34 +148,28 @@ def _predicted_table(values: Index, cases: Sequence[Case], gpu: str) -> Table:
     )
     metrics = ("programs", "memory_us", "issue_us", "predicted_us", "longest_over_median", "longest_us")
     for case in cases:
-        label = case.name
-        for launch in (*LAUNCHES, "step"):
-            each = [values.get((case.name, FUSED, f"predicted.{gpu}.{launch}.{metric}")) for metric in metrics]
-            if None in each:
-                continue
-            programs, memory, issue, predicted, over, longest = each
+        for number, (launch, found) in enumerate(launches(values, case, f"predicted.{gpu}").items()):
+            programs, memory, issue, predicted, over, longest = (found[metric] for metric in metrics)
             row = [f"{memory:.1f}", f"{issue:.1f}", f"{predicted:.1f}", f"{issue / memory:.2f}", f"{over:.1f}"]
             row.append("" if launch == "step" else f"{longest:.1f}")
-            table.add_row(label, launch, str(programs), *row, style="bold" if launch == "step" else "")
-            label = ""
-        table.add_section()
-    return table
+            style = "bold" if launch == "step" else ""
+            made.add_row("" if number else case.name, launch, str(programs), *row, style=style)
+        made.add_section()
+    return made
 
 
 def _codegen_table(values: Index, cases: Sequence[Case]) -> Table:
-    table = _table(
+    made = table(
         "What the kernels compile to; loads and stores: instructions x bits",
         ("loss", "launch", "target"),
         ("regs", "stack", "spills", "instr", "loads", "stores"),
     )
     metrics = ("registers", "stack", "spills", "instructions", "loads", "stores")
     for case in cases:
-        label = case.name
-        for launch in LAUNCHES:
-            for target in TARGETS:
-                each = [values.get((case.name, FUSED, f"{target}.{launch}.{metric}")) for metric in metrics]
-                if each[0] is not None:
-                    table.add_row(label, launch, target, *map(text, each))
-                    label = ""
-        table.add_section()
-    return table
+        label, compiled = case.name, {target: launches(values, case, target) for target in TARGETS}
+        for launch in dict.fromkeys(launch for each in compiled.values() for launch in each):
+            for target in (target for target, each in compiled.items() if launch in each):
+                made.add_row(label, launch, target, *(text(compiled[target][launch][metric]) for metric in metrics))
+                label = ""
+        made.add_section()
+    return made

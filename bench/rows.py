@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusedyolo.tools.codegen import widths
-from fusedyolo.tools.environment import version
+from fusedyolo.tools.env import version
 from fusedyolo.tools.registry import CASES, Case, Workload
 
 from . import peers
@@ -117,16 +118,26 @@ def providers(values: Index, case: Case) -> list[str]:
     return list(dict.fromkeys(provider for name, provider, metric in values if name == case.name))
 
 
+def launches(values: Index, case: Case, of: str) -> dict[str, dict[str, Any]]:
+    """Values by metric of each launch of a case, in order, ``of`` a target or ``predicted.{gpu}``."""
+    found: dict[str, dict[str, Any]] = {}
+    for (name, _, metric), value in values.items():
+        begin, _, rest = metric.partition(f"{of}.")
+        if (name, begin) == (case.name, "") and rest:
+            launch, _, metric = rest.partition(".")
+            found.setdefault(launch, {})[metric] = value
+    return found
+
+
 def slower(values: Index, cases: Iterable[Case]) -> list[str]:
     """Where another provider takes less time than the fused loss, a sentence each."""
     found = []
-    for case in cases:
-        for mode in MODES + GRAPHS:
-            ours = values.get((case.name, FUSED, f"{mode}_ms_p50"))
-            for provider in providers(values, case):
-                theirs = values.get((case.name, provider, f"{mode}_ms_p50"))
-                if ours and theirs and theirs < ours:
-                    found.append(f"{case.name}, {mode}: {ours:.3f} ms, {provider} {theirs:.3f} ms")
+    for case, mode in itertools.product(cases, MODES + GRAPHS):
+        ours = values.get((case.name, FUSED, f"{mode}_ms_p50"))
+        for provider in providers(values, case):
+            theirs = values.get((case.name, provider, f"{mode}_ms_p50"))
+            if ours and theirs and theirs < ours:
+                found.append(f"{case.name}, {mode}: {ours:.3f} ms, {provider} {theirs:.3f} ms")
     return found
 
 
@@ -148,19 +159,17 @@ def write(
 
 
 def _merge(path: Path, found: Sequence[Row]) -> None:
-    names = list(found[0])
-
     def key(row: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple("" if row[name] is None else str(row[name]) for name in names if name != "value")
+        return tuple("" if value is None else str(value) for name, value in row.items() if name != "value")
 
     kept: dict[tuple[str, ...], Mapping[str, Any]] = {}
     if path.exists():
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            if reader.fieldnames == names:
+            if reader.fieldnames == list(found[0]):
                 kept = {key(row): row for row in reader}
     kept |= {key(row): {**row, "value": "?" if row["value"] is None else row["value"]} for row in found}
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept.values())

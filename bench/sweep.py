@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fusedyolo.tools.environment import environment
-from fusedyolo.tools.registry import DTYPES, Case, Workload, select
+from fusedyolo.tools.env import environment
+from fusedyolo.tools.registry import DTYPES, SHOWN, Case, Workload, select
 
 from . import peers, plots, report
 from .compare import differing, gate
@@ -20,7 +20,6 @@ from .measure import COMPILE, EAGER, FUSED
 from .rows import Row, index, rows, write
 from .work import Task, run_all
 
-LOSSES = ("YOLOv4/paper", "YOLOv5", "RetinaNet", "SSD", "FCOS")
 NUMBERS: dict[str, tuple[int, ...]] = {
     "objects": (1, 8, 64, 512),  # an image
     "batch": (1, 4, 16, 64, 128),
@@ -33,22 +32,17 @@ BASE = {True: Workload(), False: Workload(batch=4, size=320)}  # on a GPU, witho
 
 def workloads(case: Case, axis: str, gpu: bool) -> dict[Any, Workload]:
     """What is measured along an axis, by the value there."""
-    base, numbers = BASE[gpu], NUMBERS if gpu else INTERPRETED
-    if axis == "objects":
-        return {n: replace(base, objects=f"crowded:{n}") for n in numbers[axis]}
-    if axis == "dtype":
-        return {name: replace(base, dtype=name) for name in DTYPES if name != "float64"}
-    if axis == "layout":
-        return {name: replace(base, layout=name) for name in case.layouts}
-    return {n: replace(base, **{axis: n}) for n in numbers[axis]}
+    found: dict[str, Any] = {**(NUMBERS if gpu else INTERPRETED), "layout": case.layouts}
+    found["dtype"] = [name for name in DTYPES if name != "float64"]
+    form = "crowded:{}".format if axis == "objects" else lambda value: value
+    return {value: replace(BASE[gpu], **{axis: form(value)}) for value in found[axis]}
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and draw: 0, or 1 if a loss failed parity or a measurement of ours broke."""
     host, console, failures = environment(), Console(), []
-    gpu = host["gpu"] is not None
+    gpu, cases = host["gpu"] is not None, select(options.loss, SHOWN)
     base, device, kind = BASE[gpu], "cuda" if gpu else "cpu", "quick time" if gpu else "count"
-    cases = options.cases or select(list(LOSSES))
     console.print(report.headline(base, host), highlight=False)
     wanted = {(case, axis): workloads(case, axis, gpu) for case in cases for axis in options.axis or AXES}
     checked = {(case.name, w.dtype, w.layout): w for (case, _), each in wanted.items() for w in each.values()}
@@ -64,22 +58,24 @@ def run(options: argparse.Namespace) -> int:
     curves: dict[tuple[str, str, str], dict[Any, Task]] = {}
     for case in cases:
         providers = [*(peer.name for peer in peers.of(case)), EAGER, *[COMPILE] * gpu, FUSED]
-        for provider in [each for each in providers if (case.name, each) not in unlike]:
-            for axis in options.axis or AXES:
-                each = wanted[case, axis]
-                curves[case.name, axis, provider] = {
-                    value: Task(kind, case.name, work, provider, device) for value, work in each.items()
-                }
-        tasks = {task: None for (name, *_), each in curves.items() if name == case.name for task in each.values()}
+        own = {
+            (case.name, axis, provider): {
+                value: Task(kind, case.name, work, provider, device) for value, work in wanted[case, axis].items()
+            }
+            for provider in providers
+            if (case.name, provider) not in unlike
+            for axis in options.axis or AXES
+        }
+        curves |= own
+        tasks = list(dict.fromkeys(task for each in own.values() for task in each.values()))
         title = f"{'timing' if gpu else 'counting'} {case.name}"
-        results |= run_all(list(tasks), 1 if gpu else options.jobs, console, title, failures)
+        results |= run_all(tasks, 1 if gpu else options.jobs, console, title, failures)
         for work in dict.fromkeys(task.work for task in tasks):
-            own = {task: results[task] for task in tasks if task.work == work and task in results}
-            found += (own_rows := rows(own, work, host))
-            report.print_remarks(console, index(own_rows), [case])
+            of_work = rows({t: results[t] for t in tasks if t.work == work and t in results}, work, host)
+            report.print_remarks(console, index(of_work), [case])
+            found += of_work
         paths = write(options.out, found, host, failures, "sweep")  # kept, should the rest be cut
     measured = {key: {value: results.get(task) for value, task in each.items()} for key, each in curves.items()}
     for path in [*paths, *plots.sweep(options.out, measured, gpu, base)]:
         console.print(f"wrote {path}", highlight=False)
-    tasks = {task: None for each in curves.values() for task in each.values()}
-    return int(any(task not in results for task in tasks if task.provider == FUSED))
+    return int(any(None in each.values() for (*_, provider), each in measured.items() if provider == FUSED))

@@ -20,22 +20,22 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.profiler import ProfilerActivity, profile
 
 import fusedyolo
 from fusedyolo.tools import interpreter
-from fusedyolo.tools.environment import environment, version
+from fusedyolo.tools.env import environment, version
 from fusedyolo.tools.parity import Loss, step
-from fusedyolo.tools.registry import CASES, Case, Workload
+from fusedyolo.tools.registry import SHOWN, Case, RefusedError, Workload, select
+from fusedyolo.tools.terminal import asked, bars
 
 from . import outcome, peers
 from .count import count
 from .detector import Detector, fit
-from .labels import given, load_labels
+from .labels import given
 from .measure import EAGER, FUSED, provide
 from .phases import Block, Clock, summarise, turns, waits
-from .pictures import Pictures, generate, load, send
+from .pictures import Pictures, annotated, load, send
 
 INTERPRETED_STEPS = 3  # of the fused run without a GPU: one of the default size takes over a minute
 RATE = 5e-4  # of learning
@@ -117,8 +117,7 @@ def train(runs: Sequence[Run], steps: Sequence[int], pictures: Pictures, out: Pa
     """Let the runs take their steps in turn; a Chrome trace of the last ones of each is left in ``out``."""
     gpu = runs[0].clock.gpu
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines on start and stop would cut the bar
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, auto_refresh=not gpu) as bar:  # its thread would slow a GPU's host down
+    with bars(console, auto_refresh=not gpu) as bar:  # its thread would slow a GPU's host down
         tasks = [bar.add_task(run.name, total=n) for run, n in zip(runs, steps, strict=True)]
         for number, block in turns(*steps):
             run, traced = runs[number], block.kind == "traced"
@@ -134,38 +133,34 @@ def prepare(options: argparse.Namespace) -> tuple[Pictures, list[str]]:
     """The pictures, and the names of the classes.
 
     Raises:
-        ValueError, OSError: there is nothing to train on.
+        RefusedError: there is nothing to train on.
     """
-    images = options.images or options.out / f"drawn-{options.size}-{options.seed}"
-    if options.images is None:
-        generate(images, DRAWN, 2 * options.size, options.seed)
-    annotations, names = load_labels(options.labels or images, images)
-    found = [annotation for annotation in annotations if annotation.image]
-    if not any(len(annotation.boxes) for annotation in found):
-        raise ValueError(f"images: {len(found)} of {len(annotations)} annotated images are in {images}, with no boxes")
-    return load(found, options.size), names
+    drawn = options.out / f"drawn-{options.size}-{options.seed}"
+    with asked():
+        annotations, names = annotated(options, drawn, DRAWN, 2 * options.size, options.seed)
+        found = [annotation for annotation in annotations if annotation.image]
+        if not any(len(annotation.boxes) for annotation in found):
+            where = f"{len(found)} of {len(annotations)} annotated images are in {options.images or drawn}"
+            raise RefusedError(f"images: {where}, with no boxes")
+        return load(found, options.size), names
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it: 0 if the loss fell and the curves agree, 1 if not, 2 without what it takes."""
+    """Do it: 0 if the loss fell and the curves agree, 1 if not."""
     gpu, console = torch.cuda.is_available(), Console()
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
         interpreter.prepare()  # before peers are looked for: some import Triton
         console.print("No GPU: the fused loss runs in Triton's interpreter, which is slow.")
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # the losses alone shall differ
-    case = options.cases[0] if options.cases else CASES["YOLOv4/paper"]
+    case = select(options.loss, SHOWN)[0]
     known = [*(peer.name for peer in peers.of(case)), EAGER]
     peer = options.peer or known[0]
     steps = options.steps, min(options.steps, options.fused_steps or (options.steps if gpu else INTERPRETED_STEPS))
+    if peer not in known:
+        raise RefusedError(f"--peer: {peer}, want one of {', '.join(known)} for {case.name}")
     options.out.mkdir(parents=True, exist_ok=True)
-    try:
-        if peer not in known:
-            raise ValueError(f"--peer: {peer}, want one of {', '.join(known)} for {case.name}")
-        pictures, names = prepare(options)
-    except (OSError, ValueError) as error:
-        console.print(f"[red]{escape(str(error))}")
-        return 2
+    pictures, names = prepare(options)
     boxes = torch.cat([annotation.boxes[:, 2:] for annotation in pictures.annotations])
     console.print(f"{len(pictures.annotations)} images, {len(boxes)} boxes of {len(names)} classes")
     case, work = fit(case, options.size, boxes), Workload(options.batch, options.size, len(names), layout="nchw")

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fusedyolo.tools import processes
 from fusedyolo.tools.registry import CASES, Case, Workload
+from fusedyolo.tools.terminal import bars
 
 from . import peers
 
@@ -81,8 +81,7 @@ def run_all(tasks: Sequence[Task], jobs: int, console: Console, title: str, fail
     }
     results: dict[Task, Any] = {}
     start = time.monotonic()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with bars(console, transient=True) as progress:
         bar = progress.add_task(title, total=len(tasks))
 
         def done(task: Task, result: Any) -> None:

@@ -6,18 +6,18 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
-from .tools.arguments import add_loss, positive, side
+from .tools import terminal
 from .tools.compiled import ARCHS, FUSION
 from .tools.registry import DTYPES, LAYOUTS
+from .tools.terminal import add_loss, positive, side
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a command, whose module's ``run`` takes them."""
     main = argparse.ArgumentParser("fusedyolo", description="Training losses of one-stage detectors.")
-    commands = main.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    commands = main.add_subparsers(required=True, metavar="COMMAND", dest="module")
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=about, description=about)
@@ -51,8 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
-    options = parse(argv)
-    return import_module(f".tools.{options.command}", __package__).run(options)
+    return terminal.run("fusedyolo.tools", parse(argv))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ class DenseDriver(Driver):
     head = DenseHead
     kind = "dense"
     layouts = ("rows", "nchw", "channels_last")
-    uniform = ("rank_kernel",)
 
     # ---- a call of a loss
 
@@ -172,6 +171,10 @@ class DenseDriver(Driver):
         if kernel in _BY_BLOCK:
             blocks = _blocks(arguments)
             return [int(p % blocks == blocks - 1) for p in range(programs)]
+        if (
+            kernel == "rank_kernel"
+        ):  # the last of an image reads what all others leave, and later launches what it picks
+            return range(programs)
         return super().kinds(kernel, programs, arguments)
 
     def efforts(
@@ -198,7 +201,7 @@ class DenseDriver(Driver):
         return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
-        """Matches, and the cross-entropies that are ranked, both of the reference."""
+        """Matches, the cross-entropies that are ranked, both of the reference, and the counters of the ranking."""
         found = known.assignment
         if kernel == "match_kernel":
             ignored = torch.where(found.ignored, reference.IGNORED, -1)
@@ -206,6 +209,8 @@ class DenseDriver(Driver):
             matched.match_ptr.copy_(torch.where(found.row >= 0, found.row, ignored))
             counts = (found.row >= 0).sum(1)
             matched.found_ptr.copy_(torch.cat((counts, counts.sum(0, keepdim=True))))
+            if arguments["picks_ptr"] is not None:
+                arguments["picks_ptr"][:, 3] = 0  # programs of the ranking that have finished
         elif kernel == "dense_kernel" and arguments["SPEC"].RANKED and arguments["SPEC"].WITH_LOSS:
             cross_entropy = reference.LABEL_TERMS["softmax_ce"]
             label = found.label.clamp(min=0)  # 0 is the background

@@ -96,8 +96,6 @@ class Driver(Protocol):
     """Whether a loss takes a map as [B, H, W, channels], else [B, channels, H, W]."""
     scans: bool = False
     """Whether ``select`` finds candidates by kernels that read the predictions themselves."""
-    uniform: tuple[str, ...] = ()
-    """Kernels whose programs execute as much as the others of their kind, see :meth:`kinds`."""
 
     # ---- a call of a loss
 
@@ -150,7 +148,7 @@ class Driver(Protocol):
 
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
         """What work each program of a launch has, a number for each: which stream or level it is of, how large its tile
-        is. ``arguments`` are those of the launch; no other code of ours reads them.
+        is; some programs of each are run. ``arguments`` are those of the launch; no other code of ours reads them.
         """
         return [0] * programs
 

@@ -135,18 +135,8 @@ def read_sass(target: str, usage: str, sass: str) -> Resources:
         if head in ("LDG", "STG"):
             (loads if head == "LDG" else stores)[_sass_width(modifiers)] += 1
         spills += head in ("LDL", "STL")
-    return Resources(
-        target,
-        sizes["REG"],
-        sizes["STACK"],
-        spills,
-        sizes["SHARED"],
-        len(names + called),
-        dict(loads),
-        dict(stores),
-        called=len(called),
-        code=_digest(sass),
-    )
+    words = sizes["REG"], sizes["STACK"], spills, sizes["SHARED"], len(names + called)
+    return Resources(target, *words, dict(loads), dict(stores), called=len(called), code=_digest(sass))
 
 
 def _sass_names(sass: str) -> list[str]:
@@ -159,11 +149,8 @@ def _digest(text: str) -> str:
 
 
 def _sass_width(modifiers: list[str]) -> int:
-    for modifier in modifiers:
-        match = re.fullmatch(r"[US]?(8|16|64|128|256)", modifier)
-        if match:
-            return int(match[1])
-    return 32
+    found = (re.fullmatch(r"[US]?(8|16|64|128|256)", modifier) for modifier in modifiers)
+    return next((int(match[1]) for match in found if match), 32)
 
 
 _AMD_WIDTHS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "sshort": 16, "dword": 32}
@@ -179,15 +166,6 @@ def read_amdgcn(target: str, text: str) -> Resources:
         if match:
             width = _AMD_WIDTHS[match[2]] * int(match[3] or 1)
             (loads if match[1] == "load" else stores)[width] += 1
-    return Resources(
-        target,
-        sizes["vgpr_count"],
-        sizes["private_segment_fixed_size"],
-        sum(name.startswith("scratch_") for name in names),
-        sizes["group_segment_fixed_size"],
-        len(names),
-        dict(loads),
-        dict(stores),
-        sizes["sgpr_spill_count"],
-        code=_digest(text),
-    )
+    spills, stack = sum(name.startswith("scratch_") for name in names), sizes["private_segment_fixed_size"]
+    words = sizes["vgpr_count"], stack, spills, sizes["group_segment_fixed_size"], len(names)
+    return Resources(target, *words, dict(loads), dict(stores), sizes["sgpr_spill_count"], code=_digest(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ import fusedyolo
 from ..emulator import Device
 from ..terms import term_names
 from .parity import TOLERANCE
-from .registry import CASES, Workload
+from .registry import CASES, RefusedError, Workload
 from .registry import Case as LossCase
 
 ARCHS = (80, 90)
@@ -74,11 +75,6 @@ class Found:
     instructions: int = 0
     wrong: list[str] = field(default_factory=list)
 
-    @property
-    def ok(self) -> bool:
-        """Whether it passes."""
-        return not self.wrong
-
 
 # ------------------------------------------------------------------------------------------------------------ cases
 
@@ -106,8 +102,7 @@ def _select(case: LossCase, work: Workload) -> Step:
     def step(backend: str, exact: bool) -> Outputs:
         generator = torch.Generator().manual_seed(work.seed)
         preds = [pred.detach() for pred in case.predictions(work)]
-        preds = [p + 3.5 * (torch.rand(p.shape, generator=generator) > 0.7).to(p.dtype) for p in preds]
-        preds = [_as(pred, exact) for pred in preds]
+        preds = [_as(p + 3.5 * (torch.rand(p.shape, generator=generator) > 0.7).to(p.dtype), exact) for p in preds]
         criterion = case.build(work.classes, backend)
         return fusedyolo.select(case.pack(preds, work), criterion, 0.2, 0.4, 20, backend=backend)._asdict()
 
@@ -148,51 +143,38 @@ def _as(value: Tensor, exact: bool) -> Tensor:
 @lru_cache(maxsize=1)
 def cases() -> dict[str, Case]:
     """All cases by name: every loss, ``select`` once for each class term where kernels read predictions, the rest."""
-    found: dict[str, Case] = {name: partial(_loss, case) for name, case in CASES.items()}
     scanned = {case.head(SMALL.classes).label: case for case in reversed(CASES.values()) if case.driver.scans}
-    return (
-        found | {f"select/{case.loss}": partial(_select, case) for case in scanned.values()} | {"pointwise": _pointwise}
-    )
+    found: dict[str, Case] = {name: partial(_loss, case) for name, case in CASES.items()}
+    found |= {f"select/{case.loss}": partial(_select, case) for case in scanned.values()}
+    return found | {"pointwise": _pointwise}
 
 
 def ready() -> None:
     """Raises:
-    ValueError: kernels cannot be compiled in this process.
+    RefusedError: kernels cannot be compiled in this process.
     """
     try:
         with Device():
             pass
     except ImportError:
-        raise ValueError("--compiled: Triton is not installed, and there is nothing to compile with") from None
+        raise RefusedError("--compiled: Triton is not installed, and there is nothing to compile with") from None
     except RuntimeError as error:
-        raise ValueError(f"--compiled: {error}") from None
+        raise RefusedError(f"--compiled: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------- comparison
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One schedule of kernels compiled in one way: ``as shipped``, ``off``, or ``by seed``."""
-
-    seed: int
-    fusion: str
-    noise: bool
-
-    def device(self, settings: Settings) -> Device:
-        fusion = False if self.fusion == "off" else None
-        contraction = self.seed if self.fusion == "by seed" else None
-        return Device(
-            settings.arch, self.seed, fusion=fusion, contraction=contraction, noise=settings.noise, fine=settings.fine
-        )
-
-    @property
-    def group(self) -> tuple[str, int]:
-        """Runs of one group give the same bits."""
-        return self.fusion, self.seed if self.noise or self.fusion == "by seed" else 0
-
-    def __str__(self) -> str:
-        return f"seed {self.seed}" if self.fusion == "as shipped" else f"seed {self.seed}, fusion {self.fusion}"
+def _device(settings: Settings, fusion: str, seed: int) -> Device:
+    """For one schedule of kernels compiled in one way: ``as shipped``, ``off``, or ``by seed``."""
+    return Device(
+        settings.arch,
+        seed,
+        fusion=False if fusion == "off" else None,
+        contraction=seed if fusion == "by seed" else None,
+        noise=settings.noise,
+        fine=settings.fine,
+    )
 
 
 def compare(step: Step, settings: Settings) -> Found:
@@ -203,13 +185,14 @@ def compare(step: Step, settings: Settings) -> Found:
     gradients are 0 at the same places, nothing is left unwritten, and the emulator finds no fault.
     """
     truth, eager = step("torch", True), step("torch", False)
-    runs = [_Run(seed, fusion, settings.noise) for fusion in FUSION[settings.fusion] for seed in range(settings.seeds)]
     found = Found(same=None if settings.noise else True)
     first: dict[tuple[str, int], Outputs] = {}
     eager_errors = {key: _error(value, truth[key]) for key, value in eager.items()}
     found.eager = max(eager_errors.values())
-    for run in runs:
-        device = run.device(settings)
+    for fusion, seed in itertools.product(FUSION[settings.fusion], range(settings.seeds)):
+        run = f"seed {seed}" if fusion == "as shipped" else f"seed {seed}, fusion {fusion}"
+        alike = fusion, seed if settings.noise or fusion == "by seed" else 0  # runs that give the same bits
+        device = _device(settings, fusion, seed)
         with device:
             out = step("triton", False)
         if not device.launches:
@@ -227,11 +210,11 @@ def compare(step: Step, settings: Settings) -> Found:
             limit = eager_errors[key] + _tolerance(value.dtype) if value.is_floating_point() else 0.0
             if error > limit:
                 found.wrong.append(f"{run}: {key} is off by {error:.1e}, at most {limit:.1e} is allowed")
-        same = [key for key, value in out.items() if _bits(value, first.get(run.group, out)[key])]
+        same = [key for key, value in out.items() if _bits(value, first.get(alike, out)[key])]
         if len(same) < len(out):
             found.same = False
             found.wrong.append(f"{run}: other bits than seed 0 in {', '.join(key for key in out if key not in same)}")
-        first.setdefault(run.group, out)
+        first.setdefault(alike, out)
     found.wrong += [f"{count} x {fault}" for fault, count in found.faults.most_common()]
     found.wrong += decided(first, truth)
     return found

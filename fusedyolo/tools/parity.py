@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,26 @@ def step(loss: Loss, preds: list[torch.Tensor], targets: Any, one: torch.Tensor)
     out = loss(preds, targets)
     out.total.backward(gradient=one)
     return out
+
+
+@dataclass(eq=False)
+class Step:
+    """A bound loss with all that a training step of it takes."""
+
+    loss: Loss
+    preds: list[torch.Tensor]
+    targets: Any
+    one: torch.Tensor
+
+    def __call__(self) -> Any:
+        """Do one."""
+        return step(self.loss, self.preds, self.targets, self.one)
+
+
+def bound(loss: Loss, case: Case, work: Workload, device: str = "cpu", empty: bool = False) -> Step:
+    """A step of a loss on what a workload has; predictions may be left ``empty``."""
+    one = torch.ones((), device=device)
+    return Step(loss, case.predictions(work, device, empty), case.targets(work, device), one)
 
 
 def parity(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -17,6 +17,11 @@ from .. import drivers
 from ..drivers.protocol import POSITIVE, UNIT, Driver, Frame, Piece
 from ..targets import Targets
 from . import objects as samplers
+
+
+class RefusedError(ValueError):
+    """What a user asked for cannot be done; the message says why."""
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FORMS = ("packed", "Targets")
@@ -106,21 +111,13 @@ class Case:
         cell = self.cell or tuple(map(len, self.anchors)) or (1,)
         return Frame(work.batch, tuple(self.maps(work)), cell, self.layout(work))
 
-    def sizes(self, work: Workload) -> list[int]:
-        """Anchors of each level."""
-        return self.frame(work).sizes
-
     def pieces(self, work: Workload) -> list[Piece]:
         """What is predicted."""
         return self.driver.pieces(self.head(work.classes), self.frame(work))
 
-    def shapes(self, work: Workload) -> list[tuple[int, ...]]:
-        """Of the predictions, each in one piece."""
-        return [piece.shape for piece in self.pieces(work)]
-
     def prediction_bytes(self, work: Workload) -> int:
         """P: what the predictions take in memory."""
-        return sum(math.prod(shape) for shape in self.shapes(work)) * DTYPES[work.dtype].itemsize
+        return sum(math.prod(piece.shape) for piece in self.pieces(work)) * DTYPES[work.dtype].itemsize
 
     def floor(self, work: Workload) -> float:
         """Bytes in P that no step can do without."""
@@ -144,20 +141,15 @@ class Case:
     def targets(self, work: Workload, device: str = "cpu") -> Any:
         """The objects, their classes counted from 1 where 0 is the background."""
         targets = work.targets(device)
-        if self.background:
-            (targets if isinstance(targets, torch.Tensor) else targets.rows)[:, 1] += 1
+        (targets if isinstance(targets, torch.Tensor) else targets.rows)[:, 1] += self.background
         return targets
 
-    def anchor_boxes(self, work: Workload, device: str = "cpu") -> torch.Tensor | None:
-        """``[N, 4]``, x1 y1 x2 y2 in pixels, of a loss whose calls bring them."""
-        return None if self.boxes is None else self.boxes(self.maps(work), work.size, device=device)
-
     def geometry(self, work: Workload, device: str = "cpu") -> dict[str, Any]:
-        """What a call takes beside predictions and targets."""
+        """What a call takes beside predictions and targets; anchors are ``[N, 4]``, x1 y1 x2 y2 in pixels."""
         if self.boxes is None:
             return {}
-        boxes, sizes = self.anchor_boxes(work, device), self.sizes(work)
-        return {"anchors": boxes, "num_anchors_per_level": sizes, "image_size": work.size}
+        boxes = self.boxes(self.maps(work), work.size, device=device)
+        return {"anchors": boxes, "num_anchors_per_level": self.frame(work).sizes, "image_size": work.size}
 
     def bind(self, criterion: Any, work: Workload, device: str = "cpu") -> Callable[[Any, Any], Any]:
         """The loss as a function of predictions and targets alone."""
@@ -181,7 +173,7 @@ def _values(piece: Piece, generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes, type and objects: ``coco``, or ``crowded:N`` for N objects in each image."""
+    """Sizes, type and objects: ``coco``, ``crowded:N`` for N objects in each image, or with any other name ``rows``."""
 
     batch: int = 16
     size: int = 640
@@ -191,14 +183,19 @@ class Workload:
     form: str = "packed"
     layout: str = ""  # a case's usual one
     seed: int = 18  # 118 COCO-like objects in 16 images, 7.4 each as in COCO itself
+    rows: tuple[
+        tuple[float, ...], ...
+    ] = ()  # image, class, cx, cy, w, h; those of images beyond the batch are left out
 
     def targets(self, device: str = "cpu") -> Any:
         """Packed rows [M, 6], or with the form ``Targets`` those made of them, as in ``collate_fn``."""
         generator = torch.Generator().manual_seed(self.seed)
         if self.objects == "coco":
             rows = samplers.coco_like(self.batch, generator, num_classes=self.classes)
-        else:
+        elif self.objects.startswith("crowded:"):
             rows = samplers.crowded(self.batch, generator, int(self.objects[8:]), num_classes=self.classes)
+        else:
+            rows = torch.tensor([row for row in self.rows if row[0] < self.batch]).reshape(-1, 6)
         if self.form == "Targets":
             return Targets.from_packed(rows, self.batch).to(device)
         return rows.to(device)
@@ -208,22 +205,10 @@ class Workload:
         objects = "crowded:64" if self.objects.startswith("crowded:") else self.objects
         return replace(self, batch=min(self.batch, 2), size=min(self.size, 128), objects=objects)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
-
-_V3 = (
-    ((10, 13), (16, 30), (33, 23)),
-    ((30, 61), (62, 45), (59, 119)),
-    ((116, 90), (156, 198), (373, 326)),
-)
+_V3 = ((10, 13), (16, 30), (33, 23)), ((30, 61), (62, 45), (59, 119)), ((116, 90), (156, 198), (373, 326))
 _V2 = (((1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 4.84053), (11.2364, 10.0071)),)
-_V4 = (
-    ((12, 16), (19, 36), (40, 28)),
-    ((36, 75), (76, 55), (72, 146)),
-    ((142, 110), (192, 243), (459, 401)),
-)
+_V4 = ((12, 16), (19, 36), (40, 28)), ((36, 75), (76, 55), (72, 146)), ((142, 110), (192, 243), (459, 401))
 _STRIDES = (8, 16, 32)
 _SSD_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
 _CELLS = partial(Case, grid=7, images=12)
@@ -257,6 +242,9 @@ CASES = {
     )
 }
 
+SHOWN = [CASES[name] for name in ("YOLOv4/paper", "YOLOv5", "RetinaNet", "SSD", "FCOS")]
+"""What is enough to see how kernels do: of the two grids one ignores by overlap, one has several rows a prediction."""
+
 Named = TypeVar("Named")
 
 
@@ -264,20 +252,20 @@ def choose(names: Sequence[str], known: Mapping[str, Named]) -> dict[str, Named]
     """Those of these names, or of what comes before a slash in them, in any case of letters; all of them for no names.
 
     Raises:
-        ValueError: there is none of a name.
+        RefusedError: there is none of a name.
     """
     chosen: dict[str, Named] = {}
     for name in names:
         found = {k: v for k, v in known.items() if name.lower() in (k.lower(), k.partition("/")[0].lower())}
         if not found:
-            raise ValueError(f"--loss: {name}, want one of {', '.join(known)}")
+            raise RefusedError(f"--loss: {name}, want one of {', '.join(known)}")
         chosen |= {k: v for k, v in found.items() if k not in chosen}
     return chosen or dict(known)
 
 
-def select(names: Sequence[str]) -> list[Case]:
-    """Cases by ``loss`` or ``loss/recipe``, see :func:`choose`."""
-    return list(choose(names, CASES).values())
+def select(names: Sequence[str], usual: Iterable[Case] = CASES.values()) -> list[Case]:
+    """Cases by ``loss`` or ``loss/recipe``, see :func:`choose`, or the ``usual`` ones for no names."""
+    return list(choose(names, CASES).values() if names else usual)
 
 
 def first_recipes() -> list[Case]:

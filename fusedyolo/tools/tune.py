@@ -12,8 +12,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
@@ -21,24 +21,22 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from .. import tuned
 from ..kernels.launch import REGISTERS, Wishes, legal_wishes
-from .environment import environment, kernels_digest
-from .parity import step
+from . import codegen, timing
+from .env import environment, kernels_digest
+from .parity import Step, bound
 from .processes import Call, Failed, run_all
-from .registry import Case, Workload, first_recipes, select
+from .registry import Case, RefusedError, Workload, first_recipes, select
+from .terminal import bars, table
 
 GAIN = 0.02  # of the time that a configuration must save to be preferred to the heuristic
 TURNS = 3  # in which the best one and the heuristic are timed once more
 
 Resources = Mapping[str, Mapping[str, Any]]
 """Of each launch of a step by name, as :class:`~fusedyolo.tools.codegen.Resources` in a dict."""
-Inspect = Callable[["Point", Wishes], Resources]
 Timer = Callable[["Point", Wishes], float]
 
 
@@ -73,13 +71,14 @@ def prune(reports: Mapping[Wishes, Resources | str]) -> dict[Wishes, str]:
     usual = reports[()]
     assert not isinstance(usual, str)
     found: dict[Wishes, str] = {}
-    codes: dict[tuple[str, ...], Wishes] = {}
+    codes = set()
     for wishes, report in reports.items():
-        why = report if isinstance(report, str) else _worse(report, usual)
-        if not why and not isinstance(report, str):
-            code = tuple(f"{name} {each['code']} {each['grid']}" for name, each in report.items())
-            same = codes.setdefault(code, wishes)
-            why = "" if same == wishes else "same code as another"
+        if isinstance(report, str):
+            why = report
+        elif not (why := _worse(report, usual)):
+            code = tuple((name, each["code"], each["grid"]) for name, each in report.items())
+            why = "same code as another" * (code in codes)
+            codes.add(code)
         if why and wishes:
             found[wishes] = why
     return found
@@ -99,8 +98,6 @@ def _worse(report: Resources, usual: Resources) -> str:
 
 def key_of(point: Point) -> str:
     """The key under which launches look for what is found here."""
-    from . import codegen
-
     with tuned.forced(()) as keys:
         codegen.launches(point.case, point.work)
     (key,) = keys
@@ -109,8 +106,6 @@ def key_of(point: Point) -> str:
 
 def inspect(point: Point, wishes: Wishes, target: str) -> Resources:
     """What a step compiles to for a target; in a process in which kernels are not interpreted."""
-    from . import codegen
-
     with tuned.forced(wishes):
         launches = codegen.launches(point.case, point.work)
         compiled = codegen.compile_step(point.case, point.work, target)
@@ -139,30 +134,27 @@ def inspect_all(
 
 def milliseconds(point: Point, wishes: Wishes) -> float:
     """Median time of forward and backward on the GPU, by replay of a graph."""
-    from . import timing
-
-    loss, preds, targets, one = _bound(point)
+    step = _step(point)
     with tuned.forced(wishes):
-        return timing.by_replay(lambda: step(loss, preds, targets, one), preds)[1]
+        return timing.by_replay(step, step.preds)[1]
 
 
 def gradients(point: Point, wishes: Wishes) -> list[torch.Tensor]:
     """Of a step, as integers, so that equal means the same bits."""
-    loss, preds, targets, one = _bound(point)
-    for pred in preds:
+    step = _step(point)
+    for pred in step.preds:
         pred.grad = None
     with tuned.forced(wishes):
-        step(loss, preds, targets, one)
+        step()
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    grads = [pred.grad for pred in preds if pred.grad is not None]
+    grads = [pred.grad for pred in step.preds if pred.grad is not None]
     return [grad.view(integers[grad.element_size()]) for grad in grads]
 
 
 @lru_cache(maxsize=1)
-def _bound(point: Point) -> tuple[Any, list[torch.Tensor], Any, torch.Tensor]:
+def _step(point: Point) -> Step:
     case, work, device = point.case, point.work, point.device
-    loss = case.bind(case.build(work.classes, "triton"), work, device)
-    return loss, case.predictions(work, device), case.targets(work, device), torch.ones((), device=device)
+    return bound(case.bind(case.build(work.classes, "triton"), work, device), case, work, device)
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -280,19 +272,14 @@ def _try(point: Point, wishes: Wishes, usual: list[torch.Tensor], timer: Timer) 
 
 
 def points(options: argparse.Namespace, device: str) -> list[Point]:
-    """Every combination that was asked for, a layout that a loss does not take left out.
-
-    Raises:
-        ValueError: a loss that there is not.
-    """
-    found = []
-    for case in select(options.loss) if options.loss else first_recipes():
-        for each in itertools.product(options.batch, options.size, options.classes, options.dtype, options.layout):
-            batch, size, classes, dtype, layout = each
-            work = replace(Workload(batch, size, classes, dtype), layout=layout)
-            if layout in ("", *case.layouts):
-                found.append(Point(case, work, device))
-    return found
+    """Every combination that was asked for, a layout that a loss does not take left out."""
+    wanted = (options.batch, options.size, options.classes, options.dtype, options.layout)
+    return [
+        Point(case, Workload(batch, size, classes, dtype, layout=layout), device)
+        for case in select(options.loss, first_recipes())
+        for batch, size, classes, dtype, layout in itertools.product(*wanted)
+        if layout in ("", *case.layouts)
+    ]
 
 
 def run(
@@ -301,23 +288,15 @@ def run(
     timer: Timer = milliseconds,
     inspector: Callable[..., dict[Wishes, Resources | str]] | None = None,
 ) -> int:
-    """Tune: 0, or 2 where there is nothing to tune on. Tests put in a timer and an inspector that need no GPU."""
-    console = Console()
-    try:
-        todo = points(options, device)
-    except ValueError as error:
-        console.print(f"[red]{error}", highlight=False)
-        return 2
+    """Tune. Tests put in a timer and an inspector that need no GPU."""
+    console, todo, where = Console(), points(options, device), torch.device(device)
     if device == "cuda" and not torch.cuda.is_available():
-        console.print("[red]no GPU: there is nothing to tune; launches are configured by a heuristic")
-        return 2
-    where = torch.device(device)
+        raise RefusedError("no GPU: there is nothing to tune; launches are configured by a heuristic")
     gpu, target = tuned.gpu_name(where), _target(where)
     records = Records(options.out or tuned.folder(), gpu, provenance(gpu, target))
     inspector = inspector or partial(inspect_all, target=target, jobs=options.jobs)
     results = []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
         overall = progress.add_task(f"tuning on {gpu}", total=len(todo))
         shared: dict[str, Point] = {}
         for point in todo:
@@ -335,7 +314,17 @@ def run(
             progress.remove_task(bar)
             progress.advance(overall)
     tuned.forget()
-    console.print(_table(results), f"wrote {records.path}", highlight=False)
+    numbers = ("heuristic", "best", "saved", "timed")
+    made = table("Forward + backward, milliseconds", ("loss, type, layout, size",), numbers)
+    made.columns[0].no_wrap = False
+    made.add_column("configuration")
+    made.add_column("not timed")
+    for each in results:
+        times = f"{each.heuristic:.4f}", f"{each.best:.4f}", f"{1 - each.best / each.heuristic:.1%}", str(each.timed)
+        best = " ".join(f"{name}={value}" for name, value in each.wishes) or "the heuristic's"
+        left = ", ".join(f"{count} {why}" for why, count in each.pruned.items()) or "none"
+        made.add_row(each.point.label, *times, best, left)
+    console.print(made, f"wrote {records.path}", highlight=False)
     return 0
 
 
@@ -346,23 +335,3 @@ def _target(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
-
-
-def _table(results: Iterable[Result]) -> Table:
-    table = Table(title="Forward + backward, milliseconds", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("loss, type, layout, size")
-    for name in ("heuristic", "best", "saved", "timed"):
-        table.add_column(name, justify="right")
-    table.add_column("configuration")
-    table.add_column("not timed")
-    for each in results:
-        table.add_row(
-            each.point.label,
-            f"{each.heuristic:.4f}",
-            f"{each.best:.4f}",
-            f"{1 - each.best / each.heuristic:.1%}",
-            str(each.timed),
-            " ".join(f"{name}={value}" for name, value in each.wishes) or "the heuristic's",
-            ", ".join(f"{count} {why}" for why, count in each.pruned.items()) or "none",
-        )
-    return table

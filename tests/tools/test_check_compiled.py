@@ -10,7 +10,7 @@ import torch
 
 from fusedyolo.__main__ import main
 from fusedyolo.tools import compiled
-from fusedyolo.tools.compiled_table import BEGIN, END
+from fusedyolo.tools.check import BEGIN, END
 
 ROOT = Path(__file__).parents[2]
 BROKEN = """

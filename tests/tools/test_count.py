@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import count, measure
+from bench import count, measure, sampling
+from fusedyolo.ops.launch import shared_zeros
+from fusedyolo.tools import codegen
 from fusedyolo.tools.parity import step
 from fusedyolo.tools.registry import CASES, Workload
 
@@ -81,11 +83,10 @@ def test_a_padded_block_has_no_sectors_where_the_mask_is_off():
     assert count.sectors(addresses[::-1]) == 64
 
 
-def test_programs_are_reported_and_nothing_stays_patched():
+def test_launches_are_reported_and_nothing_stays_patched():
     from triton.runtime import interpreter
 
     before = dict(vars(interpreter.InterpreterBuilder)), interpreter.GridExecutor.__call__, interpreter._patch_lang
-    seen = []
     x = torch.zeros(512)
     kernel = InterpretedFunction(copy)
 
@@ -93,8 +94,7 @@ def test_programs_are_reported_and_nothing_stays_patched():
         kernel[(2,)](x, x, 512, 1, BLOCK=256)
         kernel[(1,)](x, x, 256, 1, BLOCK=256)
 
-    counts = count.count(twice, lambda *progress: seen.append(progress))
-    assert seen == [(1, 1, 2), (1, 2, 2), (2, 1, 1)]
+    counts = count.count(twice)
     assert counts.launches == 2
     assert [(one.name, one.programs, one.bytes) for one in counts.kernels] == [("copy", 2, 4096), ("copy", 1, 2048)]
     after = dict(vars(interpreter.InterpreterBuilder)), interpreter.GridExecutor.__call__, interpreter._patch_lang
@@ -219,7 +219,7 @@ LEAST = 2
 def test_first_last_longest_and_some_of_each_kind_are_run(most):
     kinds = [p % 2 for p in range(100)]
     effort = [float(p * 37 % 100) for p in range(100)]
-    plan = count.Plan(kinds, effort, most, LEAST)
+    plan = sampling.Plan(kinds, effort, most, LEAST)
     assert plan.chosen == sorted(set(plan.chosen))
     assert {0, 99} <= set(plan.chosen)
     assert len(plan.chosen) == 100 if most == 1000 else len(plan.chosen) <= max(most, 4) + 4
@@ -231,7 +231,7 @@ def test_first_last_longest_and_some_of_each_kind_are_run(most):
 
 def test_between_two_efforts_instructions_are_interpolated():
     effort = [float(p) for p in range(50)]
-    plan = count.Plan([0] * 50, effort, 8, LEAST)
+    plan = sampling.Plan([0] * 50, effort, 8, LEAST)
     work = [1000 + 7 * p for p in range(50)]
     work[0], work[-1] = 50_000, 90_000  # these stand for themselves
     found = plan.estimate({p: work[p] for p in plan.chosen})
@@ -241,14 +241,14 @@ def test_between_two_efforts_instructions_are_interpolated():
 
 
 def test_one_program_is_the_first_and_the_last():
-    plan = count.Plan([0], [0.0], 8, LEAST)
+    plan = sampling.Plan([0], [0.0], 8, LEAST)
     assert plan.chosen == [0]
     assert plan.estimate({0: 7}).tolist() == [7.0]
 
 
 def test_programs_of_one_kind_stand_for_one_another():
     kinds = [0] * 50 + [1] * 50
-    plan = count.Plan(kinds, [0.0] * 100, 10, 4)
+    plan = sampling.Plan(kinds, [0.0] * 100, 10, 4)
     moved = [100 if kind == 0 else 7 for kind in kinds]
     moved[0], moved[-1] = 5000, 9000  # these stand for themselves
     assert len(plan.chosen) == 12
@@ -259,7 +259,7 @@ def test_a_sampled_launch_is_counted_as_a_whole_one():
     x, y = torch.randn(4096), torch.zeros(4096)
 
     def planned(kernel, programs, arguments):
-        return count.Plan([0] * programs, [0.0] * programs, 4, 4)
+        return sampling.Plan([0] * programs, [0.0] * programs, 4, 4)
 
     counts = count.count(lambda: InterpretedFunction(copy)[(32,)](x, y, 4096, 1, BLOCK=128), planned=planned)
     assert (counts.programs, counts.programs_run, counts.triton_launches) == (32, 6, 1)
@@ -281,6 +281,30 @@ def test_what_stands_for_a_launch_is_close_to_all_of_it(name, batch, size, monke
     assert sampled.bytes == pytest.approx(exact.bytes, rel=0.03)
     assert sum(one.bytes for one in exact.kernels) == exact.bytes
     assert [(one.name, one.programs) for one in sampled.kernels] == [(one.name, one.programs) for one in exact.kernels]
+
+
+def test_a_ranking_counts_from_zero_where_matches_are_sampled():
+    """Which the first program of each image sees to, where all are run."""
+    case, work = CASES["SSD"], Workload(batch=2, size=128, classes=2)
+    arguments = codegen.launches(case, work)["match"].arguments
+    arguments["picks_ptr"].fill_(7)
+    sample = sampling.Sample(case, work, case.targets(work), 0, 1)
+    case.driver.complete("match_kernel", arguments, sample.known)
+    assert arguments["picks_ptr"][:, 3].tolist() == [0, 0]
+
+
+@pytest.mark.interpreter("sectors are counted in the interpreter")
+def test_a_ranking_costs_the_same_however_few_programs_are_run(monkeypatch):
+    """Three parts an image, the last of which reads what the others leave."""
+    case, work, found = CASES["SSD"], Workload(batch=2, size=256, classes=2), []
+    for most, least in ((0, 1), (16, 4)):
+        monkeypatch.setattr(measure, "MOST", most)
+        monkeypatch.setattr(measure, "LEAST", least)
+        counts = measure.count_step(case, work, "fused")
+        found.append([(one.programs, one.bytes) for one in counts.kernels if one.name == "rank_kernel"])
+        assert not any(kept.any() for kept in shared_zeros())  # each image had a last program, and so had all of them
+    assert found[0] == found[1]
+    assert found[0][0][0] == 6
 
 
 @pytest.mark.parametrize("name", ["YOLOv1/paper", "YOLOv2/region", "YOLOv5", "SSD"])
