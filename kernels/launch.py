@@ -141,6 +141,7 @@ def dense_config(
 
 MATCH_BLOCK = 256  # anchors of a program
 MATCH_REGISTERS = 160  # of a thread: for fewer the compiler spills
+MOST_CLAIMS = 256  # words that a block of anchors leaves, of 32 rows each: as much memory as the matches themselves
 MATCH_ROWS = 256  # rows it searches at a time for those of its image
 RANK_PART = 2048  # anchors of a program
 RANK_BLOCK = 1024  # candidates looked at at a time

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from ..heads import DenseHead, dense_head_from_key
 from ..kernels.dense import loss, match, rank
-from ..kernels.launch import MATCH_BLOCK, MATCH_REGISTERS, MATCH_ROWS, RANK_BLOCK, RANK_PART, DenseConfig, dense_config
+from ..kernels.launch import (
+    MATCH_BLOCK,
+    MATCH_REGISTERS,
+    MATCH_ROWS,
+    MOST_CLAIMS,
+    RANK_BLOCK,
+    RANK_PART,
+    DenseConfig,
+    dense_config,
+)
 from ..kernels.levels import Strides
 from ..operator import differentiable, fake, operator
 from ..terms import TERMS
@@ -307,6 +316,13 @@ def _match_plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors
     block = min(MATCH_BLOCK, 1 << (N - 1).bit_length())
     common = {
         "N": N,
+        "levels": match.Levels(odd(layout.anchors), odd(layout.cells)),
+        "rule": match.Rule(
+            (float_parts(head.band[0]), float_parts(head.band[1])),
+            float_parts(head.radius),
+            head.scale_range,
+            odd(geometry.ends),
+        ),
         "frame": match.Frame(geometry.size, (1 if head.background else 0, head.num_classes)),
         "SPEC": match.MatchSpec(
             CENTRE=head.matcher == "centre",
@@ -318,20 +334,9 @@ def _match_plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors
             BLOCK_G=MATCH_ROWS,
         ),
     }
-    settle = {
-        **common,
-        "B": batch,
-        "levels": match.Levels(odd(layout.anchors), odd(layout.cells)),
-        "rule": match.Rule(
-            (float_parts(head.band[0]), float_parts(head.band[1])),
-            float_parts(head.radius),
-            head.scale_range,
-            odd(geometry.ends),
-        ),
-    }
     grid = (batch * _ceil(N, block),)
     threads = max(32, block * _config(key, preds).match_threads // MATCH_BLOCK)
-    launches = [Launch(match.match_kernel, grid, settle, threads, MATCH_REGISTERS, exact=True)]
+    launches = [Launch(match.match_kernel, grid, {**common, "B": batch}, threads, MATCH_REGISTERS, exact=True)]
     if head.rescue is not None:
         launches.insert(0, Launch(match.overlap_kernel, grid, common, threads, MATCH_REGISTERS, exact=True))
     return launches
@@ -348,13 +353,14 @@ def match_launches(
     workspace: Tensor | None = None,
 ) -> list[Launch]:
     """The launches that settle which row each anchor takes."""
-    batch, N = outputs.match.shape
-    common = {
-        "anchors_ptr": anchors,
-        "targets": match.Targets(rows, offsets),
-        "M": rows.shape[0],
-        "best_ptr": None if head.rescue is None else row_maxima(rows.device, rows.shape[0], workspace),
-    }
+    (batch, N), M = outputs.match.shape, rows.shape[0]
+    *overlap, last = _match_plan(head.key, layouts(preds), geometry, N)
+    claims = match.Claims(None, None, 3)
+    if overlap:
+        words = min(MOST_CLAIMS, _ceil(M, match.LANES.value))
+        bits = rows.new_empty(last.grid[0] * words, dtype=torch.int32)
+        claims = match.Claims(row_maxima(rows.device, M, workspace), bits, 2 * words + 3)
+    common = {"anchors_ptr": anchors, "targets": match.Targets(rows, offsets), "M": M, "claims": claims}
     settle = {
         **common,
         "picks_ptr": outputs.picks if head.negatives else None,
@@ -366,8 +372,7 @@ def match_launches(
             done_counter(rows.device, workspace),
         ),
     }
-    *overlap, last = _match_plan(head.key, layouts(preds), geometry, N)
-    return [*(launch.filled(common) for launch in overlap), last.filled(settle)]
+    return [*(launch.filled({**common, "match_ptr": outputs.match}) for launch in overlap), last.filled(settle)]
 
 
 class _RankPlan(NamedTuple):

@@ -182,8 +182,6 @@ def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: 
     return _outputs(preds[0], rows, head, room)
 
 
-
-
 class _Plan(NamedTuple):
     """Both launches of a step but for their tensors, and the sizes of what they share."""
 

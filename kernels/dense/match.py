@@ -1,10 +1,11 @@
 """Matching anchors with target rows: which row of its image an anchor takes, if any.
 
-``overlap_kernel`` finds, for every row, the largest IoU that any anchor has with it; ``match_kernel`` settles every
-anchor and stores what it takes, which is all that later launches look at. A program owns a block of anchors. It tests
-the rows of its image 32 at a time, as lanes, against the box around all its anchors, and then meets one after the
-other, in their order, only those that can matter: a crowd costs what its overlaps cost, and memory is that of the
-anchors, however many rows there are.
+``overlap_kernel`` finds, for every row, the largest IoU that any anchor has with it, and what each anchor overlaps
+most; ``match_kernel`` settles every anchor and stores what it takes, which is all that later launches look at. A
+program owns a block of anchors. It tests the rows of its image 32 at a time, as lanes, against the box around all its
+anchors, and then meets one after the other, in their order, only those that can matter: a crowd costs what its overlaps
+cost, and memory is that of the anchors, however many rows there are. Of the rows that a block has met in the first
+kernel it meets in the second only those of which none had a larger IoU before: few, for they may claim an anchor of it.
 
 Decisions are made by comparing floats, some for equality, so both kernels are to be compiled without contraction of
 products and sums, and divide with rounding: each operation then has the one result that IEEE 754 says, in float32 the
@@ -29,6 +30,7 @@ from ..sums import is_last
 BACKGROUND: tl.constexpr = tl.constexpr(-1)
 IGNORED: tl.constexpr = tl.constexpr(-2)
 LANES: tl.constexpr = tl.constexpr(32)  # rows that a program tests at a time: one a thread of a warp
+TAKEN: tl.constexpr = tl.constexpr(2)  # what a row is followed by where an anchor takes it if nothing else claims it
 
 
 class MatchSpec(NamedTuple):
@@ -71,6 +73,19 @@ class Levels(NamedTuple):
 
     anchors: Any
     cells: Any
+
+
+class Claims(NamedTuple):
+    """What ``overlap_kernel`` leaves for ``match_kernel``.
+
+    ``best_ptr`` [M], int64: 0 of an invalid row, 1 of one that meets no anchor, else a key that orders the largest IoU
+    of each row; zeros before and after. ``bits_ptr``: of each block of anchors so many ``words``, as :func:`plain`
+    takes them, whose bits tell rows of the image that may claim an anchor of the block; rows beyond these may.
+    """
+
+    best_ptr: Any
+    bits_ptr: Any
+    words: Any
 
 
 class Matched(NamedTuple):
@@ -130,9 +145,13 @@ def load_corners(ptr, n, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _load_block(anchors_ptr, b, n, mask, ACC: tl.constexpr):
-    """The anchors n of image b."""
-    box = load_corners(anchors_ptr, n, mask, ACC)
+def _block_of(anchors_ptr, N, levels, SPEC: tl.constexpr):
+    """The anchors of a program, and their positions."""
+    blocks = tl.cdiv(N, SPEC.BLOCK)
+    position = (tl.program_id(0) % blocks) * SPEC.BLOCK + tl.arange(0, SPEC.BLOCK)
+    mask = position < N
+    n = anchor_at(position, levels, SPEC.PLANES)
+    box = load_corners(anchors_ptr, n, mask, SPEC.ACC)
     inf = float("inf")
     around = Corners(
         tl.min(tl.where(mask, box.x1, inf), axis=0),
@@ -140,7 +159,7 @@ def _load_block(anchors_ptr, b, n, mask, ACC: tl.constexpr):
         tl.max(tl.where(mask, box.x2, -inf), axis=0),
         tl.max(tl.where(mask, box.y2, -inf), axis=0),
     )
-    return Block(b, n, mask, box, around)
+    return Block(tl.program_id(0) // blocks, n, mask, box, around), position
 
 
 @triton.jit
@@ -188,100 +207,130 @@ def _meets(row, around):
 
 
 LOWEST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # less an index: of equal IoUs the lowest index has the largest key
+MET: tl.constexpr = tl.constexpr(1)  # key of an IoU of 0
 
 
-@triton.jit(do_not_specialize=["N", "M"])
-def overlap_kernel(anchors_ptr, targets, N, M, frame, best_ptr, SPEC: tl.constexpr):
-    """The best anchor of every row; grid: for each image the blocks of its anchors.
-
-    ``best_ptr`` [M], int64, zeros at first: the bits of the largest IoU, or with RESCUE "best" a key for
-    :func:`best_anchor_of`, for which an IoU is rounded to float32.
-    """
-    BLOCK: tl.constexpr = SPEC.BLOCK
-    blocks = tl.cdiv(N, BLOCK)
-    b = tl.program_id(0) // blocks
-    n = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    own = _load_block(anchors_ptr, b, n, n < N, SPEC.ACC)
-    areas = _area(own.corners)
-    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
-    rows = Range(targets.ptr, first, last)
-    for g0 in range(first, last, LANES):
-        _lane, valid, box = _lanes(rows, g0, b, frame, SPEC)
-        bits = _bits(valid & _meets(box, own.around))
-        while bits != 0:
-            g = g0 + _lowest(bits)
-            bits = bits & (bits - 1)
-            row = _load_corners_of_row(rows, g, frame, SPEC)
-            value = tl.where(own.mask, iou(row, own.corners, _area(row), areas, divide), 0.0)
-            best = tl.max(value, axis=0)
-            if best > 0:
-                key = ordered_bits(best)
-                if SPEC.RESCUE == "best":
-                    at = tl.min(tl.where(value == best, n, LOWEST), axis=0)
-                    key = (ordered_bits(best.to(tl.float32)) << 32) | (LOWEST.value - at).to(tl.int64)
-                tl.atomic_max(best_ptr + g, key, sem="relaxed")
+@triton.jit
+def _key(best, value, n, SPEC: tl.constexpr):
+    """Of the largest IoU in a block; with RESCUE "best" also of its first anchor, and the IoU is rounded to float32."""
+    key = ordered_bits(best) + MET
+    if SPEC.RESCUE == "best":
+        at = tl.min(tl.where(value == best, n, LOWEST), axis=0)
+        key = (ordered_bits(best.to(tl.float32)) << 32) | (LOWEST.value - at).to(tl.int64)
+    return key
 
 
 @triton.jit
 def best_anchor_of(key):
     """The anchor in a key: the first one if the row meets none."""
-    return tl.where(key == 0, 0, LOWEST.value - (key & 0xFFFFFFFF)).to(tl.int32)
+    return tl.where(key <= MET, 0, LOWEST.value - (key & 0xFFFFFFFF)).to(tl.int32)
 
 
 @triton.jit
-def _most_overlap(own, rows, best_ptr, rule, frame, SPEC: tl.constexpr):
-    """The row that each anchor takes by IoU.
+def _most_overlap(own, rows, claims, block, rule, frame, SPEC: tl.constexpr):
+    """The row that each anchor takes by IoU, times 4, and TAKEN, or 1 if it is ignored, or 0; below 0 without a row.
 
-    Rows that do not meet the block have an IoU of 0 with each of its anchors. The first of all valid rows is taken at
-    0, as far as the band takes any; a row that meets no anchor at all has its claim in every block.
+    With RESCUE leaves what each row overlaps most, see :class:`Claims`. Rows that do not meet the block have an IoU of
+    0 with each of its anchors. The first of all valid rows is taken at 0, as far as the band takes any.
     """
     BLOCK: tl.constexpr = SPEC.BLOCK
     areas = _area(own.corners)
     highest = tl.zeros([BLOCK], SPEC.ACC)
     taken = tl.zeros([BLOCK], tl.int32) + BACKGROUND
-    saved = tl.zeros([BLOCK], tl.int32) + BACKGROUND
     earliest = rows.last
     for g0 in range(rows.first, rows.last, LANES):
         lanes, valid, box = _lanes(rows, g0, own.b, frame, SPEC)
         earliest = tl.minimum(earliest, tl.min(tl.where(valid, lanes, rows.last), axis=0))
-        matters = _meets(box, own.around)
-        if SPEC.RESCUE is not None:
-            matters = matters | (tl.load(best_ptr + lanes, mask=valid, other=0) == 0)
-        bits = _bits(valid & matters)
+        bits = _bits(valid & _meets(box, own.around))
+        claiming = bits * 0
         while bits != 0:
-            g = g0 + _lowest(bits)
+            i = _lowest(bits)
+            g = g0 + i
             bits = bits & (bits - 1)
             row = _load_corners_of_row(rows, g, frame, SPEC)
             value = iou(row, own.corners, _area(row), areas, divide)
             taken = tl.where(value > highest, g, taken)
             highest = tl.maximum(highest, value)
-            if SPEC.RESCUE == "equal":
-                saved = tl.where(ordered_bits(value) == tl.load(best_ptr + g), 1, saved)
-            if SPEC.RESCUE == "best":
-                saved = tl.where(own.n == best_anchor_of(tl.load(best_ptr + g)), g, saved)
+            if SPEC.RESCUE is not None:
+                value = tl.where(own.mask, value, 0.0)
+                best = tl.max(value, axis=0)
+                if best > 0:
+                    key = _key(best, value, own.n, SPEC)
+                    before = tl.atomic_max(claims.best_ptr + g, key, sem="relaxed")
+                    claiming = tl.where(before <= key, claiming | (tl.cast(1, tl.int64) << i), claiming)
+        if SPEC.RESCUE is not None:
+            word = (g0 - rows.first) // LANES
+            words = plain(claims.words)
+            at = claims.bits_ptr + tl.program_id(0) * words + word
+            tl.store(at, claiming.to(tl.int32), mask=word < words)
+            met = tl.zeros([LANES], tl.int64) + MET
+            tl.atomic_max(claims.best_ptr + lanes, met, mask=valid & (block == 0), sem="relaxed")
     any_row = earliest < rows.last
     taken = tl.where((taken < 0) & any_row, earliest, taken)
     highest = tl.where(any_row, highest, -1.0)
     low = exact(rule.band[0]).to(SPEC.ACC)
     high = exact(rule.band[1]).to(SPEC.ACC)
-    match = tl.where(highest < low, BACKGROUND, tl.where(highest < high, IGNORED, taken))
-    if SPEC.RESCUE == "equal":
-        match = tl.where(saved >= 0, taken, match)
-    if SPEC.RESCUE == "best":
-        match = tl.where(saved >= 0, saved, match)
-    return match
+    return 4 * taken + tl.where(highest < low, 0, tl.where(highest < high, 1, TAKEN))
 
 
 @triton.jit
-def _reached(row, around_x, around_y, reach):
-    """Whether rows may take an anchor: they hold a place of the box around the anchors' centres, and have their own
-    centre at most so far from it. Differences of floats are rounded in order, so no anchor is missed."""
+def _match_of(code):
+    """What an anchor takes that nothing else claims: see :func:`_most_overlap`."""
+    how = code & 3
+    return tl.where((code < 0) | (how == 0), BACKGROUND, tl.where(how == 1, IGNORED, code >> 2))
+
+
+@triton.jit
+def _claimed(code, own, rows, claims, frame, SPEC: tl.constexpr):
+    """What each anchor takes, be it that a row claims it whose best anchor it is."""
+    BLOCK: tl.constexpr = SPEC.BLOCK
+    areas = _area(own.corners)
+    saved = tl.zeros([BLOCK], tl.int32) + BACKGROUND
+    words = plain(claims.words)
+    for g0 in range(rows.first, rows.last, LANES):
+        lanes = g0 + tl.arange(0, LANES)
+        keys = tl.load(claims.best_ptr + lanes, mask=lanes < rows.last, other=0)
+        word = (g0 - rows.first) // LANES
+        bits = tl.load(claims.bits_ptr + tl.program_id(0) * words + word, mask=word < words, other=-1)
+        may = ((bits >> tl.arange(0, LANES)) & 1) != 0
+        bits = _bits((keys == MET) | (may & (keys > MET)))
+        while bits != 0:
+            g = g0 + _lowest(bits)
+            bits = bits & (bits - 1)
+            best = tl.load(claims.best_ptr + g)
+            if SPEC.RESCUE == "equal":
+                row = _load_corners_of_row(rows, g, frame, SPEC)
+                value = iou(row, own.corners, _area(row), areas, divide)
+                saved = tl.where(ordered_bits(value) + MET == best, code >> 2, saved)
+            else:
+                saved = tl.where(own.n == best_anchor_of(best), tl.maximum(saved, g), saved)
+    return tl.where(saved >= 0, saved, _match_of(code))
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def overlap_kernel(anchors_ptr, targets, N, M, frame, levels, rule, claims, match_ptr, SPEC: tl.constexpr):
+    """What each anchor takes by IoU, and the best anchor of every row; the grid and arguments of
+    :func:`match_kernel`."""
+    blocks = tl.cdiv(N, SPEC.BLOCK)
+    own, position = _block_of(anchors_ptr, N, levels, SPEC)
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, own.b, SPEC.BLOCK_G)
+    rows = Range(targets.ptr, first, last)
+    code = _most_overlap(own, rows, claims, tl.program_id(0) % blocks, rule, frame, SPEC)
+    tl.store(match_ptr + own.b.to(tl.int64) * N + position, code, mask=own.mask)
+
+
+@triton.jit
+def _reached(row, around_x, around_y, reach, low, high):
+    """Whether rows may take an anchor: they hold a place of the box around the anchors' centres, have their own centre
+    at most so far from it, and are as large as the range asks for. Differences of floats are rounded in order, so no
+    anchor is missed; a side that is as far away as can be is half of all, or more."""
     x = 0.5 * (row.x1 + row.x2)
     y = 0.5 * (row.y1 + row.y2)
     holds = (row.x1 < around_x[1]) & (row.x2 > around_x[0]) & (row.y1 < around_y[1]) & (row.y2 > around_y[0])
     near_x = (x - around_x[1] < reach) & (around_x[0] - x < reach)
     near_y = (y - around_y[1] < reach) & (around_y[0] - y < reach)
-    return holds & near_x & near_y
+    side = tl.maximum(row.x2 - row.x1, row.y2 - row.y1)
+    return holds & near_x & near_y & (side > low) & (0.499 * side < high)
 
 
 @triton.jit
@@ -298,11 +347,13 @@ def _smallest_around(own, rows, rule, frame, N, SPEC: tl.constexpr):
     around_x = (tl.min(tl.where(own.mask, x, inf), axis=0), tl.max(tl.where(own.mask, x, -inf), axis=0))
     around_y = (tl.min(tl.where(own.mask, y, inf), axis=0), tl.max(tl.where(own.mask, y, -inf), axis=0))
     farthest_reach = tl.max(reach, axis=0)  # 0 where masked out
+    lowest = tl.min(tl.where(own.mask, low, inf), axis=0)
+    highest = tl.max(tl.where(own.mask, high, 0.0), axis=0)
     taken = tl.zeros([BLOCK], tl.int32) + BACKGROUND
     best = tl.zeros([BLOCK], SPEC.ACC) + 1e-5  # the peer's bound
     for g0 in range(rows.first, rows.last, LANES):
         _lane, valid, box = _lanes(rows, g0, own.b, frame, SPEC)
-        bits = _bits(valid & _reached(box, around_x, around_y, farthest_reach))
+        bits = _bits(valid & _reached(box, around_x, around_y, farthest_reach, lowest, highest))
         while bits != 0:
             g = g0 + _lowest(bits)
             bits = bits & (bits - 1)
@@ -335,7 +386,7 @@ def _count_invalid(targets, M, B, frame, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _finish(matched, M, B, best_ptr, SPEC: tl.constexpr):
+def _finish(matched, M, B, claims, SPEC: tl.constexpr):
     """What the last program does: counts go where they are read, and shared memory is cleared for the next call."""
     lane = tl.arange(0, LANES)
     total = tl.zeros([LANES], tl.int32)
@@ -352,39 +403,37 @@ def _finish(matched, M, B, best_ptr, SPEC: tl.constexpr):
     tl.store(matched.tally_ptr + B, 0)
     if SPEC.RESCUE is not None:
         for g0 in range(0, M, LANES):
-            tl.store(best_ptr + g0 + lane, tl.zeros([LANES], tl.int64), mask=g0 + lane < M)
+            tl.store(claims.best_ptr + g0 + lane, tl.zeros([LANES], tl.int64), mask=g0 + lane < M)
     tl.store(matched.done_ptr, 0)
 
 
 @triton.jit(do_not_specialize=["N", "M", "B"])
-def match_kernel(anchors_ptr, targets, N, M, B, frame, levels, rule, best_ptr, picks_ptr, matched, SPEC: tl.constexpr):
+def match_kernel(anchors_ptr, targets, N, M, B, frame, levels, rule, claims, picks_ptr, matched, SPEC: tl.constexpr):
     """The row of every anchor; grid: for each image the blocks of its anchors.
 
-    ``best_ptr`` is what :func:`overlap_kernel` left; the last program clears it. ``picks_ptr``, of a ranked
-    head: a counter of each image is set to 0, see :mod:`.rank`.
+    ``claims`` is what :func:`overlap_kernel` left, as are the matches; the last program clears it. ``picks_ptr``, of a
+    ranked head: a counter of each image is set to 0, see :mod:`.rank`.
     """
-    BLOCK: tl.constexpr = SPEC.BLOCK
     pid = tl.program_id(0)
-    blocks = tl.cdiv(N, BLOCK)
-    b = pid // blocks
-    position = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = position < N
-    own = _load_block(anchors_ptr, b, anchor_at(position, levels, SPEC.PLANES), mask, SPEC.ACC)
-    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
+    own, position = _block_of(anchors_ptr, N, levels, SPEC)
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, own.b, SPEC.BLOCK_G)
     rows = Range(targets.ptr, first, last)
+    at = matched.match_ptr + own.b.to(tl.int64) * N + position
     if SPEC.CENTRE:
         match = _smallest_around(own, rows, rule, frame, N, SPEC)
+    elif SPEC.RESCUE is None:
+        match = _match_of(_most_overlap(own, rows, claims, 0, rule, frame, SPEC))
     else:
-        match = _most_overlap(own, rows, best_ptr, rule, frame, SPEC)
-    tl.store(matched.match_ptr + b.to(tl.int64) * N + position, match, mask=mask)
-    found = tl.sum((mask & (match >= 0)).to(tl.int32), axis=0)
+        match = _claimed(tl.load(at, mask=own.mask, other=-1), own, rows, claims, frame, SPEC)
+    tl.store(at, match, mask=own.mask)
+    found = tl.sum((own.mask & (match >= 0)).to(tl.int32), axis=0)
     if found > 0:
-        tl.atomic_add(matched.tally_ptr + b, found, sem="relaxed")
+        tl.atomic_add(matched.tally_ptr + own.b, found, sem="relaxed")
     invalid = _count_invalid(targets, M, B, frame, SPEC)
     if invalid > 0:
         tl.atomic_add(matched.tally_ptr + B, invalid, sem="relaxed")
     if picks_ptr is not None:
-        if pid % blocks == 0:
-            tl.store(picks_ptr + 4 * b + 3, 0)
+        if pid % tl.cdiv(N, SPEC.BLOCK) == 0:
+            tl.store(picks_ptr + 4 * own.b + 3, 0)
     if is_last(matched.done_ptr, tl.num_programs(0)):
-        _finish(matched, M, B, best_ptr, SPEC)
+        _finish(matched, M, B, claims, SPEC)

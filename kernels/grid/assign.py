@@ -118,11 +118,11 @@ def _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexp
 
 @triton.jit
 def _listed(lists, i, found, SPEC: tl.constexpr):
-    """A block of the list: where it begins, how many it holds, their cells in the tile, and a mask."""
-    amount = tl.minimum(found - i * SPEC.ROWS, SPEC.ROWS)
-    mask = tl.arange(0, SPEC.ROWS) < amount
+    """A block of the list: where it begins, its cells in the tile, and a mask."""
+    lane = tl.arange(0, SPEC.ROWS)
+    mask = i * SPEC.ROWS + lane < found
     first = tl.load(lists.blocks_ptr + i)
-    return first, amount, tl.load(lists.cell_ptr + first + tl.arange(0, SPEC.ROWS), mask=mask, other=0), mask
+    return first, tl.load(lists.cell_ptr + first + lane, mask=mask, other=0), mask
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _order_rows(lists, found, free, shared, SPEC: tl.constexpr):
     """Leaves the listed rows again, cell by cell, those of one cell in order; ``free`` is where each cell's go."""
     lane = tl.arange(0, SPEC.ROWS)
     for i in range(0, tl.cdiv(found, SPEC.ROWS)):
-        first, amount, cell, mask = _listed(lists, i, found, SPEC)
+        first, cell, mask = _listed(lists, i, found, SPEC)
         own = lane
         counts = free * 0
         before = counts
@@ -195,7 +195,7 @@ def assigned(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
         if found > 0:
             tl.debug_barrier()
             for i in range(0, tl.cdiv(found, SPEC.ROWS)):
-                _first, _amount, cell, listed = _listed(lists, i, found, SPEC)
+                _first, cell, listed = _listed(lists, i, found, SPEC)
                 amounts += tl.histogram(cell, SPEC.CELLS, mask=listed)
             base = _take(done_ptr + 3, found)
             first = tl.cumsum(amounts, axis=0) - amounts

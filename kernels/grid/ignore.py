@@ -13,7 +13,7 @@ from .site import cells_at, channel_step
 
 @triton.jit
 def _near_boxes(g, rows, boxes_ptr, site, head, SPEC: tl.constexpr):
-    """Leaves the boxes of those of a block of rows in ``boxes_ptr`` that the tile can overlap so much; and their number.
+    """Leaves the boxes of those of a block of rows that the tile can overlap so much in ``boxes_ptr``; their number.
 
     The centre of a box that overlaps a true one by more than the threshold is less than ``reach`` heights of this away,
     and that of a prediction no further from its cell than the grid sensitivity allows.

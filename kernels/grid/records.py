@@ -78,8 +78,8 @@ class Numbers(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """Of the prediction maps one entry a level, the number of images, how many tiles a row may be near, and the sides of
-    all anchors that compete, (w, h, w, h, ...).
+    """Of the prediction maps one entry a level, the number of images, how many tiles a row may be near at most, and the
+    sides of all anchors that compete, (w, h, w, h, ...).
     """
 
     batch: Any
