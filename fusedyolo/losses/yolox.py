@@ -96,8 +96,6 @@ class YOLOXLoss(PickLoss):
             objectness=True,
             assigner="simota",
             topk=10,
-            overlap="iou",
-            overlap_args=(0.0, 0.0),
             box=find_term("iou_loss", iou_loss, "iou", users=True).name,
             box_args=box_arguments((1e-16, 1e-7), iou_alpha, iou_gamma),
             distance="raw",

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..heads import PickHead
-from .overlap import chunks
+from .overlap import Corners, area, chunks, iou
 from .primitives import constants, pow_pos
 from .rows import read_rows
 from .terms import BOX_TERMS
@@ -181,17 +181,23 @@ def _running(most: Tensor, who: Tensor, claim: Tensor, image: Tensor, row: Tenso
     return torch.where(stronger, top, most), torch.where(stronger, first, who)
 
 
-def _overlaps(boxes: Tensor, off: Tensor, sides: Tensor, head: PickHead) -> Tensor:
+def _similarity(boxes: Tensor, off: Tensor, sides: Tensor, head: PickHead) -> Tensor:
     """1 - the term of predicted boxes [..., 4] with true ones at ``off`` [..., 2] of such sides; 0 where it is NaN."""
     half = sides / 2
     value = 1 - BOX_TERMS[head.overlap](boxes, torch.cat((off - half, off + half), -1), head.overlap_args)
     return torch.where(value > 0, value, 0.0)
 
 
-def _own(seen: Seen, objects: Objects, row: Tensor, head: PickHead) -> Tensor:
-    """[B, N]: the overlap of each prediction with its row; of no meaning where it has none."""
-    off = offsets(objects.centre[row], seen.points, seen.boxes.dtype)
-    return _overlaps(seen.boxes, off, objects.sides[row], head)
+def _overlaps(seen: Seen, objects: Objects, now: slice, off: Tensor, possible: Tensor, head: PickHead) -> Tensor:
+    """[rows, N]: of a chunk of rows with all predictions of their images; 0 but where ``possible``."""
+    image, sides = objects.image[now], objects.sides[now]
+    if (
+        possible.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):  # no device to wait for: a tenth of the work
+        row, cell = possible.nonzero(as_tuple=True)
+        value = _similarity(seen.boxes[image[row], cell], off[row, cell], sides[row], head)
+        return torch.zeros_like(off[..., 0]).index_put((row, cell), value)
+    return torch.where(possible, _similarity(seen.boxes.index_select(0, image), off, sides[:, None], head), 0.0)
 
 
 # ---- task-aligned
@@ -211,13 +217,14 @@ def _aligned(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
         off = offsets(objects.centre[now, None], seen.points, sides.dtype)
         region = torch.where(sides < head.small, head.small, sides) / 2
         inside = (region - off.abs() > INSIDE).all(-1) & objects.valid[now, None]
-        overlap = _overlaps(seen.boxes.index_select(0, image), off, sides, head)
+        overlap = _overlaps(seen, objects, now, off, inside, head)
         wanted = metric(seen.cls[image, objects.label[now]], overlap)
         worth, claim = (torch.where(inside & (each > 0), each, NONE) for each in (wanted, overlap))
         return Wish((worth,), (claim,), torch.full_like(image, head.topk))
 
     def score(row: Tensor) -> tuple[Tensor, Tensor]:
-        overlap = _own(seen, objects, row, head)
+        off = offsets(objects.centre[row], seen.points, seen.boxes.dtype)
+        overlap = _similarity(seen.boxes, off, objects.sides[row], head)
         wanted = metric(seen.cls.gather(1, objects.label[row].clamp(min=0)[:, None])[:, 0], overlap)
         if head.topk2 is not None and head.topk2 != head.topk:
             row = torch.where(_ranks(wanted, row) < head.topk2, row, M)
@@ -251,6 +258,7 @@ def _simota(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
     assert seen.obj is not None
     (B, N), M = seen.obj.shape, len(objects.valid)
     apart, shared = _class_costs(seen.cls, seen.obj)
+    edges = Corners(*seen.boxes.permute(2, 0, 1).contiguous())
 
     def geometry(now: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Offsets, the cells of each row's own, and those that it makes candidates."""
@@ -271,19 +279,29 @@ def _simota(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
     def want(now: slice) -> Wish:
         image = objects.image[now]
         off, own, _ = geometry(now)
-        overlap = _overlaps(seen.boxes.index_select(0, image), off, objects.sides[now, None], head)
+        possible = (candidate.index_select(0, image) > 0) & objects.valid[now, None]
+        overlap = _ious(Corners(*(edge.index_select(0, image) for edge in edges)), off, objects.sides[now, None])
         cost = shared.index_select(0, image) + apart[image, objects.label[now]]
         cost = cost - IOU_WEIGHT * (overlap + IOU_EPS).log()
-        possible = (candidate.index_select(0, image) > 0) & objects.valid[now, None] & ~cost.isnan()
+        possible = possible & ~cost.isnan()
         largest = torch.where(possible, overlap, 0.0).topk(min(head.topk, N), 1).values
         worth = [torch.where(possible & which, -cost, NONE) for which in (own, ~own)]
         return Wish(worth, worth, largest.sum(1).long().clamp(min=1))
 
     def score(row: Tensor) -> tuple[Tensor, Tensor]:
-        return row, _own(seen, objects, row, head)
+        off = offsets(objects.centre[row], seen.points, seen.boxes.dtype)
+        return row, _ious(edges, off, objects.sides[row])
 
     nans = torch.where((candidate > 0) & shared.isnan(), shared, 0.0).sum()
     return Assigner(want, score, nans)
+
+
+def _ious(boxes: Corners, off: Tensor, sides: Tensor) -> Tensor:
+    """IoU of boxes [..., N] with true ones at ``off`` [..., N, 2] of such sides; 0 where it is NaN."""
+    (x1, y1), (x2, y2) = (off - sides / 2).unbind(-1), (off + sides / 2).unbind(-1)
+    areas = (boxes.x2 - boxes.x1) * (boxes.y2 - boxes.y1)
+    value = iou(boxes, Corners(x1, y1, x2, y2), areas, area(sides))
+    return torch.where(value > 0, value, 0.0)
 
 
 def _class_costs(cls: Tensor, obj: Tensor) -> tuple[Tensor, Tensor]:
