@@ -275,11 +275,11 @@ class PickHead(_Row):
 
     Assignment, by boxes in pixels.
     - ``"aligned"``: an object wants the cells whose middles lie in its box, a side below ``small`` pixels counting as
-      ``small``, with score^``alpha`` IoU^``beta``, the score that of its class, the IoU 1 less the term ``overlap`` with
-      ``overlap_args``, not below 0; it picks the ``topk`` that it wants most, none that it wants with 0. A cell that
-      several picked goes to the object of the largest IoU, whether or not it was among them. Of the cells that it then
-      has it keeps the best ``topk2`` (None: all). The soft score of a cell is how much it is wanted, over how much the
-      best cell of the object is, times the largest IoU of these.
+      ``small``, with score^``alpha`` IoU^``beta``, the score that of its class, the IoU 1 less the term ``overlap``
+      (with ``overlap_args``), not below 0; it picks the ``topk`` that it wants most, none that it wants with 0. A cell
+      that several picked goes to the object of the largest IoU, whether or not it was among them. Of the cells that it
+      then has it keeps the best ``topk2`` (None: all). The soft score of a cell is how much it is wanted, over how much
+      the best cell of the object is, times the largest IoU of these.
     - ``"simota"``: a cell is near an object if its middle is less than ``radius`` strides from the object's centre, on
       both axes. With ``inside`` those are its own that are near and in its box, and candidates those that are near, or
       in the box of, any object of the image; else cells that are near both. An object wants candidates for the least

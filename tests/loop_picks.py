@@ -16,7 +16,7 @@ EPS = 1e-7
 
 @dataclass
 class Found:
-    """Parts of the loss, differentiable; of each prediction [B, N] its row, -1 for none, and the target of its class."""
+    """Parts of the loss, differentiable; of each prediction [B, N] its row, -1 for none, and its class's target."""
 
     parts: dict[str, Tensor]
     row: Tensor

@@ -69,7 +69,7 @@ def test_what_ultralytics_computed(name, dtype):
     close(out.total, data["total"])
     close(torch.stack(list(out.parts.values())), data["loss_vector"])
     assert list(out.parts) == ["box", "cls", "l1" if meta["reg_max"] == 1 else "dfl"]
-    assert list(out.parts.values())[0].requires_grad is False
+    assert not any(part.requires_grad for part in out.parts.values())
     for leaf, name in zip(leaves, ("boxes", "scores"), strict=True):
         (grad,) = torch.autograd.grad(out.total, leaf, retain_graph=True)
         close(grad, data[f"grad_{name}"])
@@ -372,7 +372,7 @@ def test_weights_of_branches_fall_and_rise():
 
 @pytest.mark.parametrize("reg_max", [1, 16])
 def test_decoding(reg_max):
-    leaves, rows, (classes, maps, strides, _), _ = case(seed=3, reg_max=reg_max)
+    leaves, _, (classes, maps, strides, _), _ = case(seed=3, reg_max=reg_max)
     criterion = YOLOv8Loss(classes, strides, reg_max, backend="torch")
     boxes, scores = fusedyolo.decode(planes(*leaves), criterion)
     torch.testing.assert_close(scores, leaves[1].sigmoid().transpose(1, 2))

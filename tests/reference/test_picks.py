@@ -9,6 +9,7 @@ import torch
 from golden import arrays
 from torch import Tensor
 
+import fusedyolo
 from fusedyolo import YOLOv8Loss, YOLOXLoss, reference
 from fusedyolo.heads import PickHead, pick_head_from_key
 from fusedyolo.reference import overlap, picks, points
@@ -22,7 +23,6 @@ def test_the_assigner_of_ultralytics_alone(name):
     """With scores and boxes as they were recorded, in float64."""
     data = arrays(name)
     meta = data["meta"]
-    B, N, _ = data["pd_bboxes"].shape
     middle = data["anc_points"].double()
     stride = torch.cat([
         torch.full((h * w,), s).double() for (h, w), s in zip(meta["level_hw"], meta["strides"], strict=True)
@@ -110,15 +110,21 @@ KINDS = pytest.mark.parametrize("kind", ["aligned", "main", "0.3.0"])
 
 @KINDS
 def test_chunks_of_rows_change_nothing(kind, monkeypatch):
-    """One row at a time, or all of them; in any order of images."""
+    """One row at a time, or all of them; of objects that are there twice the first; in any order of images."""
     rows = loops.some_rows(3, 2, 30, 3, 0.05, 0.5)
     preds = _predictions(kind, rows)
+    rows = torch.cat((rows, rows[:30]))
     criterion = _criterion(kind)
-    want = criterion(preds, rows).total
-    monkeypatch.setattr(overlap, "PAIRS_CHUNK", 1)
-    assert torch.equal(criterion(preds, rows).total, want)
-    monkeypatch.setattr(overlap, "PAIRS_CHUNK", 126 * 7)
-    assert torch.equal(criterion(preds, rows).total, want)
+
+    def found() -> Tensor:
+        return torch.cat([level.row.flatten(1) for level in fusedyolo.assign(criterion, preds, rows).levels], 1)
+
+    want, row = criterion(preds, rows).total, found()
+    assert 0 <= row.max() < 60
+    for pairs in (1, 126 * 7):
+        monkeypatch.setattr(overlap, "PAIRS_CHUNK", pairs)
+        assert torch.equal(criterion(preds, rows).total, want)
+        assert torch.equal(found(), row)
     by_image = rows[rows[:, 0].argsort(stable=True)]
     torch.testing.assert_close(criterion(preds, by_image).total, want, rtol=1e-12, atol=0)
 
