@@ -35,8 +35,9 @@ class YOLOv8Loss(PickLoss):
     constant, boxes are in cells.
 
     The peer may pick cells of metric 0, by an order of equals that PyTorch leaves open, which in crowds moves others
-    (totals by up to 0.6 %). In float16 under autocast it computes distances in float16, here in float32. Of equal
-    metrics the first cell comes first, of equal IoUs the first object.
+    (totals by up to 0.6 %). In float16 under autocast it computes distances in float16, here in float32. Its CIoU adds
+    1e-7 to heights, which here are taken as they are. Of equal metrics the first cell comes first, of equal IoUs the
+    first object.
 
     Args:
         num_classes: C.
@@ -68,6 +69,9 @@ class YOLOv8Loss(PickLoss):
           ``{"boxes": corners in pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput` with the parts ``box``, ``cls`` and ``dfl``, or ``l1`` with ``reg_max``
           1, the factor of the batch size in them; ``num_pos`` is the number of cells with an object.
+
+    Rows that cannot be (class or image out of range, not finite, no area, centre outside the image) are skipped and
+    counted in ``num_invalid``.
 
     Raises:
         ValueError: an argument of the constructor or of a call does not fit; it says which, what came and what was

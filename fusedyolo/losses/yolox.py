@@ -64,6 +64,9 @@ class YOLOXLoss(PickLoss):
           :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput` with the parts ``box``, ``obj``, ``cls``, ``l1``; ``num_pos`` is n.
 
+    Rows that cannot be (class or image out of range, not finite, no area, centre outside the image) are skipped and
+    counted in ``num_invalid``.
+
     Raises:
         ValueError: an argument of the constructor or of a call does not fit; it says which, what came and what was
             wanted.

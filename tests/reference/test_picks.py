@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fusedyolo
 from fusedyolo import YOLOv8Loss, YOLOXLoss, reference
+from fusedyolo.drivers.picks import planes, views
 from fusedyolo.heads import PickHead, pick_head_from_key
 from fusedyolo.reference import overlap, picks, points
 
@@ -201,6 +202,26 @@ def test_gradients_are_those_of_the_loss(kind, monkeypatch):
     leaves = tuple(pred.requires_grad_() for pred in preds)
     assert torch.autograd.gradcheck(lambda *maps: criterion(maps, rows).total, leaves, atol=1e-7)
     assert len(found) > 50
+
+
+# ---- what kernels are given
+
+
+@pytest.mark.parametrize("form", ["maps", "apart", "planes"])
+def test_parts_of_levels_are_views(form):
+    head = YOLOXLoss(3, STRIDES, backend="torch").head
+    whole = _predictions("main", loops.some_rows(0, 2, 2, 3))
+    apart = [part.clone() for pred in whole for part in pred.split(head.widths, 1)]
+    flat = [torch.cat([part.flatten(2) for part in apart[i::3]], 2) for i in range(3)]
+    preds = {"maps": whole, "apart": apart, "planes": flat}[form]
+    found = views(form, preds, head, MAPS)
+    storages = {pred.untyped_storage().data_ptr() for pred in preds}
+    for level, (parts, pred) in enumerate(zip(found, whole, strict=True)):
+        assert [part.shape for part in parts] == [(2, width, *MAPS[level]) for width in head.widths]
+        assert torch.equal(torch.cat(parts, 1), pred)
+        assert all(part.untyped_storage().data_ptr() in storages for part in parts)
+    one = planes(form, preds, head)
+    assert torch.equal(torch.cat((one.box, one.obj, one.cls), 1), torch.cat([pred.flatten(2) for pred in whole], 2))
 
 
 # ---- NaN
