@@ -379,11 +379,13 @@ def _true_classes(view, d_view, site, label, first, last, terms, numbers, assign
 @triton.jit
 def _picked_classes(view, d_view, site, first, last, terms, numbers, targets, assigned, scale, SPEC: tl.constexpr):
     """Loss of some classes of the cells that have a row, and its gradient."""
-    total = tl.zeros([SPEC.PICKS, SPEC.GROUP], SPEC.ACC)
+    PICKS: tl.constexpr = SPEC.PICKS
+    GROUP: tl.constexpr = SPEC.GROUP
+    total = tl.zeros([PICKS, GROUP], SPEC.ACC)
     count = tl.sum(site.has.to(tl.int32), axis=0)
     place = tl.cumsum(site.has.to(tl.int32), axis=0) - 1
-    k = (first + tl.arange(0, SPEC.GROUP))[None, :]
-    for i0 in range(0, count, SPEC.PICKS):
+    k = (first + tl.arange(0, GROUP))[None, :]
+    for i0 in range(0, count, PICKS):
         picks = _picks(site, place, i0, SPEC)
         keep = picks.mask[:, None] & (k < last)
         at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None] + k * _channel_step(view, SPEC.LAYOUT)
@@ -534,10 +536,12 @@ def _picked_bins(view, d_view, site, picks, place, terms, numbers, weight, scale
     bins = tl.arange(0, SPEC.BINS)[None, None, :]
     keep = picks.mask[:, None, None] & (bins < SPEC.REG_MAX)
     at = at[:, None, None] + (side * SPEC.REG_MAX + bins) * _channel_step(view, SPEC.LAYOUT)
-    logits = tl.load(at, mask=keep, other=-1e30).to(SPEC.ACC)  # what is padding adds nothing to a softmax
+    logits = tl.load(at, mask=keep, other=0.0).to(SPEC.ACC)
+    logits = tl.where(keep, logits, -1e30)  # what is padding adds nothing to a softmax
     e, _first = exponentials(logits, tl.max(logits, axis=2, keep_dims=True))
     p = e / tl.sum(e, axis=2, keep_dims=True)
-    distances = tl.sum(p * bins, axis=2)
+    # not a product and sum in one, which would differ among the threads that add up the same numbers
+    distances = tl.sum(tl.where(keep, p * bins, 0.0), axis=2)
     loss_box, d_box = _overlap(_apart(distances), off, sides, extent, terms, numbers, SPEC)
     most = tl.full([], SPEC.REG_MAX - 1 - 0.01, tl.float64).to(SPEC.ACC)  # a constant alone would be float32
     true = tl.minimum(tl.maximum(_together(_encode(off, sides, SPEC)), 0.0), most)
