@@ -24,22 +24,28 @@ class HeadConfig(NamedTuple):
     cells: int
     planes: int
     group: int
-    picks: int = 16
-    threads: int = 256
+    picks: int
+    threads: int = 128
     max_registers: int = 128
 
 
-SMALLEST_TILE = 128
+NUMBERS = 8192  # at most that many a program, of classes
 
 
-def head_config(largest_map: int, layout: str, threads: int = 256) -> HeadConfig:
+def head_config(largest_map: int, layout: str, classes: int) -> HeadConfig:
     """For maps of at most so many cells. Four planes of a wide tile at a time, or where channels follow each other 16
-    of them: of each cell two sectors.
+    of them, of each cell two sectors; classes are shared out evenly.
     """
-    if layout == "channels":
-        return HeadConfig(128, 16, 16, threads=threads)
-    cells = min(512, max(SMALLEST_TILE, 1 << (largest_map - 1).bit_length()))
-    return HeadConfig(cells, 4, 16, threads=threads * cells // 512)
+    cells, planes, picks = (64, 16, 16) if layout == "channels" else (256, 4, 32)
+    while cells > 64 and cells >= 2 * largest_map:
+        cells //= 2
+    tiles = _ceil(classes, planes)
+    programs = _ceil(tiles * planes * cells, NUMBERS)
+    return HeadConfig(cells, planes, _ceil(tiles, programs) * planes, picks)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 class Geometry(NamedTuple):
@@ -94,6 +100,7 @@ class _Plan(NamedTuple):
     launch: Launch
     predictions: records.Predictions
     gradient: records.Predictions
+    listed: int  # room for cells that have a row
 
 
 @planned
@@ -112,7 +119,7 @@ def _plan(
     gradient = predictions if grads is None else parts_of(form, grads, key, maps)
     lies = _lies((predictions, gradient), maps)
     areas = [rows * columns for rows, columns in maps]
-    config = head_config(max(areas), lies)
+    config = head_config(max(areas), lies, head.num_classes)
     spec = loss.HeadSpec(
         C=head.num_classes,
         REG_MAX=head.reg_max,
@@ -129,6 +136,7 @@ def _plan(
         CELLS=config.cells,
         PLANES=config.planes,
         GROUP=config.group,
+        LANES=1 << (config.group - 1).bit_length(),
         PICKS=config.picks,
     )
     arguments = {
@@ -140,10 +148,10 @@ def _plan(
         "numbers": loss.HeadNumbers((float(width), float(height)), head.box_args, label_args),
         "SPEC": spec,
     }
-    tiles = batch * sum(-(-area // config.cells) for area in areas)
-    grid = (tiles * (1 - (-head.num_classes // config.group)),)
+    tiles = batch * sum(_ceil(area, config.cells) for area in areas)
+    grid = (tiles * (1 + _ceil(head.num_classes, config.group)),)
     launch = Launch(loss.pick_loss_kernel, grid, arguments, config.threads, config.max_registers)
-    return _Plan(launch, predictions, gradient)
+    return _Plan(launch, predictions, gradient, (grid[0] if head.objectness else tiles) * config.cells)
 
 
 def head_launch(
@@ -182,6 +190,7 @@ def head_launch(
             "assigned": loss.Assigned(*assignment),
             "gains": tuple(gains),
             "grads": (None,) * (1 + len(head.parts)) if grad_outs is None else tuple(grad_outs),
+            "list_ptr": rows.new_empty(plan.listed, dtype=torch.int32),
             "sums": sums,
         }
     )

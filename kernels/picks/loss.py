@@ -51,6 +51,7 @@ class HeadSpec(NamedTuple):
     CELLS: Any
     PLANES: Any  # channels at a time
     GROUP: Any  # classes of a program, some times PLANES
+    LANES: Any  # GROUP, a power of two
     PICKS: Any
 
 
@@ -257,14 +258,21 @@ def _keep(mask, k, last, WIDTH: tl.constexpr, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _picks(site, place, i0, SPEC: tl.constexpr):
-    """Those cells with a row that are the i0-th and so on of the tile; ``place`` says the how many-th each cell is."""
-    i = i0 + tl.arange(0, SPEC.PICKS)
-    hit = site.has[:, None] & (place[:, None] == i[None, :])
-    mask = tl.sum(hit.to(tl.int32), axis=0) > 0
-    cells = tl.sum(tl.where(hit, site.cells[:, None], 0), axis=0)
-    row = tl.sum(tl.where(hit, site.row[:, None], 0), axis=0)
-    return Picks(cells, site.first + cells, mask, row)
+def _list(site, list_ptr):
+    """Leaves the cells of the tile that have a row, in their order, and returns how many; readable after a barrier."""
+    has = site.has.to(tl.int32)
+    tl.store(list_ptr + tl.cumsum(has, axis=0) - 1, site.cells, mask=site.has)
+    return tl.sum(has, axis=0)
+
+
+@triton.jit
+def _listed(site, list_ptr, i0, count, row_ptr, PICKS: tl.constexpr):
+    """Those from the i0-th on."""
+    i = i0 + tl.arange(0, PICKS)
+    mask = i < count
+    cells = tl.load(list_ptr + i, mask=mask, other=0)
+    index = site.first + cells
+    return Picks(cells, index, mask, tl.load(row_ptr + index, mask=mask, other=0))
 
 
 # ----------------------------------------------------------------------------------------------------------- zeros
@@ -377,16 +385,16 @@ def _true_classes(view, d_view, site, label, first, last, terms, numbers, assign
 
 
 @triton.jit
-def _picked_classes(view, d_view, site, first, last, terms, numbers, targets, assigned, scale, SPEC: tl.constexpr):
+def _listed_classes(
+    view, d_view, site, list_ptr, count, first, last, terms, numbers, targets, assigned, scale, SPEC: tl.constexpr
+):
     """Loss of some classes of the cells that have a row, and its gradient."""
     PICKS: tl.constexpr = SPEC.PICKS
-    GROUP: tl.constexpr = SPEC.GROUP
+    GROUP: tl.constexpr = SPEC.LANES
     total = tl.zeros([PICKS, GROUP], SPEC.ACC)
-    count = tl.sum(site.has.to(tl.int32), axis=0)
-    place = tl.cumsum(site.has.to(tl.int32), axis=0) - 1
     k = (first + tl.arange(0, GROUP))[None, :]
     for i0 in range(0, count, PICKS):
-        picks = _picks(site, place, i0, SPEC)
+        picks = _listed(site, list_ptr, i0, count, assigned.row_ptr, PICKS)
         keep = picks.mask[:, None] & (k < last)
         at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None] + k * _channel_step(view, SPEC.LAYOUT)
         x = tl.load(at, mask=keep, other=0.0).to(SPEC.ACC)
@@ -405,22 +413,24 @@ def _picked_classes(view, d_view, site, first, last, terms, numbers, targets, as
 
 
 @triton.jit
-def _class_program(view, d_view, site, first, terms, numbers, targets, assigned, scale, SPEC: tl.constexpr):
+def _class_program(view, d_view, site, list_ptr, first, terms, numbers, targets, assigned, scale, SPEC: tl.constexpr):
     """Class loss of a program, and the gradient."""
     last = tl.minimum(first + SPEC.GROUP, SPEC.C)
-    some = tl.max(site.has.to(tl.int32), axis=0) > 0
     if SPEC.OBJECTNESS:
         loss = tl.cast(0.0, SPEC.ACC)
         if SPEC.WITH_GRAD:
             _store_zeros(d_view, site, first, last, SPEC.C, SPEC)
-        if some:
-            tl.debug_barrier()  # zeros come first
-            loss = _picked_classes(view, d_view, site, first, last, terms, numbers, targets, assigned, scale, SPEC=SPEC)
+        count = _list(site, list_ptr)
+        if count > 0:
+            tl.debug_barrier()  # zeros, and the list, come first
+            loss = _listed_classes(
+                view, d_view, site, list_ptr, count, first, last, terms, numbers, targets, assigned, scale, SPEC=SPEC
+            )
     else:
         label = tl.load(targets.ptr + site.row * 6 + 1, mask=site.has, other=-1.0).to(tl.int32)
         weights_ptr = targets.weights_ptr
         loss = _stream(view, d_view, site, label, first, last, terms, numbers, weights_ptr, scale, SPEC=SPEC)
-        if some:
+        if tl.max(site.has.to(tl.int32), axis=0) > 0:
             tl.debug_barrier()  # the background comes first
             loss += _true_classes(
                 view, d_view, site, label, first, last, terms, numbers, assigned, weights_ptr, scale, SPEC
@@ -513,30 +523,47 @@ def _differences(raw, true, extent, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def _store_box(view, cells, mask, site, d, SPEC: tl.constexpr):
-    """The gradient by the raw numbers of boxes [PICKS, 4], or [PICKS, 4, BINS]."""
-    step = _channel_step(view, SPEC.LAYOUT)
-    at = _cells_at(view, cells, site, SPEC.LAYOUT)
-    d = d.to(view.ptr.dtype.element_ty)
-    if SPEC.DECODE == "dfl":
+def _in_threads(bins, LAYOUT: tl.constexpr):
+    """[PICKS, 4, BINS] in the order of memory accesses: where channels do not follow each other the bins come first,
+    for then a thread holds all of a distance.
+    """
+    if LAYOUT != "channels":
+        bins = tl.permute(bins, (2, 0, 1))
+    return bins
+
+
+@triton.jit
+def _from_threads(bins, LAYOUT: tl.constexpr):
+    """The other way round."""
+    if LAYOUT != "channels":
+        bins = tl.permute(bins, (1, 2, 0))
+    return bins
+
+
+@triton.jit
+def _bins_at(view, picks, site, SPEC: tl.constexpr):
+    """Pointers to the logits of distances, and which are there, in the order of memory accesses."""
+    if SPEC.LAYOUT == "channels":
+        at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None, None]
         side = tl.arange(0, 4)[None, :, None]
         bins = tl.arange(0, SPEC.BINS)[None, None, :]
-        keep = mask[:, None, None] & (bins < SPEC.REG_MAX)
-        tl.store(at[:, None, None] + (side * SPEC.REG_MAX + bins) * step, d, mask=keep)
+        mask = picks.mask[:, None, None] & (bins < SPEC.REG_MAX)
     else:
-        tl.store(at[:, None] + tl.arange(0, 4)[None, :] * step, d, mask=mask[:, None])
+        at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[None, :, None]
+        side = tl.arange(0, 4)[None, None, :]
+        bins = tl.arange(0, SPEC.BINS)[:, None, None]
+        mask = picks.mask[None, :, None] & (bins < SPEC.REG_MAX)
+    return at + (side * SPEC.REG_MAX + bins) * _channel_step(view, SPEC.LAYOUT), mask
 
 
 @triton.jit
 def _picked_bins(view, d_view, site, picks, place, terms, numbers, weight, scales, SPEC: tl.constexpr):
     """Box and distance loss of some boxes whose distances are made of bins, each a sum, and the gradient."""
     off, sides, extent = place
-    at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)
-    side = tl.arange(0, 4)[None, :, None]
+    at, there = _bins_at(view, picks, site, SPEC)
+    logits = _from_threads(tl.load(at, mask=there, other=0.0), SPEC.LAYOUT).to(SPEC.ACC)
     bins = tl.arange(0, SPEC.BINS)[None, None, :]
     keep = picks.mask[:, None, None] & (bins < SPEC.REG_MAX)
-    at = at[:, None, None] + (side * SPEC.REG_MAX + bins) * _channel_step(view, SPEC.LAYOUT)
-    logits = tl.load(at, mask=keep, other=0.0).to(SPEC.ACC)
     logits = tl.where(keep, logits, -1e30)  # what is padding adds nothing to a softmax
     e, _first = exponentials(logits, tl.max(logits, axis=2, keep_dims=True))
     p = e / tl.sum(e, axis=2, keep_dims=True)
@@ -555,7 +582,8 @@ def _picked_bins(view, d_view, site, picks, place, terms, numbers, weight, scale
     if SPEC.WITH_GRAD:
         d_sides = _together(d_box)[:, :, None] * (scales.box * weight)[:, None, None]
         d = d_sides * p * (bins - distances[:, :, None]) + (scales.distance * mean) * d_ce
-        _store_box(d_view, picks.cells, picks.mask, site, d, SPEC)
+        at, there = _bins_at(d_view, picks, site, SPEC)
+        tl.store(at, _in_threads(d, SPEC.LAYOUT).to(d_view.ptr.dtype.element_ty), mask=there)
     box = tl.sum(tl.where(picks.mask, weight * loss_box, 0.0), axis=0)
     return box, tl.sum(tl.sum(tl.sum(distance, axis=2), axis=1), axis=0)
 
@@ -572,25 +600,26 @@ def _picked_numbers(view, d_view, site, picks, place, terms, numbers, weight, sc
     if SPEC.WITH_GRAD:
         by_box = _together(d_box) * (scales.box * weight)[:, None]
         by_distance = _together(d) * (scales.distance * weight)[:, None]
-        _store_box(d_view, picks.cells, picks.mask, site, by_box + by_distance, SPEC)
+        at = _cells_at(d_view, picks.cells, site, SPEC.LAYOUT)[:, None]
+        at = at + tl.arange(0, 4)[None, :] * _channel_step(d_view, SPEC.LAYOUT)
+        tl.store(at, (by_box + by_distance).to(d_view.ptr.dtype.element_ty), mask=picks.mask[:, None])
     box = tl.sum(tl.where(picks.mask, weight * loss_box, 0.0), axis=0)
     return box, tl.sum(tl.where(picks.mask, weight * loss, 0.0), axis=0)
 
 
 @triton.jit
-def _box_program(view, d_view, site, stride, terms, numbers, targets, assigned, scales, SPEC: tl.constexpr):
+def _box_program(view, d_view, site, list_ptr, stride, terms, numbers, targets, assigned, scales, SPEC: tl.constexpr):
     """Box and distance loss of a tile, and the gradient."""
     WIDTH: tl.constexpr = 4 * SPEC.REG_MAX
     box = tl.cast(0.0, SPEC.ACC)
     distance = tl.cast(0.0, SPEC.ACC)
     if SPEC.WITH_GRAD:
         _store_zeros(d_view, site, 0, WIDTH, WIDTH, SPEC)
-    count = tl.sum(site.has.to(tl.int32), axis=0)
+    count = _list(site, list_ptr)
     if count > 0:
-        tl.debug_barrier()  # zeros come first
-        order = tl.cumsum(site.has.to(tl.int32), axis=0) - 1
+        tl.debug_barrier()  # zeros, and the list, come first
         for i0 in range(0, count, SPEC.PICKS):
-            picks = _picks(site, order, i0, SPEC)
+            picks = _listed(site, list_ptr, i0, count, assigned.row_ptr, SPEC.PICKS)
             place = _true_box(picks, site, stride, targets, numbers, SPEC)
             weight = picks.mask.to(SPEC.ACC)
             if SPEC.SOFT:
@@ -662,12 +691,13 @@ def _finish(sums, gains, assigned, programs, SPEC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "B"])
 def pick_loss_kernel(
-    predictions, gradient, levels, targets, M, B, assigned, terms, numbers, gains, grads, sums, SPEC: tl.constexpr
+    predictions, gradient, levels, targets, M, B, assigned, terms, numbers, gains, grads, list_ptr, sums, SPEC: tl.constexpr
 ):
     """Loss and gradient of picked cells; grid: all tiles for their boxes, then for each GROUP of classes.
 
     ``predictions``, ``gradient``, ``levels`` and ``targets`` as in ``records.py``, the rows M of B images. ``gains``
-    are those of the parts, ``grads`` pointers to what the gradients of the total and of each part are multiplied by.
+    are those of the parts, ``grads`` pointers to what the gradients of the total and of each part are multiplied by,
+    ``list_ptr`` room for CELLS numbers a program, with objectness of all, else of those that own boxes.
     """
     pid = tl.program_id(0)
     CLS: tl.constexpr = 2 if SPEC.OBJECTNESS else 1  # places of parts
@@ -691,6 +721,7 @@ def pick_loss_kernel(
         grad.cls * (gains[CLS] * inverse),
         grad.distance * (gains[CLS + 1] * inverse),
     )
+    own_list = list_ptr + pid * SPEC.CELLS
     box = tl.cast(0.0, SPEC.ACC)
     obj = tl.cast(0.0, SPEC.ACC)
     cls = tl.cast(0.0, SPEC.ACC)
@@ -702,7 +733,7 @@ def pick_loss_kernel(
             d_view = _view(gradient.box, site.level)
         stride = tl.cast(number_of(levels.strides, site.level), SPEC.ACC)
         box, distance = _box_program(
-            view, d_view, site, stride, terms, numbers, targets, assigned, scales=scales, SPEC=SPEC
+            view, d_view, site, own_list, stride, terms, numbers, targets, assigned, scales=scales, SPEC=SPEC
         )
         if SPEC.WITH_LOSS:
             box += _unknown(assigned.boxes_ptr, site, SPEC.ACC)
@@ -719,7 +750,7 @@ def pick_loss_kernel(
             d_view = _view(gradient.cls, site.level)
         first = (kind - 1) * SPEC.GROUP
         cls = _class_program(
-            view, d_view, site, first, terms, numbers, targets, assigned, scale=scales.cls, SPEC=SPEC
+            view, d_view, site, own_list, first, terms, numbers, targets, assigned, scale=scales.cls, SPEC=SPEC
         )
 
     if SPEC.WITH_LOSS:
