@@ -55,7 +55,16 @@ class PickDriver(Driver):
         return torch.stack(parts).sum(), parts, shared.counts_without_spare(counts, spare)
 
     def launches(self, head: PickHead, call: PickCall) -> dict[str, Launch]:
-        raise NotImplementedError("kernels of this head")
+        from ..ops import picks as ops
+
+        preds, geometry = call.preds, ops.Geometry(call.form, call.maps, call.size)
+        weights, gains = call.class_weights, call.gains
+        forward, found = ops.loss_launches(preds, call.rows, call.offsets, weights, head, geometry, gains, True)
+        grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=call.rows.device)
+        ones = (one, *(None,) * len(head.parts))
+        assigned = ops.Assignment(None, found.row, found.score, found.norm, None)
+        backward = ops.head_launch(preds, call.rows, weights, head, geometry, gains, assigned, None, grads, ones, True)
+        return {_LAUNCHES[launch.kernel.__name__]: launch for launch in forward} | {"grad": backward}
 
     def assign(self, head: PickHead, call: PickCall) -> Assignment:
         rows, _ = without_spare(call.rows, call.offsets)
@@ -136,6 +145,14 @@ class PickDriver(Driver):
 
 
 PICKS = PickDriver()
+
+_LAUNCHES = {
+    "decode_kernel": "decode",
+    "pick_kernel": "pick",
+    "claim_kernel": "claim",
+    "settle_kernel": "settle",
+    "pick_loss_kernel": "loss",
+}
 
 _NAMES = {2: ("boxes", "scores"), 3: ("boxes", "objectness", "scores")}
 

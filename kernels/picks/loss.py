@@ -691,7 +691,20 @@ def _finish(sums, gains, assigned, programs, SPEC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "B"])
 def pick_loss_kernel(
-    predictions, gradient, levels, targets, M, B, assigned, terms, numbers, gains, grads, list_ptr, sums, SPEC: tl.constexpr
+    predictions,
+    gradient,
+    levels,
+    targets,
+    M,
+    B,
+    assigned,
+    terms,
+    numbers,
+    gains,
+    grads,
+    list_ptr,
+    sums,
+    SPEC: tl.constexpr,
 ):
     """Loss and gradient of picked cells; grid: all tiles for their boxes, then for each GROUP of classes.
 
@@ -704,7 +717,10 @@ def pick_loss_kernel(
     tiles, N = _tiles(levels, B, SPEC.CELLS)
     kind = pid // tiles
     grad = Scales(
-        _grad_out(grads, 0, SPEC), _grad_out(grads, 1, SPEC), _grad_out(grads, CLS, SPEC), _grad_out(grads, CLS + 1, SPEC)
+        _grad_out(grads, 0, SPEC),
+        _grad_out(grads, 1, SPEC),
+        _grad_out(grads, CLS, SPEC),
+        _grad_out(grads, CLS + 1, SPEC),
     )
     if SPEC.SKIP_ONE:
         same = (grad.box == 1.0) & (grad.distance == 1.0)
