@@ -193,3 +193,168 @@ def test_layouts(kind, form, order):
 @pytest.mark.parametrize("kind", ["v8/4", "v8/1", "x/l1"])
 def test_types(kind, dtype):
     check(call_of(kind, dtype=dtype))
+
+
+def test_a_tile_with_rows_everywhere():
+    """More cells with a row than are looked at at a time, and none of some levels."""
+    call = call_of("v8/4", objects=40)
+    assert int((assignment_of(call).row < len(call.rows)).sum()) > 96
+    check(call)
+    check(call_of("x", objects=40))
+
+
+@pytest.mark.parametrize(("kind", "classes"), [("v8/1", 81), ("v8/1", 37), ("x", 70)])
+def test_classes_of_several_programs(kind, classes, monkeypatch):
+    """Of each some, and a rest."""
+    monkeypatch.setitem(globals(), "C", classes)
+    monkeypatch.setattr(ops, "NUMBERS", 2048)
+    check(call_of(kind, maps=((8, 8), (4, 4), (2, 2))))
+    check(call_of(kind, order="channels_last", maps=((8, 8), (4, 4), (2, 2))))
+
+
+@pytest.mark.parametrize("order", ["nchw", "channels_last"])
+@pytest.mark.parametrize("kind", ["v8/16", "x"])
+def test_wide_accesses(kind, order, monkeypatch):
+    """Maps and widths that are multiples of 16 numbers."""
+    monkeypatch.setitem(globals(), "C", 16 if kind == "v8/16" else 11)
+    check(call_of(kind, order=order, maps=((16, 16), (8, 8), (4, 4))))
+
+
+@pytest.mark.parametrize("kind", ["v8/4", "x/l1"])
+def test_class_weights_and_gains(kind):
+    weights = torch.linspace(0.2, 3, C, device=DEVICE)
+    call = call_of(kind, class_weights=weights)
+    check(call._replace(gains=tuple(0.1 + 1.7 * i for i in range(len(call.gains)))))
+    got = check(call._replace(gains=(0.0,) * len(call.gains)))
+    assert not any(bool(grad.any()) for grad in got.grads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows(kind):
+    call = call_of(kind, objects=0)
+    got = check(call)
+    assert not float(got.parts[0])
+    assert not float(got.parts[-1])
+    assert not got.grads[0][:, : 4 * call.head.reg_max].any()
+
+
+def test_a_loss_without_a_gradient():
+    call = call_of("v8/4")
+    assert torch.equal(run(call, with_grad=False).total, run(call).total)
+
+
+@pytest.mark.parametrize("kind", ["v8/4", "x/l1"])
+def test_gradients_of_parts(kind):
+    """Of the total times a number, and of the parts apart; those that are there for ones made these."""
+    call = call_of(kind)
+    parts = len(call.head.parts)
+    weights = [0.5, -2.0, 1.25, 3.0][:parts]
+    want = reference_of(call, weights=weights).grads
+    same_gradients(gradient_only(call, [None, *weights]), want)
+    same_gradients(gradient_only(call, [0.5, *(w - 0.5 for w in weights)], run(call).grads), want)
+    same_gradients(gradient_only(call, [-3.0, *[None] * parts]), reference_of(call, weights=[-3.0] * parts).grads)
+
+
+@pytest.mark.parametrize("kind", ["v8/4", "x"])
+def test_what_is_multiplied_by_one_stays(kind):
+    """Programs of such parts store nothing."""
+    call = call_of(kind, "apart")
+    count = len(call.head.widths)
+    marked = [torch.full_like(pred, 7.0) for pred in call.preds]
+    gradient_only(call, [1.0, *[None] * len(call.head.parts)], marked)
+    assert all(bool((grad == 7).all()) for grad in marked)
+    outs = [1.0] + [0.5 if name == "cls" else None for name in call.head.parts]
+    gradient_only(call, outs, marked)
+    for i, grad in enumerate(marked):
+        assert bool((grad == 7).all()) == (i % count != count - 1)
+
+
+@pytest.mark.parametrize("kind", ["v8/4", "v8/1", "x/l1"])
+def test_logits_in_the_tails(kind):
+    """All of them far on either side: nothing overflows, and small gradients keep their digits."""
+    call = call_of(kind)
+    first = 4 * call.head.reg_max
+    generator = torch.Generator().manual_seed(5)
+    for pred in call.preds:
+        sign = torch.randint(2, pred[:, first:].shape, generator=generator).to(pred) * 2 - 1
+        pred[:, first:] = sign * (120 if call.head.objectness else 80)
+    # of equal logits many cells are as good, and the types may tell them apart by rounding: one assignment for both
+    got, want, assignment = run(call), reference_of(call), assignment_of(call)
+    assert assignment.norm.isfinite()
+    for found, true in zip((got.total, *got.parts), (want.total, *want.parts), strict=True):
+        assert float(found) == pytest.approx(float(true), rel=2e-6)
+    same_gradients(got.grads, want.grads)
+    small = want.grads[0][:, first:].double()
+    tiny = (small != 0) & (small.abs() < 1e-30)
+    if not call.head.objectness:
+        assert tiny.any()
+        assert ((got.grads[0][:, first:].double() - small).abs()[tiny] <= 1e-5 * small.abs()[tiny]).all()
+
+
+def poisoned(call: Call, channel: int, level: int = 0, cell: tuple[int, int] = (0, 0)) -> Call:
+    """With a NaN in one number."""
+    preds = [pred.clone() for pred in call.preds]
+    preds[level][1, channel, cell[0], cell[1]] = math.nan
+    return call._replace(preds=preds)
+
+
+@pytest.mark.parametrize("kind", ["v8/4", "v8/1", "x"])
+def test_nan(kind):
+    """A box logit shows in the part of boxes, objectness and, without it, a class logit in theirs."""
+    call = call_of(kind)
+    names = dict.fromkeys(call.head.parts)
+    first = 4 * call.head.reg_max
+    places = {0: "box", first - 1: "box", first: "obj" if call.head.objectness else "cls"}
+    for channel, name in places.items():
+        found = run(poisoned(call, channel, level=1))
+        assert found.total.isnan()
+        shown = [part for part, value in zip(names, found.parts, strict=True) if value.isnan()]
+        assert name in shown
+    assert run(call, assignment=assignment_of(call)._replace(nans=torch.tensor(math.nan))).total.isnan()
+
+
+# ---- with the launches before it
+
+
+def criterion_of(kind: str, **options: Any) -> Any:
+    """A loss on a backend."""
+    name, _, option = kind.partition("/")
+    if name == "v8":
+        return YOLOv8Loss(C, STRIDES, int(option or 16), **options)
+    return YOLOXLoss(C, STRIDES, use_l1=option == "l1", **options)
+
+
+@pytest.mark.parametrize("kind", ["v8/4", "x/l1"])
+def test_a_training_step(kind):
+    """Total, parts, counts and gradients; those of several backwards; of the parts apart."""
+    call = call_of(kind, maps=((4, 6), (2, 3), (1, 2)), objects=3)
+    call = call._replace(rows=torch.cat((call.rows, call.rows.new_tensor([[0, C, 0.5, 0.5, 0.1, 0.1]]))))
+    seen = {backend: call.seen(call.preds[0].dtype) for backend in ("torch", "triton")}
+    outs = {backend: criterion_of(kind, backend=backend)(preds, call.rows) for backend, preds in seen.items()}
+    want, got = outs["torch"], outs["triton"]
+    assert int(got.num_pos) == int(want.num_pos) > 0
+    assert int(got.num_invalid) == int(want.num_invalid) == 1
+    for name, part in want.parts.items():
+        assert float(got.parts[name]) == pytest.approx(float(part), rel=1e-5)
+    weights = torch.tensor(1.0), torch.tensor(0.25), torch.tensor(1.0)
+    for weight in weights:
+        grads = {
+            backend: torch.autograd.grad(outs[backend].total, seen[backend], weight.to(DEVICE), retain_graph=True)
+            for backend in seen
+        }
+        for found, true in zip(grads["triton"], grads["torch"], strict=True):
+            torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5 * float(true.abs().max()))
+    terms = {backend: criterion_of(kind, backend=backend).terms(preds, call.rows) for backend, preds in seen.items()}
+    for found, true in zip(
+        *(torch.autograd.grad(terms[b]["box"] + 3 * terms[b]["cls"], seen[b]) for b in ("triton", "torch")), strict=True
+    ):
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5 * float(true.abs().max()))
+
+
+def test_a_second_derivative_is_refused():
+    call = call_of("v8/1", maps=((2, 3), (1, 2), (1, 1)), objects=1)
+    seen = call.seen(torch.float32)
+    total = criterion_of("v8/1", backend="triton")(seen, call.rows).total
+    (grad, *_) = torch.autograd.grad(total, seen, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"pick_loss_grad.*double backward"):
+        grad.sum().backward()
