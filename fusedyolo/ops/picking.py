@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..heads import PickHead, pick_head_from_key
 from ..kernels.levels import Strides
-from ..kernels.picks import claim, decode, pick, records, settle, site, wish
+from ..kernels.picks import decode, pick, records, settle, site, wish
 from ..terms import TERMS
 from .launch import Launch, Layout, accumulator, done_counter, layouts, odd, planned, row_maxima
 from .strides import map_strides
@@ -67,7 +67,6 @@ class _Plan(NamedTuple):
 
     decode: Launch
     pick: Launch
-    claim: Launch
     settle: Launch
     predictions: records.Predictions
     problem: wish.Problem
@@ -109,12 +108,10 @@ def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tupl
         "BINS": _power_of_two(head.reg_max),
     }
     tiles = batch * sum(-(-height * width // DECODE_CELLS) for height, width in maps)
-    block = max(SETTLE_BLOCK, spec.K)
-    ends = {"SPEC": spec, "BLOCK": block, "K2": 0 if limit is None else _power_of_two(limit)}
+    ends = {"SPEC": spec, "BLOCK": SETTLE_BLOCK, "K2": 0 if limit is None else _power_of_two(limit)}
     return _Plan(
         Launch(decode.decode_kernel, (tiles,), first, DECODE_THREADS, exact=True),
         Launch(pick.pick_kernel, (1,), {"SPEC": spec, "BLOCK": PICK_BLOCK}, PICK_THREADS, exact=True),
-        Launch(claim.claim_kernel, (1,), {"SPEC": spec, "BLOCK": PICK_BLOCK}, PICK_THREADS, exact=True),
         Launch(settle.settle_kernel, (1,), ends, SETTLE_THREADS, exact=True),
         parts_of(form, preds, key, maps),
         problem,
@@ -165,15 +162,18 @@ def pick_launches(
     acc = accumulator(pred.dtype)[1]
     decoded = records.Decoded(
         boxes_ptr=pred.new_empty((batch, N, 4), dtype=acc),
-        row_ptr=pred.new_empty((batch, N), dtype=torch.int32),
+        picker_ptr=pred.new_empty((batch, N), dtype=torch.int32),
         claim_ptr=pred.new_empty((batch, N), dtype=torch.int64),
+        row_ptr=pred.new_empty((batch, N), dtype=torch.int32),
         score_ptr=pred.new_empty((batch, N), dtype=acc),
         cost_ptr=pred.new_empty((batch, costs), dtype=acc),
         list_ptr=pred.new_empty((batch, costs), dtype=torch.int32),
     )
     picked = records.Picked(
-        pred.new_empty((M, K), dtype=torch.int32),
-        pred.new_empty(M * K, dtype=torch.int32),
+        index_ptr=pred.new_empty((M, K), dtype=torch.int32),
+        overlap_ptr=pred.new_empty((M, K), dtype=acc),
+        worth_ptr=pred.new_empty((M, 0 if costs else K), dtype=acc),
+        clash_ptr=pred.new_empty(M * K, dtype=torch.int32),
     )
     settled = records.Settled(
         norm_ptr=pred.new_empty((), dtype=acc),
@@ -195,7 +195,7 @@ def pick_launches(
     first = {"predictions": predictions, "targets": targets, "M": M, "decoded": decoded, "tally": tally}
     launches = [
         plan.decode.filled(first),
-        *(_of_rows(launch, M).filled(common) for launch in (plan.pick, plan.claim)),
+        _of_rows(plan.pick, M).filled(common),
         _of_rows(plan.settle, M).filled({**common, "settled": settled}),
     ]
     return launches, decoded, settled

@@ -109,10 +109,13 @@ def _store_boxes(decoded, part, tile, at_cell, SPEC: tl.constexpr, BINS: tl.cons
 
 @triton.jit
 def _candidates(tile, targets, M, frame, numbers, SPEC: tl.constexpr):
-    """Which cells of the tile an object makes candidates: only rows that reach its lines are held against each."""
+    """Which cells of the tile an object makes candidates, and which are of its own; only rows that reach the lines of
+    the tile are held against each cell.
+    """
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, tile.b, ROWS)
     cells = tile.cells
     found = tile.mask & (cells.n < 0)
+    taken = found
     lines = tl.where(tile.mask, cells.line, tl.min(cells.line, axis=0))
     top = tl.min(lines, axis=0).to(SPEC.ACC) * cells.stride
     bottom = (tl.max(lines, axis=0) + 1).to(SPEC.ACC) * cells.stride
@@ -126,14 +129,15 @@ def _candidates(tile, targets, M, frame, numbers, SPEC: tl.constexpr):
         left = rows.valid & (rows.image == tile.b) & (y + reach_y > top) & (y - reach_y < bottom)
         count = tl.sum(left.to(tl.int32), axis=0)
         while count > 0:
-            own = tl.min(tl.where(left, g, last), axis=0)
-            left = left & (g > own)
+            lowest = tl.min(tl.where(left, g, last), axis=0)
+            left = left & (g > lowest)
             count -= 1
-            one = load_object(targets, own, M, frame, SPEC)
+            one = load_object(targets, lowest, M, frame, SPEC)
             off_x, off_y = offsets(one, cells, frame, SPEC)
-            near, _own = near_and_own(one, off_x, off_y, cells.stride, numbers, SPEC)
+            near, own = near_and_own(one, off_x, off_y, cells.stride, numbers, SPEC)
             found = found | (near & tile.mask)
-    return found
+            taken = taken | own
+    return found, taken
 
 
 @triton.jit
@@ -161,9 +165,10 @@ def decode_kernel(
     at_cell = tile.b.to(tl.int64) * N + tile.cells.n
     _store_boxes(decoded, predictions.box, tile, at_cell, SPEC, BINS)
     tl.store(decoded.row_ptr + at_cell, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
+    tl.store(decoded.picker_ptr + at_cell, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
     tl.store(decoded.claim_ptr + at_cell, tl.zeros([CELLS], tl.int64), mask=tile.mask)
     if SPEC.ASSIGNER == "simota":
-        chosen = _candidates(tile, targets, M, frame, numbers, SPEC)
+        chosen, taken = _candidates(tile, targets, M, frame, numbers, SPEC)
         costs = tl.zeros([CELLS], SPEC.ACC) + float("inf")
         if tl.max(chosen.to(tl.int32), axis=0) > 0:
             shared = _shared_costs(predictions, tile, chosen, SPEC)
@@ -173,7 +178,7 @@ def decode_kernel(
             count = tl.sum(place, axis=0)
             place = tl.cumsum(place, axis=0) - place + tl.atomic_add(tally.found_ptr + 2 + tile.b, count, sem="relaxed")
             to = decoded.list_ptr + tile.b.to(tl.int64) * N + place
-            tl.store(to, tile.cells.n, mask=known)
+            tl.store(to, tl.where(taken, tile.cells.n, -1 - tile.cells.n), mask=known)
             if count < tl.sum(chosen.to(tl.int32), axis=0):
                 tl.atomic_max(tally.done_ptr + 2, 1, sem="relaxed")
         tl.store(decoded.cost_ptr + at_cell, costs, mask=tile.mask)

@@ -7,16 +7,19 @@ import triton.language as tl
 
 from ..primitives import plain
 from .site import Cells, all_cells, cells_at, cells_before, load_object, stride_of
-from .wish import LAST, bits_of, look_at, none_of, reach
+from .wish import LAST, bits_of, claim_of, is_own, look_at, none_of, reach
+
+SEVERAL: tl.constexpr = tl.constexpr(-1)  # rows picked a cell
 
 
 class Kept(NamedTuple):
-    """The best so far, in any order: keys and indices [K]; places of nothing have the least key, those beyond what is
-    kept one above all.
+    """The best so far, in any order: keys, indices and overlaps [K]; places of nothing have the least key, those beyond
+    what is kept one above all.
     """
 
     key: Any
     n: Any
+    overlap: Any
 
 
 class Worst(NamedTuple):
@@ -27,11 +30,11 @@ class Worst(NamedTuple):
 
 
 @triton.jit
-def nothing_kept(none, COUNT, K: tl.constexpr):
+def nothing_kept(none, COUNT, K: tl.constexpr, ACC: tl.constexpr):
     """Places for COUNT cells."""
     lane = tl.arange(0, K)
     key = tl.where(lane < COUNT, none, -1 - none) + lane * 0
-    return Kept(key, LAST.value - K + lane)
+    return Kept(key, LAST.value - K + lane, tl.zeros([K], ACC))
 
 
 @triton.jit
@@ -48,10 +51,11 @@ def beats(key, n, worst):
 
 
 @triton.jit
-def keep(kept, key, n, none):
+def keep(kept, key, n, overlap, none):
     """The best of those kept and of a block of others, of which equals come by their index."""
     kept_key = kept.key
     kept_n = kept.n
+    kept_overlap = kept.overlap
     worst = worst_of(kept)
     worst_key = worst.key
     worst_n = worst.n
@@ -63,12 +67,14 @@ def keep(kept, key, n, none):
         place = (kept_key == worst_key) & (kept_n == worst_n)
         kept_key = tl.where(place, top, kept_key)
         kept_n = tl.where(place, first, kept_n)
-        least = worst_of(Kept(kept_key, kept_n))
+        taken = better & (key == top) & (n == first)
+        kept_overlap = tl.where(place, tl.max(tl.where(taken, overlap, 0.0), axis=0), kept_overlap)
+        least = worst_of(Kept(kept_key, kept_n, kept_overlap))
         worst_key = least.key
         worst_n = least.n
-        better = better & beats(key, n, least) & ((key < top) | (n != first))
+        better = better & beats(key, n, least) & ~taken
         more = tl.max(better.to(tl.int32), axis=0)
-    return Kept(kept_key, kept_n)
+    return Kept(kept_key, kept_n, kept_overlap)
 
 
 @triton.jit
@@ -140,73 +146,95 @@ def _cells_reached(one, i, problem, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _best_reached(one, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """The best cells of a region."""
+def _claim(one, g, cells, look, mask, problem, decoded):
+    """Claims to cells, whoever picks them: the largest counts where several do."""
+    at = one.image * all_cells(problem.levels) + cells.n
+    tl.atomic_max(decoded.claim_ptr + at, claim_of(look.strength, g), mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _best_reached(one, g, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """The best cells of a region, all of which are claimed."""
     none = none_of(tl.zeros([], SPEC.ACC))
-    kept = nothing_kept(none, SPEC.TOPK, SPEC.K)
+    kept = nothing_kept(none, SPEC.TOPK, SPEC.K, SPEC.ACC)
     key = kept.key
     n = kept.n
+    overlap = kept.overlap
     total = _reached(one, problem, SPEC)
     for i0 in range(0, total, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         cells = _cells_reached(one, i, problem, SPEC)
         look = look_at(one, cells, i < total, problem, decoded, SPEC)
-        kept = keep(Kept(key, n), look.key, cells.n, none)
+        _claim(one, g, cells, look, look.can, problem, decoded)
+        kept = keep(Kept(key, n, overlap), look.key, cells.n, look.overlap, none)
         key = kept.key
         n = kept.n
-    return Kept(key, n)
+        overlap = kept.overlap
+    return Kept(key, n, overlap)
 
 
 @triton.jit
-def _best_candidates(one, problem, decoded, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """The best candidates, and how many an object picks: the sum of its largest IoUs, rounded down, at least one."""
+def _best_candidates(one, g, problem, decoded, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """The best candidates, and how many an object picks: the sum of its largest IoUs, rounded down, at least one. It
+    claims its own, and those that are no object's own.
+    """
     none = none_of(tl.zeros([], SPEC.ACC))
-    kept = nothing_kept(none, SPEC.TOPK, SPEC.K)
+    kept = nothing_kept(none, SPEC.TOPK, SPEC.K, SPEC.ACC)
     key = kept.key
     n = kept.n
+    overlap = kept.overlap
     most_key = kept.key
     most_n = kept.n
+    most_overlap = kept.overlap
     total = tl.load(tally.found_ptr + 2 + one.image)
     candidates = decoded.list_ptr + one.image.to(tl.int64) * all_cells(problem.levels)
     for i0 in range(0, total, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        cells = cells_at(tl.load(candidates + i, mask=i < total, other=0), problem.levels, SPEC)
+        entry = tl.load(candidates + i, mask=i < total, other=0)
+        cells = cells_at(tl.where(entry < 0, -1 - entry, entry), problem.levels, SPEC)
         look = look_at(one, cells, i < total, problem, decoded, SPEC)
-        kept = keep(Kept(key, n), look.key, cells.n, none)
+        _claim(one, g, cells, look, look.can & ((entry < 0) | is_own(look)), problem, decoded)
+        kept = keep(Kept(key, n, overlap), look.key, cells.n, look.overlap, none)
         key = kept.key
         n = kept.n
-        most = keep(Kept(most_key, most_n), tl.where(look.overlap > 0, bits_of(look.overlap), none), cells.n, none)
+        overlap = kept.overlap
+        most_of = tl.where(look.overlap > 0, bits_of(look.overlap), none)
+        most = keep(Kept(most_key, most_n, most_overlap), most_of, cells.n, look.overlap, none)
         most_key = most.key
         most_n = most.n
-    rank, bits = in_order(Kept(most_key, most_n), none, SPEC.TOPK)
-    overlap = tl.where(bits > none, bits, 0).to(SPEC.ACC, bitcast=True)
+        most_overlap = most.overlap
+    rank, _key = in_order(Kept(most_key, most_n, most_overlap), none, SPEC.TOPK)
     place = tl.arange(0, SPEC.K)[:, None]
-    largest = tl.sum(tl.where(rank[None, :] == place, overlap[None, :], 0.0), axis=1)  # so that no order shows
+    largest = tl.sum(tl.where(rank[None, :] == place, most_overlap[None, :], 0.0), axis=1)  # so that no order shows
     picks = tl.maximum(tl.sum(largest, axis=0).to(tl.int32), 1)
-    return Kept(key, n), picks
+    return Kept(key, n, overlap), picks
 
 
 @triton.jit(do_not_specialize=["M"])
 def pick_kernel(problem, targets, M, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """Picks of a row, a program each: see :class:`.records.Picked`."""
+    """Picks and claims of a row, a program each: see :class:`.records.Picked`."""
     g = tl.program_id(0)
     one = load_object(targets, g, M, problem.frame, SPEC)
     if one.valid:
         picks = g * 0 + SPEC.TOPK
         if SPEC.ASSIGNER == "aligned":
-            kept = _best_reached(one, problem, decoded, SPEC, BLOCK)
+            kept = _best_reached(one, g, problem, decoded, SPEC, BLOCK)
         else:
-            kept, picks = _best_candidates(one, problem, decoded, tally, SPEC, BLOCK)
+            kept, picks = _best_candidates(one, g, problem, decoded, tally, SPEC, BLOCK)
         none = none_of(tl.zeros([], SPEC.ACC))
         rank, key = in_order(kept, none, SPEC.TOPK)
         chosen = (key > none) & (rank < picks)
         cell = one.image * all_cells(problem.levels) + kept.n
-        tl.store(picked.index_ptr + g.to(tl.int64) * SPEC.K + rank, tl.where(chosen, cell, -1))
-        before = tl.atomic_min(decoded.row_ptr + cell, g, mask=chosen, sem="relaxed")
+        at = g.to(tl.int64) * SPEC.K + rank
+        tl.store(picked.index_ptr + at, tl.where(chosen, cell, -1))
+        tl.store(picked.overlap_ptr + at, kept.overlap)
+        if SPEC.ASSIGNER == "aligned":
+            tl.store(picked.worth_ptr + at, key.to(SPEC.ACC, bitcast=True))
+        before = tl.atomic_min(decoded.picker_ptr + cell, g, mask=chosen, sem="relaxed")
         again = chosen & (before != M)
         if tl.max(again.to(tl.int32), axis=0) > 0:
-            marked = tl.atomic_max(decoded.claim_ptr + cell, (cell * 0 + 1).to(tl.int64), mask=again, sem="relaxed")
-            new = (again & (marked == 0)).to(tl.int32)
+            marked = tl.atomic_min(decoded.picker_ptr + cell, cell * 0 + SEVERAL, mask=again, sem="relaxed")
+            new = (again & (marked != SEVERAL)).to(tl.int32)
             count = tl.sum(new, axis=0)
             if count > 0:
                 place = tl.cumsum(new, axis=0) - new + tl.atomic_add(tally.done_ptr + 1, count, sem="relaxed")

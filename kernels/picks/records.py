@@ -83,17 +83,20 @@ class Spec(NamedTuple):
 class Decoded(NamedTuple):
     """What ``decode`` leaves of each prediction, and later launches change.
 
-    ``boxes_ptr`` [B, N, 4] ACC: corners in pixels from the middle of the cell. ``row_ptr`` [B, N] int32: the row that
-    an object's cell goes to, at first M, none; after ``pick`` the first row that picked it; after ``settle`` the row
-    that has it, M where there is none. ``claim_ptr`` [B, N] int64: 0, 1 where several rows picked it, and then the
-    largest claim. ``score_ptr`` [B, N] ACC: soft scores, written by ``settle`` where there is a row, else never.
+    ``boxes_ptr`` [B, N, 4] ACC: corners in pixels from the middle of the cell. ``picker_ptr`` [B, N] int32: at first M,
+    after ``pick`` the row that picked it, or -1 where several did. ``claim_ptr`` [B, N] int64: at first 0, after
+    ``pick`` the largest claim of all rows that may have it. ``row_ptr`` [B, N] int32: at first M, none, after
+    ``settle`` the row that it goes to. ``score_ptr`` [B, N] ACC: soft scores, written by ``settle`` where there is a
+    row, else never.
     ``cost_ptr`` [B, N] ACC, of SimOTA: what costs share, infinite where the cell is no candidate, or a logit is NaN.
-    ``list_ptr`` [B, N] int32, of SimOTA: cells of each image that are candidates, in no order.
+    ``list_ptr`` [B, N] int32, of SimOTA: cells n of each image that are candidates, in no order; -1 - n where they are
+    no object's own.
     """
 
     boxes_ptr: Any
-    row_ptr: Any
+    picker_ptr: Any
     claim_ptr: Any
+    row_ptr: Any
     score_ptr: Any
     cost_ptr: Any
     list_ptr: Any
@@ -101,11 +104,13 @@ class Decoded(NamedTuple):
 
 class Picked(NamedTuple):
     """``index_ptr`` [M, K] int32: what each row picked, flat b * N + n, best first, -1 behind the last, of no meaning
-    for rows that are not valid. ``clash_ptr`` [M * K] int32: cells, flat, that several rows picked, each once, in no
-    order.
+    for rows that are not valid. ``overlap_ptr`` and ``worth_ptr`` [M, K] ACC: the overlaps of these, and of aligned
+    ones their metrics. ``clash_ptr`` [M * K] int32: cells, flat, that several rows picked, each once, in no order.
     """
 
     index_ptr: Any
+    overlap_ptr: Any
+    worth_ptr: Any
     clash_ptr: Any
 
 

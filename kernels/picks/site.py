@@ -116,12 +116,8 @@ def offsets(one, cells, frame, SPEC: tl.constexpr):
     """An object's centre from the middles of cells, in pixels; a product is not rounded before one is taken off."""
     x = (cells.column.to(SPEC.ACC) + 0.5) * cells.stride
     y = (cells.line.to(SPEC.ACC) + 0.5) * cells.stride
-    # sums with 0, for a fused operation takes no numbers of different shapes
-    cx = one.cx + x * 0.0
-    cy = one.cy + y * 0.0
-    width = tl.cast(frame.width, SPEC.ACC) + x * 0.0
-    height = tl.cast(frame.height, SPEC.ACC) + y * 0.0
-    return tl.fma(cx, width, -x), tl.fma(cy, height, -y)
+    zero = tl.zeros_like(x)  # a fused operation takes no numbers of different shapes
+    return tl.fma(zero + one.cx, zero + frame.width, -x), tl.fma(zero + one.cy, zero + frame.height, -y)
 
 
 @triton.jit

@@ -89,8 +89,8 @@ def _overlap(one, off_x, off_y, box, problem, SPEC: tl.constexpr):
     hx = 0.5 * one.width
     hy = 0.5 * one.height
     if SPEC.ASSIGNER == "aligned":
-        x = Axis(box.x2 - box.x1, one.width + off_x * 0.0, box.x1 - (off_x - hx), (off_x + hx) - box.x2, None)
-        y = Axis(box.y2 - box.y1, one.height + off_y * 0.0, box.y1 - (off_y - hy), (off_y + hy) - box.y2, None)
+        x = Axis(box.x2 - box.x1, one.width, box.x1 - (off_x - hx), (off_x + hx) - box.x2, None)
+        y = Axis(box.y2 - box.y1, one.height, box.y1 - (off_y - hy), (off_y + hy) - box.y2, None)
         loss, _by_x, _by_y = problem.terms.overlap(x, y, problem.numbers.overlap_args)
         value = 1.0 - loss
     else:
@@ -218,6 +218,12 @@ def look_at(one, cells, mask, problem, decoded, SPEC: tl.constexpr):
         key = _by_cost(worth, own, can)
         strength = _by_cost(worth.to(tl.float32), own, can)
     return Look(can, overlap, worth, key, strength)
+
+
+@triton.jit
+def is_own(look):
+    """Of SimOTA: whether cells are of an object's own."""
+    return look.key >= 0
 
 
 @triton.jit

@@ -158,7 +158,9 @@ def test_forms(name, form):
         preds = [part.contiguous(memory_format=torch.channels_last) for level in parts for part in level]
         preds[0] = torch.nn.functional.pad(preds[0], (2, 3))[..., 2:-3]
     else:
-        preds = [torch.cat([part.flatten(2) for part in each], 2).mT.contiguous().mT for each in zip(*parts)]
+        preds = [
+            torch.cat([part.flatten(2) for part in each], 2).mT.contiguous().mT for each in zip(*parts, strict=True)
+        ]
     check(head, preds, rows, form=form)
 
 
