@@ -172,6 +172,7 @@ class PickDriver(Driver):
             seen = planes("planes", known.preds, head).to(decoded.boxes_ptr.dtype)
             points = reference.points_of(_maps(arguments), head.strides, decoded.row_ptr.device)
             decoded.boxes_ptr.copy_(reference.see(seen, points, head).boxes)
+            decoded.picker_ptr.fill_(arguments["M"])
             decoded.row_ptr.fill_(arguments["M"])
             decoded.claim_ptr.zero_()
 
@@ -181,7 +182,6 @@ PICKS = PickDriver()
 _LAUNCHES = {
     "decode_kernel": "decode",
     "pick_kernel": "pick",
-    "claim_kernel": "claim",
     "settle_kernel": "settle",
     "pick_loss_kernel": "loss",
 }
