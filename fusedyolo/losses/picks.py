@@ -107,7 +107,7 @@ class PickLoss(nn.Module):
                 self._key,
                 call.form,
                 [side for sides in call.maps for side in sides],
-                [float(side) for side in call.size],
+                list(call.size),
                 list(call.gains),
                 with_grad,
                 ops.workspace(pred.device, ops.workspace_rows(pred.shape[0])),

@@ -212,7 +212,7 @@ def head_launch(
             "M": rows.shape[0],
             "assigned": loss.Assigned(*assignment),
             "gains": tuple(gains),
-            "grads": (None,) * (1 + len(head.parts)) if grad_outs is None else tuple(grad_outs),
+            "grads": (None,) * (1 + len(gains)) if grad_outs is None else tuple(grad_outs),
             "list_ptr": rows.new_empty(plan.listed, dtype=torch.int32),
             "sums": sums,
         }
@@ -234,7 +234,7 @@ def loss_launches(
     form, maps, size = geometry
     launches, decoded, settled = pick_launches(preds, form, maps, rows, offsets, head, size, workspace)
     norm = settled.norm_ptr
-    total, *parts = [norm.new_empty(()) for _ in range(1 + len(head.parts))]
+    total, *parts = [norm.new_empty(()) for _ in range(1 + len(gains))]
     grads = [torch.empty_like(pred) for pred in preds] if with_grad else []
     found = Assignment(decoded.boxes_ptr, decoded.row_ptr, decoded.score_ptr, norm, settled.nans_ptr)
     results = (total, parts)
@@ -306,7 +306,7 @@ def _gradient(
 ) -> None:
     rows, row, score, norm = saved
     head, found = pick_head_from_key(key), Assignment(None, row, score, norm, None)
-    outs = grad_outs[: 1 + len(head.parts)]
+    outs = grad_outs[: 1 + len(gains)]
     launch = head_launch(preds, rows, class_weights, head, geometry, tuple(gains), found, None, grads, outs, skip_one)
     run_all([launch], rows.device)
 
