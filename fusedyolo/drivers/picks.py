@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from ..heads import PickHead
 from ..targets import without_spare
 from . import shared
 from .assignments import Assignment, LevelAssignment
-from .protocol import Driver, Frame, Piece, Predictions
+from .protocol import Driver, Frame, Known, Piece, Predictions
 
 if TYPE_CHECKING:
     from ..ops import Launch
@@ -55,7 +55,16 @@ class PickDriver(Driver):
         return torch.stack(parts).sum(), parts, shared.counts_without_spare(counts, spare)
 
     def launches(self, head: PickHead, call: PickCall) -> dict[str, Launch]:
-        raise NotImplementedError("kernels of this head")
+        from ..ops import picks as ops
+
+        preds, geometry = call.preds, ops.Geometry(call.form, call.maps, call.size)
+        weights, gains = call.class_weights, call.gains
+        forward, found = ops.loss_launches(preds, call.rows, call.offsets, weights, head, geometry, gains, True)
+        grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=call.rows.device)
+        ones = (one, *(None,) * len(head.parts))
+        assigned = ops.Assignment(None, found.row, found.score, found.norm, None)
+        backward = ops.head_launch(preds, call.rows, weights, head, geometry, gains, assigned, None, grads, ones, True)
+        return {_LAUNCHES[launch.kernel.__name__]: launch for launch in forward} | {"grad": backward}
 
     def assign(self, head: PickHead, call: PickCall) -> Assignment:
         rows, _ = without_spare(call.rows, call.offsets)
@@ -134,10 +143,64 @@ class PickDriver(Driver):
     def candidates(self, head: PickHead, layout: str) -> Iterable[dict[str, int]]:
         return ()
 
+    def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
+        """Of boxes and of classes the levels; where later launches need what each has left, each is of its own."""
+        if kernel == "pick_loss_kernel":
+            tiles = _levels_of_tiles(arguments, arguments["B"], arguments["SPEC"].CELLS)
+            levels = len(arguments["levels"].widths)
+            return [level + levels * (i > 0) for i in range(programs // len(tiles)) for level in tiles]
+        if kernel == "decode_kernel" and arguments["SPEC"].ASSIGNER == "aligned":
+            return _levels_of_tiles(arguments, shared.even(arguments["frame"].batch), arguments["CELLS"])
+        return range(programs)
+
+    def efforts(
+        self, kernel: str, kinds: Sequence[int], arguments: Mapping[str, Any], known: Known
+    ) -> tuple[Sequence[Any], list[float]]:
+        """By the cells of a tile that have a row."""
+        if kernel != "pick_loss_kernel":
+            return super().efforts(kernel, kinds, arguments, known)
+        block = arguments["SPEC"].CELLS
+        images = [image >= 0 for level in known.assignment.levels for image in level.row.flatten(1)]
+        tiles = [int(part.sum()) for image in images for part in image.split(block)]
+        counts = tiles * (len(kinds) // len(tiles))
+        return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
+
+    def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
+        """Boxes, of the reference, and that no cell is picked yet."""
+        if kernel == "decode_kernel" and arguments["SPEC"].ASSIGNER == "aligned":
+            decoded, head = arguments["decoded"], known.head
+            seen = planes("planes", known.preds, head).to(decoded.boxes_ptr.dtype)
+            points = reference.points_of(_maps(arguments), head.strides, decoded.row_ptr.device)
+            decoded.boxes_ptr.copy_(reference.see(seen, points, head).boxes)
+            decoded.picker_ptr.fill_(arguments["M"])
+            decoded.row_ptr.fill_(arguments["M"])
+            decoded.claim_ptr.zero_()
+
 
 PICKS = PickDriver()
 
+_LAUNCHES = {
+    "decode_kernel": "decode",
+    "pick_kernel": "pick",
+    "settle_kernel": "settle",
+    "pick_loss_kernel": "loss",
+}
+
 _NAMES = {2: ("boxes", "scores"), 3: ("boxes", "objectness", "scores")}
+
+
+def _maps(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(height, width) of each level of a launch."""
+    levels = arguments["levels"]
+    return [(shared.even(h), shared.even(w)) for h, w in zip(levels.heights, levels.widths, strict=True)]
+
+
+def _levels_of_tiles(arguments: Mapping[str, Any], batch: int, cells: int) -> list[int]:
+    """The level of each tile of so many cells, of all images."""
+    found: list[int] = []
+    for level, (height, width) in enumerate(_maps(arguments)):
+        found += [level] * (batch * -(-height * width // cells))
+    return found
 
 
 def names(head: PickHead) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ class PickLoss(nn.Module):
     ):
         super().__init__()
         self.head = rounded(head)
+        self._key = self.head.key
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
         self._weights = class_weights
@@ -90,8 +91,28 @@ class PickLoss(nn.Module):
 
     def compute(self, call: PickCall) -> Computed:
         """Total, parts and counts."""
-        if self.backend == "triton" and backends.resolve(self.backend, call.preds[0].device) == "triton":
-            checks.fail("backend", "'triton'", "'auto' or 'torch': this loss has no kernels yet")
+        pred = call.preds[0]
+        if backends.resolve(self.backend, pred.device) == "triton":
+            from .. import ops
+
+            # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In
+            # float16 small gradients would be lost before a GradScaler's factor reaches them.
+            asked = torch.is_grad_enabled() and any([p.requires_grad for p in call.preds])
+            with_grad = asked and pred.dtype != torch.float16 and not torch.compiler.is_compiling()
+            total, parts, counts, *_ = ops.pick_loss(
+                call.preds,
+                call.rows,
+                call.offsets,
+                call.class_weights,
+                self._key,
+                call.form,
+                [side for sides in call.maps for side in sides],
+                list(call.size),
+                list(call.gains),
+                with_grad,
+                ops.workspace(pred.device, ops.workspace_rows(pred.shape[0])),
+            )
+            return total, tuple(parts), counts
         return PICKS.reference_loss(self.head, call)
 
     def _weights_for(self, pred: Tensor) -> Tensor | None:

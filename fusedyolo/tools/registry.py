@@ -25,7 +25,7 @@ class RefusedError(ValueError):
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FORMS = ("packed", "Targets")
-LAYOUTS = ("nchw", "channels_last", "rows", "flat")
+LAYOUTS = ("nchw", "channels_last", "rows", "flat", "planes")
 PYRAMID = (8, 16, 32, 64, 128)  # strides
 WARMED_UP = 1 << 20  # images, after which a loss that counts them is past its warm-up
 LOW = 4.0  # how far logits of what is rarely there lie below the others
@@ -74,8 +74,10 @@ class Case:
             arguments |= {"anchors": self.anchors[0], "stride": self.strides[0]}
         elif self.anchors:
             arguments |= {"anchors": self.anchors, "strides": self.strides}
-        if self.grid:
+        elif self.grid:
             arguments["grid_size"] = self.grid
+        elif self.boxes is None:
+            arguments["strides"] = self.strides
         if self.recipe is not None:
             arguments["recipe"] = self.recipe
         criterion = getattr(fusedyolo, self.cls)(**arguments)
@@ -239,6 +241,8 @@ CASES = {
             background=1,
         ),
         Case("FCOS", None, "FCOSLoss", strides=PYRAMID, cell=(1,) * 5, boxes=makers.fcos_anchors),
+        Case("YOLOX", None, "YOLOXLoss", strides=_STRIDES, cell=(1, 1, 1)),
+        Case("YOLOv8", None, "YOLOv8Loss", strides=_STRIDES, cell=(1, 1, 1)),
     )
 }
 

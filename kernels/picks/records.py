@@ -46,8 +46,8 @@ class Numbers(NamedTuple):
     """The numbers of a head: see :class:`fusedyolo.heads.PickHead`."""
 
     limit: float  # centres of valid rows lie below it
-    alpha: float
-    beta: float
+    alpha: Any  # as ``wish.power`` makes them
+    beta: Any
     small: float
     radius: float
     overlap_args: tuple[float, ...]
@@ -83,38 +83,55 @@ class Spec(NamedTuple):
 class Decoded(NamedTuple):
     """What ``decode`` leaves of each prediction, and later launches change.
 
-    ``boxes_ptr`` [B, N, 4] ACC: corners in pixels from the middle of the cell. ``row_ptr`` [B, N] int32: the row that
-    an object's cell goes to, at first M, none; after ``pick`` the first row that picked it; after ``settle`` the row
-    that has it, M where there is none. ``claim_ptr`` [B, N] int64: the largest claim to a cell that several picked, 0
-    at first. ``score_ptr`` [B, N] ACC: soft scores, written by ``settle`` where there is a row, else never.
-    ``cost_ptr`` [B, N] ACC, of SimOTA: what costs share, infinite where the cell is no candidate.
+    ``boxes_ptr`` [B, N, 4] ACC: corners in pixels from the middle of the cell. ``picker_ptr`` [B, N] int32: at first M,
+    after ``pick`` the row that picked it, or -1 where several did. ``claim_ptr`` [B, N] int64: at first 0, after
+    ``pick`` the largest claim of all rows that may have it. ``row_ptr`` [B, N] int32: at first M, none, after
+    ``settle`` the row that it goes to. ``score_ptr`` [B, N] ACC: soft scores, written by ``settle`` where there is a
+    row, else never.
+    ``cost_ptr`` [B, N] ACC, of SimOTA: what costs share, infinite where the cell is no candidate, or a logit is NaN.
+    ``list_ptr`` [B, N] int32, of SimOTA: cells n of each image that are candidates, in no order; -1 - n where they are
+    no object's own.
     """
 
     boxes_ptr: Any
-    row_ptr: Any
+    picker_ptr: Any
     claim_ptr: Any
+    row_ptr: Any
     score_ptr: Any
     cost_ptr: Any
+    list_ptr: Any
 
 
 class Picked(NamedTuple):
-    """``index_ptr`` [M, K] int32: what each row picked, flat b * N + n, best first, -1 behind the last. ``clash_ptr``
-    [M * K] int32: cells, flat, that a second row picked, as many as ``count_ptr`` says; a cell may come twice.
+    """``index_ptr`` [M, K] int32: what each row picked, flat b * N + n, best first, -1 behind the last, of no meaning
+    for rows that are not valid. ``overlap_ptr`` and ``worth_ptr`` [M, K] ACC: the overlaps of these, and of aligned
+    ones their metrics. ``clash_ptr`` [M * K] int32: cells, flat, that several rows picked, each once, in no order.
     """
 
     index_ptr: Any
+    overlap_ptr: Any
+    worth_ptr: Any
     clash_ptr: Any
-    count_ptr: Any  # int32, 0 before ``pick`` and after the last launch that reads it
+
+
+class Tally(NamedTuple):
+    """What programs add up, of integers, so that no order shows; zeros at first, and after ``settle``.
+
+    ``done_ptr`` int32 [3]: programs that are done; cells in the list of clashes; whether a NaN was seen. ``sum_ptr``
+    int64: soft scores, times SCORE_UNIT. ``found_ptr`` int32 [2 + B]: predictions with a row, invalid rows; candidates
+    of each image.
+    """
+
+    done_ptr: Any
+    sum_ptr: Any
+    found_ptr: Any
 
 
 class Settled(NamedTuple):
     """``norm_ptr`` ACC, 0-dim: max(1, sum of weights). ``counts_ptr`` int32 [2]: predictions with a row, invalid rows.
-    ``nans_ptr`` ACC, 0-dim: NaN if one was seen where a row had to look, else 0. ``partial_ptr`` and ``done_ptr`` as in
-    sums.py.
+    ``nans_ptr`` ACC, 0-dim: NaN if one was seen where a row had to look, else 0.
     """
 
     norm_ptr: Any
     counts_ptr: Any
     nans_ptr: Any
-    partial_ptr: Any
-    done_ptr: Any

@@ -1,0 +1,206 @@
+"""Cells that predict a box each: where predictions lie, and the launches that settle what goes to which object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..heads import PickHead, pick_head_from_key
+from ..kernels.levels import Strides
+from ..kernels.picks import decode, pick, records, settle, site, wish
+from ..terms import TERMS
+from .launch import Launch, Layout, accumulator, done_counter, layouts, odd, planned, row_maxima
+from .strides import map_strides
+
+Maps = tuple[tuple[int, int], ...]
+
+DECODE_CELLS, DECODE_THREADS = 128, 128
+PICK_BLOCK, PICK_THREADS = 128, 32
+SETTLE_BLOCK, SETTLE_THREADS = 64, 32
+
+
+@planned
+def parts_of(form: str, preds: tuple[Layout, ...], key: str, maps: Maps) -> records.Predictions:
+    """Where box, objectness and class of each level lie in predictions of a ``form`` (see
+    :func:`fusedyolo.checks.point_predictions`), whose ``layouts`` are given, for the head of this ``key`` and maps of
+    such (height, width): all that kernels take but for the tensors, in whose place are their numbers. See
+    :func:`fill_parts`.
+    """
+    head = pick_head_from_key(key)
+    count = len(head.widths)
+    parts: list[list[tuple[int, int, Strides]]] = [[] for _ in range(count)]  # of each level tensor, start, strides
+    cell = 0
+    for level, (height, width) in enumerate(maps):
+        channel = 0
+        for k, channels in enumerate(head.widths):
+            if form == "planes":
+                image, by, step = preds[k].stride
+                parts[k].append((k, cell * step, Strides(image, width * step, step, 0, by)))
+            else:
+                at = level if form == "maps" else level * count + k
+                strides = map_strides(preds[at], channels)._replace(anchor=0)
+                parts[k].append((at, channel * strides.channel if form == "maps" else 0, strides))
+            channel += channels
+        cell += height * width
+    found = []
+    for own in parts:
+        at_level, starts, strides_of = zip(*own, strict=True)
+        found.append(records.Part(at_level, odd(starts), odd(strides_of)))
+    return records.Predictions(found[0], found[1] if head.objectness else None, found[-1])
+
+
+def fill_parts(parts: records.Predictions, tensors: Sequence[Tensor]) -> records.Predictions:
+    """What :func:`parts_of` says, with the ``tensors`` of the predictions, or gradients of such layouts, in order."""
+    return records.Predictions(*[None if part is None else _filled(part, tensors) for part in parts])
+
+
+def _filled(part: records.Part, tensors: Sequence[Any]) -> records.Part:
+    return part._replace(ptrs=tuple([tensors[at] for at in part.ptrs]))
+
+
+class _Plan(NamedTuple):
+    """The launches but for their tensors, and the records in them that tensors go into."""
+
+    decode: Launch
+    pick: Launch
+    settle: Launch
+    predictions: records.Predictions
+    problem: wish.Problem
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+@planned
+def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tuple[float, float]) -> _Plan:
+    head, batch = pick_head_from_key(key), preds[0].shape[0]
+    heights, widths = zip(*maps, strict=True)
+    limit = head.topk2 if head.assigner == "aligned" and head.topk2 != head.topk else None
+    spec = spec_of(head, preds[0].dtype)
+    numbers = records.Numbers(
+        limit=head.centre_limit,
+        alpha=wish.power(head.alpha),
+        beta=wish.power(head.beta),
+        small=head.small,
+        radius=head.radius,
+        overlap_args=head.overlap_args,
+        box_args=(),
+        label_args=(),
+    )
+    problem = wish.Problem(
+        predictions=None,
+        levels=records.Levels(odd(widths), odd(heights), head.strides),
+        frame=site.Frame(head.centre_limit, size[1], size[0], 2 * batch + 3),
+        numbers=numbers,
+        terms=records.Terms(TERMS[head.overlap].kernel, None, None),
+    )
+    first = {
+        "levels": problem.levels,
+        "frame": problem.frame,
+        "numbers": numbers,
+        "SPEC": spec,
+        "CELLS": DECODE_CELLS,
+        "BINS": _power_of_two(head.reg_max),
+    }
+    tiles = batch * sum(-(-height * width // DECODE_CELLS) for height, width in maps)
+    ends = {"SPEC": spec, "BLOCK": SETTLE_BLOCK, "K2": 0 if limit is None else _power_of_two(limit)}
+    return _Plan(
+        Launch(decode.decode_kernel, (tiles,), first, DECODE_THREADS, exact=True),
+        Launch(pick.pick_kernel, (1,), {"SPEC": spec, "BLOCK": PICK_BLOCK}, PICK_THREADS, exact=True),
+        Launch(settle.settle_kernel, (1,), ends, SETTLE_THREADS, exact=True),
+        parts_of(form, preds, key, maps),
+        problem,
+    )
+
+
+def spec_of(head: PickHead, dtype: torch.dtype) -> records.Spec:
+    """The structure of a head, for predictions of a type."""
+    return records.Spec(
+        C=head.num_classes,
+        REG_MAX=head.reg_max,
+        DECODE=head.decode,
+        OBJECTNESS=head.objectness,
+        ASSIGNER=head.assigner,
+        INSIDE=head.inside,
+        TOPK=head.topk,
+        TOPK2=head.topk2,
+        DISTANCE=head.distance,
+        SOFT=head.soft,
+        ACC=accumulator(dtype)[0],
+        K=_power_of_two(head.topk),
+    )
+
+
+def workspace_rows(batch: int) -> int:
+    """For how many rows a :func:`.launch.workspace` is to be that :func:`pick_launches` takes."""
+    return 2 + (batch + 1) // 2
+
+
+def pick_launches(
+    preds: Sequence[Tensor],
+    form: str,
+    maps: Maps,
+    rows: Tensor,
+    offsets: Tensor | None,
+    head: PickHead,
+    size: tuple[float, float],
+    workspace: Tensor | None = None,
+) -> tuple[list[Launch], records.Decoded, records.Settled]:
+    """The launches that settle which row each cell goes to, and the tensors that they leave.
+
+    ``preds`` and ``form`` as :func:`fusedyolo.checks.point_predictions` gives them, maps and image of such (height,
+    width). A ``workspace`` has a place for each of :func:`workspace_rows`.
+    """
+    plan, pred, M = _plan(form, layouts(preds), head.key, maps, size), preds[0], rows.shape[0]
+    batch, N, K = pred.shape[0], sum(height * width for height, width in maps), _power_of_two(head.topk)
+    costs = N if head.assigner == "simota" else 0
+    acc = accumulator(pred.dtype)[1]
+    decoded = records.Decoded(
+        boxes_ptr=pred.new_empty((batch, N, 4), dtype=acc),
+        picker_ptr=pred.new_empty((batch, N), dtype=torch.int32),
+        claim_ptr=pred.new_empty((batch, N), dtype=torch.int64),
+        row_ptr=pred.new_empty((batch, N), dtype=torch.int32),
+        score_ptr=pred.new_empty((batch, N), dtype=acc),
+        cost_ptr=pred.new_empty((batch, costs), dtype=acc),
+        list_ptr=pred.new_empty((batch, costs), dtype=torch.int32),
+    )
+    picked = records.Picked(
+        index_ptr=pred.new_empty((M, K), dtype=torch.int32),
+        overlap_ptr=pred.new_empty((M, K), dtype=acc),
+        worth_ptr=pred.new_empty((M, 0 if costs else K), dtype=acc),
+        clash_ptr=pred.new_empty(M * K, dtype=torch.int32),
+    )
+    settled = records.Settled(
+        norm_ptr=pred.new_empty((), dtype=acc),
+        counts_ptr=pred.new_empty(2, dtype=torch.int32),
+        nans_ptr=pred.new_empty((), dtype=acc),
+    )
+    sums = row_maxima(pred.device, workspace_rows(batch), workspace)
+    tally = records.Tally(done_counter(pred.device, workspace), sums, sums[1:].view(torch.int32))
+    predictions = fill_parts(plan.predictions, preds)
+    targets = records.Targets(rows, offsets, None)
+    common = {
+        "problem": plan.problem._replace(predictions=predictions),
+        "targets": targets,
+        "M": M,
+        "decoded": decoded,
+        "picked": picked,
+        "tally": tally,
+    }
+    first = {"predictions": predictions, "targets": targets, "M": M, "decoded": decoded, "tally": tally}
+    launches = [
+        plan.decode.filled(first),
+        _of_rows(plan.pick, M).filled(common),
+        _of_rows(plan.settle, M).filled({**common, "settled": settled}),
+    ]
+    return launches, decoded, settled
+
+
+def _of_rows(launch: Launch, rows: int) -> Launch:
+    """A program a row; one where there is none, which finishes."""
+    return replace(launch, grid=(max(1, rows),))

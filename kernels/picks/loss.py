@@ -1,0 +1,781 @@
+"""Loss and gradient of cells that predict a box each: class logits are read once, boxes where there is an object.
+
+One launch for all levels. A tile is CELLS consecutive cells of a level of an image; one program owns its boxes and
+objectness, each of the others GROUP of its classes. Where an object has a cell, and where a gradient is all zeros but
+for these, a program stores zeros of the whole tile and then, behind a barrier, what is none: the cells that have a row
+are looked at PICKS at a time. Without objectness the classes are a stream in which every logit is of the background;
+those of the classes that objects have are then done again, one a cell.
+
+Layouts. "planes": all cells of a level follow each other in memory; "channels": the numbers of a cell do; else
+"strided". No kernel is compiled for the numbers of a size: whether all runs begin at multiples of 16 numbers, which
+wide accesses need, is asked at run time.
+
+Modes. WITH_LOSS leaves partial sums, which the last program to finish adds up in a fixed order. WITH_GRAD leaves the
+gradient times ``grads``. SKIP_ONE, of a gradient that is already there for ones: a program returns at once if it is
+multiplied by 1, and overwrites the gradient otherwise.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..levels import Strides, are_wide, as_wide, integer_of, number_of, pointer_of, strides_of
+from ..primitives import plain
+from ..rows import load_rows
+from ..sums import column, column_sums, is_last
+from ..terms.decode import chain, exp, ltrb
+from ..terms.label import bce, exponentials, softmax_ce
+from ..terms.offset import l1
+from ..terms.records import Jacobian, Span, axis_of_sizes
+
+N_PARTS: tl.constexpr = tl.constexpr(4)  # room for as many parts as there may be
+LOW: tl.constexpr = tl.constexpr(-1e4)  # a logit of which a term, and its derivative, is 0 for the background
+
+
+class HeadSpec(NamedTuple):
+    """The structure of a head and of a launch: a kernel is compiled for each."""
+
+    C: Any
+    REG_MAX: Any
+    BINS: Any  # REG_MAX, a power of two
+    DECODE: Any
+    OBJECTNESS: Any
+    DISTANCE: Any
+    SOFT: Any
+    ACC: Any
+    LAYOUT: Any
+    WITH_LOSS: Any
+    WITH_GRAD: Any
+    SKIP_ONE: Any
+    CELLS: Any
+    PLANES: Any  # channels at a time
+    GROUP: Any  # classes of a program, some times PLANES
+    LANES: Any  # GROUP, a power of two
+    PICKS: Any
+
+
+class HeadTerms(NamedTuple):
+    """The functions of a head."""
+
+    box: Any
+    label: Any
+
+
+class HeadNumbers(NamedTuple):
+    """Width and height of the images, and the numbers of terms."""
+
+    size: Any
+    box_args: Any
+    label_args: Any
+
+
+class Assigned(NamedTuple):
+    """What the launches before this one have settled, see ``records.py``: of ``Decoded`` and of ``Settled``."""
+
+    boxes_ptr: Any
+    row_ptr: Any
+    score_ptr: Any
+    norm_ptr: Any
+    nans_ptr: Any
+
+
+class Sums(NamedTuple):
+    """Where the loss goes; ``parts`` are pointers to its parts, in the order of the head's."""
+
+    total_ptr: Any
+    parts: Any
+    partial_ptr: Any
+    done_ptr: Any
+
+
+class View(NamedTuple):
+    """One of box, objectness and class of a level: where the image of a program begins, and strides."""
+
+    ptr: Any
+    start: Any
+    by: Any
+
+
+class Site(NamedTuple):
+    """The tile of a program, and which rows its cells have; ``first`` is the index of the level's first cell among all
+    of the batch."""
+
+    b: Any
+    level: Any
+    first: Any
+    cells: Any
+    mask: Any
+    W: Any
+    HW: Any
+    row: Any
+    has: Any
+
+
+class Picks(NamedTuple):
+    """Some cells that have a row: where they are, and their rows."""
+
+    cells: Any
+    index: Any  # among all of the batch
+    mask: Any
+    row: Any
+
+
+class Scales(NamedTuple):
+    """What gradients of the parts are multiplied by."""
+
+    box: Any
+    obj: Any
+    cls: Any
+    distance: Any
+
+
+class Pair(NamedTuple):
+    """A number of each axis."""
+
+    x: Any
+    y: Any
+
+
+class Raw(NamedTuple):
+    """The four numbers that say a box: x, y, w, h; or left, upper, right, lower. Or derivatives by these."""
+
+    x: Any
+    y: Any
+    w: Any
+    h: Any
+
+
+# ----------------------------------------------------------------------------------------------------------- where
+
+
+@triton.jit
+def _tiles(levels, B, CELLS: tl.constexpr):
+    """Tiles of all images and levels, and cells of an image."""
+    tiles = B * 0
+    N = B * 0
+    for i in tl.static_range(len(levels.widths)):
+        HW = plain(levels.widths[i]) * plain(levels.heights[i])
+        tiles += B * tl.cdiv(HW, CELLS)
+        N += HW
+    return tiles, N
+
+
+@triton.jit
+def _site(tile, levels, N, B, M, row_ptr, CELLS: tl.constexpr):
+    """The tile of this number."""
+    level = tile * 0
+    local = tile
+    before = tile * 0
+    begin = tile * 0
+    cells_before = tile * 0
+    for i in tl.static_range(len(levels.widths)):
+        HW = plain(levels.widths[i]) * plain(levels.heights[i])
+        tiles = B * tl.cdiv(HW, CELLS)
+        here = (tile >= begin) & (tile < begin + tiles)
+        level = tl.where(here, i, level)
+        local = tl.where(here, tile - begin, local)
+        before = tl.where(here, cells_before, before)
+        begin += tiles
+        cells_before += HW
+    W = integer_of(levels.widths, level)
+    HW = W * integer_of(levels.heights, level)
+    own = tl.cdiv(HW, CELLS)
+    b = local // own
+    cells = (local % own) * CELLS + tl.arange(0, CELLS)
+    mask = cells < HW
+    first = b * N + before
+    row = tl.load(row_ptr + first + cells, mask=mask, other=M)
+    return Site(b, level, first, cells, mask, W, HW, row, row < M)
+
+
+@triton.jit
+def _view(part, level):
+    """Box, objectness or class of a level known at run time."""
+    return View(pointer_of(part.ptrs, level), integer_of(part.starts, level), strides_of(part.by, level))
+
+
+@triton.jit
+def _is_wide(view, site, LAYOUT: tl.constexpr):
+    """Whether all runs of a level begin at multiples of 16 elements, as the widest accesses need."""
+    if LAYOUT == "planes":
+        wide = (site.HW % 16 == 0) & (view.start % 16 == 0) & are_wide(view.by)
+    else:
+        wide = (view.by.image % 16 == 0) & (view.by.column % 16 == 0) & (view.start % 16 == 0)
+    return wide
+
+
+@triton.jit
+def _as_wide(view, LAYOUT: tl.constexpr):
+    """A view of which :func:`_is_wide` is so, in a form that tells the compiler."""
+    if LAYOUT == "planes":
+        by = as_wide(view.by)
+    else:
+        by = Strides(view.by.image // 16 * 16, view.by.row, view.by.column // 16 * 16, 0, 1)
+    return View(view.ptr, view.start // 16 * 16, by)
+
+
+@triton.jit
+def _wide_mask(site, LAYOUT: tl.constexpr):
+    """The mask of a tile, likewise."""
+    if LAYOUT == "planes":
+        mask = site.cells < site.HW // 16 * 16
+    else:
+        mask = site.mask
+    return mask
+
+
+@triton.jit
+def _cells_at(view, cells, site, LAYOUT: tl.constexpr):
+    """Pointers to the first channel of some cells."""
+    by = view.by
+    at = view.ptr + (site.b.to(tl.int64) * by.image + view.start)
+    if LAYOUT == "planes":
+        at = at + cells
+    elif LAYOUT == "channels":
+        at = at + cells * by.column
+    else:
+        at = at + (cells // site.W) * by.row + (cells % site.W) * by.column
+    return at
+
+
+@triton.jit
+def _channel_step(view, LAYOUT: tl.constexpr):
+    """Elements from channel to channel."""
+    step = view.by.channel
+    if LAYOUT == "channels":
+        step = 1
+    return step
+
+
+@triton.jit
+def _keep(mask, k, last, WIDTH: tl.constexpr, PLANES: tl.constexpr):
+    """Which channels k of cells are there, of WIDTH in all; ``k < last`` is not asked where it must be so."""
+    keep = mask[None, :]
+    if WIDTH % PLANES != 0:
+        keep = keep & (k < last)
+    return keep
+
+
+@triton.jit
+def _list(site, list_ptr):
+    """Leaves the cells of the tile that have a row, in their order, and returns how many; readable after a barrier."""
+    has = site.has.to(tl.int32)
+    tl.store(list_ptr + tl.cumsum(has, axis=0) - 1, site.cells, mask=site.has)
+    return tl.sum(has, axis=0)
+
+
+@triton.jit
+def _listed(site, list_ptr, i0, count, row_ptr, PICKS: tl.constexpr):
+    """Those from the i0-th on."""
+    i = i0 + tl.arange(0, PICKS)
+    mask = i < count
+    cells = tl.load(list_ptr + i, mask=mask, other=0)
+    index = site.first + cells
+    return Picks(cells, index, mask, tl.load(row_ptr + index, mask=mask, other=0))
+
+
+# ----------------------------------------------------------------------------------------------------------- zeros
+
+
+@triton.jit
+def _fill_with_zeros(view, site, mask, first, last, WIDTH: tl.constexpr, SPEC: tl.constexpr):
+    CELLS: tl.constexpr = SPEC.CELLS
+    PLANES: tl.constexpr = SPEC.PLANES
+    at = _cells_at(view, site.cells, site, SPEC.LAYOUT)
+    nothing = tl.zeros([PLANES, CELLS], view.ptr.dtype.element_ty)
+    for k0 in tl.range(first, last, PLANES, loop_unroll_factor=1):
+        k = k0 + tl.arange(0, PLANES)[:, None]
+        keep = _keep(mask, k, last, WIDTH, PLANES)
+        tl.store(at[None, :] + k * _channel_step(view, SPEC.LAYOUT), nothing, mask=keep)
+
+
+@triton.jit
+def _store_zeros(view, site, first, last, WIDTH: tl.constexpr, SPEC: tl.constexpr):
+    """Zeros in the channels from ``first`` to ``last`` of a tile, of WIDTH in all."""
+    if SPEC.LAYOUT == "strided":
+        _fill_with_zeros(view, site, site.mask, first, last, WIDTH, SPEC)
+    elif _is_wide(view, site, SPEC.LAYOUT):
+        wide = _as_wide(view, SPEC.LAYOUT)
+        _fill_with_zeros(wide, site, _wide_mask(site, SPEC.LAYOUT), first, last, WIDTH, SPEC)
+    else:
+        _fill_with_zeros(view, site, site.mask, first, last, WIDTH, SPEC)
+
+
+# --------------------------------------------------------------------------------------------------------- classes
+
+
+@triton.jit
+def _class_weight(weights_ptr, k, mask, ACC: tl.constexpr):
+    """What the terms of the classes k are multiplied by."""
+    return tl.load(weights_ptr + k, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def _background(view, d_view, site, mask, label, first, last, terms, numbers, weights_ptr, scale, SPEC: tl.constexpr):
+    """Loss and gradient of some classes of a tile as if there were no objects; nothing of the classes of these."""
+    CELLS: tl.constexpr = SPEC.CELLS
+    PLANES: tl.constexpr = SPEC.PLANES
+    at = _cells_at(view, site.cells, site, SPEC.LAYOUT)
+    d_at = at
+    if SPEC.WITH_GRAD:
+        d_at = _cells_at(d_view, site.cells, site, SPEC.LAYOUT)
+    nothing = tl.zeros([PLANES, CELLS], tl.int1)
+    total = tl.zeros([PLANES, CELLS], SPEC.ACC)
+    for k0 in tl.range(first, last, PLANES, loop_unroll_factor=1):
+        k = k0 + tl.arange(0, PLANES)[:, None]
+        keep = _keep(mask, k, last, SPEC.C, PLANES)
+        x = tl.load(at[None, :] + k * _channel_step(view, SPEC.LAYOUT), mask=keep, other=LOW).to(SPEC.ACC)
+        loss, d = terms.label(x, nothing, numbers.label_args)
+        factor = scale
+        if weights_ptr is not None:
+            weight = _class_weight(weights_ptr, k, k < last, SPEC.ACC)
+            loss = weight * loss
+            factor = scale * weight
+        if SPEC.WITH_LOSS:
+            total += tl.where(label[None, :] == k, 0.0, loss)
+        if SPEC.WITH_GRAD:
+            d_step = _channel_step(d_view, SPEC.LAYOUT)
+            tl.store(d_at[None, :] + k * d_step, (factor * d).to(d_view.ptr.dtype.element_ty), mask=keep)
+    return tl.sum(tl.sum(total, axis=0), axis=0)
+
+
+@triton.jit
+def _stream(view, d_view, site, label, first, last, terms, numbers, weights_ptr, scale, SPEC: tl.constexpr):
+    """:func:`_background`, by accesses as wide as may be."""
+    wide = site.HW < 0
+    if SPEC.LAYOUT != "strided":
+        wide = _is_wide(view, site, SPEC.LAYOUT)
+        if SPEC.WITH_GRAD:
+            wide = wide & _is_wide(d_view, site, SPEC.LAYOUT)
+    if SPEC.LAYOUT == "strided":
+        loss = _background(
+            view, d_view, site, site.mask, label, first, last, terms, numbers, weights_ptr, scale, SPEC=SPEC
+        )
+    elif wide:
+        own = _as_wide(view, SPEC.LAYOUT)
+        d_own = own
+        if SPEC.WITH_GRAD:
+            d_own = _as_wide(d_view, SPEC.LAYOUT)
+        mask = _wide_mask(site, SPEC.LAYOUT)
+        loss = _background(own, d_own, site, mask, label, first, last, terms, numbers, weights_ptr, scale, SPEC=SPEC)
+    else:
+        loss = _background(
+            view, d_view, site, site.mask, label, first, last, terms, numbers, weights_ptr, scale, SPEC=SPEC
+        )
+    return loss
+
+
+@triton.jit
+def _true_classes(view, d_view, site, label, first, last, terms, numbers, assigned, weights_ptr, scale, SPEC):
+    """Loss of the class that each cell's object has, if it is one of these, and its gradient."""
+    own = site.has & (label >= first) & (label < last)
+    at = _cells_at(view, site.cells, site, SPEC.LAYOUT) + label * _channel_step(view, SPEC.LAYOUT)
+    x = tl.load(at, mask=own, other=0.0).to(SPEC.ACC)
+    score = tl.load(assigned.score_ptr + site.first + site.cells, mask=own, other=0.0)
+    loss, d = terms.label(x, score, numbers.label_args)
+    if weights_ptr is not None:
+        weight = _class_weight(weights_ptr, label, own, SPEC.ACC)
+        loss = weight * loss
+        d = weight * d
+    if SPEC.WITH_GRAD:
+        at = _cells_at(d_view, site.cells, site, SPEC.LAYOUT) + label * _channel_step(d_view, SPEC.LAYOUT)
+        tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=own)
+    return tl.sum(tl.where(own, loss, 0.0), axis=0)
+
+
+@triton.jit
+def _listed_classes(
+    view, d_view, site, list_ptr, count, first, last, terms, numbers, targets, assigned, scale, SPEC: tl.constexpr
+):
+    """Loss of some classes of the cells that have a row, and its gradient."""
+    PICKS: tl.constexpr = SPEC.PICKS
+    GROUP: tl.constexpr = SPEC.LANES
+    total = tl.zeros([PICKS, GROUP], SPEC.ACC)
+    k = (first + tl.arange(0, GROUP))[None, :]
+    for i0 in range(0, count, PICKS):
+        picks = _listed(site, list_ptr, i0, count, assigned.row_ptr, PICKS)
+        keep = picks.mask[:, None] & (k < last)
+        at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None] + k * _channel_step(view, SPEC.LAYOUT)
+        x = tl.load(at, mask=keep, other=0.0).to(SPEC.ACC)
+        label = tl.load(targets.ptr + picks.row * 6 + 1, mask=picks.mask, other=-1.0).to(tl.int32)
+        score = tl.load(assigned.score_ptr + picks.index, mask=picks.mask, other=0.0)
+        loss, d = terms.label(x, tl.where(label[:, None] == k, score[:, None], 0.0), numbers.label_args)
+        if targets.weights_ptr is not None:
+            weight = _class_weight(targets.weights_ptr, k, k < last, SPEC.ACC)
+            loss = weight * loss
+            d = weight * d
+        total += tl.where(keep, loss, 0.0)
+        if SPEC.WITH_GRAD:
+            at = _cells_at(d_view, picks.cells, site, SPEC.LAYOUT)[:, None] + k * _channel_step(d_view, SPEC.LAYOUT)
+            tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=keep)
+    return tl.sum(tl.sum(total, axis=1), axis=0)
+
+
+@triton.jit
+def _class_program(view, d_view, site, list_ptr, first, terms, numbers, targets, assigned, scale, SPEC: tl.constexpr):
+    """Class loss of a program, and the gradient."""
+    last = tl.minimum(first + SPEC.GROUP, SPEC.C)
+    if SPEC.OBJECTNESS:
+        loss = tl.cast(0.0, SPEC.ACC)
+        if SPEC.WITH_GRAD:
+            _store_zeros(d_view, site, first, last, SPEC.C, SPEC)
+        count = _list(site, list_ptr)
+        if count > 0:
+            tl.debug_barrier()  # zeros, and the list, come first
+            loss = _listed_classes(
+                view, d_view, site, list_ptr, count, first, last, terms, numbers, targets, assigned, scale, SPEC=SPEC
+            )
+    else:
+        label = tl.load(targets.ptr + site.row * 6 + 1, mask=site.has, other=-1.0).to(tl.int32)
+        weights_ptr = targets.weights_ptr
+        loss = _stream(view, d_view, site, label, first, last, terms, numbers, weights_ptr, scale, SPEC=SPEC)
+        if tl.max(site.has.to(tl.int32), axis=0) > 0:
+            tl.debug_barrier()  # the background comes first
+            loss += _true_classes(
+                view, d_view, site, label, first, last, terms, numbers, assigned, weights_ptr, scale, SPEC
+            )
+    return loss
+
+
+# ----------------------------------------------------------------------------------------------------------- boxes
+
+
+@triton.jit
+def _apart(sides):
+    """The four numbers of [PICKS, 4]."""
+    even, odd = tl.split(tl.reshape(sides, (sides.shape[0], 2, 2)))
+    zero, two = tl.split(even)
+    one, three = tl.split(odd)
+    return Raw(zero, one, two, three)
+
+
+@triton.jit
+def _together(raw):
+    """The other way round."""
+    return tl.reshape(tl.join(tl.join(raw.x, raw.w), tl.join(raw.y, raw.h)), (raw.x.shape[0], 4))
+
+
+@triton.jit
+def _decode(a, b, DECODE: tl.constexpr):
+    """One axis of boxes in cells, the centre from the middle of the cell, by the numbers that say it."""
+    if DECODE == "exp":
+        span, slope = exp(a, b, 1.0, 1.0, 1.0)
+        place = Span(a - 0.5, span.size)
+        jacobian = Jacobian(1.0, 0.0, 0.0, slope.size_by_b)
+    else:
+        place, jacobian = ltrb(a, b, 1.0, 1.0, 1.0)
+    return place, jacobian
+
+
+@triton.jit
+def _true_box(picks, site, stride, targets, numbers, SPEC: tl.constexpr):
+    """Centres of the rows of some cells from the middles of these, and sides, in cells."""
+    row = load_rows(targets.ptr, picks.row, picks.mask, SPEC.PICKS)
+    x = ((picks.cells % site.W).to(SPEC.ACC) + 0.5) * stride
+    y = ((picks.cells // site.W).to(SPEC.ACC) + 0.5) * stride
+    width = tl.cast(numbers.size[0], SPEC.ACC)
+    height = tl.cast(numbers.size[1], SPEC.ACC)
+    # the product is not rounded before the middle is taken off
+    off = Pair(tl.fma(row.cx.to(SPEC.ACC), width, -x) / stride, tl.fma(row.cy.to(SPEC.ACC), height, -y) / stride)
+    w = tl.where(picks.mask, row.w.to(SPEC.ACC) * width / stride, 1.0)
+    h = tl.where(picks.mask, row.h.to(SPEC.ACC) * height / stride, 1.0)
+    return off, Pair(w, h), Pair(width / stride, height / stride)
+
+
+@triton.jit
+def _encode(off, sides, SPEC: tl.constexpr):
+    """What predictions are to say of such a box."""
+    if SPEC.DECODE == "exp":
+        true = Raw(off.x + 0.5, off.y + 0.5, tl.log(sides.x + 1e-8), tl.log(sides.y + 1e-8))
+    else:
+        true = Raw(0.5 * sides.x - off.x, 0.5 * sides.y - off.y, 0.5 * sides.x + off.x, 0.5 * sides.y + off.y)
+    return true
+
+
+@triton.jit
+def _overlap(raw, off, sides, extent, terms, numbers, SPEC: tl.constexpr):
+    """Box loss, and its gradient by what says the boxes."""
+    x, jx = _decode(raw.x, raw.w, SPEC.DECODE)
+    y, jy = _decode(raw.y, raw.h, SPEC.DECODE)
+    pair_x = axis_of_sizes(x.size, sides.x, x.centre - off.x, extent.x)
+    pair_y = axis_of_sizes(y.size, sides.y, y.centre - off.y, extent.y)
+    loss, by_x, by_y = terms.box(pair_x, pair_y, numbers.box_args)
+    dx, dw = chain(by_x.centre, by_x.size, jx)
+    dy, dh = chain(by_y.centre, by_y.size, jy)
+    return loss, Raw(dx, dy, dw, dh)
+
+
+@triton.jit
+def _differences(raw, true, extent, DISTANCE: tl.constexpr):
+    """The L1 loss of what says boxes, and its gradient."""
+    loss_x, dx, dw = l1(raw.x, raw.w, true.x, true.w, 1.0)
+    loss_y, dy, dh = l1(raw.y, raw.h, true.y, true.h, 1.0)
+    if DISTANCE == "image":
+        ux = 0.25 / extent.x
+        uy = 0.25 / extent.y
+        loss = loss_x * ux + loss_y * uy
+        d = Raw(dx * ux, dy * uy, dw * ux, dh * uy)
+    else:
+        loss = loss_x + loss_y
+        d = Raw(dx, dy, dw, dh)
+    return loss, d
+
+
+@triton.jit
+def _in_threads(bins, LAYOUT: tl.constexpr):
+    """[PICKS, 4, BINS] in the order of memory accesses: where channels do not follow each other the bins come first,
+    for then a thread holds all of a distance.
+    """
+    if LAYOUT != "channels":
+        bins = tl.permute(bins, (2, 0, 1))
+    return bins
+
+
+@triton.jit
+def _from_threads(bins, LAYOUT: tl.constexpr):
+    """The other way round."""
+    if LAYOUT != "channels":
+        bins = tl.permute(bins, (1, 2, 0))
+    return bins
+
+
+@triton.jit
+def _bins_at(view, picks, site, SPEC: tl.constexpr):
+    """Pointers to the logits of distances, and which are there, in the order of memory accesses."""
+    if SPEC.LAYOUT == "channels":
+        at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None, None]
+        side = tl.arange(0, 4)[None, :, None]
+        bins = tl.arange(0, SPEC.BINS)[None, None, :]
+        mask = picks.mask[:, None, None] & (bins < SPEC.REG_MAX)
+    else:
+        at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[None, :, None]
+        side = tl.arange(0, 4)[None, None, :]
+        bins = tl.arange(0, SPEC.BINS)[:, None, None]
+        mask = picks.mask[None, :, None] & (bins < SPEC.REG_MAX)
+    return at + (side * SPEC.REG_MAX + bins) * _channel_step(view, SPEC.LAYOUT), mask
+
+
+@triton.jit
+def _picked_bins(view, d_view, site, picks, place, terms, numbers, weight, scales, SPEC: tl.constexpr):
+    """Box and distance loss of some boxes whose distances are made of bins, each a sum, and the gradient."""
+    off, sides, extent = place
+    at, there = _bins_at(view, picks, site, SPEC)
+    logits = _from_threads(tl.load(at, mask=there, other=0.0), SPEC.LAYOUT).to(SPEC.ACC)
+    bins = tl.arange(0, SPEC.BINS)[None, None, :]
+    keep = picks.mask[:, None, None] & (bins < SPEC.REG_MAX)
+    logits = tl.where(keep, logits, -1e30)  # what is padding adds nothing to a softmax
+    e, _first = exponentials(logits, tl.max(logits, axis=2, keep_dims=True))
+    p = e / tl.sum(e, axis=2, keep_dims=True)
+    # not a product and sum in one, which would differ among the threads that add up the same numbers
+    distances = tl.sum(tl.where(keep, p * bins, 0.0), axis=2)
+    loss_box, d_box = _overlap(_apart(distances), off, sides, extent, terms, numbers, SPEC)
+    most = tl.full([], SPEC.REG_MAX - 1 - 0.01, tl.float64).to(SPEC.ACC)  # a constant alone would be float32
+    true = tl.minimum(tl.maximum(_together(_encode(off, sides, SPEC)), 0.0), most)
+    below = tl.floor(true)
+    behind = (true - below)[:, :, None]
+    low = below.to(tl.int32)[:, :, None]
+    target = tl.where(bins == low, 1.0 - behind, tl.where(bins == low + 1, behind, 0.0))
+    ce, d_ce = softmax_ce(logits, target, ())
+    mean = 0.25 * weight[:, None, None]
+    distance = tl.where(keep, mean * ce, 0.0)
+    if SPEC.WITH_GRAD:
+        d_sides = _together(d_box)[:, :, None] * (scales.box * weight)[:, None, None]
+        d = d_sides * p * (bins - distances[:, :, None]) + (scales.distance * mean) * d_ce
+        at, there = _bins_at(d_view, picks, site, SPEC)
+        tl.store(at, _in_threads(d, SPEC.LAYOUT).to(d_view.ptr.dtype.element_ty), mask=there)
+    box = tl.sum(tl.where(picks.mask, weight * loss_box, 0.0), axis=0)
+    return box, tl.sum(tl.sum(tl.sum(distance, axis=2), axis=1), axis=0)
+
+
+@triton.jit
+def _picked_numbers(view, d_view, site, picks, place, terms, numbers, weight, scales, SPEC: tl.constexpr):
+    """Box and distance loss of some boxes that four numbers say, each a sum, and the gradient."""
+    off, sides, extent = place
+    at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None]
+    at = at + tl.arange(0, 4)[None, :] * _channel_step(view, SPEC.LAYOUT)
+    raw = _apart(tl.load(at, mask=picks.mask[:, None], other=0.0).to(SPEC.ACC))
+    loss_box, d_box = _overlap(raw, off, sides, extent, terms, numbers, SPEC)
+    loss, d = _differences(raw, _encode(off, sides, SPEC), extent, SPEC.DISTANCE)
+    if SPEC.WITH_GRAD:
+        by_box = _together(d_box) * (scales.box * weight)[:, None]
+        by_distance = _together(d) * (scales.distance * weight)[:, None]
+        at = _cells_at(d_view, picks.cells, site, SPEC.LAYOUT)[:, None]
+        at = at + tl.arange(0, 4)[None, :] * _channel_step(d_view, SPEC.LAYOUT)
+        tl.store(at, (by_box + by_distance).to(d_view.ptr.dtype.element_ty), mask=picks.mask[:, None])
+    box = tl.sum(tl.where(picks.mask, weight * loss_box, 0.0), axis=0)
+    return box, tl.sum(tl.where(picks.mask, weight * loss, 0.0), axis=0)
+
+
+@triton.jit
+def _box_program(view, d_view, site, list_ptr, stride, terms, numbers, targets, assigned, scales, SPEC: tl.constexpr):
+    """Box and distance loss of a tile, and the gradient."""
+    WIDTH: tl.constexpr = 4 * SPEC.REG_MAX
+    box = tl.cast(0.0, SPEC.ACC)
+    distance = tl.cast(0.0, SPEC.ACC)
+    if SPEC.WITH_GRAD:
+        _store_zeros(d_view, site, 0, WIDTH, WIDTH, SPEC)
+    count = _list(site, list_ptr)
+    if count > 0:
+        tl.debug_barrier()  # zeros, and the list, come first
+        for i0 in range(0, count, SPEC.PICKS):
+            picks = _listed(site, list_ptr, i0, count, assigned.row_ptr, SPEC.PICKS)
+            place = _true_box(picks, site, stride, targets, numbers, SPEC)
+            weight = picks.mask.to(SPEC.ACC)
+            if SPEC.SOFT:
+                weight = tl.load(assigned.score_ptr + picks.index, mask=picks.mask, other=0.0)
+            if SPEC.DECODE == "dfl":
+                more_box, more_distance = _picked_bins(
+                    view, d_view, site, picks, place, terms, numbers, weight, scales, SPEC=SPEC
+                )
+            else:
+                more_box, more_distance = _picked_numbers(
+                    view, d_view, site, picks, place, terms, numbers, weight, scales, SPEC=SPEC
+                )
+            box += more_box
+            distance += more_distance
+    return box, distance
+
+
+@triton.jit
+def _unknown(boxes_ptr, site, ACC: tl.constexpr):
+    """NaN if a number of a decoded box of the tile is, else 0."""
+    at = boxes_ptr + (site.first + site.cells)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    boxes = tl.load(at, mask=site.mask[:, None], other=0.0)
+    return tl.sum(tl.sum(tl.where(boxes != boxes, boxes, 0.0), axis=1), axis=0)
+
+
+@triton.jit
+def _objectness(view, d_view, site, scale, SPEC: tl.constexpr):
+    """Loss of the objectness of a tile, and its gradient."""
+    at = _cells_at(view, site.cells, site, SPEC.LAYOUT)
+    x = tl.load(at, mask=site.mask, other=LOW).to(SPEC.ACC)
+    loss, d = bce(x, site.has, ())
+    if SPEC.WITH_GRAD:
+        at = _cells_at(d_view, site.cells, site, SPEC.LAYOUT)
+        tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=site.mask)
+    return tl.sum(loss, axis=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- all
+
+
+@triton.jit
+def _grad_out(grads, part: tl.constexpr, SPEC: tl.constexpr):
+    """What the gradient of a part is multiplied by: that of the total, the first of ``grads``, and its own; 1 with the
+    loss."""
+    grad = tl.cast(1.0 if SPEC.WITH_LOSS else 0.0, SPEC.ACC)
+    if grads[0] is not None:
+        grad += tl.load(grads[0]).to(SPEC.ACC)
+    if grads[1 + part] is not None:
+        grad += tl.load(grads[1 + part]).to(SPEC.ACC)
+    return grad
+
+
+@triton.jit
+def _finish(sums, gains, assigned, programs, SPEC: tl.constexpr):
+    """The loss from the partial sums of all programs."""
+    totals = column_sums(sums.partial_ptr, programs, N_PARTS, SPEC.ACC)
+    norm = tl.load(assigned.norm_ptr)
+    total = tl.cast(0.0, SPEC.ACC)
+    for i in tl.static_range(len(sums.parts)):
+        part = column(totals, i)
+        if i == len(sums.parts) - 2:  # that of classes
+            part += tl.load(assigned.nans_ptr)
+        part = tl.cast(gains[i], SPEC.ACC) * (part / norm)
+        tl.store(sums.parts[i], part)
+        total += part
+    tl.store(sums.total_ptr, total)
+    tl.store(sums.done_ptr, 0)  # ready for the next launch
+
+
+@triton.jit(do_not_specialize=["M", "B"])
+def pick_loss_kernel(
+    predictions,
+    gradient,
+    levels,
+    targets,
+    M,
+    B,
+    assigned,
+    terms,
+    numbers,
+    gains,
+    grads,
+    list_ptr,
+    sums,
+    SPEC: tl.constexpr,
+):
+    """Loss and gradient of picked cells; grid: all tiles for their boxes, then for each GROUP of classes.
+
+    ``predictions``, ``gradient``, ``levels`` and ``targets`` as in ``records.py``, the rows M of B images. ``gains``
+    are those of the parts, ``grads`` pointers to what the gradients of the total and of each part are multiplied by,
+    ``list_ptr`` room for CELLS numbers a program, with objectness of all, else of those that own boxes.
+    """
+    pid = tl.program_id(0)
+    CLS: tl.constexpr = 2 if SPEC.OBJECTNESS else 1  # places of parts
+    tiles, N = _tiles(levels, B, SPEC.CELLS)
+    kind = pid // tiles
+    grad = Scales(
+        _grad_out(grads, 0, SPEC),
+        _grad_out(grads, 1, SPEC),
+        _grad_out(grads, CLS, SPEC),
+        _grad_out(grads, CLS + 1, SPEC),
+    )
+    if SPEC.SKIP_ONE:
+        same = (grad.box == 1.0) & (grad.distance == 1.0)
+        if SPEC.OBJECTNESS:
+            same = same & (grad.obj == 1.0)
+        if tl.where(kind == 0, same, grad.cls == 1.0):
+            return
+
+    site = _site(pid - kind * tiles, levels, N, B, M, assigned.row_ptr, SPEC.CELLS)
+    inverse = 1.0 / tl.load(assigned.norm_ptr)
+    scales = Scales(
+        grad.box * (gains[0] * inverse),
+        grad.obj * (gains[1] * inverse),
+        grad.cls * (gains[CLS] * inverse),
+        grad.distance * (gains[CLS + 1] * inverse),
+    )
+    own_list = list_ptr + pid * SPEC.CELLS
+    box = tl.cast(0.0, SPEC.ACC)
+    obj = tl.cast(0.0, SPEC.ACC)
+    cls = tl.cast(0.0, SPEC.ACC)
+    distance = tl.cast(0.0, SPEC.ACC)
+    if kind == 0:
+        view = _view(predictions.box, site.level)
+        d_view = view
+        if SPEC.WITH_GRAD:
+            d_view = _view(gradient.box, site.level)
+        stride = tl.cast(number_of(levels.strides, site.level), SPEC.ACC)
+        box, distance = _box_program(
+            view, d_view, site, own_list, stride, terms, numbers, targets, assigned, scales=scales, SPEC=SPEC
+        )
+        if SPEC.WITH_LOSS:
+            box += _unknown(assigned.boxes_ptr, site, SPEC.ACC)
+        if SPEC.OBJECTNESS:
+            view = _view(predictions.obj, site.level)
+            d_view = view
+            if SPEC.WITH_GRAD:
+                d_view = _view(gradient.obj, site.level)
+            obj = _objectness(view, d_view, site, scales.obj, SPEC)
+    else:
+        view = _view(predictions.cls, site.level)
+        d_view = view
+        if SPEC.WITH_GRAD:
+            d_view = _view(gradient.cls, site.level)
+        first = (kind - 1) * SPEC.GROUP
+        cls = _class_program(
+            view, d_view, site, own_list, first, terms, numbers, targets, assigned, scale=scales.cls, SPEC=SPEC
+        )
+
+    if SPEC.WITH_LOSS:
+        part = tl.arange(0, N_PARTS)
+        if SPEC.OBJECTNESS:
+            partial = tl.where(part == 0, box, tl.where(part == 1, obj, tl.where(part == 2, cls, distance)))
+        else:
+            partial = tl.where(part == 0, box, tl.where(part == 1, cls, tl.where(part == 2, distance, 0.0)))
+        tl.store(sums.partial_ptr + pid * N_PARTS + part, partial)
+        programs = tl.num_programs(0)
+        if is_last(sums.done_ptr, programs):
+            _finish(sums, gains, assigned, programs, SPEC)

@@ -1,0 +1,236 @@
+"""What each row keeps, its soft scores, and what sums of losses are divided by."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..primitives import plain
+from ..rows import rows_end, wrong_offsets
+from ..sums import is_last
+from .pick import SEVERAL, Kept, Worst, keep, nothing_kept, worst_of
+from .site import all_cells, cells_at, load_object
+from .wish import bits_of, claimant, look_at, none_of
+
+SCORE_UNIT: tl.constexpr = tl.constexpr(1099511627776.0)  # 2^40 to a soft score of 1, so that sums are of integers
+ROWS: tl.constexpr = tl.constexpr(32)
+
+
+class Owner(NamedTuple):
+    """A row."""
+
+    g: Any
+    one: Any
+    end: Any  # of the list of cells that several rows picked, or 0 if none of it is a further cell of this row
+
+
+class Own(NamedTuple):
+    """Some cells of a row, before it leaves any."""
+
+    cell: Any  # flat
+    mask: Any
+    worth: Any
+    overlap: Any
+    key: Any  # by which it leaves some
+
+
+class Best(NamedTuple):
+    """How much the best cell of a row is wanted, and the largest overlap of its cells."""
+
+    most: Any
+    widest: Any
+
+
+@triton.jit
+def _own(cell, mask, worth, overlap):
+    return Own(cell, mask, worth, overlap, tl.where(mask, bits_of(worth), none_of(worth)))
+
+
+@triton.jit
+def _of_picks(owner, decoded, picked, SPEC: tl.constexpr):
+    """The cells of a row among those that it picked: it alone did, or has the largest claim."""
+    at = owner.g.to(tl.int64) * SPEC.K + tl.arange(0, SPEC.K)
+    cell = tl.load(picked.index_ptr + at)
+    mask = cell >= 0
+    row = tl.load(decoded.picker_ptr + cell, mask=mask, other=0)
+    several = mask & (row == SEVERAL)
+    claim = tl.load(decoded.claim_ptr + cell, mask=several, other=0)
+    mask = mask & ((several & (claimant(claim) == owner.g)) | (row == owner.g))
+    overlap = tl.load(picked.overlap_ptr + at, mask=mask, other=0.0)
+    worth = overlap
+    if SPEC.ASSIGNER == "aligned":
+        worth = tl.load(picked.worth_ptr + at, mask=mask, other=0.0)
+    return _own(cell, mask, worth, overlap)
+
+
+@triton.jit
+def _further(owner, i0, decoded, picked, problem, BLOCK: tl.constexpr):
+    """A block of the list: cells, and whether they are the row's although it did not pick them: it has not taken them
+    yet.
+    """
+    N = all_cells(problem.levels)
+    i = i0 + tl.arange(0, BLOCK)
+    cell = tl.load(picked.clash_ptr + i, mask=i < owner.end, other=-1)
+    own = cell - owner.one.image * N
+    mask = (cell >= 0) & (own >= 0) & (own < N)
+    claim = tl.load(decoded.claim_ptr + cell, mask=mask, other=0)
+    mask = mask & (claimant(claim) == owner.g)
+    row = tl.load(decoded.row_ptr + cell, mask=mask, other=0)
+    return cell, mask & (row != owner.g)
+
+
+@triton.jit
+def _looked(owner, cell, mask, problem, decoded, SPEC: tl.constexpr):
+    """These cells as the row sees them."""
+    n = tl.where(mask, cell - owner.one.image * all_cells(problem.levels), 0)
+    look = look_at(owner.one, cells_at(n, problem.levels, SPEC), mask, problem, decoded, SPEC)
+    return _own(cell, mask, look.worth, look.overlap)
+
+
+@triton.jit
+def _has_further(owner, problem, decoded, picked, BLOCK: tl.constexpr):
+    """Whether a row has cells that it did not pick."""
+    found = tl.zeros([BLOCK], tl.int32)
+    for i0 in range(0, owner.end, BLOCK):
+        _cell, mask = _further(owner, i0, decoded, picked, problem, BLOCK)
+        found |= mask.to(tl.int32)
+    return tl.max(found, axis=0) > 0
+
+
+@triton.jit
+def _worst_left(own, owner, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
+    """The worst of the TOPK2 cells that a row keeps."""
+    none = none_of(tl.zeros([], SPEC.ACC))
+    kept = keep(nothing_kept(none, SPEC.TOPK2, K2, SPEC.ACC), own.key, own.cell, own.overlap, none)
+    key = kept.key
+    n = kept.n
+    overlap = kept.overlap
+    for i0 in range(0, owner.end, BLOCK):
+        cell, mask = _further(owner, i0, decoded, picked, problem, BLOCK)
+        if tl.max(mask.to(tl.int32), axis=0) > 0:
+            more = _looked(owner, cell, mask, problem, decoded, SPEC)
+            kept = keep(Kept(key, n, overlap), more.key, more.cell, more.overlap, none)
+            key = kept.key
+            n = kept.n
+            overlap = kept.overlap
+    return worst_of(Kept(key, n, overlap))
+
+
+@triton.jit
+def _kept(own, worst):
+    """Which cells a row keeps."""
+    return own.mask & ((own.key > worst.key) | ((own.key == worst.key) & (own.cell <= worst.n)))
+
+
+@triton.jit
+def _better(best, own, worst):
+    """The best of some cells and others."""
+    kept = _kept(own, worst)
+    most = tl.maximum(best.most, tl.max(tl.where(kept, own.worth, 0.0), axis=0))
+    return Best(most, tl.maximum(best.widest, tl.max(tl.where(kept, own.overlap, 0.0), axis=0)))
+
+
+@triton.jit
+def _best(own, worst, owner, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """The best of all cells that a row keeps."""
+    best = _better(Best(tl.zeros([], SPEC.ACC), tl.zeros([], SPEC.ACC)), own, worst)
+    most = best.most
+    widest = best.widest
+    for i0 in range(0, owner.end, BLOCK):
+        cell, mask = _further(owner, i0, decoded, picked, problem, BLOCK)
+        if tl.max(mask.to(tl.int32), axis=0) > 0:
+            more = _better(Best(most, widest), _looked(owner, cell, mask, problem, decoded, SPEC), worst)
+            most = more.most
+            widest = more.widest
+    return Best(most, widest)
+
+
+@triton.jit
+def _leave(own, worst, best, g, M, decoded, SPEC: tl.constexpr):
+    """Rows and soft scores of cells; how many the row keeps, and the sum of their scores."""
+    kept = _kept(own, worst)
+    score = own.overlap
+    if SPEC.ASSIGNER == "aligned":
+        score = own.worth * best.widest / (best.most + 1e-9)
+    tl.store(decoded.score_ptr + own.cell, score, mask=kept)
+    tl.store(decoded.row_ptr + own.cell, tl.where(kept, g, M), mask=own.mask)
+    total = tl.sum(tl.where(kept, score * SCORE_UNIT, 0.0).to(tl.int64), axis=0)
+    return tl.sum(kept.to(tl.int32), axis=0), total
+
+
+@triton.jit
+def _settle(owner, M, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
+    """The cells of a row, and what they add to the sums."""
+    own = _of_picks(owner, decoded, picked, SPEC)
+    if owner.end > 0:
+        tl.store(decoded.row_ptr + own.cell, own.cell * 0 + owner.g, mask=own.mask)
+        tl.debug_barrier()
+        further = _has_further(owner, problem, decoded, picked, BLOCK)
+        owner = Owner(owner.g, owner.one, tl.where(further, owner.end, 0))
+    worst = Worst(none_of(tl.zeros([], SPEC.ACC)), owner.g * 0)
+    if K2 > 0:
+        worst = _worst_left(own, owner, problem, decoded, picked, SPEC, BLOCK, K2)
+    best = Best(None, None)
+    if SPEC.ASSIGNER == "aligned":
+        best = _best(own, worst, owner, problem, decoded, picked, SPEC, BLOCK)
+    found = owner.g * 0
+    total = found.to(tl.int64)
+    for i0 in range(0, owner.end, BLOCK):
+        cell, mask = _further(owner, i0, decoded, picked, problem, BLOCK)
+        if tl.max(mask.to(tl.int32), axis=0) > 0:
+            more = _looked(owner, cell, mask, problem, decoded, SPEC)
+            tl.debug_barrier()  # rows have been read
+            more_found, more_total = _leave(more, worst, best, owner.g, M, decoded, SPEC)
+            found += more_found
+            total += more_total
+    tl.debug_barrier()
+    own_found, own_total = _leave(own, worst, best, owner.g, M, decoded, SPEC)
+    found += own_found
+    total += own_total
+    if found > 0:
+        tl.atomic_add(tally.found_ptr, found, sem="relaxed")
+        tl.atomic_add(tally.sum_ptr, total, sem="relaxed")
+
+
+@triton.jit
+def _finish(settled, tally, batch, SPEC: tl.constexpr):
+    """What the last program does: sums go where they are read, and are cleared for the next call."""
+    found = tl.load(tally.found_ptr, cache_modifier=".cg")
+    invalid = tl.load(tally.found_ptr + 1, cache_modifier=".cg")
+    weights = found.to(SPEC.ACC)
+    if SPEC.SOFT:
+        weights = tl.load(tally.sum_ptr, cache_modifier=".cg").to(SPEC.ACC) / SCORE_UNIT
+    nans = tl.load(tally.done_ptr + 2, cache_modifier=".cg")
+    tl.store(settled.norm_ptr, tl.maximum(weights, 1.0))
+    tl.store(settled.counts_ptr, found)
+    tl.store(settled.counts_ptr + 1, invalid)
+    tl.store(settled.nans_ptr, tl.where(nans > 0, float("nan"), 0.0))
+    tl.debug_barrier()  # every thread has read what some of them overwrite
+    lane = tl.arange(0, ROWS)
+    tl.store(tally.sum_ptr, tl.zeros([], tl.int64))
+    for i0 in range(0, 2 + batch, ROWS):
+        tl.store(tally.found_ptr + i0 + lane, lane * 0, mask=i0 + lane < 2 + batch)
+    tl.store(tally.done_ptr + lane, lane * 0, mask=lane < 4)
+
+
+@triton.jit(do_not_specialize=["M"])
+def settle_kernel(
+    problem, targets, M, decoded, picked, tally, settled, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr
+):
+    """The cells of a row, a program each: see :class:`.records.Decoded` and :class:`.records.Settled`.
+
+    ``K2``: of a row that leaves all but TOPK2 cells, this, a power of two; else 0.
+    """
+    g = tl.program_id(0)
+    batch = plain(problem.frame.batch)
+    one = load_object(targets, g, M, problem.frame, SPEC)
+    invalid = ((g < rows_end(targets.offsets_ptr, M, batch)) & ~one.valid).to(tl.int32)
+    if g == 0:
+        invalid += wrong_offsets(targets.offsets_ptr, M, batch, ROWS)
+    if invalid > 0:
+        tl.atomic_add(tally.found_ptr + 1, invalid, sem="relaxed")
+    if one.valid:
+        owner = Owner(g, one, tl.load(tally.done_ptr + 1))
+        _settle(owner, M, problem, decoded, picked, tally, SPEC, BLOCK, K2)
+    if is_last(tally.done_ptr, tl.num_programs(0)):
+        _finish(settled, tally, batch, SPEC)

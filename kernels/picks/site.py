@@ -1,0 +1,148 @@
+"""Where cells lie, in the image, in predictions and in memory of ours; and target rows in pixels."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..assign import row_valid
+from ..levels import integer_of, number_of
+from ..overlap import Corners
+from ..primitives import plain
+from ..rows import Row, in_its_range, rows_end
+
+
+class Frame(NamedTuple):
+    """What rows are read with: see :class:`.records.Numbers`; the image in pixels; images, as ``plain`` takes them."""
+
+    limit: Any
+    width: Any
+    height: Any
+    batch: Any
+
+
+class Cells(NamedTuple):
+    """Some cells, of one level or of several."""
+
+    n: Any  # among those of an image
+    level: Any
+    line: Any
+    column: Any
+    stride: Any  # pixels
+
+
+class Object(NamedTuple):
+    """A row, or a block of them; of one that is not valid a legal box."""
+
+    valid: Any
+    image: Any
+    label: Any
+    cx: Any  # in images
+    cy: Any
+    width: Any  # in pixels
+    height: Any
+
+
+@triton.jit
+def object_of(row, g, mask, targets, frame, SPEC: tl.constexpr):
+    """Rows as objects; those masked out are not valid, nor those that no image will use."""
+    valid = mask & row_valid(row, 0, plain(frame.batch), SPEC.C, frame.limit)
+    valid = in_its_range(row.image, g, valid, targets.offsets_ptr)
+    return Object(
+        valid,
+        tl.where(valid, row.image, 0.0).to(tl.int32),
+        tl.where(valid, row.label, 0.0).to(tl.int32),
+        tl.where(valid, row.cx, 0.5).to(SPEC.ACC),
+        tl.where(valid, row.cy, 0.5).to(SPEC.ACC),
+        tl.where(valid, row.w, 1.0).to(SPEC.ACC) * frame.width,
+        tl.where(valid, row.h, 1.0).to(SPEC.ACC) * frame.height,
+    )
+
+
+@triton.jit
+def load_object(targets, g, M, frame, SPEC: tl.constexpr):
+    """Row g; not valid where there is none."""
+    mask = g < rows_end(targets.offsets_ptr, M, plain(frame.batch))
+    at = targets.ptr + tl.cast(g, tl.int64) * 6
+    row = Row(
+        tl.load(at, mask=mask, other=-1.0),
+        tl.load(at + 1, mask=mask, other=-1.0),
+        tl.load(at + 2, mask=mask, other=-1.0),
+        tl.load(at + 3, mask=mask, other=-1.0),
+        tl.load(at + 4, mask=mask, other=-1.0),
+        tl.load(at + 5, mask=mask, other=-1.0),
+    )
+    return object_of(row, g, mask, targets, frame, SPEC)
+
+
+@triton.jit
+def cells_before(levels, LEVEL: tl.constexpr):
+    """How many cells of an image come before those of a level, or are there at all."""
+    count = plain(levels.widths[0]) * 0
+    for i in tl.static_range(LEVEL):
+        count += plain(levels.widths[i]) * plain(levels.heights[i])
+    return count
+
+
+@triton.jit
+def all_cells(levels):
+    """How many cells an image has."""
+    return cells_before(levels, len(levels.widths))
+
+
+@triton.jit
+def cells_at(n, levels, SPEC: tl.constexpr):
+    """Cells by their index in the image."""
+    level = n * 0
+    local = n
+    for i in tl.static_range(1, len(levels.widths)):
+        first = cells_before(levels, i)
+        here = n >= first
+        level = tl.where(here, i, level)
+        local = tl.where(here, n - first, local)
+    W = integer_of(levels.widths, level)
+    line = local // W
+    return Cells(n, level, line, local - line * W, stride_of(level, levels, SPEC))
+
+
+@triton.jit
+def stride_of(level, levels, SPEC: tl.constexpr):
+    """Pixels per cell."""
+    return tl.cast(number_of(levels.strides, level), SPEC.ACC)
+
+
+@triton.jit
+def offsets(one, cells, frame, SPEC: tl.constexpr):
+    """An object's centre from the middles of cells, in pixels; a product is not rounded before one is taken off."""
+    x = (cells.column.to(SPEC.ACC) + 0.5) * cells.stride
+    y = (cells.line.to(SPEC.ACC) + 0.5) * cells.stride
+    zero = tl.zeros_like(x)  # a fused operation takes no numbers of different shapes
+    return tl.fma(zero + one.cx, zero + frame.width, -x), tl.fma(zero + one.cy, zero + frame.height, -y)
+
+
+@triton.jit
+def load_boxes(ptr, at, mask):
+    """Corners of some boxes, in one access; 0 where masked out. ``at`` counts them as int64."""
+    corner = tl.arange(0, 4)[None, :]
+    tile = tl.load(ptr + at[:, None] * 4 + corner, mask=mask[:, None], other=0.0)
+    even, odd = tl.split(tl.reshape(tile, (at.shape[0], 2, 2)))
+    x1, x2 = tl.split(even)
+    y1, y2 = tl.split(odd)
+    return Corners(x1, y1, x2, y2)
+
+
+@triton.jit
+def load_channel(part, b, channel, cells, mask, SPEC: tl.constexpr):
+    """A channel of a part of the predictions at cells of image b, 0 where masked out."""
+    at = _channel_at(part, 0, b, channel, cells)
+    for i in tl.static_range(1, len(part.ptrs)):
+        at = tl.where(cells.level == i, _channel_at(part, i, b, channel, cells), at)
+    return tl.load(at, mask=mask, other=0.0).to(SPEC.ACC)
+
+
+@triton.jit
+def _channel_at(part, LEVEL: tl.constexpr, b, channel, cells):
+    by = part.by[LEVEL]
+    ptr = part.ptrs[LEVEL] + plain(part.starts[LEVEL]) + tl.cast(channel, tl.int64) * plain(by.channel)
+    ptr += tl.cast(b, tl.int64) * plain(by.image)
+    return ptr + (cells.line.to(tl.int64) * plain(by.row) + cells.column.to(tl.int64) * plain(by.column))

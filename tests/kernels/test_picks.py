@@ -1,0 +1,202 @@
+"""Which prediction answers for which object, as the kernels of picked cells settle it: equal to the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch import Tensor
+
+from fusedyolo import YOLOv8Loss, YOLOXLoss, reference
+from fusedyolo.drivers.picks import planes
+from fusedyolo.heads import PickHead
+from fusedyolo.ops.launch import run_all, shared_zeros
+from fusedyolo.ops.picking import pick_launches
+from fusedyolo.targets import Targets, without_spare
+
+STRIDES, MAPS = (8, 16, 32), ((8, 12), (4, 6), (2, 3))
+SIZE = (64.0, 96.0)  # height, width
+CLASSES = 3
+HEADS = {
+    "v8": YOLOv8Loss(CLASSES, STRIDES, backend="torch").head,
+    "v8 distances": YOLOv8Loss(CLASSES, STRIDES, reg_max=1, backend="torch").head,
+    "v8 five numbers": YOLOv8Loss(CLASSES, STRIDES, reg_max=5, backend="torch").head,
+    "yolo26 one": YOLOv8Loss(CLASSES, STRIDES, reg_max=1, topk=7, topk2=1, backend="torch").head,
+    "three of five": YOLOv8Loss(CLASSES, STRIDES, reg_max=1, topk=5, topk2=3, backend="torch").head,
+    "topk 13": YOLOv8Loss(CLASSES, STRIDES, topk=13, alpha=1.0, small=0.0, backend="torch").head,
+    "other powers": YOLOv8Loss(CLASSES, STRIDES, alpha=0.0, beta=2.5, backend="torch").head,
+    "YOLOX": YOLOXLoss(CLASSES, STRIDES, backend="torch").head,
+    "YOLOX/0.3.0": YOLOXLoss(CLASSES, STRIDES, rule="0.3.0", backend="torch").head,
+}
+
+
+def predictions(head: PickHead, batch: int, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Maps [B, widths, H, W], whose boxes are of some cells' sides."""
+    gen = torch.Generator().manual_seed(seed)
+    found = []
+    for H, W in MAPS:
+        pred = torch.randn(batch, sum(head.widths), H, W, generator=gen, dtype=torch.float64)
+        if head.decode == "distance":
+            pred[:, :4] = pred[:, :4].abs() * 1.5 + 0.3
+        elif head.decode == "exp":
+            pred[:, 2:4] += 1.0
+        found.append(pred.to(dtype).to(DEVICE))
+    return found
+
+
+def some_rows(batch: int, count: int, seed: int, largest: float = 0.6) -> Tensor:
+    """So many rows of each image [B * count, 6]."""
+    gen = torch.Generator().manual_seed(seed)
+    image = torch.arange(batch).repeat_interleave(count)
+    label = torch.randint(CLASSES, (batch * count,), generator=gen)
+    sides = torch.rand(batch * count, 2, generator=gen) * largest + 0.02
+    centre = torch.rand(batch * count, 2, generator=gen)
+    return torch.cat((image[:, None], label[:, None], centre, sides), 1).to(DEVICE)
+
+
+def check(
+    head: PickHead, preds: Sequence[Tensor], rows: Tensor, offsets: Tensor | None = None, form: str = "maps"
+) -> dict[str, Any]:
+    """Run the launches, and compare all that they leave with the reference in float64."""
+    launches, decoded, settled = pick_launches(preds, form, MAPS, rows, offsets, head, SIZE)
+    run_all(launches, rows.device)
+    safe, spare = without_spare(rows, offsets)
+    seen_planes = planes(form, preds, head).to(torch.float64)
+    points = reference.points_of(MAPS, head.strides, rows.device)
+    objects = reference.read_objects(safe, head, len(seen_planes.box), SIZE, torch.float64)
+    seen = reference.see(seen_planes, points, head)
+    picked = reference.pick(seen, objects, head)
+    exact = preds[0].dtype == torch.float64
+    close = {"rtol": 1e-9, "atol": 1e-11} if exact else {"rtol": 3e-5, "atol": 1e-6}
+    boxes = {"rtol": 1e-12, "atol": 1e-10} if exact else {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(decoded.boxes_ptr.double(), seen.boxes, **boxes, equal_nan=True)
+    row = torch.where(decoded.row_ptr == len(rows), -1, decoded.row_ptr.long())
+    assert torch.equal(row, picked.row), (row - picked.row).nonzero()
+    has = picked.row >= 0
+    torch.testing.assert_close(decoded.score_ptr[has].double(), picked.score[has], **close)
+    weights = picked.score.sum() if head.soft else has.sum().double()
+    torch.testing.assert_close(settled.norm_ptr.double(), weights.clamp(min=1), **close)
+    invalid = (~objects.valid).sum().cpu() - (0 if spare is None else spare.cpu())
+    assert settled.counts_ptr.tolist() == [int(has.sum()), int(invalid)]
+    assert bool(settled.nans_ptr.isnan()) == bool(picked.nans.isnan())
+    assert all(not each.any() for each in shared_zeros())
+    return {"picked": picked, "decoded": decoded, "settled": settled}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_random(name, dtype):
+    head = HEADS[name]
+    found = check(head, predictions(head, 2, 1, dtype), some_rows(2, 6, 2))
+    assert (found["picked"].row >= 0).sum() > 10
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_crowd(name):
+    """Most cells are picked by several rows."""
+    head = HEADS[name]
+    check(head, predictions(head, 2, 3), some_rows(2, 60, 4))
+
+
+@pytest.mark.parametrize("name", ["v8", "yolo26 one", "YOLOX", "YOLOX/0.3.0"])
+def test_tiny(name):
+    head = HEADS[name]
+    rows = some_rows(2, 8, 5, largest=0.0)
+    rows[:, 4:] *= torch.logspace(0, -6, 16, device=DEVICE)[:, None]
+    check(head, predictions(head, 2, 6), rows)
+
+
+@pytest.mark.parametrize("name", ["v8", "yolo26 one", "YOLOX", "YOLOX/0.3.0"])
+def test_images_without_rows(name):
+    head = HEADS[name]
+    check(head, predictions(head, 3, 7), some_rows(3, 4, 8)[4:8])
+    check(head, predictions(head, 2, 7), some_rows(1, 4, 8)[:0])
+
+
+@pytest.mark.parametrize("name", ["v8", "three of five", "YOLOX", "YOLOX/0.3.0"])
+def test_invalid_rows(name):
+    head = HEADS[name]
+    rows = some_rows(2, 12, 9)
+    faults = {0: (0, 2.0), 1: (0, -1.0), 2: (1, CLASSES), 3: (2, 1.5), 4: (4, 0.0), 5: (5, float("nan")), 6: (1, -1.0)}
+    for place, (column, value) in faults.items():
+        rows[place * 3, column] = value
+    rows[23, 4] = float("inf")
+    rows[22, 4:] = 1e30  # can be, and fits nothing
+    found = check(head, predictions(head, 2, 10), rows)
+    assert found["settled"].counts_ptr[1] == 8
+
+
+@pytest.mark.parametrize("name", ["v8", "YOLOX", "YOLOX/0.3.0"])
+def test_offsets(name):
+    """Rows of images of which it is known where they begin, with spare ones; rows that lie elsewhere; wrong offsets."""
+    head = HEADS[name]
+    rows = some_rows(3, 5, 11)
+    rows[[4, 9]] = rows[[9, 4]]
+    preds = predictions(head, 3, 12)
+    for offsets in ([0, 5, 10, 12, 13], [0, 5, 10, 15, 15], [0, 7, 3, 20, 15]):
+        check(head, preds, rows, torch.tensor(offsets, dtype=torch.int32, device=DEVICE))
+
+
+def test_targets():
+    head = HEADS["v8"]
+    rows = some_rows(2, 5, 13)
+    targets = Targets(rows, torch.tensor([0, 5, 10, 10], dtype=torch.int32, device=DEVICE))
+    check(head, predictions(head, 2, 14), targets.rows, targets.offsets)
+
+
+@pytest.mark.parametrize("form", ["apart", "planes"])
+@pytest.mark.parametrize("name", ["v8", "YOLOX"])
+def test_forms(name, form):
+    """Parts apart, channels last and with gaps between; and in one piece, cells before channels."""
+    head, rows = HEADS[name], some_rows(2, 6, 15)
+    parts = [pred.split(head.widths, 1) for pred in predictions(head, 2, 16)]
+    if form == "apart":
+        preds = [part.contiguous(memory_format=torch.channels_last) for level in parts for part in level]
+        preds[0] = torch.nn.functional.pad(preds[0], (2, 3))[..., 2:-3]
+    else:
+        preds = [
+            torch.cat([part.flatten(2) for part in each], 2).mT.contiguous().mT for each in zip(*parts, strict=True)
+        ]
+    check(head, preds, rows, form=form)
+
+
+@pytest.mark.parametrize("name", ["v8 distances", "yolo26 one", "YOLOX", "YOLOX/0.3.0"])
+def test_equals(name):
+    """All cells predict the same, and rows come twice: of equal metrics the first cell, of equal overlaps the first row
+    is taken."""
+    head = HEADS[name]
+    preds = [torch.zeros(2, sum(head.widths), *sides, device=DEVICE) for sides in MAPS]
+    for pred in preds:
+        pred[:, :4] = 1.0
+        pred[:, 4:] = 0.5
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.5], [1, 0, 0.25, 0.5, 0.25, 0.25]], device=DEVICE).repeat(3, 1)
+    rows[4:, 1] = 2
+    check(head, preds, rows)
+
+
+@pytest.mark.parametrize("name", ["v8", "yolo26 one", "other powers", "YOLOX", "YOLOX/0.3.0"])
+def test_nans(name):
+    """Of boxes, classes and objectness."""
+    head, rows = HEADS[name], some_rows(2, 8, 17)
+    preds = predictions(head, 2, 18)
+    gen = torch.Generator().manual_seed(19)
+    for pred in preds:
+        pred[(torch.rand(pred.shape, generator=gen) < 0.02).to(DEVICE)] = float("nan")
+    check(head, preds, rows)
+
+
+def test_other_overlaps():
+    """Another term, and small regions."""
+    for overlap in ("iou", "giou", "siou"):
+        head = dataclasses.replace(HEADS["v8 distances"], overlap=overlap, small=20.0)
+        check(head, predictions(head, 2, 20), some_rows(2, 6, 21, largest=0.1))
+
+
+@pytest.mark.parametrize("name", ["v8", "YOLOX"])
+def test_half(name):
+    head = HEADS[name]
+    check(head, predictions(head, 1, 22, torch.float16), some_rows(1, 6, 23))
