@@ -19,8 +19,10 @@ from .strides import map_strides
 Maps = tuple[tuple[int, int], ...]
 
 DECODE_CELLS, DECODE_THREADS = 128, 128
-PICK_BLOCK, PICK_THREADS = 128, 32
-SETTLE_BLOCK, SETTLE_THREADS = 64, 32
+PICK_BLOCK, PICK_THREADS = 64, 32
+LARGE = 4096  # cells of an image, from where one object may have so many that a warp takes long
+LARGE_BLOCK, LARGE_THREADS = 512, 128
+SETTLE_BLOCK, SETTLE_THREADS = 128, 32
 
 
 @planned
@@ -108,10 +110,12 @@ def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tupl
         "BINS": _power_of_two(head.reg_max),
     }
     tiles = batch * sum(-(-height * width // DECODE_CELLS) for height, width in maps)
+    large = sum(height * width for height, width in maps) >= LARGE
+    block, threads = (LARGE_BLOCK, LARGE_THREADS) if large else (PICK_BLOCK, PICK_THREADS)
     ends = {"SPEC": spec, "BLOCK": SETTLE_BLOCK, "K2": 0 if limit is None else _power_of_two(limit)}
     return _Plan(
         Launch(decode.decode_kernel, (tiles,), first, DECODE_THREADS, exact=True),
-        Launch(pick.pick_kernel, (1,), {"SPEC": spec, "BLOCK": PICK_BLOCK}, PICK_THREADS, exact=True),
+        Launch(pick.pick_kernel, (1,), {"SPEC": spec, "BLOCK": block}, threads, exact=True),
         Launch(settle.settle_kernel, (1,), ends, SETTLE_THREADS, exact=True),
         parts_of(form, preds, key, maps),
         problem,

@@ -13,8 +13,8 @@ SEVERAL: tl.constexpr = tl.constexpr(-1)  # rows picked a cell
 
 
 class Kept(NamedTuple):
-    """The best so far, in any order: keys, indices and overlaps [K]; places of nothing have the least key, those beyond
-    what is kept one above all.
+    """The best so far, in any order: keys, indices and bits of overlaps, in as many places as a warp has threads or
+    more. Places of nothing have the least key, those beyond what is kept one above all.
     """
 
     key: Any
@@ -30,11 +30,12 @@ class Worst(NamedTuple):
 
 
 @triton.jit
-def nothing_kept(none, COUNT, K: tl.constexpr, ACC: tl.constexpr):
-    """Places for COUNT cells."""
-    lane = tl.arange(0, K)
-    key = tl.where(lane < COUNT, none, -1 - none) + lane * 0
-    return Kept(key, LAST.value - K + lane, tl.zeros([K], ACC))
+def nothing_kept(none, COUNT, K: tl.constexpr):
+    """Places for COUNT cells, of K at most."""
+    PLACES: tl.constexpr = K if K > 32 else 32
+    lane = tl.arange(0, PLACES)
+    key = tl.where(lane < COUNT, none, -1 - none)
+    return Kept(key, LAST.value - PLACES + lane, tl.zeros_like(key))
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def keep(kept, key, n, overlap, none):
         kept_key = tl.where(place, top, kept_key)
         kept_n = tl.where(place, first, kept_n)
         taken = better & (key == top) & (n == first)
-        kept_overlap = tl.where(place, tl.max(tl.where(taken, overlap, 0.0), axis=0), kept_overlap)
+        kept_overlap = tl.where(place, tl.max(tl.where(taken, bits_of(overlap), 0), axis=0), kept_overlap)
         least = worst_of(Kept(kept_key, kept_n, kept_overlap))
         worst_key = least.key
         worst_n = least.n
@@ -78,19 +79,25 @@ def keep(kept, key, n, overlap, none):
 
 
 @triton.jit
-def in_order(kept, none, COUNT):
-    """How many of those kept come before each: 0, 1, ...; and their keys, those of nothing being none."""
-    key = tl.where(tl.arange(0, kept.key.shape[0]) < COUNT, kept.key, none)
+def keys_of(kept, none, COUNT):
+    """Keys of those kept, of other places none."""
+    return tl.where(tl.arange(0, kept.key.shape[0]) < COUNT, kept.key, none)
+
+
+@triton.jit
+def ranks(kept, key):
+    """How many of those kept come before each: 0, 1, ..."""
     n = kept.n[:, None]
     before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (kept.n[None, :] < n))
-    return tl.sum(before.to(tl.int32), axis=1), key
+    return tl.sum(before.to(tl.int32), axis=1)
 
 
 @triton.jit
 def _span(centre, far, stride, count):
     """The first of ``count`` cells whose middle may be so far from a centre, and how many there are."""
-    first = tl.maximum(tl.ceil((centre - far) / stride - 0.625), 0.0)  # a cell's half and a margin
-    last = tl.minimum(tl.floor((centre + far) / stride - 0.375), tl.cast(count - 1, centre.dtype))
+    inverse = 1.0 / stride
+    first = tl.maximum(tl.ceil((centre - far) * inverse - 0.625), 0.0)  # a cell's half and a margin
+    last = tl.minimum(tl.floor((centre + far) * inverse - 0.375), tl.cast(count - 1, centre.dtype))
     number = tl.maximum(last - first + 1.0, 0.0)
     return tl.minimum(first, tl.cast(count, centre.dtype)).to(tl.int32), number.to(tl.int32)
 
@@ -156,7 +163,7 @@ def _claim(one, g, cells, look, mask, problem, decoded):
 def _best_reached(one, g, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
     """The best cells of a region, all of which are claimed."""
     none = none_of(tl.zeros([], SPEC.ACC))
-    kept = nothing_kept(none, SPEC.TOPK, SPEC.K, SPEC.ACC)
+    kept = nothing_kept(none, SPEC.TOPK, SPEC.K)
     key = kept.key
     n = kept.n
     overlap = kept.overlap
@@ -179,7 +186,7 @@ def _best_candidates(one, g, problem, decoded, tally, SPEC: tl.constexpr, BLOCK:
     claims its own, and those that are no object's own.
     """
     none = none_of(tl.zeros([], SPEC.ACC))
-    kept = nothing_kept(none, SPEC.TOPK, SPEC.K, SPEC.ACC)
+    kept = nothing_kept(none, SPEC.TOPK, SPEC.K)
     key = kept.key
     n = kept.n
     overlap = kept.overlap
@@ -203,9 +210,12 @@ def _best_candidates(one, g, problem, decoded, tally, SPEC: tl.constexpr, BLOCK:
         most_key = most.key
         most_n = most.n
         most_overlap = most.overlap
-    rank, _key = in_order(Kept(most_key, most_n, most_overlap), none, SPEC.TOPK)
-    place = tl.arange(0, SPEC.K)[:, None]
-    largest = tl.sum(tl.where(rank[None, :] == place, most_overlap[None, :], 0.0), axis=1)  # so that no order shows
+    most = Kept(most_key, most_n, most_overlap)
+    bits = keys_of(most, none, SPEC.TOPK)
+    rank = ranks(most, bits)
+    place = tl.arange(0, rank.shape[0])[:, None]
+    value = tl.where(bits > none, most_overlap, 0).to(SPEC.ACC, bitcast=True)
+    largest = tl.sum(tl.where(rank[None, :] == place, value[None, :], 0.0), axis=1)  # so that no order shows
     picks = tl.maximum(tl.sum(largest, axis=0).to(tl.int32), 1)
     return Kept(key, n, overlap), picks
 
@@ -216,20 +226,24 @@ def pick_kernel(problem, targets, M, decoded, picked, tally, SPEC: tl.constexpr,
     g = tl.program_id(0)
     one = load_object(targets, g, M, problem.frame, SPEC)
     if one.valid:
-        picks = g * 0 + SPEC.TOPK
+        none = none_of(tl.zeros([], SPEC.ACC))
         if SPEC.ASSIGNER == "aligned":
             kept = _best_reached(one, g, problem, decoded, SPEC, BLOCK)
+            key = keys_of(kept, none, SPEC.TOPK)
+            rank = tl.arange(0, key.shape[0])  # all of them are picked, in any order
+            chosen = key > none
         else:
             kept, picks = _best_candidates(one, g, problem, decoded, tally, SPEC, BLOCK)
-        none = none_of(tl.zeros([], SPEC.ACC))
-        rank, key = in_order(kept, none, SPEC.TOPK)
-        chosen = (key > none) & (rank < picks)
+            key = keys_of(kept, none, SPEC.TOPK)
+            rank = ranks(kept, key)
+            chosen = (key > none) & (rank < picks)
         cell = one.image * all_cells(problem.levels) + kept.n
         at = g.to(tl.int64) * SPEC.K + rank
-        tl.store(picked.index_ptr + at, tl.where(chosen, cell, -1))
-        tl.store(picked.overlap_ptr + at, kept.overlap)
+        stored = rank < SPEC.K
+        tl.store(picked.index_ptr + at, tl.where(chosen, cell, -1), mask=stored)
+        tl.store(picked.overlap_ptr + at, kept.overlap.to(SPEC.ACC, bitcast=True), mask=stored)
         if SPEC.ASSIGNER == "aligned":
-            tl.store(picked.worth_ptr + at, key.to(SPEC.ACC, bitcast=True))
+            tl.store(picked.worth_ptr + at, key.to(SPEC.ACC, bitcast=True), mask=stored)
         before = tl.atomic_min(decoded.picker_ptr + cell, g, mask=chosen, sem="relaxed")
         again = chosen & (before != M)
         if tl.max(again.to(tl.int32), axis=0) > 0:

@@ -103,7 +103,7 @@ class Decoded(NamedTuple):
 
 
 class Picked(NamedTuple):
-    """``index_ptr`` [M, K] int32: what each row picked, flat b * N + n, best first, -1 behind the last, of no meaning
+    """``index_ptr`` [M, K] int32: what each row picked, flat b * N + n, -1 where it is less, of no meaning
     for rows that are not valid. ``overlap_ptr`` and ``worth_ptr`` [M, K] ACC: the overlaps of these, and of aligned
     ones their metrics. ``clash_ptr`` [M * K] int32: cells, flat, that several rows picked, each once, in no order.
     """

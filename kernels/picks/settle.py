@@ -101,7 +101,7 @@ def _has_further(owner, problem, decoded, picked, BLOCK: tl.constexpr):
 def _worst_left(own, owner, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
     """The worst of the TOPK2 cells that a row keeps."""
     none = none_of(tl.zeros([], SPEC.ACC))
-    kept = keep(nothing_kept(none, SPEC.TOPK2, K2, SPEC.ACC), own.key, own.cell, own.overlap, none)
+    kept = keep(nothing_kept(none, SPEC.TOPK2, K2), own.key, own.cell, own.overlap, none)
     key = kept.key
     n = kept.n
     overlap = kept.overlap
