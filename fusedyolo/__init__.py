@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .assignment import Assignment, assign
     from .detections import Detections, decode, select
     from .losses import (
+        E2ELoss,
         FCOSLoss,
         LossOutput,
         RetinaNetLoss,
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
         YOLOv3Loss,
         YOLOv4Loss,
         YOLOv5Loss,
+        YOLOv8Loss,
+        YOLOXLoss,
     )
     from .pictures import draw_assignment
     from .targets import Targets
@@ -33,17 +36,20 @@ __version__ = "0.1.0"
 _HOMES = {
     "Assignment": "assignment",
     "Detections": "detections",
+    "E2ELoss": "losses",
     "FCOSLoss": "losses",
     "LossOutput": "losses",
     "RetinaNetLoss": "losses",
     "SSDLoss": "losses",
     "ScaledYOLOv4Loss": "losses",
     "Targets": "targets",
+    "YOLOXLoss": "losses",
     "YOLOv1Loss": "losses",
     "YOLOv2Loss": "losses",
     "YOLOv3Loss": "losses",
     "YOLOv4Loss": "losses",
     "YOLOv5Loss": "losses",
+    "YOLOv8Loss": "losses",
     "assign": "assignment",
     "decode": "detections",
     "draw_assignment": "pictures",
@@ -53,17 +59,20 @@ _HOMES = {
 __all__ = [
     "Assignment",
     "Detections",
+    "E2ELoss",
     "FCOSLoss",
     "LossOutput",
     "RetinaNetLoss",
     "SSDLoss",
     "ScaledYOLOv4Loss",
     "Targets",
+    "YOLOXLoss",
     "YOLOv1Loss",
     "YOLOv2Loss",
     "YOLOv3Loss",
     "YOLOv4Loss",
     "YOLOv5Loss",
+    "YOLOv8Loss",
     "__version__",
     "anchors",
     "assign",

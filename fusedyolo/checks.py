@@ -505,3 +505,151 @@ def _level_sizes(levels: tuple[int, ...], in_one_piece: bool, *value: Any) -> tu
     sizes = tuple([count("num_anchors_per_level", item) for item in value])
     fit = sum(sizes) == sum(levels) if in_one_piece else sizes == levels
     return (sizes[0], sizes[-1]) if fit else None
+
+
+# Losses over cells that predict a box each.
+
+
+def own_strides(value: Any) -> tuple[float, ...]:
+    """Strides in pixels per cell, one a level, which say how many levels there are."""
+    items = _items("strides", value, "a sequence of numbers, one a level")
+    return tuple(number(f"strides[{i}]", item, 0, open_low=True) for i, item in enumerate(items))
+
+
+def class_weights(value: Any, num_classes: int) -> tuple[float, ...] | None:
+    """A factor of each class, not negative; None for none."""
+    if value is None:
+        return None
+    items = _items("class_weights", value.tolist() if isinstance(value, Tensor) else value, f"{num_classes} numbers")
+    if len(items) != num_classes:
+        fail("class_weights", f"{len(items)} numbers", f"{num_classes}, one a class")
+    return tuple(number(f"class_weights[{c}]", item, 0) for c, item in enumerate(items))
+
+
+def point_predictions(
+    preds: Any,
+    names: tuple[str, ...],
+    widths: tuple[int, ...],
+    strides: tuple[float, ...],
+    image_size: tuple[float, float] | None,
+) -> tuple[str, list[Tensor], tuple[tuple[int, int], ...], tuple[float, float]]:
+    """Check predictions of cells; their form, the tensors, (height, width) of each map and of the image come back.
+
+    ``names`` and ``widths`` are those of what is predicted, in their order in a map. The forms: ``"maps"``, a list of
+    ``[B, sum of widths, H, W]``, one a level; ``"apart"``, a dict of lists of ``[B, width, H, W]``; ``"planes"``, a
+    dict of ``[B, width, N]`` and, as ``"feats"``, of maps that say the sizes, unless ``image_size`` does. Tensors come
+    back level by level, in the order of ``names``.
+    """
+    if isinstance(preds, list | tuple):
+        if len(preds) != len(strides):
+            fail("preds", f"{len(preds)} levels", f"{len(strides)}, one for each of strides")
+        where = tuple(f"preds[{i}]" for i in range(len(preds)))
+        forms = tuple([form(pred) for pred in preds])
+        sizes = _point_maps(forms, where, (sum(widths),) * len(preds), strides, image_size)
+        return "maps", list(preds), *sizes
+    if not isinstance(preds, dict) or any(name not in preds for name in names):
+        got = f"a dict with {list(preds)}" if isinstance(preds, dict) else describe(preds)
+        fail("preds", got, f"a list of {len(strides)} maps, or a dict with {', '.join(map(repr, names))}")
+    parts = [preds[name] for name in names]
+    if isinstance(parts[0], list | tuple):
+        for name, maps in zip(names, parts, strict=True):
+            if not isinstance(maps, list | tuple) or len(maps) != len(strides):
+                got = f"{len(maps)} levels" if isinstance(maps, list | tuple) else describe(maps)
+                fail(name, got, f"a list of {len(strides)} maps as {names[0]}, one for each of strides")
+        levels = range(len(strides))
+        tensors = [maps[i] for i in levels for maps in parts]
+        where = tuple(f"{name}[{i}]" for i in levels for name in names)
+        forms = tuple([form(tensor) for tensor in tensors])
+        sizes = _point_maps(forms, where, widths * len(levels), tuple(s for s in strides for _ in names), image_size)
+        return "apart", tensors, sizes[0][:: len(names)], sizes[1]
+    feats = preds.get("feats")
+    if feats is None and image_size is None:
+        fail("preds", "planes without 'feats'", "these, maps that say the sizes, or image_size")
+    if feats is not None and (not isinstance(feats, list | tuple) or len(feats) != len(strides)):
+        fail("feats", describe(feats), f"a list of {len(strides)} maps, one for each of strides")
+    shapes = None if feats is None else tuple([form(feat) for feat in feats])
+    return "planes", parts, *_point_planes(tuple([form(p) for p in parts]), names, widths, shapes, strides, image_size)
+
+
+def _same(where: str, pred: Any, first: Any, like: str) -> None:
+    """A tensor of floats, of the type, the device and the batch size of the first one."""
+    if pred.dtype not in FLOATS:
+        fail(where, f"dtype {pred.dtype}", "one of " + ", ".join(map(str, FLOATS)))
+    for what in ("dtype", "device"):
+        if getattr(pred, what) != getattr(first, what):
+            fail(where, f"{what} {getattr(pred, what)}", f"{getattr(first, what)} as {like}")
+    if pred.shape[0] != first.shape[0]:
+        fail(where, f"batch size {pred.shape[0]}", f"{first.shape[0]} as {like}")
+
+
+def _cells_of(side: float, stride: float) -> Any:
+    """Cells that cover a side of an image; of symbolic sizes a symbol."""
+    return -(-side // stride)
+
+
+def _point_sizes(
+    where: Sequence[str],
+    maps: Sequence[tuple[int, int]],
+    strides: Sequence[float],
+    image_size: tuple[float, float] | None,
+) -> tuple[tuple[tuple[int, int], ...], tuple[float, float]]:
+    """``maps``, (height, width) each, and the size of the image: that of the first map, unless it is given."""
+    size = image_size or (maps[0][0] * strides[0], maps[0][1] * strides[0])
+    for name, (height, width), stride in zip(where, maps, strides, strict=True):
+        want = _cells_of(size[0], stride), _cells_of(size[1], stride)
+        if (height, width) != want:
+            of = f"image_size {size}" if image_size else f"an image of {size} (height, width) as {where[0]}"
+            fail(name, f"a map of {height} x {width} cells", f"{want[0]} x {want[1]} cells of {stride} pixels for {of}")
+    return tuple(maps), size
+
+
+@remembered
+def _point_maps(
+    maps: tuple[Form | str, ...],
+    where: tuple[str, ...],
+    widths: tuple[int, ...],
+    strides: tuple[float, ...],
+    image_size: tuple[float, float] | None,
+) -> tuple[tuple[tuple[int, int], ...], tuple[float, float]]:
+    """Of maps, each with its name, its channels and its stride."""
+    for name, pred, width in zip(where, maps, widths, strict=True):
+        if isinstance(pred, str):
+            fail(name, pred, "a tensor")
+        if len(pred.shape) != 4 or pred.shape[1] != width:
+            fail(name, f"shape {tuple(pred.shape)}", f"(B, {width}, H, W)")
+        if 0 in pred.shape:
+            fail(name, f"shape {tuple(pred.shape)}", "no empty dimension")
+        _same(name, pred, maps[0], where[0])
+    sizes: Any = [pred.shape[2:4] for pred in maps if not isinstance(pred, str)]
+    return _point_sizes(where, [(height, width) for height, width in sizes], strides, image_size)
+
+
+@remembered
+def _point_planes(
+    planes: tuple[Form | str, ...],
+    names: tuple[str, ...],
+    widths: tuple[int, ...],
+    feats: tuple[Form | str, ...] | None,
+    strides: tuple[float, ...],
+    image_size: tuple[float, float] | None,
+) -> tuple[tuple[tuple[int, int], ...], tuple[float, float]]:
+    """Of planes, and of the maps that say their sizes."""
+    if feats is not None:
+        for i, feat in enumerate(feats):
+            if isinstance(feat, str) or len(feat.shape) != 4:
+                fail(f"feats[{i}]", feat if isinstance(feat, str) else f"shape {tuple(feat.shape)}", "(B, ., H, W)")
+        found: Any = [feat.shape[2:4] for feat in feats if not isinstance(feat, str)]
+        maps = [(height, width) for height, width in found]
+    else:
+        assert image_size is not None
+        maps = [(int(_cells_of(image_size[0], s)), int(_cells_of(image_size[1], s))) for s in strides]
+    where = [f"feats[{i}]" for i in range(len(maps))]
+    sizes = _point_sizes(where, maps, strides, image_size)
+    N = sum(height * width for height, width in maps)
+    for name, pred, width in zip(names, planes, widths, strict=True):
+        if isinstance(pred, str):
+            fail(name, pred, f"a tensor of shape (B, {width}, {N}), or a list of maps")
+        if len(pred.shape) != 3 or pred.shape[1:] != (width, N) or pred.shape[0] < 1:
+            fail(name, f"shape {tuple(pred.shape)}", f"(B, {width}, {N})")
+        _same(name, pred, planes[0], names[0])
+    return sizes

@@ -259,3 +259,90 @@ def dense_head_from_key(key: str) -> DenseHead:
     fields = json.loads(key).items()
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields}
     return DenseHead(**values)
+
+
+@dataclass(frozen=True)
+class PickHead(_Row):
+    """One loss over cells that predict a box each, of which every object picks a few by what they predict.
+
+    Geometry. ``strides`` are in pixels per cell, one a level. A prediction belongs to the middle of its cell.
+
+    Predictions. ``decode`` says what four times ``reg_max`` numbers say of a box, in cells: ``"distance"``, how far its
+    left, upper, right and lower side are from the middle; ``"dfl"``, of each of these distances the logits of 0 ...
+    ``reg_max`` - 1, of which it is the mean; ``"exp"``, the centre from the cell's corner and the logarithms of the
+    sides. ``objectness``: a logit of that beside those of the classes, which then are trained where there is an object
+    only.
+
+    Assignment, by boxes in pixels.
+    - ``"aligned"``: an object wants the cells whose middles lie in its box, a side below ``small`` pixels counting as
+      ``small``, with score^``alpha`` IoU^``beta``, the score that of its class, the IoU 1 less the term ``overlap``
+      (with ``overlap_args``), not below 0; it picks the ``topk`` that it wants most, none that it wants with 0. A cell
+      that several picked goes to the object of the largest IoU, whether or not it was among them. Of the cells that it
+      then has it keeps the best ``topk2`` (None: all). The soft score of a cell is how much it is wanted, over how much
+      the best cell of the object is, times the largest IoU of these.
+    - ``"simota"``: a cell is near an object if its middle is less than ``radius`` strides from the object's centre, on
+      both axes. With ``inside`` those are its own that are near and in its box, and candidates those that are near, or
+      in the box of, any object of the image; else cells that are near both. An object wants candidates for the least
+      cost, its own before all others: the cross-entropies of all classes, of the root of the product of the
+      probabilities of class and object, less 3 ln(IoU + 1e-8). It picks as many as the sum of its ``topk`` largest IoUs
+      with candidates, rounded down, at least one. A cell that several picked goes to the object of the least cost,
+      whether or not it was among them. The soft score is the IoU.
+
+    Structure. ``box`` names an IoU term, of boxes in cells. ``distance`` is ``"dfl"``, cross-entropies of the two
+    numbers next to the true distance; ``"image"``, differences of distances over the sides of the image; ``"raw"``,
+    differences of what ``"exp"`` takes. ``label`` is the class term, with soft scores as targets. ``soft``: box and
+    distance terms are multiplied by the soft score. Sums are divided by those of these weights, at least 1.
+
+    Gains are no part of the row, for they may change from call to call: one a name in :attr:`parts`, in their order.
+    """
+
+    num_classes: int
+    strides: tuple[float, ...]
+    decode: str = "dfl"
+    reg_max: int = 16
+    objectness: bool = False
+    assigner: str = "aligned"
+    topk: int = 10
+    topk2: int | None = None
+    alpha: float = 0.5
+    beta: float = 6.0
+    small: float = 0.0
+    radius: float = 1.5
+    inside: bool = False
+    overlap: str = "ciou"
+    box: str = "ciou"
+    distance: str = "dfl"
+    label: str = "bce"
+    soft: bool = True
+    overlap_args: tuple[float, ...] = (1e-7, 1e-7)
+    box_args: tuple[float, ...] = (1e-7, 1e-7)
+    label_args: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_term("overlap", self.overlap, self.overlap_args, "iou")
+        check_term("box", self.box, self.box_args, "iou")
+        check_term("label", self.label, self.label_args, "objectness")  # elementwise
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts of the loss."""
+        return ("box", *(("obj",) if self.objectness else ()), "cls", "dfl" if self.distance == "dfl" else "l1")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of a prediction, in their order in a map: of its box, its objectness if there is one, its classes."""
+        return (4 * self.reg_max, *((1,) if self.objectness else ()), self.num_classes)
+
+    @property
+    def centre_limit(self) -> float:
+        """Centres of valid rows lie below this, in images: that of ``edge``, for no centre is taken for a cell."""
+        return CENTRE_LIMITS[True]
+
+
+@lru_cache(maxsize=256)
+def pick_head_from_key(key: str) -> PickHead:
+    """The row that :attr:`PickHead.key` was made from."""
+    fields = json.loads(key).items()
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields}
+    return PickHead(**values)

@@ -19,10 +19,10 @@ def of(criterion: Any) -> Driver:
     """
     # The reference loads PyTorch's compiler, that loads Triton, and whoever imports this may have to choose first
     # whether kernels are interpreted.
-    from . import cells, dense, grid
+    from . import cells, dense, grid, picks
 
     kind = type(getattr(criterion, "head", None))
-    for driver in (grid.GRID, cells.CELLS, dense.DENSE):
+    for driver in (grid.GRID, cells.CELLS, dense.DENSE, picks.PICKS):
         if kind is driver.head:
             return driver
     checks.fail("criterion", checks.describe(criterion), "a loss of fusedyolo, such as YOLOv4Loss")

@@ -38,10 +38,11 @@ class LevelAssignment(NamedTuple):
         boxes: x1, y1, x2, y2 of that row, in pixels; 0 where there is none.
         encoded: the four raw outputs that decode to that box (:func:`fusedyolo.decode` is the inverse); where no output
             does, the nearest. 0 where there is none.
-        objectness: the target of objectness, in [0, 1].
+        objectness: the target of objectness, in [0, 1]; of heads without it that of the class.
         ignored: bool, objectness is not trained.
         pairs: int64 ``[2, R]``, every row and the flat index (image, anchor, y, x) of a prediction that it is assigned
             to, in the order in which they count; ``B * A * H * W`` stands for no prediction.
+        score: the target of the logit of its class, in [0, 1], 0 where there is none; None where that is the loss's.
     """
 
     row: Tensor
@@ -51,6 +52,7 @@ class LevelAssignment(NamedTuple):
     objectness: Tensor
     ignored: Tensor
     pairs: Tensor
+    score: Tensor | None = None
 
 
 class Assignment(NamedTuple):
@@ -62,7 +64,7 @@ class Assignment(NamedTuple):
             own order, other targets by image.
         valid: bool ``[M]``; the other rows are assigned to nothing.
         strides: pixels per cell, one a level.
-        anchors: (width, height) in pixels, a tuple a level.
+        anchors: (width, height) in pixels, a tuple a level; of heads without anchors those of a cell.
     """
 
     levels: tuple[LevelAssignment, ...]

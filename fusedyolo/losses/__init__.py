@@ -6,19 +6,24 @@ from .yolov1 import CELL_RECIPES, YOLOv1Loss
 from .yolov2 import YOLOv2Loss
 from .yolov3 import RECIPES, YOLOv3Loss, YOLOv4Loss
 from .yolov5 import ScaledYOLOv4Loss, YOLOv5Loss
+from .yolov8 import E2ELoss, YOLOv8Loss
+from .yolox import YOLOXLoss
 
 __all__ = [
     "CELL_RECIPES",
     "RECIPES",
+    "E2ELoss",
     "FCOSLoss",
     "LossOutput",
     "RetinaNetLoss",
     "SSDLoss",
     "ScaledYOLOv4Loss",
+    "YOLOXLoss",
     "YOLOv1Loss",
     "YOLOv2Loss",
     "YOLOv3Loss",
     "YOLOv4Loss",
     "YOLOv5Loss",
+    "YOLOv8Loss",
     "rounded",
 ]

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from torch import Tensor
 
-from ..heads import CellHead, DenseHead, GridHead
+from ..heads import CellHead, DenseHead, GridHead, PickHead
 
-Head = TypeVar("Head", GridHead, CellHead, DenseHead)
+Head = TypeVar("Head", GridHead, CellHead, DenseHead, PickHead)
 
 
 class LossOutput(NamedTuple):

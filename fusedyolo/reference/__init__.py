@@ -8,6 +8,8 @@ from .cells import cell_assign, cell_loss, cell_views
 from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, relative
 from .dense import flat as flat_maps
 from .grid import Candidates, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets
+from .picks import Objects, Picked, Points, Seen, pick, points_of, read_objects
+from .points import Planes, decode_predictions, encode_points, pick_loss, see
 from .primitives import constants
 from .rows import Rows, read_corners, read_rows
 from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS
@@ -20,7 +22,12 @@ __all__ = [
     "LABEL_TERMS",
     "OFFSET_TERMS",
     "Candidates",
+    "Objects",
+    "Picked",
+    "Planes",
+    "Points",
     "Rows",
+    "Seen",
     "assign",
     "box_loss",
     "cell_assign",
@@ -29,15 +36,22 @@ __all__ = [
     "centreness",
     "constants",
     "decode_anchors",
+    "decode_predictions",
     "dense_loss",
     "dense_match",
     "encode_anchors",
+    "encode_points",
     "flat_maps",
     "grid_loss",
     "grid_view",
     "level_anchors",
     "objectness_targets",
+    "pick",
+    "pick_loss",
+    "points_of",
     "read_corners",
+    "read_objects",
     "read_rows",
     "relative",
+    "see",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads import CENTRE_LIMITS, CellHead, DenseHead, GridHead
+from ..heads import CENTRE_LIMITS, CellHead, DenseHead, GridHead, PickHead
 from .overlap import corners_of
 from .primitives import constants
 
@@ -45,10 +45,10 @@ def _valid(
     return possible & known & (cx >= 0) & (cx < limit) & (cy >= 0) & (cy < limit)
 
 
-def read_rows(rows: Tensor, head: GridHead | CellHead, batch_size: int) -> Rows:
+def read_rows(rows: Tensor, head: GridHead | CellHead | PickHead, batch_size: int) -> Rows:
     """Target rows [M, 6] of centres and sizes relative to the image."""
     cx, cy, w, h = rows[:, 2:].unbind(1)
-    limit = CENTRE_LIMITS[isinstance(head, GridHead) and head.edge]
+    limit = CENTRE_LIMITS[False] if isinstance(head, CellHead) else head.centre_limit
     valid = _valid(rows, (cx, cy, w, h), batch_size, range(head.num_classes), limit)
     safe = torch.where(valid[:, None], rows, 0.5)
     return Rows(valid, safe[:, 0].long(), safe[:, 1].long(), safe[:, 2:])

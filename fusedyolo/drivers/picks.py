@@ -1,0 +1,183 @@
+"""The driver of cells that predict a box each, of which every object picks a few: YOLOX, YOLOv8 and their kin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, reference
+from ..heads import PickHead
+from ..targets import without_spare
+from . import shared
+from .assignments import Assignment, LevelAssignment
+from .protocol import Driver, Frame, Piece, Predictions
+
+if TYPE_CHECKING:
+    from ..ops import Launch
+
+Maps = tuple[tuple[int, int], ...]
+
+
+class PickCall(NamedTuple):
+    """The arguments of a call."""
+
+    form: str  # of the predictions: "maps", "apart" or "planes", see checks.point_predictions
+    preds: list[Tensor]  # as they came, level by level; one gradient each
+    maps: Maps  # (height, width), one a level
+    rows: Tensor  # [M, 6]
+    offsets: Tensor | None
+    size: tuple[float, float]  # (height, width) of the image
+    gains: tuple[float, ...]  # of head.parts, the factor of the batch in them
+    class_weights: Tensor | None  # [C] float32
+
+
+class PickDriver(Driver):
+    """See :class:`~fusedyolo.drivers.protocol.Driver`."""
+
+    head = PickHead
+    kind = "pick"
+    layouts = ("planes", "nchw", "channels_last")
+
+    # ---- a call of a loss
+
+    def read(self, criterion: Any, preds: Any, targets: Any, **geometry: Any) -> PickCall:
+        shared.refuse(geometry)
+        return criterion.read(preds, targets)
+
+    def reference_loss(self, head: PickHead, call: PickCall) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        rows, spare = without_spare(call.rows, call.offsets)
+        parts, counts = reference.pick_loss(
+            planes(call.form, call.preds, head), rows, head, call.gains, call.maps, call.size, call.class_weights
+        )
+        return torch.stack(parts).sum(), parts, shared.counts_without_spare(counts, spare)
+
+    def launches(self, head: PickHead, call: PickCall) -> dict[str, Launch]:
+        raise NotImplementedError("kernels of this head")
+
+    def assign(self, head: PickHead, call: PickCall) -> Assignment:
+        rows, _ = without_spare(call.rows, call.offsets)
+        with torch.no_grad():
+            dtype = shared.wide(call.preds[0].dtype)
+            seen_planes = planes(call.form, [pred.detach() for pred in call.preds], head).to(dtype)
+            points = reference.points_of(call.maps, head.strides, rows.device)
+            objects = reference.read_objects(rows, head, len(seen_planes.cls), call.size, dtype)
+            picked = reference.pick(reference.see(seen_planes, points, head), objects, head)
+            has, centre, sides = picked.row >= 0, objects.centre[picked.row], objects.sides[picked.row]
+            boxes = torch.cat((centre - sides / 2, centre + sides / 2), -1).to(dtype)
+            stride = points.stride[:, None]
+            encoded = reference.encode_points(((centre - points.middle) / stride).to(dtype), sides / stride, head)
+            fields = (
+                picked.row,
+                objects.label[picked.row],
+                torch.where(has[..., None], boxes, 0.0),
+                torch.where(has[..., None], encoded.to(dtype), 0.0),
+                has.to(dtype) if head.objectness else picked.score,
+                picked.score,
+            )
+            areas = [height * width for height, width in call.maps]
+            levels = tuple(map(_level, zip(*(field.split(areas, 1) for field in fields), strict=True), call.maps))
+        cells = tuple(((stride, stride),) for stride in head.strides)
+        return Assignment(levels, rows, objects.valid, head.strides, cells)
+
+    # ---- predictions alone
+
+    def view(self, criterion: Any, preds: Any, image_size: Any, anchors: Any) -> Predictions:
+        head = criterion.head
+        given = shared.image_size(criterion, image_size)
+        shared.own_anchors(anchors)
+        form, tensors, _, size = check(head, criterion.own(preds), given)
+        return Predictions([plane for plane in planes(form, tensors, head) if plane is not None], size)
+
+    def decode(self, head: PickHead, seen: Predictions) -> tuple[Tensor, Tensor]:
+        assert seen.size is not None
+        box, cls, *obj = seen.preds
+        height, width = seen.size
+        maps = [(int(-(-height // stride)), int(-(-width // stride))) for stride in head.strides]
+        return reference.decode_predictions(reference.Planes(box, cls, obj[0] if obj else None), maps, head)
+
+    # ---- what a network with such a head looks like
+
+    def pieces(self, head: PickHead, frame: Frame) -> list[Piece]:
+        N, levels = sum(frame.sizes), range(len(frame.maps))
+        found = []
+        for name, width in zip(names(head), head.widths, strict=True):
+            low, rare = (None, range(0)) if name == "boxes" else ((1, 0, width), range(width))
+            found.append(Piece((frame.batch, width, N), width, levels, low=low, rare=rare))
+        return found
+
+    def arrange(self, values: Tensor, piece: Piece, frame: Frame) -> list[Tensor]:
+        """In one piece ``[B, width, N]``, or as maps ``[B, width, H, W]``, one a level."""
+        if frame.layout == "planes":
+            return [values]
+        order = torch.channels_last if frame.layout == "channels_last" else torch.contiguous_format
+        parts = zip(values.split(frame.sizes, dim=2), frame.maps, strict=True)
+        return [part.unflatten(2, sides).contiguous(memory_format=order) for part, sides in parts]
+
+    def pack(self, preds: list[Tensor], frame: Frame) -> Any:
+        if frame.layout == "planes":
+            feats = [preds[0].new_empty(()).expand(frame.batch, 1, *sides) for sides in frame.maps]
+            return dict(zip(_NAMES[len(preds)], preds, strict=True)) | {"feats": feats}
+        levels = len(frame.maps)
+        parts = [preds[i : i + levels] for i in range(0, len(preds), levels)]
+        return dict(zip(_NAMES[len(parts)], parts, strict=True))
+
+    # ---- what is measured
+
+    def floor(self, head: PickHead) -> float:
+        """Write the gradient; read boxes, which objects compare, and objectness, or else all classes."""
+        box, *obj, classes = head.widths
+        return 1 + (box + sum(obj) if head.objectness else box + classes) / sum(head.widths)
+
+    def candidates(self, head: PickHead, layout: str) -> Iterable[dict[str, int]]:
+        return ()
+
+
+PICKS = PickDriver()
+
+_NAMES = {2: ("boxes", "scores"), 3: ("boxes", "objectness", "scores")}
+
+
+def names(head: PickHead) -> tuple[str, ...]:
+    """What is predicted, in the order of ``head.widths``."""
+    return _NAMES[len(head.widths)]
+
+
+def check(head: PickHead, preds: Any, size: tuple[float, float] | None) -> tuple[str, list[Tensor], Maps, Any]:
+    """What :func:`fusedyolo.checks.point_predictions` says of predictions in any form."""
+    strides = tuple(int(s) if s.is_integer() else s for s in head.strides)
+    return checks.point_predictions(preds, names(head), head.widths, strides, size)
+
+
+def views(form: str, preds: Sequence[Tensor], head: PickHead, maps: Maps) -> list[tuple[Tensor, ...]]:
+    """Of each level what is predicted, in the order of ``head.widths``, as views ``[B, width, H, W]``."""
+    if form == "maps":
+        return [pred.split(head.widths, 1) for pred in preds]
+    if form == "apart":
+        count = len(head.widths)
+        return [tuple(preds[i : i + count]) for i in range(0, len(preds), count)]
+    areas = [height * width for height, width in maps]
+    levels = zip(*(plane.split(areas, 2) for plane in preds), strict=True)
+    return [tuple(part.unflatten(2, sides) for part in parts) for parts, sides in zip(levels, maps, strict=True)]
+
+
+def planes(form: str, preds: Sequence[Tensor], head: PickHead) -> reference.Planes:
+    """Predictions in one piece, as the reference takes them."""
+    if form != "planes":
+        levels = views(form, preds, head, ())
+        preds = [torch.cat([part.flatten(2) for part in parts], 2) for parts in zip(*levels, strict=True)]
+    box, *obj, cls = preds
+    return reference.Planes(box, cls, obj[0] if obj else None)
+
+
+def _level(fields: Sequence[Tensor], sides: tuple[int, int]) -> LevelAssignment:
+    """Of one level, fields ``[B, H * W, ...]``."""
+    row, label, boxes, encoded, objectness, score = (field.unflatten(1, (1, *sides)) for field in fields)
+    has = (row >= 0).flatten()
+    place = torch.where(has, torch.arange(row.numel(), device=row.device), row.numel())
+    pairs = torch.stack((row.flatten().clamp(min=0), place))
+    return LevelAssignment(
+        row, label, boxes, encoded, objectness, torch.zeros_like(row, dtype=torch.bool), pairs, score
+    )

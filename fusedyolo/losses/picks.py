@@ -1,0 +1,111 @@
+"""What the losses over cells that predict a box each share: the call, from predictions and targets to a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backend as backends
+from .. import checks, reference
+from ..drivers.picks import PICKS, PickCall, check
+from ..heads import PickHead
+from ..targets import Targets, as_targets
+from .output import LossOutput, rounded
+
+Predicted = Sequence[Tensor] | Mapping[str, Any]
+AnyTargets = Tensor | Sequence[dict[str, Tensor]] | Targets
+Computed = tuple[Tensor, tuple[Tensor, ...], Tensor]
+
+
+class PickLoss(nn.Module):
+    """A module around a :class:`~fusedyolo.heads.PickHead`; a subclass makes the head of its arguments.
+
+    Gains are attributes of the subclass, read at each call, so that they may change. ``batch_factor``: the loss is
+    multiplied by the number of images.
+    """
+
+    head: PickHead
+    class_weights: Tensor | None
+    batch_factor: bool = False
+
+    def __init__(
+        self,
+        head: PickHead,
+        image_size: int | tuple[int, int] | None,
+        backend: str,
+        class_weights: tuple[float, ...] | None = None,
+    ):
+        super().__init__()
+        self.head = rounded(head)
+        self.backend = checks.one_of("backend", backend, backends.BACKENDS)
+        self.image_size = None if image_size is None else checks.size("image_size", image_size)
+        self._weights = class_weights
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.gains()
+
+    def gains(self) -> tuple[float, ...]:
+        """Those of ``head.parts``, as the attributes stand.
+
+        Raises:
+            ValueError: one of them is no number of 0 or more.
+        """
+        raise NotImplementedError
+
+    def forward(self, preds: Predicted, targets: AnyTargets) -> LossOutput:
+        """The loss of one batch.
+
+        Args:
+            preds: what the network predicts, as the class says, of any strides; float16, bfloat16, float32 or float64.
+            targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a torchvision list of dicts, or :class:`Targets`.
+
+        Raises:
+            ValueError: names the argument, what came and what was wanted.
+        """
+        total, terms, counts = self.compute(self.read(preds, targets))
+        parts = {name: term.detach() for name, term in zip(self.head.parts, terms, strict=True)}
+        num_pos, num_invalid = counts.unbind()
+        return LossOutput(total, parts, num_pos, num_invalid)
+
+    def terms(self, preds: Predicted, targets: AnyTargets) -> dict[str, Tensor]:
+        """The parts of the loss with a gradient each, to weigh them apart; arguments and errors of :meth:`forward`."""
+        _, terms, _ = self.compute(self.read(preds, targets))
+        return dict(zip(self.head.parts, terms, strict=True))
+
+    def own(self, preds: Any) -> Any:
+        """Those of the predictions that ``head`` is of."""
+        return preds
+
+    def read(self, preds: Any, targets: Any, weight: float = 1.0) -> PickCall:
+        """The arguments of :meth:`forward`, checked, in the form in which they are used; gains times ``weight``."""
+        form, tensors, maps, size = check(self.head, preds, self.image_size)
+        pred = tensors[0]
+        rows, offsets = as_targets(targets, pred.shape[0], size, pred.device)
+        factor = weight * len(range(pred.shape[0])) if self.batch_factor else weight  # range: a number of a symbol
+        gains = tuple([gain * factor for gain in self.gains()])
+        return PickCall(form, tensors, maps, rows, offsets, size, gains, self._weights_for(pred))
+
+    def compute(self, call: PickCall) -> Computed:
+        """Total, parts and counts."""
+        if self.backend == "triton" and backends.resolve(self.backend, call.preds[0].device) == "triton":
+            checks.fail("backend", "'triton'", "'auto' or 'torch': this loss has no kernels yet")
+        return PICKS.reference_loss(self.head, call)
+
+    def _weights_for(self, pred: Tensor) -> Tensor | None:
+        """The class weights on the device of ``pred`` in float32, whatever the module itself was cast or moved to."""
+        weights, device = self.class_weights, pred.device
+        if weights is None or (weights.device == device and weights.dtype == torch.float32):
+            return weights
+        if torch.compiler.is_compiling():  # what a graph allocates is not to be kept in a module
+            return reference.constants(self._weights or (), pred.new_empty(0, dtype=torch.float32))
+        self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=device)
+        return self.class_weights
+
+    def extra_repr(self) -> str:
+        """The arguments that tell one loss from another."""
+        strides = tuple(int(s) if s.is_integer() else s for s in self.head.strides)
+        gains = "".join(f", {name}={gain:g}" for name, gain in zip(self.head.parts, self.gains(), strict=True))
+        return f"num_classes={self.head.num_classes}, strides={strides}, backend={self.backend!r}{gains}"

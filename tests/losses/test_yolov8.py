@@ -1,0 +1,500 @@
+"""YOLOv8Loss and E2ELoss against what Ultralytics computed, and against its rules written as loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import golden
+import loop_picks as loops
+import pytest
+import torch
+from golden import arrays
+from torch import Tensor
+
+import fusedyolo
+from fusedyolo import E2ELoss, Targets, YOLOv8Loss
+
+V8 = golden.names("torch", "ultra_v8*")
+E2E = golden.names("torch", "ultra_e2e*") + golden.names("torch", "ultra_v10*")
+MAPS, STRIDES = ((8, 12), (4, 6), (2, 3)), (8, 16, 32)
+in_both_precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+
+
+def feats(maps: Any) -> list[Tensor]:
+    return [torch.empty(1, 1, *sides) for sides in maps]
+
+
+def planes(boxes: Tensor, scores: Tensor, maps: Any = MAPS) -> dict[str, Any]:
+    return {"boxes": boxes, "scores": scores, "feats": feats(maps)}
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    """Within ``tolerance`` times the largest entry."""
+    scale = float(want.detach().abs().max()) if want.numel() else 0.0
+    torch.testing.assert_close(got.detach().double(), want.detach().double(), rtol=0, atol=tolerance * scale)
+
+
+def assigned(criterion: Any, preds: Any, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, label and soft score of all predictions, [B, N]."""
+    levels = fusedyolo.assign(criterion, preds, rows).levels
+    row, label, score = (
+        torch.cat([getattr(level, name).flatten(1) for level in levels], 1) for name in ("row", "label", "score")
+    )
+    return row, label, score
+
+
+def check_assignment(criterion: YOLOv8Loss, preds: Any, data: dict[str, Any], prefix: str) -> None:
+    _, label, score = assigned(criterion, preds, data["targets"])
+    effective = data[prefix + "fg_effective"]
+    assert torch.equal(score > 0, effective)
+    close(score, data[prefix + "target_score"])
+    assert torch.equal(label[effective], data[prefix + "target_label"][effective].long())
+    assert effective.any()
+
+
+@in_both_precisions
+@pytest.mark.parametrize("name", V8)
+def test_what_ultralytics_computed(name, dtype):
+    data = arrays(name)
+    meta, tal = data["meta"], data["meta"]["tal"]
+    gains = {gain: meta["hyp"][gain] for gain in ("box", "cls", "dfl")}
+    criterion = YOLOv8Loss(
+        meta["nc"], meta["strides"], meta["reg_max"], topk=tal.get("topk", 10), alpha=tal["alpha"], beta=tal["beta"],
+        backend="torch", **gains,
+    )  # fmt: skip
+    leaves = [data[name].to(dtype).requires_grad_() for name in ("boxes", "scores")]
+    preds = planes(*leaves, meta["level_hw"])
+    out = criterion(preds, data["targets"])
+    assert out.total.dtype == dtype
+    close(out.total, data["total"])
+    close(torch.stack(list(out.parts.values())), data["loss_vector"])
+    assert list(out.parts) == ["box", "cls", "l1" if meta["reg_max"] == 1 else "dfl"]
+    assert not any(part.requires_grad for part in out.parts.values())
+    for leaf, name in zip(leaves, ("boxes", "scores"), strict=True):
+        (grad,) = torch.autograd.grad(out.total, leaf, retain_graph=True)
+        close(grad, data[f"grad_{name}"])
+    assert int(out.num_invalid) == 0
+    assert int(out.num_pos) >= int(data["fg_effective"].sum())
+    check_assignment(criterion, preds, data, "")
+
+
+@in_both_precisions
+@pytest.mark.parametrize("name", E2E)
+def test_what_ultralytics_computed_of_two_branches(name, dtype):
+    data = arrays(name)
+    meta = data["meta"]
+    gains = {gain: meta["hyp"][gain] for gain in ("box", "cls", "dfl")}
+    recipe = "yolov10" if meta["loss"].startswith("E2EDetectLoss") else "yolo26"
+    criterion = E2ELoss(
+        meta["nc"], meta["strides"], meta["reg_max"], recipe, meta["hyp"]["epochs"], backend="torch", **gains
+    )
+    for _ in range(meta["updates"]):
+        criterion.update()
+    if recipe == "yolo26":
+        assert (criterion.o2m, criterion.o2o) == (meta["o2m"], meta["o2o"])
+    names = [f"{prefix}_{plane}" for prefix in ("o2m", "o2o") for plane in ("boxes", "scores")]
+    leaves = [data[name].to(dtype).requires_grad_() for name in names]
+    preds = {
+        "one2many": planes(*leaves[:2], meta["level_hw"]),
+        "one2one": planes(*leaves[2:], meta["level_hw"]),
+    }
+    out = criterion(preds, data["targets"])
+    close(out.total, data["total"])
+    last = "l1" if meta["reg_max"] == 1 else "dfl"
+    vector = [out.parts[f"one2many_{part}"] + out.parts[f"one2one_{part}"] for part in ("box", "cls", last)]
+    close(torch.stack(vector), data["loss_vector"])
+    for grad, name in zip(torch.autograd.grad(out.total, leaves), names, strict=True):
+        close(grad, data[f"grad_{name}"])
+    # what the peer logs: the second branch's parts as they are, but of the old recipe the sums of both
+    batch = len(data["o2m_boxes"])
+    for key, item in meta["items"].items():
+        part = key.removesuffix("_loss")
+        mine = out.parts[f"one2one_{part}"] / criterion.o2o
+        if recipe == "yolov10":
+            mine = mine + out.parts[f"one2many_{part}"]
+        assert float(mine) / batch == pytest.approx(item, rel=1e-5)
+    check_assignment(criterion.one2many, preds["one2many"], data, "o2m_")
+    check_assignment(criterion.one2one, preds["one2one"], data, "o2o_")
+    check_assignment(criterion, preds, data, "o2o_")  # the branch that detects
+
+
+# ---- the rules as loops
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain, another": {"seed": 1},
+    "an empty image": {"seed": 2, "images": 3, "empty": True},
+    "raw distances": {"seed": 3, "reg_max": 1},
+    "five bins": {"seed": 4, "reg_max": 5},
+    "class weights": {"seed": 5, "class_weights": (1.0, 2.0, 0.25)},
+    "one cell an object": {"seed": 6, "reg_max": 1, "topk": 7, "topk2": 1},
+    "a few of many": {"seed": 7, "topk": 13, "topk2": 4, "alpha": 1.0, "beta": 2.0},
+    "one pick": {"seed": 8, "topk": 1},
+    "one level": {"seed": 9, "maps": ((9, 7),), "strides": (16,), "topk": 100},
+    "tiny objects": {"seed": 10, "objects": 12, "smallest": 0.01, "largest": 0.06},
+    "tiny objects, raw": {"seed": 11, "objects": 12, "smallest": 0.01, "largest": 0.06, "reg_max": 1},
+    "large objects": {"seed": 12, "smallest": 0.6, "largest": 1.5},
+    "a crowd": {"seed": 13, "images": 1, "objects": 300, "smallest": 0.03, "largest": 0.3},
+    "a crowd, one each": {
+        "seed": 14, "images": 2, "objects": 100, "smallest": 0.05, "largest": 0.5, "reg_max": 1, "topk": 7, "topk2": 1
+    },
+    "one class": {"seed": 15, "classes": 1},
+    "uneven maps": {"seed": 16, "maps": ((7, 13), (4, 7), (2, 4))},
+}  # fmt: skip
+
+
+def case(
+    *,
+    seed: int = 0,
+    images: int = 2,
+    objects: int = 4,
+    classes: int = 3,
+    smallest: float = 0.05,
+    largest: float = 0.6,
+    empty: bool = False,
+    maps: Any = MAPS,
+    strides: Any = STRIDES,
+    reg_max: int = 16,
+    **options: Any,
+) -> tuple[list[Tensor], Tensor, tuple[int, Any, Any, int], dict[str, Any]]:
+    """Predictions, rows, what they are of, and options of the loss."""
+    rows = loops.some_rows(seed, images, objects, classes, smallest, largest, empty)
+    leaves = loops.v8_predictions(rows, maps, strides, images, classes, reg_max, seed)
+    return [leaf.requires_grad_() for leaf in leaves], rows, (classes, maps, strides, reg_max), options
+
+
+def against_loops(leaves: list[Tensor], rows: Tensor, of: tuple[int, Any, Any, int], options: dict[str, Any]) -> int:
+    """Parts, gradients and assignment; how many predictions have an object."""
+    classes, maps, strides, reg_max = of
+    criterion = YOLOv8Loss(classes, strides, reg_max, backend="torch", **options)
+    preds = planes(*leaves, maps)
+    out = criterion(preds, rows)
+    weights = options.get("class_weights")
+    options = {**options, "class_weights": None if weights is None else torch.tensor(weights, dtype=torch.float64)}
+    # ours takes heights as they are, the peer with eps: 1e-7 cells
+    for taller, tolerance in ((loops.EPS, 1e-5), (0.0, 1e-9)):
+        want = loops.yolov8(*leaves, rows, maps, strides, reg_max=reg_max, taller=taller, **options)
+        row, _, score = assigned(criterion, preds, rows)
+        close(score, want.score, tolerance)
+        assert torch.equal(torch.where(score > 0, row, -1), torch.where(want.score > 0, want.row, -1))
+        for name, part in want.parts.items():
+            close(out.parts[name], part, tolerance)
+        total = torch.stack(list(want.parts.values())).sum()
+        close(out.total, total, tolerance)
+        for got, grad in zip(
+            torch.autograd.grad(out.total, leaves, retain_graph=True), torch.autograd.grad(total, leaves), strict=True
+        ):
+            close(got, grad, tolerance)
+    assert int(out.num_pos) == int((row >= 0).sum())
+    return int(out.num_pos)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rules_as_loops(name):
+    assert against_loops(*case(**CASES[name])) > 0
+
+
+@pytest.mark.parametrize("topk2", [None, 2])
+def test_equals_come_in_their_order(topk2):
+    """Objects twice, and predictions that are all the same on dyadic places: everything ties."""
+    rows = torch.tensor([
+        [0, 1, 0.5, 0.5, 0.5, 0.5],
+        [0, 1, 0.5, 0.5, 0.5, 0.5],
+        [0, 0, 0.25, 0.75, 0.25, 0.25],
+        [0, 2, 0.25, 0.75, 0.25, 0.25],
+    ])  # fmt: skip
+    leaves = [torch.full((1, 4, 84), 1.5).double(), torch.zeros(1, 3, 84).double()]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    of = (3, ((8, 8), (4, 4), (2, 2)), STRIDES, 1)
+    found = against_loops(leaves, rows, of, {"topk": 5, "topk2": topk2})
+    assert found == (4 if topk2 else 10)
+    row, *_ = assigned(YOLOv8Loss(3, STRIDES, 1, topk=5, topk2=topk2, backend="torch"), planes(*leaves, of[1]), rows)
+    assert set(row[row >= 0].tolist()) == {0, 2}  # of equals the first
+
+
+def test_nothing_is_picked_for_nothing():
+    """Predictions that do not meet an object are not picked, even where an object gets none."""
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 0.5, 0.5]])
+    leaves = [torch.full((1, 4, 84), -1.0).requires_grad_(), torch.zeros(1, 1, 84).requires_grad_()]
+    out = YOLOv8Loss(1, STRIDES, 1, backend="torch")(planes(*leaves, ((8, 8), (4, 4), (2, 2))), rows)
+    assert (int(out.num_pos), float(out.parts["box"]), float(out.parts["l1"])) == (0, 0.0, 0.0)
+
+
+def test_the_small_object_rule():
+    """A side below ``small`` pixels reaches as far as ``small``."""
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 1 / 64, 1 / 64]])  # a pixel in the middle between four cells of stride 8
+    maps = (8, 8), (4, 4), (2, 2)
+    boxes = loops.near_boxes(rows, maps, STRIDES, 1, 0, noise=0.0).transpose(1, 2)
+    preds = planes(boxes, torch.zeros(1, 1, 84).double(), maps)
+    found = {small: YOLOv8Loss(1, STRIDES, 1, small=small, backend="torch")(preds, rows) for small in (None, 0, 8.1)}
+    assert [int(out.num_pos) for out in found.values()] == [4, 0, 4]
+
+
+# ---- forms, gains, empty calls
+
+
+def test_forms_of_predictions_agree():
+    leaves, rows, (classes, maps, strides, reg_max), _ = case(seed=3)
+    criterion = YOLOv8Loss(classes, strides, reg_max, backend="torch")
+    want = criterion(planes(*leaves), rows)
+    grads = torch.cat([grad.flatten(2) for grad in torch.autograd.grad(want.total, leaves)], 1)
+    areas = [h * w for h, w in maps]
+
+    def levels(plane: Tensor) -> list[Tensor]:
+        return [p.detach().unflatten(2, sides).clone() for p, sides in zip(plane.split(areas, 2), maps, strict=True)]
+
+    boxes, scores = map(levels, leaves)
+    both = [
+        torch.cat(pair, 1).contiguous(memory_format=torch.channels_last) for pair in zip(boxes, scores, strict=True)
+    ]
+    for preds, tensors in (({"boxes": boxes, "scores": scores}, [*boxes, *scores]), (both, both)):
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        out = criterion(preds, rows)
+        close(out.total, want.total, 1e-12)
+        got = [grad.flatten(2) for grad in torch.autograd.grad(out.total, tensors)]
+        flat = torch.cat(got, 2) if preds is both else torch.cat((torch.cat(got[:3], 2), torch.cat(got[3:], 2)), 1)
+        close(flat, grads, 1e-12)
+    sized = YOLOv8Loss(classes, strides, reg_max, image_size=(64, 96), backend="torch")
+    out = sized({"boxes": leaves[0], "scores": leaves[1]}, rows)  # no feats
+    assert torch.equal(out.total, want.total)
+
+
+def test_forms_of_targets_agree():
+    leaves, rows, (classes, *_, reg_max), _ = case(seed=3)
+    criterion = YOLOv8Loss(classes, STRIDES, reg_max, backend="torch")
+    preds = planes(*leaves)
+    want = criterion(preds, rows)
+    targets = Targets.from_packed(rows, 2, capacity=50)
+    out = criterion(preds, targets)
+    assert torch.equal(out.total, want.total)
+    assert int(out.num_invalid) == 0
+    size = torch.tensor([96.0, 64.0])
+    listed = []
+    for image in range(2):
+        own = rows[rows[:, 0] == image]
+        corners = torch.cat((own[:, 2:4] - own[:, 4:] / 2, own[:, 2:4] + own[:, 4:] / 2), 1) * size.repeat(2)
+        listed.append({"boxes": corners, "labels": own[:, 1].long()})
+    close(criterion(preds, listed).total, want.total, 1e-6)
+
+
+@pytest.mark.parametrize("reg_max", [1, 16])
+@pytest.mark.parametrize("rows", [torch.zeros(0, 6), torch.tensor([[0, 9, 0.5, 0.5, 0.5, 0.5]])])
+def test_without_objects_boxes_have_gradients_of_zero(rows, reg_max):
+    leaves = [torch.randn(2, 4 * reg_max, 126).requires_grad_(), torch.randn(2, 3, 126).requires_grad_()]
+    out = YOLOv8Loss(3, STRIDES, reg_max, backend="torch")(planes(*leaves), rows)
+    out.total.backward()
+    assert torch.equal(leaves[0].grad, torch.zeros_like(leaves[0]))
+    close(leaves[1].grad, 2 * 0.5 * leaves[1].sigmoid())
+    assert (int(out.num_pos), int(out.num_invalid)) == (0, len(rows))
+
+
+def test_invalid_rows_are_skipped_and_counted():
+    leaves, rows, (classes, *_, reg_max), _ = case(seed=3)
+    bad = torch.tensor([
+        [0, 3, 0.5, 0.5, 0.5, 0.5],  # no such class
+        [2, 0, 0.5, 0.5, 0.5, 0.5],  # no such image
+        [0, 0, 0.5, 0.5, 0.0, 0.5],  # no area
+        [0, 0, float("nan"), 0.5, 0.5, 0.5],
+        [0, 0, 1.5, 0.5, 0.5, 0.5],  # outside
+    ])  # fmt: skip
+    criterion = YOLOv8Loss(classes, STRIDES, reg_max, backend="torch")
+    mixed = torch.cat((bad[:2], rows, bad[2:]))
+    want, out = criterion(planes(*leaves), rows), criterion(planes(*leaves), mixed)
+    assert torch.equal(out.total, want.total)
+    assert int(out.num_invalid) == 5
+    row, *_ = assigned(criterion, planes(*leaves), mixed)
+    taken = row[row >= 0]
+    assert ((taken >= 2) & (taken < 2 + len(rows))).all()
+    assert fusedyolo.assign(criterion, planes(*leaves), mixed).valid.tolist() == [False] * 2 + [True] * 8 + [False] * 3
+
+
+def test_gains_are_read_at_each_call():
+    leaves, rows, (classes, *_, reg_max), _ = case(seed=3)
+    criterion = YOLOv8Loss(classes, STRIDES, reg_max, backend="torch")
+    first = criterion(planes(*leaves), rows)
+    criterion.box, criterion.dfl = 15.0, 0.0
+    second = criterion(planes(*leaves), rows)
+    close(second.parts["box"], 2 * first.parts["box"], 1e-12)
+    assert torch.equal(second.parts["cls"], first.parts["cls"])
+    assert float(second.parts["dfl"]) == 0.0
+    criterion.cls = float("nan")
+    with pytest.raises(ValueError, match=r"^cls: nan, want a finite number >= 0"):
+        criterion(planes(*leaves), rows)
+
+
+def test_parts_have_gradients_of_their_own():
+    leaves, rows, (classes, *_, reg_max), _ = case(seed=3)
+    criterion = YOLOv8Loss(classes, STRIDES, reg_max, backend="torch")
+    total = criterion(planes(*leaves), rows).total
+    terms = criterion.terms(planes(*leaves), rows)
+    assert list(terms) == ["box", "cls", "dfl"]
+    summed = [torch.zeros_like(leaf) for leaf in leaves]
+    for name, term in terms.items():
+        grads = torch.autograd.grad(term, leaves, allow_unused=True, retain_graph=True)
+        assert [grad is not None and bool(grad.any()) for grad in grads] == [name != "cls", name == "cls"]
+        summed = [s if g is None else s + g for s, g in zip(summed, grads, strict=True)]
+    for got, want in zip(summed, torch.autograd.grad(total, leaves), strict=True):
+        close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_computes_in_float32(dtype):
+    leaves, rows, (classes, *_, reg_max), _ = case(seed=3)
+    half = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+    wide = [leaf.detach().float().requires_grad_() for leaf in half]
+    criterion = YOLOv8Loss(classes, STRIDES, reg_max, backend="torch")
+    out, want = criterion(planes(*half), rows), criterion(planes(*wide), rows)
+    assert out.total.dtype == torch.float32
+    assert torch.equal(out.total, want.total)
+    for got, grad in zip(torch.autograd.grad(out.total, half), torch.autograd.grad(want.total, wide), strict=True):
+        assert torch.equal(got, grad.to(dtype))
+
+
+def test_weights_of_branches_fall_and_rise():
+    criterion = E2ELoss(3, STRIDES, epochs=3, backend="torch")
+    seen = [(criterion.o2m, criterion.o2o)]
+    for _ in range(3):
+        criterion.update()
+        seen.append((criterion.o2m, criterion.o2o))
+    assert seen == [pytest.approx(pair) for pair in ((0.8, 0.2), (0.45, 0.55), (0.1, 0.9), (0.1, 0.9))]
+    criterion = E2ELoss(3, STRIDES, epochs=3, backend="torch")
+    criterion.epochs = 1
+    criterion.update()
+    assert criterion.o2m == pytest.approx(0.1)
+    old = E2ELoss(3, STRIDES, 16, "yolov10", backend="torch")
+    old.update()
+    assert (old.o2m, old.o2o) == (1.0, 1.0)
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize("reg_max", [1, 16])
+def test_decoding(reg_max):
+    leaves, _, (classes, maps, strides, _), _ = case(seed=3, reg_max=reg_max)
+    criterion = YOLOv8Loss(classes, strides, reg_max, backend="torch")
+    boxes, scores = fusedyolo.decode(planes(*leaves), criterion)
+    torch.testing.assert_close(scores, leaves[1].sigmoid().transpose(1, 2))
+    x, y, s = loops.cells(maps, strides)
+    raw = leaves[0].view(2, 4, reg_max, -1)
+    d = (raw.softmax(2) * torch.arange(reg_max).double().view(1, 1, -1, 1)).sum(2) if reg_max > 1 else raw[:, :, 0]
+    want = torch.stack((x + 0.5 - d[:, 0], y + 0.5 - d[:, 1], x + 0.5 + d[:, 2], y + 0.5 + d[:, 3]), 2) * s[:, None]
+    torch.testing.assert_close(boxes, want)
+    found = fusedyolo.select(planes(*leaves), criterion, conf=0.3, max_det=20)
+    assert (found.count > 0).all()
+    best = scores.amax((1, 2))
+    torch.testing.assert_close(found.scores[:, 0], best)
+    pair = {"one2many": planes(leaves[0] + 1, leaves[1]), "one2one": planes(*leaves)}
+    both = E2ELoss(classes, strides, reg_max, backend="torch")
+    assert torch.equal(fusedyolo.decode(pair, both)[0], boxes)
+    assert torch.equal(fusedyolo.select(pair, both, conf=0.3, max_det=20).boxes, found.boxes)
+
+
+def test_encoded_distances_decode_to_the_true_boxes():
+    leaves, rows, (classes, *_), _ = case(seed=3, reg_max=1)
+    criterion = YOLOv8Loss(classes, STRIDES, 1, backend="torch")
+    found = fusedyolo.assign(criterion, planes(*leaves), rows)
+    encoded = torch.cat([level.encoded.flatten(1, 3) for level in found.levels], 1).transpose(1, 2)
+    boxes, _ = fusedyolo.decode(planes(encoded, leaves[1]), criterion)
+    row = torch.cat([level.row.flatten(1) for level in found.levels], 1)
+    true = torch.cat([level.boxes.flatten(1, 3) for level in found.levels], 1)
+    torch.testing.assert_close(boxes[row >= 0], true[row >= 0])
+    own = rows[row[row >= 0], 2:].double() * torch.tensor([96.0, 64.0] * 2)
+    torch.testing.assert_close(true[row >= 0], torch.cat((own[:, :2] - own[:, 2:] / 2, own[:, :2] + own[:, 2:] / 2), 1))
+    for level in found.levels:
+        assert torch.equal(level.objectness, level.score)
+        assert not level.ignored.any()
+        pairs = level.pairs[:, level.pairs[1] < level.row.numel()]
+        assert torch.equal(level.row.flatten()[pairs[1]], pairs[0])
+        assert len(pairs[0]) == int((level.row >= 0).sum())
+
+
+def test_the_picture():
+    leaves, rows, (classes, *_), _ = case(seed=3, reg_max=1)
+    found = fusedyolo.assign(YOLOv8Loss(classes, STRIDES, 1, backend="torch"), planes(*leaves), rows)
+    figure = fusedyolo.draw_assignment(torch.zeros(3, 64, 96), found, 1)
+    shown = [int((level.row[1] >= 0).sum()) for level in found.levels]
+    assert sum(shown) > 0
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"stride {stride}: {n} positive" for stride, n in zip(STRIDES, shown, strict=True)
+    ]
+
+
+# ---- bad input
+
+
+GOOD = {"boxes": torch.zeros(2, 64, 126), "scores": torch.zeros(2, 3, 126), "feats": feats(MAPS)}
+WRONG = {
+    r"^preds: 2 levels, want 3, one for each of strides": [torch.zeros(2, 67, 8, 12)] * 2,
+    r"^preds: a tensor of shape \(1,\), want a list of 3 maps, or a dict with 'boxes', 'scores'": torch.zeros(1),
+    r"^preds: a dict with \['boxes'\], want": {"boxes": torch.zeros(1)},
+    r"^preds\[0\]: shape \(2, 66, 8, 12\), want \(B, 67, H, W\)": [torch.zeros(2, 66, *hw) for hw in MAPS],
+    r"^preds\[1\]: a map of 8 x 12 cells, want 4 x 6 cells of 16 pixels": [torch.zeros(2, 67, 8, 12)] * 3,
+    r"^boxes: shape \(2, 4, 126\), want \(B, 64, 126\)": GOOD | {"boxes": torch.zeros(2, 4, 126)},
+    r"^scores: shape \(2, 3, 125\), want \(B, 3, 126\)": GOOD | {"scores": torch.zeros(2, 3, 125)},
+    r"^scores: batch size 1, want 2 as boxes": GOOD | {"scores": torch.zeros(1, 3, 126)},
+    r"^scores: dtype torch.float64, want torch.float32 as boxes": GOOD | {"scores": torch.zeros(2, 3, 126).double()},
+    r"^boxes: dtype torch.int64, want one of": GOOD | {"boxes": torch.zeros(2, 64, 126, dtype=torch.int64)},
+    r"^scores: None, want a tensor of shape \(B, 3, 126\)": GOOD | {"scores": None},
+    r"^feats: .*, want a list of 3 maps": GOOD | {"feats": feats(MAPS[:2])},
+    r"^feats\[1\]: a map of 3 x 6 cells, want 4 x 6 cells": GOOD | {"feats": feats([(8, 12), (3, 6), (2, 3)])},
+    r"^preds: planes without 'feats', want these": {name: GOOD[name] for name in ("boxes", "scores")},
+    r"^scores: 1 levels, want a list of 3 maps as boxes": {
+        "boxes": [torch.zeros(2, 64, *hw) for hw in MAPS], "scores": [torch.zeros(2, 3, 8, 12)]
+    },
+    r"^scores\[1\]: shape \(2, 4, 4, 6\), want \(B, 3, H, W\)": {
+        "boxes": [torch.zeros(2, 64, *hw) for hw in MAPS],
+        "scores": [torch.zeros(2, 3 + (hw == (4, 6)), *hw) for hw in MAPS],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_predictions_are_named(message):
+    with pytest.raises(ValueError, match=message):
+        YOLOv8Loss(3, STRIDES, backend="torch")(WRONG[message], torch.zeros(0, 6))
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (r"^strides: 8, want a sequence", {"strides": 8}),
+        (r"^strides\[1\]: 0, want a finite number > 0", {"strides": (8, 0)}),
+        (r"^num_classes: 0, want an integer >= 1", {"num_classes": 0}),
+        (r"^reg_max: 0, want", {"reg_max": 0}),
+        (r"^topk: 0, want", {"topk": 0}),
+        (r"^topk2: -1, want", {"topk2": -1}),
+        (r"^alpha: -1, want", {"alpha": -1}),
+        (r"^box: 'x', want", {"box": "x"}),
+        (r"^class_weights: 2 numbers, want 3, one a class", {"class_weights": [1.0, 2.0]}),
+        (r"^class_weights\[1\]: -2.0, want", {"class_weights": [1.0, -2.0, 1.0]}),
+        (r"^iou_loss: 'mse', want one of", {"iou_loss": "mse"}),
+        (r"^backend: 'cuda', want one of", {"backend": "cuda"}),
+    ],
+)
+def test_wrong_arguments_are_named(message, arguments):
+    with pytest.raises(ValueError, match=message):
+        YOLOv8Loss(**{"num_classes": 3, "strides": STRIDES, **arguments})
+
+
+def test_wrong_arguments_of_two_branches_are_named():
+    with pytest.raises(ValueError, match=r"^recipe: 'v10', want one of 'yolo26', 'yolov10'"):
+        E2ELoss(3, STRIDES, recipe="v10")
+    with pytest.raises(ValueError, match=r"^topk: 5, want none: the recipe says it"):
+        E2ELoss(3, STRIDES, topk=5)
+    criterion = E2ELoss(3, STRIDES, 16, backend="torch")
+    with pytest.raises(ValueError, match=r"^preds: a dict with \['one2many'\], want a dict with 'one2many', 'one2one'"):
+        criterion({"one2many": GOOD}, torch.zeros(0, 6))
+    with pytest.raises(ValueError, match=r"^preds: \[\], want a dict with 'one2many', 'one2one'"):
+        criterion([], torch.zeros(0, 6))
+    with pytest.raises(ValueError, match=r"^image_size: .*|^boxes: shape"):
+        criterion({"one2many": GOOD, "one2one": GOOD | {"boxes": torch.zeros(2, 4, 126)}}, torch.zeros(0, 6))
+
+
+def test_a_gpu_only_backend_says_that_it_is_not_there_yet(monkeypatch):
+    criterion = YOLOv8Loss(3, STRIDES, backend="triton")
+    with pytest.raises(ValueError, match=r"^backend: 'triton', want 'auto' or 'torch'"):
+        criterion(GOOD, torch.zeros(0, 6))
+    monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")
+    assert float(criterion(GOOD, torch.zeros(0, 6)).total) > 0
