@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..heads import PickHead
-from .overlap import Corners, area, chunks, iou
+from .overlap import Corners, area, iou
+from .pairs import chunks
 from .primitives import constants, pow_pos
 from .rows import read_rows
 from .terms import BOX_TERMS
