@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import ultralytics
@@ -36,8 +37,8 @@ def patch() -> None:
     Processes that Ultralytics starts for several GPUs know nothing of this call; train with :class:`Trainer` there.
 
     Raises:
-        ValueError: the installed Ultralytics computes something else than :class:`~fusedyolo.YOLOv8Loss`, which is found
-            by trying it; nothing is changed. Before 8.4.128 its assigner does.
+        ValueError: the installed Ultralytics computes something else than :class:`~fusedyolo.YOLOv8Loss`, as before
+            8.4.128; this is found by trying it. Nothing is changed.
     """
     if v8DetectionLoss.loss is _loss:
         return
@@ -138,7 +139,7 @@ def _of(loss: Any, backend: str = "auto") -> YOLOv8Loss:
         alpha=assigner.alpha,
         beta=assigner.beta,
         class_weights=None if weights is None else weights.flatten().tolist(),
-        small=getattr(assigner, "stride_val", None),
+        small=getattr(assigner, "stride_val", None),  # older ones have none
         backend=backend,
     )
 
@@ -154,6 +155,11 @@ OBJECTS = (
     (2, 0, 0.5, 0.4, 0.9, 0.5),
 )  # image, class, cx, cy, w, h
 
+SMALLER = {
+    0.0: "takes objects smaller than a cell as they are",
+    STRIDES[0]: "enlarges objects to its first stride, not to the second",
+}
+
 
 def _probe() -> None:
     """Ultralytics computes what we do, whatever its version says: two losses, of small predictions and few objects.
@@ -163,25 +169,22 @@ def _probe() -> None:
     """
     with shared.probing():
         for reg_max, topk, topk2 in ((16, 10, None), (1, 7, 1)):
+            preds, batch = _predictions(reg_max), _objects()
             try:
                 loss = v8DetectionLoss(_model(reg_max), tal_topk=topk, tal_topk2=topk2)
-                preds, batch = _predictions(reg_max), _objects()
-                found = loss.loss({name: list(each) if name == "feats" else each for name, each in preds.items()}, batch)
+                found = loss.loss(dict(preds), batch)
             except Exception as error:  # whatever other code does with what it does not know
                 _refuse(f"v8DetectionLoss stops at a call: {type(error).__name__}: {error}".splitlines()[0])
             total = found[0] if isinstance(found, tuple) and len(found) == 2 else None
             if not isinstance(total, Tensor) or total.shape != (3,) or not isinstance(found[1], dict):
                 _refuse("v8DetectionLoss.loss returns something else than three parts and a dictionary")
             criterion = _of(loss, "torch")
-            criterion.box, criterion.cls, criterion.dfl = vars(loss.hyp).values()
             why = _differs(found, criterion, loss.loss_names, preds, batch)
             if why:
-                for small, what in ((0.0, "takes no small objects for larger"), (STRIDES[0], "has its first stride for")):
-                    other = YOLOv8Loss(
-                        CLASSES, STRIDES, reg_max, *criterion.gains(), topk=topk, topk2=topk2, small=small, backend="torch"
-                    )
-                    if not _differs(found, other, loss.loss_names, preds, batch):
-                        _refuse(f"its assigner {what}{' the smallest side of an object' if small else ''}")
+                for small, what in SMALLER.items():
+                    criterion.head = dataclasses.replace(criterion.head, small=small)
+                    if not _differs(found, criterion, loss.loss_names, preds, batch):
+                        _refuse(f"its assigner {what}")
                 _refuse(f"v8DetectionLoss with reg_max {reg_max} computes something else: {why}")
 
 
@@ -202,7 +205,7 @@ def _model(reg_max: int) -> Any:
     """What ``v8DetectionLoss`` looks at of a model."""
     head = SimpleNamespace(stride=torch.tensor(STRIDES), nc=CLASSES, reg_max=reg_max, no=CLASSES + 4 * reg_max)
     return SimpleNamespace(
-        args=SimpleNamespace(box=7.5, cls=0.5, dfl=1.5),
+        args=SimpleNamespace(box=7.5, cls=0.5, dfl=1.5),  # as we have them
         model=[head],
         class_weights=torch.tensor((1.0, 0.5, 2.0)),
         parameters=lambda: iter([torch.zeros(1)]),
@@ -224,5 +227,5 @@ def _objects() -> dict[str, Tensor]:
     return {"batch_idx": rows[:, 0], "cls": rows[:, 1:2], "bboxes": rows[:, 2:]}
 
 
-def _refuse(got: str) -> None:
+def _refuse(got: str) -> NoReturn:
     shared.refuse("ultralytics", ultralytics.__version__, got, WANT)
