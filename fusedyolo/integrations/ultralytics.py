@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -148,17 +147,11 @@ def _of(loss: Any, backend: str = "auto") -> YOLOv8Loss:
 
 CLASSES, STRIDES, SIDE = 3, (8.0, 16.0, 32.0), 64
 WANT = "the loss of Ultralytics 8.4.128 or later"
-OBJECTS = (
-    (0, 1, 0.45, 0.5, 0.6, 0.7),
-    (0, 2, 0.3, 0.7, 0.1, 0.15),  # 6 pixels wide
-    (0, 0, 0.71, 0.29, 0.17, 0.3),  # 11 pixels wide
-    (2, 0, 0.5, 0.4, 0.9, 0.5),
-)  # image, class, cx, cy, w, h
-
-SMALLER = {
-    0.0: "takes objects smaller than a cell as they are",
-    STRIDES[0]: "enlarges objects to its first stride, not to the second",
-}
+LARGE = (0, 1, 0.45, 0.5, 0.6, 0.7), (2, 0, 0.5, 0.4, 0.9, 0.5)  # image, class, cx, cy, w, h
+SMALL = (
+    (2, 2, 23 / 64, 47 / 64, 5 / 64, 5 / 64),  # holds the middle of a cell only if it counts for 8 pixels or more
+    (2, 0, 38 / 64, 18 / 64, 11 / 64, 11 / 64),  # of more than one only if for 16
+)
 
 
 def _probe() -> None:
@@ -169,23 +162,21 @@ def _probe() -> None:
     """
     with shared.probing():
         for reg_max, topk, topk2 in ((16, 10, None), (1, 7, 1)):
-            preds, batch = _predictions(reg_max), _objects()
+            preds = _predictions(reg_max)
             try:
                 loss = v8DetectionLoss(_model(reg_max), tal_topk=topk, tal_topk2=topk2)
-                found = loss.loss(dict(preds), batch)
+                found, of_large = (loss.loss(dict(preds), _batch(rows)) for rows in (LARGE + SMALL, LARGE))
             except Exception as error:  # whatever other code does with what it does not know
                 _refuse(f"v8DetectionLoss stops at a call: {type(error).__name__}: {error}".splitlines()[0])
             total = found[0] if isinstance(found, tuple) and len(found) == 2 else None
             if not isinstance(total, Tensor) or total.shape != (3,) or not isinstance(found[1], dict):
                 _refuse("v8DetectionLoss.loss returns something else than three parts and a dictionary")
             criterion = _of(loss, "torch")
-            why = _differs(found, criterion, loss.loss_names, preds, batch)
+            why = _differs(of_large, criterion, loss.loss_names, preds, _batch(LARGE))
             if why:
-                for small, what in SMALLER.items():
-                    criterion.head = dataclasses.replace(criterion.head, small=small)
-                    if not _differs(found, criterion, loss.loss_names, preds, batch):
-                        _refuse(f"its assigner {what}")
                 _refuse(f"v8DetectionLoss with reg_max {reg_max} computes something else: {why}")
+            if _differs(found, criterion, loss.loss_names, preds, _batch(LARGE + SMALL)):
+                _refuse("its assigner does otherwise with objects smaller than its second stride")
 
 
 def _differs(found: Any, criterion: YOLOv8Loss, names: Any, preds: Any, batch: Any) -> str:
@@ -213,17 +204,19 @@ def _model(reg_max: int) -> Any:
 
 
 def _predictions(reg_max: int) -> dict[str, Any]:
-    """Of three images of :data:`SIDE` pixels, boxes such that all objects find some."""
+    """Of three images of :data:`SIDE` pixels; boxes of a cell or two, so that every object finds some."""
     maps = [(SIDE // int(stride),) * 2 for stride in STRIDES]
     cells = sum(height * width for height, width in maps)
-    boxes = 0.5 + 2.5 * torch.rand(3, 4, cells) if reg_max == 1 else torch.randn(3, 4 * reg_max, cells)
+    boxes = 0.3 + torch.rand(3, 4, cells)
+    if reg_max > 1:
+        boxes = (torch.randn(3, 4, reg_max, cells) - torch.arange(reg_max)[:, None]).flatten(1, 2)
     scores = torch.randn(3, CLASSES, cells)
     feats = [torch.zeros(3, 1, *each) for each in maps]
     return {"boxes": boxes.requires_grad_(), "scores": scores.requires_grad_(), "feats": feats}
 
 
-def _objects() -> dict[str, Tensor]:
-    rows = torch.tensor(OBJECTS)
+def _batch(objects: tuple[tuple[float, ...], ...]) -> dict[str, Tensor]:
+    rows = torch.tensor(objects)
     return {"batch_idx": rows[:, 0], "cls": rows[:, 1:2], "bboxes": rows[:, 2:]}
 
 

@@ -220,3 +220,299 @@ def test_sizes_and_classes_may_change_between_calls(strict):
     found = loss(preds, batch)[0]
     unpatch()
     torch.testing.assert_close(found, loss(preds, batch)[0], rtol=1e-4, atol=1e-5)
+
+
+# ---- what may differ in a call
+
+
+def test_mixed_types_as_text_heads_have_them_under_autocast(patched):
+    model, preds, batch = case(0)
+    boxes = preds["boxes"].detach().bfloat16().requires_grad_()
+    mixed = preds | {"boxes": boxes}
+    found = v8(model)(mixed, batch)[0]
+    found.sum().backward()
+    torch.testing.assert_close(found, v8(model)(preds | {"boxes": boxes.float()}, batch)[0])
+    assert boxes.grad.dtype == torch.bfloat16
+    assert boxes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_predictions(dtype, patched):
+    """As autocast makes them; Ultralytics computes distances in half precision."""
+    model, preds, batch = case(0)
+    for name in ("boxes", "scores"):
+        preds[name] = preds[name].detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, items = v8(model)(preds, batch)
+    assert found.dtype == torch.float32
+    (found.sum() * 2**10).backward()
+    assert all(preds[name].grad.isfinite().all() for name in ("boxes", "scores"))
+    wide = {name: value.float() if name != "feats" else value for name, value in preds.items()}
+    torch.testing.assert_close(found, v8(model)(wide, batch)[0])
+    unpatch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(found, v8(model)(preds, batch)[0], rtol=5e-2, atol=1e-2)
+
+
+def test_predictions_of_validation(strict):
+    """With an inference output before them, in inference mode; what is first made there can be trained with."""
+    model, preds, batch = case(0)
+    both(lambda: v8(model), preds, batch, RTOL)
+    patch()
+    loss = v8(model)
+    with torch.inference_mode():
+        found, items = loss((torch.zeros(()), preds), batch)
+    assert not found.requires_grad
+    trained, _ = loss(preds, batch)
+    assert torch.equal(found, trained)
+    trained.sum().backward()
+    assert list(items) == ["box_loss", "cls_loss", "dfl_loss"]
+
+
+def test_compiled(patched):
+    model, preds, batch = case(0)
+    loss = v8(model)
+    expected = loss(preds, batch)[0]
+    found = torch.compile(loss.loss, backend="eager")(preds, batch)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_disabled(patched, monkeypatch):
+    """By the environment: the reference in place of kernels."""
+    model, preds, batch = case(0)
+    loss = v8(model)
+    expected = loss(preds, batch)[0]
+    monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")
+    torch.testing.assert_close(loss(preds, batch)[0], expected)
+
+
+# ---- who keeps their own loss
+
+
+KEPT = ("yolov8n-seg.yaml", "yolov8n-pose.yaml", "yolov8n-obb.yaml", "yolo26n-obb.yaml")
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_losses_of_other_tasks_stay_as_they_are(name):
+    """The same bits, and our criterion is never asked for."""
+    torch.manual_seed(0)
+    model = YOLO(name, verbose=False).model
+    model.args = SimpleNamespace(**trainer.get_cfg().__dict__)
+    batch = images(2, 64) | {"masks": torch.randint(0, 2, (2, 16, 16)).float()}
+    batch["keypoints"] = torch.rand(len(batch["cls"]), 17, 3)
+    batch["cls"] = torch.zeros_like(batch["cls"])
+    if "obb" in name:
+        batch["bboxes"] = torch.cat((batch["bboxes"], torch.zeros(len(batch["cls"]), 1)), 1)
+    model.train()
+    state = copy.deepcopy(model.state_dict())
+    expected = model.loss(batch)
+    patch()
+    model.load_state_dict(state)
+    model.criterion = None
+    found = model.loss(batch)
+    assert torch.equal(found[0], expected[0])
+    assert not integration._criteria.kept
+
+
+def foreign():
+    """Changes to a loss that is v8DetectionLoss, and what is said of them."""
+
+    class Assigner(tal.TaskAlignedAssigner):
+        pass
+
+    class Box(losses.BboxLoss):
+        pass
+
+    def swap(name, make):
+        return lambda loss: setattr(loss, name, make(loss))
+
+    def cut(loss):
+        loss.assigner.forward = loss.assigner.forward
+
+    return {
+        "assigner": (swap("assigner", lambda loss: Assigner(10, loss.nc, 0.5, stride=[8, 16, 32])), "assigner: a Assig"),
+        "box": (swap("bbox_loss", lambda loss: Box(loss.reg_max)), "bbox_loss: a Box"),
+        "bce": (swap("bce", lambda loss: nn.MultiLabelSoftMarginLoss(reduction="none")), "bce: a MultiLabel"),
+        "weights": (swap("bce", lambda loss: nn.BCEWithLogitsLoss(torch.ones(3) / 2, reduction="none")), "with weights"),
+        "hook": (lambda loss: loss.bbox_loss.register_forward_hook(lambda *args: None), "bbox_loss: with hooks"),
+        "forward": (cut, "assigner.forward: one of its own"),
+        "decode": (swap("bbox_decode", lambda loss: loss.bbox_decode), "bbox_decode: one of its own"),
+        "eps": (lambda loss: setattr(loss.assigner, "eps", 1e-6), "assigner.eps"),
+    }
+
+
+@pytest.mark.parametrize("name", foreign())
+def test_a_loss_with_foreign_parts_keeps_its_own(name, patched):
+    change, why = foreign()[name]
+    model, preds, batch = case(0)
+    plain = v8(model)(preds, batch)
+    loss = v8(model)
+    change(loss)
+    if name == "bce":
+        loss.bce.forward = lambda x, t: nn.functional.binary_cross_entropy_with_logits(x, t, reduction="none")
+    with pytest.warns(UserWarning, match=why):
+        found = loss(preds, batch)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once
+        loss(preds, batch)
+    unpatch()
+    assert torch.equal(loss(preds, batch)[0], found)
+    assert plain[0].shape == found.shape
+
+
+def test_derived_classes_keep_theirs(patched):
+    class Derived(v8):
+        pass
+
+    model, preds, batch = case(0)
+    found = Derived(model)(preds, batch)[0]
+    unpatch()
+    assert torch.equal(v8(model)(preds, batch)[0], found)
+    assert not integration._criteria.kept
+
+
+# ---- refusal, and the way back
+
+
+def test_unpatch_leaves_the_package_as_it_was():
+    modules = losses, tasks, tal, trainer
+    before = snapshot(*modules)
+    unpatch()  # nothing to do
+    patch()
+    patch()
+    after = snapshot(*modules)
+    changed = {key for key, value in after.items() if before[key] != value}
+    assert {key[1:] for key in changed} == {("v8DetectionLoss", "loss")}
+    unpatch()
+    assert snapshot(*modules) == before
+
+
+def test_what_another_has_put_there_since_is_left_alone(monkeypatch):
+    patch()
+    own = v8.loss
+    monkeypatch.setattr(v8, "loss", lambda self, preds, batch: own(self, preds, batch))
+    other, (model, preds, batch) = v8.loss, case(0)
+    unpatch()
+    assert v8.loss is other
+    assert v8(model)(preds, batch)[0].shape == (3,)
+    monkeypatch.undo()
+    unpatch()
+
+
+def as_before_128(monkeypatch):
+    """A side below the first stride counts for the second one."""
+
+    def inside(self, middle, boxes, mask, eps=1e-9):
+        centre, side = (boxes[..., 2:] + boxes[..., :2]) / 2, boxes[..., 2:] - boxes[..., :2]
+        half = torch.where(side < self.stride[0], self.stride[1], side)[..., None, :] / 2
+        return (((middle - centre[..., None, :]).abs() - half).amax(-1) < -eps) & mask.bool()
+
+    monkeypatch.setattr(tal.TaskAlignedAssigner, "select_candidates_in_gts", inside)
+
+
+def no_enlarging(monkeypatch):
+    def inside(self, middle, boxes, mask, eps=1e-9):
+        low, high = boxes[..., None, :2], boxes[..., None, 2:]
+        return (torch.cat((middle - low, high - middle), -1).amin(-1) > eps) & mask.bool()
+
+    monkeypatch.setattr(tal.TaskAlignedAssigner, "select_candidates_in_gts", inside)
+
+
+def other_iou(monkeypatch):
+    original = losses.bbox_iou
+    monkeypatch.setattr(losses, "bbox_iou", lambda *args, CIoU, **options: original(*args, GIoU=CIoU, **options))
+
+
+def a_sum(monkeypatch):
+    original = v8.loss
+    monkeypatch.setattr(v8, "loss", lambda self, *args: (original(self, *args)[0].sum(), original(self, *args)[1]))
+
+
+def maps_wanted(monkeypatch):
+    monkeypatch.setattr(v8, "loss", lambda self, preds, batch: preds[0].shape)
+
+
+def other_gradient(monkeypatch):
+    original = v8.loss
+    monkeypatch.setattr(
+        v8, "loss", lambda self, *args: (lambda t, i: (t.detach() + (t - t.detach()) * 1.1, i))(*original(self, *args))
+    )
+
+
+REFUSED = {
+    as_before_128: "its assigner does otherwise with objects smaller than its second stride",
+    no_enlarging: "its assigner does otherwise with objects smaller than its second stride",
+    other_iou: "computes something else: number",
+    other_gradient: "computes something else: number 4",
+    a_sum: "returns something else than three parts and a dictionary",
+    maps_wanted: "stops at a call: KeyError",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
+def test_what_computes_something_else_is_refused(change, monkeypatch):
+    change(monkeypatch)
+    before = v8.loss
+    with pytest.raises(ValueError, match=rf"^ultralytics [\d.]+: .*{REFUSED[change]}.*, want the loss of Ultralytics"):
+        patch()
+    assert v8.loss is before
+
+
+def test_patching_leaves_random_numbers_and_modes_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        patch()
+    assert torch.equal(torch.rand(2), expected)
+
+
+# ---- whole models
+
+
+def images(count, side, seed=0):
+    """A batch of pictures of coloured boxes on noise, and their rows."""
+    gen = torch.Generator().manual_seed(seed)
+    rows = objects("plain", seed, count, 3)
+    pictures = 0.3 * torch.rand(count, 3, side, side, generator=gen)
+    for image, label, cx, cy, w, h in rows.tolist():
+        x1, x2, y1, y2 = (int(side * each) for each in (cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2))
+        pictures[int(image), int(label), y1 : y2 + 1, x1 : x2 + 1] += 0.6
+    return {"img": pictures, **batch_of(rows)}
+
+
+def built(name):
+    torch.manual_seed(0)
+    model = YOLO(name, verbose=False).model
+    model.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5, epochs=3)
+    return model.train()
+
+
+def curve(model, batches):
+    """Losses of steps of SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    found = []
+    for i, batch in enumerate(batches):
+        total, items = model.loss(batch)
+        optimizer.zero_grad()
+        total.sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        found.append(torch.stack((*total.detach(), *items.values())))
+        if i % 7 == 6 and hasattr(model.criterion, "update"):
+            model.criterion.update()
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo26n.yaml"])
+def test_twenty_steps_have_the_same_curve(name):
+    batches = [images(2, 160, seed % 2) for seed in range(20)]
+    model = built(name)
+    same = copy.deepcopy(model)
+    expected = curve(model, batches)
+    patch()
+    found = curve(same, batches)
+    assert expected[-2:, 1].sum() < 0.8 * expected[:2, 1].sum()
+    print(((found - expected).abs() / expected.abs().clamp(min=1e-3)).amax(1))
+    torch.testing.assert_close(found[:1], expected[:1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
