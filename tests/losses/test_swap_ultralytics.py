@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import io
+import json
+import math
 import warnings
 from importlib import import_module
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 import peers
 import pytest
 import torch
-from swaps import MODES, assert_near, middles, objects, run, run_without_us, slopes, snapshot
+from PIL import Image
+from swaps import MODES, TORCHVISION, assert_near, middles, objects, run_without_us, slopes, snapshot
 from torch import nn
 
 import fusedyolo
@@ -330,10 +332,16 @@ def foreign():
         loss.assigner.forward = loss.assigner.forward
 
     return {
-        "assigner": (swap("assigner", lambda loss: Assigner(10, loss.nc, 0.5, stride=[8, 16, 32])), "assigner: a Assig"),
+        "assigner": (
+            swap("assigner", lambda loss: Assigner(10, loss.nc, 0.5, stride=[8, 16, 32])),
+            "assigner: a Assig",
+        ),
         "box": (swap("bbox_loss", lambda loss: Box(loss.reg_max)), "bbox_loss: a Box"),
         "bce": (swap("bce", lambda loss: nn.MultiLabelSoftMarginLoss(reduction="none")), "bce: a MultiLabel"),
-        "weights": (swap("bce", lambda loss: nn.BCEWithLogitsLoss(torch.ones(3) / 2, reduction="none")), "with weights"),
+        "weights": (
+            swap("bce", lambda loss: nn.BCEWithLogitsLoss(torch.ones(3) / 2, reduction="none")),
+            "with weights",
+        ),
         "hook": (lambda loss: loss.bbox_loss.register_forward_hook(lambda *args: None), "bbox_loss: with hooks"),
         "forward": (cut, "assigner.forward: one of its own"),
         "decode": (swap("bbox_decode", lambda loss: loss.bbox_decode), "bbox_decode: one of its own"),
@@ -516,3 +524,140 @@ def test_twenty_steps_have_the_same_curve(name, wide):
     assert expected[-2:, :3].sum() < 0.9 * expected[:2, :3].sum()
     torch.testing.assert_close(found[:1], expected[:1], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Of a training of one epoch on eight generated images."""
+    for part, seed in (("train", 0), ("val", 1)):
+        folder = tmp_path / "data" / "images" / part
+        folder.mkdir(parents=True)
+        (tmp_path / "data" / "labels" / part).mkdir(parents=True)
+        batch = images(8, 160, seed)
+        for i, picture in enumerate(batch["img"]):
+            pixels = (255 * picture.clamp(max=1)).byte().permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+            own = batch["batch_idx"] == i
+            rows = torch.cat((batch["cls"][own], batch["bboxes"][own]), 1).tolist()
+            lines = (" ".join([str(int(row[0])), *(f"{value:.6f}" for value in row[1:])]) for row in rows)
+            (tmp_path / "data" / "labels" / part / f"{i}.txt").write_text("\n".join(lines))
+    data = tmp_path / "data.yaml"
+    data.write_text(f"path: {tmp_path / 'data'}\ntrain: images/train\nval: images/val\nnames: [red, green, blue]\n")
+    return {
+        **{"data": str(data), "epochs": 1, "imgsz": 160, "batch": 4, "nbs": 4, "workers": 0, "device": "cpu"},
+        **{"amp": False, "plots": False, "warmup_epochs": 0, "mosaic": 0, "optimizer": "SGD", "pretrained": False},
+        **{"project": str(tmp_path / "runs"), "name": "run", "exist_ok": True, "verbose": False, "cache": False},
+    }
+
+
+LOADING = """
+import os, torch
+from ultralytics import YOLO
+model = YOLO(os.environ["MODEL"]).model
+print("sum", model.float().eval()(torch.zeros(1, 3, 64, 64))[0].double().sum().item())
+"""
+
+
+def test_a_training_and_its_checkpoint_without_us(settings, tmp_path):
+    """Through ``YOLO.train`` with its validation; by our trainer and by its own after a patch, to the same end."""
+    found, calls = [], []
+    for name, ours in (("theirs", None), ("patched", patch), ("trainer", integration.Trainer)):
+        if name == "patched":
+            ours()
+        seen = []
+        model = YOLO("yolo26n.yaml", verbose=False)
+        model.add_callback("on_train_batch_end", lambda trainer, seen=seen: seen.append(v8.loss is integration._loss))
+        model.train(**settings | {"name": name}, **({"trainer": ours} if name == "trainer" else {}))
+        calls.append(seen)
+        found.append([row.split(",") for row in (tmp_path / "runs" / name / "results.csv").read_text().splitlines()])
+        unpatch()
+    assert calls == [[False] * 2, [True] * 2, [True] * 2]
+    assert found[0][0] == found[1][0] == found[2][0]
+    numbers = [
+        {key.strip(): float(value) for key, value in zip(head, row, strict=True) if key.strip() != "time"}
+        for head, row in found
+    ]
+    assert numbers[1] == numbers[2]
+    for key, value in numbers[0].items():
+        if "loss" in key:
+            assert numbers[1][key] == pytest.approx(value, rel=1e-2), key
+    path = tmp_path / "runs" / "trainer" / "weights" / "best.pt"
+    assert b"fusedyolo" not in path.read_bytes()
+    expected = YOLO(path).model.float().eval()(torch.zeros(1, 3, 64, 64))[0].double().sum().item()
+    for safe in ("0", "1"):
+        printed = run_without_us(LOADING, MODEL=str(path), ULTRALYTICS_SAFE_LOAD=safe)
+        assert float(printed.split()[-1]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_whole_model_loads_without_us(patched, tmp_path):
+    model = built("yolov8n.yaml")
+    model.loss(images(2, 64))[0].sum().backward()
+    assert isinstance(model.criterion, v8)
+    assert copy.deepcopy(model).loss(images(2, 64))[0].isfinite().all()
+    path = tmp_path / "model.pt"
+    torch.save(model, path)
+    assert b"fusedyolo" not in path.read_bytes()
+    code = """
+import os, torch
+model = torch.load(os.environ["MODEL"], weights_only=False)
+print(type(model.criterion).__name__, model.eval()(torch.zeros(1, 3, 64, 64))[0].shape)
+"""
+    assert "v8DetectionLoss torch.Size([1, 84, 84])" in run_without_us(code, MODEL=str(path))
+
+
+WORKER = """
+import os
+if "RANK" in os.environ:
+    {torchvision}
+    import json
+    import torch.distributed as dist
+    from torch import nn
+    from ultralytics.engine.trainer import BaseTrainer
+    from ultralytics.utils.loss import v8DetectionLoss
+
+    class OnCPU(nn.parallel.DistributedDataParallel):
+        def __init__(self, module, device_ids=None, **options):
+            super().__init__(module, **options)
+
+    make, train = BaseTrainer.__init__, BaseTrainer._do_train
+
+    def made(self, *args, **options):
+        make(self, *args, **options)
+        self.world_size, self.ddp = 2, False
+
+    def trained(self):
+        before = v8DetectionLoss.loss.__module__
+        train(self)
+        total = sum(parameter.double().sum().item() for parameter in self.model.parameters())
+        with open(os.path.join({out!r}, os.environ["RANK"]), "w") as file:
+            json.dump([before, type(self.model).__name__, total, self.loss.item()], file)
+
+    def joined(self):
+        self.device = torch.device("cpu")
+        dist.init_process_group("gloo")
+
+    BaseTrainer.__init__, BaseTrainer._do_train, BaseTrainer._setup_ddp = made, trained, joined
+    nn.parallel.DistributedDataParallel = OnCPU
+"""
+
+
+def test_processes_of_a_distributed_training_are_patched(settings, tmp_path, monkeypatch):
+    """Two of them, on a CPU by gloo, started by Ultralytics itself from a process in which nothing is patched."""
+    pytest.importorskip("cloudpickle")
+    out = tmp_path / "out"
+    out.mkdir()
+    shim = TORCHVISION.strip().replace("\n", "\n    ")
+    (out / "sitecustomize.py").write_text(WORKER.format(torchvision=shim, out=str(out)))
+    monkeypatch.setenv("PYTHONPATH", str(out))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    trainer = integration.Trainer(overrides=settings | {"model": "yolo26n.yaml"})
+    trainer.world_size, trainer.ddp = 2, True
+    trainer.train()
+    assert v8.loss is not integration._loss
+    found = [json.loads((out / rank).read_text()) for rank in "01"]
+    for module, model, total, loss in found:
+        assert module == "fusedyolo.integrations.ultralytics"
+        assert model == "OnCPU"
+        assert math.isfinite(loss)
+        assert total == pytest.approx(found[0][2], rel=1e-12)
+    assert found[0][3] != found[1][3]  # each has images of its own

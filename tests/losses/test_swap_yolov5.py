@@ -45,9 +45,7 @@ def detector(classes=3, levels=3, **hyp):
     """What a loss looks at of a model."""
     anchors = torch.tensor(ANCHORS[:levels], dtype=torch.float64) / torch.tensor(STRIDES[:levels])[:, None, None]
     stride = torch.tensor([float(each) for each in STRIDES[:levels]])
-    head = SimpleNamespace(
-        nl=levels, na=2, nc=classes, stride=stride, anchors=anchors.to(torch.get_default_dtype())
-    )
+    head = SimpleNamespace(nl=levels, na=2, nc=classes, stride=stride, anchors=anchors.to(torch.get_default_dtype()))
     return SimpleNamespace(hyp=HYP | hyp, model=[head], parameters=lambda: iter([torch.zeros(1)]))
 
 
@@ -62,7 +60,11 @@ def case(seed):
     shapes = [(3, 2, height // s, width // s, 5 + classes) for s in STRIDES[:levels]]
     preds = [torch.randn(shape, generator=gen, dtype=torch.float32) for shape in shapes]
     dtype = torch.get_default_dtype()
-    return detector(classes, levels, **hyp[seed % 4]), [each.to(dtype).requires_grad_() for each in preds], rows.to(dtype)
+    return (
+        detector(classes, levels, **hyp[seed % 4]),
+        [each.to(dtype).requires_grad_() for each in preds],
+        rows.to(dtype),
+    )
 
 
 def check(seed, rtol):
