@@ -11,7 +11,7 @@ from importlib import import_module
 import peers
 import pytest
 import torch
-from swaps import MODES, assert_near, objects, run_without_us, slopes, snapshot
+from swaps import MODES, objects, run_without_us, slopes, snapshot
 from torch import nn
 
 models = peers.module("yolox.models")
@@ -120,9 +120,8 @@ def test_predictions_stay_as_they_are():
     assert torch.equal(head(features), expected)
 
 
-def test_half_labels_and_predictions(wide):
+def test_half_labels_and_predictions():
     """As its trainer makes labels with fp16."""
-    torch.set_default_dtype(torch.float32)
     patch()
     head, features, labels = case(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
