@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -57,7 +57,7 @@ def plain(name: str, part: Any, kind: type) -> None:
         checks.fail(name, "with hooks", "none, for it is not called")
 
 
-def mean_bce(name: str, part: Any, reduction: str, pos_weight: bool = False) -> None:
+def bce(name: str, part: Any, reduction: str, pos_weight: bool = False) -> None:
     """``BCEWithLogitsLoss`` as it comes, but for the reduction and, if allowed, ``pos_weight``.
 
     Raises:
@@ -70,16 +70,18 @@ def mean_bce(name: str, part: Any, reduction: str, pos_weight: bool = False) -> 
         checks.fail(name, "with weights", "none")
 
 
-def probing() -> ExitStack:
+@contextmanager
+def probing() -> Iterator[None]:
     """Meanwhile gradients, whatever the caller's modes are; what is drawn is drawn from a seed and leaves no trace."""
-    stack = ExitStack()
-    stack.enter_context(torch.random.fork_rng(devices=[]))
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
-    stack.enter_context(torch.autocast("cpu", enabled=False))
-    stack.enter_context(torch.device("cpu"))
-    torch.random.default_generator.manual_seed(0)
-    return stack
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        torch.random.default_generator.manual_seed(0)  # and no other device's
+        yield
 
 
 def apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:

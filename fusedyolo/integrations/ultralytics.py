@@ -117,7 +117,7 @@ def _of(loss: Any, backend: str = "auto") -> YOLOv8Loss:
     shared.plain("loss", loss, v8DetectionLoss)
     shared.plain("loss.assigner", assigner, TaskAlignedAssigner)
     shared.plain("loss.bbox_loss", box, BboxLoss)
-    shared.mean_bce("loss.bce", loss.bce, "none")
+    shared.bce("loss.bce", loss.bce, "none")
     if loss.reg_max > 1:
         shared.plain("loss.bbox_loss.dfl_loss", box.dfl_loss, DFLoss)
         if box.dfl_loss.reg_max != loss.reg_max:

@@ -115,7 +115,7 @@ def _bce(name: str, part: Any) -> tuple[float, float]:
             checks.fail(name, f"with alpha {part.alpha} and reduction {part.reduction!r}", "0.25 and 'mean'")
         shared.plain(name, part, sys.modules[type(part).__module__].FocalLoss)
         name, part, gamma, reduction = f"{name}.loss_fcn", part.loss_fcn, part.gamma, "none"
-    shared.mean_bce(name, part, reduction, pos_weight=True)
+    shared.bce(name, part, reduction, pos_weight=True)
     return 1.0 if part.pos_weight is None else part.pos_weight.item(), gamma
 
 

@@ -100,7 +100,7 @@ def _of(head: Any, backend: str = "auto") -> YOLOXLoss:
     """
     shared.plain("head", head, YOLOXHead)
     shared.plain("head.iou_loss", head.iou_loss, IOUloss)
-    shared.mean_bce("head.bcewithlog_loss", head.bcewithlog_loss, "none")
+    shared.bce("head.bcewithlog_loss", head.bcewithlog_loss, "none")
     shared.plain("head.l1_loss", head.l1_loss, nn.L1Loss)
     for name, part, field, want in (
         ("iou_loss", head.iou_loss, "loss_type", "iou"),
