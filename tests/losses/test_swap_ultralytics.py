@@ -498,7 +498,7 @@ def built(name):
 
 def curve(model, batches):
     """Losses of steps of SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=2e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     found = []
     for i, batch in enumerate(batches):
         total, items = model.loss(batch)
@@ -513,15 +513,15 @@ def curve(model, batches):
 
 
 @pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo26n.yaml"])
-def test_twenty_steps_have_the_same_curve(name, wide):
-    """In float64: in float32 rounding alone takes two runs of a network apart after ten steps."""
+def test_twenty_steps_have_the_same_curve(name, wide, strict):
+    """In float64: in float32 rounding alone takes two runs of a network apart after ten steps. So do picks of metric 0."""
     batches = [{key: value.double() for key, value in images(2, 160, seed % 2).items()} for seed in range(20)]
     model = built(name).double()
     same = copy.deepcopy(model)
     expected = curve(model, batches)
     patch()
     found = curve(same, batches)
-    assert expected[-2:, :3].sum() < expected[:2, :3].sum()
+    assert expected[-1, 1] < 0.95 * expected[1, 1]  # of the same images
     torch.testing.assert_close(found[:1], expected[:1], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
