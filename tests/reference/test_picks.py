@@ -13,7 +13,7 @@ import fusedyolo
 from fusedyolo import YOLOv8Loss, YOLOXLoss, reference
 from fusedyolo.drivers.picks import planes, views
 from fusedyolo.heads import PickHead, pick_head_from_key
-from fusedyolo.reference import overlap, picks, points
+from fusedyolo.reference import pairs, picks, points
 
 MAPS, STRIDES = ((8, 12), (4, 6), (2, 3)), (8, 16, 32)
 NONE = picks.NONE
@@ -122,8 +122,8 @@ def test_chunks_of_rows_change_nothing(kind, monkeypatch):
 
     want, row = criterion(preds, rows).total, found()
     assert 0 <= row.max() < 60
-    for pairs in (1, 126 * 7):
-        monkeypatch.setattr(overlap, "PAIRS_CHUNK", pairs)
+    for most in (1, 126 * 7):
+        monkeypatch.setattr(pairs, "PAIRS_CHUNK", most)
         assert torch.equal(criterion(preds, rows).total, want)
         assert torch.equal(found(), row)
     by_image = rows[rows[:, 0].argsort(stable=True)]
@@ -172,7 +172,7 @@ def test_memory_does_not_grow_with_pairs(kind, monkeypatch):
     maps = ((40, 40), (20, 20), (10, 10))
     rows = loops.some_rows(1, 1, 5000, 3, 0.01, 0.1)
     preds = [pred.float() for pred in _predictions(kind, rows, images=1, maps=maps)]
-    monkeypatch.setattr(overlap, "PAIRS_CHUNK", 1 << 16)
+    monkeypatch.setattr(pairs, "PAIRS_CHUNK", 1 << 16)
     with _Largest() as largest:
         out = _criterion(kind)(preds, rows)
     assert largest.found < 5000 * 2100 // 10

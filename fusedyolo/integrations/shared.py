@@ -1,0 +1,104 @@
+"""What the swaps of a method of another library's class share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+
+CLOSE = 1e-3  # how closely a probe must agree, of the largest number; another formula is off by much more
+
+Loss = TypeVar("Loss")
+
+
+class Criteria(Generic[Loss]):
+    """Losses by the object of another library that they stand in for.
+
+    They are kept here and not in the object, so that it is saved and copied as if nothing had happened, and go with it.
+    """
+
+    def __init__(self) -> None:
+        self.kept: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Loss | None]] = WeakKeyDictionary()
+
+    def find(self, owner: Any, settings: tuple[Any, ...], make: Callable[[], Loss]) -> Loss | None:
+        """What ``make`` returned, or None where it raised a ``ValueError``, which is told; anew for other settings."""
+        had = self.kept.get(owner)
+        if had is None or had[0] != settings:
+            try:
+                with torch.inference_mode(False):  # whose tensors no later training step could use
+                    had = settings, make()
+            except ValueError as error:
+                warnings.warn(f"a {type(owner).__name__} keeps its own loss. {error}", stacklevel=4)
+                had = settings, None
+            self.kept[owner] = had
+        return had[1]
+
+
+def plain(name: str, part: Any, kind: type) -> None:
+    """A module of this very class, with nothing put over a method of it and nothing hooked to it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if type(part) is not kind:
+        checks.fail(name, f"a {type(part).__name__}", f"a {kind.__name__}, and no class derived from it")
+    over = [key for key in vars(part) if callable(getattr(kind, key, None))]
+    if over:
+        checks.fail(f"{name}.{over[0]}", "one of its own", f"that of {kind.__name__}")
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    if any(getattr(part, hook, None) for hook in hooks):
+        checks.fail(name, "with hooks", "none, for it is not called")
+
+
+def bce(name: str, part: Any, reduction: str, pos_weight: bool = False) -> None:
+    """``BCEWithLogitsLoss`` as it comes, but for the reduction and, if allowed, ``pos_weight``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    plain(name, part, nn.BCEWithLogitsLoss)
+    if part.reduction != reduction:
+        checks.fail(f"{name}.reduction", repr(part.reduction), repr(reduction))
+    if part.weight is not None or (part.pos_weight is not None and not pos_weight):
+        checks.fail(name, "with weights", "none")
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """Meanwhile gradients, whatever the caller's modes are; what is drawn is drawn from a seed and leaves no trace."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        torch.random.default_generator.manual_seed(0)  # and no other device's
+        yield
+
+
+def apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
+    """How two lists of tensors differ, in a few words; empty if they agree within :data:`CLOSE`."""
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if a.shape != b.shape:
+            return f"number {i} has shape {tuple(a.shape)}, ours {tuple(b.shape)}"
+        error, largest = (a - b).abs().max().item(), b.abs().max().item()
+        if not error <= CLOSE * max(largest, CLOSE):
+            return f"number {i} differs from ours by {error:.2g} where the largest is {largest:.2g}"
+    return ""
+
+
+def refuse(package: str, version: str, got: str, want: str) -> NoReturn:
+    """Say why a package cannot be patched.
+
+    Raises:
+        ValueError: always.
+    """
+    checks.fail(f"{package} {version}", got, want)

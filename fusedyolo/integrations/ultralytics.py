@@ -1,0 +1,224 @@
+"""Ultralytics' detectors, with the loss of this package in place of ``v8DetectionLoss``'s own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import torch
+import ultralytics
+from torch import Tensor
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils.loss import BboxLoss, DFLoss, v8DetectionLoss
+from ultralytics.utils.tal import TaskAlignedAssigner
+
+from .. import YOLOv8Loss, checks
+from . import shared
+
+EPS = 1e-9  # of the assigner
+
+_kept: dict[type, Any] = {}  # the methods that were replaced
+_criteria: shared.Criteria[YOLOv8Loss] = shared.Criteria()
+
+
+def patch() -> None:
+    """Replace the loss of every detector of Ultralytics that trains by ``v8DetectionLoss``; training stays what it was.
+
+    These are v3, v5, v6, v8, v9, 11 and 12, and, by the two of its ``E2ELoss``, v10 and 26. The method ``loss`` of the
+    class is replaced, and nothing else; models that are there already take part. It returns what it returned: the
+    three parts times the batch size, with their gradient, and a dictionary of them, detached. Gains are read from the
+    model's ``args`` at each call, class weights once.
+
+    Losses of derived classes (segmentation, pose, oriented boxes) stay as they are, so does one whose assigner, box
+    loss or cross-entropy is not Ultralytics' own: then a warning says why. Nothing is stored in a model, so that a
+    checkpoint loads where this package is not installed.
+
+    Processes that Ultralytics starts for several GPUs know nothing of this call; train with :class:`Trainer` there.
+
+    Raises:
+        ValueError: the installed Ultralytics computes something else than :class:`~fusedyolo.YOLOv8Loss`, as before
+            8.4.128; this is found by trying it. Nothing is changed.
+    """
+    if v8DetectionLoss.loss is _loss:
+        return
+    _probe()
+    _kept[v8DetectionLoss] = v8DetectionLoss.loss
+    v8DetectionLoss.loss = _loss
+
+
+def unpatch() -> None:
+    """Give ``v8DetectionLoss`` its own loss back; nothing happens if that is not :func:`patch`'s."""
+    if v8DetectionLoss.loss is _loss:
+        v8DetectionLoss.loss = _kept.pop(v8DetectionLoss)
+
+
+class Trainer(DetectionTrainer):
+    """Ultralytics' trainer of detectors, patched while it trains: ``YOLO("yolo26n.yaml").train(trainer=Trainer, ...)``.
+
+    In training on several GPUs every process makes its own trainer, and so is patched.
+    """
+
+    def train(self) -> Any:
+        """Train; see :func:`patch` for what is raised."""
+        before = v8DetectionLoss.loss is _loss
+        patch()
+        try:
+            return super().train()
+        finally:
+            if not before:
+                unpatch()
+
+
+def _loss(self: Any, preds: dict[str, Any], batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """In place of ``v8DetectionLoss.loss``."""
+    criterion = _criterion(self)
+    if criterion is None:
+        return _kept[v8DetectionLoss](self, preds, batch)
+    criterion.box, criterion.cls, criterion.dfl = self.hyp.box, self.hyp.cls, self.hyp.dfl
+    return _call(criterion, self.loss_names, preds, batch)
+
+
+def _call(
+    criterion: YOLOv8Loss, names: tuple[str, ...], preds: dict[str, Any], batch: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    boxes, scores = preds["boxes"], preds["scores"]
+    dtype = torch.promote_types(boxes.dtype, scores.dtype)  # text heads have float32 scores under autocast
+    planes = {"boxes": boxes.to(dtype), "scores": scores.to(dtype), "feats": preds["feats"]}
+    rows = torch.cat((batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]), 1)
+    parts = torch.stack(tuple(criterion.terms(planes, rows.to(boxes.device)).values()))
+    return parts, dict(zip(names, parts.detach() / len(boxes), strict=True))
+
+
+def _criterion(loss: Any) -> YOLOv8Loss | None:
+    """What stands in for a loss of Ultralytics, as this is now; None if it keeps its own."""
+    if type(loss) is not v8DetectionLoss:
+        return None
+    # what may be exchanged or set after it was made; modules are compared by identity, and held
+    settings = (
+        loss.nc,
+        loss.reg_max,
+        id(loss.class_weights),
+        id(loss.stride),
+        loss.bce,
+        loss.bbox_loss,
+        loss.assigner,
+        *(getattr(loss.assigner, name, None) for name in ("topk", "topk2", "alpha", "beta", "stride_val", "eps")),
+    )
+    return _criteria.find(loss, settings, lambda: _of(loss))
+
+
+def _of(loss: Any, backend: str = "auto") -> YOLOv8Loss:
+    """The criterion with the settings of a loss of Ultralytics.
+
+    Raises:
+        ValueError: it computes something else.
+    """
+    assigner, box = loss.assigner, loss.bbox_loss
+    shared.plain("loss", loss, v8DetectionLoss)
+    shared.plain("loss.assigner", assigner, TaskAlignedAssigner)
+    shared.plain("loss.bbox_loss", box, BboxLoss)
+    shared.bce("loss.bce", loss.bce, "none")
+    if loss.reg_max > 1:
+        shared.plain("loss.bbox_loss.dfl_loss", box.dfl_loss, DFLoss)
+        if box.dfl_loss.reg_max != loss.reg_max:
+            checks.fail("loss.bbox_loss.dfl_loss.reg_max", box.dfl_loss.reg_max, loss.reg_max)
+    elif box.dfl_loss is not None:
+        checks.fail("loss.bbox_loss.dfl_loss", f"a {type(box.dfl_loss).__name__}", "None, for reg_max is 1")
+    if assigner.num_classes != loss.nc:
+        checks.fail("loss.assigner.num_classes", assigner.num_classes, loss.nc)
+    if assigner.eps != EPS:
+        checks.fail("loss.assigner.eps", assigner.eps, EPS)
+    weights = loss.class_weights
+    return YOLOv8Loss(
+        loss.nc,
+        loss.stride.tolist(),
+        loss.reg_max,
+        topk=assigner.topk,
+        topk2=None if assigner.topk2 == assigner.topk else assigner.topk2,
+        alpha=assigner.alpha,
+        beta=assigner.beta,
+        class_weights=None if weights is None else weights.flatten().tolist(),
+        small=getattr(assigner, "stride_val", None),  # older ones have none
+        backend=backend,
+    )
+
+
+# ---- does it compute what is expected?
+
+CLASSES, STRIDES, SIDE = 3, (8.0, 16.0, 32.0), 64
+WANT = "the loss of Ultralytics 8.4.128 or later"
+LARGE = (0, 1, 0.45, 0.5, 0.6, 0.7), (2, 0, 0.5, 0.4, 0.9, 0.5)  # image, class, cx, cy, w, h
+SMALL = (
+    (2, 2, 23 / 64, 47 / 64, 5 / 64, 5 / 64),  # holds the middle of a cell only if it counts for 8 pixels or more
+    (2, 0, 38 / 64, 18 / 64, 11 / 64, 11 / 64),  # of more than one only if for 16
+)
+
+
+def _probe() -> None:
+    """Ultralytics computes what we do, whatever its version says: two losses, of small predictions and few objects.
+
+    Raises:
+        ValueError: it does not; why, as far as that can be told.
+    """
+    with shared.probing():
+        for reg_max, topk, topk2 in ((16, 10, None), (1, 7, 1)):
+            preds = _predictions(reg_max)
+            try:
+                loss = v8DetectionLoss(_model(reg_max), tal_topk=topk, tal_topk2=topk2)
+                found, of_large = (loss.loss(dict(preds), _batch(rows)) for rows in (LARGE + SMALL, LARGE))
+            except Exception as error:  # whatever other code does with what it does not know
+                _refuse(f"v8DetectionLoss stops at a call: {type(error).__name__}: {error}".splitlines()[0])
+            total = found[0] if isinstance(found, tuple) and len(found) == 2 else None
+            if not isinstance(total, Tensor) or total.shape != (3,) or not isinstance(found[1], dict):
+                _refuse("v8DetectionLoss.loss returns something else than three parts and a dictionary")
+            criterion = _of(loss, "torch")
+            why = _differs(of_large, criterion, loss.loss_names, preds, _batch(LARGE))
+            if why:
+                _refuse(f"v8DetectionLoss with reg_max {reg_max} computes something else: {why}")
+            if _differs(found, criterion, loss.loss_names, preds, _batch(LARGE + SMALL)):
+                _refuse("its assigner does otherwise with objects smaller than its second stride")
+
+
+def _differs(found: Any, criterion: YOLOv8Loss, names: Any, preds: Any, batch: Any) -> str:
+    """How what Ultralytics returned differs from ours, with the gradients of its predictions."""
+    own = _call(criterion, names, preds, batch)
+    if list(found[1]) != list(own[1]):
+        return f"its items are {list(found[1])}, ours {list(own[1])}"
+    inputs, weights = (preds["boxes"], preds["scores"]), torch.tensor((1.0, 0.75, 1.25))  # else errors may cancel
+    theirs, ours = (
+        [total.detach(), *items.values(), *torch.autograd.grad((total * weights).sum(), inputs, retain_graph=True)]
+        for total, items in (found, own)
+    )
+    return shared.apart(theirs, ours)
+
+
+def _model(reg_max: int) -> Any:
+    """What ``v8DetectionLoss`` looks at of a model."""
+    head = SimpleNamespace(stride=torch.tensor(STRIDES), nc=CLASSES, reg_max=reg_max, no=CLASSES + 4 * reg_max)
+    return SimpleNamespace(
+        args=SimpleNamespace(box=7.5, cls=0.5, dfl=1.5),  # as we have them
+        model=[head],
+        class_weights=torch.tensor((1.0, 0.5, 2.0)),
+        parameters=lambda: iter([torch.zeros(1)]),
+    )
+
+
+def _predictions(reg_max: int) -> dict[str, Any]:
+    """Of three images of :data:`SIDE` pixels; boxes of a cell or two, so that every object finds some."""
+    maps = [(SIDE // int(stride),) * 2 for stride in STRIDES]
+    cells = sum(height * width for height, width in maps)
+    boxes = 0.3 + torch.rand(3, 4, cells)
+    if reg_max > 1:
+        boxes = (torch.randn(3, 4, reg_max, cells) - torch.arange(reg_max)[:, None]).flatten(1, 2)
+    scores = torch.randn(3, CLASSES, cells)
+    feats = [torch.zeros(3, 1, *each) for each in maps]
+    return {"boxes": boxes.requires_grad_(), "scores": scores.requires_grad_(), "feats": feats}
+
+
+def _batch(objects: tuple[tuple[float, ...], ...]) -> dict[str, Tensor]:
+    rows = torch.tensor(objects)
+    return {"batch_idx": rows[:, 0], "cls": rows[:, 1:2], "bboxes": rows[:, 2:]}
+
+
+def _refuse(got: str) -> NoReturn:
+    shared.refuse("ultralytics", ultralytics.__version__, got, WANT)
