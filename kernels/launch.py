@@ -38,7 +38,7 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
     if not cells_contiguous:
         return replace(GridConfig(cells=128, channels=16, threads=64, rows=64, max_registers=168), **dict(wishes))
     wanted = dict(wishes)
-    cells = largest = wanted.pop("cells", 256)
+    cells = largest = wanted.pop("cells", 512)
     while cells > SMALLEST_TILE and cells >= 4 * largest_map:  # by fours: a kernel is compiled for each of them
         cells = max(SMALLEST_TILE, cells // 4)
     threads = max(64, wanted.pop("threads", largest // 4) * cells // largest)
