@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 
 from ..levels import Strides, are_wide, as_wide, integer_of, number_of, pointer_of, strides_of
-from ..primitives import plain
+from ..primitives import log1p, plain
 from ..rows import load_rows
 from ..sums import column, column_sums, is_last
 from ..terms.decode import chain, exp, ltrb
-from ..terms.label import bce, exponentials, softmax_ce
+from ..terms.label import bce, exponentials, softmax_slope
 from ..terms.offset import l1
 from ..terms.records import Jacobian, Span, axis_of_sizes
 
@@ -312,10 +312,24 @@ def _class_weight(weights_ptr, k, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _background(view, d_view, site, mask, label, first, last, terms, numbers, weights_ptr, scale, SPEC: tl.constexpr):
-    """Loss and gradient of some classes of a tile as if there were no objects; nothing of the classes of these."""
+def _background(
+    view,
+    d_view,
+    site,
+    mask,
+    label,
+    first,
+    last,
+    terms,
+    numbers,
+    weights_ptr,
+    scale,
+    PLANES: tl.constexpr,
+    SPEC: tl.constexpr,
+):
+    """Loss and gradient of some classes of a tile as if there were no objects, PLANES at a time; nothing of the classes
+    of these objects."""
     CELLS: tl.constexpr = SPEC.CELLS
-    PLANES: tl.constexpr = SPEC.PLANES
     at = _cells_at(view, site.cells, site, SPEC.LAYOUT)
     d_at = at
     if SPEC.WITH_GRAD:
@@ -348,20 +362,42 @@ def _stream(view, d_view, site, label, first, last, terms, numbers, weights_ptr,
         wide = _is_wide(view, site, SPEC.LAYOUT)
         if SPEC.WITH_GRAD:
             wide = wide & _is_wide(d_view, site, SPEC.LAYOUT)
-    if SPEC.LAYOUT == "strided":
-        loss = _background(
-            view, d_view, site, site.mask, label, first, last, terms, numbers, weights_ptr, scale, SPEC=SPEC
-        )
-    elif wide:
+    if wide:
         own = _as_wide(view, SPEC.LAYOUT)
         d_own = own
         if SPEC.WITH_GRAD:
             d_own = _as_wide(d_view, SPEC.LAYOUT)
         mask = _wide_mask(site, SPEC.LAYOUT)
-        loss = _background(own, d_own, site, mask, label, first, last, terms, numbers, weights_ptr, scale, SPEC=SPEC)
-    else:
         loss = _background(
-            view, d_view, site, site.mask, label, first, last, terms, numbers, weights_ptr, scale, SPEC=SPEC
+            own,
+            d_own,
+            site,
+            mask,
+            label,
+            first,
+            last,
+            terms,
+            numbers,
+            weights_ptr,
+            scale,
+            PLANES=SPEC.PLANES,
+            SPEC=SPEC,
+        )
+    else:  # of another shape, or threads would load as many numbers as there, and regroup them to store
+        loss = _background(
+            view,
+            d_view,
+            site,
+            site.mask,
+            label,
+            first,
+            last,
+            terms,
+            numbers,
+            weights_ptr,
+            scale,
+            PLANES=SPEC.PLANES // 2,
+            SPEC=SPEC,
         )
     return loss
 
@@ -523,69 +559,69 @@ def _differences(raw, true, extent, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def _in_threads(bins, LAYOUT: tl.constexpr):
-    """[PICKS, 4, BINS] in the order of memory accesses: where channels do not follow each other the bins come first,
-    for then a thread holds all of a distance.
-    """
-    if LAYOUT != "channels":
-        bins = tl.permute(bins, (2, 0, 1))
-    return bins
-
-
-@triton.jit
-def _from_threads(bins, LAYOUT: tl.constexpr):
-    """The other way round."""
-    if LAYOUT != "channels":
-        bins = tl.permute(bins, (1, 2, 0))
-    return bins
-
-
-@triton.jit
-def _bins_at(view, picks, site, SPEC: tl.constexpr):
-    """Pointers to the logits of distances, and which are there, in the order of memory accesses."""
-    if SPEC.LAYOUT == "channels":
-        at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None, None]
-        side = tl.arange(0, 4)[None, :, None]
-        bins = tl.arange(0, SPEC.BINS)[None, None, :]
-        mask = picks.mask[:, None, None] & (bins < SPEC.REG_MAX)
+def _spread(sides, AXIS: tl.constexpr):
+    """A number of each distance [PICKS, 4] for all its bins: along the last axis, or the first one."""
+    if AXIS == 2:
+        result = sides[:, :, None]
     else:
-        at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[None, :, None]
-        side = tl.arange(0, 4)[None, None, :]
+        result = sides[None, :, :]
+    return result
+
+
+@triton.jit
+def _bins(AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """The bins along this axis."""
+    if AXIS == 2:
+        bins = tl.arange(0, SPEC.BINS)[None, None, :]
+    else:
         bins = tl.arange(0, SPEC.BINS)[:, None, None]
-        mask = picks.mask[None, :, None] & (bins < SPEC.REG_MAX)
-    return at + (side * SPEC.REG_MAX + bins) * _channel_step(view, SPEC.LAYOUT), mask
+    return bins
+
+
+@triton.jit
+def _bins_at(view, picks, site, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """Pointers to the logits of distances."""
+    step = _channel_step(view, SPEC.LAYOUT)
+    at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None] + (tl.arange(0, 4) * SPEC.REG_MAX)[None, :] * step
+    return _spread(at, AXIS) + _bins(AXIS, SPEC) * step
 
 
 @triton.jit
 def _picked_bins(view, d_view, site, picks, place, terms, numbers, weight, scales, SPEC: tl.constexpr):
-    """Box and distance loss of some boxes whose distances are made of bins, each a sum, and the gradient."""
+    """Box and distance loss of some boxes whose distances are made of bins, each a sum, and the gradient.
+
+    Bins come first, for then a thread holds all of a distance, but where they follow each other in memory.
+    """
+    AXIS: tl.constexpr = 2 if SPEC.LAYOUT == "channels" else 0
     off, sides, extent = place
-    at, there = _bins_at(view, picks, site, SPEC)
-    logits = _from_threads(tl.load(at, mask=there, other=0.0), SPEC.LAYOUT).to(SPEC.ACC)
-    bins = tl.arange(0, SPEC.BINS)[None, None, :]
-    keep = picks.mask[:, None, None] & (bins < SPEC.REG_MAX)
+    bins = _bins(AXIS, SPEC)
+    keep = _spread(picks.mask[:, None] & (tl.arange(0, 4)[None, :] < 4), AXIS) & (bins < SPEC.REG_MAX)
+    logits = tl.load(_bins_at(view, picks, site, AXIS, SPEC), mask=keep, other=0.0).to(SPEC.ACC)
     logits = tl.where(keep, logits, -1e30)  # what is padding adds nothing to a softmax
-    e, _first = exponentials(logits, tl.max(logits, axis=2, keep_dims=True))
-    p = e / tl.sum(e, axis=2, keep_dims=True)
+    largest = tl.max(logits, axis=AXIS, keep_dims=True)
+    e, first = exponentials(logits, largest)
+    rest = tl.sum(tl.where(first, 0.0, e), axis=AXIS, keep_dims=True)
+    rest += tl.sum(first.to(e.dtype), axis=AXIS, keep_dims=True) - 1.0  # equals of the largest
+    p = e / (1.0 + rest)
     # not a product and sum in one, which would differ among the threads that add up the same numbers
-    distances = tl.sum(tl.where(keep, p * bins, 0.0), axis=2)
+    distances = tl.sum(tl.where(keep, p * bins, 0.0), axis=AXIS)
     loss_box, d_box = _overlap(_apart(distances), off, sides, extent, terms, numbers, SPEC)
     most = tl.full([], SPEC.REG_MAX - 1 - 0.01, tl.float64).to(SPEC.ACC)  # a constant alone would be float32
     true = tl.minimum(tl.maximum(_together(_encode(off, sides, SPEC)), 0.0), most)
     below = tl.floor(true)
-    behind = (true - below)[:, :, None]
-    low = below.to(tl.int32)[:, :, None]
+    behind = _spread(true - below, AXIS)
+    low = _spread(below.to(tl.int32), AXIS)
     target = tl.where(bins == low, 1.0 - behind, tl.where(bins == low + 1, behind, 0.0))
-    ce, d_ce = softmax_ce(logits, target, ())
-    mean = 0.25 * weight[:, None, None]
-    distance = tl.where(keep, mean * ce, 0.0)
+    mean = 0.25 * _spread(weight[:, None] + tl.zeros_like(true), AXIS)
+    ce = target * (log1p(rest) - (logits - largest))
+    distance = tl.sum(tl.where(keep, mean * ce, 0.0), axis=AXIS)
     if SPEC.WITH_GRAD:
-        d_sides = _together(d_box)[:, :, None] * (scales.box * weight)[:, None, None]
-        d = d_sides * p * (bins - distances[:, :, None]) + (scales.distance * mean) * d_ce
-        at, there = _bins_at(d_view, picks, site, SPEC)
-        tl.store(at, _in_threads(d, SPEC.LAYOUT).to(d_view.ptr.dtype.element_ty), mask=there)
+        d_sides = _spread(_together(d_box) * (scales.box * weight)[:, None], AXIS)
+        d_ce = softmax_slope(e, first, rest, target, 1.0)
+        d = d_sides * p * (bins - _spread(distances, AXIS)) + (scales.distance * mean) * d_ce
+        tl.store(_bins_at(d_view, picks, site, AXIS, SPEC), d.to(d_view.ptr.dtype.element_ty), mask=keep)
     box = tl.sum(tl.where(picks.mask, weight * loss_box, 0.0), axis=0)
-    return box, tl.sum(tl.sum(tl.sum(distance, axis=2), axis=1), axis=0)
+    return box, tl.sum(tl.sum(distance, axis=1), axis=0)
 
 
 @triton.jit
