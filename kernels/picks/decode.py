@@ -9,16 +9,31 @@ from ..levels import integer_of
 from ..primitives import plain
 from ..rows import image_rows, load_rows
 from ..terms.decode import exp, ltrb
-from .site import Cells, all_cells, cells_before, load_object, object_of, offsets, stride_of
+from .site import (
+    Cells,
+    all_cells,
+    cells_before,
+    channel_at,
+    channel_step,
+    load_channel,
+    load_object,
+    object_of,
+    offsets,
+    stride_of,
+)
 from .wish import log_miss, near_and_own, reach
 
 ROWS: tl.constexpr = tl.constexpr(32)  # rows that are tested at a time: one a thread of a warp
+CHOSEN: tl.constexpr = tl.constexpr(32)  # candidates whose classes are read at a time
 
 
 class Tile(NamedTuple):
     """The cells of a program."""
 
     b: Any
+    N: Any  # cells of an image
+    first_n: Any  # of the level
+    W: Any
     cells: Cells
     mask: Any
 
@@ -45,25 +60,7 @@ def _tile(levels, batch, SPEC: tl.constexpr, CELLS: tl.constexpr):
     cell = (local - b * tiles) * CELLS + tl.arange(0, CELLS)
     line = cell // W
     cells = Cells(first_n + cell, level, line, cell - line * W, stride_of(level, levels, SPEC))
-    return Tile(b, cells, cell < HW)
-
-
-@triton.jit
-def _base(part, tile):
-    """Where the first channel of each cell lies, and the elements from channel to channel."""
-    ptr = part.ptrs[0] + plain(part.starts[0]) + tile.b.to(tl.int64) * plain(part.by[0].image)
-    row = plain(part.by[0].row)
-    column = plain(part.by[0].column)
-    step = plain(part.by[0].channel)
-    for i in tl.static_range(1, len(part.ptrs)):
-        here = tile.cells.level == i
-        own = part.ptrs[i] + plain(part.starts[i]) + tile.b.to(tl.int64) * plain(part.by[i].image)
-        ptr = tl.where(here, own, ptr)
-        row = tl.where(here, plain(part.by[i].row), row)
-        column = tl.where(here, plain(part.by[i].column), column)
-        step = tl.where(here, plain(part.by[i].channel), step)
-    at = ptr + (tile.cells.line.to(tl.int64) * row + tile.cells.column.to(tl.int64) * column)
-    return at, tl.cast(step, tl.int64)
+    return Tile(b, all_cells(levels), first_n, W, cells, cell < HW)
 
 
 @triton.jit
@@ -96,7 +93,8 @@ def _axis(a, b, SPEC: tl.constexpr):
 @triton.jit
 def _store_boxes(decoded, part, tile, at_cell, SPEC: tl.constexpr, BINS: tl.constexpr):
     """Corners in pixels, from the middles of cells."""
-    at, step = _base(part, tile)
+    at = channel_at(part, tile.b, 0, tile.cells)
+    step = tl.cast(channel_step(part, tile.cells.level), tl.int64)
     x, width = _axis(_side(at, step, 0, tile.mask, SPEC, BINS), _side(at, step, 2, tile.mask, SPEC, BINS), SPEC)
     y, height = _axis(_side(at, step, 1, tile.mask, SPEC, BINS), _side(at, step, 3, tile.mask, SPEC, BINS), SPEC)
     stride = tile.cells.stride
@@ -141,17 +139,45 @@ def _candidates(tile, targets, M, frame, numbers, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _shared_costs(predictions, tile, chosen, SPEC: tl.constexpr):
-    """What the true class does not change in the costs of chosen cells."""
-    CELLS: tl.constexpr = chosen.shape[0]
-    at, _step = _base(predictions.obj, tile)
-    obj = tl.load(at, mask=chosen, other=0.0).to(SPEC.ACC)
-    at, step = _base(predictions.cls, tile)
-    total = tl.zeros([CELLS], SPEC.ACC)
-    for _c in range(SPEC.C):
-        total -= log_miss(tl.load(at, mask=chosen, other=0.0).to(SPEC.ACC), obj)
-        at += step
-    return total
+def _shared_costs(predictions, b, cells, mask, SPEC: tl.constexpr, ACROSS: tl.constexpr):
+    """What the true class does not change in the costs of cells."""
+    obj = load_channel(predictions.obj, b, 0, cells, mask, SPEC)[None, :]
+    at = channel_at(predictions.cls, b, 0, cells)[None, :]
+    step = tl.cast(channel_step(predictions.cls, tl.max(cells.level, axis=0)), tl.int64)
+    total = tl.zeros([ACROSS, cells.n.shape[0]], SPEC.ACC)
+    for c0 in range(0, SPEC.C, ACROSS):
+        c = c0 + tl.arange(0, ACROSS)[:, None]
+        used = mask[None, :] & (c < SPEC.C)
+        cls = tl.load(at + c * step, mask=used, other=0.0).to(SPEC.ACC)
+        total -= tl.where(used, log_miss(cls, obj), 0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _store_candidates(predictions, tile, chosen, taken, decoded, tally, SPEC: tl.constexpr, ACROSS: tl.constexpr):
+    """Lists the candidates of a tile, and stores what they share, which others do not."""
+    first = tile.b.to(tl.int64) * tile.N
+    place = chosen.to(tl.int32)
+    count = tl.sum(place, axis=0)
+    if count > 0:
+        base = tl.atomic_add(tally.found_ptr + 2 + tile.b, count, sem="relaxed")
+        to = decoded.list_ptr + first + base
+        n = tile.cells.n
+        tl.store(to + (tl.cumsum(place, axis=0) - place), tl.where(taken, n, -1 - n), mask=chosen)
+        tl.debug_barrier()  # in this list they are neighbours, so that no thread idles
+        for i0 in range(0, count, CHOSEN):
+            i = i0 + tl.arange(0, CHOSEN)
+            entry = tl.load(to + i, mask=i < count, other=tl.min(n, axis=0))
+            n_chosen = tl.where(entry < 0, -1 - entry, entry)
+            own = n_chosen - tile.first_n
+            line = own // tile.W
+            cells = Cells(n_chosen, own * 0 + tile.cells.level, line, own - line * tile.W, tile.cells.stride)
+            shared = _shared_costs(predictions, tile.b, cells, i < count, SPEC, ACROSS)
+            known = shared == shared
+            costs = tl.where(known, shared, float("inf"))
+            tl.store(decoded.cost_ptr + first + n_chosen, costs, mask=i < count)
+            if tl.max(((i < count) & ~known).to(tl.int32), axis=0) > 0:
+                tl.atomic_max(tally.done_ptr + 2, 1, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -161,24 +187,12 @@ def decode_kernel(
 ):  # fmt: skip
     """Boxes of a tile of CELLS cells of an image and level, a program each; see :class:`.records.Decoded`."""
     tile = _tile(levels, plain(frame.batch), SPEC, CELLS)
-    N = all_cells(levels)
-    at_cell = tile.b.to(tl.int64) * N + tile.cells.n
+    at_cell = tile.b.to(tl.int64) * tile.N + tile.cells.n
     _store_boxes(decoded, predictions.box, tile, at_cell, SPEC, BINS)
     tl.store(decoded.row_ptr + at_cell, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
     tl.store(decoded.picker_ptr + at_cell, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
     tl.store(decoded.claim_ptr + at_cell, tl.zeros([CELLS], tl.int64), mask=tile.mask)
     if SPEC.ASSIGNER == "simota":
         chosen, taken = _candidates(tile, targets, M, frame, numbers, SPEC)
-        costs = tl.zeros([CELLS], SPEC.ACC) + float("inf")
-        if tl.max(chosen.to(tl.int32), axis=0) > 0:
-            shared = _shared_costs(predictions, tile, chosen, SPEC)
-            known = chosen & (shared == shared)
-            costs = tl.where(known, shared, costs)
-            place = known.to(tl.int32)
-            count = tl.sum(place, axis=0)
-            place = tl.cumsum(place, axis=0) - place + tl.atomic_add(tally.found_ptr + 2 + tile.b, count, sem="relaxed")
-            to = decoded.list_ptr + tile.b.to(tl.int64) * N + place
-            tl.store(to, tl.where(taken, tile.cells.n, -1 - tile.cells.n), mask=known)
-            if count < tl.sum(chosen.to(tl.int32), axis=0):
-                tl.atomic_max(tally.done_ptr + 2, 1, sem="relaxed")
-        tl.store(decoded.cost_ptr + at_cell, costs, mask=tile.mask)
+        tl.store(decoded.cost_ptr + at_cell, tl.zeros([CELLS], SPEC.ACC) + float("inf"), mask=tile.mask & ~chosen)
+        _store_candidates(predictions, tile, chosen, taken, decoded, tally, SPEC, CELLS // CHOSEN)

@@ -205,7 +205,7 @@ def _best_candidates(one, g, problem, decoded, tally, SPEC: tl.constexpr, BLOCK:
         key = kept.key
         n = kept.n
         overlap = kept.overlap
-        most_of = tl.where(look.overlap > 0, bits_of(look.overlap), none)
+        most_of = tl.where(look.can & (look.overlap > 0), bits_of(look.overlap), none)
         most = keep(Kept(most_key, most_n, most_overlap), most_of, cells.n, look.overlap, none)
         most_key = most.key
         most_n = most.n

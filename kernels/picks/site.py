@@ -132,12 +132,27 @@ def load_boxes(ptr, at, mask):
 
 
 @triton.jit
-def load_channel(part, b, channel, cells, mask, SPEC: tl.constexpr):
-    """A channel of a part of the predictions at cells of image b, 0 where masked out."""
+def channel_at(part, b, channel, cells):
+    """Where a channel of a part of the predictions of image b lies, of each cell."""
     at = _channel_at(part, 0, b, channel, cells)
     for i in tl.static_range(1, len(part.ptrs)):
         at = tl.where(cells.level == i, _channel_at(part, i, b, channel, cells), at)
-    return tl.load(at, mask=mask, other=0.0).to(SPEC.ACC)
+    return at
+
+
+@triton.jit
+def channel_step(part, level):
+    """Elements from channel to channel."""
+    step = plain(part.by[0].channel)
+    for i in tl.static_range(1, len(part.ptrs)):
+        step = tl.where(level == i, plain(part.by[i].channel), step)
+    return step
+
+
+@triton.jit
+def load_channel(part, b, channel, cells, mask, SPEC: tl.constexpr):
+    """A channel of a part of the predictions at cells of image b, 0 where masked out."""
+    return tl.load(channel_at(part, b, channel, cells), mask=mask, other=0.0).to(SPEC.ACC)
 
 
 @triton.jit

@@ -144,7 +144,7 @@ def test_offsets(name):
 def test_targets():
     head = HEADS["v8"]
     rows = some_rows(2, 5, 13)
-    targets = Targets(rows, torch.tensor([0, 5, 10, 10], dtype=torch.int32, device=DEVICE))
+    targets = Targets(rows, torch.tensor([0, 5, 10, 10], dtype=torch.int32, device=DEVICE), 2)
     check(head, predictions(head, 2, 14), targets.rows, targets.offsets)
 
 
