@@ -182,6 +182,23 @@ def test_random_cases_of_the_peer_as_it_is_in_float32(seed):
     both(lambda: v8(model), preds, batch, RTOL)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_edges_of_boxes_in_whole_pixels_on_the_middles_of_cells(seed, strict):
+    """As boxes of real images often are: whether an edge holds such a cell is a matter of the peer's rounding."""
+    model, preds, _ = case(6 * seed + 2)
+    height, width = (8 * side for side in preds["feats"][0].shape[2:])
+    assert (height, width) == (96, 64)  # whose thirds no float has
+    gen = torch.Generator().manual_seed(seed)
+    low = torch.randint(0, 10, (40, 2), generator=gen) * 4
+    side = torch.randint(2, 7, (40, 2), generator=gen) * 4
+    corners = torch.cat((low, low + side), 1).float()
+    boxes = torch.cat(((corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]), 1)
+    boxes = boxes / torch.tensor((width, height) * 2)
+    image = torch.arange(40) // 14
+    label = torch.randint(model.model[0].nc, (40,), generator=gen)
+    both(lambda: v8(model), preds, batch_of(torch.cat((image[:, None], label[:, None], boxes), 1)), RTOL)
+
+
 @pytest.mark.parametrize("seed", range(SEEDS // 2))
 def test_the_assignment(seed, wide, strict):
     model, preds, batch = case(seed + 200)
