@@ -146,6 +146,8 @@ def both(make, preds, batch, rtol, update=0):
         assert not any(value.requires_grad for value in items.values())
         weights = total.new_tensor((1.0, 0.75, 1.25))  # else errors of two parts may cancel
         results.append((total, items, slopes((total * weights).sum(), tensors(preds))))
+    assert all(criterion is not None for _, criterion in integration._criteria.kept.values())
+    assert integration._criteria.kept
     unpatch()
     (total, items, grads), (own_total, own_items, own_grads) = results
     assert list(items) == list(own_items)
@@ -538,7 +540,7 @@ def test_twenty_steps_have_the_same_curve(name, wide, strict):
     expected = curve(model, batches)
     patch()
     found = curve(same, batches)
-    assert expected[-1, 1] < 0.95 * expected[1, 1]  # of the same images
+    assert (expected[-1] - expected[1]).abs().max() > 0.2  # of the same images
     torch.testing.assert_close(found[:1], expected[:1], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
