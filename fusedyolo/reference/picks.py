@@ -215,8 +215,7 @@ def _aligned(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
     def want(now: slice) -> Wish:
         image, sides = objects.image[now], objects.sides[now, None]
         off = offsets(objects.centre[now, None], seen.points, sides.dtype)
-        region = torch.where(sides < head.small, head.small, sides) / 2
-        inside = (region - off.abs() > INSIDE).all(-1) & objects.valid[now, None]
+        inside = _in_region(objects, now, seen.points, head.small) & objects.valid[now, None]
         overlap = _overlaps(seen, objects, now, off, inside, head)
         wanted = metric(seen.cls[image, objects.label[now]], overlap)
         worth, claim = (torch.where(inside & (each > 0), each, NONE) for each in (wanted, overlap))
@@ -231,6 +230,20 @@ def _aligned(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
         return row, _soft_scores(wanted, overlap, row, M)
 
     return Assigner(want, score, seen.cls.new_zeros(()))  # the class loss looks at all of them
+
+
+def _in_region(objects: Objects, now: slice, points: Points, small: float) -> Tensor:
+    """[rows, N]: whether the middle of a cell lies in the box of a row, of which a side below ``small`` counts as so
+    much. In float32 as the peer takes the steps, whatever the compute type: edges of boxes in whole pixels lie on the
+    middles of cells, and which side of these they fall on is a matter of its rounding.
+    """
+    centre, half = objects.centre[now].float(), objects.sides[now].float() / 2
+    low, high = centre - half, centre + half
+    centre, side = (low + high) / 2, high - low
+    half = torch.where(side < small, small, side) / 2
+    low, high = centre - half, centre + half
+    middle = points.middle.float()
+    return ((middle - low[:, None] > INSIDE) & (high[:, None] - middle > INSIDE)).all(-1)
 
 
 def _ranks(wanted: Tensor, row: Tensor) -> Tensor:

@@ -146,6 +146,8 @@ def both(make, preds, batch, rtol, update=0):
         assert not any(value.requires_grad for value in items.values())
         weights = total.new_tensor((1.0, 0.75, 1.25))  # else errors of two parts may cancel
         results.append((total, items, slopes((total * weights).sum(), tensors(preds))))
+    assert all(criterion is not None for _, criterion in integration._criteria.kept.values())
+    assert integration._criteria.kept
     unpatch()
     (total, items, grads), (own_total, own_items, own_grads) = results
     assert list(items) == list(own_items)
@@ -180,6 +182,23 @@ def test_random_cases_of_two_branches(seed, wide, strict):
 def test_random_cases_of_the_peer_as_it_is_in_float32(seed):
     model, preds, batch = case(seed)
     both(lambda: v8(model), preds, batch, RTOL)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_edges_of_boxes_in_whole_pixels_on_the_middles_of_cells(seed, strict):
+    """As boxes of real images often are: whether an edge holds such a cell is a matter of the peer's rounding."""
+    model, preds, _ = case(6 * seed + 2)
+    height, width = (8 * side for side in preds["feats"][0].shape[2:])
+    assert (height, width) == (96, 64)  # whose thirds no float has
+    gen = torch.Generator().manual_seed(seed)
+    low = torch.randint(0, 10, (40, 2), generator=gen) * 4
+    side = torch.randint(2, 7, (40, 2), generator=gen) * 4
+    corners = torch.cat((low, low + side), 1).float()
+    boxes = torch.cat(((corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]), 1)
+    boxes = boxes / torch.tensor((width, height) * 2)
+    image = torch.arange(40) // 14
+    label = torch.randint(model.model[0].nc, (40,), generator=gen)
+    both(lambda: v8(model), preds, batch_of(torch.cat((image[:, None], label[:, None], boxes), 1)), RTOL)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS // 2))
@@ -521,7 +540,7 @@ def test_twenty_steps_have_the_same_curve(name, wide, strict):
     expected = curve(model, batches)
     patch()
     found = curve(same, batches)
-    assert expected[-1, 1] < 0.95 * expected[1, 1]  # of the same images
+    assert (expected[-1] - expected[1]).abs().max() > 0.2  # of the same images
     torch.testing.assert_close(found[:1], expected[:1], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 

@@ -75,6 +75,7 @@ def both(head, features, labels, rtol):
     slopes_expected = slopes(expected[0], inputs)
     patch()
     found = head(features, labels, None)
+    assert integration._criteria.kept[head][1] is not None
     unpatch()
     assert len(found) == len(expected) == 6
     for i, (own, value) in enumerate(zip(found, expected, strict=True)):
