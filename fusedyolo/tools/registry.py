@@ -241,8 +241,6 @@ CASES = {
             background=1,
         ),
         Case("FCOS", None, "FCOSLoss", strides=PYRAMID, cell=(1,) * 5, boxes=makers.fcos_anchors),
-        Case("YOLOX", None, "YOLOXLoss", strides=_STRIDES, cell=(1, 1, 1)),
-        Case("YOLOv8", None, "YOLOv8Loss", strides=_STRIDES, cell=(1, 1, 1)),
     )
 }
 

@@ -192,6 +192,7 @@ def decode_kernel(
     tl.store(decoded.row_ptr + at_cell, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
     tl.store(decoded.picker_ptr + at_cell, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
     tl.store(decoded.claim_ptr + at_cell, tl.zeros([CELLS], tl.int64), mask=tile.mask)
+    tl.store(decoded.score_ptr + at_cell, tl.zeros([CELLS], SPEC.ACC), mask=tile.mask)
     if SPEC.ASSIGNER == "simota":
         chosen, taken = _candidates(tile, targets, M, frame, numbers, SPEC)
         tl.store(decoded.cost_ptr + at_cell, tl.zeros([CELLS], SPEC.ACC) + float("inf"), mask=tile.mask & ~chosen)

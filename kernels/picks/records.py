@@ -86,8 +86,8 @@ class Decoded(NamedTuple):
     ``boxes_ptr`` [B, N, 4] ACC: corners in pixels from the middle of the cell. ``picker_ptr`` [B, N] int32: at first M,
     after ``pick`` the row that picked it, or -1 where several did. ``claim_ptr`` [B, N] int64: at first 0, after
     ``pick`` the largest claim of all rows that may have it. ``row_ptr`` [B, N] int32: at first M, none, after
-    ``settle`` the row that it goes to. ``score_ptr`` [B, N] ACC: soft scores, written by ``settle`` where there is a
-    row, else never.
+    ``settle`` the row that it goes to. ``score_ptr`` [B, N] ACC: soft scores, 0 where there is no
+    row.
     ``cost_ptr`` [B, N] ACC, of SimOTA: what costs share, infinite where the cell is no candidate, or a logit is NaN.
     ``list_ptr`` [B, N] int32, of SimOTA: cells n of each image that are candidates, in no order; -1 - n where they are
     no object's own.

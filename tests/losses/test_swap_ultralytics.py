@@ -533,7 +533,7 @@ def curve(model, batches):
 
 @pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo26n.yaml"])
 def test_twenty_steps_have_the_same_curve(name, wide, strict):
-    """In float64: in float32 rounding alone takes two runs of a network apart after ten steps. So do picks of metric 0."""
+    """In float64: in float32 rounding alone takes two runs apart after ten steps, and so do picks of metric 0."""
     batches = [{key: value.double() for key, value in images(2, 160, seed % 2).items()} for seed in range(20)]
     model = built(name).double()
     same = copy.deepcopy(model)
