@@ -22,7 +22,7 @@ DECODE_CELLS, DECODE_THREADS = 128, 128
 PICK_BLOCK, PICK_THREADS = 64, 32
 LARGE = 4096  # cells of an image, from where one object may have so many that a warp takes long
 LARGE_BLOCK, LARGE_THREADS = 512, 128
-SETTLE_BLOCK, SETTLE_THREADS = 128, 32
+SETTLE_BLOCK, SETTLE_THREADS = 32, 32
 
 
 @planned
