@@ -74,12 +74,31 @@ def power(exponent: float) -> Power:
 
 
 @triton.jit
-def in_region(one, off_x, off_y, stride, numbers, SPEC: tl.constexpr):
+def _holds(centre, side, middle, small):
+    """Whether places lie in a region, on one axis. In float32 as the peer takes the steps, whatever the compute type:
+    edges of boxes in whole pixels lie on the middles of cells, and which side of these they fall on is a matter of its
+    rounding."""
+    centre = centre.to(tl.float32)
+    half = 0.5 * side.to(tl.float32)
+    low = centre - half
+    high = centre + half
+    centre = 0.5 * (low + high)
+    side = high - low
+    half = 0.5 * tl.where(side < small, small, side)
+    middle = middle.to(tl.float32)
+    return (middle - (centre - half) > INSIDE) & ((centre + half) - middle > INSIDE)
+
+
+@triton.jit
+def in_region(one, cells, off_x, frame, numbers, SPEC: tl.constexpr):
     """Whether cells lie in the region of an object; of SimOTA all do."""
     can = one.valid & (off_x == off_x)
     if SPEC.ASSIGNER == "aligned":
-        reach_x, reach_y = reach(one, stride, numbers, SPEC)
-        can = can & (reach_x - tl.abs(off_x) > INSIDE) & (reach_y - tl.abs(off_y) > INSIDE)
+        x = (cells.column.to(SPEC.ACC) + 0.5) * cells.stride
+        y = (cells.line.to(SPEC.ACC) + 0.5) * cells.stride
+        small = tl.cast(numbers.small, tl.float32)
+        can = can & _holds(one.cx * frame.width, one.width, x, small)
+        can = can & _holds(one.cy * frame.height, one.height, y, small)
     return can
 
 
@@ -199,7 +218,7 @@ def _by_worth(value, can):
 def look_at(one, cells, mask, problem, decoded, SPEC: tl.constexpr):
     """What cells of its image are to an object."""
     off_x, off_y = offsets(one, cells, problem.frame, SPEC)
-    can = mask & in_region(one, off_x, off_y, cells.stride, problem.numbers, SPEC)
+    can = mask & in_region(one, cells, off_x, problem.frame, problem.numbers, SPEC)
     at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n
     overlap = _overlap(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, can), problem, SPEC)
     overlap = tl.where(can, overlap, 0.0)
