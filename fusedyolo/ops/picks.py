@@ -90,11 +90,11 @@ class PickOutputs(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _terms(key: str) -> tuple[loss.HeadTerms, tuple[float, ...]]:
-    """Functions of a head, and the numbers of its class term as this takes them."""
+def _head(key: str, width: float, height: float) -> loss.Head:
+    """A head as the kernel takes it, for images of this size."""
     head = pick_head_from_key(key)
-    label = TERMS[head.label]
-    return loss.HeadTerms(TERMS[head.box].kernel, label.kernel), label.kernel_args(head.label_args)
+    box, label = TERMS[head.box], TERMS[head.label]
+    return loss.Head(box.kernel, label.kernel, (width, height), head.box_args, label.kernel_args(head.label_args))
 
 
 def _plain(numbers: tuple[int, ...]) -> list[int]:
@@ -136,7 +136,7 @@ def _plan(
     skip_one: bool,
 ) -> _Plan:
     """Of the launch of loss and gradient."""
-    head, (terms, label_args), batch = pick_head_from_key(key), _terms(key), preds[0].shape[0]
+    head, batch = pick_head_from_key(key), preds[0].shape[0]
     form, maps, (height, width) = geometry
     predictions = parts_of(form, preds, key, maps)
     gradient = predictions if grads is None else parts_of(form, grads, key, maps)
@@ -167,8 +167,7 @@ def _plan(
             odd(tuple(columns for _, columns in maps)), odd(tuple(rows for rows, _ in maps)), tuple(head.strides)
         ),
         "B": batch,
-        "terms": terms,
-        "numbers": loss.HeadNumbers((float(width), float(height)), head.box_args, label_args),
+        "head": _head(key, float(width), float(height)),
         "SPEC": spec,
     }
     tiles = batch * sum(_ceil(area, config.cells) for area in areas)
@@ -211,8 +210,9 @@ def head_launch(
             "targets": records.Targets(rows, None, class_weights),
             "M": rows.shape[0],
             "assigned": loss.Assigned(*assignment),
-            "gains": tuple(gains),
-            "grads": (None,) * (1 + len(gains)) if grad_outs is None else tuple(grad_outs),
+            "weights": loss.Weights(
+                tuple(gains), (None,) * (1 + len(gains)) if grad_outs is None else tuple(grad_outs)
+            ),
             "list_ptr": rows.new_empty(plan.listed, dtype=torch.int32),
             "sums": sums,
         }

@@ -55,19 +55,22 @@ class HeadSpec(NamedTuple):
     PICKS: Any
 
 
-class HeadTerms(NamedTuple):
-    """The functions of a head."""
+class Head(NamedTuple):
+    """The functions of a head and their numbers, and width and height of the images."""
 
     box: Any
     label: Any
-
-
-class HeadNumbers(NamedTuple):
-    """Width and height of the images, and the numbers of terms."""
-
     size: Any
     box_args: Any
     label_args: Any
+
+
+class Weights(NamedTuple):
+    """What the parts are multiplied by, ``gains``, and pointers to what the gradients of the total and of each part
+    are, ``grads``."""
+
+    gains: Any
+    grads: Any
 
 
 class Assigned(NamedTuple):
@@ -78,6 +81,14 @@ class Assigned(NamedTuple):
     score_ptr: Any
     norm_ptr: Any
     nans_ptr: Any
+
+
+class Task(NamedTuple):
+    """What is asked of all cells: by which head, of which rows, who has been assigned to these."""
+
+    head: Any
+    targets: Any
+    assigned: Any
 
 
 class Sums(NamedTuple):
@@ -320,9 +331,7 @@ def _background(
     label,
     first,
     last,
-    terms,
-    numbers,
-    weights_ptr,
+    task,
     scale,
     PLANES: tl.constexpr,
     SPEC: tl.constexpr,
@@ -340,10 +349,10 @@ def _background(
         k = k0 + tl.arange(0, PLANES)[:, None]
         keep = _keep(mask, k, last, SPEC.C, PLANES)
         x = tl.load(at[None, :] + k * _channel_step(view, SPEC.LAYOUT), mask=keep, other=LOW).to(SPEC.ACC)
-        loss, d = terms.label(x, nothing, numbers.label_args)
+        loss, d = task.head.label(x, nothing, task.head.label_args)
         factor = scale
-        if weights_ptr is not None:
-            weight = _class_weight(weights_ptr, k, k < last, SPEC.ACC)
+        if task.targets.weights_ptr is not None:
+            weight = _class_weight(task.targets.weights_ptr, k, k < last, SPEC.ACC)
             loss = weight * loss
             factor = scale * weight
         if SPEC.WITH_LOSS:
@@ -355,7 +364,7 @@ def _background(
 
 
 @triton.jit
-def _stream(view, d_view, site, label, first, last, terms, numbers, weights_ptr, scale, SPEC: tl.constexpr):
+def _stream(view, d_view, site, label, first, last, task, scale, SPEC: tl.constexpr):
     """:func:`_background`, by accesses as wide as may be."""
     wide = site.HW < 0
     if SPEC.LAYOUT != "strided":
@@ -376,9 +385,7 @@ def _stream(view, d_view, site, label, first, last, terms, numbers, weights_ptr,
             label,
             first,
             last,
-            terms,
-            numbers,
-            weights_ptr,
+            task,
             scale,
             PLANES=SPEC.PLANES,
             SPEC=SPEC,
@@ -392,9 +399,7 @@ def _stream(view, d_view, site, label, first, last, terms, numbers, weights_ptr,
             label,
             first,
             last,
-            terms,
-            numbers,
-            weights_ptr,
+            task,
             scale,
             PLANES=SPEC.PLANES // 2,
             SPEC=SPEC,
@@ -403,15 +408,15 @@ def _stream(view, d_view, site, label, first, last, terms, numbers, weights_ptr,
 
 
 @triton.jit
-def _true_classes(view, d_view, site, label, first, last, terms, numbers, assigned, weights_ptr, scale, SPEC):
+def _true_classes(view, d_view, site, label, first, last, task, scale, SPEC):
     """Loss of the class that each cell's object has, if it is one of these, and its gradient."""
     own = site.has & (label >= first) & (label < last)
     at = _cells_at(view, site.cells, site, SPEC.LAYOUT) + label * _channel_step(view, SPEC.LAYOUT)
     x = tl.load(at, mask=own, other=0.0).to(SPEC.ACC)
-    score = tl.load(assigned.score_ptr + site.first + site.cells, mask=own, other=0.0)
-    loss, d = terms.label(x, score, numbers.label_args)
-    if weights_ptr is not None:
-        weight = _class_weight(weights_ptr, label, own, SPEC.ACC)
+    score = tl.load(task.assigned.score_ptr + site.first + site.cells, mask=own, other=0.0)
+    loss, d = task.head.label(x, score, task.head.label_args)
+    if task.targets.weights_ptr is not None:
+        weight = _class_weight(task.targets.weights_ptr, label, own, SPEC.ACC)
         loss = weight * loss
         d = weight * d
     if SPEC.WITH_GRAD:
@@ -421,24 +426,22 @@ def _true_classes(view, d_view, site, label, first, last, terms, numbers, assign
 
 
 @triton.jit
-def _listed_classes(
-    view, d_view, site, list_ptr, count, first, last, terms, numbers, targets, assigned, scale, SPEC: tl.constexpr
-):
+def _listed_classes(view, d_view, site, list_ptr, count, first, last, task, scale, SPEC: tl.constexpr):
     """Loss of some classes of the cells that have a row, and its gradient."""
     PICKS: tl.constexpr = SPEC.PICKS
     GROUP: tl.constexpr = SPEC.LANES
     total = tl.zeros([PICKS, GROUP], SPEC.ACC)
     k = (first + tl.arange(0, GROUP))[None, :]
     for i0 in range(0, count, PICKS):
-        picks = _listed(site, list_ptr, i0, count, assigned.row_ptr, PICKS)
+        picks = _listed(site, list_ptr, i0, count, task.assigned.row_ptr, PICKS)
         keep = picks.mask[:, None] & (k < last)
         at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None] + k * _channel_step(view, SPEC.LAYOUT)
         x = tl.load(at, mask=keep, other=0.0).to(SPEC.ACC)
-        label = tl.load(targets.ptr + picks.row * 6 + 1, mask=picks.mask, other=-1.0).to(tl.int32)
-        score = tl.load(assigned.score_ptr + picks.index, mask=picks.mask, other=0.0)
-        loss, d = terms.label(x, tl.where(label[:, None] == k, score[:, None], 0.0), numbers.label_args)
-        if targets.weights_ptr is not None:
-            weight = _class_weight(targets.weights_ptr, k, k < last, SPEC.ACC)
+        label = tl.load(task.targets.ptr + picks.row * 6 + 1, mask=picks.mask, other=-1.0).to(tl.int32)
+        score = tl.load(task.assigned.score_ptr + picks.index, mask=picks.mask, other=0.0)
+        loss, d = task.head.label(x, tl.where(label[:, None] == k, score[:, None], 0.0), task.head.label_args)
+        if task.targets.weights_ptr is not None:
+            weight = _class_weight(task.targets.weights_ptr, k, k < last, SPEC.ACC)
             loss = weight * loss
             d = weight * d
         total += tl.where(keep, loss, 0.0)
@@ -449,7 +452,7 @@ def _listed_classes(
 
 
 @triton.jit
-def _class_program(view, d_view, site, list_ptr, first, terms, numbers, targets, assigned, scale, SPEC: tl.constexpr):
+def _class_program(view, d_view, site, list_ptr, first, task, scale, SPEC: tl.constexpr):
     """Class loss of a program, and the gradient."""
     last = tl.minimum(first + SPEC.GROUP, SPEC.C)
     if SPEC.OBJECTNESS:
@@ -459,18 +462,13 @@ def _class_program(view, d_view, site, list_ptr, first, terms, numbers, targets,
         count = _list(site, list_ptr)
         if count > 0:
             tl.debug_barrier()  # zeros, and the list, come first
-            loss = _listed_classes(
-                view, d_view, site, list_ptr, count, first, last, terms, numbers, targets, assigned, scale, SPEC=SPEC
-            )
+            loss = _listed_classes(view, d_view, site, list_ptr, count, first, last, task, scale, SPEC=SPEC)
     else:
-        label = tl.load(targets.ptr + site.row * 6 + 1, mask=site.has, other=-1.0).to(tl.int32)
-        weights_ptr = targets.weights_ptr
-        loss = _stream(view, d_view, site, label, first, last, terms, numbers, weights_ptr, scale, SPEC=SPEC)
+        label = tl.load(task.targets.ptr + site.row * 6 + 1, mask=site.has, other=-1.0).to(tl.int32)
+        loss = _stream(view, d_view, site, label, first, last, task, scale, SPEC=SPEC)
         if tl.max(site.has.to(tl.int32), axis=0) > 0:
             tl.debug_barrier()  # the background comes first
-            loss += _true_classes(
-                view, d_view, site, label, first, last, terms, numbers, assigned, weights_ptr, scale, SPEC
-            )
+            loss += _true_classes(view, d_view, site, label, first, last, task, scale, SPEC)
     return loss
 
 
@@ -505,13 +503,13 @@ def _decode(a, b, DECODE: tl.constexpr):
 
 
 @triton.jit
-def _true_box(picks, site, stride, targets, numbers, SPEC: tl.constexpr):
+def _true_box(picks, site, stride, task, SPEC: tl.constexpr):
     """Centres of the rows of some cells from the middles of these, and sides, in cells."""
-    row = load_rows(targets.ptr, picks.row, picks.mask, SPEC.PICKS)
+    row = load_rows(task.targets.ptr, picks.row, picks.mask, SPEC.PICKS)
     x = ((picks.cells % site.W).to(SPEC.ACC) + 0.5) * stride
     y = ((picks.cells // site.W).to(SPEC.ACC) + 0.5) * stride
-    width = tl.cast(numbers.size[0], SPEC.ACC)
-    height = tl.cast(numbers.size[1], SPEC.ACC)
+    width = tl.cast(task.head.size[0], SPEC.ACC)
+    height = tl.cast(task.head.size[1], SPEC.ACC)
     # the product is not rounded before the middle is taken off
     off = Pair(tl.fma(row.cx.to(SPEC.ACC), width, -x) / stride, tl.fma(row.cy.to(SPEC.ACC), height, -y) / stride)
     w = tl.where(picks.mask, row.w.to(SPEC.ACC) * width / stride, 1.0)
@@ -530,13 +528,13 @@ def _encode(off, sides, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _overlap(raw, off, sides, extent, terms, numbers, SPEC: tl.constexpr):
+def _overlap(raw, off, sides, extent, head, SPEC: tl.constexpr):
     """Box loss, and its gradient by what says the boxes."""
     x, jx = _decode(raw.x, raw.w, SPEC.DECODE)
     y, jy = _decode(raw.y, raw.h, SPEC.DECODE)
     pair_x = axis_of_sizes(x.size, sides.x, x.centre - off.x, extent.x)
     pair_y = axis_of_sizes(y.size, sides.y, y.centre - off.y, extent.y)
-    loss, by_x, by_y = terms.box(pair_x, pair_y, numbers.box_args)
+    loss, by_x, by_y = head.box(pair_x, pair_y, head.box_args)
     dx, dw = chain(by_x.centre, by_x.size, jx)
     dy, dh = chain(by_y.centre, by_y.size, jy)
     return loss, Raw(dx, dy, dw, dh)
@@ -587,7 +585,7 @@ def _bins_at(view, picks, site, AXIS: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _picked_bins(view, d_view, site, picks, place, terms, numbers, weight, scales, SPEC: tl.constexpr):
+def _picked_bins(view, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr):
     """Box and distance loss of some boxes whose distances are made of bins, each a sum, and the gradient.
 
     Bins come first, for then a thread holds all of a distance, but where they follow each other in memory.
@@ -605,7 +603,7 @@ def _picked_bins(view, d_view, site, picks, place, terms, numbers, weight, scale
     p = e / (1.0 + rest)
     # not a product and sum in one, which would differ among the threads that add up the same numbers
     distances = tl.sum(tl.where(keep, p * bins, 0.0), axis=AXIS)
-    loss_box, d_box = _overlap(_apart(distances), off, sides, extent, terms, numbers, SPEC)
+    loss_box, d_box = _overlap(_apart(distances), off, sides, extent, head, SPEC)
     most = tl.full([], SPEC.REG_MAX - 1 - 0.01, tl.float64).to(SPEC.ACC)  # a constant alone would be float32
     true = tl.minimum(tl.maximum(_together(_encode(off, sides, SPEC)), 0.0), most)
     below = tl.floor(true)
@@ -625,13 +623,13 @@ def _picked_bins(view, d_view, site, picks, place, terms, numbers, weight, scale
 
 
 @triton.jit
-def _picked_numbers(view, d_view, site, picks, place, terms, numbers, weight, scales, SPEC: tl.constexpr):
+def _picked_numbers(view, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr):
     """Box and distance loss of some boxes that four numbers say, each a sum, and the gradient."""
     off, sides, extent = place
     at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None]
     at = at + tl.arange(0, 4)[None, :] * _channel_step(view, SPEC.LAYOUT)
     raw = _apart(tl.load(at, mask=picks.mask[:, None], other=0.0).to(SPEC.ACC))
-    loss_box, d_box = _overlap(raw, off, sides, extent, terms, numbers, SPEC)
+    loss_box, d_box = _overlap(raw, off, sides, extent, head, SPEC)
     loss, d = _differences(raw, _encode(off, sides, SPEC), extent, SPEC.DISTANCE)
     if SPEC.WITH_GRAD:
         by_box = _together(d_box) * (scales.box * weight)[:, None]
@@ -644,7 +642,7 @@ def _picked_numbers(view, d_view, site, picks, place, terms, numbers, weight, sc
 
 
 @triton.jit
-def _box_program(view, d_view, site, list_ptr, stride, terms, numbers, targets, assigned, scales, SPEC: tl.constexpr):
+def _box_program(view, d_view, site, list_ptr, stride, task, scales, SPEC: tl.constexpr):
     """Box and distance loss of a tile, and the gradient."""
     WIDTH: tl.constexpr = 4 * SPEC.REG_MAX
     box = tl.cast(0.0, SPEC.ACC)
@@ -655,18 +653,18 @@ def _box_program(view, d_view, site, list_ptr, stride, terms, numbers, targets, 
     if count > 0:
         tl.debug_barrier()  # zeros, and the list, come first
         for i0 in range(0, count, SPEC.PICKS):
-            picks = _listed(site, list_ptr, i0, count, assigned.row_ptr, SPEC.PICKS)
-            place = _true_box(picks, site, stride, targets, numbers, SPEC)
+            picks = _listed(site, list_ptr, i0, count, task.assigned.row_ptr, SPEC.PICKS)
+            place = _true_box(picks, site, stride, task, SPEC)
             weight = picks.mask.to(SPEC.ACC)
             if SPEC.SOFT:
-                weight = tl.load(assigned.score_ptr + picks.index, mask=picks.mask, other=0.0)
+                weight = tl.load(task.assigned.score_ptr + picks.index, mask=picks.mask, other=0.0)
             if SPEC.DECODE == "dfl":
                 more_box, more_distance = _picked_bins(
-                    view, d_view, site, picks, place, terms, numbers, weight, scales, SPEC=SPEC
+                    view, d_view, site, picks, place, task.head, weight, scales, SPEC=SPEC
                 )
             else:
                 more_box, more_distance = _picked_numbers(
-                    view, d_view, site, picks, place, terms, numbers, weight, scales, SPEC=SPEC
+                    view, d_view, site, picks, place, task.head, weight, scales, SPEC=SPEC
                 )
             box += more_box
             distance += more_distance
@@ -734,29 +732,26 @@ def pick_loss_kernel(
     M,
     B,
     assigned,
-    terms,
-    numbers,
-    gains,
-    grads,
+    head,
+    weights,
     list_ptr,
     sums,
     SPEC: tl.constexpr,
 ):
     """Loss and gradient of picked cells; grid: all tiles for their boxes, then for each GROUP of classes.
 
-    ``predictions``, ``gradient``, ``levels`` and ``targets`` as in ``records.py``, the rows M of B images. ``gains``
-    are those of the parts, ``grads`` pointers to what the gradients of the total and of each part are multiplied by,
-    ``list_ptr`` room for CELLS numbers a program, with objectness of all, else of those that own boxes.
+    ``predictions``, ``gradient``, ``levels`` and ``targets`` as in ``records.py``, the rows M of B images.
+    ``list_ptr`` is room for CELLS numbers a program, with objectness of all, else of those that own boxes.
     """
     pid = tl.program_id(0)
     CLS: tl.constexpr = 2 if SPEC.OBJECTNESS else 1  # places of parts
     tiles, N = _tiles(levels, B, SPEC.CELLS)
     kind = pid // tiles
     grad = Scales(
-        _grad_out(grads, 0, SPEC),
-        _grad_out(grads, 1, SPEC),
-        _grad_out(grads, CLS, SPEC),
-        _grad_out(grads, CLS + 1, SPEC),
+        _grad_out(weights.grads, 0, SPEC),
+        _grad_out(weights.grads, 1, SPEC),
+        _grad_out(weights.grads, CLS, SPEC),
+        _grad_out(weights.grads, CLS + 1, SPEC),
     )
     if SPEC.SKIP_ONE:
         same = (grad.box == 1.0) & (grad.distance == 1.0)
@@ -768,11 +763,12 @@ def pick_loss_kernel(
     site = _site(pid - kind * tiles, levels, N, B, M, assigned.row_ptr, SPEC.CELLS)
     inverse = 1.0 / tl.load(assigned.norm_ptr)
     scales = Scales(
-        grad.box * (gains[0] * inverse),
-        grad.obj * (gains[1] * inverse),
-        grad.cls * (gains[CLS] * inverse),
-        grad.distance * (gains[CLS + 1] * inverse),
+        grad.box * (weights.gains[0] * inverse),
+        grad.obj * (weights.gains[1] * inverse),
+        grad.cls * (weights.gains[CLS] * inverse),
+        grad.distance * (weights.gains[CLS + 1] * inverse),
     )
+    task = Task(head, targets, assigned)
     own_list = list_ptr + pid * SPEC.CELLS
     box = tl.cast(0.0, SPEC.ACC)
     obj = tl.cast(0.0, SPEC.ACC)
@@ -784,9 +780,7 @@ def pick_loss_kernel(
         if SPEC.WITH_GRAD:
             d_view = _view(gradient.box, site.level)
         stride = tl.cast(number_of(levels.strides, site.level), SPEC.ACC)
-        box, distance = _box_program(
-            view, d_view, site, own_list, stride, terms, numbers, targets, assigned, scales=scales, SPEC=SPEC
-        )
+        box, distance = _box_program(view, d_view, site, own_list, stride, task, scales, SPEC)
         if SPEC.WITH_LOSS:
             box += _unknown(assigned.boxes_ptr, site, SPEC.ACC)
         if SPEC.OBJECTNESS:
@@ -801,9 +795,7 @@ def pick_loss_kernel(
         if SPEC.WITH_GRAD:
             d_view = _view(gradient.cls, site.level)
         first = (kind - 1) * SPEC.GROUP
-        cls = _class_program(
-            view, d_view, site, own_list, first, terms, numbers, targets, assigned, scale=scales.cls, SPEC=SPEC
-        )
+        cls = _class_program(view, d_view, site, own_list, first, task, scales.cls, SPEC)
 
     if SPEC.WITH_LOSS:
         part = tl.arange(0, N_PARTS)
@@ -814,4 +806,4 @@ def pick_loss_kernel(
         tl.store(sums.partial_ptr + pid * N_PARTS + part, partial)
         programs = tl.num_programs(0)
         if is_last(sums.done_ptr, programs):
-            _finish(sums, gains, assigned, programs, SPEC)
+            _finish(sums, weights.gains, assigned, programs, SPEC)
