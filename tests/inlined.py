@@ -6,6 +6,7 @@ in it the calls through which it was compiled and the sums that were fused with 
 """
 
 import ast
+import builtins
 import json
 import os
 import re
@@ -95,7 +96,8 @@ def leads_to(at: Line, callee: str) -> bool:
     """Whether a function is called there, or one that has been handed in."""
     names = {(name.startswith("tl."), name.split(".")[-1]) for name in calls_at(at)}
     own = callee.split(".")[-1]
-    return any(name == own or not (of_triton or name in _known()) for of_triton, name in names)
+    known = _known() | set(dir(builtins))
+    return any(name == own or not (of_triton or name in known) for of_triton, name in names)
 
 
 @lru_cache
@@ -130,9 +132,10 @@ def made(ptx: str) -> Iterator[Made]:
 
 def _caller(files: Iterable[str], name: str, line: int, column: int, callee: str) -> Line:
     """The place in the one file of this name that calls ``callee`` there, or a function that it has been given: of
-    callers PTX does not say which folder they are in.
+    callers PTX does not say which folder they are in, but of a room that is used it names some file.
     """
-    named = {str(path) for path in KERNELS.rglob(name)} | {file for file in files if Path(file).name == name}
+    rooms = {Path(file).parent for file in files}
+    named = {str(path) for room in rooms for path in room.glob(name)}
     places = [Line(file, line, column) for file in sorted(named)]
     found = [at for at in places if leads_to(at, callee)]
     if len(found) > 1:

@@ -357,7 +357,7 @@ def match_launches(
     *overlap, last = _match_plan(head.key, layouts(preds), geometry, N)
     claims = match.Claims(None, None, 3)
     if overlap:
-        words = min(MOST_CLAIMS, _ceil(M, match.LANES.value))
+        words = min(MOST_CLAIMS, -(-M // match.LANES.value))
         bits = rows.new_empty(last.grid[0] * words, dtype=torch.int32)
         claims = match.Claims(row_maxima(rows.device, M, workspace), bits, 2 * words + 3)
     common = {"anchors_ptr": anchors, "targets": match.Targets(rows, offsets), "M": M, "claims": claims}

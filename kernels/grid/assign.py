@@ -8,7 +8,7 @@ are compiled without contraction of products and sums, see ``assign.py`` of the 
 import triton
 import triton.language as tl
 
-from ..assign import row_cell
+from ..assign import row_cell, row_valid
 from ..overlap import Corners, iou
 from ..primitives import near_divide
 from ..rows import load_row, load_rows
@@ -53,18 +53,20 @@ def _places(taken, amount, found, block, blocks_ptr, done_ptr, SPEC: tl.constexp
 
 @triton.jit
 def _list_near(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
-    """Leaves the rows that match and whose cell, or one next to it, is in a line of cells that the tile has a part of;
-    and their number.
+    """Leaves the rows that match and may have a cell in the lines of cells that the tile has a part of; and their
+    number.
     """
+    first_line = site.first_cell // site.W
+    last_line = (site.first_cell + SPEC.CELLS - 1) // site.W
     found = site.pid * 0
     block = site.pid * 0
     for g0 in range(rows.first, rows.last, SPEC.ROWS):
         g = g0 + tl.arange(0, SPEC.ROWS)
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
-        cell = row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, False)
-        line = cell // site.W
-        taken = (cell >= 0) & _matches(row, site, head, terms, SPEC)
-        taken = taken & ((line + 2) * site.W > site.first_cell) & ((line - 1) * site.W < site.first_cell + SPEC.CELLS)
+        # lines from half a cell above the centre to half a cell below it, and some more: what is taken is decided later
+        y = row.cy * site.H
+        taken = (last_line > y - 1.6) & (first_line < y + 0.6) & row_valid(row, site.b, site.b + 1, head.C, head.limit)
+        taken = taken & _matches(row, site, head, terms, SPEC)
         taken = taken.to(tl.int32)
         amount = tl.sum(taken, axis=0)
         if amount > 0:

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 DECIDE = {
     "YOLOv1/paper": {"cells._first_rows", "cells._responsible"},
     "iou_band": {"assign.row_cell", "assign._nearest_rows"},
-    "YOLOv4/darknet": {"assign.row_cell", "assign.best_anchor", "assign._block", "ignore.ignored"},
-    "YOLOv5": {"assign.row_cell", "assign.ratio", "assign._block"},
-    "RetinaNet": {"match.overlap_kernel", "match._most_overlap"},
+    "YOLOv4/darknet": {"assign.row_cell", "assign.best_anchor", "assign._candidates", "ignore.ignored"},
+    "YOLOv5": {"assign.row_cell", "assign.ratio", "assign._candidates"},
+    "RetinaNet": {"match._most_overlap", "match._claimed"},
     "FCOS": {"match._smallest_around"},
 }
 
