@@ -30,6 +30,7 @@ from fusedyolo.tools.registry import CASES, Workload
 
 SMALL = Workload(batch=2, size=64, classes=3)
 SIDES = (320, 352, 416, 640, 736, 960)
+PICKS = {"YOLOX": fusedyolo.YOLOXLoss, "YOLOv8": fusedyolo.YOLOv8Loss}
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 Place = tuple[Any, ...]
 
@@ -51,6 +52,14 @@ def of_case(name: str, work: Workload, rows: torch.Tensor | None = None) -> list
     preds, targets = case.predictions(work, empty=True), case.targets(work) if rows is None else rows
     loss = case.bind(case.build(work.classes, "triton"), work)
     return recorded(lambda: step(loss, preds, targets, torch.ones(())))
+
+
+def of_picks(name: str, work: Workload, rows: torch.Tensor | None = None) -> list[Launch]:
+    """Those of a training step of a loss that is no case yet."""
+    loss, strides = PICKS[name](work.classes, (8, 16, 32), backend="triton"), (8, 16, 32)
+    sides = [(work.batch, sum(loss.head.widths), work.size // stride, work.size // stride) for stride in strides]
+    preds = [torch.empty(shape, requires_grad=True) for shape in sides]
+    return recorded(lambda: loss(preds, torch.rand(3, 6) if rows is None else rows).total.backward())
 
 
 def of_selection() -> list[Launch]:
@@ -206,7 +215,8 @@ def variants(name: str) -> dict[str, int]:
     found: dict[str, set[str]] = defaultdict(set)
     for size, objects in product(SIDES, (0, 16, 117)):
         seen: Counter[str] = Counter()
-        for launch in of_case(name, Workload(batch=2, size=size, classes=80), torch.rand(objects, 6)):
+        made = of_picks if name in PICKS else of_case
+        for launch in made(name, Workload(batch=2, size=size, classes=80), torch.rand(objects, 6)):
             seen[launch.kernel.__name__] += 1
             key, _ = keys(launch.kernel, launch.arguments, launch.options(True))
             found[f"{launch.kernel.__name__} {seen[launch.kernel.__name__]}"].add(key)
@@ -216,6 +226,7 @@ def variants(name: str) -> dict[str, int]:
 def main() -> dict[str, Any]:
     """What is found, by name."""
     launches = [launch for name in CASES for launch in of_case(name, SMALL)] + of_selection() + of_functions()
+    launches += [launch for name in PICKS for launch in of_picks(name, SMALL)]
     seen: set[Any] = set()
     return {
         "kernels": sorted({launch.kernel.__name__ for launch in launches}),
@@ -226,7 +237,7 @@ def main() -> dict[str, Any]:
             str(right): [list(unnoticed(toy(right), set())), list(misplaced(toy_kernel, toy(right).arguments))]
             for right in (True, False)
         },
-        "variants": {name: variants(name) for name in CASES},
+        "variants": {name: variants(name) for name in (*CASES, *PICKS)},
     }
 
 

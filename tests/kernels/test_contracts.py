@@ -140,7 +140,7 @@ def test_misplaced_values_are_seen():
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "YOLOX", "YOLOv8"])
 def test_no_kernel_is_compiled_for_a_size(name):
     """Images from 320 to 960 pixels, some objects or none."""
     assert max(found_in_launches()["variants"][name].values()) <= 2
