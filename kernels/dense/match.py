@@ -424,7 +424,9 @@ def match_kernel(anchors_ptr, targets, N, M, B, frame, levels, rule, claims, pic
     elif SPEC.RESCUE is None:
         match = _match_of(_most_overlap(own, rows, claims, 0, rule, frame, SPEC))
     else:
-        match = _claimed(tl.load(at, mask=own.mask, other=-1), own, rows, claims, frame, SPEC)
+        code = tl.load(at, mask=own.mask, other=-1)
+        match = _claimed(code, own, rows, claims, frame, SPEC)
+        tl.debug_barrier()  # threads that hold the same anchor have all read what one of them overwrites
     tl.store(at, match, mask=own.mask)
     found = tl.sum((own.mask & (match >= 0)).to(tl.int32), axis=0)
     if found > 0:
