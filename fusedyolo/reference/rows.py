@@ -48,7 +48,7 @@ def _valid(
 def read_rows(rows: Tensor, head: GridHead | CellHead | PickHead, batch_size: int) -> Rows:
     """Target rows [M, 6] of centres and sizes relative to the image."""
     cx, cy, w, h = rows[:, 2:].unbind(1)
-    limit = CENTRE_LIMITS[False] if isinstance(head, CellHead) else head.centre_limit
+    limit = CENTRE_LIMITS[head.edge if isinstance(head, GridHead) else isinstance(head, PickHead)]
     valid = _valid(rows, (cx, cy, w, h), batch_size, range(head.num_classes), limit)
     safe = torch.where(valid[:, None], rows, 0.5)
     return Rows(valid, safe[:, 0].long(), safe[:, 1].long(), safe[:, 2:])
