@@ -569,7 +569,7 @@ def test_the_readme_blocks_run(tmp_path, monkeypatch):
         "bbox_regression": torch.zeros(2, 76725, 4, requires_grad=True),
     }
     monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")  # of 640 pixels, which the interpreter takes minutes for
-    foreign = re.compile(r"integrations import (ultralytics|yolox|yolov5)")  # packages that are not installed everywhere
+    foreign = re.compile(r"integrations import (ultralytics|yolox|yolov5)")  # not installed everywhere
     for block in blocks:
         code = compile(block, "README.md", "exec")
         if not foreign.search(block):  # else tests/losses/test_swap_*.py run such lines
