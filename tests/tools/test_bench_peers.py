@@ -137,6 +137,7 @@ def test_a_package_that_breaks_says_why(name, source, reason, tmp_path, monkeypa
 
 def test_importing_a_package_changes_no_environment_and_prints_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "loud.py").write_text("import os\nprint(os.environ['YOLO_OFFLINE'])\nos.environ['LOUD'] = '1'\n")
+    monkeypatch.delenv("YOLO_OFFLINE", raising=False)  # other tests may have set it
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(peers, "torchvision", lambda: None)
     assert absent("loud", "loud").missing() == ""
