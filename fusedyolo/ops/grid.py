@@ -221,7 +221,7 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         CELLS=config.cells,
         ROWS=config.rows,
         NEAR=min(64, config.rows),
-        PICKS=max(1, 4 * config.threads // parts.spec["K_PAD"]),
+        PICKS=max(1, 8 * config.threads // parts.spec["K_PAD"]),
         CHANNELS=config.channels,
     )
     programs = sum(batch * len(own) * -(-n // config.cells) for own, n in zip(head.levels, cells, strict=True))

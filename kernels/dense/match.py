@@ -145,11 +145,17 @@ def load_corners(ptr, n, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _block_of(anchors_ptr, N, levels, SPEC: tl.constexpr):
-    """The anchors of a program, and their positions."""
+def _place(N, SPEC: tl.constexpr):
+    """The image of a program, the positions of its anchors, and a mask."""
     blocks = tl.cdiv(N, SPEC.BLOCK)
     position = (tl.program_id(0) % blocks) * SPEC.BLOCK + tl.arange(0, SPEC.BLOCK)
-    mask = position < N
+    return tl.program_id(0) // blocks, position, position < N
+
+
+@triton.jit
+def _load_block(anchors_ptr, N, levels, SPEC: tl.constexpr):
+    """The anchors of a program."""
+    b, position, mask = _place(N, SPEC)
     n = anchor_at(position, levels, SPEC.PLANES)
     box = load_corners(anchors_ptr, n, mask, SPEC.ACC)
     inf = float("inf")
@@ -159,7 +165,7 @@ def _block_of(anchors_ptr, N, levels, SPEC: tl.constexpr):
         tl.max(tl.where(mask, box.x2, -inf), axis=0),
         tl.max(tl.where(mask, box.y2, -inf), axis=0),
     )
-    return Block(tl.program_id(0) // blocks, n, mask, box, around), position
+    return Block(b, n, mask, box, around)
 
 
 @triton.jit
@@ -281,19 +287,33 @@ def _match_of(code):
 
 
 @triton.jit
+def _claiming(g0, rows, claims):
+    """Which of LANES rows may claim an anchor of the block, as bits."""
+    lane = tl.arange(0, LANES)
+    key = tl.load(claims.best_ptr + g0 + lane, mask=g0 + lane < rows.last, other=0)
+    words = plain(claims.words)
+    word = (g0 - rows.first) // LANES
+    bits = tl.load(claims.bits_ptr + tl.program_id(0) * words + word, mask=word < words, other=-1)
+    return _bits((key == MET) | ((((bits >> lane) & 1) != 0) & (key > MET)))
+
+
+@triton.jit
+def _any_claims(rows, claims):
+    """Whether a row may claim an anchor of the block: of most blocks none does, and nothing else is read."""
+    bits = tl.cast(0, tl.int64)
+    for g0 in range(rows.first, rows.last, LANES):
+        bits |= _claiming(g0, rows, claims)
+    return bits != 0
+
+
+@triton.jit
 def _claimed(code, own, rows, claims, frame, SPEC: tl.constexpr):
     """What each anchor takes, be it that a row claims it whose best anchor it is."""
     BLOCK: tl.constexpr = SPEC.BLOCK
     areas = _area(own.corners)
     saved = tl.zeros([BLOCK], tl.int32) + BACKGROUND
-    words = plain(claims.words)
     for g0 in range(rows.first, rows.last, LANES):
-        lanes = g0 + tl.arange(0, LANES)
-        keys = tl.load(claims.best_ptr + lanes, mask=lanes < rows.last, other=0)
-        word = (g0 - rows.first) // LANES
-        bits = tl.load(claims.bits_ptr + tl.program_id(0) * words + word, mask=word < words, other=-1)
-        may = ((bits >> tl.arange(0, LANES)) & 1) != 0
-        bits = _bits((keys == MET) | (may & (keys > MET)))
+        bits = _claiming(g0, rows, claims)
         while bits != 0:
             g = g0 + _lowest(bits)
             bits = bits & (bits - 1)
@@ -311,12 +331,12 @@ def _claimed(code, own, rows, claims, frame, SPEC: tl.constexpr):
 def overlap_kernel(anchors_ptr, targets, N, M, frame, levels, rule, claims, match_ptr, SPEC: tl.constexpr):
     """What each anchor takes by IoU, and the best anchor of every row; the grid and arguments of
     :func:`match_kernel`."""
-    blocks = tl.cdiv(N, SPEC.BLOCK)
-    own, position = _block_of(anchors_ptr, N, levels, SPEC)
-    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, own.b, SPEC.BLOCK_G)
+    b, position, mask = _place(N, SPEC)
+    own = _load_block(anchors_ptr, N, levels, SPEC)
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
     rows = Range(targets.ptr, first, last)
-    code = _most_overlap(own, rows, claims, tl.program_id(0) % blocks, rule, frame, SPEC)
-    tl.store(match_ptr + own.b.to(tl.int64) * N + position, code, mask=own.mask)
+    code = _most_overlap(own, rows, claims, tl.program_id(0) % tl.cdiv(N, SPEC.BLOCK), rule, frame, SPEC)
+    tl.store(match_ptr + b.to(tl.int64) * N + position, code, mask=mask)
 
 
 @triton.jit
@@ -415,27 +435,30 @@ def match_kernel(anchors_ptr, targets, N, M, B, frame, levels, rule, claims, pic
     ranked head: a counter of each image is set to 0, see :mod:`.rank`.
     """
     pid = tl.program_id(0)
-    own, position = _block_of(anchors_ptr, N, levels, SPEC)
-    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, own.b, SPEC.BLOCK_G)
+    b, position, mask = _place(N, SPEC)
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
     rows = Range(targets.ptr, first, last)
-    at = matched.match_ptr + own.b.to(tl.int64) * N + position
+    at = matched.match_ptr + b.to(tl.int64) * N + position
     if SPEC.CENTRE:
-        match = _smallest_around(own, rows, rule, frame, N, SPEC)
+        match = _smallest_around(_load_block(anchors_ptr, N, levels, SPEC), rows, rule, frame, N, SPEC)
     elif SPEC.RESCUE is None:
+        own = _load_block(anchors_ptr, N, levels, SPEC)
         match = _match_of(_most_overlap(own, rows, claims, 0, rule, frame, SPEC))
     else:
-        code = tl.load(at, mask=own.mask, other=-1)
-        match = _claimed(code, own, rows, claims, frame, SPEC)
+        code = tl.load(at, mask=mask, other=-1)
+        match = _match_of(code)
+        if _any_claims(rows, claims):
+            match = _claimed(code, _load_block(anchors_ptr, N, levels, SPEC), rows, claims, frame, SPEC)
         tl.debug_barrier()  # threads that hold the same anchor have all read what one of them overwrites
-    tl.store(at, match, mask=own.mask)
-    found = tl.sum((own.mask & (match >= 0)).to(tl.int32), axis=0)
+    tl.store(at, match, mask=mask)
+    found = tl.sum((mask & (match >= 0)).to(tl.int32), axis=0)
     if found > 0:
-        tl.atomic_add(matched.tally_ptr + own.b, found, sem="relaxed")
+        tl.atomic_add(matched.tally_ptr + b, found, sem="relaxed")
     invalid = _count_invalid(targets, M, B, frame, SPEC)
     if invalid > 0:
         tl.atomic_add(matched.tally_ptr + B, invalid, sem="relaxed")
     if picks_ptr is not None:
         if pid % tl.cdiv(N, SPEC.BLOCK) == 0:
-            tl.store(picks_ptr + 4 * own.b + 3, 0)
+            tl.store(picks_ptr + 4 * b + 3, 0)
     if is_last(matched.done_ptr, tl.num_programs(0)):
         _finish(matched, M, B, claims, SPEC)

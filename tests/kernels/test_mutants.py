@@ -176,7 +176,7 @@ def check_qualities() -> None:
 # their modules' names are those that are replaced
 mpdiou, softmax_ce, real_side_share = box.mpdiou, label.softmax_ce, box._side_share
 real_best_anchor, real_row_cell = assign.best_anchor, assign.row_cell
-real_box_term, real_iou, real_rank, real_picked = grid_box.box_term, listing.iou, listing._rank, positives._picked
+real_box_term, real_iou, real_listed, real_picked = grid_box.box_term, listing.iou, listing._listed, positives._picked
 real_near_boxes = ignore._near_boxes
 
 
@@ -338,11 +338,18 @@ def picked_with_the_next_ones_row(slot, found, lists, site, SPEC: tl.constexpr):
 
 
 @triton.jit
-def rank_backwards(lists, first, amount, cell, SPEC: tl.constexpr):
-    """The first one in order becomes the last to write."""
+def ordered_backwards(lists, found, free, shared, SPEC: tl.constexpr):
+    """Of a cell's rows in a block the first one becomes the last to count."""
     lane = tl.arange(0, SPEC.ROWS)
-    same = (cell[:, None] == cell[None, :]) & (lane[None, :] < amount)
-    return tl.sum(same.to(tl.int32), axis=1) - 1 - real_rank(lists, first, amount, cell, SPEC)
+    for i in range(0, tl.cdiv(found, SPEC.ROWS)):
+        first, cell, mask = real_listed(lists, i, found, SPEC)
+        key = tl.sort(tl.where(mask, cell, SPEC.CELLS) * SPEC.ROWS + SPEC.ROWS - 1 - lane)
+        cell = tl.where(mask, key // SPEC.ROWS, 0)
+        counts = tl.histogram(cell, SPEC.CELLS, mask=mask)
+        g = tl.load(lists.row_ptr + first + SPEC.ROWS - 1 - key % SPEC.ROWS, mask=mask, other=0)
+        at = tl.gather(free - (tl.cumsum(counts, axis=0) - counts), cell, 0) + lane
+        tl.store(lists.order_ptr + at, g, mask=mask)
+        free += counts
 
 
 @triton.jit
@@ -635,8 +642,8 @@ def meets_inside(row, around):
 
 
 @triton.jit
-def reached_by_less(row, around_x, around_y, reach):
-    return real_reached(row, around_x, around_y, 0.25 * reach)
+def reached_by_less(row, around_x, around_y, reach, low, high):
+    return real_reached(row, around_x, around_y, 0.25 * reach, low, high)
 
 
 @triton.jit
@@ -718,7 +725,7 @@ MUTANTS = [
     (listing, "row_cell", cell_of_no_neighbour, check_ratio_grid),
     (assign, "ratio", ratio_inclusive, check_ratio_grid),
     (assign, "ratio", ratio_of_larger_rows, check_ratio_grid),
-    (listing, "_rank", rank_backwards, check_ratio_grid),
+    (listing, "_order_rows", ordered_backwards, check_ratio_grid),
     (positives, "box_term", similarity_below_zero, check_ratio_grid),
     (grid_loss, "prior_term", prior_of_nobody, check_prior_grid),
     (listing, "iou", iou_half, check_band_grid),

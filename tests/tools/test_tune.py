@@ -122,7 +122,7 @@ def test_wishes_reach_the_launch_as_far_as_it_can_take_them():
     usual = codegen.launches(case, work)["loss"]
     with tuned.forced((("cells", 256), ("threads", 128), ("stages", 4), ("max_registers", 96))):
         other = codegen.launches(case, work)["loss"]
-    assert usual.arguments["SPEC"].CELLS == 1024
+    assert usual.arguments["SPEC"].CELLS == 512
     assert (other.arguments["SPEC"].CELLS, other.threads, other.max_registers) == (256, 128, 96)
     assert other.grid[0] > usual.grid[0]
     rest = {"num_stages": 4, "enable_fp_fusion": not other.exact}
@@ -350,14 +350,14 @@ def test_the_users_own_come_first_then_the_shipped_then_the_heuristic(tmp_path):
     def cells():
         return codegen.launches(*big)["loss"].arguments["SPEC"].CELLS
 
-    assert cells() == 1024
-    put(tmp_path / "shipped", entries={key: {"config": {"cells": 512}}})
     assert cells() == 512
+    put(tmp_path / "shipped", entries={key: {"config": {"cells": 1024}}})
+    assert cells() == 1024
     put(tmp_path / "own", entries={key: {"config": {"cells": 256}}})
     assert cells() == 256
     (tmp_path / "own" / "cpu.json").unlink()
     tuned.forget()
-    assert cells() == 512
+    assert cells() == 1024
     assert cells_of_a_launch() == usual  # of another size: a miss
 
 
