@@ -628,8 +628,10 @@ def test_compiles_without_a_break_or_a_recompilation(backend):
 
 
 def test_compiles_once_for_maps_of_any_size():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
-    loss, counter = criterion("retinanet", "triton"), torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    loss, counter = criterion("retinanet", "triton"), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda p, t, a: loss(p, t, anchors=a, image_size=SIZE), backend=counter, fullgraph=True)
     rows = fusedyolo.Targets.from_torchvision(make_targets("retinanet"), SIZE).rows
     for side in (4, 5, 6, 7, 9, 11):
