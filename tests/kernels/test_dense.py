@@ -9,6 +9,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import DEVICE
 from test_crowds import Watch
 from test_select import greedy

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import test_grid
 import torch
+import torch._dynamo.testing
 from conftest import DEVICE
 from test_grid import make_preds, make_rows, sort_rows
 
