@@ -20,7 +20,29 @@ from .output import LossOutput, rounded
 PARTS = ("box", "obj", "cls")
 
 
-class GridLoss(nn.Module):
+class WeightedLoss(nn.Module):
+    """A module with class weights, or none, that follow the predictions to their device and stay in float32."""
+
+    class_weights: Tensor | None
+
+    def __init__(self, class_weights: tuple[float, ...] | None):
+        super().__init__()
+        self._weights = class_weights
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def _weights_for(self, pred: Tensor) -> Tensor | None:
+        """The class weights on the device of ``pred`` in float32, whatever the module itself was cast or moved to."""
+        weights, device = self.class_weights, pred.device
+        if weights is None or (weights.device == device and weights.dtype == torch.float32):
+            return weights
+        if torch.compiler.is_compiling():  # what a graph allocates is not to be kept in a module
+            return reference.constants(self._weights or (), pred.new_empty(0, dtype=torch.float32))
+        self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=device)
+        return self.class_weights
+
+
+class GridLoss(WeightedLoss):
     """A module around a :class:`~fusedyolo.heads.GridHead`; a subclass makes the head of its arguments.
 
     ``batch_power`` says by what power of the batch size the gains in ``batch_gains`` are multiplied: -1 for a mean over
@@ -28,7 +50,6 @@ class GridLoss(nn.Module):
     """
 
     head: GridHead
-    class_weights: Tensor | None
     batch_gains: tuple[str, ...] = ("box_gain", "obj_gain", "noobj_gain", "cls_gain", "prior_gain")
 
     def __init__(
@@ -41,16 +62,13 @@ class GridLoss(nn.Module):
         batch_power: int = 0,
         class_weights: tuple[float, ...] | None = None,
     ):
-        super().__init__()
+        super().__init__(class_weights)
         self.head = rounded(head)
         self.hyp = hyp
         self._changed = {name: value for name, value in hyp.items() if value != defaults[name]}
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
         self._batch_power = batch_power
-        self._weights = class_weights
-        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
-        self.register_buffer("class_weights", weights, persistent=False)
         # What a call needs, in the form in which it needs it: sizes as integers, and the heads of each batch size.
         self._anchors = tuple(map(len, self.head.levels))
         self._strides = tuple(int(s) if s.is_integer() else s for s in self.head.strides)
@@ -97,16 +115,6 @@ class GridLoss(nn.Module):
         if self._batch_power == 0:
             return head, key
         return _batch_head(key, float(batch) ** self._batch_power, self.batch_gains)
-
-    def _weights_for(self, pred: Tensor) -> Tensor | None:
-        """The class weights on the device of ``pred`` in float32, whatever the module itself was cast or moved to."""
-        weights, device = self.class_weights, pred.device
-        if weights is None or (weights.device == device and weights.dtype == torch.float32):
-            return weights
-        if torch.compiler.is_compiling():  # what a graph allocates is not to be kept in a module
-            return reference.constants(self._weights or (), pred.new_empty(0, dtype=torch.float32))
-        self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=device)
-        return self.class_weights
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backend as backends
-from .. import checks, reference
+from .. import checks
 from ..drivers.picks import PICKS, PickCall, check
 from ..heads import PickHead
 from ..targets import Targets, as_targets
+from .base import WeightedLoss
 from .output import LossOutput, rounded
 
 Predicted = Sequence[Tensor] | Mapping[str, Any]
@@ -20,7 +21,7 @@ AnyTargets = Tensor | Sequence[dict[str, Tensor]] | Targets
 Computed = tuple[Tensor, tuple[Tensor, ...], Tensor]
 
 
-class PickLoss(nn.Module):
+class PickLoss(WeightedLoss):
     """A module around a :class:`~fusedyolo.heads.PickHead`; a subclass makes the head of its arguments.
 
     Gains are attributes of the subclass, read at each call, so that they may change. ``batch_factor``: the loss is
@@ -28,7 +29,6 @@ class PickLoss(nn.Module):
     """
 
     head: PickHead
-    class_weights: Tensor | None
     batch_factor: bool = False
 
     def __init__(
@@ -38,14 +38,11 @@ class PickLoss(nn.Module):
         backend: str,
         class_weights: tuple[float, ...] | None = None,
     ):
-        super().__init__()
+        super().__init__(class_weights)
         self.head = rounded(head)
         self._key = self.head.key
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
-        self._weights = class_weights
-        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
-        self.register_buffer("class_weights", weights, persistent=False)
         self.gains()
 
     def gains(self) -> tuple[float, ...]:
@@ -114,16 +111,6 @@ class PickLoss(nn.Module):
             )
             return total, tuple(parts), counts
         return PICKS.reference_loss(self.head, call)
-
-    def _weights_for(self, pred: Tensor) -> Tensor | None:
-        """The class weights on the device of ``pred`` in float32, whatever the module itself was cast or moved to."""
-        weights, device = self.class_weights, pred.device
-        if weights is None or (weights.device == device and weights.dtype == torch.float32):
-            return weights
-        if torch.compiler.is_compiling():  # what a graph allocates is not to be kept in a module
-            return reference.constants(self._weights or (), pred.new_empty(0, dtype=torch.float32))
-        self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=device)
-        return self.class_weights
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""
