@@ -85,21 +85,18 @@ def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tupl
     limit = head.topk2 if head.assigner == "aligned" and head.topk2 != head.topk else None
     spec = spec_of(head, preds[0].dtype)
     numbers = records.Numbers(
-        limit=head.centre_limit,
         alpha=wish.power(head.alpha),
         beta=wish.power(head.beta),
         small=head.small,
         radius=head.radius,
         overlap_args=head.overlap_args,
-        box_args=(),
-        label_args=(),
     )
     problem = wish.Problem(
         predictions=None,
         levels=records.Levels(odd(widths), odd(heights), head.strides),
         frame=site.Frame(head.centre_limit, size[1], size[0], 2 * batch + 3),
         numbers=numbers,
-        terms=records.Terms(TERMS[head.overlap].kernel, None, None),
+        terms=records.Terms(TERMS[head.overlap].kernel),
     )
     first = {
         "levels": problem.levels,

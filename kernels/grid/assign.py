@@ -16,10 +16,15 @@ from .records import Found
 
 
 @triton.jit
+def _true_sides(row, site, ACC: tl.constexpr):
+    """Width and height of the box of a row, in pixels."""
+    return row.w.to(ACC) * (site.W * site.side), row.h.to(ACC) * (site.H * site.side)
+
+
+@triton.jit
 def true_corners(row, site, ACC: tl.constexpr):
     """The box of a row by its edges, in pixels, and its area."""
-    gw = row.w.to(ACC) * (site.W * site.side)
-    gh = row.h.to(ACC) * (site.H * site.side)
+    gw, gh = _true_sides(row, site, ACC)
     gx = row.cx.to(ACC) * (site.W * site.side)
     gy = row.cy.to(ACC) * (site.H * site.side)
     return Corners(gx - 0.5 * gw, gy - 0.5 * gh, gx + 0.5 * gw, gy + 0.5 * gh), gw * gh
@@ -28,8 +33,7 @@ def true_corners(row, site, ACC: tl.constexpr):
 @triton.jit
 def _matches(row, site, head, terms, SPEC: tl.constexpr):
     """Whether the shapes of rows are such that the anchor of the tile answers for them."""
-    gw = row.w.to(SPEC.ACC) * (site.W * site.side)
-    gh = row.h.to(SPEC.ACC) * (site.H * site.side)
+    gw, gh = _true_sides(row, site, SPEC.ACC)
     return terms.match(gw, gh, site, head.thresh, SPEC.PER_LEVEL)
 
 
@@ -179,7 +183,6 @@ def assigned(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     CELLS: tl.constexpr = SPEC.CELLS
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     mask = cells < site.HW
-    lane = tl.arange(0, SPEC.CELLS)
     base = site.pid * 0
     pick = site.pid * 0
     first = tl.zeros([CELLS], tl.int32)
@@ -207,7 +210,7 @@ def assigned(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     if found > 0:
         pick = _take(done_ptr + 1, picks)
         at = pick + tl.cumsum(is_pick, axis=0) - 1
-        tl.store(lists.pick_ptr + at, site.first_cell + lane, mask=amounts > 0)
+        tl.store(lists.pick_ptr + at, cells, mask=amounts > 0)
         tl.store(lists.first_ptr + at, first, mask=amounts > 0)
         tl.debug_barrier()
     if terms.match is None:

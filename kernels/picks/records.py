@@ -45,22 +45,17 @@ class Targets(NamedTuple):
 class Numbers(NamedTuple):
     """The numbers of a head: see :class:`fusedyolo.heads.PickHead`."""
 
-    limit: float  # centres of valid rows lie below it
     alpha: Any  # as ``wish.power`` makes them
     beta: Any
     small: float
     radius: float
     overlap_args: tuple[float, ...]
-    box_args: tuple[float, ...]
-    label_args: tuple[float, ...]
 
 
 class Terms(NamedTuple):
     """JIT functions of a head, as ``fusedyolo.terms`` has them: they travel in no constexpr record."""
 
     overlap: Any
-    box: Any
-    label: Any
 
 
 class Spec(NamedTuple):
