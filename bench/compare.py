@@ -25,7 +25,7 @@ PREDICTING = ("count", "count exactly", "execute", "codegen")
 def plan(cases: Iterable[Case], work: Workload, gpu: bool, options: argparse.Namespace) -> list[Task]:
     """Every task behind the parity gate; the longest first."""
     cases, executed = list(cases), GPUS[options.gpu].target
-    ours = [case.name for case in cases if case.name in CASES]
+    ours = [case.name for case in cases]
     theirs = [(case.name, peer.name) for case in cases for peer in peers.of(case)]
     targets = dict.fromkeys([*(options.target or ("sm_90", "gfx942")), executed])
     tasks = [Task("compile", name, work, COMPILE) for name in ours if not options.quick]
@@ -48,7 +48,7 @@ def plan(cases: Iterable[Case], work: Workload, gpu: bool, options: argparse.Nam
 def usual_cases() -> list[Case]:
     """Each loss in its default recipe, and whatever a peer that is installed here computes."""
     first = first_recipes()
-    return [case for case in (*CASES.values(), *peers.PENDING.values()) if case in first or peers.of(case)]
+    return [case for case in CASES.values() if case in first or peers.of(case)]
 
 
 def workload(options: argparse.Namespace) -> Workload:

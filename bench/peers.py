@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedyolo import Targets
-from fusedyolo.drivers.protocol import LOGIT, POSITIVE, Piece
 from fusedyolo.tools.parity import Loss
 from fusedyolo.tools.registry import DTYPES, WARMED_UP, Case, Workload
 
@@ -48,10 +48,11 @@ class Peer:
     cases: tuple[str, ...]
     bind: Callable[[Any, Workload, str], Bound]
     note: str = ""  # what a count of it on a CPU does not say
+    needs: str = ""  # what its module has in the version whose loss this is
 
     def missing(self) -> str:
         """Why it cannot be used, in a line; empty if it can."""
-        return _why_not(self.name, self.module)
+        return _why_not(self.name, self.module, self.needs)
 
     def loss(self, case: Case, work: Workload, device: str = "cpu") -> Loss:
         """Its loss, bound to a workload: what it is called with later are that workload's predictions and targets.
@@ -122,11 +123,11 @@ def _load(name: str) -> ModuleType:
 
 
 @lru_cache
-def _why_not(package: str, module: str) -> str:
+def _why_not(package: str, module: str, needs: str) -> str:
     try:
         if find_spec(module.partition(".")[0]) is None:
             return f"{package} is not installed"
-        _load(module)
+        attrgetter(needs or "__name__")(_load(module))
     except (Exception, SystemExit) as error:  # whatever a package does when something it wants is not there
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
@@ -270,25 +271,63 @@ def _lightnet(case: Case, work: Workload, device: str) -> Bound:
     return lambda preds: criterion(preds[0].contiguous(), padded)  # it knows no other layout
 
 
-def _ultralytics(case: PendingCase, work: Workload, device: str) -> Bound:
+def _ultralytics(case: Case, work: Workload, device: str) -> Bound:
     losses = _load("ultralytics.utils.loss")
     detector = _Detector(
         device,
         {"args": _load("ultralytics.utils").DEFAULT_CFG},
         nc=work.classes,
-        reg_max=case.bins,
+        reg_max=case.head(work.classes).reg_max,
         stride=torch.tensor(case.strides, dtype=torch.float32, device=device),
     )
-    criterion = losses.E2ELoss(detector) if case.branches == 2 else losses.v8DetectionLoss(detector)
+    criterion = losses.E2ELoss(detector) if case.branches else losses.v8DetectionLoss(detector)
     image, label, boxes = _rows(case, work).to(device).split((1, 1, 4), dim=1)
     objects = {"batch_idx": image.flatten(), "cls": label, "bboxes": boxes}
     nothing = torch.zeros((), dtype=DTYPES[work.dtype], device=device)  # of features the loss asks for their size alone
     features = [nothing.expand(work.batch, 1, *size) for size in case.maps(work)]
 
     def total(preds: list[Tensor]) -> Tensor:
-        found = [{"boxes": b, "scores": s, "feats": features} for b, s in zip(preds[::2], preds[1::2], strict=True)]
-        outputs = dict(zip(("one2many", "one2one"), found, strict=True)) if case.branches == 2 else found[0]
-        return criterion(outputs, objects)[0].sum()
+        packed = case.pack(preds, work)
+        found = {
+            name: {"boxes": _in_one_piece(own["boxes"]), "scores": _in_one_piece(own["scores"]), "feats": features}
+            for name, own in (packed if case.branches else {"": packed}).items()
+        }
+        return criterion(found if case.branches else found[""], objects)[0].sum()
+
+    return total
+
+
+def _in_one_piece(maps: Any) -> Tensor:
+    """``[B, C, N]``, as its head makes it of maps ``[B, C, H, W]``."""
+    return maps if isinstance(maps, Tensor) else torch.cat([each.flatten(2) for each in maps], 2)
+
+
+def _yolox(case: Case, work: Workload, device: str) -> Bound:
+    head = _load("yolox.models").YOLOXHead(work.classes, 1 / 32, in_channels=[256] * len(case.strides)).to(device)
+    images = _by_image(case, work)
+    labels = torch.zeros(work.batch, max(map(len, images)), 5)
+    for image, rows in zip(labels, images, strict=True):
+        image[: len(rows)] = torch.cat((rows[:, :1], rows[:, 1:] * work.size), 1)
+    labels, maps = labels.to(device), case.maps(work)
+    areas = [height * width for height, width in maps]
+
+    def by_level(values: Any) -> list[Tensor]:
+        if not isinstance(values, Tensor):
+            return values
+        return [part.unflatten(2, sides) for part, sides in zip(values.split(areas, 2), maps, strict=True)]
+
+    def total(preds: list[Tensor]) -> Tensor:
+        outputs, grids, strides = [], [], []
+        packed = case.pack(preds, work)
+        parts_of = [by_level(packed[name]) for name in ("boxes", "objectness", "scores")]
+        levels = zip(*parts_of, case.strides, strict=True)
+        for level, (*parts, stride) in enumerate(levels):
+            output, grid = head.get_output_and_grid(torch.cat(parts, 1), level, stride, parts[0].type())
+            outputs.append(output)
+            grids.append(grid)
+            strides.append(torch.full((1, grid.shape[1]), stride).type_as(output))
+        x, y = ([grid[..., axis] for grid in grids] for axis in (0, 1))
+        return head.get_losses(None, x, y, strides, labels, torch.cat(outputs, 1), [], dtype=outputs[0].dtype)[0]
 
     return total
 
@@ -300,33 +339,8 @@ PEERS = {
         Peer("torchvision", "torchvision.models.detection", tuple(_MODELS), _torchvision),
         Peer("lightnet", "lightnet.network.loss", ("YOLOv2/lightnet",), _lightnet, HOST),
         Peer("yolov5", "yolov5.utils.loss", ("YOLOv5",), _yolov5),
-        Peer("ultralytics", "ultralytics.utils.loss", ("YOLOv8", "YOLO26"), _ultralytics),
+        Peer("ultralytics", "ultralytics.utils.loss", ("YOLOv8", "E2E/yolo26"), _ultralytics),
+        Peer("yolox", "yolox.models", ("YOLOX",), _yolox, needs="YOLOXHead.get_geometry_constraint"),
     )
 }
 """Other libraries by name, installed or not."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- cases
-
-
-@dataclass(frozen=True)
-class PendingCase(Case):
-    """A loss that a peer computes and this package does not: distances to four sides, as ``bins`` logits each."""
-
-    strides: tuple[int, ...] = (8, 16, 32)
-    bins: int = 16  # or 1, the distance itself
-    branches: int = 1  # sets of predictions
-
-    driver: ClassVar[Any] = SimpleNamespace(layouts=("columns",), arrange=lambda values, piece, frame: [values])
-
-    def pieces(self, work: Workload) -> list[Piece]:
-        """``[B, 4 * bins, N]`` and ``[B, C, N]``, of each branch."""
-        places, levels = sum(height * width for height, width in self.maps(work)), range(len(self.strides))
-        sides = (work.batch, 4 * self.bins, places), 4 * self.bins, levels, POSITIVE if self.bins == 1 else LOGIT
-        scores = Piece((work.batch, work.classes, places), work.classes, levels, low=(1, 0, work.classes))
-        return [Piece(*sides), scores] * self.branches
-
-
-_PENDING = PendingCase("YOLOv8", None, "YOLOv8Loss"), PendingCase("YOLO26", None, "YOLO26Loss", bins=1, branches=2)
-PENDING: dict[str, Case] = {case.name: case for case in _PENDING}
-"""Cases that nothing but a peer computes."""

@@ -16,7 +16,6 @@ from fusedyolo.tools.registry import CASES, Case, Workload
 from . import peers
 from .measure import COMPILE, EAGER, FUSED
 from .predict import GPUS, predict
-from .work import case_of
 
 MODES = ("no_grad", "forward", "backward", "full")
 GRAPHS = ("forward_graph", "full_graph")
@@ -36,7 +35,7 @@ def rows(results: Mapping[Any, Any], work: Workload, host: Mapping[str, Any], gp
     found = {(kinds.get(task.kind, task.kind), task.case, task.provider): r for task, r in results.items()}
     versions = {name: host[name] for name in ("torch", "triton", "fusedyolo", "commit")}
     listed = []
-    for case in map(case_of, dict.fromkeys(task.case for task in results if task.case)):
+    for case in (CASES[name] for name in dict.fromkeys(task.case for task in results if task.case)):
         for provider, metric, value in _values(case, found, work, gpu):
             peer = f"{provider} {version(provider)}" if provider in peers.PEERS else ""
             row = {"loss": case.loss, "recipe": case.recipe, "provider": provider, "metric": metric, "value": value}
@@ -55,8 +54,8 @@ def _values(case: Case, found: Mapping, work: Workload, gpu: str) -> Iterator[tu
         return found.get((kind, case.name, provider)) or {}
 
     measured = dict.fromkeys(p for kind, name, p in found if kind in ("count", "time") and name == case.name)
-    ours = (EAGER, COMPILE, FUSED) if case.name in CASES else ()
-    for provider in (*(p for p in measured if p not in (EAGER, COMPILE, FUSED)), *ours):
+    ours = EAGER, COMPILE, FUSED
+    for provider in (*(p for p in measured if p not in ours), *ours):
         timed, peak = of("time", provider), of("time", provider).get("peak_bytes")
         numbers = {name: of("parity", "").get(f"{provider}_{name}") for name in ("loss_error", "grad_error")}
         numbers = {} if provider == COMPILE else numbers

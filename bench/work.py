@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fusedyolo.tools import processes
-from fusedyolo.tools.registry import CASES, Case, Workload
+from fusedyolo.tools.registry import CASES, Workload
 from fusedyolo.tools.terminal import bars
 
 from . import peers
@@ -34,11 +34,6 @@ class Task:
         return " ".join(filter(None, (self.kind, self.case, self.provider)))
 
 
-def case_of(name: str) -> Case:
-    """A case of this package, or one that only a peer computes yet."""
-    return CASES.get(name) or peers.PENDING[name]
-
-
 def do(task: Task) -> Any:
     """The work of a task, in a process for its kind of work."""
     from fusedyolo.tools import codegen, timing
@@ -48,7 +43,7 @@ def do(task: Task) -> Any:
 
     if task.kind == "bandwidth":
         return timing.copy_bandwidth()
-    case = case_of(task.case)
+    case = CASES[task.case]
     if task.kind == "parity":
         others = [peer.name for peer in peers.of(case)]
         others += [measure.COMPILE] * (task.device != "cpu")  # what is to be timed

@@ -13,7 +13,7 @@ from ..heads import PickHead
 from ..targets import without_spare
 from . import shared
 from .assignments import Assignment, LevelAssignment
-from .protocol import Driver, Frame, Known, Piece, Predictions
+from .protocol import LOGIT, POSITIVE, Driver, Frame, Known, Piece, Predictions
 
 if TYPE_CHECKING:
     from ..ops import Launch
@@ -114,7 +114,8 @@ class PickDriver(Driver):
         found = []
         for name, width in zip(names(head), head.widths, strict=True):
             low, rare = (None, range(0)) if name == "boxes" else ((1, 0, width), range(width))
-            found.append(Piece((frame.batch, width, N), width, levels, low=low, rare=rare))
+            values = POSITIVE if name == "boxes" and head.decode == "distance" else LOGIT
+            found.append(Piece((frame.batch, width, N), width, levels, values, low, rare))
         return found
 
     def arrange(self, values: Tensor, piece: Piece, frame: Frame) -> list[Tensor]:
@@ -156,22 +157,25 @@ class PickDriver(Driver):
     def efforts(
         self, kernel: str, kinds: Sequence[int], arguments: Mapping[str, Any], known: Known
     ) -> tuple[Sequence[Any], list[float]]:
-        """By the cells of a tile that have a row."""
+        """By the cells of a tile that have a row, which launches before have left: all of their programs run."""
         if kernel != "pick_loss_kernel":
             return super().efforts(kernel, kinds, arguments, known)
-        block = arguments["SPEC"].CELLS
-        images = [image >= 0 for level in known.assignment.levels for image in level.row.flatten(1)]
-        tiles = [int(part.sum()) for image in images for part in image.split(block)]
+        block, areas = arguments["SPEC"].CELLS, [height * width for height, width in _maps(arguments)]
+        has = arguments["assigned"].row_ptr != arguments["M"]
+        tiles = [int(part.sum()) for level in has.split(areas, 1) for image in level for part in image.split(block)]
         counts = tiles * (len(kinds) // len(tiles))
         return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
         """Boxes, of the reference, and that no cell is picked yet."""
         if kernel == "decode_kernel" and arguments["SPEC"].ASSIGNER == "aligned":
-            decoded, head = arguments["decoded"], known.head
-            seen = planes("planes", known.preds, head).to(decoded.boxes_ptr.dtype)
+            decoded, head, predictions = arguments["decoded"], known.head, arguments["predictions"]
+            box, cls = (
+                _in_one_piece(part, width, arguments).to(decoded.boxes_ptr.dtype)
+                for part, width in zip((predictions.box, predictions.cls), head.widths, strict=True)
+            )
             points = reference.points_of(_maps(arguments), head.strides, decoded.row_ptr.device)
-            decoded.boxes_ptr.copy_(reference.see(seen, points, head).boxes)
+            decoded.boxes_ptr.copy_(reference.see(reference.Planes(box, cls, None), points, head).boxes)
             decoded.picker_ptr.fill_(arguments["M"])
             decoded.row_ptr.fill_(arguments["M"])
             decoded.claim_ptr.zero_()
@@ -193,6 +197,18 @@ def _maps(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
     """(height, width) of each level of a launch."""
     levels = arguments["levels"]
     return [(shared.even(h), shared.even(w)) for h, w in zip(levels.heights, levels.widths, strict=True)]
+
+
+def _in_one_piece(part: Any, width: int, arguments: Mapping[str, Any]) -> Tensor:
+    """``[B, width, N]`` of a part of a launch's predictions, see :class:`fusedyolo.kernels.picks.records.Part`."""
+    batch, levels = len(arguments["decoded"].row_ptr), []
+    for ptr, start, by, sides in zip(part.ptrs, part.starts, part.by, _maps(arguments), strict=True):
+        image, row, column, _, channel = map(shared.even, by)
+        view = ptr.detach().as_strided(
+            (batch, width, *sides), (image, channel, row, column), ptr.storage_offset() + shared.even(start)
+        )
+        levels.append(view.flatten(2))
+    return torch.cat(levels, 2)
 
 
 def _levels_of_tiles(arguments: Mapping[str, Any], batch: int, cells: int) -> list[int]:

@@ -61,9 +61,15 @@ def widths(counts: Mapping[int, int]) -> str:
 def launches(case: Case, work: Workload) -> dict[str, Any]:
     """The launches of a training step by name, on memory that is never touched."""
     criterion, driver = case.build(work.classes, "auto"), case.driver
-    preds = case.pack(case.predictions(work, empty=True), work)
-    call = driver.read(criterion, preds, case.targets(work), **case.geometry(work))
-    return driver.launches(criterion.head, call)
+    preds, targets, geometry = case.predictions(work, empty=True), case.targets(work), case.geometry(work)
+    forward: dict[str, Any] = {}
+    backward: dict[str, Any] = {}
+    for branch, loss, own in case.parts(criterion, case.pack(preds, work)):
+        found = driver.launches(loss.head, driver.read(loss, own, targets, **geometry))
+        *first, last = [(f"{branch} {name}".strip(), launch) for name, launch in found.items()]
+        forward |= first
+        backward = dict([last]) | backward  # the branch that came last comes first
+    return forward | backward
 
 
 def target_of(name: str) -> tuple[str, int | str, int]:

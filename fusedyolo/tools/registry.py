@@ -46,6 +46,7 @@ class Case:
         boxes: makes these, ``[N, 4]``, of the maps, the side of the image and the device.
         grid: cells on a side of any image, in place of strides.
         background: 1 if class 0 is no object.
+        branches: names of the sets of predictions of a loss that takes several.
         images: of a batch, so many that small launches have several programs.
     """
 
@@ -60,6 +61,7 @@ class Case:
     boxes: Callable[..., torch.Tensor] | None = None
     grid: int = 0
     background: int = 0
+    branches: tuple[str, ...] = ()
     images: int = 2
 
     @property
@@ -114,8 +116,8 @@ class Case:
         return Frame(work.batch, tuple(self.maps(work)), cell, self.layout(work))
 
     def pieces(self, work: Workload) -> list[Piece]:
-        """What is predicted."""
-        return self.driver.pieces(self.head(work.classes), self.frame(work))
+        """What is predicted, branch by branch."""
+        return self.driver.pieces(self.head(work.classes), self.frame(work)) * max(1, len(self.branches))
 
     def prediction_bytes(self, work: Workload) -> int:
         """P: what the predictions take in memory."""
@@ -138,7 +140,16 @@ class Case:
 
     def pack(self, preds: list[torch.Tensor], work: Workload) -> Any:
         """These predictions as the loss takes them."""
-        return self.driver.pack(preds, self.frame(work))
+        return self._packing(work)(preds)
+
+    def _packing(self, work: Workload) -> Callable[[list[torch.Tensor]], Any]:
+        pack, branches = partial(self.driver.pack, frame=self.frame(work)), self.branches
+
+        def pack_branches(preds: list[torch.Tensor]) -> dict[str, Any]:
+            each = len(preds) // len(branches)
+            return {name: pack(preds[i * each : (i + 1) * each]) for i, name in enumerate(branches)}
+
+        return pack_branches if branches else pack
 
     def targets(self, work: Workload, device: str = "cpu") -> Any:
         """The objects, their classes counted from 1 where 0 is the background."""
@@ -153,10 +164,16 @@ class Case:
         boxes = self.boxes(self.maps(work), work.size, device=device)
         return {"anchors": boxes, "num_anchors_per_level": self.frame(work).sizes, "image_size": work.size}
 
+    def parts(self, criterion: Any, preds: Any) -> list[tuple[str, Any, Any]]:
+        """Of each branch its name, loss and predictions, of the only one without a name."""
+        if not self.branches:
+            return [("", criterion, preds)]
+        return [(name, getattr(criterion, name), preds[name]) for name in self.branches]
+
     def bind(self, criterion: Any, work: Workload, device: str = "cpu") -> Callable[[Any, Any], Any]:
         """The loss as a function of predictions and targets alone."""
-        geometry, frame, pack = self.geometry(work, device), self.frame(work), self.driver.pack
-        return lambda preds, targets: criterion(pack(preds, frame), targets, **geometry)
+        geometry, pack = self.geometry(work, device), self._packing(work)
+        return lambda preds, targets: criterion(pack(preds), targets, **geometry)
 
 
 @lru_cache(maxsize=64)
@@ -214,6 +231,7 @@ _V4 = ((12, 16), (19, 36), (40, 28)), ((36, 75), (76, 55), (72, 146)), ((142, 11
 _STRIDES = (8, 16, 32)
 _SSD_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
 _CELLS = partial(Case, grid=7, images=12)
+_POINTS = partial(Case, strides=_STRIDES, cell=(1,) * len(_STRIDES))
 _ONE_MAP = partial(Case, anchors=_V2, unit=32, one_map=True)
 
 CASES = {
@@ -241,10 +259,13 @@ CASES = {
             background=1,
         ),
         Case("FCOS", None, "FCOSLoss", strides=PYRAMID, cell=(1,) * 5, boxes=makers.fcos_anchors),
+        _POINTS("YOLOX", None, "YOLOXLoss"),
+        _POINTS("YOLOv8", None, "YOLOv8Loss"),
+        _POINTS("E2E", "yolo26", "E2ELoss", branches=("one2many", "one2one")),
     )
 }
 
-SHOWN = [CASES[name] for name in ("YOLOv4/paper", "YOLOv5", "RetinaNet", "SSD", "FCOS")]
+SHOWN = [CASES[name] for name in ("YOLOv4/paper", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8")]
 """What is enough to see how kernels do: of the two grids one ignores by overlap, one has several rows a prediction."""
 
 Named = TypeVar("Named")

@@ -26,7 +26,7 @@ STEPS = [(case.name, form, way) for case in first_recipes() for form in FORMS fo
 
 # Python calls of a step in files of ours, and what each tensor of predictions may add
 CALLS = {"YOLOv1": 44, "YOLOv2": 66, "YOLOv3": 62, "YOLOv4": 62, "ScaledYOLOv4": 63, "YOLOv5": 63}
-CALLS |= {"RetinaNet": 102, "SSD": 107, "FCOS": 98}
+CALLS |= {"RetinaNet": 102, "SSD": 107, "FCOS": 98, "YOLOX": 163, "YOLOv8": 154, "E2E": 309}
 A_TENSOR = 2
 
 
