@@ -32,8 +32,15 @@ SEEDS = 36
 RTOL = 1e-5  # in float64, too, for the peer adds 1e-7 to heights; metrics hold the sixth power of what follows
 
 
+@pytest.fixture
+def kernels(monkeypatch):
+    """What is patched runs them; tests of the reference alone take a tenth of the time."""
+    monkeypatch.delenv("FUSEDYOLO_DISABLE")
+
+
 @pytest.fixture(autouse=True)
-def _as_it_was():
+def _as_it_was(monkeypatch):
+    monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")
     yield
     unpatch()
     integration._criteria.kept.clear()
@@ -172,6 +179,18 @@ def test_random_cases(seed, wide, strict):
     assert (total[0] == 0) == (MODES[seed % 6] == "empty")
 
 
+def test_a_case_on_the_kernels(wide, strict, kernels):
+    model, preds, batch = case(1)
+    both(lambda: v8(model), preds, batch, RTOL)
+
+
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo26n.yaml"])
+def test_a_step_on_the_kernels(name, strict, kernels):
+    model, batch = built(name), images(1, 64)
+    model.criterion = model.init_criterion()
+    both(lambda: model.criterion, model(batch["img"]), batch, 1e-4)
+
+
 @pytest.mark.parametrize("seed", range(SEEDS // 2))
 def test_random_cases_of_two_branches(seed, wide, strict):
     model, preds, batch = case(seed + 100, e2e=True)
@@ -298,7 +317,7 @@ def test_compiled(patched):
     torch.testing.assert_close(found, expected)
 
 
-def test_disabled(patched, monkeypatch):
+def test_disabled(patched, kernels, monkeypatch):
     """By the environment: the reference in place of kernels."""
     model, preds, batch = case(0)
     loss = v8(model)

@@ -24,8 +24,14 @@ MAIN = hasattr(YOLOXHead, "get_geometry_constraint")
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.autocast:FutureWarning")
 
 
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.delenv("FUSEDYOLO_DISABLE")
+
+
 @pytest.fixture(autouse=True)
-def _as_it_was():
+def _as_it_was(monkeypatch):
+    monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")
     yield
     unpatch()
     integration._criteria.kept.clear()
@@ -103,7 +109,7 @@ def test_random_cases_in_float32(seed):
     both(*case(seed), 1e-5)
 
 
-def test_l1_is_read_at_each_call(wide):
+def test_l1_is_read_at_each_call(wide, kernels):
     head, features, labels = case(0)
     patch()
     for use_l1 in (False, True, False):
@@ -121,7 +127,7 @@ def test_predictions_stay_as_they_are():
     assert torch.equal(head(features), expected)
 
 
-def test_half_labels_and_predictions():
+def test_half_labels_and_predictions(kernels):
     """As its trainer makes labels with fp16."""
     patch()
     head, features, labels = case(0)
