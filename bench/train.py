@@ -49,11 +49,10 @@ class Run:
     def __init__(self, provider: str, case: Case, work: Workload, seed: int, device: torch.device):
         torch.manual_seed(seed)
         self.provider, self.case, self.work, self.seed, self.device = provider, case, work, seed, device
-        self.name = outcome.NAMES.get(provider, provider)
         self.model = Detector(case, work).to(device)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=RATE)
-        self.loss = provide(case, provider, work, str(device)) if provider in outcome.NAMES else None
-        self.clock, self.curve = Clock(device, self.name), []
+        self.loss = provide(case, provider, work, str(device)) if provider in (EAGER, FUSED) else None
+        self.clock, self.curve = Clock(device, provider), []
         self.waits, self.watched = Counter(), 0
         self._one, self._outputs = torch.ones((), device=device), []
 
@@ -108,9 +107,8 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """What ``train.json`` keeps of a run."""
-        found = summarise(self.clock.steps)
         per_step = {place: n / self.watched for place, n in self.waits.most_common()} if self.watched else None
-        return found | {"waits": per_step, "steps": self.curve}
+        return {"seconds": summarise(self.clock.steps), "waits": per_step, "steps": self.curve}
 
 
 def train(runs: Sequence[Run], steps: Sequence[int], pictures: Pictures, out: Path, console: Console) -> None:
@@ -118,7 +116,7 @@ def train(runs: Sequence[Run], steps: Sequence[int], pictures: Pictures, out: Pa
     gpu = runs[0].clock.gpu
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines on start and stop would cut the bar
     with bars(console, auto_refresh=not gpu) as bar:  # its thread would slow a GPU's host down
-        tasks = [bar.add_task(run.name, total=n) for run, n in zip(runs, steps, strict=True)]
+        tasks = [bar.add_task(run.provider, total=n) for run, n in zip(runs, steps, strict=True)]
         for number, block in turns(*steps):
             run, traced = runs[number], block.kind == "traced"
             activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]
@@ -156,7 +154,6 @@ def run(options: argparse.Namespace) -> int:
     case = select(options.loss, SHOWN)[0]
     known = [*(peer.name for peer in peers.of(case)), EAGER]
     peer = options.peer or known[0]
-    steps = options.steps, min(options.steps, options.fused_steps or (options.steps if gpu else INTERPRETED_STEPS))
     if peer not in known:
         raise RefusedError(f"--peer: {peer}, want one of {', '.join(known)} for {case.name}")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -165,14 +162,14 @@ def run(options: argparse.Namespace) -> int:
     console.print(f"{len(pictures.annotations)} images, {len(boxes)} boxes of {len(names)} classes")
     case, work = fit(case, options.size, boxes), Workload(options.batch, options.size, len(names), layout="nchw")
     runs = [Run(provider, case, work, options.seed, device) for provider in (peer, FUSED)]
+    steps = options.steps, options.steps if gpu else min(options.steps, INTERPRETED_STEPS)
     train(runs, steps, pictures, options.out, console)
 
     pairs = zip(*(run.curve for run in runs), strict=False)
-    config = {name: getattr(options, name) for name in ("batch", "size", "seed")}
+    config = {name: getattr(options, name) for name in ("batch", "size", "seed", "steps")}
     result = {
-        "config": {"loss": case.name, "peer": peer, "steps": options.steps, **config},
+        "config": {"loss": case.name, "peer": peer, "peer_version": version(peer), **config},
         "environment": environment(),
-        "peer_version": version(peer) if peer in peers.PEERS else None,
         "interpreted": not gpu,
         "classes": names,
         "anchors": case.anchors,
@@ -181,9 +178,8 @@ def run(options: argparse.Namespace) -> int:
     }
     (options.out / "train.json").write_text(json.dumps(result, indent=1))
     outcome.draw_curves(options.out / "curves.png", result)
-    outcome.draw_steps(options.out / "steps.png", result)
     console.print(outcome.table(result))
-    console.print(f"Steps, curves, traces and numbers are in {escape(str(options.out))}.", highlight=False)
+    console.print(f"Curves, traces and numbers are in {escape(str(options.out))}.", highlight=False)
     faults = outcome.faults(result)
     for fault in faults:
         console.print(f"[red]{fault}")

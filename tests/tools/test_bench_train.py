@@ -35,10 +35,10 @@ def image(path, width=40, height=20):
     return path
 
 
-def coco(path, file_name=True):
+def coco(path):
     images = [
         {"id": 7, "width": 40, "height": 20, "file_name": "sub/a.jpg"},
-        {"id": 9, "width": 10, "height": 10, "coco_url": "http://host/val2017/b.jpg"},
+        {"id": 9, "width": 10, "height": 10, "file_name": "b.jpg"},
     ]
     boxes = [
         {"image_id": 7, "category_id": 5, "bbox": [10, 0, 20, 10]},
@@ -90,29 +90,20 @@ def test_voc_folder(tmp_path):
 def test_yolo_folder(tmp_path, split):
     labels = tmp_path / f"labels/{split}a.txt"
     labels.parent.mkdir(parents=True)
-    labels.write_text("1 0.5 0.25 0.5 0.5\n\n3 0.1 0.2 0.3 0.2 0.3 0.6 0.1 0.6\n")
+    labels.write_text("1 0.5 0.25 0.5 0.5\n\n3 0.2 0.4 0.2 0.4\n")
     here = image(tmp_path / f"images/{split}a.png")
-    (tmp_path / "data.yaml").write_text("nc: 3\nnames:\n  0: cat\n  1: 'dog'\n")
+    (tmp_path / "classes.txt").write_text("cat\ntraffic light\n")
     for path in (tmp_path, tmp_path / "labels", tmp_path / "images"):
         (only,), names = load_labels(path)
-        assert names == ["cat", "dog", "class 2", "class 3"]
+        assert names == ["cat", "traffic light", "class 2", "class 3"]
         assert only.image == here
         assert only.classes.tolist() == [1, 3]
-        torch.testing.assert_close(only.boxes, torch.tensor([BOX, (0.2, 0.4, 0.2, 0.4)]))  # the second is a polygon
+        torch.testing.assert_close(only.boxes, torch.tensor([BOX, (0.2, 0.4, 0.2, 0.4)]))
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("classes.txt", "cat\ndog\n"),
-        ("coco.names", "cat\n\ndog\n"),
-        ("data.yaml", "train: x\nnames: ['cat', \"dog\"]\nnc: 2\n"),
-        ("data.yml", "names:\n- cat\n- dog\nroboflow:\n  version: 1\n"),
-    ],
-)
-def test_yolo_labels_without_images(tmp_path, name, text):
+def test_yolo_labels_without_images(tmp_path):
     (tmp_path / "a.txt").write_text("0 0.5 0.25 0.5 0.5\n")
-    (tmp_path / name).write_text(text)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
     (only,), names = load_labels(tmp_path)
     assert names == ["cat", "dog"]
     assert only.image is None
@@ -125,8 +116,9 @@ def test_yolo_labels_without_images(tmp_path, name, text):
         ({}, r"nothing in .*; looked for \*.xml \(VOC\), \*.json \(COCO\) and \*.txt \(YOLO\)"),
         ({"a.json": "[1]"}, r"a.json is no COCO file"),
         ({"a.json": "{}", "b.json": "{}"}, r"holds 2 json files, name one of \['a.json', 'b.json'\]"),
-        ({"a.txt": "0 0.5 0.5\n"}, r"a.txt:1 has 3 numbers, want class cx cy w h"),
-        ({"a.txt": "0 0.5 0.5 0.1 0.1\nhello\n"}, r"a.txt:2 is no YOLO label: 'hello'"),
+        ({"a.txt": "0 0.5 0.5\n"}, r"a.txt:1: '0 0.5 0.5', want class cx cy w h"),
+        ({"a.txt": "0 0.5 0.5 0.1 0.1\nhello\n"}, r"a.txt:2: 'hello', want class cx cy w h"),
+        ({"a.txt": "0 0.1 0.2 0.3 0.2 0.3 0.6\n"}, r"a.txt:1: .*, want class cx cy w h"),
         ({"a.xml": "<annotation/>"}, r"a.xml has no image size"),
     ],
 )
@@ -274,18 +266,13 @@ def test_short_runs(steps, kinds):
 
 
 def test_times_are_those_of_timed_steps():
-    def times(kind, first, seconds):
-        each = dict.fromkeys(phases.PHASES, seconds)
-        return phases.Times(kind, first, {**each, "step": 5 * seconds}, each)
+    def times(kind, seconds):
+        return phases.Times(kind, {**dict.fromkeys(phases.PHASES, seconds), "step": 5 * seconds})
 
-    steps = [times("warm-up", True, 100.0), times("timed", True, 9.0)] + [times("timed", False, s) for s in (2.0, 3.0)]
-    found = phases.summarise([*steps, times("traced", True, 50.0)])
-    assert found["seconds"] == dict.fromkeys(phases.PHASES, 3.0)
-    assert found["host_seconds"] == dict.fromkeys(phases.PHASES, 9.0)  # with nothing queued before
-    assert list(found["step_seconds"].values()) == pytest.approx([12.0, 15.0, 33.0])
-    assert found["timed_steps"] == 3
-    short = phases.summarise(steps[:1])
-    assert (short["seconds"]["loss"], short["timed_steps"]) == (100.0, 0)
+    steps = [times("warm-up", 100.0), *(times("timed", seconds) for seconds in (9.0, 2.0, 3.0))]
+    found = phases.summarise([*steps, times("traced", 50.0)])
+    assert found == {**dict.fromkeys(phases.PHASES, 3.0), "step": 15.0}
+    assert phases.summarise(steps[:1])["loss"] == 100.0
 
 
 def test_clock_tells_phases_apart():
@@ -295,10 +282,9 @@ def test_clock_tells_phases_apart():
             with clock.phase(name):
                 time.sleep(0.02 if name == "loss" else 0.0)
     clock.settle("timed")
-    assert [times.first for times in clock.steps] == [True, False]
-    for times in clock.steps:
-        assert times.device["step"] >= times.device["loss"] >= 0.02 > times.device["forward"]
-        assert times.host["loss"] >= 0.02
+    assert len(clock.steps) == 2
+    for _, seconds in clock.steps:
+        assert seconds["step"] >= seconds["loss"] >= 0.02 > seconds["forward"]
 
 
 def test_waits_are_told_by_place(monkeypatch):
@@ -364,7 +350,10 @@ def test_every_loss_trains(name, pictures):
     run.take(phases.Block("timed", range(4)), Still(pictures))
     totals = [step["total"] for step in run.curve]
     assert all(math.isfinite(total) for total in totals)
-    assert totals[-1] < totals[0]
+    # where its target is the IoU of the predicted box, objectness has more to learn the better the boxes are
+    learnt = [step["total"] - step.get("obj", 0.0) for step in run.curve]
+    assert learnt[-1] < learnt[0]
+    assert totals[-1] < totals[0] or name in ("ScaledYOLOv4", "YOLOv5")
     assert run.curve[0]["positives"] > 0
     parts = [value for part, value in run.curve[0].items() if part not in ("total", "positives")]
     assert sum(parts) == pytest.approx(totals[0], rel=1e-5)
@@ -447,7 +436,7 @@ def on_the_command_line(argv):
 )
 def test_train_end_to_end(tmp_path, folder, capsys, name, parts, command):
     """Numbers and pictures of a run; the curves of both losses coincide."""
-    argv = ["--size", str(SIZE), "--batch", "1", "--steps", "60", "--fused-steps", "3", "--out", str(tmp_path)]
+    argv = ["--size", str(SIZE), "--batch", "1", "--steps", "60", "--out", str(tmp_path)]
     assert command([*argv, "--images", str(folder / "images"), "--loss", name, "--peer", EAGER]) == 0
     result = json.loads((tmp_path / "train.json").read_text())
     assert list(result["runs"]) == [EAGER, FUSED]
@@ -460,16 +449,14 @@ def test_train_end_to_end(tmp_path, folder, capsys, name, parts, command):
             assert a[part] == pytest.approx(b[part], rel=1e-5)
         assert sum(a[part] for part in parts) == pytest.approx(a["total"], rel=1e-5)
     for run in result["runs"].values():
-        assert set(run["seconds"]) == set(phases.PHASES)
+        assert set(run["seconds"]) == {*phases.PHASES, "step"}
         assert run["waits"] == {}
-        assert run["step_seconds"]["p20"] <= run["step_seconds"]["p50"] <= run["step_seconds"]["p80"]
-    for picture in ("steps.png", "curves.png"):
-        image = Image.open(tmp_path / picture)
-        assert image.width > 300
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
-    for provider, title in ((EAGER, "eager reference"), (FUSED, "fused")):
+    image = Image.open(tmp_path / "curves.png")
+    assert image.width > 300
+    assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+    for provider in (EAGER, FUSED):
         events = json.loads(gzip.decompress((tmp_path / f"trace_{provider}.json.gz").read_bytes()))["traceEvents"]
-        assert {f"{title}: {phase}" for phase in phases.PHASES} <= {event.get("name") for event in events}
+        assert {f"{provider}: {phase}" for phase in phases.PHASES} <= {event.get("name") for event in events}
     assert "largest difference, 3 steps" in capsys.readouterr().out
 
 
@@ -480,40 +467,33 @@ def test_curves_that_part_are_a_fault():
     assert "differ by 1.0e-03" in outcome.faults({**result, "difference": [0.0, 1e-3]})[0]
     assert "differ by nan" in outcome.faults({**result, "difference": [float("nan")]})[0]
     result["runs"][EAGER]["steps"] = steps[::-1]
-    assert outcome.faults({**result, "difference": [0.0]}) == ["The loss of the eager reference run did not fall."]
+    assert outcome.faults({**result, "difference": [0.0]}) == ["The loss of the eager run did not fall."]
     result["config"]["steps"], result["runs"][EAGER]["steps"] = 6, steps[:-7:-1]
     assert outcome.faults({**result, "difference": [0.0]}) == []  # too few to tell
 
 
-def test_what_a_gpu_shows(tmp_path):
-    """Table and picture of made-up times, as only a GPU gives all of them."""
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_a_run_shows(gpu):
+    """A table of made-up times, as only a GPU gives all of them."""
     seconds = dict(zip(phases.PHASES, (0.0009, 0.0042, 0.0121, 0.0078, 0.0012), strict=True))
     run = {
-        "seconds": seconds,
-        "host_seconds": seconds,
-        "step_seconds": {"p20": 0.026, "p50": 0.0262, "p80": 0.027},
-        "timed_steps": 95,
+        "seconds": {**seconds, "step": 0.0262},
         "waits": {"detection/retinanet.py:105": 2.0},
         "steps": [{"total": 1.0}] * 100,
     }
     result = {
         "config": {"loss": "RetinaNet", "batch": 8, "size": 192, "steps": 100},
-        "environment": {"gpu": "a GPU"},
         "runs": {"torchvision": run, FUSED: run},
-        "interpreted": False,
+        "interpreted": not gpu,
         "difference": [0.0],
     }
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(outcome.table(result))
     text = console.export_text()
-    assert text.count("12.10  46.2%  12.10") == 2
-    assert text.count("305.3") == 2
+    assert text.count("12.10  46.2%") == text.count("305.3") == 1 + gpu
+    assert text.count("4.20  16.0%") == 1 + gpu
+    assert text.count("4.20  ?") == text.count("?  ?") == 1 - gpu
     assert "detection/retinanet.py:105" in text
-    pixels = []
-    for gpu in (True, False):  # the host has a bar of its own, and an interpreted loss none
-        outcome.draw_steps(tmp_path / "steps.png", {**result, "interpreted": not gpu})
-        pixels.append(Image.open(tmp_path / "steps.png").size)
-    assert pixels[0][1] > pixels[1][1] > 100
 
 
 def test_nothing_to_train_on(tmp_path, capsys):
