@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fusedyolo.tools import terminal
 from fusedyolo.tools.codegen import TARGETS
-from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, SHOWN, Workload
+from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, SHOWN
 from fusedyolo.tools.terminal import add_loss, existing, positive, side
 
 from .predict import GPUS
@@ -33,14 +33,9 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--dtype", default="float32", choices=[name for name in DTYPES if name != "float64"])
     add_loss(main, "each loss in its default recipe")
     main.add_argument("--recipes", action="store_true", help="every recipe of every loss")
-    objects = main.add_mutually_exclusive_group()
-    objects.add_argument("--labels", type=existing, metavar="PATH", help=f"objects of a {LABELS}")
-    objects.add_argument(
-        "--crowded", nargs="?", type=positive, const=5000, metavar="N", help="N objects an image (5000)"
-    )
+    main.add_argument("--labels", type=existing, metavar="PATH", help=f"objects of a {LABELS}")
     main.add_argument("--form", default="packed", choices=FORMS, help="targets as packed rows or fusedyolo.Targets")
     main.add_argument("--layout", default="", choices=LAYOUTS, help="of predictions, where a loss takes it")
-    main.add_argument("--seed", type=int, default=Workload.seed)
     main.add_argument("--exact", action="store_true", help="without a GPU, run every program of a kernel: minutes")
     main.add_argument("--target", action="append", choices=list(TARGETS), help="to compile for (sm_90, gfx942)")
     main.add_argument("--gpu", default="H100", choices=list(GPUS), help="to predict the time of launches for (H100)")
