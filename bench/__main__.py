@@ -77,7 +77,6 @@ def parser() -> argparse.ArgumentParser:
         each.add_argument("--labels", type=existing, help=f"{LABELS}; found beside --images")
 
     qualify = command("qualify", "everything that wants a GPU, in one command of under eight minutes and one folder")
-    qualify.add_argument("--minutes", type=float, default=7.5, help="in all (7.5)")
     qualify.add_argument("--out", type=Path, default=Path("runs/qualify"), help="folder of all results")
     return main
 

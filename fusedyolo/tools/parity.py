@@ -81,7 +81,8 @@ def parity(
         return values, grads, int(getattr(out, "num_pos", 0))
 
     values, grads, positives = numbers(partial(build, "torch"), exact=True)
-    makers = {"eager": partial(build, "torch"), "fused": partial(build, "triton"), **(others or {})}
+    makers: dict[str, Callable[[Workload, str], Loss]] = {"eager": partial(build, "torch")}
+    makers |= {"fused": partial(build, "triton"), **(others or {})}
     errors, failed, broken = {}, [], {}
     for name, make in makers.items():
         try:
