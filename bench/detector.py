@@ -1,10 +1,9 @@
-"""A small detector with the head that a loss wants, fit to the training boxes."""
+"""A small detector with the head that a loss wants."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,31 +16,6 @@ from fusedyolo.tools.registry import Case, Workload
 FINEST = 8  # stride of the first map
 WIDTH = 64  # channels of each map
 PRIOR = 0.01  # probability, before training, of what is rarely there: an object, a class of a focal loss
-
-
-def fit(case: Case, size: int, boxes: Tensor) -> Case:
-    """The case for images of ``size`` pixels with boxes of these widths and heights [N, 2], relative to the image.
-
-    Anchors that a loss is made with become those of the boxes, and a grid of any image that of the last map; anchors
-    that calls bring stay those of their papers.
-    """
-    if case.grid:
-        return replace(case, grid=size // case.strides[0])
-    if not case.anchors:
-        return case
-    anchors = fit_anchors(boxes * size, [len(level) for level in case.anchors])
-    return replace(case, anchors=tuple(tuple((w / case.unit, h / case.unit) for w, h in level) for level in anchors))
-
-
-def fit_anchors(sizes: Tensor, levels: Sequence[int]) -> list[list[tuple[float, float]]]:
-    """So many anchors for each level, the smallest first: of widths and heights [N, 2], in pixels, ordered by area, the
-    means of equal parts.
-    """
-    count = sum(levels)
-    parts = sizes[sizes.prod(1).argsort()].double().repeat_interleave(count, 0).chunk(count)
-    means = torch.stack([part.mean(0) for part in parts])
-    ordered = iter([(round(w, 1), round(h, 1)) for w, h in means[means.prod(1).argsort()].tolist()])
-    return [[next(ordered) for _ in range(level)] for level in levels]
 
 
 class Output(NamedTuple):

@@ -59,7 +59,7 @@ def sample_labels(annotations: Sequence[Annotation], batch: int, seed: int) -> t
 
 
 def load_labels(path: Path, images: Path | None = None) -> Labels:
-    """Read labels, whichever of the three ``path`` is: the annotation of each image, and the names of the classes.
+    """Read a COCO json, a VOC folder or a YOLO folder: the annotation of each image, and the names of the classes.
 
     ``images`` is the folder searched for image files, by default the one the labels lie in. Boxes are clipped to the
     image; those without area, and COCO's crowd regions, are left out.
@@ -76,15 +76,11 @@ def load_labels(path: Path, images: Path | None = None) -> Labels:
         return _coco(path, find)
     if files := sorted(path.rglob("*.xml")):
         return _voc(files, find)
-    if files := sorted(path.glob("*.json")) or sorted(path.glob("annotations/*.json")):
-        if len(files) > 1:
-            raise ValueError(f"labels: {path} holds {len(files)} json files, name one of {[f.name for f in files]}")
-        return _coco(files[0], find)
     beside = path.parent / "labels" if path.name == "images" else path / "labels"
     folder = beside if beside.is_dir() else path
     if files := sorted(f for f in folder.rglob("*.txt") if not OTHER_TEXT.fullmatch(f.name)):
         return _yolo(folder, files, find)
-    raise FileNotFoundError(f"labels: nothing in {path}; looked for *.xml (VOC), *.json (COCO) and *.txt (YOLO)")
+    raise FileNotFoundError(f"labels: nothing in {path}; looked for *.xml (VOC) and *.txt (YOLO)")
 
 
 def _coco(path: Path, find: Find) -> Labels:

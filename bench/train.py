@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fusedyolo.tools.terminal import asked, bars
 
 from . import outcome, peers
 from .count import count
-from .detector import Detector, fit
+from .detector import Detector
 from .labels import given
 from .measure import EAGER, FUSED, provide
 from .phases import Block, Clock, summarise, turns, waits
@@ -111,6 +112,11 @@ class Run:
         return {"seconds": summarise(self.clock.steps), "waits": per_step, "steps": self.curve}
 
 
+def fit(case: Case, size: int) -> Case:
+    """The case for images of ``size`` pixels: a grid that is the same for any image becomes that of its map."""
+    return replace(case, grid=size // case.strides[0]) if case.grid else case
+
+
 def train(runs: Sequence[Run], steps: Sequence[int], pictures: Pictures, out: Path, console: Console) -> None:
     """Let the runs take their steps in turn; a Chrome trace of the last ones of each is left in ``out``."""
     gpu = runs[0].clock.gpu
@@ -158,9 +164,9 @@ def run(options: argparse.Namespace) -> int:
         raise RefusedError(f"--peer: {peer}, want one of {', '.join(known)} for {case.name}")
     options.out.mkdir(parents=True, exist_ok=True)
     pictures, names = prepare(options)
-    boxes = torch.cat([annotation.boxes[:, 2:] for annotation in pictures.annotations])
-    console.print(f"{len(pictures.annotations)} images, {len(boxes)} boxes of {len(names)} classes")
-    case, work = fit(case, options.size, boxes), Workload(options.batch, options.size, len(names), layout="nchw")
+    boxes = sum(len(annotation.boxes) for annotation in pictures.annotations)
+    console.print(f"{len(pictures.annotations)} images, {boxes} boxes of {len(names)} classes")
+    case, work = fit(case, options.size), Workload(options.batch, options.size, len(names), layout="nchw")
     runs = [Run(provider, case, work, options.seed, device) for provider in (peer, FUSED)]
     steps = options.steps, options.steps if gpu else min(options.steps, INTERPRETED_STEPS)
     train(runs, steps, pictures, options.out, console)
@@ -172,7 +178,6 @@ def run(options: argparse.Namespace) -> int:
         "environment": environment(),
         "interpreted": not gpu,
         "classes": names,
-        "anchors": case.anchors,
         "difference": [abs(a["total"] - b["total"]) / abs(a["total"]) for a, b in pairs],
         "runs": {run.provider: run.summary() for run in runs},
     }

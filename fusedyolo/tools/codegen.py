@@ -13,7 +13,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .registry import Case, Workload
@@ -112,16 +111,12 @@ def compile_launch(kernel, arguments: Mapping[str, Any], options: Mapping[str, i
 def _read_cubin(target: str, cubin: bytes) -> Resources:
     from triton import knobs
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
-        sass = _run(knobs.nvidia.nvdisasm.path, "-c", str(path))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = (knobs.nvidia.cuobjdump.path, "-res-usage", file.name), (knobs.nvidia.nvdisasm.path, "-c", file.name)
+        usage, sass = (subprocess.check_output(command, text=True) for command in commands)
     return read_sass(target, usage, sass)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def read_sass(target: str, usage: str, sass: str) -> Resources:

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from bench import __main__ as entry
 from bench import outcome, peers, phases, train
-from bench.detector import fit, fit_anchors
 from bench.labels import Annotation, load_labels, pack, sample_labels
 from bench.measure import EAGER, FUSED
 from bench.pictures import Pictures, generate, load
@@ -71,7 +70,6 @@ def test_coco_json(tmp_path):
     assert first.boxes.tolist() == [list(BOX)]
     torch.testing.assert_close(second.boxes, torch.tensor([[0.9, 0.9, 0.2, 0.2]]))  # clipped, and one has no area
     assert second.classes.dtype == torch.int64
-    assert load_labels(tmp_path)[1] == names  # the folder will do
 
 
 def test_voc_folder(tmp_path):
@@ -113,9 +111,8 @@ def test_yolo_labels_without_images(tmp_path):
 @pytest.mark.parametrize(
     ("files", "error"),
     [
-        ({}, r"nothing in .*; looked for \*.xml \(VOC\), \*.json \(COCO\) and \*.txt \(YOLO\)"),
+        ({}, r"nothing in .*; looked for \*.xml \(VOC\) and \*.txt \(YOLO\)"),
         ({"a.json": "[1]"}, r"a.json is no COCO file"),
-        ({"a.json": "{}", "b.json": "{}"}, r"holds 2 json files, name one of \['a.json', 'b.json'\]"),
         ({"a.txt": "0 0.5 0.5\n"}, r"a.txt:1: '0 0.5 0.5', want class cx cy w h"),
         ({"a.txt": "0 0.5 0.5 0.1 0.1\nhello\n"}, r"a.txt:2: 'hello', want class cx cy w h"),
         ({"a.txt": "0 0.1 0.2 0.3 0.2 0.3 0.6\n"}, r"a.txt:1: .*, want class cx cy w h"),
@@ -126,7 +123,7 @@ def test_labels_that_cannot_be_read(tmp_path, files, error):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=error):
-        load_labels(tmp_path)
+        load_labels(tmp_path / "a.json" if "a.json" in files else tmp_path)
 
 
 def test_missing_path(tmp_path):
@@ -216,22 +213,9 @@ def test_pixels_and_boxes_move_together(tmp_path):
     assert (xs.min(), xs.max(), ys.min(), ys.max()) == pytest.approx((16, 47, 24, 39), abs=1)
 
 
-def test_anchors_are_sorted_by_area():
-    levels = fit_anchors(torch.rand(500, 2, generator=generator()) * 100 + 2, (3, 3, 3))
-    areas = [w * h for level in levels for w, h in level]
-    assert [len(level) for level in levels] == [3, 3, 3]
-    assert areas == sorted(areas)
-    assert fit_anchors(torch.tensor([[8.0, 9.0]]), (2, 1)) == [[(8.0, 9.0)] * 2, [(8.0, 9.0)]]
-
-
-def test_fit_to_the_data():
-    boxes = torch.rand(200, 2, generator=generator()) * 0.4 + 0.05
-    pixels, cells = (fit(CASES[name], 96, boxes).anchors for name in ("YOLOv3/paper", "YOLOv2/region"))
-    assert [len(level) for level in (*pixels, *cells)] == [3, 3, 3, 5]
-    assert 96 * 0.05 < pixels[0][0][0] < pixels[2][2][0] < 96 * 0.45
-    assert 3 * 0.05 < cells[0][0][0] < cells[0][4][0] < 3 * 0.45
-    assert fit(CASES["YOLOv1/paper"], 96, boxes).build(3, "torch").head.grid_size == 3
-    assert fit(CASES["SSD"], 96, boxes) is CASES["SSD"]
+def test_a_grid_of_any_image_is_that_of_the_map():
+    assert train.fit(CASES["YOLOv1/paper"], 96).build(3, "torch").head.grid_size == 3
+    assert train.fit(CASES["SSD"], 96) is CASES["SSD"]
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
@@ -328,10 +312,9 @@ def pictures(folder):
     return load(load_labels(folder)[0], SIZE)
 
 
-def run_of(name, pictures, provider=EAGER):
-    boxes = torch.cat([annotation.boxes[:, 2:] for annotation in pictures.annotations])
+def run_of(name, provider=EAGER):
     work = Workload(2, SIZE, CLASSES, layout="nchw")
-    return train.Run(provider, fit(CASES[name], SIZE, boxes), work, 0, torch.device("cpu"))
+    return train.Run(provider, train.fit(CASES[name], SIZE), work, 0, torch.device("cpu"))
 
 
 @dataclass
@@ -346,7 +329,7 @@ class Still:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_loss_trains(name, pictures):
-    run = run_of(name, pictures)
+    run = run_of(name)
     run.take(phases.Block("timed", range(4)), Still(pictures))
     totals = [step["total"] for step in run.curve]
     assert all(math.isfinite(total) for total in totals)
@@ -361,7 +344,7 @@ def test_every_loss_trains(name, pictures):
 
 
 def test_waits_of_the_loss_are_counted(pictures):
-    run = run_of("YOLOv3/paper", pictures)
+    run = run_of("YOLOv3/paper")
     honest = run.loss
 
     def curious(preds, targets):
@@ -384,7 +367,7 @@ def test_a_peer_trains_on_the_objects_of_each_batch(pictures):
     case = CASES["FCOS"]
     if not peers.of(case):
         pytest.skip("no peer is installed")
-    runs = [run_of("FCOS", pictures, provider) for provider in (peers.of(case)[0].name, EAGER)]
+    runs = [run_of("FCOS", provider) for provider in (peers.of(case)[0].name, EAGER)]
     for run in runs:
         run.take(phases.Block("watched", range(3)), pictures)
     theirs, ours = ([step["total"] for step in run.curve] for run in runs)
