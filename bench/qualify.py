@@ -22,7 +22,6 @@ from rich.markup import escape
 
 from fusedyolo.tools.env import ROOT, environment
 from fusedyolo.tools.registry import SHOWN, RefusedError
-from fusedyolo.tools.terminal import table
 
 MINUTES = 7.5  # in all
 PYTHON = (sys.executable, "-W", "ignore", "-m")
@@ -96,7 +95,8 @@ def qualify(steps: Sequence[Step], out: Path, minutes: float, console: Console) 
         log, left = out / f"{number}-{step.name}.log", end - time.monotonic()
         with console.status(f"{step.name}, {left:.0f} s left"):
             outcomes.append(run_step(step, log, {**configs, **step.variables}, left))
-        console.print(f"{step.name}: {outcomes[-1].verdict}, {outcomes[-1].seconds:.0f} s", highlight=False)
+        name, ended, seconds, said = outcomes[-1]
+        console.print(f"{name}: [{COLOURS[ended]}]{ended}[/], {seconds:.0f} s  {escape(said[:100])}", highlight=False)
     return outcomes
 
 
@@ -108,12 +108,7 @@ def run(options: argparse.Namespace) -> int:
     outcomes = qualify(plan(options.out.resolve()), options.out, MINUTES, console)
     content = {"environment": host, "steps": [outcome._asdict() for outcome in outcomes]}
     (options.out / "qualify.json").write_text(json.dumps(content, indent=1) + "\n")
-    made = table(f"{host['gpu']}, commit {host['commit']}", ("step", ""), ("seconds",))
-    made.add_column("its last line")
-    for each in outcomes:
-        coloured = f"[{COLOURS[each.verdict]}]{each.verdict}"
-        made.add_row(each.name, coloured, f"{each.seconds:.0f}", escape(each.said[:100]))
-    console.print(made, f"wrote {options.out}", highlight=False)
+    console.print(f"wrote {options.out}", highlight=False)
     return verdict(outcomes)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from torch.profiler import ProfilerActivity, profile
 
 import fusedyolo
@@ -28,7 +29,7 @@ from fusedyolo.tools import interpreter
 from fusedyolo.tools.env import environment, version
 from fusedyolo.tools.parity import Loss, step
 from fusedyolo.tools.registry import SHOWN, Case, RefusedError, Workload, select
-from fusedyolo.tools.terminal import asked, bars
+from fusedyolo.tools.terminal import asked
 
 from . import outcome, peers
 from .count import count
@@ -121,7 +122,7 @@ def train(runs: Sequence[Run], steps: Sequence[int], pictures: Pictures, out: Pa
     """Let the runs take their steps in turn; a Chrome trace of the last ones of each is left in ``out``."""
     gpu = runs[0].clock.gpu
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines on start and stop would cut the bar
-    with bars(console, auto_refresh=not gpu) as bar:  # its thread would slow a GPU's host down
+    with Progress(console=console, auto_refresh=not gpu) as bar:  # its thread would slow a GPU's host down
         tasks = [bar.add_task(run.provider, total=n) for run, n in zip(runs, steps, strict=True)]
         for number, block in turns(*steps):
             run, traced = runs[number], block.kind == "traced"
@@ -150,7 +151,7 @@ def prepare(options: argparse.Namespace) -> tuple[Pictures, list[str]]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it: 0 if the loss fell and the curves agree, 1 if not."""
+    """Do it: 0 if the curves agree, 1 if not."""
     gpu, console = torch.cuda.is_available(), Console()
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
@@ -185,7 +186,7 @@ def run(options: argparse.Namespace) -> int:
     outcome.draw_curves(options.out / "curves.png", result)
     console.print(outcome.table(result))
     console.print(f"Curves, traces and numbers are in {escape(str(options.out))}.", highlight=False)
-    faults = outcome.faults(result)
-    for fault in faults:
+    fault = outcome.fault(result)
+    if fault:
         console.print(f"[red]{fault}")
-    return int(bool(faults))
+    return int(bool(fault))

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 
 from fusedyolo.tools import codegen, processes, timing
 from fusedyolo.tools.parity import parity
 from fusedyolo.tools.registry import CASES, Case, Workload
-from fusedyolo.tools.terminal import bars
 
 from . import measure, peers, predict
 
@@ -78,7 +78,7 @@ def run_all(tasks: Sequence[Task], jobs: int, console: Console, title: str, fail
     }
     results: dict[Task, Any] = {}
     start = time.monotonic()
-    with bars(console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
         bar = progress.add_task(title, total=len(tasks))
 
         def done(task: Task, result: Any) -> None:

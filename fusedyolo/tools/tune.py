@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from rich.console import Console
+from rich.progress import Progress
 
 from .. import tuned
 from ..kernels.launch import REGISTERS, Wishes, legal_wishes
@@ -30,7 +31,7 @@ from .env import environment, kernels_digest
 from .parity import Step, bound
 from .processes import Call, Failed, run_all
 from .registry import Case, RefusedError, Workload, first_recipes, select
-from .terminal import bars, table
+from .terminal import table
 
 GAIN = 0.02  # of the time that a configuration must save to be preferred to the heuristic
 TURNS = 3  # in which the best one and the heuristic are timed once more
@@ -296,7 +297,7 @@ def run(
     made.add_column("configuration")
     made.add_column("not timed")
     shared: dict[str, Point] = {}
-    with bars(console) as progress:
+    with Progress(console=console) as progress:
         overall = progress.add_task(f"tuning on {gpu}", total=len(todo))
         for point in todo:
             other = shared.setdefault(key_of(point), point)
