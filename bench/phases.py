@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import record_function
+
+from .count import count
 
 PHASES = ("data", "forward", "loss", "backward", "optimiser")
 WARM_UP, WATCHED, TRACED = 1, 2, 2  # steps that are not timed: the very first, those whose waits are counted, the last
@@ -96,18 +98,21 @@ def summarise(steps: Sequence[Times]) -> dict[str, float]:
     return {name: median(seconds[name] for seconds in used) for name in (*PHASES, "step")}
 
 
-@contextmanager
-def waits() -> Iterator[Counter[str]]:
-    """Count, by line of code, the calls that make the host wait for the GPU."""
-    found: Counter[str] = Counter()
+def waits(fn: Callable[[], Any], gpu: bool) -> tuple[Any, Counter[str]]:
+    """What ``fn`` returns, and by line of code how often it makes the host wait for the GPU; without a GPU by operator,
+    how often it would.
+    """
+    if not gpu:
+        results: list[Any] = []
+        counts = count(lambda: results.append(fn()))
+        return results[0], counts.sync_ops
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
-            yield found
+            result = fn()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    for each in said:
-        if "synchronizing CUDA operation" in str(each.message):
-            found["/".join(Path(each.filename).parts[-2:]) + f":{each.lineno}"] += 1
+    waited = [each for each in said if "synchronizing CUDA operation" in str(each.message)]
+    return result, Counter("/".join(Path(each.filename).parts[-2:]) + f":{each.lineno}" for each in waited)

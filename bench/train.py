@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from fusedyolo.tools.registry import SHOWN, Case, RefusedError, Workload, select
 from fusedyolo.tools.terminal import asked
 
 from . import outcome, peers
-from .count import count
 from .detector import Detector
 from .labels import given
 from .measure import EAGER, FUSED, provide
@@ -85,27 +85,18 @@ class Run:
             preds = self.model(images)
         with self.clock.phase("loss"):
             leaves = [pred.detach().requires_grad_() for pred in preds]
-            out = (self.watch if watched else step)(loss, leaves, targets, self._one)
+            both_ways = partial(step, loss, leaves, targets, self._one)
+            out, found = waits(both_ways, self.clock.gpu) if watched else (both_ways(), Counter())
         with self.clock.phase("backward"):
             torch.autograd.backward(preds, [leaf.grad for leaf in leaves])
         with self.clock.phase("optimiser"):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP * self.work.batch)
             self.optimiser.step()
             self.optimiser.zero_grad()
+        self.waits += found
+        self.watched += watched
         more = {**out.parts, "positives": out.num_pos} if isinstance(out, fusedyolo.LossOutput) else {}
         self._outputs.append({"total": out.total.detach(), **more})
-
-    def watch(self, loss: Loss, leaves: list[torch.Tensor], targets: fusedyolo.Targets, one: torch.Tensor) -> Any:
-        """Forward and backward of the loss; what waits for a GPU, or on a CPU would, is counted."""
-        self.watched += 1
-        if self.clock.gpu:
-            with waits() as found:
-                out = step(loss, leaves, targets, one)
-            self.waits += found
-            return out
-        outputs: list[Any] = []
-        self.waits.update(count(lambda: outputs.append(step(loss, leaves, targets, one))).sync_ops)
-        return outputs[0]
 
     def summary(self) -> dict[str, Any]:
         """What ``train.json`` keeps of a run."""

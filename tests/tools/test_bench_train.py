@@ -276,11 +276,15 @@ def test_waits_are_told_by_place(monkeypatch):
     modes = []
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    with phases.waits() as found:
+
+    def waiting():
         for _ in range(2):
             warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
         warnings.warn("another", UserWarning, stacklevel=1)
-    assert modes == ["warn", 0]
+        return 7
+
+    result, found = phases.waits(waiting, gpu=True)
+    assert (result, modes) == (7, ["warn", 0])
     ((place, number),) = found.items()
     assert "test_bench_train.py:" in place
     assert number == 2
@@ -288,9 +292,7 @@ def test_waits_are_told_by_place(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_waits_of_a_gpu():
-    value = torch.ones((), device="cuda")
-    with phases.waits() as found:
-        value.item()
+    _, found = phases.waits(torch.ones((), device="cuda").item, gpu=True)
     assert list(found.values()) == [1]
 
 
