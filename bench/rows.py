@@ -17,6 +17,8 @@ from .measure import COMPILE, EAGER, FUSED
 from .predict import GPUS, predict
 from .work import Task, case_of
 
+RESOURCES = ("registers", "stack", "spills", "scalar_spills", "instructions")
+
 Row = dict[str, Any]
 Values = dict[str, dict[str, dict[str, Any]]]
 """By ``loss/recipe``, provider and metric: peers first, ours last."""
@@ -66,7 +68,7 @@ def _values(case: Case, of: Mapping, work: Workload, gpu: str, ceiling: float | 
             yield provider, times | {"peak_per_P": result["peak_bytes"] / size}
         elif kind == "codegen":
             for launch, resources in result.items():
-                shown = {metric: value for metric, value in resources.items() if metric not in ("target", "code")}
+                shown = {metric: resources[metric] for metric in RESOURCES}
                 shown |= {metric: widths(resources[metric]) for metric in ("loads", "stores")}
                 yield FUSED, {f"{provider}.{launch}.{metric}": value for metric, value in shown.items()}
     if case.name in CASES:

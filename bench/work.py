@@ -59,7 +59,7 @@ def do(task: Task) -> Any:
     if task.kind == "execute":
         return predict.execute_step(case, work, provider)
     if task.kind == "codegen":
-        return {launch: found.as_dict() for launch, found in codegen.compile_step(case, work, provider).items()}
+        return codegen.compile_step(case, work, provider)
     return measure.time_step(case, work, provider, task.device)
 
 

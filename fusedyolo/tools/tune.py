@@ -37,7 +37,7 @@ GAIN = 0.02  # of the time that a configuration must save to be preferred to the
 TURNS = 3  # in which the best one and the heuristic are timed once more
 
 Resources = Mapping[str, Mapping[str, Any]]
-"""Of each launch of a step by name, as :class:`~fusedyolo.tools.codegen.Resources` in a dict."""
+"""Of each launch of a step by name, see :func:`~fusedyolo.tools.codegen.compile_step`."""
 Timer = Callable[["Point", Wishes], float]
 
 
@@ -108,12 +108,7 @@ def key_of(point: Point) -> str:
 def inspect(point: Point, wishes: Wishes, target: str) -> Resources:
     """What a step compiles to for a target; in a process in which kernels are not interpreted."""
     with tuned.forced(wishes):
-        launches = codegen.launches(point.case, point.work)
-        compiled = codegen.compile_step(point.case, point.work, target)
-    return {
-        name: each.as_dict() | {"threads": launches[name].threads, "grid": launches[name].grid}
-        for name, each in compiled.items()
-    }
+        return codegen.compile_step(point.case, point.work, target)
 
 
 def inspect_all(

@@ -118,7 +118,7 @@ $__internal_0_$__cuda_sm3x_div_rn_noftz_f32_slowpath:
         /*00b0*/                   NOP ;
     """
     found = codegen.read_sass("sm_90", usage, sass)
-    assert (found.registers, found.stack, found.spills, found.shared, found.instructions) == (40, 16, 3, 64, 10)
+    assert (found.registers, found.stack, found.spills, found.instructions) == (40, 16, 3, 10)
     assert found.called == 2
     assert (found.loads, found.stores) == ({128: 1, 8: 1, 32: 1}, {64: 1, 16: 1})
     assert codegen.widths(found.loads) == "1x128 1x32 1x8"
@@ -134,14 +134,13 @@ def test_amd_assembly_is_read():
 	scratch_store_dword off, v1, s32
 	global_store_dwordx2 v0, v[1:2], s[2:3]
 	s_endpgm
-    .group_segment_fixed_size: 128
     .private_segment_fixed_size: 8
     .sgpr_spill_count: 3
     .vgpr_count:     57
     .vgpr_spill_count: 1
 """
     found = codegen.read_amdgcn("gfx942", text)
-    assert (found.registers, found.stack, found.spills, found.shared, found.scalar_spills) == (57, 8, 1, 128, 3)
+    assert (found.registers, found.stack, found.spills, found.scalar_spills) == (57, 8, 1, 3)
     assert (found.loads, found.stores) == ({128: 1, 32: 1, 16: 1, 8: 1}, {64: 1})
 
 
@@ -220,8 +219,8 @@ def fake_results(gpu=False):
         work.Task("parity", case.name, load): parity(True),
         work.Task("count", case.name, load, "fused"): {**counts, "bytes_loaded": 2 * size},
         work.Task("codegen", case.name, load, "sm_90"): {
-            "loss": codegen.Resources("sm_90", 96, 0, 0, 0, 25, {128: 2}, {32: 1}, called=5).as_dict(),
-            "grad": codegen.Resources("sm_90", 96, 0, 0, 0, 10, {128: 2}, {32: 1}).as_dict(),
+            "loss": codegen.Resources("sm_90", 96, 0, 0, 25, {128: 2}, {32: 1}, called=5).as_dict(),
+            "grad": codegen.Resources("sm_90", 96, 0, 0, 10, {128: 2}, {32: 1}).as_dict(),
         },
         work.Task("execute", case.name, load, "sm_90"): [
             executed("grid_kernel", 6, 18_532_800),
