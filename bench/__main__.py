@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--form", default="packed", choices=FORMS, help="targets as packed rows or fusedyolo.Targets")
     main.add_argument("--layout", default="", choices=LAYOUTS, help="of predictions, where a loss takes it")
     main.add_argument("--exact", action="store_true", help="without a GPU, run every program of a kernel: minutes")
-    main.add_argument("--target", action="append", choices=list(TARGETS), help="to compile for (sm_90, gfx942)")
+    main.add_argument("--target", action="append", choices=TARGETS, help="to compile for (sm_90, gfx942)")
     main.add_argument("--gpu", default="H100", choices=list(GPUS), help="to predict the time of launches for (H100)")
     main.add_argument("--quick", action="store_true", help="smaller, no torch.compile")
     only = main.add_mutually_exclusive_group()

@@ -17,12 +17,8 @@ from typing import Any
 
 from .registry import Case, Workload
 
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""What is compiled for without a GPU of it."""
 
 
 @dataclass
@@ -65,9 +61,7 @@ def launches(case: Case, work: Workload) -> dict[str, Any]:
 
 
 def target_of(name: str) -> tuple[str, int | str, int]:
-    """Backend, architecture and threads of a warp, of one of ``TARGETS`` or another ``sm_..`` or ``gfx...``."""
-    if name in TARGETS:
-        return TARGETS[name]
+    """Backend, architecture and threads of a warp, of one of ``TARGETS`` or another ``sm_...`` or ``gfx...``."""
     if name.startswith("sm_"):
         return "cuda", int(name.removeprefix("sm_")), 32
     return "hip", name, 32 if name.startswith(("gfx10", "gfx11", "gfx12")) else 64
