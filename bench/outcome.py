@@ -71,12 +71,12 @@ def draw_curves(path: Path, result: Result) -> None:
     figure = Figure(figsize=(4.2 * (len(parts) + 1), 4), layout="constrained")
     *axes, last = figure.subplots(1, len(parts) + 1)
     for part, axis in zip(parts, axes, strict=True):
-        for (name, steps), line in zip(runs.items(), ("-", ":"), strict=True):
+        for (name, steps), line in zip(runs.items(), ("C0-", "C1:"), strict=True):
             if part in steps[0]:
                 marker = "." if len(steps) <= 50 else ""
                 axis.plot([step[part] for step in steps], line, marker=marker, linewidth=1, label=name)
         axis.set_title(part)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     last.semilogy([max(each, 1e-9) for each in result["difference"]], ".-", linewidth=1)
