@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fusedyolo.tools import terminal
 from fusedyolo.tools.codegen import TARGETS
-from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, SHOWN, Workload
+from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, SHOWN
 from fusedyolo.tools.terminal import add_loss, existing, positive, side
 
 from .predict import GPUS
@@ -33,16 +33,11 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--dtype", default="float32", choices=[name for name in DTYPES if name != "float64"])
     add_loss(main, "each loss in its default recipe")
     main.add_argument("--recipes", action="store_true", help="every recipe of every loss")
-    objects = main.add_mutually_exclusive_group()
-    objects.add_argument("--labels", type=existing, metavar="PATH", help=f"objects of a {LABELS}")
-    objects.add_argument(
-        "--crowded", nargs="?", type=positive, const=5000, metavar="N", help="N objects an image (5000)"
-    )
+    main.add_argument("--labels", type=existing, metavar="PATH", help=f"objects of a {LABELS}")
     main.add_argument("--form", default="packed", choices=FORMS, help="targets as packed rows or fusedyolo.Targets")
     main.add_argument("--layout", default="", choices=LAYOUTS, help="of predictions, where a loss takes it")
-    main.add_argument("--seed", type=int, default=Workload.seed)
     main.add_argument("--exact", action="store_true", help="without a GPU, run every program of a kernel: minutes")
-    main.add_argument("--target", action="append", choices=list(TARGETS), help="to compile for (sm_90, gfx942)")
+    main.add_argument("--target", action="append", choices=TARGETS, help="to compile for (sm_90, gfx942)")
     main.add_argument("--gpu", default="H100", choices=list(GPUS), help="to predict the time of launches for (H100)")
     main.add_argument("--quick", action="store_true", help="smaller, no torch.compile")
     only = main.add_mutually_exclusive_group()
@@ -66,8 +61,7 @@ def parser() -> argparse.ArgumentParser:
     train = command("train", "where a training step goes, with the fused loss and with the one that it replaces")
     add_loss(train, f"{SHOWN[0].name}; the first recipe that is meant")
     train.add_argument("--peer", metavar="NAME", help="what to compare with (an installed peer, else eager)")
-    train.add_argument("--steps", type=positive, default=1000)
-    train.add_argument("--fused-steps", type=positive, help="all on a GPU, else 3: the interpreter is slow")
+    train.add_argument("--steps", type=positive, default=1000, help="of which, without a GPU, the fused loss takes 3")
     train.add_argument("--batch", type=positive, default=8)
     train.add_argument("--size", type=side, default=192, help="side that images are fitted into, a multiple of 32")
     train.add_argument("--seed", type=int, default=0)
@@ -83,7 +77,6 @@ def parser() -> argparse.ArgumentParser:
         each.add_argument("--labels", type=existing, help=f"{LABELS}; found beside --images")
 
     qualify = command("qualify", "everything that wants a GPU, in one command of under eight minutes and one folder")
-    qualify.add_argument("--minutes", type=float, default=7.5, help="in all (7.5)")
     qualify.add_argument("--out", type=Path, default=Path("runs/qualify"), help="folder of all results")
     return main
 

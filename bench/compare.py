@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fusedyolo.tools.env import environment
+from fusedyolo.tools.parity import parity_table
 from fusedyolo.tools.registry import CASES, Case, RefusedError, Workload, first_recipes, select
 from fusedyolo.tools.terminal import asked
 
@@ -18,31 +19,27 @@ from .predict import GPUS
 from .rows import rows, write
 from .work import Task, run_all
 
-GPU_KINDS = ("time", "bandwidth")
-PREDICTING = ("count", "count exactly", "execute", "codegen")
-
 
 def plan(cases: Iterable[Case], work: Workload, gpu: bool, options: argparse.Namespace) -> list[Task]:
     """Every task behind the parity gate; the longest first."""
     cases, executed = list(cases), GPUS[options.gpu].target
     ours = [case.name for case in cases]
     theirs = [(case.name, peer.name) for case in cases for peer in peers.of(case)]
-    targets = dict.fromkeys([*(options.target or ("sm_90", "gfx942")), executed])
-    tasks = [Task("compile", name, work, COMPILE) for name in ours if not options.quick]
-    tasks += [Task("count exactly" if options.exact else "count", name, work, FUSED) for name in ours]
-    tasks += [Task("count", name, work, peer) for name, peer in theirs]
-    tasks += [Task("execute", name, work, executed) for name in ours]
-    tasks += [Task("codegen", name, work, target) for name in ours for target in targets]
-    tasks += [Task("count", name, work, EAGER) for name in ours]
+    counted = [Task("count", name, work, FUSED, exact=options.exact) for name in ours]
+    ran = [Task("execute", name, work, executed) for name in ours]
     if options.predict:
-        return [task for task in tasks if task.kind in PREDICTING and task.provider in (FUSED, executed)]
-    if not gpu:
-        return tasks
-    providers = (EAGER, FUSED) if options.quick else (EAGER, COMPILE, FUSED)
+        return [*counted, *ran, *(Task("codegen", name, work, executed) for name in ours)]
+    providers = [EAGER, FUSED] if options.quick else [EAGER, COMPILE, FUSED]
     timed = [Task("time", name, work, peer, "cuda") for name, peer in theirs]
     timed += [Task("time", name, work, provider, "cuda") for name in ours for provider in providers]
     timed.append(Task("bandwidth", "", work, device="cuda"))
-    return timed if options.times else tasks + timed
+    if options.times:
+        return timed
+    targets = dict.fromkeys([*(options.target or ("sm_90", "gfx942")), executed])
+    tasks = [Task("compile", name, work, COMPILE) for name in ours if COMPILE in providers]
+    tasks += [*counted, *(Task("count", name, work, peer) for name, peer in theirs), *ran]
+    tasks += [Task("codegen", name, work, target) for name in ours for target in targets]
+    return [*tasks, *(Task("count", name, work, EAGER) for name in ours), *(timed if gpu else ())]
 
 
 def usual_cases() -> list[Case]:
@@ -58,29 +55,29 @@ def workload(options: argparse.Namespace) -> Workload:
         RefusedError: label files that cannot be read, or name more classes.
     """
     batch, size = options.batch or (2 if options.quick else 16), options.size or (320 if options.quick else 640)
-    objects = f"crowded:{options.crowded}" if options.crowded else "coco"
-    work = Workload(batch, size, options.classes, options.dtype, objects, options.form, options.layout, options.seed)
+    work = Workload(batch, size, options.classes, options.dtype, form=options.form, layout=options.layout)
     if options.labels is None:
         return work
     with asked():
         annotations, _ = labels.load_labels(options.labels)
-        return labels.given(work, labels.sample_labels(annotations, batch, options.seed))
+        return labels.given(work, labels.sample_labels(annotations, batch, work.seed))
 
 
 def gate(
-    tasks: Sequence[Task], options: argparse.Namespace, console: Console, failures: list[str]
-) -> tuple[bool, dict[Task, Any]]:
-    """Whether every loss gives the numbers of the reference, and what was found: else nothing is to be measured."""
-    parity = run_all(tasks, 1 if tasks[0].device == "cuda" else options.jobs, console, "parity", failures)
-    bad = [task.label for task in tasks if task not in parity or not parity[task]["ok"]]
+    tasks: Sequence[Task], jobs: int, console: Console, failures: list[str]
+) -> tuple[dict[Task, Any], set[tuple[str, str]]]:
+    """What was found of the parity of losses, by task; nothing if one of ours does not give the numbers of the
+    reference, for then nothing is to be measured. And who computes something else, a loss and a provider each.
+    """
+    gpu = tasks[0].device == "cuda"
+    found = run_all(tasks, 1 if gpu else jobs, console, "parity", failures)
+    shown = {f"{task.case} {task.work.dtype} {task.work.layout}".rstrip(): found.get(task) for task in tasks}
+    console.print(parity_table("on this GPU" if gpu else "in Triton's interpreter", shown), highlight=False)
+    bad = [task.label for task in tasks if task not in found or FUSED in found[task]["failed"]]
     if bad:
         console.print(f"[bold red]parity failed:[/] {', '.join(bad)}; nothing else was measured")
-    return not bad, parity
-
-
-def differing(parity: dict[Task, Any]) -> set[tuple[str, str]]:
-    """Names of losses with those who compute something else and are not to be timed."""
-    return {(task.case, name) for task, found in parity.items() for name in found["failed"]}
+        return {}, set()
+    return found, {(task.case, name) for task, result in found.items() for name in result["failed"]}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -93,23 +90,19 @@ def run(options: argparse.Namespace) -> int:
         raise RefusedError("--times: there is no GPU to time on")
     cases = select(options.loss, CASES.values() if options.recipes else usual_cases())
     console.print(report.headline(work, host), highlight=False)
-
     checks = [Task("parity", c.name, work, device="cuda" if gpu else "cpu") for c in cases if c.name in CASES]
-    passed, parity = gate(checks, options, console, failures)
-    report.print_parity(console, {task.case: parity.get(task) for task in checks}, gpu)
-    if not passed:
+    results, unlike = gate(checks, options.jobs, console, failures)
+    if not results:
         write(options.out, [], host, failures)
         return 1
-
-    tasks, unlike = plan(cases, work, gpu, options), differing(parity)
-    tasks = [task for task in tasks if task.kind != "time" or (task.case, task.provider) not in unlike]
-    others = [task for task in tasks if task.kind not in GPU_KINDS]
-    results = run_all(others, options.jobs, console, "counting and compiling", failures)
-    timed = [task for task in tasks if task.kind in GPU_KINDS]
+    tasks = [t for t in plan(cases, work, gpu, options) if t.kind != "time" or (t.case, t.provider) not in unlike]
+    others = [task for task in tasks if task.device == "cpu"]
+    results |= run_all(others, options.jobs, console, "counting and compiling", failures)
+    timed = [task for task in tasks if task.device == "cuda"]
     for name in dict.fromkeys(task.case for task in timed):  # nothing else runs meanwhile
         results |= run_all([task for task in timed if task.case == name], 1, console, f"timing {name}", failures)
-        write(options.out, rows(parity | results, work, host, options.gpu), host, failures)  # should the rest be cut
-    found = rows(parity | results, work, host, options.gpu)
+        write(options.out, rows(results, work, host, options.gpu), host, failures)  # should the rest be cut
+    found = rows(results, work, host, options.gpu)
     report.print_tables(console, found, cases, options.gpu)
     for path in [*write(options.out, found, host, failures), *plots.plot(options.out, found, cases, options.gpu)]:
         console.print(f"wrote {path}", highlight=False)

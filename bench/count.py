@@ -8,9 +8,10 @@ distinct inputs and outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -59,8 +60,8 @@ class Counts:
     syncs: int = 0
     programs: int = 0
     programs_run: int = 0
-    ops: dict[str, int] = field(default_factory=dict)
-    sync_ops: dict[str, int] = field(default_factory=dict)
+    ops: Counter[str] = field(default_factory=Counter)
+    sync_ops: Counter[str] = field(default_factory=Counter)
     kernels: list[KernelLaunch] = field(default_factory=list)
 
     @property
@@ -73,9 +74,10 @@ class Counts:
         """Loaded and stored."""
         return self.bytes_loaded + self.bytes_stored
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    def wait(self, name: str) -> None:
+        """The host waits in an operator of this name."""
+        self.syncs += 1
+        self.sync_ops[name] += 1
 
 
 Planned = Callable[[str, int, Mapping[str, Any]], Plan]
@@ -89,7 +91,10 @@ def count(fn: Callable[[], Any], planned: Planned | None = None) -> Counts:
     """
     counts = Counts()
     operators = _CountOperators(counts)
-    with _count_kernels(counts, planned), _watch_methods(counts, operators), operators:
+    with ExitStack() as stack:
+        for owner, name, replacement in (*_kernel_patches(counts, planned), *_tensor_patches(operators)):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        stack.enter_context(operators)
         fn()
     return counts
 
@@ -170,43 +175,40 @@ class _CountKernels:
         return counted
 
 
-@contextmanager
-def _count_kernels(counts: Counts, planned: Planned | None) -> Iterator[None]:
+Patch = tuple[Any, str, Any]
+"""An object, the name of an attribute of it, and what that is replaced by meanwhile."""
+
+
+def _kernel_patches(counts: Counts, planned: Planned | None) -> list[Patch]:
     try:
         from triton.runtime import interpreter
     except ImportError:  # no Triton here, so no kernel can run
-        yield
-        return
+        return []
     counting, builder = _CountKernels(counts, planned, interpreter), interpreter.InterpreterBuilder
-    patches: list[tuple[Any, str, Any]] = [
+    return [
         # it checks integers for overflow with arithmetic of its own, which kernels on a GPU do not
         (interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
         (interpreter.GridExecutor, "__call__", lambda *args, **kwargs: counting.launched(*args, **kwargs)),
         (builder, "set_grid_dim", lambda *args: counting.spanned(*args)),
         (builder, "set_grid_idx", lambda *args: counting.placed(*args)),
+        *((builder, name, counting.accessed(getattr(builder, name), *how)) for name, how in _ACCESSES.items()),
     ]
-    patches += [(builder, name, counting.accessed(getattr(builder, name), *how)) for name, how in _ACCESSES.items()]
-    with ExitStack() as stack:
-        for owner, name, replacement in patches:
-            stack.enter_context(mock.patch.object(owner, name, replacement))
-        yield
 
 
-@contextmanager
-def _watch_methods(counts: Counts, operators: _CountOperators) -> Iterator[None]:
+def _tensor_patches(operators: _CountOperators) -> list[Patch]:
     """Methods that copy to the host, which a tensor on a CPU does without an operator (``to("cpu")`` goes unseen); and
     assignments, because of what they make of a number.
     """
+    assign = torch.Tensor.__setitem__
 
-    def counted(name: str, original: Callable) -> Callable:
+    def counted(name: str) -> Callable:
+        original = getattr(torch.Tensor, name)
+
         def method(self, *args, **kwargs):
-            counts.syncs += 1
-            counts.sync_ops[name] = counts.sync_ops.get(name, 0) + 1
+            operators.counts.wait(name)
             return original(self, *args, **kwargs)
 
         return method
-
-    assign = torch.Tensor.__setitem__
 
     def watched_assign(self, *args):
         operators.assigning += 1
@@ -215,12 +217,8 @@ def _watch_methods(counts: Counts, operators: _CountOperators) -> Iterator[None]
         finally:
             operators.assigning -= 1
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch.Tensor, "__setitem__", watched_assign))
-        for name in ("tolist", "numpy", "cpu"):
-            replacement = counted(name, getattr(torch.Tensor, name))
-            stack.enter_context(mock.patch.object(torch.Tensor, name, replacement))
-        yield
+    methods = {name: counted(name) for name in ("tolist", "numpy", "cpu")} | {"__setitem__": watched_assign}
+    return [(torch.Tensor, name, method) for name, method in methods.items()]
 
 
 class _CountOperators(TorchDispatchMode):
@@ -247,8 +245,7 @@ class _CountOperators(TorchDispatchMode):
         # On a GPU ``x[i] = number`` fills a tensor there, on a CPU it looks like a number that is copied to the device.
         filled = name == "lift_fresh" and self.assigning and args[0].dim() == 0
         if not filled and _waits(func, name, args, kwargs):
-            self.counts.syncs += 1
-            self.counts.sync_ops[name] = self.counts.sync_ops.get(name, 0) + 1
+            self.counts.wait(name)
         if name in _ALLOCATIONS:
             return
         written, read = _written_and_read(func, args, kwargs)
@@ -274,7 +271,7 @@ class _CountOperators(TorchDispatchMode):
             stored = min(stored, _scattered(name, args, kwargs))
             loaded = _bytes([t for t in read if t is not args[0]])
         self.counts.other_launches += 1
-        self.counts.ops[name] = self.counts.ops.get(name, 0) + 1
+        self.counts.ops[name] += 1
         self.counts.bytes_loaded += loaded
         self.counts.bytes_stored += stored
 

@@ -1,10 +1,10 @@
-"""Objects of label files: a YOLO txt folder, a COCO or LVIS json, a VOC xml folder."""
+"""Objects of label files: a YOLO txt folder, a COCO json, a VOC xml folder."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from fusedyolo.tools.registry import Workload
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 OTHER_TEXT = re.compile(r"(classes|train|val|test|trainval|readme.*)\.txt", re.I)  # beside labels, but not labels
-YAML_NAMES = re.compile(r"^names:[ \t]*(\[[^\]]*\]|(?:\n[ \t]*(?:-|\d+[ \t]*:).*)+)", re.M)  # a list or a map of names
 
 Find = Callable[[Path], "Path | None"]
 
@@ -60,7 +59,7 @@ def sample_labels(annotations: Sequence[Annotation], batch: int, seed: int) -> t
 
 
 def load_labels(path: Path, images: Path | None = None) -> Labels:
-    """Read labels, whichever of the three ``path`` is: the annotation of each image, and the names of the classes.
+    """Read a COCO json, a VOC folder or a YOLO folder: the annotation of each image, and the names of the classes.
 
     ``images`` is the folder searched for image files, by default the one the labels lie in. Boxes are clipped to the
     image; those without area, and COCO's crowd regions, are left out.
@@ -71,27 +70,23 @@ def load_labels(path: Path, images: Path | None = None) -> Labels:
     """
     if not path.exists():
         raise FileNotFoundError(f"labels: {path} does not exist")
+    home = path if path.is_dir() else path.parent
+    find = _image_finder(images or (home.parent if home.name in ("Annotations", "annotations", "labels") else home))
     if path.is_file():
-        return _coco(path, images)
+        return _coco(path, find)
     if files := sorted(path.rglob("*.xml")):
-        return _voc(files, images or (path.parent if path.name == "Annotations" else path))
-    if files := sorted(path.glob("*.json")) or sorted(path.glob("annotations/*.json")):
-        if len(files) > 1:
-            raise ValueError(f"labels: {path} holds {len(files)} json files, name one of {[f.name for f in files]}")
-        return _coco(files[0], images)
-    if path.name == "images" and not list(path.rglob("*.txt")):
-        path = path.parent
-    folder = path / "labels" if (path / "labels").is_dir() else path
+        return _voc(files, find)
+    beside = path.parent / "labels" if path.name == "images" else path / "labels"
+    folder = beside if beside.is_dir() else path
     if files := sorted(f for f in folder.rglob("*.txt") if not OTHER_TEXT.fullmatch(f.name)):
-        return _yolo(folder, files, images)
-    raise FileNotFoundError(f"labels: nothing in {path}; looked for *.xml (VOC), *.json (COCO) and *.txt (YOLO)")
+        return _yolo(folder, files, find)
+    raise FileNotFoundError(f"labels: nothing in {path}; looked for *.xml (VOC) and *.txt (YOLO)")
 
 
-def _coco(path: Path, images: Path | None) -> Labels:
+def _coco(path: Path, find: Find) -> Labels:
     data = json.loads(path.read_text())
     if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= data.keys():
         raise ValueError(f"labels: {path} is no COCO file, it has no images, annotations and categories")
-    find = _image_finder(images or (path.parent.parent if path.parent.name == "annotations" else path.parent))
     categories = sorted(data["categories"], key=lambda category: category["id"])
     index = {category["id"]: i for i, category in enumerate(categories)}
     objects: dict[Any, list[Any]] = {image["id"]: [] for image in data["images"]}
@@ -99,69 +94,46 @@ def _coco(path: Path, images: Path | None) -> Labels:
         if not entry.get("iscrowd", 0):
             x, y, w, h = entry["bbox"]
             objects[entry["image_id"]].append((index[entry["category_id"]], x, y, x + w, y + h))
-    annotations = []
-    for image in data["images"]:
-        name = Path(image.get("file_name") or image["coco_url"])  # LVIS 1.0 only has the address
-        annotations.append(_annotation(find(name), objects[image["id"]], image["width"], image["height"]))
+    annotations = [
+        _annotation(find(Path(image["file_name"])), objects[image["id"]], image["width"], image["height"])
+        for image in data["images"]
+    ]
     return annotations, [category["name"] for category in categories]
 
 
-def _voc(files: Sequence[Path], images: Path) -> Labels:
-    find, read = _image_finder(images), []
-    for file in files:
-        root = ElementTree.parse(file).getroot()
+def _voc(files: Sequence[Path], find: Find) -> Labels:
+    roots = [ElementTree.parse(file).getroot() for file in files]
+    names = sorted({found.findtext("name", "") for root in roots for found in root.iter("object")})
+    corners = [f"bndbox/{corner}" for corner in ("xmin", "ymin", "xmax", "ymax")]
+    annotations = []
+    for file, root in zip(files, roots, strict=True):
         width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
         if width <= 0 or height <= 0:
             raise ValueError(f"labels: {file} has no image size")
-        corners = [f"bndbox/{corner}" for corner in ("xmin", "ymin", "xmax", "ymax")]
         objects = [
-            (o.findtext("name", ""), *(float(o.findtext(corner, "nan")) for corner in corners))
-            for o in root.iter("object")
+            (names.index(found.findtext("name", "")), *(float(found.findtext(each, "nan")) for each in corners))
+            for found in root.iter("object")
         ]
-        read.append((find(Path(root.findtext("filename") or file.stem)) or find(file), objects, width, height))
-    names = sorted({name for _, objects, *_ in read for name, *_ in objects})
-    rows = [[(names.index(name), *box) for name, *box in objects] for _, objects, *_ in read]
-    return [_annotation(image, own, *size) for own, (image, _, *size) in zip(rows, read, strict=True)], names
+        annotations.append(_annotation(find(Path(root.findtext("filename") or file)), objects, width, height))
+    return annotations, names
 
 
-def _yolo(folder: Path, files: Sequence[Path], images: Path | None) -> Labels:
-    root = folder.parent if folder.name == "labels" else folder
-    find, annotations = _image_finder(images or root), []
+def _yolo(folder: Path, files: Sequence[Path], find: Find) -> Labels:
+    annotations = []
     for file in files:
-        lines = enumerate(file.read_text().splitlines(), 1)
-        rows = [_yolo_row(line, f"{file}:{number}") for number, line in lines if line.strip()]
-        annotations.append(_annotation(find(file.relative_to(folder)), rows))
-    names = _yolo_names([root, folder, root.parent])
+        objects = []
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if line.strip():
+                try:
+                    label, cx, cy, w, h = map(float, line.split())
+                except ValueError:
+                    raise ValueError(f"labels: {file}:{number}: {line[:60]!r}, want class cx cy w h") from None
+                objects.append((label, cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
+        annotations.append(_annotation(find(file.relative_to(folder)), objects))
+    listed = next((each for each in (folder / "classes.txt", folder.parent / "classes.txt") if each.is_file()), None)
+    names = listed.read_text().splitlines() if listed else []
     most = max((int(a.classes.max()) for a in annotations if len(a.classes)), default=0)
     return annotations, names + [f"class {i}" for i in range(len(names), most + 1)]
-
-
-def _yolo_row(line: str, where: str) -> tuple[float, ...]:
-    """Class and corners of one line, a box (class cx cy w h) or a polygon (class x1 y1 x2 y2 ...)."""
-    try:
-        label, *values = map(float, line.split())
-    except ValueError:
-        raise ValueError(f"labels: {where} is no YOLO label: {line[:60]!r}") from None
-    if len(values) == 4:
-        cx, cy, w, h = values
-        return label, cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
-    if len(values) < 6 or len(values) % 2:
-        raise ValueError(f"labels: {where} has {len(values) + 1} numbers, want class cx cy w h, or class and a polygon")
-    xs, ys = values[::2], values[1::2]
-    return label, min(xs), min(ys), max(xs), max(ys)
-
-
-def _yolo_names(folders: Iterable[Path]) -> list[str]:
-    """Class names from classes.txt, *.names, or the ``names`` of a data set's yaml, the first there is."""
-    for folder in folders:
-        for file in [folder / "classes.txt", *sorted(folder.glob("*.names"))]:
-            if file.is_file():
-                return [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-            if found := YAML_NAMES.search(file.read_text()):
-                parts = found[1].strip("[]").split(",") if found[1].startswith("[") else found[1].strip().splitlines()
-                return [re.sub(r"^(-|\d+\s*:)", "", part.strip()).strip(" '\"") for part in parts]
-    return []
 
 
 def _annotation(image: Path | None, objects: Sequence[Any], width: int = 1, height: int = 1) -> Annotation:
@@ -174,7 +146,7 @@ def _annotation(image: Path | None, objects: Sequence[Any], width: int = 1, heig
 
 
 def _image_finder(folder: Path) -> Find:
-    """A function from a file's relative path to the image of the same name below ``folder``, or None."""
+    """A function from a file's path to the image of the same name below ``folder``, or None."""
     known: dict[tuple[str, ...], Path] = {}
     if not folder.is_dir():
         raise FileNotFoundError(f"images: {folder} is not a folder")

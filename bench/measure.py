@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +19,7 @@ from .sampling import Sample
 
 MOST, LEAST = 48, 4  # programs of a launch that are counted, see Plan
 FUSED, EAGER, COMPILE = "fused", "eager", "compile"
+FULL = ("full_ms_p20", "full_ms_p50", "full_ms_p80")
 
 
 def provide(case: Case, provider: str, work: Workload, device: str = "cpu") -> Loss:
@@ -39,11 +38,6 @@ def ready(case: Case, work: Workload, provider: str, device: str = "cpu", empty:
     return bound(provide(case, provider, work, device), case, work, device, empty)
 
 
-def tiny(case: Case, work: Workload) -> Workload:
-    """The least that a loss can be given."""
-    return replace(work.small(), batch=1, size=max(case.strides))
-
-
 def count_step(case: Case, work: Workload, provider: str, exact: bool = False) -> Counts:
     """Counts of forward and backward, of a call that is not the first.
 
@@ -51,7 +45,7 @@ def count_step(case: Case, work: Workload, provider: str, exact: bool = False) -
     kernels run in Triton's interpreter, of a launch some programs of each kind, or with ``exact`` all.
     """
     device = "meta" if provider == EAGER else "cpu"
-    ready(case, tiny(case, work), provider, device)()
+    ready(case, replace(work.small(), batch=1, size=max(case.strides)), provider, device)()  # the first
     step = ready(case, work, provider, device)
     if provider != FUSED or exact:
         return count(step)
@@ -102,49 +96,19 @@ def count_compiled(case: Case, work: Workload) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------------------- a GPU
 
 
-def time_step(case: Case, work: Workload, provider: str, device: str = "cuda", quick: bool = False) -> dict[str, float]:
-    """Milliseconds at p20, p50, p80 of each mode, by events and by replay of a graph; memory, host time, cold start.
-
-    ``cold_s`` is the very first step of the process, compilation included; what a provider cannot do (a graph of a loss
-    that waits for the host) is left out. ``quick`` measures forward and backward by events alone.
+def time_step(case: Case, work: Workload, provider: str, device: str = "cuda") -> dict[str, float]:
+    """Forward and backward: milliseconds at p20, p50 and p80 with a cold cache, forward alone at p50, most bytes in
+    use, microseconds until the host goes on; of the fused loss also milliseconds by replay of a graph, without its time
+    on the host.
     """
-    if provider == COMPILE:
-        import torch._functorch.config as functorch_config
-
-        functorch_config.donated_buffer = False  # so that one forward serves many backwards
     step = ready(case, work, provider, device)
-    loss, preds, targets = step.loss, step.preds, step.targets
-    start = time.perf_counter()
-    step().total.item()
-    cold = time.perf_counter() - start
-    if quick:
-        return _quantiles("full_ms", timing.by_events(step, preds))
-    kept = [loss(preds, targets).total]
-
-    def no_grad() -> None:
-        with torch.no_grad():
-            loss(preds, targets)
-
-    modes: dict[str, Callable[[], Any]] = {
-        "no_grad": no_grad,
-        "forward": lambda: loss(preds, targets),
-        "backward": lambda: kept[0].backward(gradient=step.one, retain_graph=True),
-        "full": step,
-    }
-    result = {"cold_s": cold}
-    for mode, fn in modes.items():
-        result |= _quantiles(f"{mode}_ms", timing.by_events(fn, preds))
-    kept.clear()
-    result["peak_bytes"] = timing.peak_memory(step, preds)
-    small = ready(case, tiny(case, work), provider, device)
-    small()
-    result["host_us"] = timing.host_microseconds(small, small.preds, device)
-    for mode in ("forward", "full"):  # last, for a capture that fails may leave errors behind
-        try:
-            result |= _quantiles(f"{mode}_graph_ms", timing.by_replay(modes[mode], preds))
-        except RuntimeError:  # it waits for the host
-            break
-    return result
+    found = dict(zip(FULL, timing.by_events(step, step.preds), strict=True))
+    found["forward_ms_p50"] = timing.by_events(lambda: step.loss(step.preds, step.targets), step.preds)[1]
+    found["peak_bytes"] = timing.peak_memory(step, step.preds)
+    found["host_us"] = timing.host_microseconds(step, step.preds, device)
+    if provider == FUSED:
+        found["graph_ms_p50"] = timing.by_replay(step, step.preds)[1]
+    return found
 
 
 def run_fused(name: str, steps: int = 3) -> None:
@@ -153,7 +117,3 @@ def run_fused(name: str, steps: int = 3) -> None:
     for _ in range(steps):
         step()
     torch.cuda.synchronize()
-
-
-def _quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {f"{name}_p{q * 100:.0f}": value for q, value in zip(timing.QUANTILES, values, strict=True)}

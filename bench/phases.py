@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.profiler import record_function
 
-from fusedyolo.tools.timing import QUANTILES
+from .count import count
 
 PHASES = ("data", "forward", "loss", "backward", "optimiser")
 WARM_UP, WATCHED, TRACED = 1, 2, 2  # steps that are not timed: the very first, those whose waits are counted, the last
@@ -50,41 +49,37 @@ def turns(*steps: int) -> list[tuple[int, Block]]:
 
 
 class Times(NamedTuple):
-    """Seconds of one step by phase: on the device's clock, and until the calls had returned."""
+    """Seconds of one step by phase, and of the whole ``"step"``, and the kind of the block it belongs to."""
 
     kind: str
-    first: bool  # of its block, with nothing queued before it
-    device: dict[str, float]  # and of the whole step
-    host: dict[str, float]
+    seconds: dict[str, float]
 
 
 class Clock:
-    """Times the phases of the steps of one run, and names them in a trace."""
+    """Times the phases of the steps of one run on the device's clock, and names them in a trace."""
 
     def __init__(self, device: torch.device, name: str):
         self.gpu, self.name = device.type == "cuda", name
         self.steps: list[Times] = []
-        self._open: list[tuple[str, Any, Any, float]] = []
+        self._marks: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of a step."""
-        begin, start = time.perf_counter(), self._stamp()
+        start = self._stamp()
         with record_function(f"{self.name}: {name}"):
             yield
-        host = time.perf_counter() - begin
-        self._open.append((name, start, self._stamp(), host))
+        self._marks.append((name, start, self._stamp()))
 
     def settle(self, kind: str) -> None:
         """A block is over: wait for the device, and read its events."""
         if self.gpu:
             torch.cuda.synchronize()
-        for first in range(0, len(self._open), len(PHASES)):
-            marks = self._open[first : first + len(PHASES)]
-            device = {name: self._elapsed(start, end) for name, start, end, _ in marks}
-            device["step"] = self._elapsed(marks[0][1], marks[-1][2])
-            self.steps.append(Times(kind, first == 0, device, {name: host for name, *_, host in marks}))
-        self._open.clear()
+        for first in range(0, len(self._marks), len(PHASES)):
+            marks = self._marks[first : first + len(PHASES)]
+            seconds = {name: self._elapsed(start, end) for name, start, end in marks}
+            self.steps.append(Times(kind, seconds | {"step": self._elapsed(marks[0][1], marks[-1][2])}))
+        self._marks.clear()
 
     def _stamp(self) -> Any:
         if not self.gpu:
@@ -97,34 +92,27 @@ class Clock:
         return start.elapsed_time(end) / 1000 if self.gpu else end - start
 
 
-def summarise(steps: Sequence[Times]) -> dict[str, Any]:
-    """Seconds of the timed steps, of all steps where none are timed: medians by phase, and of a step the quantiles.
+def summarise(steps: Sequence[Times]) -> dict[str, float]:
+    """Median seconds of each phase and of a step, of the timed steps, or of all where none are timed."""
+    used = [step.seconds for step in steps if step.kind == "timed"] or [step.seconds for step in steps]
+    return {name: median(seconds[name] for seconds in used) for name in (*PHASES, "step")}
 
-    The host's are those of first steps of a block, as a full queue makes the host wait for the device.
+
+def waits(fn: Callable[[], Any], gpu: bool) -> tuple[Any, Counter[str]]:
+    """What ``fn`` returns, and by line of code how often it makes the host wait for the GPU; without a GPU by operator,
+    how often it would.
     """
-    timed = [step for step in steps if step.kind == "timed"]
-    used = timed or list(steps)
-    step = np.quantile([step.device["step"] for step in used], QUANTILES).tolist()
-    return {
-        "seconds": {name: median(step.device[name] for step in used) for name in PHASES},
-        "host_seconds": {name: median(step.host[name] for step in used if step.first) for name in PHASES},
-        "step_seconds": {f"p{100 * q:.0f}": seconds for q, seconds in zip(QUANTILES, step, strict=True)},
-        "timed_steps": len(timed),
-    }
-
-
-@contextmanager
-def waits() -> Iterator[Counter[str]]:
-    """Count, by line of code, the calls that make the host wait for the GPU."""
-    found: Counter[str] = Counter()
+    if not gpu:
+        results: list[Any] = []
+        counts = count(lambda: results.append(fn()))
+        return results[0], counts.sync_ops
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
-            yield found
+            result = fn()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    for each in said:
-        if "synchronizing CUDA operation" in str(each.message):
-            found["/".join(Path(each.filename).parts[-2:]) + f":{each.lineno}"] += 1
+    waited = [each for each in said if "synchronizing CUDA operation" in str(each.message)]
+    return result, Counter("/".join(Path(each.filename).parts[-2:]) + f":{each.lineno}" for each in waited)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from .labels import Annotation, load_labels, pack
 
@@ -25,26 +25,24 @@ def generate(folder: Path, count: int, size: int, seed: int) -> None:
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "classes.txt").write_text("circle\nsquare\ntriangle\n")
     for number in range(count):
-        tint = random.uniform(150, 230) + random.uniform(-20, 20, 3)
-        grain = random.normal(tint, 10, (size // 4, size // 4, 3)).clip(0, 255).astype(np.uint8)
-        image = Image.fromarray(grain).resize((size, size), Image.Resampling.BICUBIC)
+        grain = random.integers(150, 230, (size // 4, size // 4, 3), dtype=np.uint8)
+        image = Image.fromarray(grain).resize((size, size))
         draw, placed, lines = ImageDraw.Draw(image), [], []
         for _ in range(random.integers(1, 10)):
-            half = size * float(np.exp(random.uniform(math.log(0.04), math.log(0.2))))
-            x, y = (float(v) for v in random.uniform(half, size - half, 2))
+            half = size * math.exp(random.uniform(math.log(0.04), math.log(0.2)))
+            x, y = random.uniform(half, size - half, 2).tolist()
             if any(max(abs(x - a), abs(y - b)) < 0.8 * (half + other) for a, b, other in placed):
                 continue  # would hide it
             placed.append((x, y, half))
-            label, colour = int(random.integers(3)), str(random.choice(COLOURS))
-            box = [x - half, y - half, x + half, y + half]
+            label, colour = random.integers(3), str(random.choice(COLOURS))
             if label == 0:
-                draw.ellipse(box, fill=colour, outline="#222222")
+                draw.ellipse((x - half, y - half, x + half, y + half), colour)
             elif label == 1:
-                draw.rectangle(box, fill=colour, outline="#222222")
+                draw.rectangle((x - half, y - half, x + half, y + half), colour)
             else:
-                draw.polygon([(x, y - half), (box[0], box[3]), (box[2], box[3])], fill=colour, outline="#222222")
+                draw.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], colour)
             lines.append(f"{label} {x / size:.6f} {y / size:.6f} {2 * half / size:.6f} {2 * half / size:.6f}\n")
-        image.filter(ImageFilter.GaussianBlur(0.5)).save(folder / f"images/{number:04d}.jpg", quality=90)
+        image.save(folder / f"images/{number:04d}.jpg", quality=90)
         (folder / f"labels/{number:04d}.txt").write_text("".join(lines))
 
 

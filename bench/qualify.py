@@ -10,12 +10,10 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +22,8 @@ from rich.markup import escape
 
 from fusedyolo.tools.env import ROOT, environment
 from fusedyolo.tools.registry import SHOWN, RefusedError
-from fusedyolo.tools.terminal import table
 
+MINUTES = 7.5  # in all
 PYTHON = (sys.executable, "-W", "ignore", "-m")
 REQUIRED = {"environment", "check", "tests", "bench"}
 KERNELS = "regex:(grid|grid_grad|cell|cell_grad|overlap|match|dense|rank)_kernel"
@@ -71,22 +69,20 @@ def plan(out: Path) -> list[Step]:
     ]
 
 
-def run_step(step: Step, log: Path, variables: Mapping[str, str], seconds: float) -> Outcome:
-    """Run a command, its output in ``log``, for so many seconds at most."""
-    start = time.monotonic()
+def run_step(step: Step, log: Path, variables: Mapping[str, str], left: float) -> Outcome:
+    """Run a command, its output in ``log``, for as many seconds as it may take and are ``left``."""
+    if step.needs and shutil.which(step.needs) is None:
+        return Outcome(step.name, "left out", 0.0, f"{step.needs} is not installed")
+    if left < 5:
+        return Outcome(step.name, "left out", 0.0, "no time was left")
+    start, most = time.monotonic(), min(step.seconds, left)
+    command = ("timeout", "--kill-after=2", str(most), *step.command)  # ends its own workers too
     with log.open("w") as file:
-        process = subprocess.Popen(
-            step.command, cwd=ROOT, env=os.environ | variables, stdout=file, stderr=file, start_new_session=True
-        )
-        try:
-            verdict = "failed" if process.wait(timeout=seconds) else "passed"
-        except subprocess.TimeoutExpired:
-            verdict = "cut"
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own workers too
-        process.wait()
+        status = subprocess.call(command, cwd=ROOT, env=os.environ | variables, stdout=file, stderr=file)
+    seconds = time.monotonic() - start
     said = (log.read_text().strip() or " ").splitlines()[-1]
-    return Outcome(step.name, verdict, time.monotonic() - start, said)
+    ended = "cut" if seconds >= most else "failed"
+    return Outcome(step.name, ended if status else "passed", seconds, said)
 
 
 def qualify(steps: Sequence[Step], out: Path, minutes: float, console: Console) -> list[Outcome]:
@@ -96,17 +92,11 @@ def qualify(steps: Sequence[Step], out: Path, minutes: float, console: Console) 
     configs = {"FUSEDYOLO_CONFIG_DIR": str((out / "configs").resolve())}
     outcomes = []
     for number, step in enumerate(steps, 1):
-        left = end - time.monotonic()
-        if step.needs and shutil.which(step.needs) is None:
-            outcome = Outcome(step.name, "left out", 0.0, f"{step.needs} is not installed")
-        elif left < 5:
-            outcome = Outcome(step.name, "left out", 0.0, "no time was left")
-        else:
-            with console.status(f"{step.name}, {left:.0f} s left"):
-                log = out / f"{number}-{step.name}.log"
-                outcome = run_step(step, log, {**configs, **step.variables}, min(step.seconds, left))
-        outcomes.append(outcome)
-        console.print(f"{step.name}: {outcome.verdict}, {outcome.seconds:.0f} s", highlight=False)
+        log, left = out / f"{number}-{step.name}.log", end - time.monotonic()
+        with console.status(f"{step.name}, {left:.0f} s left"):
+            outcomes.append(run_step(step, log, {**configs, **step.variables}, left))
+        name, ended, seconds, said = outcomes[-1]
+        console.print(f"{name}: [{COLOURS[ended]}]{ended}[/], {seconds:.0f} s  {escape(said[:100])}", highlight=False)
     return outcomes
 
 
@@ -115,15 +105,10 @@ def run(options: argparse.Namespace) -> int:
     console, host = Console(), environment()
     if host["gpu"] is None:
         raise RefusedError("no GPU: there is nothing to qualify; python -m bench counts what can be counted without")
-    outcomes = qualify(plan(options.out.resolve()), options.out, options.minutes, console)
+    outcomes = qualify(plan(options.out.resolve()), options.out, MINUTES, console)
     content = {"environment": host, "steps": [outcome._asdict() for outcome in outcomes]}
     (options.out / "qualify.json").write_text(json.dumps(content, indent=1) + "\n")
-    made = table(f"{host['gpu']}, commit {host['commit']}", ("step", ""), ("seconds",))
-    made.add_column("its last line")
-    for each in outcomes:
-        coloured = f"[{COLOURS[each.verdict]}]{each.verdict}"
-        made.add_row(each.name, coloured, f"{each.seconds:.0f}", escape(each.said[:100]))
-    console.print(made, f"wrote {options.out}", highlight=False)
+    console.print(f"wrote {options.out}", highlight=False)
     return verdict(outcomes)
 
 

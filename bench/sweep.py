@@ -15,7 +15,7 @@ from fusedyolo.tools.env import environment
 from fusedyolo.tools.registry import DTYPES, SHOWN, Case, Workload, select
 
 from . import peers, plots, report
-from .compare import differing, gate
+from .compare import gate
 from .measure import COMPILE, EAGER, FUSED
 from .rows import Row, index, rows, write
 from .work import Task, run_all
@@ -41,41 +41,41 @@ def workloads(case: Case, axis: str, gpu: bool) -> dict[Any, Workload]:
 def run(options: argparse.Namespace) -> int:
     """Measure and draw: 0, or 1 if a loss failed parity or a measurement of ours broke."""
     host, console, failures = environment(), Console(), []
-    gpu, cases = host["gpu"] is not None, select(options.loss, SHOWN)
-    base, device, kind = BASE[gpu], "cuda" if gpu else "cpu", "quick time" if gpu else "count"
+    gpu, cases, axes = host["gpu"] is not None, select(options.loss, SHOWN), options.axis or AXES
+    base, device, kind = BASE[gpu], "cuda" if gpu else "cpu", "time" if gpu else "count"
     console.print(report.headline(base, host), highlight=False)
-    wanted = {(case, axis): workloads(case, axis, gpu) for case in cases for axis in options.axis or AXES}
-    checked = {(case.name, w.dtype, w.layout): w for (case, _), each in wanted.items() for w in each.values()}
-    checks = [Task("parity", name, replace(w, objects="coco"), device=device) for (name, *_), w in checked.items()]
-    passed, parity = gate(list(dict.fromkeys(checks)), options, console, failures)
+    wanted = {(case.name, axis): workloads(case, axis, gpu) for case in cases for axis in axes}
+    checks = [
+        Task("parity", name, replace(base, dtype=work.dtype, layout=work.layout), device=device)
+        for (name, _), each in wanted.items()
+        for work in each.values()
+    ]
+    passed, unlike = gate(list(dict.fromkeys(checks)), options.jobs, console, failures)
     if not passed:
         write(options.out, [], host, failures, "sweep")
         return 1
 
-    unlike = differing(parity) if gpu else set()
     found: list[Row] = []
-    results: dict[Task, Any] = {}
-    curves: dict[tuple[str, str, str], dict[Any, Task]] = {}
+    curves: dict[tuple[str, str, str], dict[Any, Any]] = {}
     for case in cases:
         providers = [*(peer.name for peer in peers.of(case)), EAGER, *[COMPILE] * gpu, FUSED]
         own = {
             (case.name, axis, provider): {
-                value: Task(kind, case.name, work, provider, device) for value, work in wanted[case, axis].items()
+                value: Task(kind, case.name, work, provider, device) for value, work in wanted[case.name, axis].items()
             }
             for provider in providers
             if (case.name, provider) not in unlike
-            for axis in options.axis or AXES
+            for axis in axes
         }
-        curves |= own
         tasks = list(dict.fromkeys(task for each in own.values() for task in each.values()))
         title = f"{'timing' if gpu else 'counting'} {case.name}"
-        results |= run_all(tasks, 1 if gpu else options.jobs, console, title, failures)
-        for work in dict.fromkeys(task.work for task in tasks):
-            of_work = rows({t: results[t] for t in tasks if t.work == work and t in results}, work, host)
+        results = run_all(tasks, 1 if gpu else options.jobs, console, title, failures)
+        curves |= {key: {value: results.get(task) for value, task in each.items()} for key, each in own.items()}
+        for work in dict.fromkeys(task.work for task in results):
+            of_work = rows({task: result for task, result in results.items() if task.work == work}, work, host)
             report.print_remarks(console, index(of_work), [case])
             found += of_work
         paths = write(options.out, found, host, failures, "sweep")  # kept, should the rest be cut
-    measured = {key: {value: results.get(task) for value, task in each.items()} for key, each in curves.items()}
-    for path in [*paths, *plots.sweep(options.out, measured, gpu, base)]:
+    for path in [*paths, *plots.sweep(options.out, curves, gpu, base)]:
         console.print(f"wrote {path}", highlight=False)
-    return int(any(None in each.values() for (*_, provider), each in measured.items() if provider == FUSED))
+    return int(any(None in each.values() for (*_, provider), each in curves.items() if provider == FUSED))

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 
-from fusedyolo.tools import processes
+from fusedyolo.tools import codegen, processes, timing
+from fusedyolo.tools.parity import parity
 from fusedyolo.tools.registry import CASES, Workload
-from fusedyolo.tools.terminal import bars
 
-from . import peers
+from . import measure, peers, predict
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is done, for which loss, on what, by which provider (or for which compile target)."""
+    """What is done (``parity``, ``count``, ``compile``, ``execute``, ``codegen``, ``time``, ``bandwidth``), for which
+    loss, on what, by which provider or for which compile target; ``exact``: no program is left out.
+    """
 
     kind: str
     case: str
     work: Workload
     provider: str = ""
     device: str = "cpu"
+    exact: bool = False
 
     @property
     def label(self) -> str:
@@ -36,47 +40,40 @@ class Task:
 
 def do(task: Task) -> Any:
     """The work of a task, in a process for its kind of work."""
-    from fusedyolo.tools import codegen, timing
-    from fusedyolo.tools.parity import parity
-
-    from . import measure, predict
-
     if task.kind == "bandwidth":
         return timing.copy_bandwidth()
-    case = CASES[task.case]
+    case, work, provider = CASES[task.case], task.work, task.provider
     if task.kind == "parity":
         others = [peer.name for peer in peers.of(case)]
         others += [measure.COMPILE] * (task.device != "cpu")  # what is to be timed
-        return parity(case, task.work, task.device, {name: partial(measure.provide, case, name) for name in others})
-    if task.kind in ("count", "count exactly"):
-        return measure.count_step(case, task.work, task.provider, exact=task.kind == "count exactly").as_dict()
+        return parity(case, work, task.device, {name: partial(measure.provide, case, name) for name in others})
+    if task.kind == "count":
+        return asdict(measure.count_step(case, work, provider, task.exact))
     if task.kind == "compile":
-        return measure.count_compiled(case, task.work)
+        return measure.count_compiled(case, work)
     if task.kind == "execute":
-        return predict.execute_step(case, task.work, task.provider)
+        return predict.execute_step(case, work, provider)
     if task.kind == "codegen":
-        compiled = codegen.compile_step(case, task.work, task.provider)
-        return {launch: resources.as_dict() for launch, resources in compiled.items()}
-    return measure.time_step(case, task.work, task.provider, quick=task.kind == "quick time")
+        return codegen.compile_step(case, work, provider)
+    return measure.time_step(case, work, provider, task.device)
 
 
 def run_all(tasks: Sequence[Task], jobs: int, console: Console, title: str, failures: list[str]) -> dict[Task, Any]:
     """Run tasks in ``jobs`` processes at a time; the results there are, what the others said appended to ``failures``.
 
-    What is timed at length has a process of its own: memory and compiled code of one must not be in the way of another,
-    and the first step is to be a first step.
+    What is timed has a process of its own: memory and compiled code of one must not be in the way of another.
     """
     calls = {
         task: processes.Call(
             partial(do, task),
-            interpreted=task.kind in ("parity", "count", "count exactly") and task.device == "cpu",
-            alone=task.kind in ("time", "bandwidth"),
+            interpreted=task.kind in ("parity", "count") and task.device == "cpu",
+            alone=task.device == "cuda",
         )
         for task in tasks
     }
     results: dict[Task, Any] = {}
     start = time.monotonic()
-    with bars(console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
         bar = progress.add_task(title, total=len(tasks))
 
         def done(task: Task, result: Any) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -22,11 +21,9 @@ from rich.progress import track
 from . import compiled, interpreter
 from .compiled import SMALL, Found, Settings
 from .env import kernels_digest, version
-from .registry import CASES, Case, RefusedError, Workload, choose, select
+from .parity import parity, parity_table
+from .registry import CASES, RefusedError, Workload, choose, select
 from .terminal import PASSES, table
-
-TITLE = "against the reference in float64"
-ERRORS = ("fused_loss_error", "eager_loss_error", "fused_grad_error", "eager_grad_error")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,43 +34,23 @@ def run(options: argparse.Namespace) -> int:
     for name in ("arch", "seeds", "fusion", "noise", "fine", "markdown"):
         if getattr(options, name):
             raise RefusedError(f"--{name}: wants --compiled")
-    cases, gpu = select(options.loss), torch.cuda.is_available()
+    wanted, gpu = list(itertools.product(select(options.loss), dtypes)), torch.cuda.is_available()
     if not gpu:
         try:
             interpreter.prepare()
         except ImportError:
-            raise RefusedError(
-                "Triton is not installed: the reference runs, and there is nothing to compare it with"
-            ) from None
-    device = torch.cuda.get_device_name() if gpu else "Triton's interpreter"
-    title = f"Errors {TITLE}, relative to the largest entry; kernels on {device}"
-    made, said, failed = (
-        table(title, ("loss", "dtype"), ("loss error", "eager's", "gradient error", "eager's", "")),
-        [],
-        [],
+            raise RefusedError("Triton is not installed: there is nothing to compare the reference with") from None
+    found = {
+        f"{case.name} {dtype}": parity(case, Workload(dtype=dtype), "cuda" if gpu else "cpu")
+        for case, dtype in track(wanted, "checking", console=console, transient=True)
+    }
+    console.print(
+        parity_table(f"on {torch.cuda.get_device_name()}" if gpu else "in Triton's interpreter", found), highlight=False
     )
-    work = [(case, dtype) for case in cases for dtype in dtypes]
-    for case, dtype in track(work, "checking", console=console, transient=True):
-        found = _compared(case, Workload(dtype=dtype), "cuda" if gpu else "cpu")
-        errors = [f"{found[key]:.1e}" if key in found else "?" for key in ERRORS]
-        made.add_row(case.name, dtype, *errors, PASSES[found["ok"]])
-        if not found["ok"]:
-            failed.append(f"{case.name} {dtype}")
-        if "error" in found:
-            said.append(f"[red]{case.name} {dtype}:[/] {escape(found['error'])}")
+    failed = [name for name, result in found.items() if result["failed"]]
     if failed:
-        said.append(f"[bold red]{len(failed)} of {len(work)} differ from the reference:[/] {', '.join(failed)}")
-    console.print(made, *said, sep="\n", highlight=False)
+        console.print(f"[bold red]{len(failed)} of {len(found)} differ from the reference:[/] {', '.join(failed)}")
     return int(bool(failed))
-
-
-def _compared(case: Case, work: Workload, device: str) -> dict[str, Any]:
-    from .parity import parity
-
-    try:
-        return parity(case, work, device)
-    except Exception as error:  # what a kernel or a compiler may raise is not known; the others are still checked
-        return {"ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 # --------------------------------------------------------------------------------------------------------- compiled
@@ -90,19 +67,8 @@ COLUMNS: dict[str, Callable[[Found], str]] = {
     "warp instructions": lambda found: f"{found.instructions:,}",
 }
 
-
-class Result(NamedTuple):
-    """What was found of a case in one type, compiled for one architecture."""
-
-    name: str
-    dtype: str
-    arch: int
-    found: Found
-
-    @property
-    def cells(self) -> list[str]:
-        """One for each of :data:`COLUMNS`; ``?`` where it did not run."""
-        return [cell(self.found) if self.found.programs else "?" for cell in COLUMNS.values()]
+Results = Mapping[tuple[str, str, str], Found]
+"""By case, type and architecture."""
 
 
 def _run_compiled(options: argparse.Namespace, dtypes: Sequence[str], console: Console) -> int:
@@ -110,65 +76,71 @@ def _run_compiled(options: argparse.Namespace, dtypes: Sequence[str], console: C
         seeds=options.seeds or 2, fusion=options.fusion or "as-shipped", noise=options.noise, fine=options.fine
     )
     cases = choose(options.loss, compiled.cases())
-    if options.markdown:
-        _accepts(options.markdown)
+    around = _around(options.markdown) if options.markdown else None
     compiled.ready()
     wanted = list(itertools.product(cases.items(), dtypes, options.arch or [90]))
-    results = []
+    results = {}
     for (name, case), dtype, arch in track(wanted, "executing", console=console, transient=True):
         try:
             found = compiled.compare(case(replace(SMALL, dtype=dtype)), replace(settings, arch=arch))
-        except Exception as error:  # as above
+        except Exception as error:  # what a compiler may raise is not known; the others are still checked
             found = Found(wrong=[f"{type(error).__name__}: {error}".splitlines()[0]])
-        results.append(Result(name, dtype, arch, found))
+        results[name, dtype, f"sm_{arch}"] = found
     _print(console, results, settings)
-    if options.markdown:
-        _write(options.markdown, results, settings)
-    return int(any(result.found.wrong for result in results))
+    if around:
+        options.markdown.write_text("\n".join([around[0] + BEGIN, *_markdown(results, settings), END + around[1]]))
+    return int(any(found.wrong for found in results.values()))
 
 
-def _print(console: Console, results: Sequence[Result], settings: Settings) -> None:
+def _cells(found: Found) -> list[str]:
+    """One for each of :data:`COLUMNS`; ``?`` where it did not run."""
+    return [cell(found) if found.programs else "?" for cell in COLUMNS.values()]
+
+
+def _print(console: Console, results: Results, settings: Settings) -> None:
     """The table, and below it why cases fail."""
-    made = table(f"Compiled kernels, executed, {TITLE}; {_how(settings)}", ("case", "dtype", "arch"), (*COLUMNS, ""))
-    said = []
-    for name, dtype, arch, found in results:
-        cells = Result(name, dtype, arch, found).cells
-        made.add_row(name, dtype, f"sm_{arch}", *cells, PASSES[not found.wrong])
+    title = f"Compiled kernels, executed, against the reference in float64; {_how(settings)}"
+    made, said = table(title, ("case", "dtype", "arch"), (*COLUMNS, "")), []
+    for names, found in results.items():
+        made.add_row(*names, *_cells(found), PASSES[not found.wrong])
         if found.wrong:
             more = len(found.wrong) - LINES
-            said += [f"[red]{name} {dtype} sm_{arch}:", *(f"    {escape(why)}" for why in found.wrong[:LINES])]
+            said += [f"[red]{' '.join(names)}:", *(f"    {escape(why)}" for why in found.wrong[:LINES])]
             said += [f"    and {more} more"] * (more > 0)
-    failed = sum(bool(result.found.wrong) for result in results)
+    failed = sum(bool(found.wrong) for found in results.values())
     said += [f"[bold red]{failed} of {len(results)} fail"] * (failed > 0)
     console.print(made, *said, sep="\n", highlight=False)
 
 
-def _accepts(path: Path) -> None:
-    """Raises:
-    RefusedError: :func:`_write` would have no place in this file.
+def _around(path: Path) -> tuple[str, str]:
+    """What is in a file before and after the table, nothing if there is no file.
+
+    Raises:
+        RefusedError: the file has no place for the table.
     """
     if not path.parent.is_dir():
         raise RefusedError(f"--markdown: {path.parent} is no folder")
-    if path.exists():
-        text = path.read_text()
-        if not -1 < text.find(BEGIN) < text.find(END):
-            raise RefusedError(f"--markdown: {path} has no line {BEGIN}, or no line {END} after it")
+    if not path.exists():
+        return "", "\n"
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise RefusedError(f"--markdown: {path} has no line {BEGIN}, or no line {END} after it")
+    return before, after
 
 
-def _write(path: Path, results: Sequence[Result], settings: Settings) -> None:
-    """Put the table between the two lines of a file that is there, or into a new one: a row for each case and type;
-    where architectures differ, a cell has their values one after the other.
-    """
+def _markdown(results: Results, settings: Settings) -> list[str]:
+    """The lines of a table, a row for each case and type; where architectures differ, a cell has all their values."""
     rows: dict[tuple[str, str], list[list[str]]] = {}
-    for result in results:
-        rows.setdefault((result.name, result.dtype), []).append(result.cells)
-    archs = " / ".join(dict.fromkeys(f"sm_{result.arch}" for result in results))
-    passed = sum(not result.found.wrong for result in results)
+    for (name, dtype, _), found in results.items():
+        rows.setdefault((name, dtype), []).append(_cells(found))
+    archs = " / ".join(dict.fromkeys(arch for *_, arch in results))
+    passed = sum(not found.wrong for found in results.values())
     versions = ", ".join(f"{name} {version(name)}" for name in ("fusedyolo", "torch", "triton"))
     larger = dict.fromkeys(f" ({case.loss}: {case.images})" for case in CASES.values() if case.images > SMALL.batch)
     lines = [
-        f"{passed} of {len(results)} pass. {archs}; {_how(settings)}. {versions}, kernels "
-        f"{kernels_digest()}. Batch {SMALL.batch}{''.join(larger)}, {SMALL.size} px, {SMALL.classes} classes.",
+        f"{passed} of {len(results)} pass. {archs}; {_how(settings)}. {versions}, kernels {kernels_digest()}. "
+        f"Batch {SMALL.batch}{''.join(larger)}, {SMALL.size} px, {SMALL.classes} classes.",
         "",
         "| " + " | ".join(["case", "dtype", *COLUMNS]) + " |",
         "|" + "---|" * 2 + "---:|" * len(COLUMNS),
@@ -176,9 +148,7 @@ def _write(path: Path, results: Sequence[Result], settings: Settings) -> None:
     for names, each in rows.items():
         cells = [" / ".join(dict.fromkeys(values)) for values in zip(*each, strict=True)]
         lines.append("| " + " | ".join([*names, *cells]) + " |")
-    text = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    path.write_text(before + "\n".join([BEGIN, *lines, END]) + rest.partition(END)[2])
+    return lines
 
 
 def _how(settings: Settings) -> str:

@@ -13,17 +13,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .registry import Case, Workload
 
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""What is compiled for without a GPU of it."""
 
 
 @dataclass
@@ -40,7 +35,6 @@ class Resources:
     registers: int
     stack: int
     spills: int
-    shared: int
     instructions: int
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
@@ -73,21 +67,19 @@ def launches(case: Case, work: Workload) -> dict[str, Any]:
 
 
 def target_of(name: str) -> tuple[str, int | str, int]:
-    """Backend, architecture and threads of a warp, of one of ``TARGETS`` or another ``sm_..`` or ``gfx...``."""
-    if name in TARGETS:
-        return TARGETS[name]
+    """Backend, architecture and threads of a warp, of one of ``TARGETS`` or another ``sm_...`` or ``gfx...``."""
     if name.startswith("sm_"):
         return "cuda", int(name.removeprefix("sm_")), 32
     return "hip", name, 32 if name.startswith(("gfx10", "gfx11", "gfx12")) else 64
 
 
-def compile_step(case: Case, work: Workload, target: str) -> dict[str, Resources]:
-    """What each launch of a training step compiles to, by name."""
-    nvidia = target_of(target)[0] == "cuda"
-    return {
-        name: compile_launch(launch.kernel, launch.arguments, launch.options(nvidia), target)
-        for name, launch in launches(case, work).items()
-    }
+def compile_step(case: Case, work: Workload, target: str) -> dict[str, dict[str, Any]]:
+    """What each launch of a training step compiles to, by name: :class:`Resources`, its ``threads`` and ``grid``."""
+    nvidia, found = target_of(target)[0] == "cuda", {}
+    for name, launch in launches(case, work).items():
+        compiled = compile_launch(launch.kernel, launch.arguments, launch.options(nvidia), target)
+        found[name] = compiled.as_dict() | {"threads": launch.threads, "grid": launch.grid}
+    return found
 
 
 def compile_launch(kernel, arguments: Mapping[str, Any], options: Mapping[str, int], target: str) -> Resources:
@@ -118,30 +110,26 @@ def compile_launch(kernel, arguments: Mapping[str, Any], options: Mapping[str, i
 def _read_cubin(target: str, cubin: bytes) -> Resources:
     from triton import knobs
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
-        sass = _run(knobs.nvidia.nvdisasm.path, "-c", str(path))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = (knobs.nvidia.cuobjdump.path, "-res-usage", file.name), (knobs.nvidia.nvdisasm.path, "-c", file.name)
+        usage, sass = (subprocess.check_output(command, text=True) for command in commands)
     return read_sass(target, usage, sass)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def read_sass(target: str, usage: str, sass: str) -> Resources:
     """From the texts of ``cuobjdump -res-usage`` and ``nvdisasm -c``."""
     kernel, _, routines = sass.partition("\n$__internal_")
     names, called = _sass_names(kernel), _sass_names(routines)
-    sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
+    sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     loads, stores, spills = Counter[int](), Counter[int](), 0
     for name in names + called:
         head, *modifiers = name.split(".")
         if head in ("LDG", "STG"):
             (loads if head == "LDG" else stores)[_sass_width(modifiers)] += 1
         spills += head in ("LDL", "STL")
-    words = sizes["REG"], sizes["STACK"], spills, sizes["SHARED"], len(names + called)
+    words = sizes["REG"], sizes["STACK"], spills, len(names + called)
     return Resources(target, *words, dict(loads), dict(stores), called=len(called), code=_digest(sass))
 
 
@@ -173,5 +161,5 @@ def read_amdgcn(target: str, text: str) -> Resources:
             width = _AMD_WIDTHS[match[2]] * int(match[3] or 1)
             (loads if match[1] == "load" else stores)[width] += 1
     spills, stack = sum(name.startswith("scratch_") for name in names), sizes["private_segment_fixed_size"]
-    words = sizes["vgpr_count"], stack, spills, sizes["group_segment_fixed_size"], len(names)
+    words = sizes["vgpr_count"], stack, spills, len(names)
     return Resources(target, *words, dict(loads), dict(stores), sizes["sgpr_spill_count"], code=_digest(text))

@@ -77,19 +77,13 @@ def report() -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {name: value for name, value in environment().items() if name != "when"}
-    found["cuda"], found["hip"] = torch.version.cuda, torch.version.hip
-    if device.type == "cuda":
-        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
-        found["gpu memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
     chosen, why = backend.resolve("auto", device), ""
-    if chosen != "triton":
-        why = ", because PyTorch sees no GPU"
-        if os.environ.get("FUSEDYOLO_DISABLE"):
-            why = ", because FUSEDYOLO_DISABLE is set"
-        elif find_spec("triton") is None:
-            why = ", because Triton is not installed"
-    elif device.type == "cpu":
-        why = " (Triton's interpreter)"
+    if chosen == "triton":
+        why = " (Triton's interpreter)" * (device.type == "cpu")
+    elif os.environ.get("FUSEDYOLO_DISABLE"):
+        why = ", because FUSEDYOLO_DISABLE is set"
+    else:
+        why = ", because " + ("PyTorch sees no GPU" if find_spec("triton") else "Triton is not installed")
     found["runs"] = f"{chosen} on {device.type}{why}"
     gpu, now = tuned.gpu_name(device), {"kernels": kernels_digest(), "triton": version("triton")}
     for name, path in (("shipped configurations", tuned.SHIPPED), ("own configurations", tuned.folder())):
@@ -110,10 +104,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=1))
         return 0
-    table = Table(show_header=False, box=None)
+    shown = Table(show_header=False, box=None)
     for name, value in found.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {each}" for key, each in value.items()) or "none"
-        table.add_row(name, "none" if value is None else str(value))
-    Console(soft_wrap=True).print(table, highlight=False)
+            value = ", ".join(f"{key} {each}" for key, each in value.items())
+        shown.add_row(name, value or "none")
+    Console(soft_wrap=True).print(shown, highlight=False)
     return 0

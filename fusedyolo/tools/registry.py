@@ -202,9 +202,8 @@ class Workload:
     form: str = "packed"
     layout: str = ""  # a case's usual one
     seed: int = 18  # 118 COCO-like objects in 16 images, 7.4 each as in COCO itself
-    rows: tuple[
-        tuple[float, ...], ...
-    ] = ()  # image, class, cx, cy, w, h; those of images beyond the batch are left out
+    # image, class, cx, cy, w, h; those of images beyond the batch are left out
+    rows: tuple[tuple[float, ...], ...] = ()
 
     def targets(self, device: str = "cpu") -> Any:
         """Packed rows [M, 6], or with the form ``Targets`` those made of them, as in ``collate_fn``."""

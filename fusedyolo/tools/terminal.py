@@ -1,4 +1,4 @@
-"""What commands share on a terminal, those of ``fusedyolo`` and of ``python -m bench``: arguments, tables, bars."""
+"""What commands share on a terminal, those of ``fusedyolo`` and of ``python -m bench``: arguments and tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .registry import CASES, RefusedError
@@ -74,9 +73,3 @@ def table(title: str, names: Sequence[str], numbers: Sequence[str], caption: str
     for name in numbers:
         made.add_column(name, justify="right")
     return made
-
-
-def bars(console: Console, **more: Any) -> Progress:
-    """Of what is done and what is left, a line a task."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, TimeRemainingColumn(), console=console, **more)

@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from rich.console import Console
+from rich.progress import Progress
 
 from .. import tuned
 from ..kernels.launch import REGISTERS, Wishes, legal_wishes
@@ -30,13 +31,13 @@ from .env import environment, kernels_digest
 from .parity import Step, bound
 from .processes import Call, Failed, run_all
 from .registry import Case, RefusedError, Workload, first_recipes, select
-from .terminal import bars, table
+from .terminal import table
 
 GAIN = 0.02  # of the time that a configuration must save to be preferred to the heuristic
 TURNS = 3  # in which the best one and the heuristic are timed once more
 
 Resources = Mapping[str, Mapping[str, Any]]
-"""Of each launch of a step by name, as :class:`~fusedyolo.tools.codegen.Resources` in a dict."""
+"""Of each launch of a step by name, see :func:`~fusedyolo.tools.codegen.compile_step`."""
 Timer = Callable[["Point", Wishes], float]
 
 
@@ -91,7 +92,7 @@ def _worse(report: Resources, usual: Resources) -> str:
             return "spills"
         if not each["target"].startswith("gfx") and each["registers"] * each["threads"] > REGISTERS:
             return "registers"
-        if max(map(int, each["stores"]), default=0) < max(map(int, own["stores"]), default=0):
+        if max(each["stores"], default=0) < max(own["stores"], default=0):
             return "narrower stores"
     return ""
 
@@ -107,12 +108,7 @@ def key_of(point: Point) -> str:
 def inspect(point: Point, wishes: Wishes, target: str) -> Resources:
     """What a step compiles to for a target; in a process in which kernels are not interpreted."""
     with tuned.forced(wishes):
-        launches = codegen.launches(point.case, point.work)
-        compiled = codegen.compile_step(point.case, point.work, target)
-    return {
-        name: each.as_dict() | {"threads": launches[name].threads, "grid": launches[name].grid}
-        for name, each in compiled.items()
-    }
+        return codegen.compile_step(point.case, point.work, target)
 
 
 def inspect_all(
@@ -140,21 +136,32 @@ def milliseconds(point: Point, wishes: Wishes) -> float:
 
 
 def gradients(point: Point, wishes: Wishes) -> list[torch.Tensor]:
-    """Of a step, as integers, so that equal means the same bits."""
+    """Of a step, as bytes, so that equal means the same bits."""
     step = _step(point)
     for pred in step.preds:
         pred.grad = None
     with tuned.forced(wishes):
         step()
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    grads = [pred.grad for pred in step.preds if pred.grad is not None]
-    return [grad.view(integers[grad.element_size()]) for grad in grads]
+    return [pred.grad.contiguous().view(-1).view(torch.uint8) for pred in step.preds if pred.grad is not None]
 
 
 @lru_cache(maxsize=1)
 def _step(point: Point) -> Step:
     case, work, device = point.case, point.work, point.device
     return bound(case.bind(case.build(work.classes, "triton"), work, device), case, work, device)
+
+
+def _try(point: Point, wishes: Wishes, usual: Callable[[], list[torch.Tensor]], timer: Timer) -> float | str:
+    """The time of a configuration, or why it has none. The heuristic's has one, or there is no use in going on."""
+    wanted = usual()
+    try:
+        if not all(map(torch.equal, gradients(point, wishes), wanted)):
+            return "gradient differs"
+        return timer(point, wishes)
+    except Exception as error:  # what a launch may raise: too much shared memory, for one
+        if not wishes or "CUDA error" in str(error):  # nothing works after that
+            raise
+        return f"fails: {type(error).__name__}"
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -172,8 +179,16 @@ class Records:
         said = {name: value for name, value in self.provenance.items() if name not in ("when", "commit")}
         self.run = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
+    def once(self, point: Point, wishes: Wishes, measure: Callable[[], Any], what: str = "found") -> None:
+        """Measure and write down, unless it was before; one at a time on this GPU."""
+        with self.lock:
+            if wishes not in self.measured(point, what):
+                entry = {"run": self.run, "point": point.label, "config": dict(wishes), what: measure()}
+                with self.journal.open("a", encoding="utf-8") as file:
+                    file.write("\n" + json.dumps(entry))  # a line of its own, whatever the line before ends in
+
     def measured(self, point: Point, what: str = "found") -> dict[Wishes, Any]:
-        """What earlier runs with the same versions found: a time, or why there is none; or ``what`` else they noted."""
+        """``what`` this run and earlier ones with the same versions have written down, by configuration."""
         found: dict[Wishes, Any] = {}
         if self.journal.exists():
             for line in self.journal.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -181,17 +196,9 @@ class Records:
                     entry = json.loads(line)
                     if (entry["run"], entry["point"]) == (self.run, point.label) and what in entry:
                         found[tuple(entry["config"].items())] = entry[what]
-                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                except (ValueError, TypeError, KeyError, AttributeError):
                     continue  # half a line, of a run that was killed
         return found
-
-    def note(self, point: Point, wishes: Wishes, found: Any, what: str = "found") -> None:
-        """Write down a time, or why there is none; or something else."""
-        entry = {"run": self.run, "point": point.label, "config": dict(wishes), what: found}
-        with self.journal.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(entry))  # a line of its own, whatever the line before ends in
-            file.flush()
-            os.fsync(file.fileno())
 
     def keep(self, key: str, entry: Mapping[str, Any]) -> None:
         """Put a result beside those that are there, replacing the file in one step."""
@@ -221,7 +228,7 @@ class Result:
     best: float
     wishes: Wishes
     timed: int
-    pruned: dict[str, int]
+    pruned: Mapping[str, int]
 
 
 def tune_point(
@@ -232,43 +239,28 @@ def tune_point(
     done: Callable[[], None] = lambda: None,
 ) -> Result:
     """Time what is not pruned, unless it was before, and keep the best."""
-    pruned, usual = prune(reports), None
+    pruned = prune(reports)
+    usual = lru_cache(partial(gradients, point, ()))
     for wishes in reports:
         if wishes not in pruned:
-            with records.lock:  # one at a time on this GPU, and none twice
-                if wishes not in records.measured(point):
-                    usual = usual or gradients(point, ())
-                    records.note(point, wishes, _try(point, wishes, usual, timer))
+            records.once(point, wishes, partial(_try, point, wishes, usual, timer))
         done()
     measured = {w: found for w, found in records.measured(point).items() if w in reports and w not in pruned}
     times = {wishes: found for wishes, found in measured.items() if not isinstance(found, str)}
-    heuristic = times[()]
     best = min(times, key=lambda wishes: times[wishes])
     if best:  # the least of many single measurements may owe it to chance
-        with records.lock:
-            if best not in records.measured(point, "turns"):
-                turns = [(timer(point, ()), timer(point, best)) for _ in range(TURNS)]
-                records.note(point, best, [median(each) for each in zip(*turns, strict=True)], "turns")
-        heuristic, times[best] = records.measured(point, "turns")[best]
-        best = best if times[best] <= (1 - GAIN) * heuristic else ()
-    times[()] = heuristic
-    entry = {"config": dict(best), "ms": times[best], "heuristic_ms": heuristic, "loss": point.label}
+
+        def in_turns() -> list[float]:
+            turns = [(timer(point, ()), timer(point, best)) for _ in range(TURNS)]
+            return [median(each) for each in zip(*turns, strict=True)]
+
+        records.once(point, best, in_turns, "turns")
+        times[()], times[best] = records.measured(point, "turns")[best]
+        best = best if times[best] <= (1 - GAIN) * times[()] else ()
+    entry = {"config": dict(best), "ms": times[best], "heuristic_ms": times[()], "loss": point.label}
     records.keep(key_of(point), entry)
-    reasons = [*pruned.values(), *(found for found in measured.values() if isinstance(found, str))]
-    counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-    return Result(point, heuristic, times[best], best, len(times), counts)
-
-
-def _try(point: Point, wishes: Wishes, usual: list[torch.Tensor], timer: Timer) -> float | str:
-    """The time of a configuration, or why it has none. The heuristic's has one, or there is no use in going on."""
-    try:
-        if not all(map(torch.equal, gradients(point, wishes), usual)):
-            return "gradient differs"
-        return timer(point, wishes)
-    except Exception as error:  # what a launch may raise: too much shared memory, for one
-        if not wishes or "CUDA error" in str(error):  # nothing works after that
-            raise
-        return f"fails: {type(error).__name__}"
+    reasons = Counter([*pruned.values(), *(found for found in measured.values() if isinstance(found, str))])
+    return Result(point, times[()], times[best], best, len(times), reasons)
 
 
 def points(options: argparse.Namespace, device: str) -> list[Point]:
@@ -295,10 +287,13 @@ def run(
     gpu, target = tuned.gpu_name(where), _target(where)
     records = Records(options.out or tuned.folder(), gpu, provenance(gpu, target))
     inspector = inspector or partial(inspect_all, target=target, jobs=options.jobs)
-    results = []
-    with bars(console) as progress:
+    made = table("Forward + backward, milliseconds", ("loss",), ("heuristic", "best", "saved", "timed"))
+    made.columns[0].no_wrap = False
+    made.add_column("configuration")
+    made.add_column("not timed")
+    shared: dict[str, Point] = {}
+    with Progress(console=console) as progress:
         overall = progress.add_task(f"tuning on {gpu}", total=len(todo))
-        shared: dict[str, Point] = {}
         for point in todo:
             other = shared.setdefault(key_of(point), point)
             if other is not point:
@@ -306,24 +301,16 @@ def run(
                 progress.advance(overall)
                 continue
             tried = candidates(point)
-            bar = progress.add_task(f"  {point.label}: compiling", total=2 * len(tried))
+            bar = progress.add_task(f"  {point.label}", total=2 * len(tried))  # compiled and timed
             advance = partial(progress.advance, bar)
-            reports = inspector(point, tried, done=advance)
-            progress.update(bar, description=f"  {point.label}: timing")
-            results.append(tune_point(point, reports, records, timer, advance))
+            found = tune_point(point, inspector(point, tried, done=advance), records, timer, advance)
+            times = f"{found.heuristic:.4f}", f"{found.best:.4f}", f"{1 - found.best / found.heuristic:.1%}"
+            best = " ".join(f"{name}={value}" for name, value in found.wishes) or "the heuristic's"
+            left = ", ".join(f"{count} {why}" for why, count in sorted(found.pruned.items())) or "none"
+            made.add_row(point.label, *times, str(found.timed), best, left)
             progress.remove_task(bar)
             progress.advance(overall)
     tuned.forget()
-    numbers = ("heuristic", "best", "saved", "timed")
-    made = table("Forward + backward, milliseconds", ("loss, type, layout, size",), numbers)
-    made.columns[0].no_wrap = False
-    made.add_column("configuration")
-    made.add_column("not timed")
-    for each in results:
-        times = f"{each.heuristic:.4f}", f"{each.best:.4f}", f"{1 - each.best / each.heuristic:.1%}", str(each.timed)
-        best = " ".join(f"{name}={value}" for name, value in each.wishes) or "the heuristic's"
-        left = ", ".join(f"{count} {why}" for why, count in each.pruned.items()) or "none"
-        made.add_row(each.point.label, *times, best, left)
     console.print(made, f"wrote {records.path}", highlight=False)
     return 0
 

@@ -118,7 +118,7 @@ $__internal_0_$__cuda_sm3x_div_rn_noftz_f32_slowpath:
         /*00b0*/                   NOP ;
     """
     found = codegen.read_sass("sm_90", usage, sass)
-    assert (found.registers, found.stack, found.spills, found.shared, found.instructions) == (40, 16, 3, 64, 10)
+    assert (found.registers, found.stack, found.spills, found.instructions) == (40, 16, 3, 10)
     assert found.called == 2
     assert (found.loads, found.stores) == ({128: 1, 8: 1, 32: 1}, {64: 1, 16: 1})
     assert codegen.widths(found.loads) == "1x128 1x32 1x8"
@@ -134,45 +134,32 @@ def test_amd_assembly_is_read():
 	scratch_store_dword off, v1, s32
 	global_store_dwordx2 v0, v[1:2], s[2:3]
 	s_endpgm
-    .group_segment_fixed_size: 128
     .private_segment_fixed_size: 8
     .sgpr_spill_count: 3
     .vgpr_count:     57
     .vgpr_spill_count: 1
 """
     found = codegen.read_amdgcn("gfx942", text)
-    assert (found.registers, found.stack, found.spills, found.shared, found.scalar_spills) == (57, 8, 1, 128, 3)
+    assert (found.registers, found.stack, found.spills, found.scalar_spills) == (57, 8, 1, 3)
     assert (found.loads, found.stores) == ({128: 1, 32: 1, 16: 1, 8: 1}, {64: 1})
 
 
 # -------------------------------------------------------------------------------------------------------------- timing
 
 
-def test_a_timed_step_gives_every_quantile(monkeypatch):
+@pytest.mark.parametrize("provider", ["eager", "fused"])
+def test_a_timed_step_gives_every_quantile(provider, monkeypatch):
     calls = []
     monkeypatch.setattr(timing, "by_events", lambda fn, leaves=None: calls.append(fn()) or (1.0, 2.0, 3.0))
     monkeypatch.setattr(timing, "peak_memory", lambda fn, leaves: calls.append(fn()) or 7)
     monkeypatch.setattr(timing, "by_replay", lambda fn, leaves=None: calls.append(fn()) or (0.1, 0.2, 0.3))
     case = registry.CASES["YOLOv3/paper"]
-    found = measure.time_step(case, registry.Workload(batch=1, size=32, classes=2), "eager", device="cpu")
-    assert len(calls) == 7
+    found = measure.time_step(case, registry.Workload(batch=1, size=32, classes=2), provider, device="cpu")
+    fused = provider == "fused"
+    assert len(calls) == 2 + fused
     assert found.pop("host_us") > 0
-    assert found.pop("cold_s") > 0
-    expected = {f"{mode}_ms_p{q}": v for mode in rows.MODES for q, v in ((20, 1.0), (50, 2.0), (80, 3.0))}
-    expected |= {f"{mode}_ms_p{q}": v for mode in rows.GRAPHS for q, v in ((20, 0.1), (50, 0.2), (80, 0.3))}
-    assert found == {**expected, "peak_bytes": 7}
-
-
-def test_what_cannot_be_captured_has_no_time_by_replay(monkeypatch):
-    def refuse(fn, leaves=None):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(timing, "by_events", lambda fn, leaves=None: (1.0, 2.0, 3.0))
-    monkeypatch.setattr(timing, "peak_memory", lambda fn, leaves: 7)
-    monkeypatch.setattr(timing, "by_replay", refuse)
-    work = registry.Workload(batch=1, size=32, classes=2)
-    found = measure.time_step(registry.CASES["YOLOv3/paper"], work, "eager", device="cpu")
-    assert not any("graph" in name for name in found)
+    times = {"full_ms_p20": 1.0, "full_ms_p50": 2.0, "full_ms_p80": 3.0, "peak_bytes": 7}
+    assert found == times | ({"graph_ms_p50": 0.2} if fused else {})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -180,7 +167,7 @@ def test_what_cannot_be_captured_has_no_time_by_replay(monkeypatch):
 def test_a_step_is_timed_on_a_gpu(provider):
     found = measure.time_step(registry.CASES["YOLOv4/darknet"], registry.Workload(batch=2, size=320), provider)
     assert all(value > 0 for value in found.values())
-    assert provider != "fused" or "full_graph_ms_p50" in found
+    assert (provider == "fused") == ("graph_ms_p50" in found)
     assert timing.copy_bandwidth(1 << 28) > 10
 
 
@@ -208,6 +195,11 @@ def executed(kernel, programs, instructions):
     return {"kernel": kernel, "programs": programs, "instructions": instructions, **of_one, "ptx": 10}
 
 
+def parity(ok):
+    errors = {"eager": (0.5, 0.5), "fused": (0.5, 0.5)}
+    return {"errors": errors, "positives": 3, "failed": [] if ok else ["fused"], "broken": {}}
+
+
 def fake_results(gpu=False):
     load, case = registry.Workload(batch=2, size=64), registry.CASES["YOLOv4/paper"]
     counts = {
@@ -224,11 +216,11 @@ def fake_results(gpu=False):
     }
     size = case.prediction_bytes(load)
     results = {
-        work.Task("parity", case.name, load): {"ok": True, "fused_loss_error": 1e-8, "positives": 3},
+        work.Task("parity", case.name, load): parity(True),
         work.Task("count", case.name, load, "fused"): {**counts, "bytes_loaded": 2 * size},
         work.Task("codegen", case.name, load, "sm_90"): {
-            "loss": codegen.Resources("sm_90", 96, 0, 0, 0, 25, {128: 2}, {32: 1}, called=5).as_dict(),
-            "grad": codegen.Resources("sm_90", 96, 0, 0, 0, 10, {128: 2}, {32: 1}).as_dict(),
+            "loss": codegen.Resources("sm_90", 96, 0, 0, 25, {128: 2}, {32: 1}, called=5).as_dict(),
+            "grad": codegen.Resources("sm_90", 96, 0, 0, 10, {128: 2}, {32: 1}).as_dict(),
         },
         work.Task("execute", case.name, load, "sm_90"): [
             executed("grid_kernel", 6, 18_532_800),
@@ -236,35 +228,39 @@ def fake_results(gpu=False):
         ],
     }
     if gpu:
-        times = {f"{mode}_ms_p{q}": 0.5 for mode in rows.MODES for q in (20, 50, 80)}
-        timed = {**times, "host_us": 50.0, "peak_bytes": size}
+        timed = {**dict.fromkeys(measure.FULL, 0.5), "graph_ms_p50": 0.4, "host_us": 50.0, "peak_bytes": size}
         results[work.Task("time", case.name, load, "fused", "cuda")] = timed
         results[work.Task("bandwidth", "", load, device="cuda")] = 2000.0
     return results, load, case
 
 
-def test_rows_are_keyed_and_what_was_not_measured_has_no_value():
+def test_rows_are_keyed_and_what_was_not_measured_is_unknown():
     results, load, case = fake_results()
     found = rows.rows(results, load, HOST)
     assert len({tuple(v for k, v in row.items() if k != "value") for row in found}) == len(found)
-    values = rows.index(found)
-    assert values[case.name, "fused", "bytes_per_P"] == 2.0
-    assert values[case.name, "fused", "programs_run"] == 1 / 3
-    assert values[case.name, "fused", "sm_90.grad.loads"] == "2x128"
-    for provider, metric in (("eager", "bytes_per_P"), ("fused", "full_ms_p50"), ("compile", "bytes_per_P")):
-        assert values[case.name, provider, metric] is None
+    values = rows.index(found)[case.name]
+    assert list(values) == ["eager", "fused"]
+    assert values["eager"] == {"loss_error": 0.5, "grad_error": 0.5}
+    assert values["fused"]["bytes_per_P"] == 2.0
+    assert values["fused"]["programs_run"] == 1 / 3
+    assert values["fused"]["sm_90.grad.loads"] == "2x128"
+    assert "full_ms_p50" not in values["fused"]
+    console = Console(record=True, width=140, file=io.StringIO())
+    report.print_tables(console, found, [case], "H100")
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["YOLOv4/paper", "eager", *"?????"] in lines  # of the cost
+    assert ["fused", *"???????"] in lines  # of the time
 
 
 def test_what_is_predicted_says_so_and_for_which_gpu():
     results, load, case = fake_results()
     found = rows.rows(results, load, HOST)
-    values = {row["metric"]: row["value"] for row in found if "_us" in row["metric"] and row["value"] is not None}
+    values = {row["metric"]: row["value"] for row in found if "_us" in row["metric"]}
     assert all(name.startswith("predicted.H100.") for name in values)
     assert values["predicted.H100.loss.memory_us"] == pytest.approx(1.0)
     assert values["predicted.H100.loss.issue_us"] == pytest.approx(40.0)  # two of the GPU's for one of PTX
     assert values["predicted.H100.grad.predicted_us"] == values["predicted.H100.grad.memory_us"] == pytest.approx(10.0)
     assert values["predicted.H100.step.predicted_us"] == pytest.approx(50.0)
-    assert rows.index(found)[case.name, "fused", "full_ms_p50"] is None
     console = Console(record=True, width=140, file=io.StringIO())
     report.print_tables(console, found, [case], "H100")
     text = console.export_text()
@@ -279,24 +275,28 @@ def test_what_is_predicted_says_so_and_for_which_gpu():
 
 def test_a_gpu_gives_bandwidth_and_the_distance_from_the_floor():
     results, load, case = fake_results(gpu=True)
-    values = rows.index(rows.rows(results, load, {**HOST, "gpu": "a GPU"}))
+    found = rows.rows(results, load, {**HOST, "gpu": "a GPU"})
+    fused = rows.index(found)[case.name]["fused"]
     rate = 2 * case.prediction_bytes(load) / 0.5e-3 / 1e9
-    assert values[case.name, "fused", "gb_per_s"] == pytest.approx(rate)
-    assert values[case.name, "fused", "time_over_bytes"] == pytest.approx(2000 / rate)
-    assert values[case.name, "fused", "time_over_floor"] == pytest.approx(2 / case.floor(load) * 2000 / rate)
-    assert values[case.name, "fused", "peak_per_P"] == 1.0
+    assert fused["gb_per_s"] == pytest.approx(rate)
+    assert fused["time_over_floor"] == pytest.approx(2 / case.floor(load) * 2000 / rate)
+    assert fused["peak_per_P"] == 1.0
+    console = Console(record=True, width=140, file=io.StringIO())
+    report.print_tables(console, found, [case], "H100")
+    times = f"0.500 / 0.500 / 0.500 0.400 {rate:.0f} 2000 {fused['time_over_floor']:.2f} 1.00 50".split()
+    assert ["fused", *times] in [line.split() for line in console.export_text().splitlines()]
 
 
-def test_a_second_run_replaces_its_own_rows_and_keeps_others(tmp_path):
+def test_a_run_is_kept_with_its_versions(tmp_path):
     results, load, _ = fake_results()
     found = rows.rows(results, load, HOST)
-    for each in (found, found, rows.rows(results, load, {**HOST, "commit": "d"})):
-        rows.write(tmp_path, each, HOST, [])
+    rows.write(tmp_path, found, HOST, ["what broke"])
     with (tmp_path / "bench.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * len(found)
-    assert {line["value"] for line in lines if line["metric"] == "full_ms_p50"} == {"?"}
-    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["commit"] == "d"
+    assert [line["metric"] for line in lines] == [row["metric"] for row in found]
+    assert {(line["torch"], line["triton"], line["commit"]) for line in lines} == {("2", "3", "c")}
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"environment": HOST, "rows": found}
+    assert (tmp_path / "failed.txt").read_text() == "what broke"
 
 
 def test_pictures_show_what_there_is(tmp_path):
@@ -319,7 +319,6 @@ def test_pictures_show_what_there_is(tmp_path):
         (["--size", "100"], "--size: 100, want a multiple of 32"),
         (["--batch", "-1"], "--batch: -1, want at least 1"),
         (["--labels", "/does/not/exist"], "does not exist"),
-        (["--labels", ".", "--crowded"], "not allowed with"),
         (["--times", "--predict"], "not allowed with"),
         (["--gpu", "RTX"], "invalid choice: 'RTX'"),
     ],
@@ -354,11 +353,6 @@ def test_losses_are_chosen_by_name():
     )
     assert [case.name for case in registry.select(["YOLOV4"], ())] == ["YOLOv4/paper", "YOLOv4/darknet"]
     assert registry.select([], registry.SHOWN) == registry.SHOWN
-
-
-def parity(ok):
-    errors = {f"{who}_{what}_error": 0.5 for who in ("fused", "eager") for what in ("loss", "grad")}
-    return {**errors, "positives": 3, "ok": ok, "failed": [], "broken": {}}
 
 
 def answer(monkeypatch, given):
@@ -397,16 +391,16 @@ def test_the_main_job_in_small(tmp_path, capsys):
     arguments = ["--quick", "--batch", "1", "--size", "64", "--classes", "4", "--loss", "yolov3/paper"]
     assert entry.main([*arguments, "--target", "sm_90", "--out", str(tmp_path)]) == 0
     assert "YOLOv3/paper" in capsys.readouterr().out
-    values = rows.index(json.loads((tmp_path / "bench.json").read_text())["rows"])
-    fused = {metric: value for (_, provider, metric), value in values.items() if provider == "fused"}
+    values = rows.index(json.loads((tmp_path / "bench.json").read_text())["rows"])["YOLOv3/paper"]
+    fused = values["fused"]
     assert (fused["triton_launches"], fused["other_launches"], fused["syncs"]) == (2, 0, 0)
     assert fused["stores_per_P"] >= 1
-    assert values["YOLOv3/paper", "eager", "other_launches"] > 20
-    assert values["YOLOv3/paper", "eager", "bytes_per_P"] > fused["bytes_per_P"]
+    assert values["eager"]["other_launches"] > 20
+    assert values["eager"]["bytes_per_P"] > fused["bytes_per_P"]
     for mode in ("loss", "grad"):
         assert fused[f"sm_90.{mode}.registers"] > 16
         assert fused[f"sm_90.{mode}.loads"] != "none"
-    assert (fused["full_ms_p50"] is None) == (not torch.cuda.is_available())
+    assert ("full_ms_p50" in fused) == torch.cuda.is_available()
     assert {"bench.json", "bench.csv", "cost.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -438,14 +432,16 @@ def test_work_is_done_in_processes_that_may_die():
         "dies": processes.Call(partial(os._exit, 3)),
         "plain": processes.Call(partial(os.getenv, "TRITON_INTERPRET")),
         "interpreted": processes.Call(partial(os.getenv, "TRITON_INTERPRET"), interpreted=True),
-        "alone": processes.Call(partial(os.getenv, "TRITON_CACHE_DIR"), alone=True),
+        "again": processes.Call(os.getpid),
+        "once more": processes.Call(os.getpid),
+        "alone": processes.Call(os.getpid, alone=True),
     }
     told = {}
     results = processes.run_all(calls, 1, told.__setitem__)
     assert results == told
     assert results["dies"] == processes.Failed("the process died")
     assert (results["plain"], results["interpreted"]) == (None, "1")
-    assert results["alone"] != os.getenv("TRITON_CACHE_DIR")
+    assert results["again"] == results["once more"] != results["alone"]
 
 
 # ------------------------------------------------------------------------------------------------------ sweep, qualify
@@ -508,25 +504,24 @@ def test_a_gpu_is_qualified_only_by_what_passed():
 
 def test_qualifying_fits_its_minutes(tmp_path):
     steps = qualify.plan(tmp_path)
-    minutes = entry.parser().parse_args(["qualify"]).minutes
-    assert sum(step.seconds for step in steps) < 60 * minutes
-    assert minutes < 8
+    assert sum(step.seconds for step in steps) < 60 * qualify.MINUTES
+    assert qualify.MINUTES < 8
     assert [step.name for step in steps][:3] == ["environment", "check", "tests"]
     assert {"memcheck", "tune", "bench", "sweep", "profile"} <= {step.name for step in steps}
 
 
 def test_where_another_is_faster_is_said():
     results, load, case = fake_results(gpu=True)
-    results[work.Task("time", case.name, load, "compile", "cuda")] = {"full_ms_p50": 0.4}
-    results[work.Task("time", case.name, load, "torchvision", "cuda")] = {"full_ms_p50": 0.3}
+    results[work.Task("time", case.name, load, "compile", "cuda")] = {"full_ms_p50": 0.4, "peak_bytes": 1}
+    results[work.Task("time", case.name, load, "torchvision", "cuda")] = {"full_ms_p50": 0.3, "peak_bytes": 1}
     found = rows.slower(rows.index(rows.rows(results, load, {**HOST, "gpu": "a GPU"})), [case])
     assert sorted(found) == [
-        "YOLOv4/paper, full: 0.500 ms, compile 0.400 ms",
-        "YOLOv4/paper, full: 0.500 ms, torchvision 0.300 ms",
+        "YOLOv4/paper: 0.500 ms, compile 0.400 ms",
+        "YOLOv4/paper: 0.500 ms, torchvision 0.300 ms",
     ]
 
 
-def test_a_peer_that_breaks_or_differs_is_told_and_not_timed():
+def test_a_peer_that_breaks_or_differs_is_told_and_not_timed(monkeypatch):
     def breaks(load, device):
         raise AttributeError("no such thing in this version")
 
@@ -538,13 +533,13 @@ def test_a_peer_that_breaks_or_differs_is_told_and_not_timed():
 
     same = {"same": lambda load, device: case.bind(case.build(load.classes, "torch"), load)}
     found = parity_of(case, load, others={"broken": breaks, "twice": twice, **same})
-    assert found["ok"]
     assert found["failed"] == ["broken", "twice"]
     assert found["broken"] == {"broken": "AttributeError: no such thing in this version"}
-    assert compare.differing({work.Task("parity", case.name, load): found}) == {
-        (case.name, "broken"),
-        (case.name, "twice"),
-    }
+    answer(monkeypatch, {"parity": found})
+    task, console = work.Task("parity", case.name, load), Console(quiet=True)
+    passed, unlike = compare.gate([task], 1, console, [])
+    assert passed == {task: found}
+    assert unlike == {(case.name, "broken"), (case.name, "twice")}
 
 
 # ----------------------------------------------------------------------------------------------------------- the README

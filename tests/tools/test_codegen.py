@@ -15,8 +15,7 @@ import json, sys
 from fusedyolo.tools.codegen import compile_step
 from fusedyolo.tools.registry import CASES, Workload
 work = Workload(batch=2, dtype=sys.argv[2], size=int(sys.argv[4]))
-found = compile_step(CASES[sys.argv[1]], work, sys.argv[3])
-print(json.dumps({mode: resources.as_dict() for mode, resources in found.items()}))
+print(json.dumps(compile_step(CASES[sys.argv[1]], work, sys.argv[3])))
 """
 
 
