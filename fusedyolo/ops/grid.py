@@ -91,6 +91,7 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
     spec = {
         "KINDS": len(NEIGHBOURS) if head.assigner == "ratio" else 1,
         "SHARING": "one" if is_band else head.shared,
+        "APART": label.elementwise,
         "UNIT": head.unit,
         "QUALITY_IS_BOX": of_box,
         "IGNORES": head.ignore_thresh is not None,

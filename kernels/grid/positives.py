@@ -31,8 +31,8 @@ def _picked(slot, found, lists, site, SPEC: tl.constexpr):
 
 @triton.jit
 def _labels(g, rows, mask, ACC: tl.constexpr):
-    """Classes of rows, -1 where masked out; and their weights."""
-    label = tl.load(rows.ptr + g * 6 + 1, mask=mask, other=-1.0).to(tl.int32)
+    """Classes of rows, less than -5 where masked out, so that no channel is theirs; and their weights."""
+    label = tl.load(rows.ptr + g * 6 + 1, mask=mask, other=-6.0).to(tl.int32)
     weight = tl.zeros_like(label).to(ACC) + 1.0
     if rows.weights_ptr is not None:
         weight = tl.load(rows.weights_ptr + label, mask=mask, other=1.0).to(ACC)
@@ -40,50 +40,89 @@ def _labels(g, rows, mask, ACC: tl.constexpr):
 
 
 @triton.jit
+def _label(z, y, head, terms, SPEC: tl.constexpr):
+    """The label term of logits [channels, predictions]."""
+    if SPEC.APART:
+        loss, d = terms.label(z, y, head.label_args)
+    else:
+        across, d_across = terms.label(tl.trans(z), tl.trans(y), head.label_args)
+        loss = tl.trans(across)
+        d = tl.trans(d_across)
+    return loss, d
+
+
+@triton.jit
+def _label_of_each(z, is_class, times, rounds, count, head, terms, SPEC: tl.constexpr):
+    """The label term added up over the rows of predictions, of which ``times`` say how many name a class.
+
+    There are but two targets, so each logit is judged by both, or where all rows agree by one of them.
+    """
+    rest = count.to(SPEC.ACC)[None, :] - times
+    negative = tl.where(is_class, head.negative, 0.0).to(SPEC.ACC)
+    if SPEC.APART:
+        loss, d = terms.label(z, tl.where(rest > 0, negative, head.positive).to(SPEC.ACC), head.label_args)
+        share = tl.where(rest > 0, rest, times)
+        loss *= share
+        d *= share
+        if rounds > 1:
+            positive, d_positive = terms.label(z, tl.zeros_like(z) + head.positive, head.label_args)
+            both = (rest > 0) & (times > 0)
+            loss += tl.where(both, times * positive, 0.0)
+            d += tl.where(both, times * d_positive, 0.0)
+    else:  # linear in its targets
+        loss, d = _label(z, tl.where(is_class, times * head.positive + rest * negative, 0.0), head, terms, SPEC)
+    return loss, d
+
+
+@triton.jit
 def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.constexpr):
-    """The class loss of the listed predictions, its gradient kept; lanes are predictions and channels."""
+    """The class loss of the listed predictions, its gradient kept.
+
+    Of blocks of channels and predictions a thread holds several channels of one prediction where their logits do not
+    follow each other in memory, so that what is done once a prediction is not repeated by others.
+    """
     PICKS: tl.constexpr = SPEC.PICKS
     K_PAD: tl.constexpr = SPEC.K_PAD
     step = channel_step(plane.by, SPEC)
-    k = tl.arange(0, SPEC.K_PAD)[None, :]  # classes begin at 5
+    k = tl.arange(0, SPEC.K_PAD)[:, None]  # classes begin at 5
     is_class = (k >= 5) & (k < 5 + head.C)
-    total = tl.zeros([PICKS], SPEC.ACC)
+    total = tl.zeros([K_PAD, PICKS], SPEC.ACC)
     for slot0 in range(0, found.picks, SPEC.PICKS):
         slot = slot0 + tl.arange(0, SPEC.PICKS)
         cell, first, count = _picked(slot, found, lists, site, SPEC)
-        here = (slot < found.picks)[:, None] & is_class
+        here = (slot < found.picks)[None, :] & is_class
         at = cells_at(plane, cell, site, SPEC)
-        z = tl.load(at[:, None] + k * step, mask=here, other=0.0).to(SPEC.ACC)
+        z = tl.load(at[None, :] + k * step, mask=here, other=0.0).to(SPEC.ACC)
         z = tl.where(is_class, z, -1e30)  # adds nothing to a softmax
-        y = tl.where(is_class, tl.zeros([PICKS, K_PAD], SPEC.ACC) + head.negative, 0.0)
-        weight = tl.zeros([PICKS, K_PAD], SPEC.ACC) + 1.0
-        loss = tl.zeros([PICKS, K_PAD], SPEC.ACC)
-        d = loss
-        for i in range(0, tl.max(count, axis=0)):
+        y = tl.where(is_class, tl.zeros([K_PAD, PICKS], SPEC.ACC) + head.negative, 0.0)
+        times = tl.zeros([K_PAD, PICKS], SPEC.ACC)
+        weight = times + 1.0
+        rounds = tl.max(count, axis=0)
+        for i in range(0, rounds):
             active = i < count
             g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
             label, m = _labels(g, rows, active, SPEC.ACC)
-            own = (k == 5 + label[:, None]) & active[:, None]
+            own = k == 5 + label[None, :]
             if rows.weights_ptr is not None:
                 m *= tl.where(i == 0, head.first_weight, 1.0)
-                weight = tl.where(own, m[:, None], weight)
+                weight = tl.where(own, m[None, :], weight)
             if SPEC.SHARING == "each":
-                loss_i, d_i = terms.label(z, tl.where(own, head.positive, y), head.label_args)
-                loss += tl.where(active[:, None], loss_i, 0.0)
-                d += tl.where(active[:, None], d_i, 0.0)
+                times += tl.where(own, 1.0, 0.0)
             else:
                 y = tl.where(own, head.positive, y)
-        if SPEC.SHARING != "each":
-            loss, d = terms.label(z, y, head.label_args)
-        total += tl.sum(tl.where(here, weight * loss, 0.0), axis=1)
+        if SPEC.SHARING == "each":
+            loss, d = _label_of_each(z, is_class, times, rounds, count, head, terms, SPEC)
+        else:
+            loss, d = _label(z, y, head, terms, SPEC)
+        total += tl.where(here, weight * loss, 0.0)
         if SPEC.AVERAGE:
             p, _q, _e = logistic(z)
-            pushed = tl.sum((is_class & (y > p)).to(tl.int32), axis=1)
+            pushed = tl.sum((is_class & (y > p)).to(tl.int32), axis=0)
             tl.store(lists.pushed_ptr + found.pick + slot, pushed, mask=slot < found.picks)
         if kept_ptr is not None:
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
-            tl.store(at[:, None] + k, head.cls_gain * weight * d, mask=here)
-    return head.cls_gain * tl.sum(total, axis=0)
+            tl.store(at[None, :] + k, head.cls_gain * weight * d, mask=here)
+    return head.cls_gain * tl.sum(tl.sum(total, axis=0), axis=0)
 
 
 @triton.jit
