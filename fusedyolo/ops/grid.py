@@ -221,7 +221,6 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         LAYOUT=_layout(strides, preds),
         CELLS=config.cells,
         ROWS=config.rows,
-        NEAR=min(64, config.rows),
         PICKS=max(1, 8 * config.threads // parts.spec["K_PAD"]),
         CHANNELS=config.channels,
     )
@@ -234,7 +233,7 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         Launch(gradient.grid_grad_kernel, (programs,), arguments, *settings, stages=config.stages),
         _room(shapes, head),
         6 * head.places_per_row + 2 * near,
-        programs * (loss.N_PARTS.value + 8 * spec.NEAR * spec.IGNORES),
+        programs * (loss.N_PARTS.value + (8 * config.rows + 5 * config.cells) * spec.IGNORES),
     )
 
 
@@ -284,7 +283,7 @@ def grid_launch(
     """The launch that leaves the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
     plan, M = _plan(head.key, layouts(preds)), rows.shape[0]
     spec, (programs,) = plan.loss.arguments["SPEC"], plan.loss.grid
-    blocks = -(-M * spec.KINDS // spec.ROWS) - (-M // spec.ROWS)
+    each = 4 * spec.ROWS + spec.CELLS - (-M * spec.KINDS // spec.ROWS) - (-M // spec.ROWS)
     partial = rows.new_empty(plan.numbers, dtype=outputs.total.dtype)
     done = done_counter(rows.device, workspace)
     return plan.loss.filled(
@@ -292,7 +291,7 @@ def grid_launch(
             "maps": tuple(preds),
             "targets": records.Targets(rows, offsets, class_weights),
             "M": M,
-            "lists_ptr": rows.new_empty(plan.lists * M + programs * (4 * spec.ROWS + blocks), dtype=torch.int32),
+            "lists_ptr": rows.new_empty(plan.lists * M + programs * each, dtype=torch.int32),
             "saved": _saved(outputs, plan.room, head) if with_state else NOTHING,
             "outputs": records.Outputs(outputs.total, outputs.parts, outputs.counts, partial, done),
         }

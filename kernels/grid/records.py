@@ -43,7 +43,6 @@ class Spec(NamedTuple):
     ACC: Any
     CELLS: int  # of a tile
     ROWS: int  # candidates, or listed predictions, looked at at a time
-    NEAR: int  # boxes that a tile meets at a time
     PICKS: int  # listed predictions whose classes are read at a time
     K_PAD: int  # channels, a power of two
     CHANNELS: int  # stored at a time
@@ -133,8 +132,9 @@ class Lists(NamedTuple):
     The candidates that a tile takes are in ``cell_ptr`` and ``row_ptr``, in blocks of ROWS that begin where
     ``blocks_ptr`` says. So are, in ``row_ptr`` too, the rows that it looks at for them where they may take several
     cells: ``near_ptr`` says where. ``order_ptr`` holds the rows again, by cell, and ``pick_ptr`` each assigned cell,
-    with ``first_ptr``, where its rows begin, and with AVERAGE ``pushed_ptr``, its classes. ``boxes_ptr`` is room for
-    the boxes of NEAR rows a program.
+    with ``first_ptr``, where its rows begin, and with AVERAGE ``pushed_ptr``, its classes. Of every program
+    ``marks_ptr`` holds a number a cell, ``decoded_ptr`` the edges and areas of predicted boxes, ``boxes_ptr`` those of
+    ROWS true ones.
     """
 
     cell_ptr: Any
@@ -145,6 +145,8 @@ class Lists(NamedTuple):
     pushed_ptr: Any
     near_ptr: Any
     blocks_ptr: Any
+    marks_ptr: Any
+    decoded_ptr: Any
     boxes_ptr: Any
 
 
