@@ -191,6 +191,7 @@ class _Plan(NamedTuple):
     room: _Room
     lists: int  # integers a row, see grid.records.Lists
     numbers: int  # partial sums, and boxes met by a tile
+    spread: int  # numbers a row, see there
 
 
 @planned
@@ -232,8 +233,9 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         Launch(loss.grid_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages),
         Launch(gradient.grid_grad_kernel, (programs,), arguments, *settings, stages=config.stages),
         _room(shapes, head),
-        6 * head.places_per_row + 2 * near,
+        8 * head.places_per_row + 2 * near,
         programs * (loss.N_PARTS.value + (8 * config.rows + 5 * config.cells) * spec.IGNORES),
+        4 * head.places_per_row * (spec.SHARING in ("each", "sum")),
     )
 
 
@@ -284,7 +286,7 @@ def grid_launch(
     plan, M = _plan(head.key, layouts(preds)), rows.shape[0]
     spec, (programs,) = plan.loss.arguments["SPEC"], plan.loss.grid
     each = 4 * spec.ROWS + spec.CELLS - (-M * spec.KINDS // spec.ROWS) - (-M // spec.ROWS)
-    partial = rows.new_empty(plan.numbers, dtype=outputs.total.dtype)
+    partial = rows.new_empty(plan.numbers + plan.spread * M, dtype=outputs.total.dtype)
     done = done_counter(rows.device, workspace)
     return plan.loss.filled(
         {

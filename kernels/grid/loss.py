@@ -44,9 +44,12 @@ def _lists(lists_ptr, partial_ptr, pid, M, near_places, SPEC: tl.constexpr):
     pool = room + M * near_places + 2 * tl.num_programs(0) * SPEC.ROWS  # of each list a block may not be full
     order_ptr = lists_ptr + 2 * pool
     near = tl.cdiv(M, SPEC.ROWS)
-    marks_ptr = order_ptr + 4 * room
+    marks_ptr = order_ptr + 6 * room
     blocks_ptr = marks_ptr + tl.num_programs(0) * SPEC.CELLS + pid * (tl.cdiv(M * SPEC.KINDS, SPEC.ROWS) + near)
-    decoded_ptr = partial_ptr + tl.num_programs(0) * N_PARTS + pid * (8 * SPEC.ROWS + 5 * SPEC.CELLS)
+    spread_ptr = partial_ptr + tl.num_programs(0) * N_PARTS
+    decoded_ptr = spread_ptr + pid * (8 * SPEC.ROWS + 5 * SPEC.CELLS)
+    if SPEC.IGNORES:
+        spread_ptr += tl.num_programs(0) * (8 * SPEC.ROWS + 5 * SPEC.CELLS)
     return Lists(
         cell_ptr=lists_ptr,
         row_ptr=lists_ptr + pool,
@@ -54,6 +57,9 @@ def _lists(lists_ptr, partial_ptr, pid, M, near_places, SPEC: tl.constexpr):
         pick_ptr=order_ptr + room,
         first_ptr=order_ptr + 2 * room,
         pushed_ptr=order_ptr + 3 * room,
+        at_ptr=order_ptr + 4 * room,
+        any_ptr=order_ptr + 5 * room,
+        spread_ptr=spread_ptr,
         near_ptr=blocks_ptr,
         blocks_ptr=blocks_ptr + near,
         marks_ptr=marks_ptr + pid * SPEC.CELLS,

@@ -126,59 +126,117 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
 
 
 @triton.jit
-def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.constexpr):
-    """Box and objectness loss of the listed predictions, their gradients kept; and how many rows were in use."""
+def _in_order(r, slots, found, lists, SPEC: tl.constexpr):
+    """Rows of the tile in their order: their cells there, the place of their prediction among those listed, of which
+    ``slots`` come before; and whether they are the first and the last on it.
+    """
+    there = r < found.rows
+    at = lists.at_ptr + found.base + r
+    cell = tl.load(at, mask=there, other=0)
+    opens = there
+    closes = there
+    slot = r
+    if SPEC.SHARING != "one":
+        if found.rows > found.picks:
+            opens = there & (cell != tl.load(at - 1, mask=there & (r > 0), other=-1))
+            closes = there & (cell != tl.load(at + 1, mask=r + 1 < found.rows, other=-1))
+            slot = slots + tl.cumsum(opens.to(tl.int32), axis=0) - 1
+            slots += tl.sum(opens.to(tl.int32), axis=0)
+    return cell, slot, opens, closes, slots
+
+
+@triton.jit
+def _store_box(at, d0, d1, d2, d3, mask, SPEC: tl.constexpr):
+    """Store the gradients of four box logits, side by side."""
     ROWS: tl.constexpr = SPEC.ROWS
-    step = channel_step(plane.by, SPEC)
-    box = tl.zeros([ROWS], SPEC.ACC)
-    obj = tl.zeros([ROWS], SPEC.ACC)
-    used = tl.zeros([ROWS], tl.int32)
+    d = tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, d3)), (ROWS, 4))
+    tl.store(at[:, None] + tl.arange(0, 4)[None, :], d, mask=mask[:, None])
+
+
+@triton.jit
+def _add_up(found, lists, kept_ptr, site, head, SPEC: tl.constexpr):
+    """Keeps the box gradients of predictions with several rows, the sums of what these have left."""
+    ROWS: tl.constexpr = SPEC.ROWS
     for slot0 in range(0, found.picks, SPEC.ROWS):
         slot = slot0 + tl.arange(0, SPEC.ROWS)
-        mask = slot < found.picks
-        cell, first, count = _picked(slot, found, lists, site, SPEC)
-        at = cells_at(plane, cell, site, SPEC)
-        tx = tl.load(at, mask=mask, other=0.0).to(SPEC.ACC)
-        ty = tl.load(at + step, mask=mask, other=0.0).to(SPEC.ACC)
-        tw = tl.load(at + 2 * step, mask=mask, other=0.0).to(SPEC.ACC)
-        th = tl.load(at + 3 * step, mask=mask, other=0.0).to(SPEC.ACC)
-        logit = tl.load(at + 4 * step, mask=mask, other=0.0).to(SPEC.ACC)
-        scale = tl.zeros([ROWS], SPEC.ACC) + head.box_gain
-        if SPEC.AVERAGE:
-            pushed = tl.load(lists.pushed_ptr + found.pick + slot, mask=mask, other=1)
-            scale = scale / tl.maximum(pushed, 1).to(SPEC.ACC)
+        _cell, first, count = _picked(slot, found, lists, site, SPEC)
         d0 = tl.zeros([ROWS], SPEC.ACC)
         d1 = d0
         d2 = d0
         d3 = d0
-        m = d0 + 1.0
-        similarity = d0
+        several = count > 1
         for i in range(0, tl.max(count, axis=0)):
-            active = i < count
-            g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
-            row = load_rows(rows.ptr, g, active, SPEC.ROWS)
-            true = true_box(row, cell, active, site, SPEC.ACC)
-            loss, d, alike = box_term((tx, ty, tw, th), true, site, head, terms, True, SPEC)
-            if rows.weights_ptr is not None:
-                _label, weight = _labels(g, rows, active, SPEC.ACC)
-                m = tl.where(active, weight, m)
-            similarity = tl.where(active, alike, similarity)
-            box += tl.where(active, scale * (m * loss), 0.0)
-            d0 += tl.where(active, m * d[0], 0.0)
-            d1 += tl.where(active, m * d[1], 0.0)
-            d2 += tl.where(active, m * d[2], 0.0)
-            d3 += tl.where(active, m * d[3], 0.0)
-        used += count
+            mask = several & (i < count)
+            at = lists.spread_ptr + (first + i) * 4
+            d0 += tl.load(at, mask=mask, other=0.0)
+            d1 += tl.load(at + 1, mask=mask, other=0.0)
+            d2 += tl.load(at + 2, mask=mask, other=0.0)
+            d3 += tl.load(at + 3, mask=mask, other=0.0)
+        at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
+        _store_box(at, d0, d1, d2, d3, several, SPEC)
+
+
+@triton.jit
+def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.constexpr):
+    """Box and objectness loss of the listed predictions, their gradients kept; and how many rows were in use.
+
+    Lanes are rows, each with its prediction, of which the last one trains the objectness. Where a prediction has
+    several, their gradients are added up behind.
+    """
+    ROWS: tl.constexpr = SPEC.ROWS
+    step = channel_step(plane.by, SPEC)
+    box = tl.zeros([ROWS], SPEC.ACC)
+    obj = tl.zeros([ROWS], SPEC.ACC)
+    slots = site.pid * 0
+    in_use = found.picks
+    if SPEC.SHARING != "last":
+        in_use = found.rows
+    for r0 in range(0, found.rows, SPEC.ROWS):
+        r = r0 + tl.arange(0, SPEC.ROWS)
+        local, slot, opens, closes, slots = _in_order(r, slots, found, lists, SPEC)
+        used = r < found.rows
+        alone = opens & closes
+        if SPEC.SHARING == "last":
+            used = closes
+            alone = closes
+        g = tl.load(lists.order_ptr + found.base + r, mask=used, other=0)
+        row = load_rows(rows.ptr, g, used, SPEC.ROWS)
+        cell = site.first_cell + local
+        at = cells_at(plane, cell, site, SPEC)
+        tx = tl.load(at, mask=used, other=0.0).to(SPEC.ACC)
+        ty = tl.load(at + step, mask=used, other=0.0).to(SPEC.ACC)
+        tw = tl.load(at + 2 * step, mask=used, other=0.0).to(SPEC.ACC)
+        th = tl.load(at + 3 * step, mask=used, other=0.0).to(SPEC.ACC)
+        logit = tl.load(at + 4 * step, mask=closes, other=0.0).to(SPEC.ACC)
+        true = true_box(row, cell, used, site, SPEC.ACC)
+        loss, d, similarity = box_term((tx, ty, tw, th), true, site, head, terms, True, SPEC)
+        m = tl.zeros([ROWS], SPEC.ACC) + 1.0
+        if rows.weights_ptr is not None:
+            _label, m = _labels(g, rows, used, SPEC.ACC)
+        scale = tl.zeros([ROWS], SPEC.ACC) + head.box_gain
+        if SPEC.AVERAGE:
+            pushed = tl.load(lists.pushed_ptr + found.pick + slot, mask=used, other=1)
+            scale = scale / tl.maximum(pushed, 1).to(SPEC.ACC)
+        box += tl.where(used, scale * (m * loss), 0.0)
         target = 1.0 - head.quality_ratio + head.quality_ratio * similarity
         loss_obj, d_obj = terms.objectness(logit, target, head.obj_args)
         if SPEC.SMOOTH:  # of the whole tile, assigned or not
             loss_obj = tl.where(site.smooth, 0.0, loss_obj)
             d_obj = tl.where(site.smooth, 0.0, d_obj)
         gain = head.obj_gain * site.obj_scale * m
-        obj += tl.where(mask, gain * loss_obj, 0.0)
+        obj += tl.where(closes, gain * loss_obj, 0.0)
         if kept_ptr is not None:
+            share = scale * m
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
-            d = tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, d3)), (ROWS, 4))
-            tl.store(at[:, None] + tl.arange(0, 4)[None, :], scale[:, None] * d, mask=mask[:, None])
-            tl.store(at + 4, gain * d_obj, mask=mask)
-    return tl.sum(box, axis=0), tl.sum(obj, axis=0), tl.sum(used, axis=0)
+            tl.store(at + 4, gain * d_obj, mask=closes)
+            _store_box(at, share * d[0], share * d[1], share * d[2], share * d[3], alone, SPEC)
+            if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
+                if found.rows > found.picks:
+                    at = lists.spread_ptr + (found.base + r) * 4
+                    _store_box(at, share * d[0], share * d[1], share * d[2], share * d[3], used & (alone == 0), SPEC)
+    if kept_ptr is not None:
+        if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
+            if found.rows > found.picks:
+                tl.debug_barrier()
+                _add_up(found, lists, kept_ptr, site, head, SPEC)
+    return tl.sum(box, axis=0), tl.sum(obj, axis=0), in_use
