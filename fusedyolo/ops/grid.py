@@ -92,6 +92,7 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         "KINDS": len(NEIGHBOURS) if head.assigner == "ratio" else 1,
         "SHARING": "one" if is_band else head.shared,
         "APART": label.elementwise,
+        "HARD": head.class_targets == (1.0, 0.0),
         "UNIT": head.unit,
         "QUALITY_IS_BOX": of_box,
         "IGNORES": head.ignore_thresh is not None,

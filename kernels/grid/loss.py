@@ -121,8 +121,7 @@ def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.conste
         if saved.bases_ptr is not None:
             tl.store(saved.bases_ptr + site.pid, found.pick)
         cls = class_losses(plane, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
-        if SPEC.AVERAGE:
-            tl.debug_barrier()
+        tl.debug_barrier()
         own_box, own_obj, in_use = box_losses(plane, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
         box += own_box
         obj += own_obj

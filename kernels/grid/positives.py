@@ -40,11 +40,22 @@ def _labels(g, rows, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _label(z, y, head, terms, SPEC: tl.constexpr):
+def _targets(named, head, SPEC: tl.constexpr):
+    """Targets of classes that are named, or not: themselves where these are 1 and 0, of which label terms make use."""
+    if SPEC.HARD:
+        targets = named
+    else:
+        targets = tl.where(named, head.positive, head.negative).to(SPEC.ACC)
+    return targets
+
+
+@triton.jit
+def _label(z, named, is_class, head, terms, SPEC: tl.constexpr):
     """The label term of logits [channels, predictions]."""
     if SPEC.APART:
-        loss, d = terms.label(z, y, head.label_args)
+        loss, d = terms.label(z, _targets(named, head, SPEC), head.label_args)
     else:
+        y = tl.where(is_class, tl.where(named, head.positive, head.negative), 0.0).to(SPEC.ACC)
         across, d_across = terms.label(tl.trans(z), tl.trans(y), head.label_args)
         loss = tl.trans(across)
         d = tl.trans(d_across)
@@ -52,25 +63,19 @@ def _label(z, y, head, terms, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _label_of_each(z, is_class, times, rounds, count, head, terms, SPEC: tl.constexpr):
-    """The label term added up over the rows of predictions, of which ``times`` say how many name a class.
-
-    There are but two targets, so each logit is judged by both, or where all rows agree by one of them.
-    """
+def _label_of_each(z, times, is_class, count, head, terms, SPEC: tl.constexpr):
+    """The label term added up over the rows of predictions, ``times`` of which name a class."""
     rest = count.to(SPEC.ACC)[None, :] - times
-    negative = tl.where(is_class, head.negative, 0.0).to(SPEC.ACC)
-    if SPEC.APART:
-        loss, d = terms.label(z, tl.where(rest > 0, negative, head.positive).to(SPEC.ACC), head.label_args)
-        share = tl.where(rest > 0, rest, times)
-        loss *= share
-        d *= share
-        if rounds > 1:
-            positive, d_positive = terms.label(z, tl.zeros_like(z) + head.positive, head.label_args)
-            both = (rest > 0) & (times > 0)
-            loss += tl.where(both, times * positive, 0.0)
-            d += tl.where(both, times * d_positive, 0.0)
+    if SPEC.APART:  # there are but two targets: each logit is judged by both
+        named, d_named = terms.label(z, _targets(tl.full(z.shape, True, tl.int1), head, SPEC), head.label_args)
+        other, d_other = terms.label(z, _targets(tl.full(z.shape, False, tl.int1), head, SPEC), head.label_args)
+        loss = times * named + rest * other
+        d = times * d_named + rest * d_other
     else:  # linear in its targets
-        loss, d = _label(z, tl.where(is_class, times * head.positive + rest * negative, 0.0), head, terms, SPEC)
+        y = tl.where(is_class, times * head.positive + rest * head.negative, 0.0)
+        across, d_across = terms.label(tl.trans(z), tl.trans(y), head.label_args)
+        loss = tl.trans(across)
+        d = tl.trans(d_across)
     return loss, d
 
 
@@ -94,11 +99,9 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
         at = cells_at(plane, cell, site, SPEC)
         z = tl.load(at[None, :] + k * step, mask=here, other=0.0).to(SPEC.ACC)
         z = tl.where(is_class, z, -1e30)  # adds nothing to a softmax
-        y = tl.where(is_class, tl.zeros([K_PAD, PICKS], SPEC.ACC) + head.negative, 0.0)
         times = tl.zeros([K_PAD, PICKS], SPEC.ACC)
         weight = times + 1.0
-        rounds = tl.max(count, axis=0)
-        for i in range(0, rounds):
+        for i in range(0, tl.max(count, axis=0)):
             active = i < count
             g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
             label, m = _labels(g, rows, active, SPEC.ACC)
@@ -109,19 +112,21 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
             if SPEC.SHARING == "each":
                 times += tl.where(own, 1.0, 0.0)
             else:
-                y = tl.where(own, head.positive, y)
+                times = tl.where(own, 1.0, times)
         if SPEC.SHARING == "each":
-            loss, d = _label_of_each(z, is_class, times, rounds, count, head, terms, SPEC)
+            loss, d = _label_of_each(z, times, is_class, count, head, terms, SPEC)
         else:
-            loss, d = _label(z, y, head, terms, SPEC)
+            loss, d = _label(z, times > 0, is_class, head, terms, SPEC)
         total += tl.where(here, weight * loss, 0.0)
         if SPEC.AVERAGE:
             p, _q, _e = logistic(z)
+            y = tl.where(times > 0, head.positive, head.negative)
             pushed = tl.sum((is_class & (y > p)).to(tl.int32), axis=0)
             tl.store(lists.pushed_ptr + found.pick + slot, pushed, mask=slot < found.picks)
         if kept_ptr is not None:
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
-            tl.store(at[None, :] + k, head.cls_gain * weight * d, mask=here)
+            whole = (slot < found.picks)[None, :] & (k < kept_stride(head.C))  # box and objectness will be overwritten
+            tl.store(at[None, :] + k, head.cls_gain * weight * d, mask=whole)
     return head.cls_gain * tl.sum(tl.sum(total, axis=0), axis=0)
 
 

@@ -26,6 +26,7 @@ class Spec(NamedTuple):
     KINDS: int  # cells that a row may take on a level
     SHARING: str  # of rows on one prediction: "sum", "last", "each", or "one", where there is but one
     APART: bool  # the label term judges each logit by itself
+    HARD: bool  # its targets are 1 and 0
     UNIT: str
     QUALITY_IS_BOX: bool  # the similarity is that of the box term
     IGNORES: bool
