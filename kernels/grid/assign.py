@@ -167,6 +167,16 @@ def _order_block(lists, found, base, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _rank(lists, start, count, place, most):
+    """Of rows at a ``place`` in the list how many of the ``count`` of their cell come before."""
+    before = place * 0
+    for k in tl.range(0, most, loop_unroll_factor=1):
+        other = tl.load(lists.any_ptr + start + k, mask=k < count, other=0)
+        before += ((k < count) & (other < place)).to(tl.int32)
+    return before
+
+
+@triton.jit
 def _order_blocks(lists, found, starts, most, SPEC: tl.constexpr):
     """:func:`_order_rows` of many. Rows find a place among those of their cell in any order; how many of these come
     before it in the list says where it goes.
@@ -187,12 +197,9 @@ def _order_blocks(lists, found, starts, most, SPEC: tl.constexpr):
         g = tl.load(lists.row_ptr + first + lane, mask=mask, other=0)
         start = tl.load(lists.marks_ptr + cell - 1, mask=mask & (cell > 0), other=0)  # where those of the last cell end
         start = tl.where(cell > 0, start, base)
-        count = tl.load(lists.marks_ptr + cell, mask=mask, other=0) - start
-        before = lane * 0
-        for k in tl.range(0, most, loop_unroll_factor=1):
-            other = tl.load(lists.any_ptr + start + k, mask=mask & (k < count), other=found)
-            before += (other < i * SPEC.ROWS + lane).to(tl.int32)
-        _store_row(lists, start + before, g, cell, mask)
+        count = tl.where(mask, tl.load(lists.marks_ptr + cell, mask=mask, other=0) - start, 0)
+        rank = _rank(lists, start, count, i * SPEC.ROWS + lane, most)
+        _store_row(lists, start + rank, g, cell, mask)
 
 
 @triton.jit

@@ -13,7 +13,9 @@ from .assign import true_corners
 from .site import cells_at, channel_step
 
 WINDOW: tl.constexpr = tl.constexpr(64)  # cells that a row may reach, to look at them itself
-MET: tl.constexpr = tl.constexpr(2)  # steps of rows that all look at a cell, for what a row costs that all cells look at
+MET: tl.constexpr = tl.constexpr(
+    2
+)  # steps of rows that all look at a cell, for what a row costs that all cells look at
 
 
 class Window(NamedTuple):
