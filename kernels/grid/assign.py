@@ -204,8 +204,8 @@ def _order_blocks(lists, found, starts, most, SPEC: tl.constexpr):
 
 @triton.jit
 def _order_rows(lists, found, base, amounts, SPEC: tl.constexpr):
-    """Leaves the listed rows again, cell by cell, those of one cell in order, from ``base`` on; and where in it those of
-    each cell begin.
+    """Leaves the listed rows again, cell by cell, those of one cell in order, from ``base`` on; and how far from there
+    those of each cell begin.
     """
     first = tl.cumsum(amounts, axis=0) - amounts
     most = tl.max(amounts, axis=0)

@@ -389,8 +389,8 @@ def window_without_reach(row, true, site, head, SPEC: tl.constexpr):
 
 
 @triton.jit
-def windows_of_half_their_cells(true, area, window, most, lists, site, head, SPEC: tl.constexpr):
-    real_meet_in_windows(true, area, window, most // 2, lists, site, head, SPEC)
+def windows_of_a_quarter(true, area, window, most, lists, site, head, SPEC: tl.constexpr):
+    real_meet_in_windows(true, area, window, most // 4, lists, site, head, SPEC)
 
 
 @triton.jit
@@ -761,7 +761,7 @@ MUTANTS = [
     (positives, "_picked", picked_with_the_next_ones_row, check_small_grid),
     (ignore, "_window", window_without_reach, check_strips),
     (ignore, "_window", window_without_reach, check_crowd),
-    (ignore, "_meet_in_windows", windows_of_half_their_cells, check_crowd),
+    (ignore, "_meet_in_windows", windows_of_a_quarter, check_crowd),
     (ignore, "_meet_in_windows", windows_of_one_line, check_crowd),
     (listing, "row_cell", cell_at_most_half_away, check_ratio_grid),
     (listing, "row_cell", cell_beyond_the_border, check_ratio_grid),
@@ -814,8 +814,8 @@ MUTANTS = [
 
 CHECKS = [
     check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_row_term,
-    check_ratio_grid, check_strips, check_crowd, check_prior_grid, check_focal_grid, check_band_grid, check_retinanet, check_ssd,
-    check_ssd_classes, check_far_object, check_fcos, check_blocks,
+    check_ratio_grid, check_strips, check_crowd, check_prior_grid, check_focal_grid, check_band_grid, check_retinanet,
+    check_ssd, check_ssd_classes, check_far_object, check_fcos, check_blocks,
 ]  # fmt: skip
 
 
