@@ -1,8 +1,8 @@
 """Box, objectness and class loss of the predictions listed for a tile, many at a time.
 
 Of several rows on a prediction SHARING takes the "last", or the box and class loss of "each", or the "sum" of their box
-losses and all their classes at once; with "one" there are no others. A prediction meets its rows in their order, round
-by round, all predictions in step.
+losses and all their classes at once; with "one" there are no others. Of classes lanes are predictions, which meet their
+rows in order, round by round, all in step; of boxes lanes are rows.
 """
 
 import triton
@@ -50,15 +50,20 @@ def _targets(named, head, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _label_across(z, y, head, terms):
+    """A label term along the classes; here these come first."""
+    loss, d = terms.label(tl.trans(z), tl.trans(y), head.label_args)
+    return tl.trans(loss), tl.trans(d)
+
+
+@triton.jit
 def _label(z, named, is_class, head, terms, SPEC: tl.constexpr):
-    """The label term of logits [channels, predictions]."""
+    """The label term of logits [channels, predictions] of classes that are ``named``, or not."""
     if SPEC.APART:
         loss, d = terms.label(z, _targets(named, head, SPEC), head.label_args)
     else:
         y = tl.where(is_class, tl.where(named, head.positive, head.negative), 0.0).to(SPEC.ACC)
-        across, d_across = terms.label(tl.trans(z), tl.trans(y), head.label_args)
-        loss = tl.trans(across)
-        d = tl.trans(d_across)
+        loss, d = _label_across(z, y, head, terms)
     return loss, d
 
 
@@ -73,9 +78,7 @@ def _label_of_each(z, times, is_class, count, head, terms, SPEC: tl.constexpr):
         d = times * d_named + rest * d_other
     else:  # linear in its targets
         y = tl.where(is_class, times * head.positive + rest * head.negative, 0.0)
-        across, d_across = terms.label(tl.trans(z), tl.trans(y), head.label_args)
-        loss = tl.trans(across)
-        d = tl.trans(d_across)
+        loss, d = _label_across(z, y, head, terms)
     return loss, d
 
 

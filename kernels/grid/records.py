@@ -132,12 +132,13 @@ class Lists(NamedTuple):
 
     The candidates that a tile takes are in ``cell_ptr`` and ``row_ptr``, in blocks of ROWS that begin where
     ``blocks_ptr`` says. So are, in ``row_ptr`` too, the rows that it looks at for them where they may take several
-    cells: ``near_ptr`` says where. ``order_ptr`` holds the rows again, by cell, ``at_ptr`` their cells in the
-    tile, ``any_ptr`` for a while their places in the list, ``spread_ptr`` the box gradients of those that share a
-    prediction; and ``pick_ptr`` each assigned cell,
-    with ``first_ptr``, where its rows begin, and with AVERAGE ``pushed_ptr``, its classes. Of every program
-    ``marks_ptr`` holds a number a cell, ``decoded_ptr`` the edges and areas of predicted boxes, ``boxes_ptr`` those of
-    ROWS true ones.
+    cells: ``near_ptr`` says where. ``order_ptr`` holds the rows again, by cell, ``at_ptr`` their cells in the tile,
+    ``any_ptr`` for a while their places in the list, ``spread_ptr`` four numbers each, the box gradients of those that
+    share a prediction. ``pick_ptr`` has each assigned cell, with ``first_ptr``, where its rows begin, and with AVERAGE
+    ``pushed_ptr``, its classes.
+
+    Of every program ``marks_ptr`` holds a number a cell, ``decoded_ptr`` edges and area of the predicted box of each,
+    ``boxes_ptr`` those of ROWS true ones.
     """
 
     cell_ptr: Any

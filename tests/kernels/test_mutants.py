@@ -73,8 +73,9 @@ def check_crowd() -> None:
     label = torch.arange(90.0)[:, None] % 3
     rows = torch.cat((torch.zeros(90, 1), label, 0.5 + 0.4 * torch.rand(90, 2, generator=gen), size), 1)
     preds = make_preds(torch.float64, batch=1)
-    each = replace(RATIO, class_targets=(0.875, 0.125))
-    for head in (HEAD, RATIO, each):
+    soft = replace(RATIO, class_targets=(0.875, 0.125))
+    along = replace(soft, label="softmax_ce", label_args=())
+    for head in (HEAD, RATIO, soft, along):
         check_grid(preds, rows, head, tolerance=1e-11)
 
 
