@@ -174,13 +174,13 @@ def ignored(plane, logits, rows, lists, site, head, terms, SPEC: tl.constexpr):
                 else:
                     over = tl.where(_exceeds(box, met, own_area, true_area, head, SPEC.ACC), 1, over)
             tl.debug_barrier()  # before the next boxes take the place of these
+    if left > 0:
+        tl.debug_barrier()
+        over = tl.maximum(over, tl.load(lists.marks_ptr + lane))
+        tl.debug_barrier()  # before something else is marked
     hit = over > 0
     if SPEC.SMOOTH:
         hit = best > head.ignore_thresh
-    if left > 0:
-        tl.debug_barrier()
-        hit = hit | (tl.load(lists.marks_ptr + lane) > 0)
-        tl.debug_barrier()
     hit = hit & (cells < site.HW)
     if SPEC.GATED:
         if tl.max(hit.to(tl.int32), axis=0) > 0:

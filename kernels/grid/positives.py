@@ -145,11 +145,10 @@ def _in_order(r, slots, found, lists, SPEC: tl.constexpr):
     closes = there
     slot = r
     if SPEC.SHARING != "one":
-        if found.rows > found.picks:
-            opens = there & (cell != tl.load(at - 1, mask=there & (r > 0), other=-1))
-            closes = there & (cell != tl.load(at + 1, mask=r + 1 < found.rows, other=-1))
-            slot = slots + tl.cumsum(opens.to(tl.int32), axis=0) - 1
-            slots += tl.sum(opens.to(tl.int32), axis=0)
+        opens = there & (cell != tl.load(at - 1, mask=there & (r > 0), other=-1))
+        closes = there & (cell != tl.load(at + 1, mask=r + 1 < found.rows, other=-1))
+        slot = slots + tl.cumsum(opens.to(tl.int32), axis=0) - 1
+        slots += tl.sum(opens.to(tl.int32), axis=0)
     return cell, slot, opens, closes, slots
 
 
