@@ -8,7 +8,7 @@ h0, w1, h1, ...), or with PER_LEVEL only with those from ``first`` to ``end`` th
 import triton
 import triton.language as tl
 
-from .primitives import near_divide
+from .primitives import larger, near_divide, smaller
 
 
 @triton.jit
@@ -19,9 +19,9 @@ def row_valid(row, first_image, last_image, classes, limit):
     the centre in [0, limit).
     """
     image, label, cx, cy, w, h = row
-    known = (image >= first_image) & (image < last_image) & (label >= 0) & (label < classes)
-    area = (w > 0) & (w < float("inf")) & (h > 0) & (h < float("inf"))
-    return known & area & (cx >= 0) & (cx < limit) & (cy >= 0) & (cy < limit)
+    known = (image >= first_image) & (image < last_image) & (label < classes)
+    area = (smaller(w, h) > 0) & (larger(w, h) < float("inf"))
+    return known & area & (smaller(label, smaller(cx, cy)) >= 0) & (larger(cx, cy) < limit)
 
 
 @triton.jit

@@ -91,6 +91,8 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
     spec = {
         "KINDS": len(NEIGHBOURS) if head.assigner == "ratio" else 1,
         "SHARING": "one" if is_band else head.shared,
+        "APART": label.elementwise,
+        "HARD": head.class_targets == (1.0, 0.0),
         "UNIT": head.unit,
         "QUALITY_IS_BOX": of_box,
         "IGNORES": head.ignore_thresh is not None,
@@ -190,6 +192,7 @@ class _Plan(NamedTuple):
     room: _Room
     lists: int  # integers a row, see grid.records.Lists
     numbers: int  # partial sums, and boxes met by a tile
+    spread: int  # numbers a row, see there
 
 
 @planned
@@ -220,7 +223,6 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         LAYOUT=_layout(strides, preds),
         CELLS=config.cells,
         ROWS=config.rows,
-        NEAR=min(64, config.rows),
         PICKS=max(1, 8 * config.threads // parts.spec["K_PAD"]),
         CHANNELS=config.channels,
     )
@@ -232,8 +234,9 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         Launch(loss.grid_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages),
         Launch(gradient.grid_grad_kernel, (programs,), arguments, *settings, stages=config.stages),
         _room(shapes, head),
-        6 * head.places_per_row + 2 * near,
-        programs * (loss.N_PARTS.value + 8 * spec.NEAR * spec.IGNORES),
+        8 * head.places_per_row + 2 * near,
+        programs * (loss.N_PARTS.value + (8 * config.rows + 5 * config.cells) * spec.IGNORES),
+        4 * head.places_per_row * (spec.SHARING in ("each", "sum")),
     )
 
 
@@ -283,15 +286,15 @@ def grid_launch(
     """The launch that leaves the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
     plan, M = _plan(head.key, layouts(preds)), rows.shape[0]
     spec, (programs,) = plan.loss.arguments["SPEC"], plan.loss.grid
-    blocks = -(-M * spec.KINDS // spec.ROWS) - (-M // spec.ROWS)
-    partial = rows.new_empty(plan.numbers, dtype=outputs.total.dtype)
+    each = 4 * spec.ROWS + spec.CELLS - (-M * spec.KINDS // spec.ROWS) - (-M // spec.ROWS)
+    partial = rows.new_empty(plan.numbers + plan.spread * M, dtype=outputs.total.dtype)
     done = done_counter(rows.device, workspace)
     return plan.loss.filled(
         {
             "maps": tuple(preds),
             "targets": records.Targets(rows, offsets, class_weights),
             "M": M,
-            "lists_ptr": rows.new_empty(plan.lists * M + programs * (4 * spec.ROWS + blocks), dtype=torch.int32),
+            "lists_ptr": rows.new_empty(plan.lists * M + programs * each, dtype=torch.int32),
             "saved": _saved(outputs, plan.room, head) if with_state else NOTHING,
             "outputs": records.Outputs(outputs.total, outputs.parts, outputs.counts, partial, done),
         }

@@ -132,26 +132,93 @@ def _listed(lists, i, found, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _order_rows(lists, found, free, shared, SPEC: tl.constexpr):
-    """Leaves the listed rows again, cell by cell, those of one cell in order; ``free`` is where each cell's go."""
+def _amounts(lists, found, SPEC: tl.constexpr):
+    """How many listed rows each cell of the tile has."""
+    CELLS: tl.constexpr = SPEC.CELLS
+    if found <= SPEC.ROWS:
+        _first, cell, mask = _listed(lists, 0, found, SPEC)
+        amounts = tl.histogram(cell, CELLS, mask=mask)
+    else:  # of many a histogram would take longer
+        at = lists.marks_ptr + tl.arange(0, CELLS)
+        tl.store(at, tl.zeros([CELLS], tl.int32))
+        tl.debug_barrier()
+        for i in range(0, tl.cdiv(found, SPEC.ROWS)):
+            _first, cell, mask = _listed(lists, i, found, SPEC)
+            tl.atomic_add(lists.marks_ptr + cell, 1, mask=mask, sem="relaxed")
+        tl.debug_barrier()
+        amounts = tl.load(at)
+    return amounts
+
+
+@triton.jit
+def _store_row(lists, at, g, cell, mask):
+    tl.store(lists.order_ptr + at, g, mask=mask)
+    tl.store(lists.at_ptr + at, cell, mask=mask)
+
+
+@triton.jit
+def _order_block(lists, found, base, SPEC: tl.constexpr):
+    """:func:`_order_rows` of a single block."""
     lane = tl.arange(0, SPEC.ROWS)
-    for i in range(0, tl.cdiv(found, SPEC.ROWS)):
+    first, cell, mask = _listed(lists, 0, found, SPEC)
+    key = tl.sort(tl.where(mask, cell, SPEC.CELLS) * SPEC.ROWS + lane)
+    g = tl.load(lists.row_ptr + first + key % SPEC.ROWS, mask=mask, other=0)
+    _store_row(lists, base + lane, g, key // SPEC.ROWS, mask)
+
+
+@triton.jit
+def _rank(lists, start, count, place, most):
+    """Of rows at a ``place`` in the list how many of the ``count`` of their cell come before."""
+    before = place * 0
+    for k in tl.range(0, most, loop_unroll_factor=1):
+        other = tl.load(lists.any_ptr + start + k, mask=k < count, other=0)
+        before += ((k < count) & (other < place)).to(tl.int32)
+    return before
+
+
+@triton.jit
+def _order_blocks(lists, found, starts, most, SPEC: tl.constexpr):
+    """:func:`_order_rows` of many. Rows find a place among those of their cell in any order; how many of these come
+    before it in the list says where it goes.
+    """
+    blocks = tl.cdiv(found, SPEC.ROWS)
+    lane = tl.arange(0, SPEC.ROWS)
+    tl.debug_barrier()  # amounts have been read
+    tl.store(lists.marks_ptr + tl.arange(0, SPEC.CELLS), starts)
+    tl.debug_barrier()
+    for i in range(0, blocks):
+        _first, cell, mask = _listed(lists, i, found, SPEC)
+        at = tl.atomic_add(lists.marks_ptr + cell, 1, mask=mask, sem="relaxed")
+        tl.store(lists.any_ptr + at, i * SPEC.ROWS + lane, mask=mask)
+    tl.debug_barrier()
+    base = tl.min(starts, axis=0)
+    for i in range(0, blocks):
         first, cell, mask = _listed(lists, i, found, SPEC)
-        own = lane
-        counts = free * 0
-        before = counts
-        if shared:  # cell by cell, with how many of the block are of the cells before
-            key = tl.sort(tl.where(mask, cell, SPEC.CELLS) * SPEC.ROWS + lane)
-            own = key % SPEC.ROWS
-            cell = tl.where(mask, key // SPEC.ROWS, 0)
-            counts = tl.histogram(cell, SPEC.CELLS, mask=mask)
-            before = tl.cumsum(counts, axis=0) - counts
-        g = tl.load(lists.row_ptr + first + own, mask=mask, other=0)
-        at = tl.gather(free - before, cell, 0)
-        if shared:
-            at += lane
-        tl.store(lists.order_ptr + at, g, mask=mask)
-        free += counts
+        g = tl.load(lists.row_ptr + first + lane, mask=mask, other=0)
+        start = tl.load(lists.marks_ptr + cell - 1, mask=mask & (cell > 0), other=0)  # where those of the last cell end
+        start = tl.where(cell > 0, start, base)
+        count = tl.where(mask, tl.load(lists.marks_ptr + cell, mask=mask, other=0) - start, 0)
+        rank = _rank(lists, start, count, i * SPEC.ROWS + lane, most)
+        _store_row(lists, start + rank, g, cell, mask)
+
+
+@triton.jit
+def _order_rows(lists, found, base, amounts, SPEC: tl.constexpr):
+    """Leaves the listed rows again, cell by cell, those of one cell in order, from ``base`` on; and how far from there
+    those of each cell begin.
+    """
+    first = tl.cumsum(amounts, axis=0) - amounts
+    most = tl.max(amounts, axis=0)
+    if most == 1:
+        for i in range(0, tl.cdiv(found, SPEC.ROWS)):
+            block, cell, mask = _listed(lists, i, found, SPEC)
+            g = tl.load(lists.row_ptr + block + tl.arange(0, SPEC.ROWS), mask=mask, other=0)
+            _store_row(lists, base + tl.gather(first, cell, 0), g, cell, mask)
+    elif found <= SPEC.ROWS:
+        _order_block(lists, found, base, SPEC)
+    else:
+        _order_blocks(lists, found, base + first, most, SPEC)
+    return first
 
 
 @triton.jit
@@ -193,18 +260,15 @@ def assigned(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
         if found > 0:
             base = _take(done_ptr + 3, found)
             first = tl.cumsum(amounts, axis=0) - amounts
-            tl.store(lists.order_ptr + base + first, taken, mask=amounts > 0)
+            _store_row(lists, base + first, taken, cells - site.first_cell, amounts > 0)
     else:
         amounts = tl.zeros([CELLS], tl.int32)
         found = _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC)
         if found > 0:
             tl.debug_barrier()
-            for i in range(0, tl.cdiv(found, SPEC.ROWS)):
-                _first, cell, listed = _listed(lists, i, found, SPEC)
-                amounts += tl.histogram(cell, SPEC.CELLS, mask=listed)
+            amounts = _amounts(lists, found, SPEC)
             base = _take(done_ptr + 3, found)
-            first = tl.cumsum(amounts, axis=0) - amounts
-            _order_rows(lists, found, base + first, tl.max(amounts, axis=0) > 1, SPEC)
+            first = _order_rows(lists, found, base, amounts, SPEC)
     is_pick = (amounts > 0).to(tl.int32)
     picks = tl.sum(is_pick, axis=0)
     if found > 0:

@@ -49,7 +49,10 @@ def _store_tile(plane, HW, site, known, saved, head, SPEC: tl.constexpr):
             k = k0 + tl.arange(0, SPEC.CHANNELS)
             here = (k < 5 + head.C)[:, None]
             own = is_assigned[None, :] & here
-            kept = tl.load(kept_at[None, :] + k[:, None], mask=own, other=0.0)
+            whole = own
+            if SPEC.LAYOUT == "planes":  # else so wide accesses take too many registers
+                whole = is_assigned[None, :] & (k < kept_stride(head.C))[:, None]
+            kept = tl.load(kept_at[None, :] + k[:, None], mask=whole, other=0.0)
             kept *= tl.where(k == 4, per_used, per_row)[:, None]
             if SPEC.SMOOTH:  # objectness takes no notice
                 own = own & ~(site.smooth & (k == 4))[:, None]

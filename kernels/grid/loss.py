@@ -44,7 +44,12 @@ def _lists(lists_ptr, partial_ptr, pid, M, near_places, SPEC: tl.constexpr):
     pool = room + M * near_places + 2 * tl.num_programs(0) * SPEC.ROWS  # of each list a block may not be full
     order_ptr = lists_ptr + 2 * pool
     near = tl.cdiv(M, SPEC.ROWS)
-    blocks_ptr = order_ptr + 4 * room + pid * (tl.cdiv(M * SPEC.KINDS, SPEC.ROWS) + near)
+    marks_ptr = order_ptr + 6 * room
+    blocks_ptr = marks_ptr + tl.num_programs(0) * SPEC.CELLS + pid * (tl.cdiv(M * SPEC.KINDS, SPEC.ROWS) + near)
+    spread_ptr = partial_ptr + tl.num_programs(0) * N_PARTS
+    decoded_ptr = spread_ptr + pid * (8 * SPEC.ROWS + 5 * SPEC.CELLS)
+    if SPEC.IGNORES:
+        spread_ptr += tl.num_programs(0) * (8 * SPEC.ROWS + 5 * SPEC.CELLS)
     return Lists(
         cell_ptr=lists_ptr,
         row_ptr=lists_ptr + pool,
@@ -52,9 +57,14 @@ def _lists(lists_ptr, partial_ptr, pid, M, near_places, SPEC: tl.constexpr):
         pick_ptr=order_ptr + room,
         first_ptr=order_ptr + 2 * room,
         pushed_ptr=order_ptr + 3 * room,
+        at_ptr=order_ptr + 4 * room,
+        any_ptr=order_ptr + 5 * room,
+        spread_ptr=spread_ptr,
         near_ptr=blocks_ptr,
         blocks_ptr=blocks_ptr + near,
-        boxes_ptr=partial_ptr + tl.num_programs(0) * N_PARTS + pid * (8 * SPEC.NEAR),
+        marks_ptr=marks_ptr + pid * SPEC.CELLS,
+        decoded_ptr=decoded_ptr,
+        boxes_ptr=decoded_ptr + 5 * SPEC.CELLS,
     )
 
 
@@ -82,7 +92,7 @@ def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.conste
     for i in tl.static_range(4):
         bad = bad | (logits[i] != logits[i])
     if SPEC.IGNORES:
-        over, best = ignored(plane, logits, rows, lists.boxes_ptr, site, head, terms, SPEC)
+        over, best = ignored(plane, logits, rows, lists, site, head, terms, SPEC)
     amounts, found = assigned(rows, site, lists, outputs.done_ptr, head, terms, SPEC)
     state = tl.where(amounts > 0, ASSIGNED, tl.where(amounts < 0, IGNORED, BACKGROUND))
     true_obj = tl.zeros([CELLS], SPEC.ACC)
@@ -111,8 +121,7 @@ def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.conste
         if saved.bases_ptr is not None:
             tl.store(saved.bases_ptr + site.pid, found.pick)
         cls = class_losses(plane, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
-        if SPEC.AVERAGE:
-            tl.debug_barrier()
+        tl.debug_barrier()
         own_box, own_obj, in_use = box_losses(plane, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
         box += own_box
         obj += own_obj

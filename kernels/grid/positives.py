@@ -1,8 +1,8 @@
 """Box, objectness and class loss of the predictions listed for a tile, many at a time.
 
 Of several rows on a prediction SHARING takes the "last", or the box and class loss of "each", or the "sum" of their box
-losses and all their classes at once; with "one" there are no others. A prediction meets its rows in their order, round
-by round, all predictions in step.
+losses and all their classes at once; with "one" there are no others. Of classes lanes are predictions, which meet their
+rows in order, round by round, all in step; of boxes lanes are rows.
 """
 
 import triton
@@ -31,8 +31,8 @@ def _picked(slot, found, lists, site, SPEC: tl.constexpr):
 
 @triton.jit
 def _labels(g, rows, mask, ACC: tl.constexpr):
-    """Classes of rows, -1 where masked out; and their weights."""
-    label = tl.load(rows.ptr + g * 6 + 1, mask=mask, other=-1.0).to(tl.int32)
+    """Classes of rows, less than -5 where masked out, so that no channel is theirs; and their weights."""
+    label = tl.load(rows.ptr + g * 6 + 1, mask=mask, other=-6.0).to(tl.int32)
     weight = tl.zeros_like(label).to(ACC) + 1.0
     if rows.weights_ptr is not None:
         weight = tl.load(rows.weights_ptr + label, mask=mask, other=1.0).to(ACC)
@@ -40,106 +40,210 @@ def _labels(g, rows, mask, ACC: tl.constexpr):
 
 
 @triton.jit
+def _targets(named, head, SPEC: tl.constexpr):
+    """Targets of classes that are named, or not: themselves where these are 1 and 0, of which label terms make use."""
+    if SPEC.HARD:
+        targets = named
+    else:
+        targets = tl.where(named, head.positive, head.negative).to(SPEC.ACC)
+    return targets
+
+
+@triton.jit
+def _label_across(z, y, head, terms):
+    """A label term along the classes; here these come first."""
+    loss, d = terms.label(tl.trans(z), tl.trans(y), head.label_args)
+    return tl.trans(loss), tl.trans(d)
+
+
+@triton.jit
+def _label(z, named, is_class, head, terms, SPEC: tl.constexpr):
+    """The label term of logits [channels, predictions] of classes that are ``named``, or not."""
+    if SPEC.APART:
+        loss, d = terms.label(z, _targets(named, head, SPEC), head.label_args)
+    else:
+        y = tl.where(is_class, tl.where(named, head.positive, head.negative), 0.0).to(SPEC.ACC)
+        loss, d = _label_across(z, y, head, terms)
+    return loss, d
+
+
+@triton.jit
+def _label_of_each(z, times, is_class, count, head, terms, SPEC: tl.constexpr):
+    """The label term added up over the rows of predictions, ``times`` of which name a class."""
+    rest = count.to(SPEC.ACC)[None, :] - times
+    if SPEC.APART:  # there are but two targets: each logit is judged by both
+        named, d_named = terms.label(z, _targets(tl.full(z.shape, True, tl.int1), head, SPEC), head.label_args)
+        other, d_other = terms.label(z, _targets(tl.full(z.shape, False, tl.int1), head, SPEC), head.label_args)
+        loss = times * named + rest * other
+        d = times * d_named + rest * d_other
+    else:  # linear in its targets
+        y = tl.where(is_class, times * head.positive + rest * head.negative, 0.0)
+        loss, d = _label_across(z, y, head, terms)
+    return loss, d
+
+
+@triton.jit
 def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.constexpr):
-    """The class loss of the listed predictions, its gradient kept; lanes are predictions and channels."""
+    """The class loss of the listed predictions, its gradient kept.
+
+    Of blocks of channels and predictions a thread holds several channels of one prediction where their logits do not
+    follow each other in memory, so that what is done once a prediction is not repeated by others.
+    """
     PICKS: tl.constexpr = SPEC.PICKS
     K_PAD: tl.constexpr = SPEC.K_PAD
     step = channel_step(plane.by, SPEC)
-    k = tl.arange(0, SPEC.K_PAD)[None, :]  # classes begin at 5
+    k = tl.arange(0, SPEC.K_PAD)[:, None]  # classes begin at 5
     is_class = (k >= 5) & (k < 5 + head.C)
-    total = tl.zeros([PICKS], SPEC.ACC)
+    total = tl.zeros([K_PAD, PICKS], SPEC.ACC)
     for slot0 in range(0, found.picks, SPEC.PICKS):
         slot = slot0 + tl.arange(0, SPEC.PICKS)
         cell, first, count = _picked(slot, found, lists, site, SPEC)
-        here = (slot < found.picks)[:, None] & is_class
+        here = (slot < found.picks)[None, :] & is_class
         at = cells_at(plane, cell, site, SPEC)
-        z = tl.load(at[:, None] + k * step, mask=here, other=0.0).to(SPEC.ACC)
+        z = tl.load(at[None, :] + k * step, mask=here, other=0.0).to(SPEC.ACC)
         z = tl.where(is_class, z, -1e30)  # adds nothing to a softmax
-        y = tl.where(is_class, tl.zeros([PICKS, K_PAD], SPEC.ACC) + head.negative, 0.0)
-        weight = tl.zeros([PICKS, K_PAD], SPEC.ACC) + 1.0
-        loss = tl.zeros([PICKS, K_PAD], SPEC.ACC)
-        d = loss
+        times = tl.zeros([K_PAD, PICKS], SPEC.ACC)
+        weight = times + 1.0
         for i in range(0, tl.max(count, axis=0)):
             active = i < count
             g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
             label, m = _labels(g, rows, active, SPEC.ACC)
-            own = (k == 5 + label[:, None]) & active[:, None]
+            own = k == 5 + label[None, :]
             if rows.weights_ptr is not None:
                 m *= tl.where(i == 0, head.first_weight, 1.0)
-                weight = tl.where(own, m[:, None], weight)
+                weight = tl.where(own, m[None, :], weight)
             if SPEC.SHARING == "each":
-                loss_i, d_i = terms.label(z, tl.where(own, head.positive, y), head.label_args)
-                loss += tl.where(active[:, None], loss_i, 0.0)
-                d += tl.where(active[:, None], d_i, 0.0)
+                times += tl.where(own, 1.0, 0.0)
             else:
-                y = tl.where(own, head.positive, y)
-        if SPEC.SHARING != "each":
-            loss, d = terms.label(z, y, head.label_args)
-        total += tl.sum(tl.where(here, weight * loss, 0.0), axis=1)
+                times = tl.where(own, 1.0, times)
+        if SPEC.SHARING == "each":
+            loss, d = _label_of_each(z, times, is_class, count, head, terms, SPEC)
+        else:
+            loss, d = _label(z, times > 0, is_class, head, terms, SPEC)
+        total += tl.where(here, weight * loss, 0.0)
         if SPEC.AVERAGE:
             p, _q, _e = logistic(z)
-            pushed = tl.sum((is_class & (y > p)).to(tl.int32), axis=1)
+            y = tl.where(times > 0, head.positive, head.negative)
+            pushed = tl.sum((is_class & (y > p)).to(tl.int32), axis=0)
             tl.store(lists.pushed_ptr + found.pick + slot, pushed, mask=slot < found.picks)
         if kept_ptr is not None:
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
-            tl.store(at[:, None] + k, head.cls_gain * weight * d, mask=here)
-    return head.cls_gain * tl.sum(total, axis=0)
+            whole = (slot < found.picks)[None, :] & (k < kept_stride(head.C))  # box and objectness will be overwritten
+            tl.store(at[None, :] + k, head.cls_gain * weight * d, mask=whole)
+    return head.cls_gain * tl.sum(tl.sum(total, axis=0), axis=0)
 
 
 @triton.jit
-def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.constexpr):
-    """Box and objectness loss of the listed predictions, their gradients kept; and how many rows were in use."""
+def _in_order(r, slots, found, lists, SPEC: tl.constexpr):
+    """Rows of the tile in their order: their cells there, the place of their prediction among those listed, of which
+    ``slots`` come before; and whether they are the first and the last on it.
+    """
+    there = r < found.rows
+    at = lists.at_ptr + found.base + r
+    cell = tl.load(at, mask=there, other=0)
+    opens = there
+    closes = there
+    slot = r
+    if SPEC.SHARING != "one":
+        opens = there & (cell != tl.load(at - 1, mask=there & (r > 0), other=-1))
+        closes = there & (cell != tl.load(at + 1, mask=r + 1 < found.rows, other=-1))
+        slot = slots + tl.cumsum(opens.to(tl.int32), axis=0) - 1
+        slots += tl.sum(opens.to(tl.int32), axis=0)
+    return cell, slot, opens, closes, slots
+
+
+@triton.jit
+def _store_box(at, d0, d1, d2, d3, mask, SPEC: tl.constexpr):
+    """Store the gradients of four box logits, side by side."""
     ROWS: tl.constexpr = SPEC.ROWS
-    step = channel_step(plane.by, SPEC)
-    box = tl.zeros([ROWS], SPEC.ACC)
-    obj = tl.zeros([ROWS], SPEC.ACC)
-    used = tl.zeros([ROWS], tl.int32)
+    d = tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, d3)), (ROWS, 4))
+    tl.store(at[:, None] + tl.arange(0, 4)[None, :], d, mask=mask[:, None])
+
+
+@triton.jit
+def _add_up(found, lists, kept_ptr, site, head, SPEC: tl.constexpr):
+    """Keeps the box gradients of predictions with several rows, the sums of what these have left."""
+    ROWS: tl.constexpr = SPEC.ROWS
     for slot0 in range(0, found.picks, SPEC.ROWS):
         slot = slot0 + tl.arange(0, SPEC.ROWS)
-        mask = slot < found.picks
-        cell, first, count = _picked(slot, found, lists, site, SPEC)
-        at = cells_at(plane, cell, site, SPEC)
-        tx = tl.load(at, mask=mask, other=0.0).to(SPEC.ACC)
-        ty = tl.load(at + step, mask=mask, other=0.0).to(SPEC.ACC)
-        tw = tl.load(at + 2 * step, mask=mask, other=0.0).to(SPEC.ACC)
-        th = tl.load(at + 3 * step, mask=mask, other=0.0).to(SPEC.ACC)
-        logit = tl.load(at + 4 * step, mask=mask, other=0.0).to(SPEC.ACC)
-        scale = tl.zeros([ROWS], SPEC.ACC) + head.box_gain
-        if SPEC.AVERAGE:
-            pushed = tl.load(lists.pushed_ptr + found.pick + slot, mask=mask, other=1)
-            scale = scale / tl.maximum(pushed, 1).to(SPEC.ACC)
+        _cell, first, count = _picked(slot, found, lists, site, SPEC)
         d0 = tl.zeros([ROWS], SPEC.ACC)
         d1 = d0
         d2 = d0
         d3 = d0
-        m = d0 + 1.0
-        similarity = d0
+        several = count > 1
         for i in range(0, tl.max(count, axis=0)):
-            active = i < count
-            g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
-            row = load_rows(rows.ptr, g, active, SPEC.ROWS)
-            true = true_box(row, cell, active, site, SPEC.ACC)
-            loss, d, alike = box_term((tx, ty, tw, th), true, site, head, terms, True, SPEC)
-            if rows.weights_ptr is not None:
-                _label, weight = _labels(g, rows, active, SPEC.ACC)
-                m = tl.where(active, weight, m)
-            similarity = tl.where(active, alike, similarity)
-            box += tl.where(active, scale * (m * loss), 0.0)
-            d0 += tl.where(active, m * d[0], 0.0)
-            d1 += tl.where(active, m * d[1], 0.0)
-            d2 += tl.where(active, m * d[2], 0.0)
-            d3 += tl.where(active, m * d[3], 0.0)
-        used += count
+            mask = several & (i < count)
+            at = lists.spread_ptr + (first + i) * 4
+            d0 += tl.load(at, mask=mask, other=0.0)
+            d1 += tl.load(at + 1, mask=mask, other=0.0)
+            d2 += tl.load(at + 2, mask=mask, other=0.0)
+            d3 += tl.load(at + 3, mask=mask, other=0.0)
+        at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
+        _store_box(at, d0, d1, d2, d3, several, SPEC)
+
+
+@triton.jit
+def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.constexpr):
+    """Box and objectness loss of the listed predictions, their gradients kept; and how many rows were in use.
+
+    Lanes are rows, each with its prediction, of which the last one trains the objectness. Where a prediction has
+    several, their gradients are added up behind.
+    """
+    ROWS: tl.constexpr = SPEC.ROWS
+    step = channel_step(plane.by, SPEC)
+    box = tl.zeros([ROWS], SPEC.ACC)
+    obj = tl.zeros([ROWS], SPEC.ACC)
+    slots = site.pid * 0
+    in_use = found.picks
+    if SPEC.SHARING != "last":
+        in_use = found.rows
+    for r0 in range(0, found.rows, SPEC.ROWS):
+        r = r0 + tl.arange(0, SPEC.ROWS)
+        local, slot, opens, closes, slots = _in_order(r, slots, found, lists, SPEC)
+        used = r < found.rows
+        alone = opens & closes
+        if SPEC.SHARING == "last":
+            used = closes
+            alone = closes
+        g = tl.load(lists.order_ptr + found.base + r, mask=used, other=0)
+        row = load_rows(rows.ptr, g, used, SPEC.ROWS)
+        cell = site.first_cell + local
+        at = cells_at(plane, cell, site, SPEC)
+        tx = tl.load(at, mask=used, other=0.0).to(SPEC.ACC)
+        ty = tl.load(at + step, mask=used, other=0.0).to(SPEC.ACC)
+        tw = tl.load(at + 2 * step, mask=used, other=0.0).to(SPEC.ACC)
+        th = tl.load(at + 3 * step, mask=used, other=0.0).to(SPEC.ACC)
+        logit = tl.load(at + 4 * step, mask=closes, other=0.0).to(SPEC.ACC)
+        true = true_box(row, cell, used, site, SPEC.ACC)
+        loss, d, similarity = box_term((tx, ty, tw, th), true, site, head, terms, True, SPEC)
+        m = tl.zeros([ROWS], SPEC.ACC) + 1.0
+        if rows.weights_ptr is not None:
+            _label, m = _labels(g, rows, used, SPEC.ACC)
+        scale = tl.zeros([ROWS], SPEC.ACC) + head.box_gain
+        if SPEC.AVERAGE:
+            pushed = tl.load(lists.pushed_ptr + found.pick + slot, mask=used, other=1)
+            scale = scale / tl.maximum(pushed, 1).to(SPEC.ACC)
+        box += tl.where(used, scale * (m * loss), 0.0)
         target = 1.0 - head.quality_ratio + head.quality_ratio * similarity
         loss_obj, d_obj = terms.objectness(logit, target, head.obj_args)
         if SPEC.SMOOTH:  # of the whole tile, assigned or not
             loss_obj = tl.where(site.smooth, 0.0, loss_obj)
             d_obj = tl.where(site.smooth, 0.0, d_obj)
         gain = head.obj_gain * site.obj_scale * m
-        obj += tl.where(mask, gain * loss_obj, 0.0)
+        obj += tl.where(closes, gain * loss_obj, 0.0)
         if kept_ptr is not None:
+            share = scale * m
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
-            d = tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, d3)), (ROWS, 4))
-            tl.store(at[:, None] + tl.arange(0, 4)[None, :], scale[:, None] * d, mask=mask[:, None])
-            tl.store(at + 4, gain * d_obj, mask=mask)
-    return tl.sum(box, axis=0), tl.sum(obj, axis=0), tl.sum(used, axis=0)
+            tl.store(at + 4, gain * d_obj, mask=closes)
+            _store_box(at, share * d[0], share * d[1], share * d[2], share * d[3], alone, SPEC)
+            if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
+                if found.rows > found.picks:
+                    at = lists.spread_ptr + (found.base + r) * 4
+                    _store_box(at, share * d[0], share * d[1], share * d[2], share * d[3], used & (alone == 0), SPEC)
+    if kept_ptr is not None:
+        if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
+            if found.rows > found.picks:
+                tl.debug_barrier()
+                _add_up(found, lists, kept_ptr, site, head, SPEC)
+    return tl.sum(box, axis=0), tl.sum(obj, axis=0), in_use

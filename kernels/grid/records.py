@@ -25,6 +25,8 @@ class Spec(NamedTuple):
 
     KINDS: int  # cells that a row may take on a level
     SHARING: str  # of rows on one prediction: "sum", "last", "each", or "one", where there is but one
+    APART: bool  # the label term judges each logit by itself
+    HARD: bool  # its targets are 1 and 0
     UNIT: str
     QUALITY_IS_BOX: bool  # the similarity is that of the box term
     IGNORES: bool
@@ -42,7 +44,6 @@ class Spec(NamedTuple):
     ACC: Any
     CELLS: int  # of a tile
     ROWS: int  # candidates, or listed predictions, looked at at a time
-    NEAR: int  # boxes that a tile meets at a time
     PICKS: int  # listed predictions whose classes are read at a time
     K_PAD: int  # channels, a power of two
     CHANNELS: int  # stored at a time
@@ -131,9 +132,13 @@ class Lists(NamedTuple):
 
     The candidates that a tile takes are in ``cell_ptr`` and ``row_ptr``, in blocks of ROWS that begin where
     ``blocks_ptr`` says. So are, in ``row_ptr`` too, the rows that it looks at for them where they may take several
-    cells: ``near_ptr`` says where. ``order_ptr`` holds the rows again, by cell, and ``pick_ptr`` each assigned cell,
-    with ``first_ptr``, where its rows begin, and with AVERAGE ``pushed_ptr``, its classes. ``boxes_ptr`` is room for
-    the boxes of NEAR rows a program.
+    cells: ``near_ptr`` says where. ``order_ptr`` holds the rows again, by cell, ``at_ptr`` their cells in the tile,
+    ``any_ptr`` for a while their places in the list, ``spread_ptr`` four numbers each, the box gradients of those that
+    share a prediction. ``pick_ptr`` has each assigned cell, with ``first_ptr``, where its rows begin, and with AVERAGE
+    ``pushed_ptr``, its classes.
+
+    Of every program ``marks_ptr`` holds a number a cell, ``decoded_ptr`` edges and area of the predicted box of each,
+    ``boxes_ptr`` those of ROWS true ones.
     """
 
     cell_ptr: Any
@@ -142,8 +147,13 @@ class Lists(NamedTuple):
     pick_ptr: Any
     first_ptr: Any
     pushed_ptr: Any
+    at_ptr: Any
+    any_ptr: Any
+    spread_ptr: Any
     near_ptr: Any
     blocks_ptr: Any
+    marks_ptr: Any
+    decoded_ptr: Any
     boxes_ptr: Any
 
 

@@ -21,7 +21,7 @@ from test_dense import check as check_loss
 from test_dense import make_anchors as dense_anchors
 from test_dense import make_preds as dense_preds
 from test_dense import make_targets as dense_targets
-from test_grid import DARKNET, HEADS, LIGHTNET, RATIO, make_preds, make_rows
+from test_grid import DARKNET, HEAD, HEADS, LIGHTNET, RATIO, make_preds, make_rows
 
 from fusedyolo import ops
 from fusedyolo.ops import dense as dense_ops
@@ -64,6 +64,19 @@ def check_strips() -> None:
     rows = torch.tensor([[0, 1, 0.5, (y + 0.5) / 12, 0.25, 0.25] for y in range(12)])
     preds = make_preds(torch.float64, batch=1, size=(256, 512))
     check_grid(preds, rows, head, torch.tensor([1.0, 2.5, 0.75]), tolerance=1e-11)
+
+
+def check_crowd() -> None:
+    """Many small objects: several on a prediction, more than are looked at at a time, each of a reach of few cells."""
+    gen = torch.Generator().manual_seed(1)
+    size = torch.tensor([10.0, 13.0]) / torch.tensor([96.0, 64.0]) * (0.8 + 0.4 * torch.rand(90, 2, generator=gen))
+    label = torch.arange(90.0)[:, None] % 3
+    rows = torch.cat((torch.zeros(90, 1), label, 0.5 + 0.4 * torch.rand(90, 2, generator=gen), size), 1)
+    preds = make_preds(torch.float64, batch=1)
+    soft = replace(RATIO, class_targets=(0.875, 0.125))
+    along = replace(soft, label="softmax_ce", label_args=())
+    for head in (HEAD, RATIO, soft, along):
+        check_grid(preds, rows, head, tolerance=1e-11)
 
 
 def check_prior_grid() -> None:
@@ -177,7 +190,9 @@ def check_qualities() -> None:
 mpdiou, softmax_ce, real_side_share = box.mpdiou, label.softmax_ce, box._side_share
 real_best_anchor, real_row_cell = assign.best_anchor, assign.row_cell
 real_box_term, real_iou, real_listed, real_picked = grid_box.box_term, listing.iou, listing._listed, positives._picked
-real_near_boxes = ignore._near_boxes
+real_rank, real_in_order, real_add_up = listing._rank, positives._in_order, positives._add_up
+real_label_of_each = positives._label_of_each
+real_window, real_meet_in_windows = ignore._window, ignore._meet_in_windows
 
 
 @triton.jit
@@ -338,24 +353,51 @@ def picked_with_the_next_ones_row(slot, found, lists, site, SPEC: tl.constexpr):
 
 
 @triton.jit
-def ordered_backwards(lists, found, free, shared, SPEC: tl.constexpr):
+def ordered_backwards(lists, found, base, SPEC: tl.constexpr):
     """Of a cell's rows in a block the first one becomes the last to count."""
     lane = tl.arange(0, SPEC.ROWS)
-    for i in range(0, tl.cdiv(found, SPEC.ROWS)):
-        first, cell, mask = real_listed(lists, i, found, SPEC)
-        key = tl.sort(tl.where(mask, cell, SPEC.CELLS) * SPEC.ROWS + SPEC.ROWS - 1 - lane)
-        cell = tl.where(mask, key // SPEC.ROWS, 0)
-        counts = tl.histogram(cell, SPEC.CELLS, mask=mask)
-        g = tl.load(lists.row_ptr + first + SPEC.ROWS - 1 - key % SPEC.ROWS, mask=mask, other=0)
-        at = tl.gather(free - (tl.cumsum(counts, axis=0) - counts), cell, 0) + lane
-        tl.store(lists.order_ptr + at, g, mask=mask)
-        free += counts
+    first, cell, mask = real_listed(lists, 0, found, SPEC)
+    key = tl.sort(tl.where(mask, cell, SPEC.CELLS) * SPEC.ROWS + SPEC.ROWS - 1 - lane)
+    g = tl.load(lists.row_ptr + first + SPEC.ROWS - 1 - key % SPEC.ROWS, mask=mask, other=0)
+    listing._store_row(lists, base + lane, g, key // SPEC.ROWS, mask)
 
 
 @triton.jit
-def near_boxes_of_the_strip(g, rows, near_ptr, site, head, SPEC: tl.constexpr):
+def ranked_backwards(lists, start, count, place, most):
+    return count - 1 - real_rank(lists, start, count, place, most)
+
+
+@triton.jit
+def first_row_trains_objectness(r, slots, found, lists, SPEC: tl.constexpr):
+    cell, slot, opens, closes, slots = real_in_order(r, slots, found, lists, SPEC)
+    return cell, slot, closes, opens, slots
+
+
+@triton.jit
+def each_class_once(z, times, is_class, count, head, terms, SPEC: tl.constexpr):
+    return real_label_of_each(z, tl.minimum(times, 1.0), is_class, count, head, terms, SPEC)
+
+
+@triton.jit
+def summed_without_the_first(found, lists, kept_ptr, site, head, SPEC: tl.constexpr):
+    real_add_up(found, lists._replace(spread_ptr=lists.spread_ptr + 4), kept_ptr, site, head, SPEC)
+
+
+@triton.jit
+def window_without_reach(row, true, site, head, SPEC: tl.constexpr):
     """As if centres could not be apart."""
-    return real_near_boxes(g, rows, near_ptr, site, head._replace(reach=-1.0), SPEC)
+    return real_window(row, true, site, head._replace(reach=0.0), SPEC)
+
+
+@triton.jit
+def windows_of_a_quarter(true, area, window, most, lists, site, head, SPEC: tl.constexpr):
+    real_meet_in_windows(true, area, window, most // 4, lists, site, head, SPEC)
+
+
+@triton.jit
+def windows_of_one_line(true, area, window, most, lists, site, head, SPEC: tl.constexpr):
+    wide = ignore.Window(window.first, window.width * 0 + SPEC.CELLS, window.cells)
+    real_meet_in_windows(true, area, wide, most, lists, site, head, SPEC)
 
 
 @triton.jit
@@ -718,14 +760,21 @@ MUTANTS = [
     (assign, "best_anchor", best_anchor_only, check_small_grid),
     (positives, "_picked", picked_with_one_row, check_small_grid),
     (positives, "_picked", picked_with_the_next_ones_row, check_small_grid),
-    (ignore, "_near_boxes", near_boxes_of_the_strip, check_strips),
+    (ignore, "_window", window_without_reach, check_strips),
+    (ignore, "_window", window_without_reach, check_crowd),
+    (ignore, "_meet_in_windows", windows_of_a_quarter, check_crowd),
+    (ignore, "_meet_in_windows", windows_of_one_line, check_crowd),
     (listing, "row_cell", cell_at_most_half_away, check_ratio_grid),
     (listing, "row_cell", cell_beyond_the_border, check_ratio_grid),
     (listing, "row_cell", cell_not_clamped, check_ratio_grid),
     (listing, "row_cell", cell_of_no_neighbour, check_ratio_grid),
     (assign, "ratio", ratio_inclusive, check_ratio_grid),
     (assign, "ratio", ratio_of_larger_rows, check_ratio_grid),
-    (listing, "_order_rows", ordered_backwards, check_ratio_grid),
+    (listing, "_order_block", ordered_backwards, check_ratio_grid),
+    (listing, "_rank", ranked_backwards, check_crowd),
+    (positives, "_in_order", first_row_trains_objectness, check_ratio_grid),
+    (positives, "_label_of_each", each_class_once, check_crowd),
+    (positives, "_add_up", summed_without_the_first, check_ratio_grid),
     (positives, "box_term", similarity_below_zero, check_ratio_grid),
     (grid_loss, "prior_term", prior_of_nobody, check_prior_grid),
     (listing, "iou", iou_half, check_band_grid),
@@ -766,8 +815,8 @@ MUTANTS = [
 
 CHECKS = [
     check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_row_term,
-    check_ratio_grid, check_strips, check_prior_grid, check_focal_grid, check_band_grid, check_retinanet, check_ssd,
-    check_ssd_classes, check_far_object, check_fcos, check_blocks,
+    check_ratio_grid, check_strips, check_crowd, check_prior_grid, check_focal_grid, check_band_grid, check_retinanet,
+    check_ssd, check_ssd_classes, check_far_object, check_fcos, check_blocks,
 ]  # fmt: skip
 
 
