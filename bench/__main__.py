@@ -71,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     add_loss(assign, SHOWN[1].name)
     assign.add_argument("--index", type=int, default=0, help="which of the images")
     assign.add_argument("--size", type=side, default=416, help="side the image is fitted into, a multiple of 32")
+    assign.add_argument(
+        "--steps", type=int, default=0, help="of training a small detector first; of an untrained one (0)"
+    )
     assign.add_argument("--out", type=Path, default=Path("runs/assignment.png"))
     for each in (train, assign):
         each.add_argument("--images", type=existing, help="folder of images; drawn ones if left out")

@@ -1,17 +1,24 @@
-"""Which predictions a loss assigns to the objects of an image, drawn."""
+"""Which predictions a loss assigns to the objects of an image, drawn; those of a network that knows nothing, or that
+has been trained for some steps on the images.
+"""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 from rich.console import Console
+from rich.progress import track
 
 import fusedyolo
-from fusedyolo.tools.registry import SHOWN, RefusedError, Workload, select
+from fusedyolo.tools.registry import SHOWN, Case, RefusedError, Workload, select
 from fusedyolo.tools.terminal import asked
 
 from . import labels, pictures
+from .detector import Detector
+from .measure import EAGER
+from .train import DRAWN, Run
 
 CALM = -4.0  # logits of predictions that are sure of nothing
 
@@ -20,20 +27,32 @@ def run(options: argparse.Namespace) -> int:
     """Draw it."""
     case, index = select(options.loss, SHOWN[1:])[0], options.index
     with asked():
-        annotations, names = pictures.annotated(options, options.out.parent / "drawn", index + 1, options.size, 0)
+        count, drawn = max(index + 1, DRAWN * (options.steps > 0)), options.out.parent / "drawn"
+        annotations, names = pictures.annotated(options, drawn, count, options.size, 0)
     if not 0 <= index < len(annotations):
         raise RefusedError(f"--index: {index}, want less than {len(annotations)}, the images there are")
-    loaded = pictures.load([annotations[index]], options.size)
-    work = Workload(batch=1, size=options.size, classes=len(names))
+    shown = pictures.load([annotations[index]], options.size)
+    work = Workload(batch=1, size=options.size, classes=len(names), layout="nchw")
     preds = [torch.full_like(pred, CALM).detach() for pred in case.predictions(work)]
-    rows = labels.pack(loaded.annotations)
+    if options.steps:  # as what objects pick is what predicts them best
+        preds = _trained(case, work, pictures.load(annotations, options.size), options.steps)(shown.pixels / 255)
+    rows = labels.pack(shown.annotations)
     rows[:, 1] += case.background
     criterion = case.build(work.classes, "torch")
     found = fusedyolo.assign(criterion, case.pack(preds, work), rows, **case.geometry(work))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     names = ["background"] * case.background + names
-    figure = fusedyolo.draw_assignment(loaded.pixels[0], found, names=names)
-    figure.suptitle(f"{case.name}, objects: {len(loaded.annotations[0].boxes)}", fontsize=11)
+    figure = fusedyolo.draw_assignment(shown.pixels[0], found, names=names)
+    figure.suptitle(f"{case.name}, objects: {len(shown.annotations[0].boxes)}", fontsize=11)
     figure.savefig(options.out, dpi=110)
     Console().print(f"wrote {options.out}", highlight=False)
     return 0
+
+
+def _trained(case: Case, work: Workload, images: pictures.Pictures, steps: int) -> Detector:
+    """A small detector after so many steps with the reference."""
+    work = replace(work, batch=min(8, len(images.annotations)))
+    run = Run(EAGER, case, work, 0, torch.device("cpu"))
+    for number in track(range(steps), "training", transient=True):
+        run.step(number, run.loss, images, False)
+    return run.model.requires_grad_(False)
