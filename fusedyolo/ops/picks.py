@@ -167,7 +167,7 @@ def _plan(
             odd(tuple(columns for _, columns in maps)), odd(tuple(rows for rows, _ in maps)), tuple(head.strides)
         ),
         "B": batch,
-        "head": _head(key, float(width), float(height)),
+        "task": loss.Task(_head(key, float(width), float(height)), None, None),
         "SPEC": spec,
     }
     tiles = batch * sum(_ceil(area, config.cells) for area in areas)
@@ -207,9 +207,10 @@ def head_launch(
         {
             "predictions": fill_parts(plan.predictions, preds),
             "gradient": None if grads is None else fill_parts(plan.gradient, grads),
-            "targets": records.Targets(rows, None, class_weights),
             "M": rows.shape[0],
-            "assigned": loss.Assigned(*assignment),
+            "task": plan.launch.arguments["task"]._replace(
+                targets=records.Targets(rows, None, class_weights), assigned=loss.Assigned(*assignment)
+            ),
             "weights": loss.Weights(
                 tuple(gains), (None,) * (1 + len(gains)) if grad_outs is None else tuple(grad_outs)
             ),

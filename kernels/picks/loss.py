@@ -728,11 +728,9 @@ def pick_loss_kernel(
     predictions,
     gradient,
     levels,
-    targets,
     M,
     B,
-    assigned,
-    head,
+    task,
     weights,
     list_ptr,
     sums,
@@ -740,7 +738,7 @@ def pick_loss_kernel(
 ):
     """Loss and gradient of picked cells; grid: all tiles for their boxes, then for each GROUP of classes.
 
-    ``predictions``, ``gradient``, ``levels`` and ``targets`` as in ``records.py``, the rows M of B images.
+    ``predictions``, ``gradient`` and ``levels`` as in ``records.py``, of B images with M rows.
     ``list_ptr`` is room for CELLS numbers a program, with objectness of all, else of those that own boxes.
     """
     pid = tl.program_id(0)
@@ -760,15 +758,14 @@ def pick_loss_kernel(
         if tl.where(kind == 0, same, grad.cls == 1.0):
             return
 
-    site = _site(pid - kind * tiles, levels, N, B, M, assigned.row_ptr, SPEC.CELLS)
-    inverse = 1.0 / tl.load(assigned.norm_ptr)
+    site = _site(pid - kind * tiles, levels, N, B, M, task.assigned.row_ptr, SPEC.CELLS)
+    inverse = 1.0 / tl.load(task.assigned.norm_ptr)
     scales = Scales(
         grad.box * (weights.gains[0] * inverse),
         grad.obj * (weights.gains[1] * inverse),
         grad.cls * (weights.gains[CLS] * inverse),
         grad.distance * (weights.gains[CLS + 1] * inverse),
     )
-    task = Task(head, targets, assigned)
     own_list = list_ptr + pid * SPEC.CELLS
     box = tl.cast(0.0, SPEC.ACC)
     obj = tl.cast(0.0, SPEC.ACC)
@@ -782,7 +779,7 @@ def pick_loss_kernel(
         stride = tl.cast(number_of(levels.strides, site.level), SPEC.ACC)
         box, distance = _box_program(view, d_view, site, own_list, stride, task, scales, SPEC)
         if SPEC.WITH_LOSS:
-            box += _unknown(assigned.boxes_ptr, site, SPEC.ACC)
+            box += _unknown(task.assigned.boxes_ptr, site, SPEC.ACC)
         if SPEC.OBJECTNESS:
             view = _view(predictions.obj, site.level)
             d_view = view
@@ -806,4 +803,4 @@ def pick_loss_kernel(
         tl.store(sums.partial_ptr + pid * N_PARTS + part, partial)
         programs = tl.num_programs(0)
         if is_last(sums.done_ptr, programs):
-            _finish(sums, weights.gains, assigned, programs, SPEC)
+            _finish(sums, weights.gains, task.assigned, programs, SPEC)
