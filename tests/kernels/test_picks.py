@@ -82,7 +82,7 @@ def check(
     torch.testing.assert_close(settled.norm_ptr.double(), weights.clamp(min=1), **close)
     invalid = (~objects.valid).sum().cpu() - (0 if spare is None else spare.cpu())
     assert settled.counts_ptr.tolist() == [int(has.sum()), int(invalid)]
-    assert bool(settled.nans_ptr.isnan()) == bool(picked.nans.isnan())
+    assert settled.nans_ptr.isnan().tolist() == [bool(seen.boxes.isnan().any()), bool(picked.nans.isnan())]
     assert all(not each.any() for each in shared_zeros())
     return {"picked": picked, "decoded": decoded, "settled": settled}
 

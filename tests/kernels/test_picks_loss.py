@@ -116,11 +116,10 @@ def assignment_of(call: Call) -> ops.Assignment:
     has = found.row >= 0
     weight = torch.where(has, found.score if head.soft else 1.0, 0.0)
     return ops.Assignment(
-        seen.boxes.to(acc).contiguous(),
         torch.where(has, found.row, len(call.rows)).to(torch.int32),
         torch.where(has, found.score, math.nan).to(acc),
         weight.sum().clamp(min=1).to(acc),
-        found.nans.to(acc),
+        torch.stack((torch.where(seen.boxes.isnan(), seen.boxes, 0.0).sum(), found.nans)).to(acc),
     )
 
 
@@ -313,7 +312,11 @@ def test_nan(kind):
         assert found.total.isnan()
         shown = [part for part, value in zip(names, found.parts, strict=True) if value.isnan()]
         assert name in shown
-    assert run(call, assignment=assignment_of(call)._replace(nans=torch.tensor(math.nan))).total.isnan()
+    for place, name in enumerate(("box", "cls")):
+        nans = torch.zeros(2, device=DEVICE)
+        nans[place] = math.nan
+        found = run(call, assignment=assignment_of(call)._replace(nans=nans))
+        assert [name for name, value in zip(names, found.parts, strict=True) if value.isnan()] == [name]
 
 
 # ---- with the launches before it
