@@ -165,7 +165,7 @@ class PickConfig:
 PICK_NUMBERS = 8192  # at most that many a program, of classes
 PICK_DECODED = 128  # cells of a program that decodes boxes: four, or eight halves, a thread are an access
 PICK_THREADS = 32  # of programs that have no more to share: those that decode, pick and settle
-PICK_SETTLED = 32  # cells of a row at a time, as it settles what it keeps
+PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
 
 
 @lru_cache(maxsize=256)

@@ -141,7 +141,7 @@ def _class_costs(at, obj, mask, step, SPEC: tl.constexpr):
     product = total + 1.0
     under = total + 1.0
     powers = tl.zeros([ACROSS, CELLS], tl.int32)
-    high_obj, low_obj, _e = logistic(obj)
+    high_obj, low_obj, _e_obj = logistic(obj)
     for c0 in range(0, SPEC.C, ACROSS):
         c = c0 + tl.arange(0, ACROSS)[:, None]
         used = mask[None, :] & (c < SPEC.C)

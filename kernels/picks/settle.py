@@ -10,8 +10,8 @@ from ..rows import load_rows, rows_end, wrong_offsets
 from ..sums import is_last
 from .pick import SEVERAL, Kept, Worst, keep, nothing_kept, worst_of
 from .region import cells_reached, reached
-from .site import all_cells, cells_at, load_boxes, load_object, object_of, offsets
-from .wish import bits_of, claimant, look_at, none_of, overlap_of
+from .site import all_cells, cells_at, load_boxes, load_channel, load_object, object_of, offsets
+from .wish import bits_of, claimant, look_at, metric, none_of, overlap_of, strength_in
 
 SCORE_UNIT: tl.constexpr = tl.constexpr(1099511627776.0)  # 2^40 to a soft score of 1, so that sums are of integers
 ROWS: tl.constexpr = tl.constexpr(32)
@@ -23,6 +23,15 @@ class Owner(NamedTuple):
     g: Any
     one: Any
     end: Any  # cells that it reaches, or 0 if none of them is a further cell of this row
+
+
+class Further(NamedTuple):
+    """Cells that a row reaches: which of them are its own although it did not pick them."""
+
+    cells: Any
+    place: Any  # among those of the batch
+    claim: Any
+    mask: Any
 
 
 class Own(NamedTuple):
@@ -68,8 +77,8 @@ def _of_picks(owner, decoded, picked, SPEC: tl.constexpr):
 
 @triton.jit
 def _further(owner, i0, decoded, problem, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of the cells that a row reaches, their places, and whether they are the row's although it did not pick
-    them: several rows did, and it has not taken them yet.
+    """A block of the cells that a row reaches, and whether they are the row's although it did not pick them: several
+    rows did, and it has not taken them yet.
     """
     i = i0 + tl.arange(0, BLOCK)
     cells = cells_reached(owner.one, i, problem, SPEC)
@@ -79,14 +88,21 @@ def _further(owner, i0, decoded, problem, SPEC: tl.constexpr, BLOCK: tl.constexp
     claim = tl.load(decoded.claim_ptr + place, mask=mask, other=0)
     mask = mask & (claimant(claim) == owner.g)
     row = tl.load(decoded.row_ptr + place, mask=mask, other=0)
-    return cells, place, mask & (row != owner.g)
+    return Further(cells, place, claim, mask & (row != owner.g))
 
 
 @triton.jit
-def _looked(owner, cells, place, mask, problem, decoded, SPEC: tl.constexpr):
-    """These cells as the row sees them."""
-    look = look_at(owner.one, cells, mask, problem, decoded, SPEC)
-    return _own(place, mask, look.worth, look.overlap)
+def _looked(owner, further, problem, decoded, SPEC: tl.constexpr):
+    """These cells as the row sees them; the strength of its claim is the overlap, but for what float64 has more."""
+    mask = further.mask
+    if owner.one.width.dtype == tl.float32:
+        overlap = tl.where(mask, strength_in(further.claim), 0.0)
+        logit = load_channel(problem.predictions.cls, owner.one.image, owner.one.label, further.cells, mask, SPEC)
+        own = _own(further.place, mask, metric(logit, overlap, problem), overlap)
+    else:
+        look = look_at(owner.one, further.cells, mask, problem, decoded, SPEC)
+        own = _own(further.place, mask, look.worth, look.overlap)
+    return own
 
 
 @triton.jit
@@ -94,8 +110,7 @@ def _has_further(owner, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexp
     """Whether a row has cells that it did not pick."""
     found = tl.zeros([BLOCK], tl.int32)
     for i0 in range(0, owner.end, BLOCK):
-        _cells, _place, mask = _further(owner, i0, decoded, problem, SPEC, BLOCK)
-        found |= mask.to(tl.int32)
+        found |= _further(owner, i0, decoded, problem, SPEC, BLOCK).mask.to(tl.int32)
     return tl.max(found, axis=0) > 0
 
 
@@ -108,9 +123,9 @@ def _worst_left(own, owner, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.cons
     n = kept.n
     overlap = kept.overlap
     for i0 in range(0, owner.end, BLOCK):
-        cells, place, mask = _further(owner, i0, decoded, problem, SPEC, BLOCK)
-        if tl.max(mask.to(tl.int32), axis=0) > 0:
-            more = _looked(owner, cells, place, mask, problem, decoded, SPEC)
+        further = _further(owner, i0, decoded, problem, SPEC, BLOCK)
+        if tl.max(further.mask.to(tl.int32), axis=0) > 0:
+            more = _looked(owner, further, problem, decoded, SPEC)
             kept = keep(Kept(key, n, overlap), more.key, more.cell, more.overlap, none)
             key = kept.key
             n = kept.n
@@ -139,9 +154,9 @@ def _best(own, worst, owner, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.con
     most = best.most
     widest = best.widest
     for i0 in range(0, owner.end, BLOCK):
-        cells, place, mask = _further(owner, i0, decoded, problem, SPEC, BLOCK)
-        if tl.max(mask.to(tl.int32), axis=0) > 0:
-            more = _better(Best(most, widest), _looked(owner, cells, place, mask, problem, decoded, SPEC), worst)
+        further = _further(owner, i0, decoded, problem, SPEC, BLOCK)
+        if tl.max(further.mask.to(tl.int32), axis=0) > 0:
+            more = _better(Best(most, widest), _looked(owner, further, problem, decoded, SPEC), worst)
             most = more.most
             widest = more.widest
     return Best(most, widest)
@@ -167,8 +182,8 @@ def _settle(owner, M, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.co
     if owner.end > 0:
         tl.store(decoded.row_ptr + own.cell, own.cell * 0 + owner.g, mask=own.mask)
         tl.debug_barrier()
-        further = _has_further(owner, problem, decoded, SPEC, BLOCK)
-        owner = Owner(owner.g, owner.one, tl.where(further, owner.end, 0))
+        some = _has_further(owner, problem, decoded, SPEC, BLOCK)
+        owner = Owner(owner.g, owner.one, tl.where(some, owner.end, 0))
     worst = Worst(none_of(tl.zeros([], SPEC.ACC)), owner.g * 0)
     if K2 > 0:
         worst = _worst_left(own, owner, problem, decoded, SPEC, BLOCK, K2)
@@ -176,9 +191,9 @@ def _settle(owner, M, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.co
     found = owner.g * 0
     total = found.to(tl.int64)
     for i0 in range(0, owner.end, BLOCK):
-        cells, place, mask = _further(owner, i0, decoded, problem, SPEC, BLOCK)
-        if tl.max(mask.to(tl.int32), axis=0) > 0:
-            more = _looked(owner, cells, place, mask, problem, decoded, SPEC)
+        further = _further(owner, i0, decoded, problem, SPEC, BLOCK)
+        if tl.max(further.mask.to(tl.int32), axis=0) > 0:
+            more = _looked(owner, further, problem, decoded, SPEC)
             tl.debug_barrier()  # rows have been read
             more_found, more_total = _leave(more, worst, best, owner.g, M, decoded, SPEC)
             found += more_found

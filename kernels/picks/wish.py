@@ -243,3 +243,9 @@ def claim_of(strength, g):
 def claimant(claim):
     """The row of a claim."""
     return (LAST.value - (claim & LAST)).to(tl.int32)
+
+
+@triton.jit
+def strength_in(claim):
+    """The strength of a claim, as a float32 if it is an overlap's."""
+    return ((claim >> 31) + NONE).to(tl.int32).to(tl.float32, bitcast=True)
