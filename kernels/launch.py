@@ -168,7 +168,6 @@ PICK_THREADS = 32  # of programs that have no more to share: those that decode, 
 PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
 
 
-@lru_cache(maxsize=256)
 def pick_config(largest_map: int, layout: str, classes: int, wishes: Wishes = ()) -> PickConfig:
     """Tile for maps of at most so many cells. Four planes of a wide tile at a time, or where channels follow each other
     16 of them, of each cell two sectors; classes are shared out evenly.

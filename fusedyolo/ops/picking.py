@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,13 @@ def tuned_for(head: PickHead, pred: Layout, maps: Maps, lies: str) -> Wishes:
     return wishes("pick", terms, pred, lies == "planes", pred.shape[0], largest, head.num_classes)
 
 
+def levels_of(maps: Maps, head: PickHead) -> records.Levels:
+    """Maps of such (height, width), as kernels take them."""
+    heights, widths = zip(*maps, strict=True)
+    begins = (0, *accumulate(height * width for height, width in maps))
+    return records.Levels(odd(widths), odd(heights), tuple(head.strides), odd(begins))
+
+
 class _Plan(NamedTuple):
     """The launches but for their tensors, and the records in them that tensors go into."""
 
@@ -107,7 +115,6 @@ def _power_of_two(count: int) -> int:
 @planned
 def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tuple[float, float]) -> _Plan:
     head, batch = pick_head_from_key(key), preds[0].shape[0]
-    heights, widths = zip(*maps, strict=True)
     limit = head.topk2 if head.assigner == "aligned" and head.topk2 != head.topk else None
     spec = spec_of(head, preds[0].dtype)
     numbers = records.Numbers(
@@ -119,7 +126,7 @@ def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tupl
     )
     problem = wish.Problem(
         predictions=None,
-        levels=records.Levels(odd(widths), odd(heights), head.strides),
+        levels=levels_of(maps, head),
         frame=site.Frame(head.centre_limit, size[1], size[0], 2 * batch + 3),
         numbers=numbers,
         terms=records.Terms(TERMS[head.overlap].kernel),

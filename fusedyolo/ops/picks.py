@@ -20,12 +20,11 @@ from .launch import (
     accumulator,
     done_counter,
     layouts,
-    odd,
     planned,
     refuse_double_backward,
     run_all,
 )
-from .picking import Maps, fill_parts, lies_as, parts_of, pick_launches, tuned_for
+from .picking import Maps, fill_parts, levels_of, lies_as, parts_of, pick_launches, tuned_for
 
 
 def _ceil(a: int, b: int) -> int:
@@ -115,9 +114,7 @@ def _plan(
         PICKS=config.picks,
     )
     arguments = {
-        "levels": records.Levels(
-            odd(tuple(columns for _, columns in maps)), odd(tuple(rows for rows, _ in maps)), tuple(head.strides)
-        ),
+        "levels": levels_of(maps, head),
         "B": batch,
         "task": loss.Task(_head(key, float(width), float(height)), None, None),
         "SPEC": spec,

@@ -32,6 +32,7 @@ class Levels(NamedTuple):
     widths: Any  # odd
     heights: Any  # odd
     strides: Any  # floats, pixels per cell
+    begins: Any  # odd; how many cells of an image come before those of the level; at the end, how many there are
 
 
 class Targets(NamedTuple):

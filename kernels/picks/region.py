@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..primitives import plain
-from .site import Cells, cells_before, divided, stride_of
+from .site import Cells, divided, stride_of
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def cells_reached(one, i, problem, SPEC: tl.constexpr):
         width = tl.where(here, columns, width)
         first_x = tl.where(here, x, first_x)
         first_y = tl.where(here, y, first_y)
-        first_n = tl.where(here, cells_before(levels, k), first_n)
+        first_n = tl.where(here, plain(levels.begins[k]), first_n)
         W = tl.where(here, plain(levels.widths[k]), W)
         start += columns * lines
     line = divided(local, width)

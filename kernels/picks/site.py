@@ -76,18 +76,9 @@ def load_object(targets, g, M, frame, SPEC: tl.constexpr):
 
 
 @triton.jit
-def cells_before(levels, LEVEL: tl.constexpr):
-    """How many cells of an image come before those of a level, or are there at all."""
-    count = plain(levels.widths[0]) * 0
-    for i in tl.static_range(LEVEL):
-        count += plain(levels.widths[i]) * plain(levels.heights[i])
-    return count
-
-
-@triton.jit
 def all_cells(levels):
     """How many cells an image has."""
-    return cells_before(levels, len(levels.widths))
+    return plain(levels.begins[len(levels.widths)])
 
 
 @triton.jit
@@ -103,7 +94,7 @@ def cells_at(n, levels, SPEC: tl.constexpr):
     level = n * 0
     local = n
     for i in tl.static_range(1, len(levels.widths)):
-        first = cells_before(levels, i)
+        first = plain(levels.begins[i])
         here = n >= first
         level = tl.where(here, i, level)
         local = tl.where(here, n - first, local)

@@ -39,9 +39,12 @@ class Tile(NamedTuple):
 @triton.jit
 def tiles_of(levels, CELLS: tl.constexpr):
     """Tiles of an image."""
-    tiles = plain(levels.widths[0]) * 0
+    before = plain(levels.begins[0])
+    tiles = before
     for i in tl.static_range(len(levels.widths)):
-        tiles += tl.cdiv(plain(levels.widths[i]) * plain(levels.heights[i]), CELLS)
+        end = plain(levels.begins[i + 1])
+        tiles += tl.cdiv(end - before, CELLS)
+        before = end
     return tiles
 
 
@@ -56,15 +59,16 @@ def tile_of(index, levels, B, CELLS: tl.constexpr):
     before = index * 0
     tiles = index * 0
     for i in tl.static_range(len(levels.widths)):
-        cells = plain(levels.widths[i]) * plain(levels.heights[i])
+        end = plain(levels.begins[i + 1])
         here = index >= begin
         level = tl.where(here, i, level)
         local = tl.where(here, index - begin, local)
         first = tl.where(here, before, first)
         place = tl.where(here, tiles, place)
-        begin += B * tl.cdiv(cells, CELLS)
-        before += cells
-        tiles += tl.cdiv(cells, CELLS)
+        count = tl.cdiv(end - before, CELLS)
+        begin += B * count
+        tiles += count
+        before = end
     W = integer_of(levels.widths, level)
     HW = W * integer_of(levels.heights, level)
     own = tl.cdiv(HW, CELLS)

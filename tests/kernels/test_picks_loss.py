@@ -10,6 +10,7 @@ import loop_picks as loops
 import pytest
 import torch
 from conftest import DEVICE
+from fusedyolo.kernels import launch
 from torch import Tensor
 
 from fusedyolo import YOLOv8Loss, YOLOXLoss, reference
@@ -129,11 +130,11 @@ def run(call: Call, with_grad: bool = True, assignment: ops.Assignment | None = 
     total, *parts = (call.preds[0].new_full((), math.nan, dtype=acc) for _ in range(1 + len(call.head.parts)))
     grads = [torch.empty_like(pred) for pred in call.preds] if with_grad else []
     assignment = assignment or assignment_of(call)
-    launch = ops.head_launch(
+    last = ops.head_launch(
         call.preds, call.rows, call.class_weights, call.head, ops.Geometry(call.form, call.maps, call.size),
         call.gains, assignment, (total, parts), grads or None,
     )  # fmt: skip
-    run_all([launch], call.rows.device)
+    run_all([last], call.rows.device)
     return Result(total, list(parts), grads)
 
 
@@ -141,11 +142,11 @@ def gradient_only(call: Call, grad_outs: Sequence[float | None], grads: list[Ten
     """The launch without loss; on ``grads`` that are there for ones."""
     outs = [None if g is None else torch.tensor(g, device=DEVICE) for g in grad_outs]
     skip, grads = grads is not None, [torch.empty_like(pred) for pred in call.preds] if grads is None else grads
-    launch = ops.head_launch(
+    last = ops.head_launch(
         call.preds, call.rows, call.class_weights, call.head, ops.Geometry(call.form, call.maps, call.size),
         call.gains, assignment_of(call), None, grads, outs, skip,
     )  # fmt: skip
-    run_all([launch], call.rows.device)
+    run_all([last], call.rows.device)
     return grads
 
 
@@ -209,7 +210,7 @@ def test_a_tile_with_rows_everywhere():
 def test_classes_of_several_programs(kind, classes, monkeypatch):
     """Of each some, and a rest."""
     monkeypatch.setitem(globals(), "C", classes)
-    monkeypatch.setattr(ops, "NUMBERS", 2048)
+    monkeypatch.setattr(launch, "PICK_NUMBERS", 2048)
     check(call_of(kind, maps=((8, 8), (4, 4), (2, 2))))
     check(call_of(kind, order="channels_last", maps=((8, 8), (4, 4), (2, 2))))
 
