@@ -159,21 +159,22 @@ class PickConfig:
     picks: int
     threads: int = 128
     region: int = 64
-    max_registers: int = 128
+    max_registers: int = 168
 
 
-PICK_NUMBERS = 8192  # at most that many a program, of classes
+PICK_NUMBERS = 10240  # at most that many a program, of classes
 PICK_DECODED = 128  # cells of a program that decodes boxes: four, or eight halves, a thread are an access
 PICK_THREADS = 32  # of programs that have no more to share: those that decode, pick and settle
 PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
 
 
 def pick_config(largest_map: int, layout: str, classes: int, wishes: Wishes = ()) -> PickConfig:
-    """Tile for maps of at most so many cells. Four planes of a wide tile at a time, or where channels follow each other
-    16 of them, of each cell two sectors; classes are shared out evenly.
+    """Tile for maps of at most so many cells. Eight planes of a wide tile at a time, so that enough is under way, or
+    where channels follow each other 16 of them, of each cell two sectors; classes are shared out evenly. Of more cells
+    with a row at a time the logits of their distances take more registers than there are.
     """
-    cells, planes, picks = (64, 16, 16) if layout == "channels" else (256, 4, 32)
-    wanted = replace(PickConfig(cells, planes, group=0, picks=picks), **dict(wishes))
+    cells, planes = (64, 16) if layout == "channels" else (256, 8)
+    wanted = replace(PickConfig(cells, planes, group=0, picks=16), **dict(wishes))
     cells = wanted.cells
     while cells > SMALLEST_TILE and cells >= 2 * largest_map:
         cells //= 2
