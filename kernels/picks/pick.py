@@ -194,6 +194,7 @@ def _how_many(one, problem, decoded, SPEC: tl.constexpr, CELLS: tl.constexpr):
                 _entry, there, cells = _listed(one, tile, j0, problem, decoded, tiles, SPEC)
                 off_x, off_y = offsets(one, cells, problem.frame, SPEC)
                 at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n
+                there = there & (tl.load(decoded.cost_ptr + at, mask=there, other=0.0) < float("inf"))
                 iou = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, there), problem, SPEC)
                 bits = tl.where(there & (iou > 0), bits_of(iou), none)
                 most = keep(Kept(key, n, overlap), bits, cells.n, iou, none)

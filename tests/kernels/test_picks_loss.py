@@ -19,9 +19,8 @@ from fusedyolo.heads import PickHead
 from fusedyolo.ops import picks as ops
 from fusedyolo.ops.launch import accumulator, run_all, shared_zeros
 
-C, B, STRIDES = 5, 2, (8, 16, 32)
-MAPS = ((8, 12), (4, 6), (2, 3))
-FORMS = ("maps", "apart", "planes")
+C, B, STRIDES = 5, 2, (8, 16)
+MAPS = ((8, 12), (4, 6))
 
 
 class Call(NamedTuple):
@@ -180,20 +179,36 @@ def check(call: Call, want: Result | None = None) -> Result:
 KINDS = ("v8", "v8/4", "v8/1", "x", "x/l1")
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradient(kind, form):
-    check(call_of(kind, form))
+def test_loss_and_gradient(kind):
+    check(call_of(kind))
 
 
-@pytest.mark.parametrize("order", ["channels_last", "inside"])
-@pytest.mark.parametrize(("kind", "form"), [("v8/4", "maps"), ("v8/4", "planes"), ("x/l1", "maps"), ("x/l1", "apart")])
+@pytest.mark.parametrize(
+    ("kind", "form", "order"),
+    [
+        ("v8/4", "apart", "nchw"),
+        ("x/l1", "planes", "nchw"),
+        ("v8/4", "maps", "channels_last"),
+        ("x/l1", "apart", "channels_last"),
+        ("v8/4", "planes", "inside"),
+        ("x/l1", "maps", "inside"),
+    ],
+)
 def test_layouts(kind, form, order):
     check(call_of(kind, form, order))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["v8/4", "v8/1", "x/l1"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("v8/4", torch.float64),
+        ("x/l1", torch.float64),
+        ("v8/4", torch.bfloat16),
+        ("v8/1", torch.float16),
+        ("x/l1", torch.float16),
+    ],
+)
 def test_types(kind, dtype):
     check(call_of(kind, dtype=dtype))
 
@@ -206,13 +221,14 @@ def test_a_tile_with_rows_everywhere():
     check(call_of("x", objects=40))
 
 
-@pytest.mark.parametrize(("kind", "classes"), [("v8/1", 81), ("v8/1", 37), ("x", 70)])
-def test_classes_of_several_programs(kind, classes, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "classes", "order"), [("v8/1", 81, "nchw"), ("v8/1", 37, "channels_last"), ("x", 70, "nchw")]
+)
+def test_classes_of_several_programs(kind, classes, order, monkeypatch):
     """Of each some, and a rest."""
     monkeypatch.setitem(globals(), "C", classes)
     monkeypatch.setattr(launch, "PICK_NUMBERS", 2048)
-    check(call_of(kind, maps=((8, 8), (4, 4), (2, 2))))
-    check(call_of(kind, order="channels_last", maps=((8, 8), (4, 4), (2, 2))))
+    check(call_of(kind, order=order, maps=((8, 8), (4, 4))))
 
 
 @pytest.mark.parametrize("order", ["nchw", "channels_last"])
@@ -220,7 +236,7 @@ def test_classes_of_several_programs(kind, classes, monkeypatch):
 def test_wide_accesses(kind, order, monkeypatch):
     """Maps and widths that are multiples of 16 numbers."""
     monkeypatch.setitem(globals(), "C", 16 if kind == "v8/16" else 11)
-    check(call_of(kind, order=order, maps=((16, 16), (8, 8), (4, 4))))
+    check(call_of(kind, order=order, maps=((8, 16), (4, 8))))
 
 
 @pytest.mark.parametrize("kind", ["v8/4", "x/l1"])
@@ -232,7 +248,7 @@ def test_class_weights_and_gains(kind):
     assert not any(bool(grad.any()) for grad in got.grads)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["v8/4", "v8/1", "x/l1"])
 def test_no_rows(kind):
     call = call_of(kind, objects=0)
     got = check(call)
@@ -334,7 +350,7 @@ def criterion_of(kind: str, **options: Any) -> Any:
 @pytest.mark.parametrize("kind", ["v8/4", "x/l1"])
 def test_a_training_step(kind):
     """Total, parts, counts and gradients; those of several backwards; of the parts apart."""
-    call = call_of(kind, maps=((4, 6), (2, 3), (1, 2)), objects=3)
+    call = call_of(kind, maps=((4, 6), (2, 3)), objects=3)
     call = call._replace(rows=torch.cat((call.rows, call.rows.new_tensor([[0, C, 0.5, 0.5, 0.1, 0.1]]))))
     seen = {backend: call.seen(call.preds[0].dtype) for backend in ("torch", "triton")}
     outs = {backend: criterion_of(kind, backend=backend)(preds, call.rows) for backend, preds in seen.items()}
@@ -359,7 +375,7 @@ def test_a_training_step(kind):
 
 
 def test_a_second_derivative_is_refused():
-    call = call_of("v8/1", maps=((2, 3), (1, 2), (1, 1)), objects=1)
+    call = call_of("v8/1", maps=((2, 3), (1, 2)), objects=1)
     seen = call.seen(torch.float32)
     total = criterion_of("v8/1", backend="triton")(seen, call.rows).total
     (grad, *_) = torch.autograd.grad(total, seen, create_graph=True)
