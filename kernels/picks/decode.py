@@ -253,4 +253,4 @@ def decode_kernel(
         cells = Cells(tile.first + tile.cells, tile.level, line, tile.cells - line * tile.W, stride)
         found = _candidates(tile, cells, targets, M, frame, numbers, SPEC)
         tiles = tiles_of(levels, CELLS)
-        _store_candidates(predictions, tile, cells, boxes, found, tiles, decoded, frame, tally, SPEC)
+        _store_candidates(predictions, tile, cells, boxes, found, tiles, decoded, frame, tally, SPEC=SPEC)

@@ -284,7 +284,7 @@ def settle_kernel(
     found = g * 0
     total = found.to(tl.int64)
     if one.valid:
-        found, total = _row(g, one, M, problem, decoded, picked, tally, SPEC, BLOCK, K2)
+        found, total = _row(g, one, M, problem, decoded, picked, tally, SPEC=SPEC, BLOCK=BLOCK, K2=K2)
     if SPEC.ASSIGNER == "simota":
         more_found, more_total = _clashes(g, targets, problem, decoded, picked, tally, SPEC, BLOCK)
         found += more_found
