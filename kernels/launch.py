@@ -173,8 +173,8 @@ def pick_config(largest_map: int, layout: str, classes: int, wishes: Wishes = ()
     where channels follow each other 16 of them, of each cell two sectors; classes are shared out evenly. Of more cells
     with a row at a time the logits of their distances take more registers than there are.
     """
-    cells, planes = (64, 16) if layout == "channels" else (256, 8)
-    wanted = replace(PickConfig(cells, planes, group=0, picks=16), **dict(wishes))
+    cells, planes, picks = (64, 16, 8) if layout == "channels" else (256, 8, 16)
+    wanted = replace(PickConfig(cells, planes, group=0, picks=picks), **dict(wishes))
     cells = wanted.cells
     while cells > SMALLEST_TILE and cells >= 2 * largest_map:
         cells //= 2
