@@ -148,10 +148,46 @@ RANK_BLOCK = 1024  # candidates looked at at a time
 
 
 @dataclass(frozen=True)
+class PickConfig:
+    """Tile of the loss of picked cells: cells of a program, channels at a time, classes of a program, cells with a row
+    at a time, threads; cells of a row's region at a time.
+    """
+
+    cells: int
+    planes: int
+    group: int
+    picks: int
+    threads: int = 128
+    region: int = 64
+    max_registers: int = 168
+
+
+PICK_NUMBERS = 10240  # at most that many a program, of classes
+PICK_DECODED = 128  # cells of a program that decodes boxes: four, or eight halves, a thread are an access
+PICK_THREADS = 32  # of programs that have no more to share: those that decode, pick and settle
+PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
+
+
+def pick_config(largest_map: int, layout: str, classes: int, wishes: Wishes = ()) -> PickConfig:
+    """Tile for maps of at most so many cells. Eight planes of a wide tile at a time, so that enough is under way, or
+    where channels follow each other 16 of them, of each cell two sectors; classes are shared out evenly. Of more cells
+    with a row at a time the logits of their distances take more registers than there are.
+    """
+    cells, planes, picks = (64, 16, 8) if layout == "channels" else (256, 8, 16)
+    wanted = replace(PickConfig(cells, planes, group=0, picks=picks), **dict(wishes))
+    cells = wanted.cells
+    while cells > SMALLEST_TILE and cells >= 2 * largest_map:
+        cells //= 2
+    tiles = -(-classes // wanted.planes)
+    programs = -(-tiles * wanted.planes * cells // PICK_NUMBERS)
+    return replace(wanted, cells=cells, group=-(-tiles // programs) * wanted.planes)
+
+
+@dataclass(frozen=True)
 class Kind:
     """What may be asked of the launches of a driver, as configurations are filed."""
 
-    config: type[GridConfig | DenseConfig]
+    config: type[GridConfig | DenseConfig | PickConfig]
     cells: tuple[int, int]  # smallest and largest, as in _LEGAL
     threads: int = 256  # where nothing is asked for
     most_a_thread: int | None = None  # cells
@@ -163,6 +199,7 @@ KINDS = {
     "grid": Kind(GridConfig, (SMALLEST_TILE, 4096), most_a_thread=32),
     "cell": Kind(GridConfig, (16, 1024), threads=512, fixed=("channels",)),
     "dense": Kind(DenseConfig, (1, 2048), fixed=("group", "width")),
+    "pick": Kind(PickConfig, (SMALLEST_TILE, 1024), threads=128, fixed=("group",)),
 }
 
 REGISTERS = 65536  # of a multiprocessor of NVIDIA's: no launch of more
@@ -176,6 +213,8 @@ _LEGAL = {  # smallest and largest; powers of two
     "block": (256, 8192),
     "anchors": (64, 2048),
     "rows": (16, 1024),
+    "picks": (8, 128),
+    "region": (32, 256),
 }
 
 

@@ -62,7 +62,7 @@ class PickDriver(Driver):
         forward, found = ops.loss_launches(preds, call.rows, call.offsets, weights, head, geometry, gains, True)
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=call.rows.device)
         ones = (one, *(None,) * len(head.parts))
-        assigned = ops.Assignment(None, found.row, found.score, found.norm, None)
+        assigned = ops.Assignment(found.row, found.score, found.norm, None)
         backward = ops.head_launch(preds, call.rows, weights, head, geometry, gains, assigned, None, grads, ones, True)
         return {_LAUNCHES[launch.kernel.__name__]: launch for launch in forward} | {"grad": backward}
 
@@ -142,7 +142,12 @@ class PickDriver(Driver):
         return 1 + (box + sum(obj) if head.objectness else box + classes) / sum(head.widths)
 
     def candidates(self, head: PickHead, layout: str) -> Iterable[dict[str, int]]:
-        return ()
+        if layout == "channels_last":
+            yield from shared.products(cells=(64, 128), planes=(8, 16), threads=(64, 128, 256))
+        else:
+            yield from shared.products(cells=(128, 256, 512), planes=(2, 4, 8), threads=(64, 128, 256))
+        yield from shared.products(picks=(16, 32, 64))
+        yield from shared.products(region=(32, 128))
 
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
         """Of boxes and of classes the levels; where later launches need what each has left, each is of its own."""

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..heads import PickHead, pick_head_from_key
+from ..kernels.launch import PICK_DECODED, PICK_SETTLED, PICK_THREADS, Wishes, pick_config
 from ..kernels.levels import Strides
 from ..kernels.picks import decode, pick, records, settle, site, wish
 from ..terms import TERMS
+from ..tuned import wishes
 from .launch import Launch, Layout, accumulator, done_counter, layouts, odd, planned, row_maxima
 from .strides import map_strides
 
 Maps = tuple[tuple[int, int], ...]
-
-DECODE_CELLS, DECODE_THREADS = 128, 128
-PICK_BLOCK, PICK_THREADS = 64, 32
-LARGE = 4096  # cells of an image, from where one object may have so many that a warp takes long
-LARGE_BLOCK, LARGE_THREADS = 512, 128
-SETTLE_BLOCK, SETTLE_THREADS = 32, 32
 
 
 @planned
@@ -64,6 +61,42 @@ def _filled(part: records.Part, tensors: Sequence[Any]) -> records.Part:
     return part._replace(ptrs=tuple([tensors[at] for at in part.ptrs]))
 
 
+def lies_as(parts: Sequence[records.Predictions], maps: Maps) -> str:
+    """The layout of predictions, or of these and gradients, see ``kernels/picks/views.py``."""
+    found = {_layout(part, maps) for each in parts for part in each if part is not None}
+    return found.pop() if len(found) == 1 else "strided"
+
+
+def _layout(part: records.Part, maps: Maps) -> str:
+    found = set()
+    for by, (_, width) in zip(part.by, maps, strict=True):
+        _, row, column, _, channel = [(number - 3) // 2 for number in by]
+        found.add(
+            "strided"
+            if row != width * column
+            else "planes"
+            if column == 1
+            else "channels"
+            if channel == 1
+            else "strided"
+        )
+    return found.pop() if len(found) == 1 else "strided"
+
+
+def tuned_for(head: PickHead, pred: Layout, maps: Maps, lies: str) -> Wishes:
+    """What a measurement found for the launches of a head."""
+    terms = f"{head.decode}{head.reg_max} {head.assigner} {head.overlap} {head.box} {head.label}"
+    largest = max(height * width for height, width in maps)
+    return wishes("pick", terms, pred, lies == "planes", pred.shape[0], largest, head.num_classes)
+
+
+def levels_of(maps: Maps, head: PickHead) -> records.Levels:
+    """Maps of such (height, width), as kernels take them."""
+    heights, widths = zip(*maps, strict=True)
+    begins = (0, *accumulate(height * width for height, width in maps))
+    return records.Levels(odd(widths), odd(heights), tuple(head.strides), odd(begins))
+
+
 class _Plan(NamedTuple):
     """The launches but for their tensors, and the records in them that tensors go into."""
 
@@ -72,6 +105,7 @@ class _Plan(NamedTuple):
     settle: Launch
     predictions: records.Predictions
     problem: wish.Problem
+    tiles: int  # of an image
 
 
 def _power_of_two(count: int) -> int:
@@ -81,7 +115,6 @@ def _power_of_two(count: int) -> int:
 @planned
 def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tuple[float, float]) -> _Plan:
     head, batch = pick_head_from_key(key), preds[0].shape[0]
-    heights, widths = zip(*maps, strict=True)
     limit = head.topk2 if head.assigner == "aligned" and head.topk2 != head.topk else None
     spec = spec_of(head, preds[0].dtype)
     numbers = records.Numbers(
@@ -93,29 +126,34 @@ def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tupl
     )
     problem = wish.Problem(
         predictions=None,
-        levels=records.Levels(odd(widths), odd(heights), head.strides),
+        levels=levels_of(maps, head),
         frame=site.Frame(head.centre_limit, size[1], size[0], 2 * batch + 3),
         numbers=numbers,
         terms=records.Terms(TERMS[head.overlap].kernel),
     )
+    predictions = parts_of(form, preds, key, maps)
+    lies = lies_as((predictions,), maps)
+    largest = max(height * width for height, width in maps)
+    config = pick_config(largest, lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
     first = {
         "levels": problem.levels,
         "frame": problem.frame,
         "numbers": numbers,
         "SPEC": spec,
-        "CELLS": DECODE_CELLS,
+        "CELLS": PICK_DECODED,
         "BINS": _power_of_two(head.reg_max),
+        "LAYOUT": _layout(predictions.box, maps),
     }
-    tiles = batch * sum(-(-height * width // DECODE_CELLS) for height, width in maps)
-    large = sum(height * width for height, width in maps) >= LARGE
-    block, threads = (LARGE_BLOCK, LARGE_THREADS) if large else (PICK_BLOCK, PICK_THREADS)
-    ends = {"SPEC": spec, "BLOCK": SETTLE_BLOCK, "K2": 0 if limit is None else _power_of_two(limit)}
+    tiles = sum(-(-height * width // PICK_DECODED) for height, width in maps)
+    picks = {"SPEC": spec, "BLOCK": config.region, "CELLS": PICK_DECODED}
+    ends = {"SPEC": spec, "BLOCK": PICK_SETTLED, "K2": 0 if limit is None else _power_of_two(limit)}
     return _Plan(
-        Launch(decode.decode_kernel, (tiles,), first, DECODE_THREADS, exact=True),
-        Launch(pick.pick_kernel, (1,), {"SPEC": spec, "BLOCK": block}, threads, exact=True),
-        Launch(settle.settle_kernel, (1,), ends, SETTLE_THREADS, exact=True),
-        parts_of(form, preds, key, maps),
+        Launch(decode.decode_kernel, (batch * tiles,), first, PICK_THREADS, exact=True),
+        Launch(pick.pick_kernel, (1,), picks, PICK_THREADS, exact=True),
+        Launch(settle.settle_kernel, (1,), ends, PICK_THREADS, exact=True),
+        predictions,
         problem,
+        tiles,
     )
 
 
@@ -159,7 +197,7 @@ def pick_launches(
     """
     plan, pred, M = _plan(form, layouts(preds), head.key, maps, size), preds[0], rows.shape[0]
     batch, N, K = pred.shape[0], sum(height * width for height, width in maps), _power_of_two(head.topk)
-    costs = N if head.assigner == "simota" else 0
+    costs, tiles = (N, plan.tiles) if head.assigner == "simota" else (0, 0)
     acc = accumulator(pred.dtype)[1]
     decoded = records.Decoded(
         boxes_ptr=pred.new_empty((batch, N, 4), dtype=acc),
@@ -169,17 +207,19 @@ def pick_launches(
         score_ptr=pred.new_empty((batch, N), dtype=acc),
         cost_ptr=pred.new_empty((batch, costs), dtype=acc),
         list_ptr=pred.new_empty((batch, costs), dtype=torch.int32),
+        tiles_ptr=pred.new_empty((batch, tiles, 2), dtype=torch.int32),
+        bounds_ptr=pred.new_empty((batch, tiles, 4), dtype=acc),
     )
     picked = records.Picked(
         index_ptr=pred.new_empty((M, K), dtype=torch.int32),
         overlap_ptr=pred.new_empty((M, K), dtype=acc),
         worth_ptr=pred.new_empty((M, 0 if costs else K), dtype=acc),
-        clash_ptr=pred.new_empty(M * K, dtype=torch.int32),
+        clash_ptr=pred.new_empty(M * K if costs else 0, dtype=torch.int32),
     )
     settled = records.Settled(
         norm_ptr=pred.new_empty((), dtype=acc),
         counts_ptr=pred.new_empty(2, dtype=torch.int32),
-        nans_ptr=pred.new_empty((), dtype=acc),
+        nans_ptr=pred.new_empty(2, dtype=acc),
     )
     sums = row_maxima(pred.device, workspace_rows(batch), workspace)
     tally = records.Tally(done_counter(pred.device, workspace), sums, sums[1:].view(torch.int32))

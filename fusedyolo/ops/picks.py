@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..heads import PickHead, pick_head_from_key
+from ..kernels.launch import pick_config
 from ..kernels.picks import loss, records
 from ..operator import differentiable, fake, operator
 from ..terms import TERMS
@@ -19,40 +20,11 @@ from .launch import (
     accumulator,
     done_counter,
     layouts,
-    odd,
     planned,
     refuse_double_backward,
     run_all,
 )
-from .picking import Maps, fill_parts, parts_of, pick_launches
-
-
-class HeadConfig(NamedTuple):
-    """Tile of the launch of loss and gradient: cells of a program, channels at a time, classes of a program, cells with
-    a row at a time, threads.
-    """
-
-    cells: int
-    planes: int
-    group: int
-    picks: int
-    threads: int = 128
-    max_registers: int = 128
-
-
-NUMBERS = 8192  # at most that many a program, of classes
-
-
-def head_config(largest_map: int, layout: str, classes: int) -> HeadConfig:
-    """For maps of at most so many cells. Four planes of a wide tile at a time, or where channels follow each other 16
-    of them, of each cell two sectors; classes are shared out evenly.
-    """
-    cells, planes, picks = (64, 16, 16) if layout == "channels" else (256, 4, 32)
-    while cells > 64 and cells >= 2 * largest_map:
-        cells //= 2
-    tiles = _ceil(classes, planes)
-    programs = _ceil(tiles * planes * cells, NUMBERS)
-    return HeadConfig(cells, planes, _ceil(tiles, programs) * planes, picks)
+from .picking import Maps, fill_parts, levels_of, lies_as, parts_of, pick_launches, tuned_for
 
 
 def _ceil(a: int, b: int) -> int:
@@ -68,13 +40,12 @@ class Geometry(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """What the launches before the last one leave for it; the gradient alone needs no boxes and no nans."""
+    """What the launches before the last one leave for it; the gradient alone needs no nans."""
 
-    boxes: Tensor | None  # [B, N, 4]
     row: Tensor  # int32 [B, N]; the number of rows where there is none
     score: Tensor  # [B, N], of no meaning where there is no row
     norm: Tensor  # 0-dim
-    nans: Tensor | None  # 0-dim
+    nans: Tensor | None  # [2], of boxes and of classes
 
 
 class PickOutputs(NamedTuple):
@@ -95,26 +66,6 @@ def _head(key: str, width: float, height: float) -> loss.Head:
     head = pick_head_from_key(key)
     box, label = TERMS[head.box], TERMS[head.label]
     return loss.Head(box.kernel, label.kernel, (width, height), head.box_args, label.kernel_args(head.label_args))
-
-
-def _plain(numbers: tuple[int, ...]) -> list[int]:
-    return [(number - 3) // 2 for number in numbers]
-
-
-def _lies(parts: Sequence[records.Predictions], maps: Maps) -> str:
-    """The layout of predictions and gradients, see ``kernels/picks/loss.py``."""
-    found = set()
-    for each in parts:
-        for part in each:
-            if part is None:
-                continue
-            for by, (_, width) in zip(part.by, maps, strict=True):
-                _, row, column, _, channel = _plain(by)
-                if row != width * column:
-                    found.add("strided")
-                else:
-                    found.add("planes" if column == 1 else "channels" if channel == 1 else "strided")
-    return found.pop() if len(found) == 1 else "strided"
 
 
 class _Plan(NamedTuple):
@@ -140,9 +91,9 @@ def _plan(
     form, maps, (height, width) = geometry
     predictions = parts_of(form, preds, key, maps)
     gradient = predictions if grads is None else parts_of(form, grads, key, maps)
-    lies = _lies((predictions, gradient), maps)
+    lies = lies_as((predictions, gradient), maps)
     areas = [rows * columns for rows, columns in maps]
-    config = head_config(max(areas), lies, head.num_classes)
+    config = pick_config(max(areas), lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
     spec = loss.HeadSpec(
         C=head.num_classes,
         REG_MAX=head.reg_max,
@@ -163,11 +114,9 @@ def _plan(
         PICKS=config.picks,
     )
     arguments = {
-        "levels": records.Levels(
-            odd(tuple(columns for _, columns in maps)), odd(tuple(rows for rows, _ in maps)), tuple(head.strides)
-        ),
+        "levels": levels_of(maps, head),
         "B": batch,
-        "head": _head(key, float(width), float(height)),
+        "task": loss.Task(_head(key, float(width), float(height)), None, None),
         "SPEC": spec,
     }
     tiles = batch * sum(_ceil(area, config.cells) for area in areas)
@@ -207,9 +156,10 @@ def head_launch(
         {
             "predictions": fill_parts(plan.predictions, preds),
             "gradient": None if grads is None else fill_parts(plan.gradient, grads),
-            "targets": records.Targets(rows, None, class_weights),
             "M": rows.shape[0],
-            "assigned": loss.Assigned(*assignment),
+            "task": plan.launch.arguments["task"]._replace(
+                targets=records.Targets(rows, None, class_weights), assigned=loss.Assigned(*assignment)
+            ),
             "weights": loss.Weights(
                 tuple(gains), (None,) * (1 + len(gains)) if grad_outs is None else tuple(grad_outs)
             ),
@@ -236,7 +186,7 @@ def loss_launches(
     norm = settled.norm_ptr
     total, *parts = [norm.new_empty(()) for _ in range(1 + len(gains))]
     grads = [torch.empty_like(pred) for pred in preds] if with_grad else []
-    found = Assignment(decoded.boxes_ptr, decoded.row_ptr, decoded.score_ptr, norm, settled.nans_ptr)
+    found = Assignment(decoded.row_ptr, decoded.score_ptr, norm, settled.nans_ptr)
     results = (total, parts)
     last = head_launch(
         preds, rows, class_weights, head, geometry, gains, found, results, grads or None, workspace=workspace
@@ -305,7 +255,7 @@ def _gradient(
     skip_one: bool,
 ) -> None:
     rows, row, score, norm = saved
-    head, found = pick_head_from_key(key), Assignment(None, row, score, norm, None)
+    head, found = pick_head_from_key(key), Assignment(row, score, norm, None)
     outs = grad_outs[: 1 + len(gains)]
     launch = head_launch(preds, rows, class_weights, head, geometry, tuple(gains), found, None, grads, outs, skip_one)
     run_all([launch], rows.device)

@@ -1,77 +1,42 @@
 """Boxes of all predictions, and what later launches find ready; of SimOTA also candidates, and their shared costs."""
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from ..levels import integer_of
-from ..primitives import plain
+from ..overlap import Corners
+from ..primitives import logistic, plain
 from ..rows import image_rows, load_rows
 from ..terms.decode import exp, ltrb
-from .site import (
-    Cells,
-    all_cells,
-    cells_before,
-    channel_at,
-    channel_step,
-    load_channel,
-    load_object,
-    object_of,
-    offsets,
-    stride_of,
-)
-from .wish import log_miss, near_and_own, reach
+from .region import reach
+from .site import Cells, Object, channel_at, divided, load_channel, object_of, offsets, stride_of
+from .views import as_wide, cells_in, is_wide, step_of, tile_of, tiles_of, view_of, wide_mask
+from .wish import LAST, LOWEST_LOG, log_miss, near_and_own
 
+SEARCHED: tl.constexpr = tl.constexpr(256)  # rows that are searched at a time for those of an image
 ROWS: tl.constexpr = tl.constexpr(32)  # rows that are tested at a time: one a thread of a warp
 CHOSEN: tl.constexpr = tl.constexpr(32)  # candidates whose classes are read at a time
+ACROSS: tl.constexpr = tl.constexpr(8)  # classes of each
 
 
-class Tile(NamedTuple):
-    """The cells of a program."""
-
-    b: Any
-    N: Any  # cells of an image
-    first_n: Any  # of the level
-    W: Any
-    cells: Cells
-    mask: Any
+# ----------------------------------------------------------------------------------------------------------- boxes
 
 
 @triton.jit
-def _tile(levels, batch, SPEC: tl.constexpr, CELLS: tl.constexpr):
-    """The tile of a program: levels one after the other, in each the tiles of image by image."""
-    pid = tl.program_id(0)
-    level = pid * 0
-    local = pid
-    first_n = pid * 0
-    start = pid * 0
-    for i in tl.static_range(len(levels.widths)):
-        programs = batch * tl.cdiv(plain(levels.widths[i]) * plain(levels.heights[i]), CELLS)
-        here = pid >= start
-        level = tl.where(here, i, level)
-        local = tl.where(here, pid - start, local)
-        first_n = tl.where(here, cells_before(levels, i), first_n)
-        start += programs
-    W = integer_of(levels.widths, level)
-    HW = W * integer_of(levels.heights, level)
-    tiles = tl.cdiv(HW, CELLS)
-    b = local // tiles
-    cell = (local - b * tiles) * CELLS + tl.arange(0, CELLS)
-    line = cell // W
-    cells = Cells(first_n + cell, level, line, cell - line * W, stride_of(level, levels, SPEC))
-    return Tile(b, all_cells(levels), first_n, W, cells, cell < HW)
-
-
-@triton.jit
-def _side(at, step, side, mask, SPEC: tl.constexpr, BINS: tl.constexpr):
+def _side(view, tile, side, mask, SPEC: tl.constexpr, BINS: tl.constexpr, LAYOUT: tl.constexpr):
     """A distance, or another number of a box."""
+    at = cells_in(view, tile.cells, tile, LAYOUT)
+    step = step_of(view, LAYOUT)
     if SPEC.REG_MAX == 1:
         value = tl.load(at + side * step, mask=mask, other=0.0).to(SPEC.ACC)
     else:
         bins = tl.arange(0, BINS)[:, None]
-        ptrs = (at + side * (SPEC.REG_MAX * step))[None, :] + bins * step
-        logits = tl.load(ptrs, mask=mask[None, :] & (bins < SPEC.REG_MAX), other=-float("inf")).to(SPEC.ACC)
+        ptrs = at[None, :] + (side * SPEC.REG_MAX + bins) * step
+        keep = mask[None, :]
+        if SPEC.REG_MAX < BINS:
+            keep = keep & (bins < SPEC.REG_MAX)
+        logits = tl.load(ptrs, mask=keep, other=0.0).to(SPEC.ACC)
+        if SPEC.REG_MAX < BINS:
+            logits = tl.where(bins < SPEC.REG_MAX, logits, -float("inf"))
         e = tl.exp(logits - tl.max(logits, axis=0)[None, :])  # a NaN stays one
         value = tl.sum(e * bins.to(SPEC.ACC), axis=0) / tl.sum(e, axis=0)
     return value
@@ -91,27 +56,33 @@ def _axis(a, b, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _store_boxes(decoded, part, tile, at_cell, SPEC: tl.constexpr, BINS: tl.constexpr):
+def _store_boxes(view, tile, mask, stride, ptr, SPEC: tl.constexpr, BINS: tl.constexpr, LAYOUT: tl.constexpr):
     """Corners in pixels, from the middles of cells."""
-    at = channel_at(part, tile.b, 0, tile.cells)
-    step = tl.cast(channel_step(part, tile.cells.level), tl.int64)
-    x, width = _axis(_side(at, step, 0, tile.mask, SPEC, BINS), _side(at, step, 2, tile.mask, SPEC, BINS), SPEC)
-    y, height = _axis(_side(at, step, 1, tile.mask, SPEC, BINS), _side(at, step, 3, tile.mask, SPEC, BINS), SPEC)
-    stride = tile.cells.stride
-    to = decoded.boxes_ptr + at_cell * 4
-    tl.store(to, (x - 0.5 * width) * stride, mask=tile.mask)
-    tl.store(to + 1, (y - 0.5 * height) * stride, mask=tile.mask)
-    tl.store(to + 2, (x + 0.5 * width) * stride, mask=tile.mask)
-    tl.store(to + 3, (y + 0.5 * height) * stride, mask=tile.mask)
+    left = _side(view, tile, 0, mask, SPEC, BINS, LAYOUT)
+    right = _side(view, tile, 2, mask, SPEC, BINS, LAYOUT)
+    x, width = _axis(left, right, SPEC)
+    upper = _side(view, tile, 1, mask, SPEC, BINS, LAYOUT)
+    lower = _side(view, tile, 3, mask, SPEC, BINS, LAYOUT)
+    y, height = _axis(upper, lower, SPEC)
+    x1 = (x - 0.5 * width) * stride
+    y1 = (y - 0.5 * height) * stride
+    x2 = (x + 0.5 * width) * stride
+    y2 = (y + 0.5 * height) * stride
+    boxes = tl.reshape(tl.join(tl.join(x1, x2), tl.join(y1, y2)), (tile.cells.shape[0], 4))
+    at = tile.b.to(tl.int64) * tile.N + tile.first + tile.cells
+    tl.store(ptr + at[:, None] * 4 + tl.arange(0, 4)[None, :], boxes, mask=mask[:, None])
+    return Corners(x1, y1, x2, y2)
+
+
+# ------------------------------------------------------------------------------------------------- SimOTA: candidates
 
 
 @triton.jit
-def _candidates(tile, targets, M, frame, numbers, SPEC: tl.constexpr):
+def _candidates(tile, cells, targets, M, frame, numbers, SPEC: tl.constexpr):
     """Which cells of the tile an object makes candidates, and which are of its own; only rows that reach the lines of
     the tile are held against each cell.
     """
-    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, tile.b, ROWS)
-    cells = tile.cells
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, tile.b, SEARCHED)
     found = tile.mask & (cells.n < 0)
     taken = found
     lines = tl.where(tile.mask, cells.line, tl.min(cells.line, axis=0))
@@ -125,75 +96,161 @@ def _candidates(tile, targets, M, frame, numbers, SPEC: tl.constexpr):
             reach_y = tl.maximum(reach_y, 0.5 * rows.height)
         y = rows.cy * frame.height
         left = rows.valid & (rows.image == tile.b) & (y + reach_y > top) & (y - reach_y < bottom)
-        count = tl.sum(left.to(tl.int32), axis=0)
-        while count > 0:
-            lowest = tl.min(tl.where(left, g, last), axis=0)
-            left = left & (g > lowest)
-            count -= 1
-            one = load_object(targets, lowest, M, frame, SPEC)
+        lowest = tl.min(tl.where(left, g, LAST), axis=0)
+        while lowest < LAST:
+            one = _valid_object(targets, lowest, tile, frame, SPEC)
             off_x, off_y = offsets(one, cells, frame, SPEC)
             near, own = near_and_own(one, off_x, off_y, cells.stride, numbers, SPEC)
             found = found | (near & tile.mask)
             taken = taken | own
+            left = left & (g > lowest)
+            lowest = tl.min(tl.where(left, g, LAST), axis=0)
     return found, taken
 
 
 @triton.jit
-def _shared_costs(predictions, b, cells, mask, SPEC: tl.constexpr, ACROSS: tl.constexpr):
-    """What the true class does not change in the costs of cells."""
-    obj = load_channel(predictions.obj, b, 0, cells, mask, SPEC)[None, :]
-    at = channel_at(predictions.cls, b, 0, cells)[None, :]
-    step = tl.cast(channel_step(predictions.cls, tl.max(cells.level, axis=0)), tl.int64)
-    total = tl.zeros([ACROSS, cells.n.shape[0]], SPEC.ACC)
+def _valid_object(targets, g, tile, frame, SPEC: tl.constexpr):
+    """A row that is valid, and of the image of the tile; its class is left out."""
+    at = targets.ptr + tl.cast(g, tl.int64) * 6
+    return Object(
+        g >= 0,
+        tile.b,
+        None,
+        tl.load(at + 2).to(SPEC.ACC),
+        tl.load(at + 3).to(SPEC.ACC),
+        tl.load(at + 4).to(SPEC.ACC) * frame.width,
+        tl.load(at + 5).to(SPEC.ACC) * frame.height,
+    )
+
+
+@triton.jit
+def _split(q):
+    """A float32 q > 0 as a number in [1, 2) and a power of two; NaN stays NaN."""
+    bits = q.to(tl.int32, bitcast=True)
+    return q * (0x7F000000 - (bits & 0x7F800000)).to(tl.float32, bitcast=True), (bits >> 23) - 127
+
+
+@triton.jit
+def _class_costs(at, obj, mask, step, SPEC: tl.constexpr):
+    """Sums of -:func:`~.wish.log_miss` of all classes of cells, ``at`` pointers [1, cells] to the first; ``obj`` too.
+
+    In float32 one logarithm of a product does for many: what it grows, or shrinks, by is kept apart.
+    """
+    CELLS: tl.constexpr = at.shape[1]
+    total = tl.zeros([ACROSS, CELLS], SPEC.ACC)
+    product = total + 1.0
+    under = total + 1.0
+    powers = tl.zeros([ACROSS, CELLS], tl.int32)
+    high_obj, low_obj, _e_obj = logistic(obj)
     for c0 in range(0, SPEC.C, ACROSS):
         c = c0 + tl.arange(0, ACROSS)[:, None]
         used = mask[None, :] & (c < SPEC.C)
         cls = tl.load(at + c * step, mask=used, other=0.0).to(SPEC.ACC)
-        total -= tl.where(used, log_miss(cls, obj), 0.0)
+        if obj.dtype == tl.float64:
+            total -= tl.where(used, log_miss(cls, obj), 0.0)
+        else:
+            high, low, _e = logistic(cls)
+            miss = tl.where(used, low + high * low_obj, 1.0)
+            none = miss == 0.0
+            total -= tl.where(none, LOWEST_LOG, 0.0)
+            product, more = _split(product * tl.where(none, 1.0, miss))
+            under, fewer = _split(under * tl.where(used & ~none, 1.0 + tl.sqrt(high * high_obj), 1.0))
+            powers += more - fewer
+    if obj.dtype != tl.float64:
+        total -= tl.log(product) - tl.log(under) + powers.to(SPEC.ACC) * 0.6931471805599453
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _store_candidates(predictions, tile, chosen, taken, decoded, tally, SPEC: tl.constexpr, ACROSS: tl.constexpr):
+def _store_costs(predictions, tile, cells, mask, decoded, tally, SPEC: tl.constexpr):
+    """What the true class does not change in the costs of candidates."""
+    obj = load_channel(predictions.obj, tile.b, 0, cells, mask, SPEC)[None, :]
+    at = channel_at(predictions.cls, tile.b, 0, cells)[None, :]
+    shared = _class_costs(at, obj, mask, view_of(predictions.cls, tile.level).by.channel, SPEC)
+    known = shared == shared
+    at_cell = tile.b.to(tl.int64) * tile.N + cells.n
+    tl.store(decoded.cost_ptr + at_cell, tl.where(known, shared, float("inf")), mask=mask)
+    if tl.max((mask & ~known).to(tl.int32), axis=0) > 0:
+        tl.atomic_max(tally.done_ptr + 2, 1, sem="relaxed")
+
+
+@triton.jit
+def _store_bounds(tile, cells, boxes, chosen, frame, ptr, SPEC: tl.constexpr):
+    """Corners in pixels that hold the boxes of candidates, and what rounding may take off; those without a NaN."""
+    x = (cells.column.to(SPEC.ACC) + 0.5) * cells.stride
+    y = (cells.line.to(SPEC.ACC) + 0.5) * cells.stride
+    far = float("inf")
+    x1 = tl.min(tl.where(chosen & (boxes.x1 == boxes.x1), x + boxes.x1, far), axis=0)
+    y1 = tl.min(tl.where(chosen & (boxes.y1 == boxes.y1), y + boxes.y1, far), axis=0)
+    x2 = tl.max(tl.where(chosen & (boxes.x2 == boxes.x2), x + boxes.x2, -far), axis=0)
+    y2 = tl.max(tl.where(chosen & (boxes.y2 == boxes.y2), y + boxes.y2, -far), axis=0)
+    tl.store(ptr, x1 - 1e-5 * (tl.abs(x1) + frame.width))
+    tl.store(ptr + 1, y1 - 1e-5 * (tl.abs(y1) + frame.height))
+    tl.store(ptr + 2, x2 + 1e-5 * (tl.abs(x2) + frame.width))
+    tl.store(ptr + 3, y2 + 1e-5 * (tl.abs(y2) + frame.height))
+
+
+@triton.jit
+def _store_candidates(predictions, tile, cells, boxes, found, tiles, decoded, frame, tally, SPEC: tl.constexpr):
     """Lists the candidates of a tile, and stores what they share, which others do not."""
+    chosen, taken = found
     first = tile.b.to(tl.int64) * tile.N
     place = chosen.to(tl.int32)
     count = tl.sum(place, axis=0)
+    begin = tl.min(cells.n, axis=0)
+    tile_at = (tile.b * tiles + tile.place).to(tl.int64)
+    tl.store(decoded.tiles_ptr + tile_at * 2, begin)
+    tl.store(decoded.tiles_ptr + tile_at * 2 + 1, count)
+    tl.store(decoded.cost_ptr + first + cells.n, tl.zeros_like(boxes.x1) + float("inf"), mask=tile.mask & ~chosen)
     if count > 0:
-        base = tl.atomic_add(tally.found_ptr + 2 + tile.b, count, sem="relaxed")
-        to = decoded.list_ptr + first + base
-        n = tile.cells.n
-        tl.store(to + (tl.cumsum(place, axis=0) - place), tl.where(taken, n, -1 - n), mask=chosen)
+        _store_bounds(tile, cells, boxes, chosen, frame, decoded.bounds_ptr + tile_at * 4, SPEC)
+        own = decoded.list_ptr + first + begin
+        tl.store(own + (tl.cumsum(place, axis=0) - place), tl.where(taken, cells.n, -1 - cells.n), mask=chosen)
         tl.debug_barrier()  # in this list they are neighbours, so that no thread idles
         for i0 in range(0, count, CHOSEN):
             i = i0 + tl.arange(0, CHOSEN)
-            entry = tl.load(to + i, mask=i < count, other=tl.min(n, axis=0))
-            n_chosen = tl.where(entry < 0, -1 - entry, entry)
-            own = n_chosen - tile.first_n
-            line = own // tile.W
-            cells = Cells(n_chosen, own * 0 + tile.cells.level, line, own - line * tile.W, tile.cells.stride)
-            shared = _shared_costs(predictions, tile.b, cells, i < count, SPEC, ACROSS)
-            known = shared == shared
-            costs = tl.where(known, shared, float("inf"))
-            tl.store(decoded.cost_ptr + first + n_chosen, costs, mask=i < count)
-            if tl.max(((i < count) & ~known).to(tl.int32), axis=0) > 0:
-                tl.atomic_max(tally.done_ptr + 2, 1, sem="relaxed")
+            entry = tl.load(own + i, mask=i < count, other=begin)
+            n = tl.where(entry < 0, -1 - entry, entry)
+            line = divided(n - tile.first, tile.W)
+            some = Cells(n, line * 0 + tile.level, line, n - tile.first - line * tile.W, cells.stride)
+            _store_costs(predictions, tile, some, i < count, decoded, tally, SPEC)
+
+
+# ------------------------------------------------------------------------------------------------------------- all
 
 
 @triton.jit(do_not_specialize=["M"])
 def decode_kernel(
     predictions, levels, targets, M, frame, numbers, decoded, tally, SPEC: tl.constexpr, CELLS: tl.constexpr,
-    BINS: tl.constexpr,
+    BINS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Boxes of a tile of CELLS cells of an image and level, a program each; see :class:`.records.Decoded`."""
-    tile = _tile(levels, plain(frame.batch), SPEC, CELLS)
-    at_cell = tile.b.to(tl.int64) * tile.N + tile.cells.n
-    _store_boxes(decoded, predictions.box, tile, at_cell, SPEC, BINS)
-    tl.store(decoded.row_ptr + at_cell, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
-    tl.store(decoded.picker_ptr + at_cell, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
-    tl.store(decoded.claim_ptr + at_cell, tl.zeros([CELLS], tl.int64), mask=tile.mask)
-    tl.store(decoded.score_ptr + at_cell, tl.zeros([CELLS], SPEC.ACC), mask=tile.mask)
+    """Boxes of a tile of CELLS cells of an image and level, a program each; see :class:`.records.Decoded`.
+
+    ``BINS``: REG_MAX, a power of two; ``LAYOUT``: of boxes, see :mod:`.views`.
+    """
+    tile = tile_of(tl.program_id(0), levels, plain(frame.batch), CELLS)
+    stride = stride_of(tile.level, levels, SPEC)
+    view = view_of(predictions.box, tile.level)
+    wide = tile.HW < 0
+    if LAYOUT != "strided":
+        wide = is_wide(view, tile, LAYOUT)
+    if wide:
+        own = as_wide(view, LAYOUT)
+        mask = wide_mask(view, tile, LAYOUT)
+        boxes = _store_boxes(own, tile, mask, stride, decoded.boxes_ptr, SPEC, BINS, LAYOUT)
+    else:
+        boxes = _store_boxes(view, tile, tile.mask, stride, decoded.boxes_ptr, SPEC, BINS, LAYOUT)
+    unknown = (boxes.x1 != boxes.x1) | (boxes.y1 != boxes.y1) | (boxes.x2 != boxes.x2) | (boxes.y2 != boxes.y2)
+    if tl.max((unknown & tile.mask).to(tl.int32), axis=0) > 0:
+        tl.atomic_max(tally.done_ptr + 3, 1, sem="relaxed")
+    at = tile.b.to(tl.int64) * tile.N + tile.first + tile.cells
+    tl.store(decoded.row_ptr + at, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
+    tl.store(decoded.picker_ptr + at, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
+    tl.store(decoded.claim_ptr + at, tl.zeros([CELLS], tl.int64), mask=tile.mask)
+    tl.store(decoded.score_ptr + at, tl.zeros([CELLS], SPEC.ACC), mask=tile.mask)
     if SPEC.ASSIGNER == "simota":
-        chosen, taken = _candidates(tile, targets, M, frame, numbers, SPEC)
-        tl.store(decoded.cost_ptr + at_cell, tl.zeros([CELLS], SPEC.ACC) + float("inf"), mask=tile.mask & ~chosen)
-        _store_candidates(predictions, tile, chosen, taken, decoded, tally, SPEC, CELLS // CHOSEN)
+        line = tile.cells // tile.W
+        cells = Cells(tile.first + tile.cells, tile.level, line, tile.cells - line * tile.W, stride)
+        found = _candidates(tile, cells, targets, M, frame, numbers, SPEC)
+        tiles = tiles_of(levels, CELLS)
+        _store_candidates(predictions, tile, cells, boxes, found, tiles, decoded, frame, tally, SPEC=SPEC)

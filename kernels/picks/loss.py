@@ -1,14 +1,10 @@
 """Loss and gradient of cells that predict a box each: class logits are read once, boxes where there is an object.
 
-One launch for all levels. A tile is CELLS consecutive cells of a level of an image; one program owns its boxes and
-objectness, each of the others GROUP of its classes. Where an object has a cell, and where a gradient is all zeros but
+One launch for all levels. One program owns the boxes and objectness of a tile, each of the others GROUP of its
+classes. Where an object has a cell, and where a gradient is all zeros but
 for these, a program stores zeros of the whole tile and then, behind a barrier, what is none: the cells that have a row
 are looked at PICKS at a time. Without objectness the classes are a stream in which every logit is of the background;
 those of the classes that objects have are then done again, one a cell.
-
-Layouts. "planes": all cells of a level follow each other in memory; "channels": the numbers of a cell do; else
-"strided". No kernel is compiled for the numbers of a size: whether all runs begin at multiples of 16 numbers, which
-wide accesses need, is asked at run time.
 
 Modes. WITH_LOSS leaves partial sums, which the last program to finish adds up in a fixed order. WITH_GRAD leaves the
 gradient times ``grads``. SKIP_ONE, of a gradient that is already there for ones: a program returns at once if it is
@@ -20,14 +16,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..levels import Strides, are_wide, as_wide, integer_of, number_of, pointer_of, strides_of
-from ..primitives import log1p, plain
+from ..levels import number_of
+from ..primitives import log1p
 from ..rows import load_rows
 from ..sums import column, column_sums, is_last
 from ..terms.decode import chain, exp, ltrb
 from ..terms.label import bce, exponentials, softmax_slope
 from ..terms.offset import l1
 from ..terms.records import Jacobian, Span, axis_of_sizes
+from .views import as_wide, cells_in, is_wide, step_of, tile_of, tiles_of, view_of, wide_mask
 
 N_PARTS: tl.constexpr = tl.constexpr(4)  # room for as many parts as there may be
 LOW: tl.constexpr = tl.constexpr(-1e4)  # a logit of which a term, and its derivative, is 0 for the background
@@ -76,7 +73,6 @@ class Weights(NamedTuple):
 class Assigned(NamedTuple):
     """What the launches before this one have settled, see ``records.py``: of ``Decoded`` and of ``Settled``."""
 
-    boxes_ptr: Any
     row_ptr: Any
     score_ptr: Any
     norm_ptr: Any
@@ -100,25 +96,12 @@ class Sums(NamedTuple):
     done_ptr: Any
 
 
-class View(NamedTuple):
-    """One of box, objectness and class of a level: where the image of a program begins, and strides."""
-
-    ptr: Any
-    start: Any
-    by: Any
-
-
 class Site(NamedTuple):
     """The tile of a program, and which rows its cells have; ``first`` is the index of the level's first cell among all
     of the batch."""
 
-    b: Any
-    level: Any
+    tile: Any
     first: Any
-    cells: Any
-    mask: Any
-    W: Any
-    HW: Any
     row: Any
     has: Any
 
@@ -161,102 +144,12 @@ class Raw(NamedTuple):
 
 
 @triton.jit
-def _tiles(levels, B, CELLS: tl.constexpr):
-    """Tiles of all images and levels, and cells of an image."""
-    tiles = B * 0
-    N = B * 0
-    for i in tl.static_range(len(levels.widths)):
-        HW = plain(levels.widths[i]) * plain(levels.heights[i])
-        tiles += B * tl.cdiv(HW, CELLS)
-        N += HW
-    return tiles, N
-
-
-@triton.jit
-def _site(tile, levels, N, B, M, row_ptr, CELLS: tl.constexpr):
+def _site(index, levels, B, M, row_ptr, CELLS: tl.constexpr):
     """The tile of this number."""
-    level = tile * 0
-    local = tile
-    before = tile * 0
-    begin = tile * 0
-    cells_before = tile * 0
-    for i in tl.static_range(len(levels.widths)):
-        HW = plain(levels.widths[i]) * plain(levels.heights[i])
-        tiles = B * tl.cdiv(HW, CELLS)
-        here = (tile >= begin) & (tile < begin + tiles)
-        level = tl.where(here, i, level)
-        local = tl.where(here, tile - begin, local)
-        before = tl.where(here, cells_before, before)
-        begin += tiles
-        cells_before += HW
-    W = integer_of(levels.widths, level)
-    HW = W * integer_of(levels.heights, level)
-    own = tl.cdiv(HW, CELLS)
-    b = local // own
-    cells = (local % own) * CELLS + tl.arange(0, CELLS)
-    mask = cells < HW
-    first = b * N + before
-    row = tl.load(row_ptr + first + cells, mask=mask, other=M)
-    return Site(b, level, first, cells, mask, W, HW, row, row < M)
-
-
-@triton.jit
-def _view(part, level):
-    """Box, objectness or class of a level known at run time."""
-    return View(pointer_of(part.ptrs, level), integer_of(part.starts, level), strides_of(part.by, level))
-
-
-@triton.jit
-def _is_wide(view, site, LAYOUT: tl.constexpr):
-    """Whether all runs of a level begin at multiples of 16 elements, as the widest accesses need."""
-    if LAYOUT == "planes":
-        wide = (site.HW % 16 == 0) & (view.start % 16 == 0) & are_wide(view.by)
-    else:
-        wide = (view.by.image % 16 == 0) & (view.by.column % 16 == 0) & (view.start % 16 == 0)
-    return wide
-
-
-@triton.jit
-def _as_wide(view, LAYOUT: tl.constexpr):
-    """A view of which :func:`_is_wide` is so, in a form that tells the compiler."""
-    if LAYOUT == "planes":
-        by = as_wide(view.by)
-    else:
-        by = Strides(view.by.image // 16 * 16, view.by.row, view.by.column // 16 * 16, 0, 1)
-    return View(view.ptr, view.start // 16 * 16, by)
-
-
-@triton.jit
-def _wide_mask(site, LAYOUT: tl.constexpr):
-    """The mask of a tile, likewise."""
-    if LAYOUT == "planes":
-        mask = site.cells < site.HW // 16 * 16
-    else:
-        mask = site.mask
-    return mask
-
-
-@triton.jit
-def _cells_at(view, cells, site, LAYOUT: tl.constexpr):
-    """Pointers to the first channel of some cells."""
-    by = view.by
-    at = view.ptr + (site.b.to(tl.int64) * by.image + view.start)
-    if LAYOUT == "planes":
-        at = at + cells
-    elif LAYOUT == "channels":
-        at = at + cells * by.column
-    else:
-        at = at + (cells // site.W) * by.row + (cells % site.W) * by.column
-    return at
-
-
-@triton.jit
-def _channel_step(view, LAYOUT: tl.constexpr):
-    """Elements from channel to channel."""
-    step = view.by.channel
-    if LAYOUT == "channels":
-        step = 1
-    return step
+    tile = tile_of(index, levels, B, CELLS)
+    first = tile.b * tile.N + tile.first
+    row = tl.load(row_ptr + first + tile.cells, mask=tile.mask, other=M)
+    return Site(tile, first, row, row < M)
 
 
 @triton.jit
@@ -272,7 +165,7 @@ def _keep(mask, k, last, WIDTH: tl.constexpr, PLANES: tl.constexpr):
 def _list(site, list_ptr):
     """Leaves the cells of the tile that have a row, in their order, and returns how many; readable after a barrier."""
     has = site.has.to(tl.int32)
-    tl.store(list_ptr + tl.cumsum(has, axis=0) - 1, site.cells, mask=site.has)
+    tl.store(list_ptr + tl.cumsum(has, axis=0) - 1, site.tile.cells, mask=site.has)
     return tl.sum(has, axis=0)
 
 
@@ -293,24 +186,24 @@ def _listed(site, list_ptr, i0, count, row_ptr, PICKS: tl.constexpr):
 def _fill_with_zeros(view, site, mask, first, last, WIDTH: tl.constexpr, SPEC: tl.constexpr):
     CELLS: tl.constexpr = SPEC.CELLS
     PLANES: tl.constexpr = SPEC.PLANES
-    at = _cells_at(view, site.cells, site, SPEC.LAYOUT)
+    at = cells_in(view, site.tile.cells, site.tile, SPEC.LAYOUT)
     nothing = tl.zeros([PLANES, CELLS], view.ptr.dtype.element_ty)
     for k0 in tl.range(first, last, PLANES, loop_unroll_factor=1):
         k = k0 + tl.arange(0, PLANES)[:, None]
         keep = _keep(mask, k, last, WIDTH, PLANES)
-        tl.store(at[None, :] + k * _channel_step(view, SPEC.LAYOUT), nothing, mask=keep)
+        tl.store(at[None, :] + k * step_of(view, SPEC.LAYOUT), nothing, mask=keep)
 
 
 @triton.jit
 def _store_zeros(view, site, first, last, WIDTH: tl.constexpr, SPEC: tl.constexpr):
     """Zeros in the channels from ``first`` to ``last`` of a tile, of WIDTH in all."""
     if SPEC.LAYOUT == "strided":
-        _fill_with_zeros(view, site, site.mask, first, last, WIDTH, SPEC)
-    elif _is_wide(view, site, SPEC.LAYOUT):
-        wide = _as_wide(view, SPEC.LAYOUT)
-        _fill_with_zeros(wide, site, _wide_mask(site, SPEC.LAYOUT), first, last, WIDTH, SPEC)
+        _fill_with_zeros(view, site, site.tile.mask, first, last, WIDTH, SPEC)
+    elif is_wide(view, site.tile, SPEC.LAYOUT):
+        wide = as_wide(view, SPEC.LAYOUT)
+        _fill_with_zeros(wide, site, wide_mask(view, site.tile, SPEC.LAYOUT), first, last, WIDTH, SPEC)
     else:
-        _fill_with_zeros(view, site, site.mask, first, last, WIDTH, SPEC)
+        _fill_with_zeros(view, site, site.tile.mask, first, last, WIDTH, SPEC)
 
 
 # --------------------------------------------------------------------------------------------------------- classes
@@ -339,16 +232,16 @@ def _background(
     """Loss and gradient of some classes of a tile as if there were no objects, PLANES at a time; nothing of the classes
     of these objects."""
     CELLS: tl.constexpr = SPEC.CELLS
-    at = _cells_at(view, site.cells, site, SPEC.LAYOUT)
+    at = cells_in(view, site.tile.cells, site.tile, SPEC.LAYOUT)
     d_at = at
     if SPEC.WITH_GRAD:
-        d_at = _cells_at(d_view, site.cells, site, SPEC.LAYOUT)
+        d_at = cells_in(d_view, site.tile.cells, site.tile, SPEC.LAYOUT)
     nothing = tl.zeros([PLANES, CELLS], tl.int1)
     total = tl.zeros([PLANES, CELLS], SPEC.ACC)
     for k0 in tl.range(first, last, PLANES, loop_unroll_factor=1):
         k = k0 + tl.arange(0, PLANES)[:, None]
         keep = _keep(mask, k, last, SPEC.C, PLANES)
-        x = tl.load(at[None, :] + k * _channel_step(view, SPEC.LAYOUT), mask=keep, other=LOW).to(SPEC.ACC)
+        x = tl.load(at[None, :] + k * step_of(view, SPEC.LAYOUT), mask=keep, other=LOW).to(SPEC.ACC)
         loss, d = task.head.label(x, nothing, task.head.label_args)
         factor = scale
         if task.targets.weights_ptr is not None:
@@ -358,7 +251,7 @@ def _background(
         if SPEC.WITH_LOSS:
             total += tl.where(label[None, :] == k, 0.0, loss)
         if SPEC.WITH_GRAD:
-            d_step = _channel_step(d_view, SPEC.LAYOUT)
+            d_step = step_of(d_view, SPEC.LAYOUT)
             tl.store(d_at[None, :] + k * d_step, (factor * d).to(d_view.ptr.dtype.element_ty), mask=keep)
     return tl.sum(tl.sum(total, axis=0), axis=0)
 
@@ -366,17 +259,17 @@ def _background(
 @triton.jit
 def _stream(view, d_view, site, label, first, last, task, scale, SPEC: tl.constexpr):
     """:func:`_background`, by accesses as wide as may be."""
-    wide = site.HW < 0
+    wide = site.tile.HW < 0
     if SPEC.LAYOUT != "strided":
-        wide = _is_wide(view, site, SPEC.LAYOUT)
+        wide = is_wide(view, site.tile, SPEC.LAYOUT)
         if SPEC.WITH_GRAD:
-            wide = wide & _is_wide(d_view, site, SPEC.LAYOUT)
+            wide = wide & is_wide(d_view, site.tile, SPEC.LAYOUT)
     if wide:
-        own = _as_wide(view, SPEC.LAYOUT)
+        own = as_wide(view, SPEC.LAYOUT)
         d_own = own
         if SPEC.WITH_GRAD:
-            d_own = _as_wide(d_view, SPEC.LAYOUT)
-        mask = _wide_mask(site, SPEC.LAYOUT)
+            d_own = as_wide(d_view, SPEC.LAYOUT)
+        mask = wide_mask(view, site.tile, SPEC.LAYOUT)
         loss = _background(
             own,
             d_own,
@@ -395,7 +288,7 @@ def _stream(view, d_view, site, label, first, last, task, scale, SPEC: tl.conste
             view,
             d_view,
             site,
-            site.mask,
+            site.tile.mask,
             label,
             first,
             last,
@@ -411,16 +304,16 @@ def _stream(view, d_view, site, label, first, last, task, scale, SPEC: tl.conste
 def _true_classes(view, d_view, site, label, first, last, task, scale, SPEC):
     """Loss of the class that each cell's object has, if it is one of these, and its gradient."""
     own = site.has & (label >= first) & (label < last)
-    at = _cells_at(view, site.cells, site, SPEC.LAYOUT) + label * _channel_step(view, SPEC.LAYOUT)
+    at = cells_in(view, site.tile.cells, site.tile, SPEC.LAYOUT) + label * step_of(view, SPEC.LAYOUT)
     x = tl.load(at, mask=own, other=0.0).to(SPEC.ACC)
-    score = tl.load(task.assigned.score_ptr + site.first + site.cells, mask=own, other=0.0)
+    score = tl.load(task.assigned.score_ptr + site.first + site.tile.cells, mask=own, other=0.0)
     loss, d = task.head.label(x, score, task.head.label_args)
     if task.targets.weights_ptr is not None:
         weight = _class_weight(task.targets.weights_ptr, label, own, SPEC.ACC)
         loss = weight * loss
         d = weight * d
     if SPEC.WITH_GRAD:
-        at = _cells_at(d_view, site.cells, site, SPEC.LAYOUT) + label * _channel_step(d_view, SPEC.LAYOUT)
+        at = cells_in(d_view, site.tile.cells, site.tile, SPEC.LAYOUT) + label * step_of(d_view, SPEC.LAYOUT)
         tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=own)
     return tl.sum(tl.where(own, loss, 0.0), axis=0)
 
@@ -435,7 +328,7 @@ def _listed_classes(view, d_view, site, list_ptr, count, first, last, task, scal
     for i0 in range(0, count, PICKS):
         picks = _listed(site, list_ptr, i0, count, task.assigned.row_ptr, PICKS)
         keep = picks.mask[:, None] & (k < last)
-        at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None] + k * _channel_step(view, SPEC.LAYOUT)
+        at = cells_in(view, picks.cells, site.tile, SPEC.LAYOUT)[:, None] + k * step_of(view, SPEC.LAYOUT)
         x = tl.load(at, mask=keep, other=0.0).to(SPEC.ACC)
         label = tl.load(task.targets.ptr + picks.row * 6 + 1, mask=picks.mask, other=-1.0).to(tl.int32)
         score = tl.load(task.assigned.score_ptr + picks.index, mask=picks.mask, other=0.0)
@@ -446,7 +339,7 @@ def _listed_classes(view, d_view, site, list_ptr, count, first, last, task, scal
             d = weight * d
         total += tl.where(keep, loss, 0.0)
         if SPEC.WITH_GRAD:
-            at = _cells_at(d_view, picks.cells, site, SPEC.LAYOUT)[:, None] + k * _channel_step(d_view, SPEC.LAYOUT)
+            at = cells_in(d_view, picks.cells, site.tile, SPEC.LAYOUT)[:, None] + k * step_of(d_view, SPEC.LAYOUT)
             tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=keep)
     return tl.sum(tl.sum(total, axis=1), axis=0)
 
@@ -506,8 +399,8 @@ def _decode(a, b, DECODE: tl.constexpr):
 def _true_box(picks, site, stride, task, SPEC: tl.constexpr):
     """Centres of the rows of some cells from the middles of these, and sides, in cells."""
     row = load_rows(task.targets.ptr, picks.row, picks.mask, SPEC.PICKS)
-    x = ((picks.cells % site.W).to(SPEC.ACC) + 0.5) * stride
-    y = ((picks.cells // site.W).to(SPEC.ACC) + 0.5) * stride
+    x = ((picks.cells % site.tile.W).to(SPEC.ACC) + 0.5) * stride
+    y = ((picks.cells // site.tile.W).to(SPEC.ACC) + 0.5) * stride
     width = tl.cast(task.head.size[0], SPEC.ACC)
     height = tl.cast(task.head.size[1], SPEC.ACC)
     # the product is not rounded before the middle is taken off
@@ -579,8 +472,8 @@ def _bins(AXIS: tl.constexpr, SPEC: tl.constexpr):
 @triton.jit
 def _bins_at(view, picks, site, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """Pointers to the logits of distances."""
-    step = _channel_step(view, SPEC.LAYOUT)
-    at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None] + (tl.arange(0, 4) * SPEC.REG_MAX)[None, :] * step
+    step = step_of(view, SPEC.LAYOUT)
+    at = cells_in(view, picks.cells, site.tile, SPEC.LAYOUT)[:, None] + (tl.arange(0, 4) * SPEC.REG_MAX)[None, :] * step
     return _spread(at, AXIS) + _bins(AXIS, SPEC) * step
 
 
@@ -626,16 +519,16 @@ def _picked_bins(view, d_view, site, picks, place, head, weight, scales, SPEC: t
 def _picked_numbers(view, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr):
     """Box and distance loss of some boxes that four numbers say, each a sum, and the gradient."""
     off, sides, extent = place
-    at = _cells_at(view, picks.cells, site, SPEC.LAYOUT)[:, None]
-    at = at + tl.arange(0, 4)[None, :] * _channel_step(view, SPEC.LAYOUT)
+    at = cells_in(view, picks.cells, site.tile, SPEC.LAYOUT)[:, None]
+    at = at + tl.arange(0, 4)[None, :] * step_of(view, SPEC.LAYOUT)
     raw = _apart(tl.load(at, mask=picks.mask[:, None], other=0.0).to(SPEC.ACC))
     loss_box, d_box = _overlap(raw, off, sides, extent, head, SPEC)
     loss, d = _differences(raw, _encode(off, sides, SPEC), extent, SPEC.DISTANCE)
     if SPEC.WITH_GRAD:
         by_box = _together(d_box) * (scales.box * weight)[:, None]
         by_distance = _together(d) * (scales.distance * weight)[:, None]
-        at = _cells_at(d_view, picks.cells, site, SPEC.LAYOUT)[:, None]
-        at = at + tl.arange(0, 4)[None, :] * _channel_step(d_view, SPEC.LAYOUT)
+        at = cells_in(d_view, picks.cells, site.tile, SPEC.LAYOUT)[:, None]
+        at = at + tl.arange(0, 4)[None, :] * step_of(d_view, SPEC.LAYOUT)
         tl.store(at, (by_box + by_distance).to(d_view.ptr.dtype.element_ty), mask=picks.mask[:, None])
     box = tl.sum(tl.where(picks.mask, weight * loss_box, 0.0), axis=0)
     return box, tl.sum(tl.where(picks.mask, weight * loss, 0.0), axis=0)
@@ -672,22 +565,14 @@ def _box_program(view, d_view, site, list_ptr, stride, task, scales, SPEC: tl.co
 
 
 @triton.jit
-def _unknown(boxes_ptr, site, ACC: tl.constexpr):
-    """NaN if a number of a decoded box of the tile is, else 0."""
-    at = boxes_ptr + (site.first + site.cells)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    boxes = tl.load(at, mask=site.mask[:, None], other=0.0)
-    return tl.sum(tl.sum(tl.where(boxes != boxes, boxes, 0.0), axis=1), axis=0)
-
-
-@triton.jit
 def _objectness(view, d_view, site, scale, SPEC: tl.constexpr):
     """Loss of the objectness of a tile, and its gradient."""
-    at = _cells_at(view, site.cells, site, SPEC.LAYOUT)
-    x = tl.load(at, mask=site.mask, other=LOW).to(SPEC.ACC)
+    at = cells_in(view, site.tile.cells, site.tile, SPEC.LAYOUT)
+    x = tl.load(at, mask=site.tile.mask, other=LOW).to(SPEC.ACC)
     loss, d = bce(x, site.has, ())
     if SPEC.WITH_GRAD:
-        at = _cells_at(d_view, site.cells, site, SPEC.LAYOUT)
-        tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=site.mask)
+        at = cells_in(d_view, site.tile.cells, site.tile, SPEC.LAYOUT)
+        tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=site.tile.mask)
     return tl.sum(loss, axis=0)
 
 
@@ -714,8 +599,10 @@ def _finish(sums, gains, assigned, programs, SPEC: tl.constexpr):
     total = tl.cast(0.0, SPEC.ACC)
     for i in tl.static_range(len(sums.parts)):
         part = column(totals, i)
-        if i == len(sums.parts) - 2:  # that of classes
+        if i == 0:
             part += tl.load(assigned.nans_ptr)
+        elif i == len(sums.parts) - 2:  # that of classes
+            part += tl.load(assigned.nans_ptr + 1)
         part = tl.cast(gains[i], SPEC.ACC) * (part / norm)
         tl.store(sums.parts[i], part)
         total += part
@@ -728,11 +615,9 @@ def pick_loss_kernel(
     predictions,
     gradient,
     levels,
-    targets,
     M,
     B,
-    assigned,
-    head,
+    task,
     weights,
     list_ptr,
     sums,
@@ -740,12 +625,12 @@ def pick_loss_kernel(
 ):
     """Loss and gradient of picked cells; grid: all tiles for their boxes, then for each GROUP of classes.
 
-    ``predictions``, ``gradient``, ``levels`` and ``targets`` as in ``records.py``, the rows M of B images.
+    ``predictions``, ``gradient`` and ``levels`` as in ``records.py``, of B images with M rows.
     ``list_ptr`` is room for CELLS numbers a program, with objectness of all, else of those that own boxes.
     """
     pid = tl.program_id(0)
     CLS: tl.constexpr = 2 if SPEC.OBJECTNESS else 1  # places of parts
-    tiles, N = _tiles(levels, B, SPEC.CELLS)
+    tiles = B * tiles_of(levels, SPEC.CELLS)
     kind = pid // tiles
     grad = Scales(
         _grad_out(weights.grads, 0, SPEC),
@@ -760,40 +645,37 @@ def pick_loss_kernel(
         if tl.where(kind == 0, same, grad.cls == 1.0):
             return
 
-    site = _site(pid - kind * tiles, levels, N, B, M, assigned.row_ptr, SPEC.CELLS)
-    inverse = 1.0 / tl.load(assigned.norm_ptr)
+    site = _site(pid - kind * tiles, levels, B, M, task.assigned.row_ptr, SPEC.CELLS)
+    inverse = 1.0 / tl.load(task.assigned.norm_ptr)
     scales = Scales(
         grad.box * (weights.gains[0] * inverse),
         grad.obj * (weights.gains[1] * inverse),
         grad.cls * (weights.gains[CLS] * inverse),
         grad.distance * (weights.gains[CLS + 1] * inverse),
     )
-    task = Task(head, targets, assigned)
     own_list = list_ptr + pid * SPEC.CELLS
     box = tl.cast(0.0, SPEC.ACC)
     obj = tl.cast(0.0, SPEC.ACC)
     cls = tl.cast(0.0, SPEC.ACC)
     distance = tl.cast(0.0, SPEC.ACC)
     if kind == 0:
-        view = _view(predictions.box, site.level)
+        view = view_of(predictions.box, site.tile.level)
         d_view = view
         if SPEC.WITH_GRAD:
-            d_view = _view(gradient.box, site.level)
-        stride = tl.cast(number_of(levels.strides, site.level), SPEC.ACC)
+            d_view = view_of(gradient.box, site.tile.level)
+        stride = tl.cast(number_of(levels.strides, site.tile.level), SPEC.ACC)
         box, distance = _box_program(view, d_view, site, own_list, stride, task, scales, SPEC)
-        if SPEC.WITH_LOSS:
-            box += _unknown(assigned.boxes_ptr, site, SPEC.ACC)
         if SPEC.OBJECTNESS:
-            view = _view(predictions.obj, site.level)
+            view = view_of(predictions.obj, site.tile.level)
             d_view = view
             if SPEC.WITH_GRAD:
-                d_view = _view(gradient.obj, site.level)
+                d_view = view_of(gradient.obj, site.tile.level)
             obj = _objectness(view, d_view, site, scales.obj, SPEC)
     else:
-        view = _view(predictions.cls, site.level)
+        view = view_of(predictions.cls, site.tile.level)
         d_view = view
         if SPEC.WITH_GRAD:
-            d_view = _view(gradient.cls, site.level)
+            d_view = view_of(gradient.cls, site.tile.level)
         first = (kind - 1) * SPEC.GROUP
         cls = _class_program(view, d_view, site, own_list, first, task, scales.cls, SPEC)
 
@@ -806,4 +688,4 @@ def pick_loss_kernel(
         tl.store(sums.partial_ptr + pid * N_PARTS + part, partial)
         programs = tl.num_programs(0)
         if is_last(sums.done_ptr, programs):
-            _finish(sums, weights.gains, assigned, programs, SPEC)
+            _finish(sums, weights.gains, task.assigned, programs, SPEC)

@@ -1,15 +1,19 @@
-"""What each row picks: the best cells of its region, or of SimOTA of all candidates, kept as these go by."""
+"""What each row picks: the best cells of its region, kept as these go by; of SimOTA, where its own are not enough, of
+all candidates.
+"""
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..primitives import plain
-from .site import Cells, all_cells, cells_at, cells_before, load_object, stride_of
-from .wish import LAST, bits_of, claim_of, is_own, look_at, none_of, reach
+from .region import cells_reached, reached
+from .site import all_cells, cells_at, load_boxes, load_object, offsets
+from .views import tiles_of
+from .wish import LAST, bits_of, claim_of, is_own, look_at, none_of, overlap_of
 
 SEVERAL: tl.constexpr = tl.constexpr(-1)  # rows picked a cell
+WARP: tl.constexpr = tl.constexpr(32)  # tiles, and candidates of a tile, that are looked at at a time
 
 
 class Kept(NamedTuple):
@@ -52,29 +56,37 @@ def beats(key, n, worst):
 
 
 @triton.jit
+def _first_of(key, n):
+    """The largest key, of equals the first cell."""
+    top = tl.max(key, axis=0)
+    return top, tl.min(tl.where(key == top, n, LAST), axis=0)
+
+
+@triton.jit
 def keep(kept, key, n, overlap, none):
-    """The best of those kept and of a block of others, of which equals come by their index."""
+    """The best of those kept and of a block of others, of which equals come by their index: one after the other, until
+    one is no better than the worst of those kept, for then none of the rest is.
+    """
     kept_key = kept.key
     kept_n = kept.n
     kept_overlap = kept.overlap
     worst = worst_of(kept)
     worst_key = worst.key
     worst_n = worst.n
-    better = (key > none) & beats(key, n, worst)
-    more = tl.max(better.to(tl.int32), axis=0)
-    while more > 0:
-        top = tl.max(tl.where(better, key, none), axis=0)
-        first = tl.min(tl.where(better & (key == top), n, LAST), axis=0)
+    top, first = _first_of(key, n)
+    more = (top > none) & beats(top, first, worst)
+    while more:
         place = (kept_key == worst_key) & (kept_n == worst_n)
+        taken = (n == first) & (key == top)
         kept_key = tl.where(place, top, kept_key)
         kept_n = tl.where(place, first, kept_n)
-        taken = better & (key == top) & (n == first)
         kept_overlap = tl.where(place, tl.max(tl.where(taken, bits_of(overlap), 0), axis=0), kept_overlap)
         least = worst_of(Kept(kept_key, kept_n, kept_overlap))
         worst_key = least.key
         worst_n = least.n
-        better = better & beats(key, n, least) & ~taken
-        more = tl.max(better.to(tl.int32), axis=0)
+        key = tl.where(taken, none, key)
+        top, first = _first_of(key, n)
+        more = (top > none) & beats(top, first, least)
     return Kept(kept_key, kept_n, kept_overlap)
 
 
@@ -85,71 +97,16 @@ def keys_of(kept, none, COUNT):
 
 
 @triton.jit
-def ranks(kept, key):
-    """How many of those kept come before each: 0, 1, ..."""
-    n = kept.n[:, None]
-    before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (kept.n[None, :] < n))
-    return tl.sum(before.to(tl.int32), axis=1)
-
-
-@triton.jit
-def _span(centre, far, stride, count):
-    """The first of ``count`` cells whose middle may be so far from a centre, and how many there are."""
-    inverse = 1.0 / stride
-    first = tl.maximum(tl.ceil((centre - far) * inverse - 0.625), 0.0)  # a cell's half and a margin
-    last = tl.minimum(tl.floor((centre + far) * inverse - 0.375), tl.cast(count - 1, centre.dtype))
-    number = tl.maximum(last - first + 1.0, 0.0)
-    return tl.minimum(first, tl.cast(count, centre.dtype)).to(tl.int32), number.to(tl.int32)
-
-
-@triton.jit
-def _rectangle(one, problem, LEVEL: tl.constexpr, SPEC: tl.constexpr):
-    """The first column and line of a level that an object reaches, and how many of each."""
-    levels = problem.levels
-    stride = tl.cast(levels.strides[LEVEL], SPEC.ACC)
-    far_x, far_y = reach(one, stride, problem.numbers, SPEC)
-    x, columns = _span(one.cx * problem.frame.width, far_x, stride, plain(levels.widths[LEVEL]))
-    y, lines = _span(one.cy * problem.frame.height, far_y, stride, plain(levels.heights[LEVEL]))
-    return x, columns, y, lines
-
-
-@triton.jit
-def _reached(one, problem, SPEC: tl.constexpr):
-    """How many cells an object reaches, on all levels."""
-    total = plain(problem.levels.widths[0]) * 0
-    for i in tl.static_range(len(problem.levels.widths)):
-        _x, columns, _y, lines = _rectangle(one, problem, i, SPEC)
-        total += columns * lines
-    return total
-
-
-@triton.jit
-def _cells_reached(one, i, problem, SPEC: tl.constexpr):
-    """Those cells, by their place among them: level by level, line by line."""
-    levels = problem.levels
-    level = i * 0
-    local = i
-    width = level + 1
-    first_x = level
-    first_y = level
-    first_n = level
-    W = level
-    start = plain(levels.widths[0]) * 0
-    for k in tl.static_range(len(levels.widths)):
-        x, columns, y, lines = _rectangle(one, problem, k, SPEC)
-        here = (i >= start) & (columns * lines > 0)
-        level = tl.where(here, k, level)
-        local = tl.where(here, i - start, local)
-        width = tl.where(here, columns, width)
-        first_x = tl.where(here, x, first_x)
-        first_y = tl.where(here, y, first_y)
-        first_n = tl.where(here, cells_before(levels, k), first_n)
-        W = tl.where(here, plain(levels.widths[k]), W)
-        start += columns * lines
-    line = local // width
-    column = first_x + local - line * width
-    line += first_y
-    return Cells(first_n + line * W + column, level, line, column, stride_of(level, levels, SPEC))
+def _best_of(key, n, count, none):
+    """Which are the best of those kept, so many."""
+    chosen = key != key
+    while count > 0:
+        top, first = _first_of(key, n)
+        taken = (key == top) & (n == first) & (key > none)
+        chosen = chosen | taken
+        key = tl.where(taken, none, key)
+        count -= 1
+    return chosen
 
 
 @triton.jit
@@ -161,68 +118,164 @@ def _claim(one, g, cells, look, mask, problem, decoded):
 
 @triton.jit
 def _best_reached(one, g, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """The best cells of a region, all of which are claimed."""
+    """The best cells of a region, all of which are claimed; of SimOTA those of its own."""
     none = none_of(tl.zeros([], SPEC.ACC))
     kept = nothing_kept(none, SPEC.TOPK, SPEC.K)
     key = kept.key
     n = kept.n
     overlap = kept.overlap
-    total = _reached(one, problem, SPEC)
+    total = reached(one, problem, SPEC)
     for i0 in range(0, total, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        cells = _cells_reached(one, i, problem, SPEC)
+        cells = cells_reached(one, i, problem, SPEC)
         look = look_at(one, cells, i < total, problem, decoded, SPEC)
-        _claim(one, g, cells, look, look.can, problem, decoded)
-        kept = keep(Kept(key, n, overlap), look.key, cells.n, look.overlap, none)
+        wanted = look.key
+        can = look.can
+        if SPEC.ASSIGNER == "simota":
+            can = can & is_own(look)
+            wanted = tl.where(can, wanted, none)
+        _claim(one, g, cells, look, can, problem, decoded)
+        kept = keep(Kept(key, n, overlap), wanted, cells.n, look.overlap, none)
         key = kept.key
         n = kept.n
         overlap = kept.overlap
     return Kept(key, n, overlap)
 
 
+# ---------------------------------------------------------------------------------------------------- SimOTA: the rest
+
+
 @triton.jit
-def _best_candidates(one, g, problem, decoded, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """The best candidates, and how many an object picks: the sum of its largest IoUs, rounded down, at least one. It
-    claims its own, and those that are no object's own.
+def _listed(one, tile, j0, problem, decoded, tiles, SPEC: tl.constexpr):
+    """A block of the candidates of a tile: entries of its list, which of the block there are, and the cells."""
+    record = decoded.tiles_ptr + (one.image * tiles + tile).to(tl.int64) * 2
+    j = j0 + tl.arange(0, WARP)
+    there = j < tl.load(record + 1)
+    at = one.image.to(tl.int64) * all_cells(problem.levels) + tl.load(record)
+    entry = tl.load(decoded.list_ptr + at + j, mask=there, other=0)
+    return entry, there, cells_at(tl.where(entry < 0, -1 - entry, entry), problem.levels, SPEC)
+
+
+@triton.jit
+def _candidates_of(one, tile, decoded, tiles):
+    """How many candidates a tile has."""
+    return tl.load(decoded.tiles_ptr + (one.image * tiles + tile).to(tl.int64) * 2 + 1)
+
+
+@triton.jit
+def _met(one, t, tiles, problem, decoded):
+    """Whether the boxes of candidates of these tiles may overlap an object."""
+    there = t < tiles
+    at = (one.image * tiles + t).to(tl.int64)
+    count = tl.load(decoded.tiles_ptr + at * 2 + 1, mask=there, other=0)
+    bounds = load_boxes(decoded.bounds_ptr, at, there & (count > 0))
+    x = one.cx * problem.frame.width
+    y = one.cy * problem.frame.height
+    across = (bounds.x1 < x + 0.5 * one.width) & (bounds.x2 > x - 0.5 * one.width)
+    along = (bounds.y1 < y + 0.5 * one.height) & (bounds.y2 > y - 0.5 * one.height)
+    return (count > 0) & across & along
+
+
+@triton.jit
+def _how_many(one, problem, decoded, SPEC: tl.constexpr, CELLS: tl.constexpr):
+    """How many cells an object picks: the sum of its largest IoUs with candidates, rounded down, at least one."""
+    none = none_of(tl.zeros([], SPEC.ACC))
+    most = nothing_kept(none, SPEC.TOPK, SPEC.K)
+    key = most.key
+    n = most.n
+    overlap = most.overlap
+    tiles = tiles_of(problem.levels, CELLS)
+    for t0 in range(0, tiles, WARP):
+        t = t0 + tl.arange(0, WARP)
+        left = _met(one, t, tiles, problem, decoded)
+        tile = tl.min(tl.where(left, t, LAST), axis=0)
+        while tile < LAST:
+            for j0 in range(0, _candidates_of(one, tile, decoded, tiles), WARP):
+                _entry, there, cells = _listed(one, tile, j0, problem, decoded, tiles, SPEC)
+                off_x, off_y = offsets(one, cells, problem.frame, SPEC)
+                at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n
+                there = there & (tl.load(decoded.cost_ptr + at, mask=there, other=0.0) < float("inf"))
+                iou = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, there), problem, SPEC)
+                bits = tl.where(there & (iou > 0), bits_of(iou), none)
+                most = keep(Kept(key, n, overlap), bits, cells.n, iou, none)
+                key = most.key
+                n = most.n
+                overlap = most.overlap
+            left = left & (t > tile)
+            tile = tl.min(tl.where(left, t, LAST), axis=0)
+    largest = tl.where(keys_of(most, none, SPEC.TOPK) > none, overlap, 0).to(SPEC.ACC, bitcast=True)
+    return tl.maximum(tl.sum(largest, axis=0).to(tl.int32), 1)
+
+
+@triton.jit
+def _with_others(kept, one, g, short, problem, decoded, SPEC: tl.constexpr, CELLS: tl.constexpr):
+    """The best of those kept and of candidates that are not the object's own, if it is ``short`` of these. It claims
+    those that are no object's own.
     """
     none = none_of(tl.zeros([], SPEC.ACC))
-    kept = nothing_kept(none, SPEC.TOPK, SPEC.K)
     key = kept.key
     n = kept.n
     overlap = kept.overlap
-    most_key = kept.key
-    most_n = kept.n
-    most_overlap = kept.overlap
-    total = tl.load(tally.found_ptr + 2 + one.image)
-    candidates = decoded.list_ptr + one.image.to(tl.int64) * all_cells(problem.levels)
-    for i0 in range(0, total, BLOCK):
-        i = i0 + tl.arange(0, BLOCK)
-        entry = tl.load(candidates + i, mask=i < total, other=0)
-        cells = cells_at(tl.where(entry < 0, -1 - entry, entry), problem.levels, SPEC)
-        look = look_at(one, cells, i < total, problem, decoded, SPEC)
-        _claim(one, g, cells, look, look.can & ((entry < 0) | is_own(look)), problem, decoded)
-        kept = keep(Kept(key, n, overlap), look.key, cells.n, look.overlap, none)
+    tiles = tiles_of(problem.levels, CELLS)
+    for tile in range(0, tiles):
+        for j0 in range(0, _candidates_of(one, tile, decoded, tiles), WARP):
+            entry, there, cells = _listed(one, tile, j0, problem, decoded, tiles, SPEC)
+            look = look_at(one, cells, there & (short | (entry < 0)), problem, decoded, SPEC)
+            other = look.can & ~is_own(look)
+            _claim(one, g, cells, look, other & (entry < 0), problem, decoded)
+            wanted = tl.where(other, look.key, none)
+            kept = keep(Kept(key, n, overlap), wanted, cells.n, look.overlap, none)
+            key = kept.key
+            n = kept.n
+            overlap = kept.overlap
+    return Kept(key, n, overlap)
+
+
+@triton.jit
+def _best_candidates(one, g, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):
+    """The best candidates, and how many an object picks. All of its own come before any other, so that these are looked
+    at where there are not enough, and where some cell may be no object's own.
+    """
+    own = _best_reached(one, g, problem, decoded, SPEC, BLOCK)
+    key = own.key
+    n = own.n
+    overlap = own.overlap
+    picks = _how_many(one, problem, decoded, SPEC, CELLS)
+    none = none_of(tl.zeros([], SPEC.ACC))
+    short = tl.sum((keys_of(own, none, SPEC.TOPK) > none).to(tl.int32), axis=0) < picks
+    look = short
+    if SPEC.INSIDE:
+        look = picks > 0
+    if look:
+        kept = _with_others(Kept(key, n, overlap), one, g, short, problem, decoded, SPEC, CELLS)
         key = kept.key
         n = kept.n
         overlap = kept.overlap
-        most_of = tl.where(look.can & (look.overlap > 0), bits_of(look.overlap), none)
-        most = keep(Kept(most_key, most_n, most_overlap), most_of, cells.n, look.overlap, none)
-        most_key = most.key
-        most_n = most.n
-        most_overlap = most.overlap
-    most = Kept(most_key, most_n, most_overlap)
-    bits = keys_of(most, none, SPEC.TOPK)
-    rank = ranks(most, bits)
-    place = tl.arange(0, rank.shape[0])[:, None]
-    value = tl.where(bits > none, most_overlap, 0).to(SPEC.ACC, bitcast=True)
-    largest = tl.sum(tl.where(rank[None, :] == place, value[None, :], 0.0), axis=1)  # so that no order shows
-    picks = tl.maximum(tl.sum(largest, axis=0).to(tl.int32), 1)
     return Kept(key, n, overlap), picks
 
 
+# ------------------------------------------------------------------------------------------------------------- both
+
+
+@triton.jit
+def _note_clashes(one, cell, again, picked, tally, decoded, SPEC: tl.constexpr):
+    """Marks cells that another row has picked before. Of SimOTA they are listed, of others their image is noted."""
+    marked = tl.atomic_min(decoded.picker_ptr + cell, cell * 0 + SEVERAL, mask=again, sem="relaxed")
+    if SPEC.ASSIGNER == "aligned":
+        tl.atomic_max(tally.found_ptr + 2 + one.image, 1, sem="relaxed")
+    else:
+        new = (again & (marked != SEVERAL)).to(tl.int32)
+        count = tl.sum(new, axis=0)
+        if count > 0:
+            place = tl.cumsum(new, axis=0) - new + tl.atomic_add(tally.done_ptr + 1, count, sem="relaxed")
+            tl.store(picked.clash_ptr + place, cell, mask=new > 0)
+
+
 @triton.jit(do_not_specialize=["M"])
-def pick_kernel(problem, targets, M, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """Picks and claims of a row, a program each: see :class:`.records.Picked`."""
+def pick_kernel(
+    problem, targets, M, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr
+):
+    """Picks and claims of a row, a program each: see :class:`.records.Picked`. CELLS as of ``decode``."""
     g = tl.program_id(0)
     one = load_object(targets, g, M, problem.frame, SPEC)
     if one.valid:
@@ -230,16 +283,15 @@ def pick_kernel(problem, targets, M, decoded, picked, tally, SPEC: tl.constexpr,
         if SPEC.ASSIGNER == "aligned":
             kept = _best_reached(one, g, problem, decoded, SPEC, BLOCK)
             key = keys_of(kept, none, SPEC.TOPK)
-            rank = tl.arange(0, key.shape[0])  # all of them are picked, in any order
             chosen = key > none
         else:
-            kept, picks = _best_candidates(one, g, problem, decoded, tally, SPEC, BLOCK)
+            kept, picks = _best_candidates(one, g, problem, decoded, SPEC, BLOCK, CELLS)
             key = keys_of(kept, none, SPEC.TOPK)
-            rank = ranks(kept, key)
-            chosen = (key > none) & (rank < picks)
+            chosen = _best_of(key, kept.n, picks, none)
         cell = one.image * all_cells(problem.levels) + kept.n
-        at = g.to(tl.int64) * SPEC.K + rank
-        stored = rank < SPEC.K
+        place = tl.arange(0, key.shape[0])
+        at = g.to(tl.int64) * SPEC.K + place
+        stored = place < SPEC.K
         tl.store(picked.index_ptr + at, tl.where(chosen, cell, -1), mask=stored)
         tl.store(picked.overlap_ptr + at, kept.overlap.to(SPEC.ACC, bitcast=True), mask=stored)
         if SPEC.ASSIGNER == "aligned":
@@ -247,9 +299,4 @@ def pick_kernel(problem, targets, M, decoded, picked, tally, SPEC: tl.constexpr,
         before = tl.atomic_min(decoded.picker_ptr + cell, g, mask=chosen, sem="relaxed")
         again = chosen & (before != M)
         if tl.max(again.to(tl.int32), axis=0) > 0:
-            marked = tl.atomic_min(decoded.picker_ptr + cell, cell * 0 + SEVERAL, mask=again, sem="relaxed")
-            new = (again & (marked != SEVERAL)).to(tl.int32)
-            count = tl.sum(new, axis=0)
-            if count > 0:
-                place = tl.cumsum(new, axis=0) - new + tl.atomic_add(tally.done_ptr + 1, count, sem="relaxed")
-                tl.store(picked.clash_ptr + place, cell, mask=new > 0)
+            _note_clashes(one, cell, again, picked, tally, decoded, SPEC)

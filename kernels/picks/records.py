@@ -32,6 +32,7 @@ class Levels(NamedTuple):
     widths: Any  # odd
     heights: Any  # odd
     strides: Any  # floats, pixels per cell
+    begins: Any  # odd; how many cells of an image come before those of the level; at the end, how many there are
 
 
 class Targets(NamedTuple):
@@ -84,8 +85,10 @@ class Decoded(NamedTuple):
     ``settle`` the row that it goes to. ``score_ptr`` [B, N] ACC: soft scores, 0 where there is no
     row.
     ``cost_ptr`` [B, N] ACC, of SimOTA: what costs share, infinite where the cell is no candidate, or a logit is NaN.
-    ``list_ptr`` [B, N] int32, of SimOTA: cells n of each image that are candidates, in no order; -1 - n where they are
-    no object's own.
+    ``list_ptr`` [B, N] int32, of SimOTA: of each tile, from its first cell on, the cells n of the image that are
+    candidates, in their order; -1 - n where they are no object's own. ``tiles_ptr`` int32 [B, tiles, 2]: the first
+    cell of each tile, how many candidates it has. ``bounds_ptr`` [B, tiles, 4] ACC: corners in pixels that hold the
+    boxes of these.
     """
 
     boxes_ptr: Any
@@ -95,12 +98,15 @@ class Decoded(NamedTuple):
     score_ptr: Any
     cost_ptr: Any
     list_ptr: Any
+    tiles_ptr: Any
+    bounds_ptr: Any
 
 
 class Picked(NamedTuple):
     """``index_ptr`` [M, K] int32: what each row picked, flat b * N + n, -1 where it is less, of no meaning
     for rows that are not valid. ``overlap_ptr`` and ``worth_ptr`` [M, K] ACC: the overlaps of these, and of aligned
-    ones their metrics. ``clash_ptr`` [M * K] int32: cells, flat, that several rows picked, each once, in no order.
+    ones their metrics. ``clash_ptr`` [M * K] int32, of SimOTA: cells, flat, that several rows picked, each once, in no
+    order.
     """
 
     index_ptr: Any
@@ -112,9 +118,9 @@ class Picked(NamedTuple):
 class Tally(NamedTuple):
     """What programs add up, of integers, so that no order shows; zeros at first, and after ``settle``.
 
-    ``done_ptr`` int32 [3]: programs that are done; cells in the list of clashes; whether a NaN was seen. ``sum_ptr``
-    int64: soft scores, times SCORE_UNIT. ``found_ptr`` int32 [2 + B]: predictions with a row, invalid rows; candidates
-    of each image.
+    ``done_ptr`` int32 [4]: programs that are done; cells in the list of clashes; whether a NaN was seen among what
+    candidates share, and among boxes. ``sum_ptr`` int64: soft scores, times SCORE_UNIT. ``found_ptr`` int32 [2 + B]:
+    predictions with a row, invalid rows; of each image whether several rows picked a cell.
     """
 
     done_ptr: Any
@@ -124,7 +130,7 @@ class Tally(NamedTuple):
 
 class Settled(NamedTuple):
     """``norm_ptr`` ACC, 0-dim: max(1, sum of weights). ``counts_ptr`` int32 [2]: predictions with a row, invalid rows.
-    ``nans_ptr`` ACC, 0-dim: NaN if one was seen where a row had to look, else 0.
+    ``nans_ptr`` ACC [2]: of boxes, and of classes where a row had to look: NaN if one was seen, else 0.
     """
 
     norm_ptr: Any

@@ -6,11 +6,12 @@ import triton
 import triton.language as tl
 
 from ..primitives import plain
-from ..rows import rows_end, wrong_offsets
+from ..rows import load_rows, rows_end, wrong_offsets
 from ..sums import is_last
 from .pick import SEVERAL, Kept, Worst, keep, nothing_kept, worst_of
-from .site import all_cells, cells_at, load_object
-from .wish import bits_of, claimant, look_at, none_of
+from .region import cells_reached, reached
+from .site import all_cells, cells_at, load_boxes, load_channel, load_object, object_of, offsets
+from .wish import bits_of, claimant, look_at, metric, none_of, overlap_of, strength_in
 
 SCORE_UNIT: tl.constexpr = tl.constexpr(1099511627776.0)  # 2^40 to a soft score of 1, so that sums are of integers
 ROWS: tl.constexpr = tl.constexpr(32)
@@ -21,7 +22,16 @@ class Owner(NamedTuple):
 
     g: Any
     one: Any
-    end: Any  # of the list of cells that several rows picked, or 0 if none of it is a further cell of this row
+    end: Any  # cells that it reaches, or 0 if none of them is a further cell of this row
+
+
+class Further(NamedTuple):
+    """Cells that a row reaches: which of them are its own although it did not pick them."""
+
+    cells: Any
+    place: Any  # among those of the batch
+    claim: Any
+    mask: Any
 
 
 class Own(NamedTuple):
@@ -48,14 +58,16 @@ def _own(cell, mask, worth, overlap):
 
 @triton.jit
 def _of_picks(owner, decoded, picked, SPEC: tl.constexpr):
-    """The cells of a row among those that it picked: it alone did, or has the largest claim."""
+    """The cells of a row among those that it picked: it alone did, or, not of SimOTA, it has the largest claim."""
     at = owner.g.to(tl.int64) * SPEC.K + tl.arange(0, SPEC.K)
     cell = tl.load(picked.index_ptr + at)
     mask = cell >= 0
     row = tl.load(decoded.picker_ptr + cell, mask=mask, other=0)
     several = mask & (row == SEVERAL)
-    claim = tl.load(decoded.claim_ptr + cell, mask=several, other=0)
-    mask = mask & ((several & (claimant(claim) == owner.g)) | (row == owner.g))
+    mask = mask & (row == owner.g)
+    if SPEC.ASSIGNER == "aligned":
+        claim = tl.load(decoded.claim_ptr + cell, mask=several, other=0)
+        mask = mask | (several & (claimant(claim) == owner.g))
     overlap = tl.load(picked.overlap_ptr + at, mask=mask, other=0.0)
     worth = overlap
     if SPEC.ASSIGNER == "aligned":
@@ -64,41 +76,46 @@ def _of_picks(owner, decoded, picked, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _further(owner, i0, decoded, picked, problem, BLOCK: tl.constexpr):
-    """A block of the list: cells, and whether they are the row's although it did not pick them: it has not taken them
-    yet.
+def _further(owner, i0, decoded, problem, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of the cells that a row reaches, and whether they are the row's although it did not pick them: several
+    rows did, and it has not taken them yet.
     """
-    N = all_cells(problem.levels)
     i = i0 + tl.arange(0, BLOCK)
-    cell = tl.load(picked.clash_ptr + i, mask=i < owner.end, other=-1)
-    own = cell - owner.one.image * N
-    mask = (cell >= 0) & (own >= 0) & (own < N)
-    claim = tl.load(decoded.claim_ptr + cell, mask=mask, other=0)
+    cells = cells_reached(owner.one, i, problem, SPEC)
+    place = owner.one.image * all_cells(problem.levels) + cells.n
+    mask = i < owner.end
+    mask = mask & (tl.load(decoded.picker_ptr + place, mask=mask, other=0) == SEVERAL)
+    claim = tl.load(decoded.claim_ptr + place, mask=mask, other=0)
     mask = mask & (claimant(claim) == owner.g)
-    row = tl.load(decoded.row_ptr + cell, mask=mask, other=0)
-    return cell, mask & (row != owner.g)
+    row = tl.load(decoded.row_ptr + place, mask=mask, other=0)
+    return Further(cells, place, claim, mask & (row != owner.g))
 
 
 @triton.jit
-def _looked(owner, cell, mask, problem, decoded, SPEC: tl.constexpr):
-    """These cells as the row sees them."""
-    n = tl.where(mask, cell - owner.one.image * all_cells(problem.levels), 0)
-    look = look_at(owner.one, cells_at(n, problem.levels, SPEC), mask, problem, decoded, SPEC)
-    return _own(cell, mask, look.worth, look.overlap)
+def _looked(owner, further, problem, decoded, SPEC: tl.constexpr):
+    """These cells as the row sees them; the strength of its claim is the overlap, but for what float64 has more."""
+    mask = further.mask
+    if owner.one.width.dtype == tl.float32:
+        overlap = tl.where(mask, strength_in(further.claim), 0.0)
+        logit = load_channel(problem.predictions.cls, owner.one.image, owner.one.label, further.cells, mask, SPEC)
+        own = _own(further.place, mask, metric(logit, overlap, problem), overlap)
+    else:
+        look = look_at(owner.one, further.cells, mask, problem, decoded, SPEC)
+        own = _own(further.place, mask, look.worth, look.overlap)
+    return own
 
 
 @triton.jit
-def _has_further(owner, problem, decoded, picked, BLOCK: tl.constexpr):
+def _has_further(owner, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
     """Whether a row has cells that it did not pick."""
     found = tl.zeros([BLOCK], tl.int32)
     for i0 in range(0, owner.end, BLOCK):
-        _cell, mask = _further(owner, i0, decoded, picked, problem, BLOCK)
-        found |= mask.to(tl.int32)
+        found |= _further(owner, i0, decoded, problem, SPEC, BLOCK).mask.to(tl.int32)
     return tl.max(found, axis=0) > 0
 
 
 @triton.jit
-def _worst_left(own, owner, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
+def _worst_left(own, owner, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
     """The worst of the TOPK2 cells that a row keeps."""
     none = none_of(tl.zeros([], SPEC.ACC))
     kept = keep(nothing_kept(none, SPEC.TOPK2, K2), own.key, own.cell, own.overlap, none)
@@ -106,9 +123,9 @@ def _worst_left(own, owner, problem, decoded, picked, SPEC: tl.constexpr, BLOCK:
     n = kept.n
     overlap = kept.overlap
     for i0 in range(0, owner.end, BLOCK):
-        cell, mask = _further(owner, i0, decoded, picked, problem, BLOCK)
-        if tl.max(mask.to(tl.int32), axis=0) > 0:
-            more = _looked(owner, cell, mask, problem, decoded, SPEC)
+        further = _further(owner, i0, decoded, problem, SPEC, BLOCK)
+        if tl.max(further.mask.to(tl.int32), axis=0) > 0:
+            more = _looked(owner, further, problem, decoded, SPEC)
             kept = keep(Kept(key, n, overlap), more.key, more.cell, more.overlap, none)
             key = kept.key
             n = kept.n
@@ -131,15 +148,15 @@ def _better(best, own, worst):
 
 
 @triton.jit
-def _best(own, worst, owner, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+def _best(own, worst, owner, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
     """The best of all cells that a row keeps."""
     best = _better(Best(tl.zeros([], SPEC.ACC), tl.zeros([], SPEC.ACC)), own, worst)
     most = best.most
     widest = best.widest
     for i0 in range(0, owner.end, BLOCK):
-        cell, mask = _further(owner, i0, decoded, picked, problem, BLOCK)
-        if tl.max(mask.to(tl.int32), axis=0) > 0:
-            more = _better(Best(most, widest), _looked(owner, cell, mask, problem, decoded, SPEC), worst)
+        further = _further(owner, i0, decoded, problem, SPEC, BLOCK)
+        if tl.max(further.mask.to(tl.int32), axis=0) > 0:
+            more = _better(Best(most, widest), _looked(owner, further, problem, decoded, SPEC), worst)
             most = more.most
             widest = more.widest
     return Best(most, widest)
@@ -159,37 +176,70 @@ def _leave(own, worst, best, g, M, decoded, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _settle(owner, M, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
-    """The cells of a row, and what they add to the sums."""
+def _settle(owner, M, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
+    """The cells of a row; how many it keeps, and the sum of their soft scores."""
     own = _of_picks(owner, decoded, picked, SPEC)
     if owner.end > 0:
         tl.store(decoded.row_ptr + own.cell, own.cell * 0 + owner.g, mask=own.mask)
         tl.debug_barrier()
-        further = _has_further(owner, problem, decoded, picked, BLOCK)
-        owner = Owner(owner.g, owner.one, tl.where(further, owner.end, 0))
+        some = _has_further(owner, problem, decoded, SPEC, BLOCK)
+        owner = Owner(owner.g, owner.one, tl.where(some, owner.end, 0))
     worst = Worst(none_of(tl.zeros([], SPEC.ACC)), owner.g * 0)
     if K2 > 0:
-        worst = _worst_left(own, owner, problem, decoded, picked, SPEC, BLOCK, K2)
-    best = Best(None, None)
-    if SPEC.ASSIGNER == "aligned":
-        best = _best(own, worst, owner, problem, decoded, picked, SPEC, BLOCK)
+        worst = _worst_left(own, owner, problem, decoded, SPEC, BLOCK, K2)
+    best = _best(own, worst, owner, problem, decoded, SPEC, BLOCK)
     found = owner.g * 0
     total = found.to(tl.int64)
     for i0 in range(0, owner.end, BLOCK):
-        cell, mask = _further(owner, i0, decoded, picked, problem, BLOCK)
-        if tl.max(mask.to(tl.int32), axis=0) > 0:
-            more = _looked(owner, cell, mask, problem, decoded, SPEC)
+        further = _further(owner, i0, decoded, problem, SPEC, BLOCK)
+        if tl.max(further.mask.to(tl.int32), axis=0) > 0:
+            more = _looked(owner, further, problem, decoded, SPEC)
             tl.debug_barrier()  # rows have been read
             more_found, more_total = _leave(more, worst, best, owner.g, M, decoded, SPEC)
             found += more_found
             total += more_total
     tl.debug_barrier()
     own_found, own_total = _leave(own, worst, best, owner.g, M, decoded, SPEC)
-    found += own_found
-    total += own_total
-    if found > 0:
-        tl.atomic_add(tally.found_ptr, found, sem="relaxed")
-        tl.atomic_add(tally.sum_ptr, total, sem="relaxed")
+    return found + own_found, total + own_total
+
+
+@triton.jit
+def _clashes(g, targets, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """Of SimOTA, where a score hangs on its cell alone: those that several rows picked, some a program; how many, and
+    the sum of their scores.
+    """
+    N = all_cells(problem.levels)
+    count = tl.load(tally.done_ptr + 1)
+    found = g * 0
+    total = found.to(tl.int64)
+    for i0 in range(g * BLOCK, count, tl.num_programs(0) * BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        mask = i < count
+        cell = tl.load(picked.clash_ptr + i, mask=mask, other=0)
+        row = claimant(tl.load(decoded.claim_ptr + cell, mask=mask, other=0))
+        rows = object_of(load_rows(targets.ptr, row, mask, BLOCK), row, mask, targets, problem.frame, SPEC)
+        cells = cells_at(tl.where(mask, cell - rows.image * N, 0), problem.levels, SPEC)
+        off_x, off_y = offsets(rows, cells, problem.frame, SPEC)
+        box = load_boxes(decoded.boxes_ptr, cell.to(tl.int64), mask)
+        score = tl.where(mask, overlap_of(rows, off_x, off_y, box, problem, SPEC), 0.0)
+        tl.store(decoded.score_ptr + cell, score, mask=mask)
+        tl.store(decoded.row_ptr + cell, row, mask=mask)
+        found += tl.sum(mask.to(tl.int32), axis=0)
+        total += tl.sum((score * SCORE_UNIT).to(tl.int64), axis=0)
+    return found, total
+
+
+@triton.jit
+def _row(g, one, M, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
+    """The cells of a valid row, as :func:`_settle`; of SimOTA those that it alone picked."""
+    if SPEC.ASSIGNER == "aligned":
+        end = tl.where(tl.load(tally.found_ptr + 2 + one.image) > 0, reached(one, problem, SPEC), 0)
+        found, total = _settle(Owner(g, one, end), M, problem, decoded, picked, SPEC, BLOCK, K2)
+    else:
+        own = _of_picks(Owner(g, one, 0), decoded, picked, SPEC)
+        worst = Worst(none_of(tl.zeros([], SPEC.ACC)), g * 0)
+        found, total = _leave(own, worst, Best(None, None), g, M, decoded, SPEC)
+    return found, total
 
 
 @triton.jit
@@ -200,11 +250,13 @@ def _finish(settled, tally, batch, SPEC: tl.constexpr):
     weights = found.to(SPEC.ACC)
     if SPEC.SOFT:
         weights = tl.load(tally.sum_ptr, cache_modifier=".cg").to(SPEC.ACC) / SCORE_UNIT
-    nans = tl.load(tally.done_ptr + 2, cache_modifier=".cg")
+    class_nans = tl.load(tally.done_ptr + 2, cache_modifier=".cg")
+    box_nans = tl.load(tally.done_ptr + 3, cache_modifier=".cg")
     tl.store(settled.norm_ptr, tl.maximum(weights, 1.0))
     tl.store(settled.counts_ptr, found)
     tl.store(settled.counts_ptr + 1, invalid)
-    tl.store(settled.nans_ptr, tl.where(nans > 0, float("nan"), 0.0))
+    tl.store(settled.nans_ptr, tl.where(box_nans > 0, float("nan"), 0.0))
+    tl.store(settled.nans_ptr + 1, tl.where(class_nans > 0, float("nan"), 0.0))
     tl.debug_barrier()  # every thread has read what some of them overwrite
     lane = tl.arange(0, ROWS)
     tl.store(tally.sum_ptr, tl.zeros([], tl.int64))
@@ -229,8 +281,16 @@ def settle_kernel(
         invalid += wrong_offsets(targets.offsets_ptr, M, batch, ROWS)
     if invalid > 0:
         tl.atomic_add(tally.found_ptr + 1, invalid, sem="relaxed")
+    found = g * 0
+    total = found.to(tl.int64)
     if one.valid:
-        owner = Owner(g, one, tl.load(tally.done_ptr + 1))
-        _settle(owner, M, problem, decoded, picked, tally, SPEC, BLOCK, K2)
+        found, total = _row(g, one, M, problem, decoded, picked, tally, SPEC=SPEC, BLOCK=BLOCK, K2=K2)
+    if SPEC.ASSIGNER == "simota":
+        more_found, more_total = _clashes(g, targets, problem, decoded, picked, tally, SPEC, BLOCK)
+        found += more_found
+        total += more_total
+    if found > 0:
+        tl.atomic_add(tally.found_ptr, found, sem="relaxed")
+        tl.atomic_add(tally.sum_ptr, total, sem="relaxed")
     if is_last(tally.done_ptr, tl.num_programs(0)):
         _finish(settled, tally, batch, SPEC)

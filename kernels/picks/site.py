@@ -76,18 +76,16 @@ def load_object(targets, g, M, frame, SPEC: tl.constexpr):
 
 
 @triton.jit
-def cells_before(levels, LEVEL: tl.constexpr):
-    """How many cells of an image come before those of a level, or are there at all."""
-    count = plain(levels.widths[0]) * 0
-    for i in tl.static_range(LEVEL):
-        count += plain(levels.widths[i]) * plain(levels.heights[i])
-    return count
+def all_cells(levels):
+    """How many cells an image has."""
+    return plain(levels.begins[len(levels.widths)])
 
 
 @triton.jit
-def all_cells(levels):
-    """How many cells an image has."""
-    return cells_before(levels, len(levels.widths))
+def divided(a, b):
+    """a // b of a >= 0, b > 0, as long as a is below a million: half a cell keeps the quotient from whole numbers by
+    more than its rounding."""
+    return ((a.to(tl.float32) + 0.5) * (1.0 / b.to(tl.float32))).to(tl.int32)
 
 
 @triton.jit
@@ -96,12 +94,12 @@ def cells_at(n, levels, SPEC: tl.constexpr):
     level = n * 0
     local = n
     for i in tl.static_range(1, len(levels.widths)):
-        first = cells_before(levels, i)
+        first = plain(levels.begins[i])
         here = n >= first
         level = tl.where(here, i, level)
         local = tl.where(here, n - first, local)
     W = integer_of(levels.widths, level)
-    line = local // W
+    line = divided(local, W)
     return Cells(n, level, line, local - line * W, stride_of(level, levels, SPEC))
 
 
@@ -134,19 +132,15 @@ def load_boxes(ptr, at, mask):
 @triton.jit
 def channel_at(part, b, channel, cells):
     """Where a channel of a part of the predictions of image b lies, of each cell."""
-    at = _channel_at(part, 0, b, channel, cells)
+    at = _channel_of(part, 0, b, channel)
+    row = plain(part.by[0].row)
+    column = plain(part.by[0].column)
     for i in tl.static_range(1, len(part.ptrs)):
-        at = tl.where(cells.level == i, _channel_at(part, i, b, channel, cells), at)
-    return at
-
-
-@triton.jit
-def channel_step(part, level):
-    """Elements from channel to channel."""
-    step = plain(part.by[0].channel)
-    for i in tl.static_range(1, len(part.ptrs)):
-        step = tl.where(level == i, plain(part.by[i].channel), step)
-    return step
+        here = cells.level == i
+        at = tl.where(here, _channel_of(part, i, b, channel), at)
+        row = tl.where(here, plain(part.by[i].row), row)
+        column = tl.where(here, plain(part.by[i].column), column)
+    return at + (cells.line * row + cells.column * column)  # within a channel, 32 bits are enough
 
 
 @triton.jit
@@ -156,8 +150,7 @@ def load_channel(part, b, channel, cells, mask, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _channel_at(part, LEVEL: tl.constexpr, b, channel, cells):
+def _channel_of(part, LEVEL: tl.constexpr, b, channel):
     by = part.by[LEVEL]
     ptr = part.ptrs[LEVEL] + plain(part.starts[LEVEL]) + tl.cast(channel, tl.int64) * plain(by.channel)
-    ptr += tl.cast(b, tl.int64) * plain(by.image)
-    return ptr + (cells.line.to(tl.int64) * plain(by.row) + cells.column.to(tl.int64) * plain(by.column))
+    return ptr + tl.cast(b, tl.int64) * plain(by.image)

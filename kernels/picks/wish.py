@@ -14,6 +14,7 @@ from ..overlap import Corners, iou
 from ..primitives import divide, larger, log1p_of_share, logistic, pow_pos
 from ..terms.label import Power
 from ..terms.records import Axis
+from .region import reach
 from .site import all_cells, load_boxes, load_channel, offsets
 
 INSIDE: tl.constexpr = tl.constexpr(1e-9)  # the reference's
@@ -103,7 +104,7 @@ def in_region(one, cells, off_x, frame, numbers, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _overlap(one, off_x, off_y, box, problem, SPEC: tl.constexpr):
+def overlap_of(one, off_x, off_y, box, problem, SPEC: tl.constexpr):
     """That of an object with boxes, from the middles of cells; 0 where it is NaN."""
     hx = 0.5 * one.width
     hy = 0.5 * one.height
@@ -117,19 +118,6 @@ def _overlap(one, off_x, off_y, box, problem, SPEC: tl.constexpr):
         true = Corners(off_x - hx, off_y - hy, off_x + hx, off_y + hy)
         value = iou(box, true, areas, one.width * one.height, divide)
     return tl.where(value > 0, value, 0.0)
-
-
-@triton.jit
-def reach(one, stride, numbers, SPEC: tl.constexpr):
-    """How far the middles of cells may be from an object that wants them, on both axes, in pixels."""
-    if SPEC.ASSIGNER == "aligned":
-        small = tl.cast(numbers.small, SPEC.ACC)
-        x = 0.5 * tl.where(one.width < small, small, one.width)
-        y = 0.5 * tl.where(one.height < small, small, one.height)
-    else:
-        x = tl.cast(numbers.radius, SPEC.ACC) * stride
-        y = x
-    return x, y
 
 
 @triton.jit
@@ -220,7 +208,7 @@ def look_at(one, cells, mask, problem, decoded, SPEC: tl.constexpr):
     off_x, off_y = offsets(one, cells, problem.frame, SPEC)
     can = mask & in_region(one, cells, off_x, problem.frame, problem.numbers, SPEC)
     at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n
-    overlap = _overlap(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, can), problem, SPEC)
+    overlap = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, can), problem, SPEC)
     overlap = tl.where(can, overlap, 0.0)
     if SPEC.ASSIGNER == "aligned":
         can = can & (overlap > 0)
@@ -255,3 +243,9 @@ def claim_of(strength, g):
 def claimant(claim):
     """The row of a claim."""
     return (LAST.value - (claim & LAST)).to(tl.int32)
+
+
+@triton.jit
+def strength_in(claim):
+    """The strength of a claim, as a float32 if it is an overlap's."""
+    return ((claim >> 31) + NONE).to(tl.int32).to(tl.float32, bitcast=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ def check(
 ) -> dict[str, Any]:
     """Run the launches, and compare all that they leave with the reference in float64."""
     launches, decoded, settled = pick_launches(preds, form, MAPS, rows, offsets, head, SIZE)
+    picks = launches[1].arguments
     run_all(launches, rows.device)
     safe, spare = without_spare(rows, offsets)
     seen_planes = planes(form, preds, head).to(torch.float64)
@@ -82,50 +84,60 @@ def check(
     torch.testing.assert_close(settled.norm_ptr.double(), weights.clamp(min=1), **close)
     invalid = (~objects.valid).sum().cpu() - (0 if spare is None else spare.cpu())
     assert settled.counts_ptr.tolist() == [int(has.sum()), int(invalid)]
-    assert bool(settled.nans_ptr.isnan()) == bool(picked.nans.isnan())
+    assert settled.nans_ptr.isnan().tolist() == [bool(seen.boxes.isnan().any()), bool(picked.nans.isnan())]
     assert all(not each.any() for each in shared_zeros())
-    return {"picked": picked, "decoded": decoded, "settled": settled}
+    return {"picked": picked, "decoded": decoded, "settled": settled, "picks": picks}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", HEADS)
-def test_random(name, dtype):
+def test_random(name):
     head = HEADS[name]
-    found = check(head, predictions(head, 2, 1, dtype), some_rows(2, 6, 2))
-    assert (found["picked"].row >= 0).sum() > 10
+    found = check(head, predictions(head, 2, 1), some_rows(2, 3, 2))
+    assert (found["picked"].row >= 0).sum() > 5
+
+
+@pytest.mark.parametrize("name", ["v8 five numbers", "three of five", "other powers", "YOLOX", "YOLOX/0.3.0"])
+def test_float64(name):
+    head = HEADS[name]
+    check(head, predictions(head, 1, 1, torch.float64), some_rows(1, 6, 2))
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_crowd(name):
-    """Most cells are picked by several rows."""
+    """Many cells are picked by several rows, and some of these go to one that did not pick them."""
     head = HEADS[name]
-    check(head, predictions(head, 1, 3), some_rows(1, 30, 4))
+    found = check(head, predictions(head, 1, 3), some_rows(1, 12, 4))
+    several = found["decoded"].picker_ptr == -1
+    assert several.sum() > (1 if head.objectness else 8)
+    row, index = found["decoded"].row_ptr.flatten(), found["picks"]["picked"].index_ptr
+    further = [cell for cell in several.flatten().nonzero().flatten().tolist() if cell not in index[row[cell] % 12]]
+    assert further or head.objectness or head.topk == 13
 
 
 @pytest.mark.parametrize("name", ["v8", "yolo26 one", "YOLOX", "YOLOX/0.3.0"])
 def test_tiny(name):
     head = HEADS[name]
-    rows = some_rows(2, 8, 5, largest=0.0)
-    rows[:, 4:] *= torch.logspace(0, -6, 16, device=DEVICE)[:, None]
+    rows = some_rows(2, 4, 5, largest=0.0)
+    rows[:, 4:] *= torch.logspace(0, -6, 8, device=DEVICE)[:, None]
     check(head, predictions(head, 2, 6), rows)
 
 
 @pytest.mark.parametrize("name", ["v8", "yolo26 one", "YOLOX", "YOLOX/0.3.0"])
 def test_images_without_rows(name):
     head = HEADS[name]
-    check(head, predictions(head, 3, 7), some_rows(3, 4, 8)[4:8])
+    check(head, predictions(head, 3, 7), some_rows(3, 2, 8)[2:4])
     check(head, predictions(head, 2, 7), some_rows(1, 4, 8)[:0])
 
 
 @pytest.mark.parametrize("name", ["v8", "three of five", "YOLOX", "YOLOX/0.3.0"])
 def test_invalid_rows(name):
     head = HEADS[name]
-    rows = some_rows(2, 12, 9)
+    rows = some_rows(2, 6, 9)
     faults = {0: (0, 2.0), 1: (0, -1.0), 2: (1, CLASSES), 3: (2, 1.5), 4: (4, 0.0), 5: (5, float("nan")), 6: (1, -1.0)}
     for place, (column, value) in faults.items():
-        rows[place * 3, column] = value
-    rows[23, 4] = float("inf")
-    rows[22, 4:] = 1e30  # can be, and fits nothing
+        rows[place, column] = value
+    rows[11, 4] = float("inf")
+    rows[10, 4:] = 1e30  # can be, and fits nothing
     found = check(head, predictions(head, 2, 10), rows)
     assert found["settled"].counts_ptr[1] == 8
 
@@ -134,10 +146,10 @@ def test_invalid_rows(name):
 def test_offsets(name):
     """Rows of images of which it is known where they begin, with spare ones; rows that lie elsewhere; wrong offsets."""
     head = HEADS[name]
-    rows = some_rows(3, 5, 11)
-    rows[[4, 9]] = rows[[9, 4]]
+    rows = some_rows(3, 3, 11)
+    rows[[2, 5]] = rows[[5, 2]]
     preds = predictions(head, 3, 12)
-    for offsets in ([0, 5, 10, 12, 13], [0, 5, 10, 15, 15], [0, 7, 3, 20, 15]):
+    for offsets in ([0, 3, 6, 7, 8], [0, 4, 2, 12, 9]):
         check(head, preds, rows, torch.tensor(offsets, dtype=torch.int32, device=DEVICE))
 
 
@@ -152,7 +164,7 @@ def test_targets():
 @pytest.mark.parametrize("name", ["v8", "YOLOX"])
 def test_forms(name, form):
     """Parts apart, channels last and with gaps between; and in one piece, cells before channels."""
-    head, rows = HEADS[name], some_rows(2, 6, 15)
+    head, rows = HEADS[name], some_rows(2, 3, 15)
     parts = [pred.split(head.widths, 1) for pred in predictions(head, 2, 16)]
     if form == "apart":
         preds = [part.contiguous(memory_format=torch.channels_last) for level in parts for part in level]
@@ -181,7 +193,7 @@ def test_equals(name):
 @pytest.mark.parametrize("name", ["v8", "yolo26 one", "other powers", "YOLOX", "YOLOX/0.3.0"])
 def test_nans(name):
     """Of boxes, classes and objectness."""
-    head, rows = HEADS[name], some_rows(2, 8, 17)
+    head, rows = HEADS[name], some_rows(2, 4, 17)
     preds = predictions(head, 2, 18)
     gen = torch.Generator().manual_seed(19)
     for pred in preds:
@@ -189,14 +201,29 @@ def test_nans(name):
     check(head, preds, rows)
 
 
+@pytest.mark.parametrize("name", ["YOLOX", "YOLOX/0.3.0"])
+def test_a_nan_counts_for_nothing(name):
+    """Four boxes are those of an object, which picks as many; where the cost of one of them is NaN, three."""
+    head = HEADS[name]
+    preds = [torch.zeros(1, sum(head.widths), *sides, device=DEVICE) for sides in MAPS]
+    for pred in preds:
+        pred[:, 2:4] = -5.0
+    for line, column in ((3, 5), (3, 6), (4, 5), (4, 6)):
+        preds[0][0, :4, line, column] = torch.tensor([6.0 - column, 4.0 - line, *[math.log(2.5)] * 2])
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 20 / 96, 20 / 64]], device=DEVICE)
+    assert (check(head, preds, rows)["picked"].row >= 0).sum() == 4
+    preds[0][0, 6, 3, 5] = math.nan
+    assert (check(head, preds, rows)["picked"].row >= 0).sum() == 3
+
+
 def test_other_overlaps():
     """Another term, and small regions."""
     for overlap in ("iou", "giou", "siou"):
         head = dataclasses.replace(HEADS["v8 distances"], overlap=overlap, small=20.0)
-        check(head, predictions(head, 2, 20), some_rows(2, 6, 21, largest=0.1))
+        check(head, predictions(head, 1, 20), some_rows(1, 4, 21, largest=0.1))
 
 
 @pytest.mark.parametrize("name", ["v8", "YOLOX"])
 def test_half(name):
     head = HEADS[name]
-    check(head, predictions(head, 1, 22, torch.float16), some_rows(1, 6, 23))
+    check(head, predictions(head, 1, 22, torch.float16), some_rows(1, 4, 23))
