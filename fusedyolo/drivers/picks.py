@@ -166,7 +166,7 @@ class PickDriver(Driver):
         if kernel != "pick_loss_kernel":
             return super().efforts(kernel, kinds, arguments, known)
         block, areas = arguments["SPEC"].CELLS, [height * width for height, width in _maps(arguments)]
-        has = arguments["assigned"].row_ptr != arguments["M"]
+        has = arguments["task"].assigned.row_ptr != arguments["M"]
         tiles = [int(part.sum()) for level in has.split(areas, 1) for image in level for part in image.split(block)]
         counts = tiles * (len(kinds) // len(tiles))
         return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
@@ -184,6 +184,7 @@ class PickDriver(Driver):
             decoded.picker_ptr.fill_(arguments["M"])
             decoded.row_ptr.fill_(arguments["M"])
             decoded.claim_ptr.zero_()
+            decoded.score_ptr.zero_()
 
 
 PICKS = PickDriver()
