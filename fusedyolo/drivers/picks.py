@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -155,36 +156,42 @@ class PickDriver(Driver):
             tiles = _levels_of_tiles(arguments, arguments["B"], arguments["SPEC"].CELLS)
             levels = len(arguments["levels"].widths)
             return [level + levels * (i > 0) for i in range(programs // len(tiles)) for level in tiles]
-        if kernel == "decode_kernel" and arguments["SPEC"].ASSIGNER == "aligned":
-            return _levels_of_tiles(arguments, shared.even(arguments["frame"].batch), arguments["CELLS"])
+        if arguments["SPEC"].ASSIGNER == "aligned":
+            if kernel == "decode_kernel":
+                return _levels_of_tiles(arguments, shared.even(arguments["frame"].batch), arguments["CELLS"])
+            if kernel == "pick_kernel":
+                return [0] * programs
         return range(programs)
 
     def efforts(
         self, kernel: str, kinds: Sequence[int], arguments: Mapping[str, Any], known: Known
     ) -> tuple[Sequence[Any], list[float]]:
-        """By the cells of a tile that have a row, which launches before have left: all of their programs run."""
-        if kernel != "pick_loss_kernel":
-            return super().efforts(kernel, kinds, arguments, known)
-        block, areas = arguments["SPEC"].CELLS, [height * width for height, width in _maps(arguments)]
-        has = arguments["task"].assigned.row_ptr != arguments["M"]
-        tiles = [int(part.sum()) for level in has.split(areas, 1) for image in level for part in image.split(block)]
-        counts = tiles * (len(kinds) // len(tiles))
-        return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
+        """Of a loss by the cells of a tile that have a row, which launches before have left; of a row that looks at the
+        cells in its box by their number.
+        """
+        if kernel == "pick_loss_kernel":
+            block, areas = arguments["SPEC"].CELLS, [height * width for height, width in _maps(arguments["levels"])]
+            has = arguments["task"].assigned.row_ptr != arguments["M"]
+            tiles = [int(part.sum()) for level in has.split(areas, 1) for image in level for part in image.split(block)]
+            counts = tiles * (len(kinds) // len(tiles))
+            return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
+        if kernel == "pick_kernel" and arguments["SPEC"].ASSIGNER == "aligned":
+            areas = arguments["targets"].ptr[:, 4:].nan_to_num(0.0).clamp(0, 1).prod(1)
+            return kinds, [float(area) for area in areas] or [0.0]
+        return super().efforts(kernel, kinds, arguments, known)
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
-        """Boxes, of the reference, and that no cell is picked yet."""
-        if kernel == "decode_kernel" and arguments["SPEC"].ASSIGNER == "aligned":
-            decoded, head, predictions = arguments["decoded"], known.head, arguments["predictions"]
-            box, cls = (
-                _in_one_piece(part, width, arguments).to(decoded.boxes_ptr.dtype)
-                for part, width in zip((predictions.box, predictions.cls), head.widths, strict=True)
-            )
-            points = reference.points_of(_maps(arguments), head.strides, decoded.row_ptr.device)
-            decoded.boxes_ptr.copy_(reference.see(reference.Planes(box, cls, None), points, head).boxes)
+        """By the reference: boxes, and what rows pick."""
+        spec = arguments["SPEC"]
+        if kernel == "decode_kernel" and spec.ASSIGNER == "aligned":
+            decoded = arguments["decoded"]
+            decoded.boxes_ptr.copy_(_seen(known.head, arguments["predictions"], arguments["levels"], decoded)[0].boxes)
             decoded.picker_ptr.fill_(arguments["M"])
             decoded.row_ptr.fill_(arguments["M"])
             decoded.claim_ptr.zero_()
             decoded.score_ptr.zero_()
+        if kernel == "pick_kernel" and spec.ASSIGNER == "aligned":
+            _complete_picks(replace(known.head, topk=spec.TOPK), arguments)
 
 
 PICKS = PickDriver()
@@ -199,28 +206,64 @@ _LAUNCHES = {
 _NAMES = {2: ("boxes", "scores"), 3: ("boxes", "objectness", "scores")}
 
 
-def _maps(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
+def _maps(levels: Any) -> list[tuple[int, int]]:
     """(height, width) of each level of a launch."""
-    levels = arguments["levels"]
     return [(shared.even(h), shared.even(w)) for h, w in zip(levels.heights, levels.widths, strict=True)]
 
 
-def _in_one_piece(part: Any, width: int, arguments: Mapping[str, Any]) -> Tensor:
+def _in_one_piece(part: Any, width: int, maps: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
     """``[B, width, N]`` of a part of a launch's predictions, see :class:`fusedyolo.kernels.picks.records.Part`."""
-    batch, levels = len(arguments["decoded"].row_ptr), []
-    for ptr, start, by, sides in zip(part.ptrs, part.starts, part.by, _maps(arguments), strict=True):
+    levels = []
+    for ptr, start, by, sides in zip(part.ptrs, part.starts, part.by, maps, strict=True):
         image, row, column, _, channel = map(shared.even, by)
-        view = ptr.detach().as_strided(
-            (batch, width, *sides), (image, channel, row, column), ptr.storage_offset() + shared.even(start)
-        )
-        levels.append(view.flatten(2))
-    return torch.cat(levels, 2)
+        shape, strides = (len(like), width, *sides), (image, channel, row, column)
+        levels.append(ptr.detach().as_strided(shape, strides, ptr.storage_offset() + shared.even(start)).flatten(2))
+    return torch.cat(levels, 2).to(like.dtype)
+
+
+def _seen(head: PickHead, predictions: Any, levels: Any, decoded: Any) -> tuple[reference.Seen, reference.Points]:
+    """What the reference sees of a launch's predictions, without objectness."""
+    maps, like = _maps(levels), decoded.boxes_ptr
+    parts = zip((predictions.box, predictions.cls), head.widths, strict=True)
+    box, cls = (_in_one_piece(part, width, maps, like) for part, width in parts)
+    points = reference.points_of(maps, head.strides, like.device)
+    return reference.see(reference.Planes(box, cls, None), points, head), points
+
+
+def _complete_picks(head: PickHead, arguments: Mapping[str, Any]) -> None:
+    """What a launch of all rows leaves of task-aligned ones, see ``kernels/picks/records.py``."""
+    from ..kernels.picks.wish import LAST, NONE
+
+    problem, decoded, picked, M = (arguments[name] for name in ("problem", "decoded", "picked", "M"))
+    seen, _ = _seen(head, problem.predictions, problem.levels, decoded)
+    (B, N), size = seen.boxes.shape[:2], (problem.frame.height, problem.frame.width)
+    objects = reference.read_objects(arguments["targets"].ptr, head, B, size, decoded.boxes_ptr.dtype)
+    picks, claims = decoded.picker_ptr.new_zeros(B * N + 1), decoded.claim_ptr.zero_().view(B, N)
+    decoded.picker_ptr.fill_(M)
+    for now, wish in reference.wishes(seen, objects, head):
+        (overlap,), image = wish.claim, objects.image[now]
+        index, worth = reference.best(wish.worth, min(head.topk, N))
+        chosen, row = worth > reference.NONE, torch.arange(M, device=image.device)[now, None]
+        place = torch.where(chosen, image[:, None] * N + index, B * N)
+        picks.scatter_add_(0, place.flatten(), torch.ones_like(place, dtype=picks.dtype).flatten())
+        decoded.picker_ptr.view(-1)[place[chosen]] = row.expand_as(place)[chosen].to(torch.int32)
+        count = index.shape[1]
+        picked.index_ptr[now] = -1
+        picked.index_ptr[now, :count] = torch.where(chosen, place, -1).to(torch.int32)
+        picked.overlap_ptr[now, :count] = overlap.gather(1, index)
+        picked.worth_ptr[now, :count] = worth
+        strength = overlap.float().view(torch.int32).to(torch.int64)
+        claim = torch.where(overlap > reference.NONE, ((strength - NONE.value) << 31) | (LAST.value - row), 0)
+        claims.scatter_reduce_(0, image[:, None].expand_as(claim), claim, "amax")
+    several = (picks[:-1] > 1).view(B, N)
+    decoded.picker_ptr[several] = -1
+    arguments["tally"].found_ptr[2 : 2 + B].copy_(several.any(1))
 
 
 def _levels_of_tiles(arguments: Mapping[str, Any], batch: int, cells: int) -> list[int]:
     """The level of each tile of so many cells, of all images."""
     found: list[int] = []
-    for level, (height, width) in enumerate(_maps(arguments)):
+    for level, (height, width) in enumerate(_maps(arguments["levels"])):
         found += [level] * (batch * -(-height * width // cells))
     return found
 

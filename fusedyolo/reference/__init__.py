@@ -8,7 +8,7 @@ from .cells import cell_assign, cell_loss, cell_views
 from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, relative
 from .dense import flat as flat_maps
 from .grid import Candidates, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets
-from .picks import Objects, Picked, Points, Seen, pick, points_of, read_objects
+from .picks import NONE, Objects, Picked, Points, Seen, best, pick, points_of, read_objects, wishes
 from .points import Planes, decode_predictions, encode_points, pick_loss, see
 from .primitives import constants
 from .rows import Rows, read_corners, read_rows
@@ -20,6 +20,7 @@ __all__ = [
     "ENCODE",
     "IGNORED",
     "LABEL_TERMS",
+    "NONE",
     "OFFSET_TERMS",
     "Candidates",
     "Objects",
@@ -29,6 +30,7 @@ __all__ = [
     "Rows",
     "Seen",
     "assign",
+    "best",
     "box_loss",
     "cell_assign",
     "cell_loss",
@@ -54,4 +56,5 @@ __all__ = [
     "read_rows",
     "relative",
     "see",
+    "wishes",
 ]

@@ -118,6 +118,13 @@ def pick(seen: Seen, objects: Objects, head: PickHead) -> Picked:
         return Picked(torch.where(row < M, row, -1), torch.where(row < M, soft, 0.0), assigner.nans)
 
 
+def wishes(seen: Seen, objects: Objects, head: PickHead) -> Iterator[tuple[slice, Wish]]:
+    """What rows want, some at a time."""
+    assigner = _ASSIGNERS[head.assigner](seen, objects, head)
+    for now in _chunks(len(objects.valid), seen.boxes.shape[1]):
+        yield now, assigner.want(now)
+
+
 def _settle(assigner: Assigner, objects: Objects, shape: Sequence[int], head: PickHead) -> Tensor:
     """[B, N] int64: the row that each prediction goes to; M where there is none."""
     (B, N), M, image = shape, len(objects.valid), objects.image

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bench import count, measure, sampling
+from fusedyolo.drivers.protocol import Known
 from fusedyolo.ops.launch import shared_zeros
 from fusedyolo.tools import codegen
 from fusedyolo.tools.parity import step
@@ -269,7 +270,9 @@ def test_a_sampled_launch_is_counted_as_a_whole_one():
 
 
 @pytest.mark.interpreter("sectors are counted in the interpreter")
-@pytest.mark.parametrize(("name", "batch", "size"), [("YOLOv3/paper", 4, 96), ("FCOS", 4, 192), ("SSD", 4, 128)])
+@pytest.mark.parametrize(
+    ("name", "batch", "size"), [("YOLOv3/paper", 4, 96), ("FCOS", 4, 192), ("SSD", 4, 128), ("YOLOv8", 4, 128)]
+)
 def test_what_stands_for_a_launch_is_close_to_all_of_it(name, batch, size, monkeypatch):
     """Also: what is left out must not be missed by the launches after it."""
     monkeypatch.setattr(measure, "MOST", 8)
@@ -281,6 +284,35 @@ def test_what_stands_for_a_launch_is_close_to_all_of_it(name, batch, size, monke
     assert sampled.bytes == pytest.approx(exact.bytes, rel=0.03)
     assert sum(one.bytes for one in exact.kernels) == exact.bytes
     assert [(one.name, one.programs) for one in sampled.kernels] == [(one.name, one.programs) for one in exact.kernels]
+
+
+def _by_cell(picked):
+    """What rows picked, in the order of cells, and what goes with it."""
+    cells, order = picked.index_ptr.sort(1)
+    return cells, *[each.gather(1, order)[cells >= 0] for each in (picked.overlap_ptr, picked.worth_ptr)]
+
+
+@pytest.mark.interpreter("launches are run one by one")
+def test_picks_that_are_put_down_are_those_of_the_launch():
+    case, work = CASES["YOLOv8"], Workload(batch=2, size=96, classes=3, objects="crowded:12")
+    criterion, preds = case.build(work.classes, "triton"), [p.detach() for p in case.predictions(work)]
+    call = case.driver.read(criterion, case.pack(preds, work), case.targets(work))
+    decode, pick, settle, *_ = case.driver.launches(criterion.head, call).values()
+    known = Known(criterion.head, preds, [12, 12], lambda: None)
+    with torch.no_grad():
+        decode.run()
+        pick.run()
+        decoded, picked, tally = (pick.arguments[name] for name in ("decoded", "picked", "tally"))
+        marks = decoded.picker_ptr, tally.found_ptr, decoded.claim_ptr
+        run, by_launch = [each.clone() for each in marks], _by_cell(picked)
+        case.driver.complete("pick_kernel", pick.arguments, known)
+        assert (decoded.picker_ptr == -1).any()
+        assert all(map(torch.equal, marks[:2], run[:2]))
+        assert torch.equal(decoded.claim_ptr & 0x7FFFFFFF, run[2] & 0x7FFFFFFF)  # the rows
+        torch.testing.assert_close(decoded.claim_ptr >> 31, run[2] >> 31, rtol=0, atol=64)  # last digits of overlaps
+        for value, each in zip(_by_cell(picked), by_launch, strict=True):
+            torch.testing.assert_close(value, each)
+        settle.run()  # which leaves counters as they were
 
 
 def test_a_ranking_counts_from_zero_where_matches_are_sampled():
