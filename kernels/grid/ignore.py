@@ -13,9 +13,8 @@ from .assign import true_corners
 from .site import cells_at, channel_step
 
 WINDOW: tl.constexpr = tl.constexpr(64)  # cells that a row may reach, to look at them itself
-MET: tl.constexpr = tl.constexpr(
-    2
-)  # steps of rows that all look at a cell, for what a row costs that all cells look at
+MET: tl.constexpr = tl.constexpr(2)  # steps of rows that all look at a cell, for a row that all cells look at
+FEW: tl.constexpr = tl.constexpr(48)  # rows of an image that are not worth leaving the predictions for
 
 
 class Window(NamedTuple):
@@ -150,7 +149,7 @@ def ignored(plane, logits, rows, lists, site, head, terms, SPEC: tl.constexpr):
         if not SPEC.SMOOTH:
             small = tl.where(window.cells <= WINDOW, window.cells, 0)
             most = tl.max(small, axis=0)
-            if MET * tl.sum((small > 0).to(tl.int32), axis=0) > most + MET * 2:
+            if (rows.last - rows.first > FEW) & (MET * tl.sum((small > 0).to(tl.int32), axis=0) > most + MET * 2):
                 these = tl.where(small > 0, 0, these)
                 if left == 0:
                     tl.store(lists.decoded_ptr + lane, box.x1)
