@@ -17,7 +17,7 @@ CLOSE = 0.01
 # Instructions of PTX that the warps of all programs execute, sm_90, as constraints.txt's Triton compiles them.
 EXECUTED = {
     "YOLOv1/paper": {"cell_kernel": 21328, "cell_grad_kernel": 112},
-    "YOLOv2/region": {"grid_kernel": 58782, "grid_grad_kernel": 18440},
+    "YOLOv2/region": {"grid_kernel": 60444, "grid_grad_kernel": 18440},
     "SSD": {
         "overlap_kernel": 12528,
         "match_kernel": 5469,
