@@ -12,9 +12,9 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -80,6 +80,7 @@ def _calls(file: str) -> list[tuple[tuple[int, int], tuple[int, int], str]]:
     ]
 
 
+@cache
 def calls_at(at: Line) -> set[str]:
     """What is called around a place in a file."""
     return {name for first, last, name in _calls(at.file) if first <= (at.line, at.column) < last}
@@ -92,6 +93,7 @@ def _known() -> set[str]:
     return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
+@cache
 def leads_to(at: Line, callee: str) -> bool:
     """Whether a function is called there, or one that has been handed in."""
     names = {(name.startswith("tl."), name.split(".")[-1]) for name in calls_at(at)}
@@ -101,19 +103,21 @@ def leads_to(at: Line, callee: str) -> bool:
 
 
 @lru_cache
+def _functions(file: str) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(_tree(file)) if isinstance(node, ast.FunctionDef)]
+
+
+@cache
 def function_at(file: str, line: int) -> str:
     """The innermost function that holds a line, with its module: ``assign._block``."""
-    holding = [
-        node
-        for node in ast.walk(_tree(file))
-        if isinstance(node, ast.FunctionDef) and node.lineno <= line <= node.end_lineno
-    ]
+    holding = [node for node in _functions(file) if node.lineno <= line <= node.end_lineno]
     return f"{Path(file).stem}.{max(holding, key=lambda node: node.lineno).name if holding else None}"
 
 
 def made(ptx: str) -> Iterator[Made]:
     """The instructions of a kernel that were made of some line."""
     files = dict(FILE.findall(ptx))
+    rooms = frozenset(Path(file).parent for file in files.values())
     of_line, number = [], "0"  # the file that PTX names last before each of its lines
     for line in ptx.splitlines():
         found = LOCATION.match(line)
@@ -125,16 +129,16 @@ def made(ptx: str) -> Iterator[Made]:
             if names and names[0][1] != "0":
                 lines = [Line(of_line[one.line], int(names[0][1]), int(names[0][2]))]
                 for name, line, column in names[1:]:
-                    lines.append(_caller(files.values(), name, int(line), int(column), function_at(*lines[-1][:2])))
+                    lines.append(_caller(rooms, name, int(line), int(column), function_at(*lines[-1][:2])))
                 functions = tuple(function_at(at.file, at.line) for at in lines)
                 yield Made(tuple(one.op), one.text, tuple(lines), functions)
 
 
-def _caller(files: Iterable[str], name: str, line: int, column: int, callee: str) -> Line:
+@cache
+def _caller(rooms: frozenset[Path], name: str, line: int, column: int, callee: str) -> Line:
     """The place in the one file of this name that calls ``callee`` there, or a function that it has been given: of
     callers PTX does not say which folder they are in, but of a room that is used it names some file.
     """
-    rooms = {Path(file).parent for file in files}
     named = {str(path) for room in rooms for path in room.glob(name)}
     places = [Line(file, line, column) for file in sorted(named)]
     found = [at for at in places if leads_to(at, callee)]

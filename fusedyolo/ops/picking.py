@@ -13,7 +13,7 @@ from torch import Tensor
 from ..heads import PickHead, pick_head_from_key
 from ..kernels.launch import PICK_DECODED, PICK_SETTLED, PICK_THREADS, Wishes, pick_config
 from ..kernels.levels import Strides
-from ..kernels.picks import decode, pick, records, settle, site, wish
+from ..kernels.picks import boxes, pick, records, settle, site, wish
 from ..terms import TERMS
 from ..tuned import wishes
 from .launch import Launch, Layout, accumulator, done_counter, layouts, odd, planned, row_maxima
@@ -148,7 +148,7 @@ def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tupl
     picks = {"SPEC": spec, "BLOCK": config.region, "CELLS": PICK_DECODED}
     ends = {"SPEC": spec, "BLOCK": PICK_SETTLED, "K2": 0 if limit is None else _power_of_two(limit)}
     return _Plan(
-        Launch(decode.decode_kernel, (batch * tiles,), first, PICK_THREADS, exact=True),
+        Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, exact=True),
         Launch(pick.pick_kernel, (1,), picks, PICK_THREADS, exact=True),
         Launch(settle.settle_kernel, (1,), ends, PICK_THREADS, exact=True),
         predictions,

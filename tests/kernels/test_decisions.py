@@ -22,6 +22,7 @@ DECIDE = {
     "YOLOv5": {"assign.row_cell", "assign.ratio", "assign._candidates"},
     "RetinaNet": {"match._most_overlap", "match._claimed"},
     "FCOS": {"match._smallest_around"},
+    "YOLOv8": {"wish.in_region", "wish.overlap_of", "pick._best_reached"},
 }
 
 
