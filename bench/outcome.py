@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from rich.table import Table
 
+from fusedyolo.pictures import COLOURS
 from fusedyolo.tools import terminal
 
 from .measure import FUSED
@@ -82,4 +85,21 @@ def draw_curves(path: Path, result: Result) -> None:
     last.semilogy([max(each, 1e-9) for each in result["difference"]], ".-", linewidth=1)
     last.axhline(BOUND, color="grey", linestyle=":")
     last.set_title(f"relative difference (1e-9: none), bound {BOUND:g}")
+    figure.savefig(path, dpi=110)
+
+
+def draw_detections(
+    path: Path, pixels: torch.Tensor, found: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]
+) -> None:
+    """Images, uint8 [n, 3, S, S], with the ``boxes``, ``scores`` and ``labels`` that were found in each."""
+    figure = Figure(figsize=(4 * len(pixels), 4), layout="constrained")
+    for image, detections, axis in zip(pixels, found, figure.subplots(1, len(pixels), squeeze=False)[0], strict=True):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+        axis.axis("off")
+        values = (detections[name].tolist() for name in ("boxes", "scores", "labels"))
+        for (x1, y1, x2, y2), score, label in zip(*values, strict=True):
+            colour = COLOURS[int(label) % len(COLOURS)]
+            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
+            text = f"{names[int(label)]} {score:.2f}"
+            axis.text(x1, y1, text, color="white", fontsize=6, backgroundcolor=colour, clip_on=True)
     figure.savefig(path, dpi=110)

@@ -43,6 +43,7 @@ INTERPRETED_STEPS = 3  # of the fused run without a GPU: one of the default size
 RATE = 5e-4  # of learning
 CLIP = 100.0  # largest norm of the gradient, of each image: many losses are sums over a batch
 DRAWN = 240  # images, where there are none
+DETECTED, CONFIDENT = 6, 0.25  # images that detections are drawn on, and the least score of these
 
 
 class Run:
@@ -125,6 +126,17 @@ def train(runs: Sequence[Run], steps: Sequence[int], pictures: Pictures, out: Pa
             bar.update(tasks[number], advance=len(block.steps), refresh=True)
 
 
+def detect(run: Run, pictures: Pictures) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+    """The first images, uint8 [n, 3, S, S], and what a run has learnt to find in them."""
+    pixels = pictures.pixels[:DETECTED]
+    case, work = run.case, replace(run.work, batch=len(pixels))
+    geometry = case.geometry(work, str(run.device))
+    given = {name: geometry[name] for name in ("anchors", "image_size") if name in geometry}
+    with torch.no_grad():
+        preds = case.pack(run.model(pixels.to(run.device).float() / 255), work)
+    return pixels, fusedyolo.select(preds, case.build(work.classes, "torch"), CONFIDENT, **given).images()
+
+
 def prepare(options: argparse.Namespace) -> tuple[Pictures, list[str]]:
     """The pictures, and the names of the classes.
 
@@ -175,6 +187,8 @@ def run(options: argparse.Namespace) -> int:
     }
     (options.out / "train.json").write_text(json.dumps(result, indent=1))
     outcome.draw_curves(options.out / "curves.png", result)
+    names = ["background"] * case.background + names
+    outcome.draw_detections(options.out / "predictions.png", *detect(runs[0], pictures), names)
     console.print(outcome.table(result))
     console.print(f"Curves, traces and numbers are in {escape(str(options.out))}.", highlight=False)
     fault = outcome.fault(result)

@@ -436,9 +436,10 @@ def test_train_end_to_end(tmp_path, folder, capsys, name, parts, command):
     for run in result["runs"].values():
         assert set(run["seconds"]) == {*phases.PHASES, "step"}
         assert run["waits"] == {}
-    image = Image.open(tmp_path / "curves.png")
-    assert image.width > 300
-    assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+    for picture in ("curves.png", "predictions.png"):
+        image = Image.open(tmp_path / picture)
+        assert image.width > 300
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
     for provider in (EAGER, FUSED):
         events = json.loads(gzip.decompress((tmp_path / f"trace_{provider}.json.gz").read_bytes()))["traceEvents"]
         assert {f"{provider}: {phase}" for phase in phases.PHASES} <= {event.get("name") for event in events}
