@@ -309,7 +309,8 @@ def test_picks_that_are_put_down_are_those_of_the_launch():
         assert (decoded.picker_ptr == -1).any()
         assert all(map(torch.equal, marks[:2], run[:2]))
         assert torch.equal(decoded.claim_ptr & 0x7FFFFFFF, run[2] & 0x7FFFFFFF)  # the rows
-        torch.testing.assert_close(decoded.claim_ptr >> 31, run[2] >> 31, rtol=0, atol=200)  # last digits of overlaps
+        last_digits = ((decoded.claim_ptr >> 31) - (run[2] >> 31)).abs()  # of overlaps
+        assert last_digits.max() < 200
         for value, each in zip(_by_cell(picked), by_launch, strict=True):
             torch.testing.assert_close(value, each)
         settle.run()  # which leaves counters as they were
