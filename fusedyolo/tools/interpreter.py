@@ -11,7 +11,8 @@ def prepare() -> None:
     The larger and the smaller of two floats drop a NaN on a GPU, unless told to propagate it; the interpreter knows
     that of its reductions only. A fused product and sum is rounded once; there it is rounded twice. And each of its
     calls between device functions searches all of ``triton.language`` for what to patch (half a millisecond); once for
-    each module that defines such functions is enough, for these patches stay.
+    each module that defines such functions is enough, for these patches stay. Nor has the table of NumPy's types to be
+    made anew for each operation.
     """
     os.environ["TRITON_INTERPRET"] = "1"
     import numpy as np
@@ -26,6 +27,16 @@ def prepare() -> None:
     builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     builder.create_fma = fma
+
+    find, types = interpreter._get_np_dtype, {}
+
+    def np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in types:
+            types[name] = find(dtype)
+        return types[name]
+
+    interpreter._get_np_dtype = np_dtype
 
     patched = set()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -209,15 +211,27 @@ def _layouts(preds: list[Tensor]) -> dict[str, list[Tensor]]:
     }
 
 
+def _step(preds: list[Tensor], rows: Tensor, head: GridHead) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+    """What a loss leaves, and gradients."""
+    preds = [p.requires_grad_() for p in preds]
+    outputs = ops.grid_loss(preds, rows, None, None, head.key, True)
+    return outputs, torch.autograd.grad(outputs[0], preds)
+
+
+@cache
+def contiguous(name: str) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+    """A step that several tests compare with."""
+    if name == "layouts":
+        return _step(make_preds(size=(32, 48)), make_rows(n=6), DARKNET)
+    return _step(make_preds(batch=1), make_rows(batch=1), HEAD)
+
+
 @pytest.mark.parametrize("layout", list(_layouts(make_preds())))
 def test_layouts_give_the_same_bits(layout):
     """Any strides: no copy, and the very gradient of the contiguous maps."""
-    rows = make_rows(n=6)
-    plain = [p.requires_grad_() for p in make_preds(size=(32, 48))]
-    total, parts, counts, *_ = ops.grid_loss(plain, rows, None, None, DARKNET.key, True)
-    want = torch.autograd.grad(total, plain)
+    (total, parts, counts, *_), want = contiguous("layouts")
     views = [p.detach().requires_grad_() for p in _layouts(make_preds(size=(32, 48)))[layout]]
-    got_total, got_parts, got_counts, *_ = ops.grid_loss(views, rows, None, None, DARKNET.key, True)
+    got_total, got_parts, got_counts, *_ = ops.grid_loss(views, make_rows(n=6), None, None, DARKNET.key, True)
     got = torch.autograd.grad(got_total, views)
     torch.testing.assert_close(got_total, total, rtol=1e-6, atol=0)
     torch.testing.assert_close(got_parts, parts, rtol=1e-6, atol=0)
@@ -276,7 +290,7 @@ def sort_rows(rows: Tensor, batch: int, capacity: int | None = None) -> tuple[Te
 
 @pytest.mark.parametrize("capacity", [None, 64])
 def test_offsets_give_the_same_bits(capacity):
-    preds, rows = make_preds(), make_rows(invalid=11)
+    preds, rows = make_preds(size=(16, 48)), make_rows(invalid=11)
     sorted_rows, offsets = sort_rows(rows, 2, capacity)
     found = []
     for r, o in ((rows, None), (sorted_rows, offsets)):
@@ -302,7 +316,7 @@ def states(packed: Tensor, shape: torch.Size) -> Tensor:
 
 @pytest.mark.parametrize(("cells", "channels"), [(64, 16), (1024, 4)])
 def test_gradient_is_the_same_for_every_tile(cells, channels):
-    preds, rows = make_preds(), make_rows()
+    preds, rows = make_preds(batch=1), make_rows(batch=1)
     found = []
     for tile in ((), (("cells", cells), ("channels", channels), ("rows", 16))):
         grads = [torch.full_like(p, float("nan")) for p in preds]
@@ -331,10 +345,8 @@ def test_every_output_is_written(monkeypatch):
 
 @pytest.mark.parametrize("place", ["background box", "background objectness", "assigned box", "assigned class"])
 def test_a_nan_stays_with_its_prediction(place):
-    preds, rows = make_preds(), make_rows()
-    clean = [p.clone().requires_grad_() for p in preds]
-    total, _, _, state, *_ = ops.grid_loss(clean, rows, None, None, HEAD.key, True)
-    want = torch.autograd.grad(total, clean)
+    preds, rows = make_preds(batch=1), make_rows(batch=1)
+    (_, _, _, state, *_), want = contiguous("nan")
     wanted = 2 if place.startswith("assigned") else 0
     where = (states(state, canonical(preds[0], 3).shape[:4]) == wanted).nonzero()[0].tolist()
     channel = {"background box": 2, "background objectness": 4, "assigned box": 1, "assigned class": 6}[place]
