@@ -419,11 +419,16 @@ class Engine:
         elif len(np.unique(at)) < len(at):
             self.findings.note(f"{name} memory: one value is written by several threads")
 
-    def matrix_store(self, L: np.ndarray, address: Array, values: Sequence[Array]) -> None:
-        """stmatrix: rows of 16 bytes whose addresses the threads hold."""
+    def matrix_store(self, L: np.ndarray, address: Array, values: Sequence[Array], by_columns: bool) -> None:
+        """stmatrix: rows, or columns, of 16 bytes whose addresses the threads hold."""
         rows = self._matrix_rows(L, address)
         for number, value in enumerate(values):
-            self.store(L, "shared", warp.matrix_places(rows, number), 4, (value,), None)
+            if not by_columns:
+                self.store(L, "shared", warp.matrix_places(rows, number), 4, (value,), None)
+                continue
+            for half in (0, 1):
+                part = (value >> U32(16 * half)).astype(np.uint16)
+                self.store(L, "shared", warp.column_places(rows, number, half), 2, (part,), None)
 
     def matrix_load(self, L: np.ndarray, address: Array, count: int) -> list[np.ndarray]:
         """ldmatrix."""

@@ -223,10 +223,8 @@ class _Translator(Operands):
         self.put(args[0], "out", "b32" if op[2] == "ballot" else "pred")
 
     def _op_stmatrix(self, op: list[str], args: list[str]) -> None:
-        if "trans" in op:
-            raise self.refuse()
         values = ", ".join(self.get(value, "b32") for value in self.several(args[1]))
-        self.lines.append(f"E.matrix_store(L, {self.address(args[0], 'u32')}, ({values},))")
+        self.lines.append(f"E.matrix_store(L, {self.address(args[0], 'u32')}, ({values},), {'trans' in op})")
 
     def _op_ldmatrix(self, op: list[str], args: list[str]) -> None:
         if "trans" in op:

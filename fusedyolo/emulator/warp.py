@@ -43,3 +43,8 @@ def reduce(kind: str, value: Array) -> Array:
 def matrix_places(rows: Array, number: int) -> Array:
     """Where each thread's word of the ``number``-th 8 x 8 matrix lies: stmatrix and ldmatrix, ``rows`` addresses."""
     return (rows[:, 8 * number + _LANE // 4] + (_LANE % 4 * 4).astype(U32)).reshape(-1)
+
+
+def column_places(rows: Array, number: int, half: int) -> Array:
+    """Where the lower or upper ``half`` of each thread's word lies when the matrix is kept column by column."""
+    return (rows[:, 8 * number + _LANE % 4 * 2 + half] + (_LANE // 4 * 2).astype(U32)).reshape(-1)
