@@ -174,3 +174,26 @@ def test_programs_are_read_once_and_refused_without_a_kernel():
     with pytest.raises(Fault, match="without a kernel"):
         Program(".version 8.4")
     assert faults("\tmov.u32 \t%r4, %nctaid.x;\n", grid=2) == set()
+
+
+@pytest.mark.parametrize("way", ["", ".trans"])
+def test_a_matrix_is_stored_by_rows_or_by_columns(way):
+    """Of 8 x 8 numbers each thread has two of a row."""
+    body = f"""
+	mov.b32 	%r10, global_smem;
+	and.b32 	%r11, %r1, 7;
+	shl.b32 	%r12, %r11, 4;
+	add.s32 	%r13, %r10, %r12;
+	ld.global.b32 	%r3, [%rd4];
+	stmatrix.sync.aligned.m8n8.x1{way}.shared.b16 	[%r13], {{%r3}};
+	bar.sync 	0;
+	shl.b32 	%r14, %r1, 2;
+	add.s32 	%r15, %r10, %r14;
+	ld.shared.b32 	%r4, [%r15];
+	st.global.b32 	[%rd5], %r4;
+"""
+    matrix = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    data, report = launch(body, matrix, warps=1)
+    assert not report.faults
+    found = data[:128].view(np.uint16).reshape(8, 8)
+    assert np.array_equal(found, matrix.T if way else matrix)
