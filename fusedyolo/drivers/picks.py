@@ -185,7 +185,7 @@ class PickDriver(Driver):
         spec = arguments["SPEC"]
         if kernel == "decode_kernel" and spec.ASSIGNER == "aligned":
             decoded = arguments["decoded"]
-            decoded.boxes_ptr.copy_(_seen(known.head, arguments["predictions"], arguments["levels"], decoded)[0].boxes)
+            decoded.boxes_ptr.copy_(_seen(known.head, arguments["predictions"], arguments["levels"], decoded).boxes)
             decoded.picker_ptr.fill_(arguments["M"])
             decoded.row_ptr.fill_(arguments["M"])
             decoded.claim_ptr.zero_()
@@ -221,13 +221,13 @@ def _in_one_piece(part: Any, width: int, maps: Sequence[tuple[int, int]], like: 
     return torch.cat(levels, 2).to(like.dtype)
 
 
-def _seen(head: PickHead, predictions: Any, levels: Any, decoded: Any) -> tuple[reference.Seen, reference.Points]:
+def _seen(head: PickHead, predictions: Any, levels: Any, decoded: Any) -> reference.Seen:
     """What the reference sees of a launch's predictions, without objectness."""
     maps, like = _maps(levels), decoded.boxes_ptr
     parts = zip((predictions.box, predictions.cls), head.widths, strict=True)
     box, cls = (_in_one_piece(part, width, maps, like) for part, width in parts)
     points = reference.points_of(maps, head.strides, like.device)
-    return reference.see(reference.Planes(box, cls, None), points, head), points
+    return reference.see(reference.Planes(box, cls, None), points, head)
 
 
 def _complete_picks(head: PickHead, arguments: Mapping[str, Any]) -> None:
@@ -235,7 +235,7 @@ def _complete_picks(head: PickHead, arguments: Mapping[str, Any]) -> None:
     from ..kernels.picks.wish import LAST, NONE
 
     problem, decoded, picked, M = (arguments[name] for name in ("problem", "decoded", "picked", "M"))
-    seen, _ = _seen(head, problem.predictions, problem.levels, decoded)
+    seen = _seen(head, problem.predictions, problem.levels, decoded)
     (B, N), size = seen.boxes.shape[:2], (problem.frame.height, problem.frame.width)
     objects = reference.read_objects(arguments["targets"].ptr, head, B, size, decoded.boxes_ptr.dtype)
     picks, claims = decoded.picker_ptr.new_zeros(B * N + 1), decoded.claim_ptr.zero_().view(B, N)
