@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .kernels.launch import Wishes, legal_wishes
+from .kernels.launch import Wishes, legal_wishes, power_of_two
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "configs"
@@ -60,10 +60,11 @@ def wishes(kind: str, terms: str, pred: Any, planes: bool, batch: int, cells: in
         cells: of the largest map.
         classes: C.
     """
+    sizes = [power_of_two(n) for n in (batch, cells, classes)]
     if _trial is None:
-        return _wishes(kind, terms, pred.dtype, pred.device, planes, _up(batch), _up(cells), _up(classes))
+        return _wishes(kind, terms, pred.dtype, pred.device, planes, *sizes)
     forced, seen = _trial
-    seen.add(key_of(kind, terms, pred.dtype, planes, _up(batch), _up(cells), _up(classes)))
+    seen.add(key_of(kind, terms, pred.dtype, planes, *sizes))
     return forced
 
 
@@ -71,10 +72,6 @@ def key_of(kind: str, terms: str, dtype: torch.dtype, planes: bool, batch: int, 
     """The key of a result in its file."""
     name, layout = str(dtype).removeprefix("torch."), "planes" if planes else "rows"
     return f"{kind} | {terms} | {name} {layout} | batch {batch} cells {cells} classes {classes}"
-
-
-def _up(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 @lru_cache(maxsize=1024)

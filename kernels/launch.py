@@ -56,15 +56,15 @@ WIDEST = 128  # channels in it, unless the boxes of a cell have more
 
 def cell_config(cells: int, channels: int, box_channels: int, itemsize: int, wishes: Wishes = ()) -> GridConfig:
     """Tile for as many ``cells`` of ``channels``, of which ``box_channels`` must be in the first tile."""
-    width = max(_power(box_channels), min(_power(channels), WIDEST))
+    width = max(power_of_two(box_channels), min(power_of_two(channels), WIDEST))
     several = width < channels  # what is kept from one tile to the next takes registers
-    height = max(16, min(_power(cells), CELL_TILE // width // itemsize // (1 + several)))
+    height = max(16, min(power_of_two(cells), CELL_TILE // width // itemsize // (1 + several)))
     config = replace(GridConfig(cells=height, channels=width, threads=512), **dict(wishes))
     return config if "rows" in dict(wishes) else replace(config, rows=max(16, min(128, CELL_PAIRS // config.cells)))
 
 
-def _power(n: int) -> int:
-    """The next power of two."""
+def power_of_two(n: int) -> int:
+    """The least power of two that is no less."""
     return 1 << (n - 1).bit_length()
 
 
@@ -112,7 +112,7 @@ def dense_config(
     there are four waves of programs. Threads share out the classes of an anchor, two sectors at a time: rows begin
     anywhere, and fewer would touch twice as many.
     """
-    width = max(2 * SECTOR // itemsize, _power(-(-classes // MOST_CHUNKS)))
+    width = max(2 * SECTOR // itemsize, power_of_two(-(-classes // MOST_CHUNKS)))
     usual = DenseConfig(
         block=2048,
         group=1,
@@ -134,8 +134,8 @@ def dense_config(
         block=block,
         group=math.gcd(classes, ACCESS // itemsize, block),
         steps=wanted.steps if ranked else min(wanted.steps, chunk // block),
-        cells=min(wanted.cells, _power(largest_map)),
-        anchors=min(wanted.anchors, _power(largest_map)),
+        cells=min(wanted.cells, power_of_two(largest_map)),
+        anchors=min(wanted.anchors, power_of_two(largest_map)),
     )
 
 

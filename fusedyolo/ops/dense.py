@@ -21,6 +21,7 @@ from ..kernels.launch import (
     RANK_PART,
     DenseConfig,
     dense_config,
+    power_of_two,
 )
 from ..kernels.levels import Strides
 from ..operator import differentiable, fake, operator
@@ -313,7 +314,7 @@ def _tally(device: torch.device, batch: int, rows: int, own: Tensor | None) -> T
 def _match_plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors: int) -> list[Launch]:
     """The launches of :func:`match_launches` but for their tensors; ``anchors`` in an image."""
     head, layout, batch, N = dense_head_from_key(key), _layout(key, preds, preds), preds[0].shape[0], anchors
-    block = min(MATCH_BLOCK, 1 << (N - 1).bit_length())
+    block = min(MATCH_BLOCK, power_of_two(N))
     common = {
         "N": N,
         "levels": match.Levels(odd(layout.anchors), odd(layout.cells)),
@@ -387,7 +388,7 @@ class _RankPlan(NamedTuple):
 def _rank_plan(key: str, preds: tuple[Layout, ...], anchors: int) -> _RankPlan:
     head, batch, threads = dense_head_from_key(key), preds[0].shape[0], _config(key, preds).rank_threads
     triton_acc, acc = accumulator(preds[0].dtype)
-    power = 1 << (anchors - 1).bit_length()
+    power = power_of_two(anchors)
     part, block = min(RANK_PART, power), min(RANK_BLOCK, power)
     parts = _ceil(anchors, part)
     arguments = {

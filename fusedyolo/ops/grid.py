@@ -13,7 +13,7 @@ from torch import Tensor
 from ..heads import GridHead, head_from_key, obj_scales, reach
 from ..kernels import assign
 from ..kernels.grid import gradient, loss, records
-from ..kernels.launch import SMALLEST_TILE, grid_config
+from ..kernels.launch import SMALLEST_TILE, grid_config, power_of_two
 from ..kernels.levels import Strides
 from ..operator import differentiable, fake, operator
 from ..reference.grid import NEIGHBOURS
@@ -107,7 +107,7 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         "ANCHORS": tuple(map(len, head.levels)),
         "PLACES": head.places_per_row,
         "ACC": acc,
-        "K_PAD": 1 << (4 + head.num_classes).bit_length(),
+        "K_PAD": power_of_two(5 + head.num_classes),
     }
     competing = [head.anchors[t] for t in own] if head.per_level else head.anchors
     return _Parts(terms, numbers, spec, tuple(side for anchor in competing for side in anchor))

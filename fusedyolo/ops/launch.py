@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
+from ..kernels.launch import power_of_two
 
 import triton.language as tl  # isort: skip
 
@@ -202,7 +203,7 @@ def zeros(device: torch.device, count: int, dtype: torch.dtype) -> Tensor:
             stream = torch.cuda.current_stream(device).cuda_stream
     found = _MEMORY.zeros.get((device, stream, dtype))
     if found is None or len(found) < count:
-        size = max(LEAST_ZEROS, 1 << (count - 1).bit_length())
+        size = max(LEAST_ZEROS, power_of_two(count))
         found = _MEMORY.zeros[device, stream, dtype] = torch.zeros(size, dtype=dtype, device=device)
     return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..heads import PickHead, pick_head_from_key
-from ..kernels.launch import PICK_DECODED, PICK_SETTLED, PICK_THREADS, Wishes, pick_config
+from ..kernels.launch import PICK_DECODED, PICK_SETTLED, PICK_THREADS, Wishes, pick_config, power_of_two
 from ..kernels.levels import Strides
 from ..kernels.picks import boxes, pick, records, settle, site, wish
 from ..terms import TERMS
@@ -108,10 +108,6 @@ class _Plan(NamedTuple):
     tiles: int  # of an image
 
 
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
 @planned
 def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tuple[float, float]) -> _Plan:
     head, batch = pick_head_from_key(key), preds[0].shape[0]
@@ -141,12 +137,12 @@ def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tupl
         "numbers": numbers,
         "SPEC": spec,
         "CELLS": PICK_DECODED,
-        "BINS": _power_of_two(head.reg_max),
+        "BINS": power_of_two(head.reg_max),
         "LAYOUT": _layout(predictions.box, maps),
     }
     tiles = sum(-(-height * width // PICK_DECODED) for height, width in maps)
     picks = {"SPEC": spec, "BLOCK": config.region, "CELLS": PICK_DECODED}
-    ends = {"SPEC": spec, "BLOCK": PICK_SETTLED, "K2": 0 if limit is None else _power_of_two(limit)}
+    ends = {"SPEC": spec, "BLOCK": PICK_SETTLED, "K2": 0 if limit is None else power_of_two(limit)}
     return _Plan(
         Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, exact=True),
         Launch(pick.pick_kernel, (1,), picks, PICK_THREADS, exact=True),
@@ -171,7 +167,7 @@ def spec_of(head: PickHead, dtype: torch.dtype) -> records.Spec:
         DISTANCE=head.distance,
         SOFT=head.soft,
         ACC=accumulator(dtype)[0],
-        K=_power_of_two(head.topk),
+        K=power_of_two(head.topk),
     )
 
 
@@ -196,7 +192,7 @@ def pick_launches(
     width). A ``workspace`` has a place for each of :func:`workspace_rows`.
     """
     plan, pred, M = _plan(form, layouts(preds), head.key, maps, size), preds[0], rows.shape[0]
-    batch, N, K = pred.shape[0], sum(height * width for height, width in maps), _power_of_two(head.topk)
+    batch, N, K = pred.shape[0], sum(height * width for height, width in maps), plan.pick.arguments["SPEC"].K
     costs, tiles = (N, plan.tiles) if head.assigner == "simota" else (0, 0)
     acc = accumulator(pred.dtype)[1]
     decoded = records.Decoded(

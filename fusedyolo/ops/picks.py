@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..heads import PickHead, pick_head_from_key
-from ..kernels.launch import pick_config
+from ..kernels.launch import pick_config, power_of_two
 from ..kernels.picks import loss, records
 from ..operator import differentiable, fake, operator
 from ..terms import TERMS
@@ -97,7 +97,7 @@ def _plan(
     spec = loss.HeadSpec(
         C=head.num_classes,
         REG_MAX=head.reg_max,
-        BINS=1 << (head.reg_max - 1).bit_length(),
+        BINS=power_of_two(head.reg_max),
         DECODE=head.decode,
         OBJECTNESS=head.objectness,
         DISTANCE=head.distance,
@@ -110,7 +110,7 @@ def _plan(
         CELLS=config.cells,
         PLANES=config.planes,
         GROUP=config.group,
-        LANES=1 << (config.group - 1).bit_length(),
+        LANES=power_of_two(config.group),
         PICKS=config.picks,
     )
     arguments = {

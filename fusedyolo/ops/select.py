@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..heads import GridHead
 from ..kernels import select as kernels
+from ..kernels.launch import power_of_two
 from ..kernels.levels import Strides
 from ..reference import grid_view
 from ..reference.select import LOWEST_BIN, SCORE_BINS
@@ -110,11 +111,11 @@ def _near(strides: Sequence[Strides], widths: Sequence[int]) -> str | None:
 def _tile(largest_map: int, num_classes: int, cells_contiguous: bool) -> tuple[int, int]:
     """Cells and classes of a tile: wide along the axis in which neighbours are neighbours in memory."""
     if not cells_contiguous:
-        return 32, min(32, 1 << (num_classes - 1).bit_length())
+        return 32, min(32, power_of_two(num_classes))
     cells = 256
     while cells > 32 and cells >= 2 * largest_map:
         cells //= 2
-    return cells, min(4, 1 << (num_classes - 1).bit_length())
+    return cells, min(4, power_of_two(num_classes))
 
 
 def _below(conf: float) -> float:
