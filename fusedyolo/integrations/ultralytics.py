@@ -17,6 +17,7 @@ from . import shared
 
 EPS = 1e-9  # of the assigner
 
+_patched: Any = v8DetectionLoss  # a type checker lets nobody assign to a method of a class it knows
 _kept: dict[type, Any] = {}  # the methods that were replaced
 _criteria: shared.Criteria[YOLOv8Loss] = shared.Criteria()
 
@@ -43,13 +44,13 @@ def patch() -> None:
         return
     _probe()
     _kept[v8DetectionLoss] = v8DetectionLoss.loss
-    v8DetectionLoss.loss = _loss
+    _patched.loss = _loss
 
 
 def unpatch() -> None:
     """Give ``v8DetectionLoss`` its own loss back; nothing happens if that is not :func:`patch`'s."""
     if v8DetectionLoss.loss is _loss:
-        v8DetectionLoss.loss = _kept.pop(v8DetectionLoss)
+        _patched.loss = _kept.pop(v8DetectionLoss)
 
 
 class Trainer(DetectionTrainer):
