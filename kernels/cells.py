@@ -248,7 +248,7 @@ def _overlap(box, truth, SPEC: tl.constexpr):
     dy = (box.y - truth.y) / SPEC.S
     ex = 0.5 * (truth.w - w)
     ey = 0.5 * (truth.h - h)
-    iou = similarity(axis_of_sizes(w, truth.w, dx, None), axis_of_sizes(h, truth.h, dy, None))
+    iou = similarity(axis_of_sizes(w, truth.w, dx), axis_of_sizes(h, truth.h, dy))
     return iou, dx * dx + dy * dy + 4.0 * (ex * ex + ey * ey)
 
 

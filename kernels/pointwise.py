@@ -21,7 +21,7 @@ class Term(NamedTuple):
 
     function: Any
     args: Any
-    extent: Any  # the image's width and height, or two Nones for a term that does not read them
+    extent: Any  # the image's width and height, or None for a term that does not read them
 
 
 class Outputs(NamedTuple):
@@ -97,9 +97,9 @@ def _load_boxes(ptr, at, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _axes(p, g, extent):
+def _axes(p, g):
     """Both axes of pairs of boxes, as a box term takes them."""
-    return axis_of_edges(p.x1, p.x2, g.x1, g.x2, extent[0]), axis_of_edges(p.y1, p.y2, g.y1, g.y2, extent[1])
+    return axis_of_edges(p.x1, p.x2, g.x1, g.x2), axis_of_edges(p.y1, p.y2, g.y1, g.y2)
 
 
 @triton.jit
@@ -120,12 +120,12 @@ def box_kernel(p_ptr, g_ptr, n, scale, term, outputs, grads, SPEC: tl.constexpr)
     mask = at < n
     p = _load_boxes(p_ptr, at, mask, SPEC.ACC)
     g = _load_boxes(g_ptr, at, mask, SPEC.ACC)
-    x, y = _axes(p, g, term.extent)
-    loss, by_px, by_py = term.function(x, y, term.args)
+    x, y = _axes(p, g)
+    loss, by_px, by_py = term.function(x, y, term.args, term.extent)
     if grads is not None:
         grad_out = _grad_out(grads.grad_out_ptr, at, mask, scale, SPEC)
-        x, y = _axes(g, p, term.extent)
-        _loss, by_gx, by_gy = term.function(x, y, term.args)
+        x, y = _axes(g, p)
+        _loss, by_gx, by_gy = term.function(x, y, term.args, term.extent)
         _store_grad(grads.first_ptr, at, mask, by_px, by_py, grad_out)
         _store_grad(grads.second_ptr, at, mask, by_gx, by_gy, grad_out)
     else:

@@ -76,12 +76,12 @@ def _label(kind: str, args: list[float]) -> pointwise.Term:
     term = find_term("kind", kind, "class", "objectness")
     if not term.elementwise:
         checks.fail("kind", repr(kind), "a label term that is elementwise")
-    return pointwise.Term(term.kernel, term.kernel_args(args), (None, None))
+    return pointwise.Term(term.kernel, term.kernel_args(args), None)
 
 
 def _box(kind: str, args: list[float], extent: list[float] | None) -> pointwise.Term:
-    term, sides = find_term("kind", kind, "iou"), (None, None) if extent is None else tuple(extent)
-    return pointwise.Term(term.kernel, term.kernel_args(args), sides)
+    term = find_term("kind", kind, "iou")
+    return pointwise.Term(term.kernel, term.kernel_args(args), None if extent is None else tuple(extent))
 
 
 @operator

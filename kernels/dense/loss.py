@@ -207,13 +207,14 @@ class Raw(NamedTuple):
 @triton.jit
 def _view(maps, level, WITH_GRAD: tl.constexpr):
     """The map of a level known at run time."""
+    ptr = pointer_of(maps.ptrs, level)
     by = strides_of(maps.by, level)
-    d_ptr = None
+    d_ptr = ptr  # not read
     d_by = by
     if WITH_GRAD:
         d_ptr = pointer_of(maps.d_ptrs, level)
         d_by = strides_of(maps.d_by, level)
-    return View(pointer_of(maps.ptrs, level), by, d_ptr, d_by)
+    return View(ptr, by, d_ptr, d_by)
 
 
 @triton.jit
@@ -582,9 +583,9 @@ def _box_term(raw, place, terms, numbers):
     else:
         x, jx = terms.axis(raw.x, raw.w, sides.x, sides.x / weights[0], 1.0 / weights[2])
         y, jy = terms.axis(raw.y, raw.h, sides.y, sides.y / weights[1], 1.0 / weights[3])
-        pair_x = axis_of_sizes(x.size, true.x, x.centre - shift.x, numbers.size[0])
-        pair_y = axis_of_sizes(y.size, true.y, y.centre - shift.y, numbers.size[1])
-        loss, by_x, by_y = terms.box(pair_x, pair_y, numbers.box_args)
+        pair_x = axis_of_sizes(x.size, true.x, x.centre - shift.x)
+        pair_y = axis_of_sizes(y.size, true.y, y.centre - shift.y)
+        loss, by_x, by_y = terms.box(pair_x, pair_y, numbers.box_args, numbers.size)
         dx, dw = chain(by_x.centre, by_x.size, jx)
         dy, dh = chain(by_y.centre, by_y.size, jy)
     return loss, Raw(dx, dy, dw, dh)

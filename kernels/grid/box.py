@@ -49,8 +49,9 @@ def box_term(logits, true, site, head, terms, QUALITY: tl.constexpr, SPEC: tl.co
     unit_x, unit_y, unit_w, unit_h = _units(site, SPEC)
     x, jx = terms.axis(tx, tw, unit_w, unit_x, site.scale)
     y, jy = terms.axis(ty, th, unit_h, unit_y, site.scale)
-    pair_x = axis_of_sizes(x.size, gw * (site.W * unit_x), x.centre - gx * unit_x, site.W * unit_x)
-    pair_y = axis_of_sizes(y.size, gh * (site.H * unit_y), y.centre - gy * unit_y, site.H * unit_y)
+    pair_x = axis_of_sizes(x.size, gw * (site.W * unit_x), x.centre - gx * unit_x)
+    pair_y = axis_of_sizes(y.size, gh * (site.H * unit_y), y.centre - gy * unit_y)
+    extent = (site.W * unit_x, site.H * unit_y)
     if terms.offset is not None:
         loss_x, dx, dw = terms.offset(tx, tw, gx, tl.log(gw * (site.W * site.side) / site.own_w), site.scale)
         loss_y, dy, dh = terms.offset(ty, th, gy, tl.log(gh * (site.H * site.side) / site.own_h), site.scale)
@@ -58,7 +59,7 @@ def box_term(logits, true, site, head, terms, QUALITY: tl.constexpr, SPEC: tl.co
         loss = weight * (loss_x + loss_y)
         d = (weight * dx, weight * dy, weight * dw, weight * dh)
     else:
-        loss, by_x, by_y = terms.box(pair_x, pair_y, head.box_args)
+        loss, by_x, by_y = terms.box(pair_x, pair_y, head.box_args, extent)
         dx, dw = chain(by_x.centre, by_x.size, jx)
         dy, dh = chain(by_y.centre, by_y.size, jy)
         d = (dx, dy, dw, dh)
@@ -67,7 +68,7 @@ def box_term(logits, true, site, head, terms, QUALITY: tl.constexpr, SPEC: tl.co
         if SPEC.QUALITY_IS_BOX:  # what has just been computed
             similarity = larger(1.0 - loss, 0.0)
         elif terms.quality is not None:
-            distance, _by_x, _by_y = terms.quality(pair_x, pair_y, head.quality_args)
+            distance, _by_x, _by_y = terms.quality(pair_x, pair_y, head.quality_args, extent)
             similarity = larger(1.0 - distance, 0.0)
     return loss, d, similarity
 

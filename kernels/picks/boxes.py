@@ -110,12 +110,12 @@ def _candidates(tile, cells, targets, M, frame, numbers, SPEC: tl.constexpr):
 
 @triton.jit
 def _valid_object(targets, g, tile, frame, SPEC: tl.constexpr):
-    """A row that is valid, and of the image of the tile; its class is left out."""
+    """A row that is valid, and of the image of the tile; its class, which nobody asks for, is 0."""
     at = targets.ptr + tl.cast(g, tl.int64) * 6
     return Object(
         g >= 0,
         tile.b,
-        None,
+        0,
         tl.load(at + 2).to(SPEC.ACC),
         tl.load(at + 3).to(SPEC.ACC),
         tl.load(at + 4).to(SPEC.ACC) * frame.width,

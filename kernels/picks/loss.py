@@ -425,9 +425,9 @@ def _overlap(raw, off, sides, extent, head, SPEC: tl.constexpr):
     """Box loss, and its gradient by what says the boxes."""
     x, jx = _decode(raw.x, raw.w, SPEC.DECODE)
     y, jy = _decode(raw.y, raw.h, SPEC.DECODE)
-    pair_x = axis_of_sizes(x.size, sides.x, x.centre - off.x, extent.x)
-    pair_y = axis_of_sizes(y.size, sides.y, y.centre - off.y, extent.y)
-    loss, by_x, by_y = head.box(pair_x, pair_y, head.box_args)
+    pair_x = axis_of_sizes(x.size, sides.x, x.centre - off.x)
+    pair_y = axis_of_sizes(y.size, sides.y, y.centre - off.y)
+    loss, by_x, by_y = head.box(pair_x, pair_y, head.box_args, extent)
     dx, dw = chain(by_x.centre, by_x.size, jx)
     dy, dh = chain(by_y.centre, by_y.size, jy)
     return loss, Raw(dx, dy, dw, dh)

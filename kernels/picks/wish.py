@@ -109,9 +109,9 @@ def overlap_of(one, off_x, off_y, box, problem, SPEC: tl.constexpr):
     hx = 0.5 * one.width
     hy = 0.5 * one.height
     if SPEC.ASSIGNER == "aligned":
-        x = Axis(box.x2 - box.x1, one.width, box.x1 - (off_x - hx), (off_x + hx) - box.x2, None)
-        y = Axis(box.y2 - box.y1, one.height, box.y1 - (off_y - hy), (off_y + hy) - box.y2, None)
-        loss, _by_x, _by_y = problem.terms.overlap(x, y, problem.numbers.overlap_args)
+        x = Axis(box.x2 - box.x1, one.width, box.x1 - (off_x - hx), (off_x + hx) - box.x2)
+        y = Axis(box.y2 - box.y1, one.height, box.y1 - (off_y - hy), (off_y + hy) - box.y2)
+        loss, _by_x, _by_y = problem.terms.overlap(x, y, problem.numbers.overlap_args, None)
         value = 1.0 - loss
     else:
         areas = (box.x2 - box.x1) * (box.y2 - box.y1)

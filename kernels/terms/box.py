@@ -1,9 +1,9 @@
 """IoU terms on decoded boxes.
 
-Contract: ``box(x: Axis, y: Axis, args) -> loss, Span, Span``, the derivatives on both axes by the predicted centre and
-size: as derivatives by edges, the part that turns a tiny box would drown the part that moves it. The whole family is
-invariant under translation, and an :class:`Axis` holds differences alone. Only :func:`mpdiou` reads its extent, the
-others take None as well. Any one unit of length.
+Contract: ``box(x: Axis, y: Axis, args, extent) -> loss, Span, Span``, the derivatives on both axes by the predicted
+centre and size: as derivatives by edges, the part that turns a tiny box would drown the part that moves it. The whole
+family is invariant under translation, and an :class:`Axis` holds differences alone. ``extent`` is the width and height
+of the image; only :func:`mpdiou` reads it, the others take None as well. Any one unit of length.
 
 ``args = (eps, eps_alpha)`` or ``(eps, eps_alpha, alpha, gamma)``. eps joins each denominator that is an area or a
 squared length of boxes, eps_alpha that of CIoU's alpha. A loss is ``1 - IoU`` and penalties; with the longer args it is
@@ -31,8 +31,8 @@ class _Numbers(NamedTuple):
 
     eps: Any
     eps_alpha: Any
-    alpha: Any  # or None, with gamma: a plain loss
-    gamma: Any
+    alpha: Any = None  # with gamma: a plain loss
+    gamma: Any = None
 
 
 class _Ends(NamedTuple):
@@ -54,30 +54,16 @@ class _Overlap(NamedTuple):
 
 
 class _Penalty(NamedTuple):
-    """A penalty q and its derivatives, None where there is none."""
+    """A penalty q and its derivatives, None where there is none.
+
+    Functions return the fields and not the record: before Triton 3.7 they cannot return None.
+    """
 
     value: Any
-    x: Any  # _Ends of a normalised axis
-    y: Any
-    width: Any  # what comes on top of these by the predicted width, in the original unit
-    height: Any
-
-
-@triton.jit
-def _numbers(args):
-    takes(args, 2, 4)
-    if len(args) == 4:
-        numbers = _Numbers(args[0], args[1], args[2], args[3])
-    else:
-        numbers = _Numbers(args[0], args[1], None, None)
-    return numbers
-
-
-@triton.jit
-def _plain_numbers(args):
-    """Of a term that has no alpha and no focal form."""
-    takes(args, 2, 2)
-    return _Numbers(args[0], args[1], None, None)
+    x: Any = None  # _Ends of a normalised axis
+    y: Any = None
+    width: Any = None  # what comes on top of these by the predicted width, in the original unit
+    height: Any = None
 
 
 @triton.jit
@@ -85,12 +71,12 @@ def _normalise(x, y):
     """Both axes by a factor that makes the longer side of the enclosing box 1 to 2, so that no product leaves float32;
     and the factor, a power of two: edges that coincide do so afterwards, fused with what sum they may be.
 
-    The family is invariant under scaling, except for eps, which :func:`_scaled_eps` adjusts. The extents are left out.
+    The family is invariant under scaling, except for eps, which :func:`_scaled_eps` adjusts.
     """
     inv = inverse_power(tl.maximum(_enclose(x), _enclose(y)))
     return (
-        Axis(x.size * inv, x.true_size * inv, x.before * inv, x.behind * inv, None),
-        Axis(y.size * inv, y.true_size * inv, y.before * inv, y.behind * inv, None),
+        Axis(x.size * inv, x.true_size * inv, x.before * inv, x.behind * inv),
+        Axis(y.size * inv, y.true_size * inv, y.before * inv, y.behind * inv),
         inv,
     )
 
@@ -212,7 +198,7 @@ def _share(d, c, eps):
 
 @triton.jit
 def _spread(x, y, eps):
-    """DIoU's penalty of normalised axes: squared distance of the centres over squared enclosing diagonal."""
+    """DIoU's penalty of normalised axes, squared distance of centres over squared enclosing diagonal: value, x, y."""
     cw = _enclose(x)
     ch = _enclose(y)
     dx = 0.5 * (x.before - x.behind)
@@ -223,32 +209,34 @@ def _spread(x, y, eps):
     ky = 2.0 * ratio * ch
     by_x = _Ends((dx + kx * step(-x.before)) * r, (dx - kx * step(-x.behind)) * r)
     by_y = _Ends((dy + ky * step(-y.before)) * r, (dy - ky * step(-y.behind)) * r)
-    return _Penalty(ratio, by_x, by_y, None, None)
+    return ratio, by_x, by_y
 
 
 @triton.jit
 def _aspect(w, h, turn, alpha):
-    """CIoU's penalty alpha v, v = 4/pi^2 turn^2; turn is the true angle less atan(w / h)."""
+    """CIoU's penalty alpha v, v = 4/pi^2 turn^2: value, width, height; turn is the true angle less atan(w / h)."""
     # d atan(w / h) = (h dw - w dh) / (w^2 + h^2), sides divided by the longer one so that no square leaves float32
     side = tl.maximum(tl.abs(w), tl.abs(h))
     a = safe_div(w, side)
     b = safe_div(h, side)
     k = safe_div(alpha * 0.8105694691387022 * turn, (a * a + b * b) * side)
-    return _Penalty(alpha * (0.4052847345693511 * turn * turn), None, None, -(k * b), k * a)
+    return alpha * (0.4052847345693511 * turn * turn), -(k * b), k * a
 
 
 @triton.jit
-def iou(x, y, args):
+def iou(x, y, args, extent):
     """1 - IoU."""
-    numbers = _numbers(args)
+    takes(args, 2, 4)
+    numbers = _Numbers(*args)
     x, y, inv = _normalise(x, y)
     return _compose(_overlap(x, y, _scaled_eps(numbers.eps, inv)), (), inv, numbers)
 
 
 @triton.jit
-def giou(x, y, args):
+def giou(x, y, args, extent):
     """1 - IoU + (C - U) / C, C the area of the enclosing box (Rezatofighi et al. 2019)."""
-    numbers = _numbers(args)
+    takes(args, 2, 4)
+    numbers = _Numbers(*args)
     x, y, inv = _normalise(x, y)
     eps = _scaled_eps(numbers.eps, inv)
     common = _overlap(x, y, eps)
@@ -267,22 +255,24 @@ def giou(x, y, args):
         (-ky * step(-y.before) + x.size + common.inter_y.first) * r,
         (ky * step(-y.behind) - x.size + common.inter_y.last) * r,
     )
-    return _compose(common, (_Penalty(rest, by_x, by_y, None, None),), inv, numbers)
+    return _compose(common, (_Penalty(rest, by_x, by_y),), inv, numbers)
 
 
 @triton.jit
-def diou(x, y, args):
+def diou(x, y, args, extent):
     """1 - IoU + rho^2 / c^2: squared distance of the centres over squared diagonal of the enclosing box (Zheng)."""
-    numbers = _numbers(args)
+    takes(args, 2, 4)
+    numbers = _Numbers(*args)
     x, y, inv = _normalise(x, y)
     eps = _scaled_eps(numbers.eps, inv)
-    return _compose(_overlap(x, y, eps), (_spread(x, y, eps),), inv, numbers)
+    return _compose(_overlap(x, y, eps), (_Penalty(*_spread(x, y, eps)),), inv, numbers)
 
 
 @triton.jit
-def ciou(x, y, args):
+def ciou(x, y, args, extent):
     """DIoU + alpha v, v = 4/pi^2 (atan(gw/gh) - atan(pw/ph))^2, alpha = v / (1 - IoU + v) held constant (Zheng)."""
-    numbers = _numbers(args)
+    takes(args, 2, 4)
+    numbers = _Numbers(*args)
     pw = x.size
     ph = y.size
     turn = angle(x.true_size, y.true_size) - angle(pw, ph)
@@ -290,18 +280,20 @@ def ciou(x, y, args):
     x, y, inv = _normalise(x, y)
     eps = _scaled_eps(numbers.eps, inv)
     common = _overlap(x, y, eps)
-    aspect = _aspect(pw, ph, turn, safe_div(v, 1.0 - common.iou + v + numbers.eps_alpha))
-    return _compose(common, (_spread(x, y, eps), aspect), inv, numbers)
+    value, width, height = _aspect(pw, ph, turn, safe_div(v, 1.0 - common.iou + v + numbers.eps_alpha))
+    aspect = _Penalty(value, width=width, height=height)
+    return _compose(common, (_Penalty(*_spread(x, y, eps)), aspect), inv, numbers)
 
 
 @triton.jit
-def ciou_plus(x, y, args):
+def ciou_plus(x, y, args, extent):
     """DIoU - alpha v, with lightnet's sign: 1 - (IoU - rho^2 / c^2 + alpha v), alpha = v / (1 - IoU + v) constant.
 
     v takes height + eps for both heights; eps_alpha is not read. It has no alpha and no focal form. Its clip of
     1 - loss to [-1, 1] is left out, for no two boxes reach further: v is at most 1 - IoU, rho at most c.
     """
-    numbers = _plain_numbers(args)
+    takes(args, 2, 2)
+    numbers = _Numbers(*args)
     pw = x.size
     ph = y.size + numbers.eps
     turn = angle(x.true_size, y.true_size + numbers.eps) - angle(pw, ph)
@@ -309,8 +301,9 @@ def ciou_plus(x, y, args):
     x, y, inv = _normalise(x, y)
     eps = _scaled_eps(numbers.eps, inv)
     common = _overlap(x, y, eps)
-    aspect = _aspect(pw, ph, turn, -safe_div(v, 1.0 - common.iou + v))
-    return _compose(common, (_spread(x, y, eps), aspect), inv, numbers)
+    value, width, height = _aspect(pw, ph, turn, -safe_div(v, 1.0 - common.iou + v))
+    aspect = _Penalty(value, width=width, height=height)
+    return _compose(common, (_Penalty(*_spread(x, y, eps)), aspect), inv, numbers)
 
 
 @triton.jit
@@ -321,16 +314,17 @@ def _side_share(x, eps, inv):
 
 
 @triton.jit
-def eiou(x, y, args):
+def eiou(x, y, args, extent):
     """DIoU + (pw - gw)^2 / cw^2 + (ph - gh)^2 / ch^2, cw and ch the sides of the enclosing box (Zhang et al. 2021)."""
-    numbers = _numbers(args)
+    takes(args, 2, 4)
+    numbers = _Numbers(*args)
     x, y, inv = _normalise(x, y)
     eps = _scaled_eps(numbers.eps, inv)
     qw, by_x, by_width = _side_share(x, eps, inv)
     qh, by_y, by_height = _side_share(y, eps, inv)
-    wider = _Penalty(qw, by_x, None, by_width, None)
-    higher = _Penalty(qh, None, by_y, None, by_height)
-    return _compose(_overlap(x, y, eps), (_spread(x, y, eps), wider, higher), inv, numbers)
+    wider = _Penalty(qw, x=by_x, width=by_width)
+    higher = _Penalty(qh, y=by_y, height=by_height)
+    return _compose(_overlap(x, y, eps), (_Penalty(*_spread(x, y, eps)), wider, higher), inv, numbers)
 
 
 @triton.jit
@@ -344,7 +338,7 @@ def _misfit(p, g):
 
 
 @triton.jit
-def siou(x, y, args):
+def siou(x, y, args, extent):
     """1 - IoU + (distance + shape) / 2, the second a single penalty (Gevorgyan 2022).
 
     distance = 2 - e^(-k dx^2 / cw^2) - e^(-k dy^2 / ch^2), dx, dy between the centres, cw, ch the enclosing sides,
@@ -352,7 +346,8 @@ def siou(x, y, args):
     (1 - e^-ww)^4 + (1 - e^-wh)^4, ww = |pw - gw| / max(pw, gw), and wh likewise. eps joins cw^2 and ch^2 alone. Where
     the centres coincide, the slope of distance is 0, its limit.
     """
-    numbers = _numbers(args)
+    takes(args, 2, 4)
+    numbers = _Numbers(*args)
     shape_w, dw = _misfit(x.size, x.true_size)  # as they come: a thin box beside a large one would lose its width
     shape_h, dh = _misfit(y.size, y.true_size)
     x, y, inv = _normalise(x, y)
@@ -389,15 +384,16 @@ def siou(x, y, args):
 
 
 @triton.jit
-def mpdiou(x, y, args):
+def mpdiou(x, y, args, extent):
     """1 - IoU + d1^2 / (W^2 + H^2) + d2^2 / (W^2 + H^2) (Ma & Xu 2023).
 
     d1 and d2 are the distances of the upper left and of the lower right corners, W and H the sides of the image; none
     of these takes eps. The one term that is not bounded: it leaves float32 with boxes of 1e19 images.
     """
-    numbers = _numbers(args)
-    width = tl.cast(x.extent, x.size.dtype)  # a plain argument of a kernel is float32
-    height = tl.cast(y.extent, x.size.dtype)
+    takes(args, 2, 4)
+    numbers = _Numbers(*args)
+    width = tl.cast(extent[0], x.size.dtype)  # a plain argument of a kernel is float32
+    height = tl.cast(extent[1], x.size.dtype)
     scale = 1.0 / tl.maximum(width, height)
     width *= scale
     height *= scale
@@ -408,6 +404,6 @@ def mpdiou(x, y, args):
     y2 = y.behind * scale
     x, y, inv = _normalise(x, y)
     k = 2.0 * r * (scale / inv)
-    first = _Penalty((x1 * x1 + y1 * y1) * r, _Ends(k * x1, 0.0), _Ends(k * y1, 0.0), None, None)
-    second = _Penalty((x2 * x2 + y2 * y2) * r, _Ends(0.0, -k * x2), _Ends(0.0, -k * y2), None, None)
+    first = _Penalty((x1 * x1 + y1 * y1) * r, _Ends(k * x1, 0.0), _Ends(k * y1, 0.0))
+    second = _Penalty((x2 * x2 + y2 * y2) * r, _Ends(0.0, -k * x2), _Ends(0.0, -k * y2))
     return _compose(_overlap(x, y, _scaled_eps(numbers.eps, inv)), (first, second), inv, numbers)

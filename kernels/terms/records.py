@@ -32,20 +32,19 @@ class Axis(NamedTuple):
     true_size: Any  # g2 - g1
     before: Any  # p1 - g1
     behind: Any  # g2 - p2
-    extent: Any  # of the image; or None, for a term that does not read it
 
 
 @triton.jit
-def axis_of_edges(p1, p2, g1, g2, extent):
+def axis_of_edges(p1, p2, g1, g2):
     """Of two intervals by their edges."""
-    return Axis(p2 - p1, g2 - g1, p1 - g1, g2 - p2, extent)
+    return Axis(p2 - p1, g2 - g1, p1 - g1, g2 - p2)
 
 
 @triton.jit
-def axis_of_sizes(size, true_size, shift, extent):
+def axis_of_sizes(size, true_size, shift):
     """Of two intervals by their sizes, and ``shift``, the predicted centre less the true one."""
     half = 0.5 * (true_size - size)
-    return Axis(size, true_size, shift + half, half - shift, extent)
+    return Axis(size, true_size, shift + half, half - shift)
 
 
 @triton.jit

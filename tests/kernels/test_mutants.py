@@ -15,7 +15,7 @@ from fusedyolo.kernels.grid import box as grid_box
 from fusedyolo.kernels.grid import ignore, positives
 from fusedyolo.kernels.grid import loss as grid_loss
 from fusedyolo.kernels.terms import box, decode, label, offset
-from fusedyolo.kernels.terms.records import Axis, Jacobian, Span
+from fusedyolo.kernels.terms.records import Jacobian, Span
 from oracle import check_box_term, check_grid, check_label_term, check_row_term
 from test_dense import check as check_loss
 from test_dense import make_anchors as dense_anchors
@@ -477,12 +477,12 @@ def aspect_of_the_other_sign(w, h, turn, alpha):
     a = primitives.safe_div(w, side)
     b = primitives.safe_div(h, side)
     k = primitives.safe_div(tl.abs(alpha) * 0.8105694691387022 * turn, (a * a + b * b) * side)
-    return box._Penalty(tl.abs(alpha) * (0.4052847345693511 * turn * turn), None, None, -(k * b), k * a)
+    return tl.abs(alpha) * (0.4052847345693511 * turn * turn), -(k * b), k * a
 
 
 @triton.jit
-def siou_without_angle(x, y, args):
-    numbers = box._numbers(args)
+def siou_without_angle(x, y, args, extent):
+    numbers = box._Numbers(*args)
     x, y, inv = box._normalise(x, y)
     eps = box._scaled_eps(numbers.eps, inv)
     rx, rx_d, rx_c = box._share(0.5 * (x.before - x.behind), box._enclose(x), eps)
@@ -499,13 +499,13 @@ def siou_without_angle(x, y, args):
 
 
 @triton.jit
-def mpdiou_of_a_square(x, y, args):
-    return mpdiou(x, Axis(y.size, y.true_size, y.before, y.behind, x.extent), args)
+def mpdiou_of_a_square(x, y, args, extent):
+    return mpdiou(x, y, args, (extent[0], extent[0]))
 
 
 @triton.jit
-def mpdiou_999(x, y, args):
-    loss, by_x, by_y = mpdiou(x, y, args)
+def mpdiou_999(x, y, args, extent):
+    loss, by_x, by_y = mpdiou(x, y, args, extent)
     return loss, Span(by_x.centre * 0.999, by_x.size), by_y
 
 

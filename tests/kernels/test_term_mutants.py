@@ -19,8 +19,8 @@ FACTORS = [1.0] * 5
 
 
 @triton.jit
-def wrong_box(x, y, args):
-    loss, by_x, by_y = REAL(x, y, args)
+def wrong_box(x, y, args, extent):
+    loss, by_x, by_y = REAL(x, y, args, extent)
     by_x = Span(by_x.centre * FACTORS[1], by_x.size * FACTORS[2])
     return loss * FACTORS[0], by_x, Span(by_y.centre * FACTORS[3], by_y.size * FACTORS[4])
 

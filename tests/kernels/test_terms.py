@@ -73,8 +73,8 @@ def test_row_term(kind, dtype):
 def _box_kernel(one_ptr, out_ptr, args, extent, TERM: tl.constexpr):
     """A box term of lengths of 1."""
     one = tl.load(one_ptr + tl.arange(0, 1))
-    axis = axis_of_edges(one, one + one, one, one + one, extent)
-    loss, _x, _y = TERM(axis, axis, args)
+    axis = axis_of_edges(one, one + one, one, one + one)
+    loss, _x, _y = TERM(axis, axis, args, (extent, extent))
     tl.store(out_ptr + tl.arange(0, 1), loss)
 
 
