@@ -113,7 +113,7 @@ class GridHead(_Row):
     @property
     def centre_limit(self) -> float:
         """Centres of valid rows lie below this, in images: 1, or the next float32 where 1 itself is valid."""
-        return CENTRE_LIMITS[self.edge]
+        return EDGE_LIMIT if self.edge else CENTRE_LIMIT
 
     @property
     def smooth_levels(self) -> tuple[bool, ...]:
@@ -142,7 +142,7 @@ def reach(overlap: float) -> float:
     return max(1 - t, (1 / t - 1) / 2)
 
 
-CENTRE_LIMITS = (1.0, 1.0 + 2.0**-23)
+CENTRE_LIMIT, EDGE_LIMIT = 1.0, 1.0 + 2.0**-23
 """Centres of valid rows lie below this, in images, without and with ``edge``: 1, or the next float32."""
 
 
@@ -337,7 +337,7 @@ class PickHead(_Row):
     @property
     def centre_limit(self) -> float:
         """Centres of valid rows lie below this, in images: that of ``edge``, for no centre is taken for a cell."""
-        return CENTRE_LIMITS[True]
+        return EDGE_LIMIT
 
 
 @lru_cache(maxsize=256)

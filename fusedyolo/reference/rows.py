@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads import CENTRE_LIMITS, CellHead, DenseHead, GridHead, PickHead
+from ..heads import CENTRE_LIMIT, CellHead, DenseHead, GridHead, PickHead
 from .overlap import corners_of
 from .primitives import constants
 
@@ -48,7 +48,7 @@ def _valid(
 def read_rows(rows: Tensor, head: GridHead | CellHead | PickHead, batch_size: int) -> Rows:
     """Target rows [M, 6] of centres and sizes relative to the image."""
     cx, cy, w, h = rows[:, 2:].unbind(1)
-    limit = CENTRE_LIMITS[head.edge if isinstance(head, GridHead) else isinstance(head, PickHead)]
+    limit = CENTRE_LIMIT if isinstance(head, CellHead) else head.centre_limit
     valid = _valid(rows, (cx, cy, w, h), batch_size, range(head.num_classes), limit)
     safe = torch.where(valid[:, None], rows, 0.5)
     return Rows(valid, safe[:, 0].long(), safe[:, 1].long(), safe[:, 2:])
@@ -69,7 +69,7 @@ def read_corners(
     else:
         cx, cy, w, h = rows[:, 2:].unbind(1)
     labels = range(1 if head.background else 0, head.num_classes)
-    valid = _valid(rows, (cx, cy, w, h), batch_size, labels, CENTRE_LIMITS[False])
+    valid = _valid(rows, (cx, cy, w, h), batch_size, labels, CENTRE_LIMIT)
     safe = torch.where(valid[:, None], rows, 0.5)
     boxes = safe[:, 2:].to(dtype)
     image, label = safe[:, 0].long(), safe[:, 1].long()

@@ -257,7 +257,7 @@ def one_map(C=2, size=(2, 4), label="bce", anchors=((16.0, 16.0),), **kw) -> tup
     """A map of stride 8 without a detection, [1, A, H, W, 5 + C], whose boxes are centred anchors."""
     pool = tuple(range(len(anchors)))
     head = GridHead(num_classes=C, anchors=anchors, levels=(pool,), strides=(8.0,), scale_x_y=(1.0,), label=label, **kw)
-    raw = torch.zeros(1, len(anchors), *size, 5 + C)
+    raw = torch.zeros(1, len(anchors), *size, 5 + C, device=DEVICE)
     raw[..., 4:] = -20.0
     return raw, Criterion(head)
 
@@ -309,7 +309,7 @@ def test_padding_and_images(backend):
 def test_chains_longer_than_a_block():
     """Boxes in a row, each suppressing the next: kept and suppressed alternate, which takes the most rounds."""
     raw, criterion = one_map(C=1, size=(1, 150))
-    raw[..., 4] = torch.linspace(4.0, 1.0, 150)
+    raw[..., 4] = torch.linspace(4.0, 1.0, 150, device=DEVICE)
     raw[..., 5] = 5.0
     assert check([raw], criterion, iou=0.3) == [75]
     raw = raw.flip(3)
@@ -458,13 +458,14 @@ def test_yolov1():
     exact_boxes, exact_scores = (value.numpy() for value in fusedyolo.decode(pred.double(), criterion))
     for p in (pred, flat):
         for backend in BACKENDS:
-            found = fusedyolo.select(p, criterion, conf=0.3, iou=0.3, image_size=(480, 640), backend=backend).images()
+            options = {"conf": 0.3, "iou": 0.3, "image_size": (480, 640), "backend": backend}
+            found = fusedyolo.select(p.to(DEVICE), criterion, **options).images()
             for image, b, s in zip(found, exact_boxes, exact_scores, strict=True):
                 kept = greedy(b, s, conf=0.3, iou=0.3)
                 assert len(kept) > 10
                 assert image["labels"].tolist() == [c for _, c in kept]
                 want = torch.from_numpy(b[[n for n, _ in kept]]) * pixels
-                torch.testing.assert_close(image["boxes"].double(), want, rtol=1e-5, atol=1e-4)
+                torch.testing.assert_close(image["boxes"].cpu().double(), want, rtol=1e-5, atol=1e-4)
 
 
 # ---- bad arguments
@@ -531,7 +532,7 @@ def test_compiles_without_a_break(backend):
 
     gen = torch.Generator().manual_seed(0)
     for batch in (1, 2):
-        preds = [torch.randn(batch, 8, 4, 4, generator=gen), torch.randn(batch, 8, 2, 2, generator=gen)]
+        preds = [torch.randn(batch, 8, side, side, generator=gen).to(DEVICE) for side in (4, 2)]
         got = found(preds)
         want = fusedyolo.select(preds, criterion, conf=0.2, max_det=10, backend=backend)
         assert isinstance(got, detections.Detections)
