@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -254,7 +255,9 @@ def _grad_plan(key: str, preds: tuple[Layout, ...], grads: tuple[Layout, ...]) -
     spec = plan.grad.arguments["SPEC"]
     if _layout(strides, grads) != spec.LAYOUT:
         spec = spec._replace(LAYOUT="strided")
-    return plan.grad.filled({"grads_by": odd(tuple(strides)), "SPEC": spec})
+    return replace(
+        plan.grad, arguments={**plan.grad.arguments, "grads_by": odd(tuple(strides)), "SPEC": spec}, compiled={}
+    )
 
 
 def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,6 +35,7 @@ from .. import tuned
 from ..kernels.launch import power_of_two
 
 import triton.language as tl  # isort: skip
+from triton.compiler import CompiledKernel  # isort: skip
 
 R = TypeVar("R")
 
@@ -115,6 +116,9 @@ class Launch:
     """One kernel launch, ready to run, compile or count, or one that lacks only its tensors. ``max_registers``, a
     thread's, is of NVIDIA only; ``exact`` keeps products and sums apart, as PyTorch's operators do; ``stages`` is how
     many loads of a loop are under way.
+
+    ``given`` are those of the arguments that a plan did not have; what it was ``compiled`` to is a plan's, by what
+    Triton specializes on of these.
     """
 
     kernel: Any
@@ -124,20 +128,52 @@ class Launch:
     max_registers: int | None = None
     exact: bool = False
     stages: int | None = None
+    given: dict[str, Any] | None = None
+    compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    def filled(self, tensors: dict[str, Any]) -> Launch:
+    def filled(self, given: dict[str, Any]) -> Launch:
         """This launch with further arguments, those of a call; it stays as it is."""
-        arguments = {**self.arguments, **tensors}
-        return Launch(self.kernel, self.grid, arguments, self.threads, self.max_registers, self.exact, self.stages)
+        arguments, settings = {**self.arguments, **given}, (self.threads, self.max_registers, self.exact, self.stages)
+        return Launch(self.kernel, self.grid, arguments, *settings, given, self.compiled)
 
     def run(self) -> None:
-        """Launch on the current device and stream: :func:`run_all` sees to it that they are the right ones."""
-        options = _options(self.threads, self.max_registers, self.exact, self.stages, torch.version.hip is None)
-        self.kernel[self.grid](**self.arguments, **options)
+        """Launch on the current device and stream: :func:`run_all` sees to it that they are the right ones.
+
+        Of what the plan fixed Triton has nothing to find out again, and that is most of what its launcher does.
+        """
+        nvidia = torch.version.hip is None  # elsewhere it specializes on the size of memory, too
+        if self.given is None or not nvidia:
+            self.kernel[self.grid](**self.arguments, **self.options(nvidia))
+            return
+        kinds: list[Any] = []
+        passed = {name: _passed(value, kinds) for name, value in self.given.items()}
+        found = self.compiled.get(key := tuple(kinds))
+        if found is None:
+            made = self.kernel[self.grid](**self.arguments, **self.options(nvidia))
+            if isinstance(made, CompiledKernel):  # not where kernels are interpreted
+                self.compiled[key] = made
+            return
+        every = {**self.arguments, **passed}
+        found[(*self.grid, 1, 1)[:3]](*[every[name] for name in self.kernel.arg_names])
 
     def options(self, nvidia: bool) -> dict[str, int]:
         """Compiler options: a warp is 32 threads on NVIDIA's GPUs, 64 on AMD's data-centre GPUs."""
         return dict(_options(self.threads, self.max_registers, self.exact, self.stages, nvidia))
+
+
+def _passed(value: Any, kinds: list[Any]) -> Any:
+    """An argument as a compiled kernel takes it, tensors by address; ``kinds`` are told what the code hangs on."""
+    if isinstance(value, Tensor):
+        address = value.data_ptr()
+        kinds += (value.dtype, address % 16 == 0)
+        return address
+    if isinstance(value, tuple):
+        return tuple([_passed(each, kinds) for each in value])
+    if type(value) is int:
+        kinds.append((value == 1, value % 16 == 0, -(2**31) <= value < 2**31))
+    else:
+        kinds.append(float if type(value) is float else value)
+    return value
 
 
 @lru_cache(maxsize=256)
@@ -157,7 +193,9 @@ _ANYWHERE = nullcontext()
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current device: of that one Triton launches, and PyTorch says what its stream is and does."""
-    return torch.cuda.device(device) if device.type == "cuda" else _ANYWHERE
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _ANYWHERE
+    return torch.cuda.device(device)
 
 
 def run_all(launches: Sequence[Launch], device: torch.device) -> None:

@@ -161,6 +161,7 @@ class Driver:
             self.launched.append((launch.kernel.__name__, self.current))
 
         patch.setattr(torch.cuda, "device", Guard)
+        patch.setattr(torch.cuda, "current_device", lambda: driver.current)
         patch.setattr(torch.cuda, "current_stream", Stream)
         patch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
         patch.setattr(tuned, "gpu_name", lambda device: "none")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 import fusedyolo
 from fusedyolo import ops, tuned
@@ -135,6 +137,63 @@ def test_a_launch_is_filled_apart_from_its_plan():
     assert plan.arguments == {"n": 1}
     same = ("kernel", "grid", "threads", "max_registers", "exact", "stages")
     assert all(getattr(filled, name) == getattr(plan, name) for name in same)
+
+
+class Compiled(CompiledKernel):
+    """Stands for what a kernel was compiled to."""
+
+    def __init__(self, calls: list[Any]):
+        self.calls = calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.calls.append((grid, arguments))
+
+
+class Kernel:
+    """Stands for a kernel: what goes through Triton's launcher, and what is launched without it."""
+
+    arg_names = ("ptr", "M", "record", "SPEC")
+
+    def __init__(self) -> None:
+        self.bound: list[dict[str, Any]] = []
+        self.calls: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def run(**arguments: Any) -> Compiled:
+            self.bound.append(arguments)
+            return Compiled(self.calls)
+
+        return run
+
+
+def test_a_kernel_is_bound_once_for_what_it_is_compiled_for(monkeypatch):
+    kernel, memory = Kernel(), torch.zeros(64)
+    plan = Launch(kernel, (4, 2), {"SPEC": 7}, 32)
+
+    def bound(plan: Launch = plan, **change: Any) -> int:
+        """How often, of two launches of a call, the kernel is bound by Triton."""
+        before = len(kernel.bound)
+        for _ in range(2):
+            plan.filled({"ptr": memory, "M": 5, "record": (memory[4:], None, 0.5), **change}).run()
+        return len(kernel.bound) - before
+
+    assert bound() == 1
+    assert kernel.calls == [((4, 2, 1), (memory.data_ptr(), 5, (memory.data_ptr() + 16, None, 0.5), 7))]
+    assert bound(M=7, record=(memory[8:], None, 0.25)) == 0  # the same code
+    for change in (
+        {"ptr": memory[1:]},
+        {"ptr": memory.double()},
+        {"M": 1},
+        {"M": 16},
+        {"M": 2**31 + 1},
+        {"record": (memory, memory, 0.5)},
+    ):
+        assert (bound(**change), bound(**change)) == (1, 0), change
+    assert bound(replace(plan, grid=(9,))) == 0
+    assert kernel.calls[-1][0] == (9, 1, 1)
+    assert bound(replace(plan, arguments={"SPEC": 8}, compiled={})) == 1
+    monkeypatch.setattr(torch.version, "hip", "7")  # code hangs on more there
+    assert bound() == 2
 
 
 def test_a_layout_is_that_of_its_tensor():
