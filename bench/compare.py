@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -70,7 +71,7 @@ def gate(
     reference, for then nothing is to be measured. And who computes something else, a loss and a provider each.
     """
     gpu = tasks[0].device == "cuda"
-    found = run_all(tasks, 1 if gpu else jobs, console, "parity", failures)
+    found = run_all(tasks, jobs, console, "parity", failures)
     shown = {f"{task.case} {task.work.dtype} {task.work.layout}".rstrip(): found.get(task) for task in tasks}
     console.print(parity_table("on this GPU" if gpu else "in Triton's interpreter", shown), highlight=False)
     bad = [task.label for task in tasks if task not in found or FUSED in found[task]["failed"]]
@@ -78,6 +79,12 @@ def gate(
         console.print(f"[bold red]parity failed:[/] {', '.join(bad)}; nothing else was measured")
         return {}, set()
     return found, {(task.case, name) for task, result in found.items() for name in result["failed"]}
+
+
+def warm(timed: Iterable[Task], jobs: int, console: Console, failures: list[str]) -> None:
+    """Compile what is to be timed, in many processes at a time, so that it need not be done in the one that times."""
+    own = [replace(task, kind="warm") for task in timed if task.provider in (COMPILE, FUSED)]
+    run_all(own, jobs, console, "compiling", failures)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -90,7 +97,8 @@ def run(options: argparse.Namespace) -> int:
         raise RefusedError("--times: there is no GPU to time on")
     cases = select(options.loss, CASES.values() if options.recipes else usual_cases())
     console.print(report.headline(work, host), highlight=False)
-    checks = [Task("parity", c.name, work, device="cuda" if gpu else "cpu") for c in cases if c.name in CASES]
+    device, compiled = "cuda" if gpu else "cpu", COMPILE * (gpu and not options.quick)
+    checks = [Task("parity", case.name, work, compiled, device) for case in cases if case.name in CASES]
     results, unlike = gate(checks, options.jobs, console, failures)
     if not results:
         write(options.out, [], host, failures)
@@ -99,6 +107,7 @@ def run(options: argparse.Namespace) -> int:
     others = [task for task in tasks if task.device == "cpu"]
     results |= run_all(others, options.jobs, console, "counting and compiling", failures)
     timed = [task for task in tasks if task.device == "cuda"]
+    warm(timed, options.jobs, console, failures)
     for name in dict.fromkeys(task.case for task in timed):  # nothing else runs meanwhile
         results |= run_all([task for task in timed if task.case == name], 1, console, f"timing {name}", failures)
         write(options.out, rows(results, work, host, options.gpu), host, failures)  # should the rest be cut

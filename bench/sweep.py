@@ -15,7 +15,7 @@ from fusedyolo.tools.env import environment
 from fusedyolo.tools.registry import DTYPES, SHOWN, Case, Workload, select
 
 from . import peers, plots, report
-from .compare import gate
+from .compare import gate, warm
 from .measure import COMPILE, EAGER, FUSED
 from .rows import Row, index, rows, write
 from .work import Task, run_all
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     console.print(report.headline(base, host), highlight=False)
     wanted = {(case.name, axis): workloads(case, axis, gpu) for case in cases for axis in axes}
     checks = [
-        Task("parity", name, replace(base, dtype=work.dtype, layout=work.layout), device=device)
+        Task("parity", name, replace(base, dtype=work.dtype, layout=work.layout), COMPILE * gpu, device)
         for (name, _), each in wanted.items()
         for work in each.values()
     ]
@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
             for axis in axes
         }
         tasks = list(dict.fromkeys(task for each in own.values() for task in each.values()))
+        warm((task for task in tasks if task.device == "cuda"), options.jobs, console, failures)
         title = f"{'timing' if gpu else 'counting'} {case.name}"
         results = run_all(tasks, 1 if gpu else options.jobs, console, title, failures)
         curves |= {key: {value: results.get(task) for value, task in each.items()} for key, each in own.items()}

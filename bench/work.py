@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -21,8 +22,10 @@ from . import measure, peers, predict
 
 @dataclass(frozen=True)
 class Task:
-    """What is done (``parity``, ``count``, ``compile``, ``execute``, ``codegen``, ``time``, ``bandwidth``), for which
-    loss, on what, by which provider or for which compile target; ``exact``: no program is left out.
+    """What is done (``parity``, ``count``, ``compile``, ``execute``, ``codegen``, ``warm``, ``time``, ``bandwidth``),
+    for which loss, on what, by which provider or for which compile target; ``exact``: no program is left out.
+
+    ``warm`` is a first step, for what compilers leave on disk; parity is also that of a ``compile`` that it names.
     """
 
     kind: str
@@ -45,7 +48,7 @@ def do(task: Task) -> Any:
     case, work, provider = CASES[task.case], task.work, task.provider
     if task.kind == "parity":
         others = [peer.name for peer in peers.of(case)]
-        others += [measure.COMPILE] * (task.device != "cpu")  # what is to be timed
+        others += [measure.COMPILE] * (provider == measure.COMPILE)
         return parity(case, work, task.device, {name: partial(measure.provide, case, name) for name in others})
     if task.kind == "count":
         return asdict(measure.count_step(case, work, provider, task.exact))
@@ -55,19 +58,21 @@ def do(task: Task) -> Any:
         return predict.execute_step(case, work, provider)
     if task.kind == "codegen":
         return codegen.compile_step(case, work, provider)
-    return measure.time_step(case, work, provider, task.device)
+    if task.kind == "warm":
+        measure.ready(case, work, provider, task.device)()
+        return None
+    try:
+        return measure.time_step(case, work, provider, task.device)
+    finally:
+        torch.cuda.empty_cache()  # for the next one
 
 
 def run_all(tasks: Sequence[Task], jobs: int, console: Console, title: str, failures: list[str]) -> dict[Task, Any]:
-    """Run tasks in ``jobs`` processes at a time; the results there are, what the others said appended to ``failures``.
-
-    What is timed has a process of its own: memory and compiled code of one must not be in the way of another.
-    """
+    """Run tasks in ``jobs`` processes at a time; the results there are, and to ``failures`` what the others said."""
     calls = {
         task: processes.Call(
             partial(do, task),
             interpreted=task.kind in ("parity", "count") and task.device == "cpu",
-            alone=task.device == "cuda",
         )
         for task in tasks
     }
@@ -82,7 +87,7 @@ def run_all(tasks: Sequence[Task], jobs: int, console: Console, title: str, fail
                 causes = [line for line in result.why.splitlines() if "Error" in line] or result.why.splitlines()
                 console.print(f"[yellow]no {task.label}:[/] {escape(causes[-1])}", highlight=False)
                 failures.append(f"{task.label}\n\n{result.why}\n")
-            else:
+            elif task.kind != "warm":
                 results[task] = result
                 if not console.is_terminal:
                     console.print(f"{time.monotonic() - start:.0f} s: {task.label}", highlight=False)

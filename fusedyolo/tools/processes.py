@@ -19,13 +19,12 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Call(NamedTuple):
-    """A function of a module's top level with its arguments, and the process it wants: one in which kernels are
-    interpreted; one of its own, in which nothing was ever done.
+    """A function of a module's top level with its arguments, and whether it wants a process in which kernels are
+    interpreted.
     """
 
     function: Callable[[], Any]
     interpreted: bool = False
-    alone: bool = False
 
 
 class Failed(NamedTuple):
@@ -43,7 +42,7 @@ def run_all(
     threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def run(call: Call) -> Any:
-        ready = [] if call.alone else idle[call.interpreted]
+        ready = idle[call.interpreted]
         settings = call.interpreted, threads
         process = ready.pop() if ready else ProcessPoolExecutor(1, get_context("spawn"), _begin, settings)
         try:
@@ -52,10 +51,7 @@ def run_all(
             return Failed("the process died")
         except Exception as error:  # whatever a call may raise
             result = Failed("".join(traceback.format_exception(error)), type(error).__name__)
-        if call.alone:
-            process.shutdown()
-        else:
-            ready.append(process)
+        ready.append(process)
         return result
 
     results: dict[Key, Any] = {}
