@@ -2,7 +2,7 @@
 
 A program owns BLOCK elements (label) or box pairs. REDUCE leaves ``scale``, given as ``exact`` takes it, times the sum,
 else one loss an element; a gradient is scaled by ``grad_out``, one an element or, with REDUCE, one in all. A launch has
-``outputs`` or ``grads``, the other is None.
+``outputs`` or ``grads``, whose pointers are None otherwise.
 """
 
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ def label_kernel(x_ptr, t_ptr, n, scale, term, outputs, grads, SPEC: tl.constexp
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(SPEC.ACC)
     t = tl.load(t_ptr + at, mask=mask, other=0.0).to(SPEC.ACC)
     loss, d_x = term.function(x, t, term.args)
-    if grads is not None:
+    if grads.grad_out_ptr is not None:
         d_x = d_x * _grad_out(grads.grad_out_ptr, at, mask, scale, SPEC)
         tl.store(grads.first_ptr + at, d_x.to(grads.first_ptr.dtype.element_ty), mask=mask)
     else:
@@ -122,7 +122,7 @@ def box_kernel(p_ptr, g_ptr, n, scale, term, outputs, grads, SPEC: tl.constexpr)
     g = _load_boxes(g_ptr, at, mask, SPEC.ACC)
     x, y = _axes(p, g)
     loss, by_px, by_py = term.function(x, y, term.args, term.extent)
-    if grads is not None:
+    if grads.grad_out_ptr is not None:
         grad_out = _grad_out(grads.grad_out_ptr, at, mask, scale, SPEC)
         x, y = _axes(g, p)
         _loss, by_gx, by_gy = term.function(x, y, term.args, term.extent)

@@ -356,10 +356,11 @@ def scan_kernel(levels, bound, C, T, K, counts, slots, AXIS: tl.constexpr, SPEC:
             edge_end = tl.minimum(first_edge + own_edge, K)
             places = Places(first_above, first_above + own_above, first_edge, edge_end)
     bound = Bound(exact(bound.conf), bound.low, cut)
+    NEAR: tl.constexpr = SPEC.NEAR  # before Triton 3.7, no string is passed but by a name
     if works:
         site = _site_of(levels, t, SPEC.CELLS)
         cells = site.first_cell + tl.arange(0, SPEC.CELLS)
-        at, step = _cells_at(levels, b, site, cells, SPEC.NEAR)
+        at, step = _cells_at(levels, b, site, cells, NEAR)
         mask = cells < integer_of(levels.HWs, site.level)
         z = tl.load(at + 4 * step, mask=mask, other=float("-inf"))
         hot = mask & (logistic(z.to(tl.float32))[0] >= bound.low)

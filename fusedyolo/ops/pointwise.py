@@ -19,6 +19,9 @@ from .launch import Launch, accumulator, done_counter, float_parts, refuse_doubl
 _THREADS = {pointwise.label_kernel: POINTWISE_THREADS, pointwise.box_kernel: POINTWISE_BLOCK // 2}
 
 
+_NO_GRADS = pointwise.Grads(None, None, None)
+
+
 def _run(
     kernel: Any,
     inputs: tuple[Tensor, Tensor],
@@ -27,7 +30,7 @@ def _run(
     reduction: str,
     *,
     outputs: pointwise.Outputs | None = None,
-    grads: pointwise.Grads | None = None,
+    grads: pointwise.Grads = _NO_GRADS,
 ) -> None:
     """Launches a driver over ``n`` items: for the loss with ``outputs``, for the gradient with ``grads``."""
     first, second = inputs

@@ -56,7 +56,7 @@ class _Overlap(NamedTuple):
 class _Penalty(NamedTuple):
     """A penalty q and its derivatives, None where there is none.
 
-    Functions return the fields and not the record: before Triton 3.7 they cannot return None.
+    Before Triton 3.7 a function cannot return None, nor does a tuple know its length if there is one in it.
     """
 
     value: Any
@@ -158,20 +158,20 @@ def _plus(ends, slope, more):
 
 
 @triton.jit
-def _compose(overlap, penalties, inv, numbers):
-    """The loss made of an overlap and penalties, and its gradient."""
+def _compose(overlap, penalties, COUNT: tl.constexpr, inv, numbers):
+    """The loss made of an overlap and COUNT penalties, and its gradient."""
     raised, slope = _power(overlap.iou, numbers)
     loss = 1.0 - raised
     x = _Ends(-slope * overlap.iou_x.first, -slope * overlap.iou_x.last)
     y = _Ends(-slope * overlap.iou_y.first, -slope * overlap.iou_y.last)
-    for i in tl.static_range(len(penalties)):
+    for i in tl.static_range(COUNT):
         raised, slope = _power(penalties[i].value, numbers)
         loss += raised
         x = _plus(x, slope, penalties[i].x)
         y = _plus(y, slope, penalties[i].y)
     cx, w = _span(x, inv)
     cy, h = _span(y, inv)
-    for i in tl.static_range(len(penalties)):
+    for i in tl.static_range(COUNT):
         _raised, slope = _power(penalties[i].value, numbers)
         if penalties[i].width is not None:
             w += slope * penalties[i].width
@@ -229,7 +229,7 @@ def iou(x, y, args, extent):
     takes(args, 2, 4)
     numbers = _Numbers(*args)
     x, y, inv = _normalise(x, y)
-    return _compose(_overlap(x, y, _scaled_eps(numbers.eps, inv)), (), inv, numbers)
+    return _compose(_overlap(x, y, _scaled_eps(numbers.eps, inv)), (), 0, inv, numbers)
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def giou(x, y, args, extent):
         (-ky * step(-y.before) + x.size + common.inter_y.first) * r,
         (ky * step(-y.behind) - x.size + common.inter_y.last) * r,
     )
-    return _compose(common, (_Penalty(rest, by_x, by_y),), inv, numbers)
+    return _compose(common, (_Penalty(rest, by_x, by_y),), 1, inv, numbers)
 
 
 @triton.jit
@@ -265,7 +265,7 @@ def diou(x, y, args, extent):
     numbers = _Numbers(*args)
     x, y, inv = _normalise(x, y)
     eps = _scaled_eps(numbers.eps, inv)
-    return _compose(_overlap(x, y, eps), (_Penalty(*_spread(x, y, eps)),), inv, numbers)
+    return _compose(_overlap(x, y, eps), (_Penalty(*_spread(x, y, eps)),), 1, inv, numbers)
 
 
 @triton.jit
@@ -282,7 +282,7 @@ def ciou(x, y, args, extent):
     common = _overlap(x, y, eps)
     value, width, height = _aspect(pw, ph, turn, safe_div(v, 1.0 - common.iou + v + numbers.eps_alpha))
     aspect = _Penalty(value, width=width, height=height)
-    return _compose(common, (_Penalty(*_spread(x, y, eps)), aspect), inv, numbers)
+    return _compose(common, (_Penalty(*_spread(x, y, eps)), aspect), 2, inv, numbers)
 
 
 @triton.jit
@@ -303,7 +303,7 @@ def ciou_plus(x, y, args, extent):
     common = _overlap(x, y, eps)
     value, width, height = _aspect(pw, ph, turn, -safe_div(v, 1.0 - common.iou + v))
     aspect = _Penalty(value, width=width, height=height)
-    return _compose(common, (_Penalty(*_spread(x, y, eps)), aspect), inv, numbers)
+    return _compose(common, (_Penalty(*_spread(x, y, eps)), aspect), 2, inv, numbers)
 
 
 @triton.jit
@@ -324,7 +324,7 @@ def eiou(x, y, args, extent):
     qh, by_y, by_height = _side_share(y, eps, inv)
     wider = _Penalty(qw, x=by_x, width=by_width)
     higher = _Penalty(qh, y=by_y, height=by_height)
-    return _compose(_overlap(x, y, eps), (_Penalty(*_spread(x, y, eps)), wider, higher), inv, numbers)
+    return _compose(_overlap(x, y, eps), (_Penalty(*_spread(x, y, eps)), wider, higher), 3, inv, numbers)
 
 
 @triton.jit
@@ -380,7 +380,7 @@ def siou(x, y, args, extent):
         0.25 * by_dy - 0.5 * by_ch * step(-y.before),
         0.25 * by_dy + 0.5 * by_ch * step(-y.behind),
     )
-    return _compose(common, (_Penalty(q, by_x, by_y, 0.5 * dw, 0.5 * dh),), inv, numbers)
+    return _compose(common, (_Penalty(q, by_x, by_y, 0.5 * dw, 0.5 * dh),), 1, inv, numbers)
 
 
 @triton.jit
@@ -406,4 +406,4 @@ def mpdiou(x, y, args, extent):
     k = 2.0 * r * (scale / inv)
     first = _Penalty((x1 * x1 + y1 * y1) * r, _Ends(k * x1, 0.0), _Ends(k * y1, 0.0))
     second = _Penalty((x2 * x2 + y2 * y2) * r, _Ends(0.0, -k * x2), _Ends(0.0, -k * y2))
-    return _compose(_overlap(x, y, _scaled_eps(numbers.eps, inv)), (first, second), inv, numbers)
+    return _compose(_overlap(x, y, _scaled_eps(numbers.eps, inv)), (first, second), 2, inv, numbers)

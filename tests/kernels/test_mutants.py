@@ -495,7 +495,7 @@ def siou_without_angle(x, y, args, extent):
     by_x = box._Ends(tx * (0.5 * rx_d - rx_c * step(-x.before)), tx * (0.5 * rx_d + rx_c * step(-x.behind)))
     by_y = box._Ends(ty * (0.5 * ry_d - ry_c * step(-y.before)), ty * (0.5 * ry_d + ry_c * step(-y.behind)))
     penalty = box._Penalty(0.5 * (2.0 - tx - ty + w + h), by_x, by_y, 0.5 * dw * inv, 0.5 * dh * inv)
-    return box._compose(box._overlap(x, y, eps), (penalty,), inv, numbers)
+    return box._compose(box._overlap(x, y, eps), (penalty,), 1, inv, numbers)
 
 
 @triton.jit
