@@ -2,7 +2,7 @@
 
 Each function takes the (height, width) of each prediction map and of the image, and returns float32 ``[N, 4]``, x1 y1
 x2 y2 in pixels, in the order level, y, x, anchor; every bit is that of torchvision 0.28. Anchors are made once for the
-same arguments and then shared: do not write to them. They are made on the CPU, and one copy brings them to the device.
+same arguments, on the CPU, one copy brings them to the device, and what is returned is a copy of those: write to it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def retinanet_anchors(
         ratios = (_numbers("aspect_ratios", aspect_ratios),) * levels
     else:
         ratios = _lists("aspect_ratios", aspect_ratios, levels)
-    return _retinanet(maps, image, every, ratios, place)
+    return _copy(_retinanet(maps, image, every, ratios, place))
 
 
 def fcos_anchors(
@@ -84,7 +84,7 @@ def fcos_anchors(
     """
     maps, image, place = _maps(map_sizes), _image(image_size), _device(device)
     sides = checks.per_level("sizes", _sequence("sizes", sizes), len(maps))
-    return _retinanet(maps, image, tuple((side,) for side in sides), ((1.0,),) * len(maps), place)
+    return _copy(_retinanet(maps, image, tuple((side,) for side in sides), ((1.0,),) * len(maps), place))
 
 
 def ssd_anchors(
@@ -130,7 +130,7 @@ def ssd_anchors(
         if len(sides) != levels + 1:
             checks.fail("scales", f"{len(sides)} numbers", f"{levels + 1}, one more than map_sizes")
     cells = None if steps is None else checks.per_level("steps", _sequence("steps", steps), levels)
-    return _ssd(maps, image, ratios, sides, cells, checks.flag("clip", clip), place)
+    return _copy(_ssd(maps, image, ratios, sides, cells, checks.flag("clip", clip), place))
 
 
 def _spread(low: float, high: float, levels: int) -> Numbers:
@@ -141,6 +141,11 @@ def _spread(low: float, high: float, levels: int) -> Numbers:
 
 
 # In inference mode PyTorch would make tensors that no later training step could use.
+
+
+@torch.inference_mode(False)
+def _copy(anchors: Tensor) -> Tensor:
+    return anchors.clone()
 
 
 @lru_cache(maxsize=KEPT)

@@ -341,13 +341,15 @@ def same_device(name: str, value: Tensor, device: torch.device | None) -> None:
 
 
 def rows(name: str, value: Any, columns: int, ndim: int, layout: str) -> Tensor:
-    """``value``, a floating tensor of ``ndim`` dimensions and ``columns`` columns."""
+    """``value``, a tensor of float32 or float64 of ``ndim`` dimensions and ``columns`` columns."""
     if not isinstance(value, Tensor):
         fail(name, describe(value), f"a tensor of shape {layout}")
     if value.dim() != ndim or value.shape[-1] != columns:
         fail(name, f"shape {tuple(value.shape)}", layout)
-    if value.dtype not in FLOATS:
-        fail(name, f"dtype {value.dtype}", "torch.float32")
+    if value.dtype not in (torch.float32, torch.float64):
+        halved = value.dtype in FLOATS
+        why = ": halves hold no class above 256 or 2048, and move centres; keep targets out of casts" * halved
+        fail(name, f"dtype {value.dtype}", f"torch.float32{why}")
     return value
 
 

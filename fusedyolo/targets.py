@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ SORT_ABOVE = 4096
 """Packed rows beyond this many are sorted by image, so that a kernel reads only those of its own image."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Targets:
     """The objects of a batch, sorted by image; made once, in ``collate_fn`` for example.
 
@@ -28,6 +26,9 @@ class Targets:
             the rows and counted as invalid, like each row that lies outside the range of its image.
         batch_size: B, the number of images.
 
+    Code that casts a batch, as Lightning's ``precision="bf16-true"`` does, leaves these as they are: half precision
+    holds no class above 256 or 2048, and moves centres.
+
     With a fixed ``capacity`` the tensors have the same shape in every batch, as a CUDA graph needs: copy them into the
     ones that were captured.
 
@@ -35,22 +36,19 @@ class Targets:
         ValueError: a tensor of another shape, dtype or device.
     """
 
-    rows: Tensor
-    offsets: Tensor
-    batch_size: int
-
-    def __post_init__(self):
-        checks.count("batch_size", self.batch_size, 0)
-        checks.rows("rows", self.rows, 6, 2, "(M, 6)")
-        if self.rows.dtype != torch.float32 or not self.rows.is_contiguous():
-            got = f"dtype {self.rows.dtype}" if self.rows.dtype != torch.float32 else "a strided view"
+    def __init__(self, rows: Tensor, offsets: Tensor, batch_size: int):
+        checks.count("batch_size", batch_size, 0)
+        checks.rows("rows", rows, 6, 2, "(M, 6)")
+        if rows.dtype != torch.float32 or not rows.is_contiguous():
+            got = f"dtype {rows.dtype}" if rows.dtype != torch.float32 else "a strided view"
             checks.fail("rows", got, "a contiguous tensor of torch.float32")
-        if not isinstance(self.offsets, Tensor) or self.offsets.shape != (self.batch_size + 2,):
-            checks.fail("offsets", checks.describe(self.offsets), f"a tensor of shape ({self.batch_size + 2},)")
-        if self.offsets.dtype != torch.int32:
-            checks.fail("offsets", f"dtype {self.offsets.dtype}", "torch.int32")
-        if self.offsets.device != self.rows.device:
-            checks.fail("offsets", f"device {self.offsets.device}", f"{self.rows.device} as rows")
+        if not isinstance(offsets, Tensor) or offsets.shape != (batch_size + 2,):
+            checks.fail("offsets", checks.describe(offsets), f"a tensor of shape ({batch_size + 2},)")
+        if offsets.dtype != torch.int32:
+            checks.fail("offsets", f"dtype {offsets.dtype}", "torch.int32")
+        if offsets.device != rows.device:
+            checks.fail("offsets", f"device {offsets.device}", f"{rows.device} as rows")
+        self.rows, self.offsets, self.batch_size = rows, offsets, batch_size
 
     @classmethod
     def from_packed(cls, packed: Tensor, batch_size: int, capacity: int | None = None) -> Targets:

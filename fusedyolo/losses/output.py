@@ -28,6 +28,14 @@ class LossOutput(NamedTuple):
     num_pos: Tensor
     num_invalid: Tensor
 
+    def backward(self, *arguments: Any, **options: Any) -> None:
+        """``total.backward``, for code that calls it on what a loss returns."""
+        self.total.backward(*arguments, **options)
+
+    def __float__(self) -> float:
+        """The total as a number, which waits for the device."""
+        return float(self.total.detach())
+
 
 def rounded(head: Head) -> Head:
     """``head`` with every number in it one that float32 holds.

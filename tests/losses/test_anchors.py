@@ -106,14 +106,22 @@ def test_recorded_default_boxes(name):
 
 
 def test_they_are_made_once():
-    first = anchors.retinanet_anchors(MAPS, IMAGES[0])
-    again = anchors.retinanet_anchors([list(size) for size in MAPS], torch.Size(IMAGES[0]), device="cpu")
-    assert again is first
-    assert anchors.retinanet_anchors(MAPS, IMAGES[1]) is not first
-    boxes = anchors.ssd_anchors(MAPS[:1], 64, [[2]])
-    assert anchors.ssd_anchors(MAPS[:1], (64, 64), ((2.0,),), clip=True) is boxes
-    assert anchors.ssd_anchors(MAPS[:1], 64, [[2]], clip=False) is not boxes
-    assert anchors.fcos_anchors(MAPS, IMAGES[0]) is anchors.fcos_anchors(MAPS, IMAGES[0])
+    anchors._retinanet.cache_clear()
+    anchors._ssd.cache_clear()
+    anchors.retinanet_anchors(MAPS, IMAGES[0])
+    anchors.retinanet_anchors([list(size) for size in MAPS], torch.Size(IMAGES[0]), device="cpu")
+    anchors.retinanet_anchors(MAPS, IMAGES[1])
+    anchors.ssd_anchors(MAPS[:1], 64, [[2]])
+    anchors.ssd_anchors(MAPS[:1], (64, 64), ((2.0,),), clip=True)
+    anchors.ssd_anchors(MAPS[:1], 64, [[2]], clip=False)
+    assert [kept.cache_info()[:2] for kept in (anchors._retinanet, anchors._ssd)] == [(1, 2), (1, 2)]
+
+
+def test_what_is_written_to_them_is_not_kept():
+    found = anchors.fcos_anchors(MAPS, IMAGES[0])
+    before = found.clone()
+    found.clamp_(0, 1)
+    assert torch.equal(anchors.fcos_anchors(MAPS, IMAGES[0]), before)
 
 
 def test_they_lie_on_the_device_asked_for():

@@ -504,7 +504,8 @@ def test_targets(targets, message):
         (lambda: Targets(torch.zeros(3, 5), torch.zeros(3).int(), 1), "rows: shape (3, 5), want (M, 6)"),
         (
             lambda: Targets(torch.zeros(3, 6).half(), torch.zeros(3).int(), 1),
-            "rows: dtype torch.float16, want a contiguous tensor of torch.float32",
+            "rows: dtype torch.float16, want torch.float32: halves hold no class above 256 or 2048, and move centres; "
+            "keep targets out of casts",
         ),
         (
             lambda: Targets(torch.zeros(6, 3).t(), torch.zeros(3).int(), 1),

@@ -779,6 +779,18 @@ def test_no_objects(cls, which):
         assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(out.total, preds))
 
 
+def test_what_is_returned_stands_for_its_total():
+    preds = maps()
+    out = criterion()(preds, objects())
+    assert float(out) == out.total.item()
+    out.backward(torch.tensor(2.0, device=DEVICE), retain_graph=True)
+    twice = [pred.grad.clone() for pred in preds]
+    for pred in preds:
+        pred.grad = None
+    out.backward()
+    assert all(torch.equal(2 * pred.grad, grad) for pred, grad in zip(preds, twice, strict=True))
+
+
 @pytest.mark.parametrize("which", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_predictions_have_a_float32_loss(dtype, which):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+import fusedyolo
 from fusedyolo import Targets
 from fusedyolo.targets import SORT_ABOVE, as_targets
 
@@ -71,14 +74,37 @@ def test_no_rows():
     assert targets.offsets.tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_rows_are_float32_contiguous_and_carry_no_gradient(dtype):
-    packed = PACKED.to(dtype).t().contiguous().t().requires_grad_()
+def test_rows_are_float32_contiguous_and_carry_no_gradient():
+    packed = PACKED.double().t().contiguous().t().requires_grad_()
     targets = Targets.from_packed(packed, 3)
     assert targets.rows.dtype == torch.float32
     assert targets.rows.is_contiguous()
     assert not targets.rows.requires_grad
     assert torch.equal(targets.rows, SORTED)  # the values are dyadic
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_refused(dtype):
+    """They hold no class 257."""
+    half = PACKED.to(dtype)
+    loss = fusedyolo.YOLOv8Loss(3, (8,), reg_max=1)
+    calls = {
+        "packed": lambda: Targets.from_packed(half, 3),
+        "padded": lambda: Targets.from_padded(half[None, :, 1:]),
+        "rows": lambda: Targets(half, torch.zeros(5, dtype=torch.int32), 3),
+        "targets": lambda: loss([torch.zeros(3, 7, 2, 2)], half),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            ValueError, match=f"{name}: dtype {dtype}, want torch.float32: halves hold no class above 256"
+        ):
+            call()
+
+
+def test_a_cast_of_a_batch_leaves_them_alone():
+    """What Lightning does for ``precision="bf16-true"``: it walks through sequences, mappings and dataclasses."""
+    assert not is_dataclass(Targets)
+    assert not isinstance(Targets.from_packed(PACKED, 3), Sequence | Mapping)
 
 
 @pytest.mark.parametrize("capacity", [5, 9])
