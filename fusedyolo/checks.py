@@ -109,6 +109,8 @@ def size(name: str, value: Any) -> tuple[float, float]:
     pair = (value, value) if isinstance(value, Real) else value
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
         fail(name, describe(value), "(height, width)")
+    if any(isinstance(side, Sequence) for side in pair):
+        fail(name, describe(value), "one (height, width), that of the batch")
     return _whole(number(name, pair[0], 0, open_low=True)), _whole(number(name, pair[1], 0, open_low=True))
 
 
@@ -363,6 +365,8 @@ def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
     boxes, labels = item["boxes"], item["labels"]
     if not isinstance(boxes, Tensor) or boxes.dim() != 2 or boxes.shape[1] != 4:
         fail(f"{name}['boxes']", describe(boxes), "a tensor of shape (N, 4)")
+    if isinstance(labels, Tensor) and labels.numel() == 0 == boxes.shape[0]:
+        labels = labels.reshape(0)  # as some loaders leave an empty image
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.shape[0] != boxes.shape[0]:
         fail(f"{name}['labels']", describe(labels), f"a tensor of shape ({boxes.shape[0]},), one a box")
     for key, value in (("boxes", boxes), ("labels", labels)):

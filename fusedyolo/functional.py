@@ -6,6 +6,7 @@ float16 and bfloat16 inputs are computed in float32, and the loss is float32 (to
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -85,8 +86,8 @@ def _label_loss(
     if inputs.shape != targets.shape:
         checks.fail("targets", f"shape {tuple(targets.shape)}", f"{tuple(inputs.shape)} as inputs")
     high, want = (math.inf, "a finite number >= 0") if kind == "varifocal" else (1, "a number in [0, 1]")
-    if not (0 <= alpha <= high and alpha < math.inf) and alpha != -1:
-        checks.fail("alpha", alpha, f"{want}, or -1 for none")
+    if not isinstance(alpha, Real) or (not (0 <= alpha <= high and alpha < math.inf) and alpha != -1):
+        checks.fail("alpha", checks.describe(alpha), f"{want}, or -1 for none")
     gamma = checks.number("gamma", gamma, 0)
     checks.one_of("reduction", reduction, REDUCTIONS)
     args = [float(alpha), gamma]

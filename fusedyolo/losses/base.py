@@ -31,6 +31,13 @@ class WeightedLoss(nn.Module):
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Whatever casts or empties a module leaves the weights what they are."""
+        super()._apply(fn, recurse)
+        if self._weights is not None and self.class_weights is not None and not self.class_weights.is_meta:
+            self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=self.class_weights.device)
+        return self
+
     def _weights_for(self, pred: Tensor) -> Tensor | None:
         """The class weights on the device of ``pred`` in float32, whatever the module itself was cast or moved to."""
         weights, device = self.class_weights, pred.device

@@ -149,8 +149,8 @@ def _box(loss_type: Any, beta: Any, *roles: str) -> dict[str, Any]:
 
 def _focal(alpha: Any, gamma: Any) -> dict[str, Any]:
     """Fields of the head that say what classes cost."""
-    alpha = checks.number("alpha", alpha, high=1)
-    if alpha < 0 and alpha != -1:
+    alpha = checks.number("alpha", alpha)
+    if not 0 <= alpha <= 1 and alpha != -1:
         checks.fail("alpha", alpha, "a number in [0, 1], or -1 for none")
     return {"label": "focal", "label_args": (alpha, checks.number("gamma", gamma, 0))}
 

@@ -42,6 +42,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """The hyper-parameters of each recipe; the first one is the default."""
 
+_EXTRA = "_extra_state"  # of a state_dict
+
 
 class YOLOv2Loss(GridLoss):
     """Training loss of YOLOv2, the region loss: one anchor of its cell for each object, softmax over the classes.
@@ -171,6 +173,19 @@ class YOLOv2Loss(GridLoss):
             if self.seen < self._prefill:
                 return self._for_batch(self._prior_head, self._prior_key, batch)
         return super()._head_of(batch)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._prefill:
+            del destination[prefix + _EXTRA]
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *found: Any
+    ) -> None:
+        """A checkpoint that knows nothing of the loss is complete."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *found)
+        missing = found[0]
+        missing[:] = [key for key in missing if key != prefix + _EXTRA]
 
     def get_extra_state(self) -> dict[str, int]:
         """``seen``, for ``state_dict``."""

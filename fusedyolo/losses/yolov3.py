@@ -154,6 +154,7 @@ class _AnchorLoss(GridLoss):
             average_box=row.averages and iou_thresh < 1,
             ignore_thresh=ignore_thresh,
             area_weight=row.area_weight,
+            area_cap=1.0,  # beyond an image there is no box in darknet; a weight below 0 would push it away
             class_targets=(1.0 - smooth / 2, smooth / 2),
             box_args=box_arguments(row.box_args, hyp["iou_alpha"], hyp["iou_gamma"]),
             label_args=label_args,

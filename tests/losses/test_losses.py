@@ -850,6 +850,26 @@ def test_class_weights_stay_float32_and_follow_the_predictions():
         assert torch.equal(moved.class_weights, weights)
 
 
+def test_class_weights_survive_deferred_initialisation():
+    with torch.device("meta"):
+        module = criterion(YOLOv4Loss, recipe="darknet", counters_per_class=[3, 7, 11, 1])
+    assert module.class_weights.is_meta
+    want = criterion(YOLOv4Loss, recipe="darknet", counters_per_class=[3, 7, 11, 1]).class_weights
+    assert torch.equal(module.to_empty(device="cpu").class_weights, want)
+    assert torch.equal(module.half().class_weights, want)
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("recipe", ["paper", "darknet"])
+def test_a_box_beyond_the_image_is_pulled_not_pushed(recipe, which):
+    module = YOLOv3Loss([[(10, 13)]], (8,), 2, recipe=recipe, backend=which)
+    pred = torch.zeros(1, 7, 4, 4, device=DEVICE, requires_grad=True)
+    out = module([pred], torch.tensor([[0, 1, 0.5, 0.5, 2.0, 2.0]], device=DEVICE))
+    assert out.parts["box"] > 0
+    out.backward()
+    assert pred.grad[0, 2:4, 2, 2].max() < 0  # wider and higher
+
+
 @pytest.mark.parametrize("which", BACKENDS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_one_graph_whatever_the_number_of_objects_and_the_image(reduction, which):

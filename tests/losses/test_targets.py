@@ -101,6 +101,11 @@ def test_halves_are_refused(dtype):
             call()
 
 
+def test_labels_of_an_empty_image_may_have_a_column():
+    targets = Targets.from_torchvision([{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, 1)}], 64)
+    assert targets.rows.shape == (0, 6)
+
+
 def test_a_cast_of_a_batch_leaves_them_alone():
     """What Lightning does for ``precision="bf16-true"``: it walks through sequences, mappings and dataclasses."""
     assert not is_dataclass(Targets)

@@ -227,6 +227,18 @@ def test_warm_up_towards_the_ciou_of_lightnet(backend):
     torch.testing.assert_close(criterion(pred, torch.zeros(0, 6, device=DEVICE)).parts["box"], want, rtol=1e-6, atol=0)
 
 
+def test_a_model_with_a_loss_loads_strictly():
+    """Images seen are saved where they count, and a checkpoint without them, of a model without the loss, is whole."""
+    layer, warm = torch.nn.Linear(2, 2), YOLOv2Loss(ANCHORS, CLASSES, recipe="darknet")
+    loss = YOLOv2Loss(ANCHORS, CLASSES)
+    assert not loss.state_dict()
+    for criterion in (loss, warm):
+        model = torch.nn.ModuleDict({"layer": layer, "loss": criterion})
+        assert model.load_state_dict({f"layer.{name}": value for name, value in layer.state_dict().items()}) == ([], [])
+        with pytest.raises(RuntimeError, match=r"layer\.weight"):
+            model.load_state_dict({})
+
+
 @pytest.mark.parametrize("recipe", ["darknet", "lightnet"])
 def test_images_seen_are_saved(recipe):
     def fresh(**changes):
