@@ -92,7 +92,7 @@ def _time_table(values: Values, cases: Sequence[Case]) -> Table:
     made = table(
         "Milliseconds of forward + backward, cold cache (graph: replayed, warm); ? without a GPU",
         ("loss", "provider"),
-        ("p20 / p50 / p80", "forward", "graph", "GB/s", "of a copy's", "x floor", "peak/P", "host us"),
+        ("p20 / p50 / p80", "forward", "GPU busy", "graph", "GB/s", "of a copy's", "x floor", "peak/P", "host us"),
     )
 
     def cells(found: Mapping[str, Any]) -> Sequence[str]:
@@ -100,6 +100,7 @@ def _time_table(values: Values, cases: Sequence[Case]) -> Table:
         return (
             " / ".join(f"{found[metric]:.3f}" for metric in FULL) if FULL[0] in found else "?",
             text(found.get("forward_ms_p50"), ".3f"),
+            text(found.get("busy_ms"), ".3f"),
             *(text(found.get(metric), form) if "floor_per_P" in found else "" for metric, form in ours),
             text(found.get("peak_per_P"), ".2f"),
             text(found.get("host_us"), ".0f"),

@@ -33,6 +33,21 @@ def by_replay(fn: Callable[[], Any], leaves: Sequence[torch.Tensor] = ()) -> tup
     return tuple(do_bench_cudagraph(fn, rep=100, grad_to_none=list(leaves), quantiles=list(QUANTILES)))
 
 
+def busy(fn: Callable[[], Any], leaves: Sequence[torch.Tensor], calls: int = 5) -> float:
+    """Milliseconds in which the device works for a call: all its kernels and copies added up, one behind the other."""
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(calls):
+            for leaf in leaves:
+                leaf.grad = None
+            fn()
+        torch.cuda.synchronize()
+    events = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+    return sum(event.time_range.elapsed_us() for event in events) / 1000 / calls
+
+
 def copy_bandwidth(bytes_moved: int = 1 << 30) -> float:
     """GB/s of a device-to-device copy, reads and writes: the ceiling of everything here."""
     source = torch.empty(bytes_moved // 2, dtype=torch.uint8, device="cuda").random_(256)

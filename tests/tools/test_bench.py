@@ -153,14 +153,16 @@ def test_a_timed_step_gives_every_quantile(provider, monkeypatch):
     monkeypatch.setattr(timing, "by_events", lambda fn, leaves=None: calls.append(fn()) or (1.0, 2.0, 3.0))
     monkeypatch.setattr(timing, "peak_memory", lambda fn, leaves: calls.append(fn()) or 7)
     monkeypatch.setattr(timing, "by_replay", lambda fn, leaves=None: calls.append(fn()) or (0.1, 0.2, 0.3))
+    monkeypatch.setattr(timing, "busy", lambda fn, leaves: calls.append(fn()) or 0.05)
     fused = provider == "fused"
     if fused:  # which takes minutes in the interpreter
         monkeypatch.setattr(timing, "host_microseconds", lambda fn, leaves, device: 9.0)
     case = registry.CASES["YOLOv3/paper"]
     found = measure.time_step(case, registry.Workload(batch=1, size=32, classes=2), provider, device="cpu")
-    assert len(calls) == 3 + fused
+    assert len(calls) == 4 + fused
     assert found.pop("host_us") > 0
     times = {"full_ms_p20": 1.0, "full_ms_p50": 2.0, "full_ms_p80": 3.0, "forward_ms_p50": 2.0, "peak_bytes": 7}
+    times["busy_ms"] = 0.05
     assert found == times | ({"graph_ms_p50": 0.2} if fused else {})
 
 
@@ -235,6 +237,7 @@ def fake_results(gpu=False):
             "forward_ms_p50": 0.3,
             "graph_ms_p50": 0.4,
             "host_us": 50.0,
+            "busy_ms": 0.1,
             "peak_bytes": size,
         }
         results[work.Task("time", case.name, load, "fused", "cuda")] = timed
