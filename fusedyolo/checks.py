@@ -90,7 +90,7 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     if not isinstance(value, Real) or isinstance(value, bool):
         fail(name, describe(value), want)
     result = float(value)
-    if not math.isfinite(result) or not low <= result <= high or (open_low and result == low):
+    if not -math.inf < result < math.inf or not low <= result <= high or (open_low and result == low):
         fail(name, describe(value), want)
     return result
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads import CENTRE_LIMIT, CellHead, DenseHead, GridHead, PickHead
+from ..heads import CENTRE_LIMIT, EDGE_LIMIT, CellHead, DenseHead, GridHead, PickHead
 from .overlap import corners_of
 from .primitives import constants
 
@@ -48,7 +48,8 @@ def _valid(
 def read_rows(rows: Tensor, head: GridHead | CellHead | PickHead, batch_size: int) -> Rows:
     """Target rows [M, 6] of centres and sizes relative to the image."""
     cx, cy, w, h = rows[:, 2:].unbind(1)
-    limit = CENTRE_LIMIT if isinstance(head, CellHead) else head.centre_limit
+    edge = head.edge if isinstance(head, GridHead) else isinstance(head, PickHead)
+    limit = EDGE_LIMIT if edge else CENTRE_LIMIT  # Dynamo knows no property of a head
     valid = _valid(rows, (cx, cy, w, h), batch_size, range(head.num_classes), limit)
     safe = torch.where(valid[:, None], rows, 0.5)
     return Rows(valid, safe[:, 0].long(), safe[:, 1].long(), safe[:, 2:])

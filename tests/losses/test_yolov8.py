@@ -8,6 +8,7 @@ import golden
 import loop_picks as loops
 import pytest
 import torch
+from conftest import DEVICE
 from golden import arrays
 from torch import Tensor
 
@@ -490,3 +491,16 @@ def test_wrong_arguments_of_two_branches_are_named():
         criterion([], torch.zeros(0, 6))
     with pytest.raises(ValueError, match=r"^image_size: .*|^boxes: shape"):
         criterion({"one2many": GOOD, "one2one": GOOD | {"boxes": torch.zeros(2, 4, 126)}}, torch.zeros(0, 6))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_compiles_with_symbols_for_all_numbers(backend):
+    """``dynamic=True`` makes symbols of gains, too."""
+    torch.compiler.reset()
+    criterion = YOLOv8Loss(3, (8, 16), 1, backend=backend)
+    compiled = torch.compile(criterion, dynamic=True, fullgraph=True, backend="eager")
+    for side, count in ((4, 2), (6, 3)):
+        preds = [torch.randn(2, 7, side // k, side // k, device=DEVICE, requires_grad=True) for k in (1, 2)]
+        rows = torch.rand(count, 6, device=DEVICE)
+        rows[:, :2] = 1
+        assert torch.equal(compiled(preds, rows).total, criterion(preds, rows).total)
