@@ -166,6 +166,13 @@ PICK_NUMBERS = 10240  # at most that many a program, of classes
 PICK_DECODED = 128  # cells of a program that decodes boxes: four, or eight halves, a thread are an access
 PICK_THREADS = 32  # of programs that have no more to share: those that decode, pick and settle
 PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
+PICK_PROGRAMS = 4096  # of rows, if those may be shared out
+MOST_SHARES = 32  # of a row
+
+
+def pick_shift(rows: int) -> int:
+    """Two to this power: programs of a row that picks cells, most of which have nothing to do unless it is large."""
+    return max(0, min(MOST_SHARES, PICK_PROGRAMS // max(rows, 1)).bit_length() - 1)
 
 
 def pick_config(largest_map: int, layout: str, classes: int, wishes: Wishes = ()) -> PickConfig:

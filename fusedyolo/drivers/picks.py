@@ -167,7 +167,7 @@ class PickDriver(Driver):
         self, kernel: str, kinds: Sequence[int], arguments: Mapping[str, Any], known: Known
     ) -> tuple[Sequence[Any], list[float]]:
         """Of a loss by the cells of a tile that have a row, which launches before have left; of a row that looks at the
-        cells in its box by their number.
+        cells in its box by their number, of which its programs have a share each, or none.
         """
         if kernel == "pick_loss_kernel":
             block, areas = arguments["SPEC"].CELLS, [height * width for height, width in _maps(arguments["levels"])]
@@ -176,8 +176,13 @@ class PickDriver(Driver):
             counts = tiles * (len(kinds) // len(tiles))
             return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
         if kernel == "pick_kernel" and arguments["SPEC"].ASSIGNER == "aligned":
-            areas = arguments["targets"].ptr[:, 4:].nan_to_num(0.0).clamp(0, 1).prod(1)
-            return kinds, [float(area) for area in areas] or [0.0]
+            shares = _shares(arguments)
+            used = (shares > 0).sum(1, keepdim=True).expand_as(shares)
+            finer = [
+                (bool(share > 0), bool(several > 1))
+                for share, several in zip(shares.flatten(), used.flatten(), strict=True)
+            ]
+            return finer or kinds, [float(share) for share in shares.flatten()] or [0.0]
         return super().efforts(kernel, kinds, arguments, known)
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
@@ -188,6 +193,7 @@ class PickDriver(Driver):
             decoded.boxes_ptr.copy_(_seen(known.head, arguments["predictions"], arguments["levels"], decoded).boxes)
             decoded.picker_ptr.fill_(arguments["M"])
             decoded.row_ptr.fill_(arguments["M"])
+            decoded.done_ptr.zero_()
             decoded.claim_ptr.zero_()
             decoded.score_ptr.zero_()
         if kernel == "pick_kernel" and spec.ASSIGNER == "aligned":
@@ -209,6 +215,17 @@ _NAMES = {2: ("boxes", "scores"), 3: ("boxes", "objectness", "scores")}
 def _maps(levels: Any) -> list[tuple[int, int]]:
     """(height, width) of each level of a launch."""
     return [(shared.even(h), shared.even(w)) for h, w in zip(levels.heights, levels.widths, strict=True)]
+
+
+def _shares(arguments: Mapping[str, Any]) -> Tensor:
+    """``[M, programs of a row]``: about how many cells each of a launch that picks them goes through, as its kernel has
+    it; of a row that is not to reach any, one."""
+    block, programs = arguments["BLOCK"], 1 << arguments["shift"]
+    N = sum(height * width for height, width in _maps(arguments["problem"].levels))
+    areas = arguments["targets"].ptr[:, 4:].nan_to_num(0.0).clamp(0, 1).prod(1, keepdim=True)
+    own = (areas * N).ceil().clamp(min=1)
+    each = (own / block / programs).ceil() * block
+    return (own - torch.arange(programs, device=own.device) * each).clamp(min=0).minimum(each)
 
 
 def _in_one_piece(part: Any, width: int, maps: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
@@ -257,7 +274,9 @@ def _complete_picks(head: PickHead, arguments: Mapping[str, Any]) -> None:
         claims.scatter_reduce_(0, image[:, None].expand_as(claim), claim, "amax")
     several = (picks[:-1] > 1).view(B, N)
     decoded.picker_ptr[several] = -1
-    arguments["tally"].found_ptr[2 : 2 + B].copy_(several.any(1))
+    arguments["tally"].found_ptr[2 : 2 + B].copy_(several.sum(1))
+    cells = several.sort(dim=1, descending=True, stable=True).indices  # and after these all others
+    picked.clash_ptr.view(B, N).copy_(cells + N * torch.arange(B, device=cells.device)[:, None])
 
 
 def _levels_of_tiles(arguments: Mapping[str, Any], batch: int, cells: int) -> list[int]:

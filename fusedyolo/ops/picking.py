@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..heads import PickHead, pick_head_from_key
-from ..kernels.launch import PICK_DECODED, PICK_SETTLED, PICK_THREADS, Wishes, pick_config, power_of_two
+from ..kernels.launch import PICK_DECODED, PICK_SETTLED, PICK_THREADS, Wishes, pick_config, pick_shift, power_of_two
 from ..kernels.levels import Strides
 from ..kernels.picks import boxes, pick, records, settle, site, wish
 from ..terms import TERMS
@@ -118,6 +118,7 @@ def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tupl
         beta=wish.power(head.beta),
         small=head.small,
         radius=head.radius,
+        reach=reach_of(head),
         overlap_args=head.overlap_args,
     )
     problem = wish.Problem(
@@ -194,13 +195,16 @@ def pick_launches(
     plan, pred, M = _plan(form, layouts(preds), head.key, maps, size), preds[0], rows.shape[0]
     batch, N, K = pred.shape[0], sum(height * width for height, width in maps), plan.pick.arguments["SPEC"].K
     costs, tiles = (N, plan.tiles) if head.assigner == "simota" else (0, 0)
-    acc = accumulator(pred.dtype)[1]
+    acc, bits = accumulator(pred.dtype)[1], torch.int64 if pred.dtype == torch.float64 else torch.int32
+    shift = 0 if costs else pick_shift(M)
+    left = (M, 1 << shift if shift else 0, K)
     decoded = records.Decoded(
         boxes_ptr=pred.new_empty((batch, N, 4), dtype=acc),
         picker_ptr=pred.new_empty((batch, N), dtype=torch.int32),
         claim_ptr=pred.new_empty((batch, N), dtype=torch.int64),
         row_ptr=pred.new_empty((batch, N), dtype=torch.int32),
         score_ptr=pred.new_empty((batch, N), dtype=acc),
+        done_ptr=pred.new_empty(M, dtype=torch.int32),
         cost_ptr=pred.new_empty((batch, costs), dtype=acc),
         list_ptr=pred.new_empty((batch, costs), dtype=torch.int32),
         tiles_ptr=pred.new_empty((batch, tiles, 2), dtype=torch.int32),
@@ -210,7 +214,10 @@ def pick_launches(
         index_ptr=pred.new_empty((M, K), dtype=torch.int32),
         overlap_ptr=pred.new_empty((M, K), dtype=acc),
         worth_ptr=pred.new_empty((M, 0 if costs else K), dtype=acc),
-        clash_ptr=pred.new_empty(M * K if costs else 0, dtype=torch.int32),
+        clash_ptr=pred.new_empty(M * K if costs else batch * N, dtype=torch.int32),
+        part_key_ptr=pred.new_empty(left, dtype=bits),
+        part_cell_ptr=pred.new_empty(left, dtype=torch.int32),
+        part_overlap_ptr=pred.new_empty(left, dtype=bits),
     )
     settled = records.Settled(
         norm_ptr=pred.new_empty((), dtype=acc),
@@ -232,12 +239,19 @@ def pick_launches(
     first = {"predictions": predictions, "targets": targets, "M": M, "decoded": decoded, "tally": tally}
     launches = [
         plan.decode.filled(first),
-        _of_rows(plan.pick, M).filled(common),
+        _of_rows(plan.pick, M << shift).filled({**common, "shift": shift}),
         _of_rows(plan.settle, M).filled({**common, "settled": settled}),
     ]
     return launches, decoded, settled
 
 
-def _of_rows(launch: Launch, rows: int) -> Launch:
-    """A program a row; one where there is none, which finishes."""
-    return replace(launch, grid=(max(1, rows),))
+def _of_rows(launch: Launch, programs: int) -> Launch:
+    """Of as many programs; one where there is no row, which finishes."""
+    return replace(launch, grid=(max(1, programs),))
+
+
+def reach_of(head: PickHead) -> tuple[float, float, float]:
+    """How many cells a region has at most, see ``kernels/picks/region.py``: on each axis its pixels over the stride and
+    1.25 more, and what rounding may add."""
+    inverse = [1 / stride for stride in head.strides]
+    return sum(1.001 * i * i for i in inverse), sum(1.3 * i for i in inverse), 1.7 * len(inverse)

@@ -142,7 +142,7 @@ def _class_costs(at, obj, mask, step, SPEC: tl.constexpr):
     under = total + 1.0
     powers = tl.zeros([ACROSS, CELLS], tl.int32)
     high_obj, low_obj, _e_obj = logistic(obj)
-    for c0 in range(0, SPEC.C, ACROSS):
+    for c0 in tl.range(0, SPEC.C, ACROSS, loop_unroll_factor=2):  # loads of both at a time
         c = c0 + tl.arange(0, ACROSS)[:, None]
         used = mask[None, :] & (c < SPEC.C)
         cls = tl.load(at + c * step, mask=used, other=0.0).to(SPEC.ACC)
@@ -192,24 +192,24 @@ def _store_bounds(tile, cells, boxes, chosen, frame, ptr, SPEC: tl.constexpr):
 
 @triton.jit
 def _store_candidates(predictions, tile, cells, boxes, found, tiles, decoded, frame, tally, SPEC: tl.constexpr):
-    """Lists the candidates of a tile, and stores what they share, which others do not."""
+    """Puts the candidates of a tile on the list of their image, and stores what they share, which others do not."""
     chosen, taken = found
     first = tile.b.to(tl.int64) * tile.N
     place = chosen.to(tl.int32)
     count = tl.sum(place, axis=0)
-    begin = tl.min(cells.n, axis=0)
     tile_at = (tile.b * tiles + tile.place).to(tl.int64)
-    tl.store(decoded.tiles_ptr + tile_at * 2, begin)
     tl.store(decoded.tiles_ptr + tile_at * 2 + 1, count)
     tl.store(decoded.cost_ptr + first + cells.n, tl.zeros_like(boxes.x1) + float("inf"), mask=tile.mask & ~chosen)
     if count > 0:
         _store_bounds(tile, cells, boxes, chosen, frame, decoded.bounds_ptr + tile_at * 4, SPEC)
+        begin = tl.atomic_add(tally.found_ptr + 2 + tile.b, count, sem="relaxed")
+        tl.store(decoded.tiles_ptr + tile_at * 2, begin)
         own = decoded.list_ptr + first + begin
         tl.store(own + (tl.cumsum(place, axis=0) - place), tl.where(taken, cells.n, -1 - cells.n), mask=chosen)
         tl.debug_barrier()  # in this list they are neighbours, so that no thread idles
         for i0 in range(0, count, CHOSEN):
             i = i0 + tl.arange(0, CHOSEN)
-            entry = tl.load(own + i, mask=i < count, other=begin)
+            entry = tl.load(own + i, mask=i < count, other=tile.first)
             n = tl.where(entry < 0, -1 - entry, entry)
             line = divided(n - tile.first, tile.W)
             some = Cells(n, line * 0 + tile.level, line, n - tile.first - line * tile.W, cells.stride)
@@ -243,6 +243,9 @@ def decode_kernel(
     unknown = (boxes.x1 != boxes.x1) | (boxes.y1 != boxes.y1) | (boxes.x2 != boxes.x2) | (boxes.y2 != boxes.y2)
     if tl.max((unknown & tile.mask).to(tl.int32), axis=0) > 0:
         tl.atomic_max(tally.done_ptr + 3, 1, sem="relaxed")
+    for g0 in range(tl.program_id(0) * CELLS, M, tl.num_programs(0) * CELLS):
+        g = g0 + tl.arange(0, CELLS)
+        tl.store(decoded.done_ptr + g, g * 0, mask=g < M)
     at = tile.b.to(tl.int64) * tile.N + tile.first + tile.cells
     tl.store(decoded.row_ptr + at, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
     tl.store(decoded.picker_ptr + at, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)

@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .region import cells_reached, reached
-from .site import all_cells, cells_at, load_boxes, load_object, offsets
+from ..sums import is_last
+from .region import cells_reached, reached, reached_at_most
+from .site import all_cells, cells_at, divided, load_boxes, load_object, offsets
 from .views import tiles_of
-from .wish import LAST, bits_of, claim_of, is_own, look_at, none_of, overlap_of
+from .wish import LAST, UNIT, bits_of, claim_of, is_own, look_at, none_of, overlap_of
 
 SEVERAL: tl.constexpr = tl.constexpr(-1)  # rows picked a cell
-WARP: tl.constexpr = tl.constexpr(32)  # tiles, and candidates of a tile, that are looked at at a time
+TILES: tl.constexpr = tl.constexpr(32)  # that are looked at at a time
+FEW: tl.constexpr = tl.constexpr(1024)  # candidates of an image that are all looked at, wherever their boxes are
+MERGED: tl.constexpr = tl.constexpr(256)  # cells that programs of a row have left, at a time
 
 
 class Kept(NamedTuple):
@@ -31,6 +34,14 @@ class Worst(NamedTuple):
 
     key: Any
     n: Any
+
+
+class Share(NamedTuple):
+    """Which of the cells that a row reaches are a program's, and how many programs have some."""
+
+    first: Any
+    last: Any
+    used: Any
 
 
 @triton.jit
@@ -117,18 +128,39 @@ def _claim(one, g, cells, look, mask, problem, decoded):
 
 
 @triton.jit
-def _best_reached(one, g, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """The best cells of a region, all of which are claimed; of SimOTA those of its own."""
+def _share_of(total, part, shift, BLOCK: tl.constexpr):
+    """Of as many cells those of a program, whole blocks of them, shared out over 1 << ``shift``; of none the first
+    program has them.
+    """
+    blocks = tl.maximum((total + BLOCK - 1) // BLOCK, 1)
+    each = (blocks + (1 << shift) - 1) >> shift
+    first = part * each * BLOCK
+    return Share(first, tl.minimum(first + each * BLOCK, total), divided(blocks + each - 1, each))
+
+
+@triton.jit
+def _has_share(targets, g, M, part, problem, BLOCK: tl.constexpr):
+    """Whether a program may have a share, if the row is valid: told from the sides of the box alone, for most have
+    none.
+    """
+    at = targets.ptr + tl.cast(g, tl.int64) * 6
+    width = tl.load(at + 4, mask=g < M, other=0.0) * problem.frame.width
+    height = tl.load(at + 5, mask=g < M, other=0.0) * problem.frame.height
+    return (part * BLOCK).to(tl.float32) < reached_at_most(width, height, problem.numbers)
+
+
+@triton.jit
+def _best_reached(one, g, first, last, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """The best cells of a part of a region, all of which are claimed; of SimOTA those of its own."""
     none = none_of(tl.zeros([], SPEC.ACC))
     kept = nothing_kept(none, SPEC.TOPK, SPEC.K)
     key = kept.key
     n = kept.n
     overlap = kept.overlap
-    total = reached(one, problem, SPEC)
-    for i0 in range(0, total, BLOCK):
+    for i0 in range(first, last, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         cells = cells_reached(one, i, problem, SPEC)
-        look = look_at(one, cells, i < total, problem, decoded, SPEC)
+        look = look_at(one, cells, i < last, problem, decoded, SPEC)
         wanted = look.key
         can = look.can
         if SPEC.ASSIGNER == "simota":
@@ -142,30 +174,75 @@ def _best_reached(one, g, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.conste
     return Kept(key, n, overlap)
 
 
+# ------------------------------------------------------------------------------------------- rows of several programs
+
+
+@triton.jit
+def _leave(kept, at, picked, SPEC: tl.constexpr):
+    """Puts down what a program has found, for the last one of its row."""
+    none = none_of(tl.zeros([], SPEC.ACC))
+    place = tl.arange(0, kept.key.shape[0])
+    mask = place < SPEC.K
+    tl.store(picked.part_key_ptr + (at + place), keys_of(kept, none, SPEC.TOPK), mask=mask)
+    tl.store(picked.part_cell_ptr + (at + place), kept.n, mask=mask)
+    tl.store(picked.part_overlap_ptr + (at + place), kept.overlap, mask=mask)
+
+
+@triton.jit
+def _best_left(kept, at, count, picked, SPEC: tl.constexpr):
+    """The best of as many cells that the programs of a row have left; those kept where there are none."""
+    none = none_of(tl.zeros([], SPEC.ACC))
+    nothing = nothing_kept(none, SPEC.TOPK, SPEC.K)
+    key = tl.where(count > 0, nothing.key, kept.key)
+    n = tl.where(count > 0, nothing.n, kept.n)
+    overlap = kept.overlap
+    for i0 in range(0, count, MERGED):
+        i = i0 + tl.arange(0, MERGED)
+        mask = i < count
+        # .cg: other programs wrote these, so a line this multiprocessor has cached would be stale
+        left_key = tl.load(picked.part_key_ptr + (at + i), mask=mask, other=none, cache_modifier=".cg")
+        left_n = tl.load(picked.part_cell_ptr + (at + i), mask=mask, other=0, cache_modifier=".cg")
+        left_overlap = tl.load(picked.part_overlap_ptr + (at + i), mask=mask, other=0, cache_modifier=".cg")
+        left = left_overlap.to(SPEC.ACC, bitcast=True)
+        kept = keep(Kept(key, n, overlap), left_key, left_n, left, none)
+        key = kept.key
+        n = kept.n
+        overlap = kept.overlap
+    return Kept(key, n, overlap)
+
+
+@triton.jit
+def _best_of_region(one, g, part, share, shift, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """The best cells of a row's region, and whether this program is to take them: the last one of the row, which finds
+    what the others have left.
+    """
+    kept = _best_reached(one, g, share.first, share.last, problem, decoded, SPEC, BLOCK)
+    first = (g.to(tl.int64) * SPEC.K) << shift
+    final = share.used == 1
+    if share.used > 1:
+        _leave(kept, first + part * SPEC.K, picked, SPEC)
+        final = is_last(decoded.done_ptr + g, share.used)
+        if final:
+            tl.store(decoded.done_ptr + g, 0)  # ready for the next launch
+    count = tl.where(final & (share.used > 1), share.used * SPEC.K, 0)
+    return _best_left(kept, first, count, picked, SPEC), final
+
+
 # ---------------------------------------------------------------------------------------------------- SimOTA: the rest
 
 
 @triton.jit
-def _listed(one, tile, j0, problem, decoded, tiles, SPEC: tl.constexpr):
-    """A block of the candidates of a tile: entries of its list, which of the block there are, and the cells."""
-    record = decoded.tiles_ptr + (one.image * tiles + tile).to(tl.int64) * 2
-    j = j0 + tl.arange(0, WARP)
-    there = j < tl.load(record + 1)
-    at = one.image.to(tl.int64) * all_cells(problem.levels) + tl.load(record)
-    entry = tl.load(decoded.list_ptr + at + j, mask=there, other=0)
+def _listed(one, i, end, problem, decoded, SPEC: tl.constexpr):
+    """Candidates of an image by their places in its list: entries, which there are, and the cells."""
+    there = i < end
+    at = one.image.to(tl.int64) * all_cells(problem.levels) + i
+    entry = tl.load(decoded.list_ptr + at, mask=there, other=0)
     return entry, there, cells_at(tl.where(entry < 0, -1 - entry, entry), problem.levels, SPEC)
 
 
 @triton.jit
-def _candidates_of(one, tile, decoded, tiles):
-    """How many candidates a tile has."""
-    return tl.load(decoded.tiles_ptr + (one.image * tiles + tile).to(tl.int64) * 2 + 1)
-
-
-@triton.jit
-def _met(one, t, tiles, problem, decoded):
+def _met(one, t, there, tiles, problem, decoded):
     """Whether the boxes of candidates of these tiles may overlap an object."""
-    there = t < tiles
     at = (one.image * tiles + t).to(tl.int64)
     count = tl.load(decoded.tiles_ptr + at * 2 + 1, mask=there, other=0)
     bounds = load_boxes(decoded.bounds_ptr, at, there & (count > 0))
@@ -177,38 +254,47 @@ def _met(one, t, tiles, problem, decoded):
 
 
 @triton.jit
-def _how_many(one, problem, decoded, SPEC: tl.constexpr, CELLS: tl.constexpr):
-    """How many cells an object picks: the sum of its largest IoUs with candidates, rounded down, at least one."""
+def _how_many(one, listed, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):
+    """How many cells an object picks: the sum of its largest IoUs with candidates, rounded down, at least one. Of an
+    image of few candidates all are looked at, of others those of tiles that it meets.
+    """
     none = none_of(tl.zeros([], SPEC.ACC))
     most = nothing_kept(none, SPEC.TOPK, SPEC.K)
     key = most.key
     n = most.n
     overlap = most.overlap
+    few = listed <= FEW
     tiles = tiles_of(problem.levels, CELLS)
-    for t0 in range(0, tiles, WARP):
-        t = t0 + tl.arange(0, WARP)
-        left = _met(one, t, tiles, problem, decoded)
+    for t0 in range(0, tl.where(few, 1, tiles), TILES):
+        t = t0 + tl.arange(0, TILES)
+        left = _met(one, t, (t < tiles) & ~few, tiles, problem, decoded) | ((t == 0) & few)
         tile = tl.min(tl.where(left, t, LAST), axis=0)
         while tile < LAST:
-            for j0 in range(0, _candidates_of(one, tile, decoded, tiles), WARP):
-                _entry, there, cells = _listed(one, tile, j0, problem, decoded, tiles, SPEC)
+            record = decoded.tiles_ptr + (one.image * tiles + tile).to(tl.int64) * 2
+            begin = tl.load(record, mask=~few, other=0)
+            end = begin + tl.load(record + 1, mask=~few, other=0) + tl.where(few, listed, 0)
+            for i0 in range(begin, end, BLOCK):
+                i = i0 + tl.arange(0, BLOCK)
+                _entry, there, cells = _listed(one, i, end, problem, decoded, SPEC)
                 off_x, off_y = offsets(one, cells, problem.frame, SPEC)
                 at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n
-                there = there & (tl.load(decoded.cost_ptr + at, mask=there, other=0.0) < float("inf"))
+                cost = tl.load(decoded.cost_ptr + at, mask=there, other=float("inf"))
                 iou = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, there), problem, SPEC)
-                bits = tl.where(there & (iou > 0), bits_of(iou), none)
+                bits = tl.where((cost < float("inf")) & (iou > 0), bits_of(iou), none)
                 most = keep(Kept(key, n, overlap), bits, cells.n, iou, none)
                 key = most.key
                 n = most.n
                 overlap = most.overlap
             left = left & (t > tile)
             tile = tl.min(tl.where(left, t, LAST), axis=0)
+    # a sum of integers, rounded once: candidates come in any order
     largest = tl.where(keys_of(most, none, SPEC.TOPK) > none, overlap, 0).to(SPEC.ACC, bitcast=True)
-    return tl.maximum(tl.sum(largest, axis=0).to(tl.int32), 1)
+    total = tl.sum((largest * UNIT).to(tl.int64), axis=0).to(SPEC.ACC) / UNIT
+    return tl.maximum(total.to(tl.int32), 1)
 
 
 @triton.jit
-def _with_others(kept, one, g, short, problem, decoded, SPEC: tl.constexpr, CELLS: tl.constexpr):
+def _with_others(kept, one, g, short, listed, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
     """The best of those kept and of candidates that are not the object's own, if it is ``short`` of these. It claims
     those that are no object's own.
     """
@@ -216,38 +302,37 @@ def _with_others(kept, one, g, short, problem, decoded, SPEC: tl.constexpr, CELL
     key = kept.key
     n = kept.n
     overlap = kept.overlap
-    tiles = tiles_of(problem.levels, CELLS)
-    for tile in range(0, tiles):
-        for j0 in range(0, _candidates_of(one, tile, decoded, tiles), WARP):
-            entry, there, cells = _listed(one, tile, j0, problem, decoded, tiles, SPEC)
-            look = look_at(one, cells, there & (short | (entry < 0)), problem, decoded, SPEC)
-            other = look.can & ~is_own(look)
-            _claim(one, g, cells, look, other & (entry < 0), problem, decoded)
-            wanted = tl.where(other, look.key, none)
-            kept = keep(Kept(key, n, overlap), wanted, cells.n, look.overlap, none)
-            key = kept.key
-            n = kept.n
-            overlap = kept.overlap
+    for i0 in range(0, listed, BLOCK):
+        entry, there, cells = _listed(one, i0 + tl.arange(0, BLOCK), listed, problem, decoded, SPEC)
+        look = look_at(one, cells, there & (short | (entry < 0)), problem, decoded, SPEC)
+        other = look.can & ~is_own(look)
+        _claim(one, g, cells, look, other & (entry < 0), problem, decoded)
+        wanted = tl.where(other, look.key, none)
+        kept = keep(Kept(key, n, overlap), wanted, cells.n, look.overlap, none)
+        key = kept.key
+        n = kept.n
+        overlap = kept.overlap
     return Kept(key, n, overlap)
 
 
 @triton.jit
-def _best_candidates(one, g, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):
+def _best_candidates(one, g, problem, decoded, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):
     """The best candidates, and how many an object picks. All of its own come before any other, so that these are looked
     at where there are not enough, and where some cell may be no object's own.
     """
-    own = _best_reached(one, g, problem, decoded, SPEC, BLOCK)
+    listed = tl.load(tally.found_ptr + 2 + one.image)
+    own = _best_reached(one, g, 0, reached(one, problem, SPEC), problem, decoded, SPEC, BLOCK)
     key = own.key
     n = own.n
     overlap = own.overlap
-    picks = _how_many(one, problem, decoded, SPEC, CELLS)
+    picks = _how_many(one, listed, problem, decoded, SPEC, BLOCK, CELLS)
     none = none_of(tl.zeros([], SPEC.ACC))
     short = tl.sum((keys_of(own, none, SPEC.TOPK) > none).to(tl.int32), axis=0) < picks
     look = short
     if SPEC.INSIDE:
         look = picks > 0
     if look:
-        kept = _with_others(Kept(key, n, overlap), one, g, short, problem, decoded, SPEC, CELLS)
+        kept = _with_others(Kept(key, n, overlap), one, g, short, listed, problem, decoded, SPEC, BLOCK)
         key = kept.key
         n = kept.n
         overlap = kept.overlap
@@ -258,45 +343,60 @@ def _best_candidates(one, g, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _note_clashes(one, cell, again, picked, tally, decoded, SPEC: tl.constexpr):
-    """Marks cells that another row has picked before. Of SimOTA they are listed, of others their image is noted."""
+def _list_clashes(one, cell, again, problem, picked, tally, decoded, SPEC: tl.constexpr):
+    """Marks cells that another row has picked before, and lists them: of SimOTA for the batch, of others by image."""
     marked = tl.atomic_min(decoded.picker_ptr + cell, cell * 0 + SEVERAL, mask=again, sem="relaxed")
-    if SPEC.ASSIGNER == "aligned":
-        tl.atomic_max(tally.found_ptr + 2 + one.image, 1, sem="relaxed")
-    else:
-        new = (again & (marked != SEVERAL)).to(tl.int32)
-        count = tl.sum(new, axis=0)
-        if count > 0:
-            place = tl.cumsum(new, axis=0) - new + tl.atomic_add(tally.done_ptr + 1, count, sem="relaxed")
-            tl.store(picked.clash_ptr + place, cell, mask=new > 0)
-
-
-@triton.jit(do_not_specialize=["M"])
-def pick_kernel(
-    problem, targets, M, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr
-):
-    """Picks and claims of a row, a program each: see :class:`.records.Picked`. CELLS as of ``decode``."""
-    g = tl.program_id(0)
-    one = load_object(targets, g, M, problem.frame, SPEC)
-    if one.valid:
-        none = none_of(tl.zeros([], SPEC.ACC))
+    new = (again & (marked != SEVERAL)).to(tl.int32)
+    count = tl.sum(new, axis=0)
+    if count > 0:
         if SPEC.ASSIGNER == "aligned":
-            kept = _best_reached(one, g, problem, decoded, SPEC, BLOCK)
-            key = keys_of(kept, none, SPEC.TOPK)
-            chosen = key > none
+            first = one.image * all_cells(problem.levels)
+            first += tl.atomic_add(tally.found_ptr + 2 + one.image, count, sem="relaxed")
         else:
-            kept, picks = _best_candidates(one, g, problem, decoded, SPEC, BLOCK, CELLS)
-            key = keys_of(kept, none, SPEC.TOPK)
-            chosen = _best_of(key, kept.n, picks, none)
-        cell = one.image * all_cells(problem.levels) + kept.n
-        place = tl.arange(0, key.shape[0])
-        at = g.to(tl.int64) * SPEC.K + place
-        stored = place < SPEC.K
-        tl.store(picked.index_ptr + at, tl.where(chosen, cell, -1), mask=stored)
-        tl.store(picked.overlap_ptr + at, kept.overlap.to(SPEC.ACC, bitcast=True), mask=stored)
-        if SPEC.ASSIGNER == "aligned":
-            tl.store(picked.worth_ptr + at, key.to(SPEC.ACC, bitcast=True), mask=stored)
-        before = tl.atomic_min(decoded.picker_ptr + cell, g, mask=chosen, sem="relaxed")
-        again = chosen & (before != M)
-        if tl.max(again.to(tl.int32), axis=0) > 0:
-            _note_clashes(one, cell, again, picked, tally, decoded, SPEC)
+            first = tl.atomic_add(tally.done_ptr + 1, count, sem="relaxed")
+        tl.store(picked.clash_ptr + (first + tl.cumsum(new, axis=0) - new), cell, mask=new > 0)
+
+
+@triton.jit
+def _pick(one, g, M, key, chosen, kept, problem, decoded, picked, tally, SPEC: tl.constexpr):
+    """Stores what a row picks of those kept."""
+    cell = one.image * all_cells(problem.levels) + kept.n
+    place = tl.arange(0, key.shape[0])
+    at = g.to(tl.int64) * SPEC.K + place
+    stored = place < SPEC.K
+    tl.store(picked.index_ptr + at, tl.where(chosen, cell, -1), mask=stored)
+    tl.store(picked.overlap_ptr + at, kept.overlap.to(SPEC.ACC, bitcast=True), mask=stored)
+    if SPEC.ASSIGNER == "aligned":
+        tl.store(picked.worth_ptr + at, key.to(SPEC.ACC, bitcast=True), mask=stored)
+    before = tl.atomic_min(decoded.picker_ptr + cell, g, mask=chosen, sem="relaxed")
+    again = chosen & (before != M)
+    if tl.max(again.to(tl.int32), axis=0) > 0:
+        _list_clashes(one, cell, again, problem, picked, tally, decoded, SPEC)
+
+
+@triton.jit(do_not_specialize=["M", "shift"])
+def pick_kernel(
+    problem, targets, M, shift, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr
+):
+    """Picks and claims of a row, see :class:`.records.Picked`; 1 << ``shift`` programs each, of which those have
+    something to do for which there are cells. CELLS as of ``decode``.
+    """
+    g = tl.program_id(0) >> shift
+    part = tl.program_id(0) - (g << shift)
+    if SPEC.ASSIGNER == "aligned":
+        if not _has_share(targets, g, M, part, problem, BLOCK):
+            return
+    one = load_object(targets, g, M, problem.frame, SPEC)
+    none = none_of(tl.zeros([], SPEC.ACC))
+    if SPEC.ASSIGNER == "aligned":
+        share = _share_of(reached(one, problem, SPEC), part, shift, BLOCK)
+        if one.valid & (part < share.used):
+            kept, final = _best_of_region(one, g, part, share, shift, problem, decoded, picked, SPEC=SPEC, BLOCK=BLOCK)
+            if final:
+                key = keys_of(kept, none, SPEC.TOPK)
+                _pick(one, g, M, key, key > none, kept, problem, decoded, picked, tally=tally, SPEC=SPEC)
+    elif one.valid:
+        kept, picks = _best_candidates(one, g, problem, decoded, tally, SPEC, BLOCK, CELLS)
+        key = keys_of(kept, none, SPEC.TOPK)
+        chosen = _best_of(key, kept.n, picks, none)
+        _pick(one, g, M, key, chosen, kept, problem, decoded, picked, tally=tally, SPEC=SPEC)

@@ -50,6 +50,7 @@ class Numbers(NamedTuple):
     beta: Any
     small: float
     radius: float
+    reach: tuple[float, float, float]  # see ``region.reached_at_most``
     overlap_args: tuple[float, ...]
 
 
@@ -77,18 +78,18 @@ class Spec(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What ``decode`` leaves of each prediction, and later launches change.
+    """What ``decode`` leaves of each prediction, and of rows, and later launches change.
 
     ``boxes_ptr`` [B, N, 4] ACC: corners in pixels from the middle of the cell. ``picker_ptr`` [B, N] int32: at first M,
     after ``pick`` the row that picked it, or -1 where several did. ``claim_ptr`` [B, N] int64: at first 0, after
     ``pick`` the largest claim of all rows that may have it. ``row_ptr`` [B, N] int32: at first M, none, after
     ``settle`` the row that it goes to. ``score_ptr`` [B, N] ACC: soft scores, 0 where there is no
-    row.
+    row. ``done_ptr`` [M] int32: programs of a row that are done, 0 at first and after ``pick``.
     ``cost_ptr`` [B, N] ACC, of SimOTA: what costs share, infinite where the cell is no candidate, or a logit is NaN.
-    ``list_ptr`` [B, N] int32, of SimOTA: of each tile, from its first cell on, the cells n of the image that are
-    candidates, in their order; -1 - n where they are no object's own. ``tiles_ptr`` int32 [B, tiles, 2]: the first
-    cell of each tile, how many candidates it has. ``bounds_ptr`` [B, tiles, 4] ACC: corners in pixels that hold the
-    boxes of these.
+    ``list_ptr`` [B, N] int32, of SimOTA: the cells n of an image that are candidates, those of a tile in their order,
+    tiles in any; -1 - n where they are no object's own. ``tiles_ptr`` int32 [B, tiles, 2]: where in the list those of
+    a tile begin, unless there are none, and how many there are. ``bounds_ptr`` [B, tiles, 4] ACC: corners in pixels
+    that hold the boxes of these.
     """
 
     boxes_ptr: Any
@@ -96,6 +97,7 @@ class Decoded(NamedTuple):
     claim_ptr: Any
     row_ptr: Any
     score_ptr: Any
+    done_ptr: Any
     cost_ptr: Any
     list_ptr: Any
     tiles_ptr: Any
@@ -105,22 +107,27 @@ class Decoded(NamedTuple):
 class Picked(NamedTuple):
     """``index_ptr`` [M, K] int32: what each row picked, flat b * N + n, -1 where it is less, of no meaning
     for rows that are not valid. ``overlap_ptr`` and ``worth_ptr`` [M, K] ACC: the overlaps of these, and of aligned
-    ones their metrics. ``clash_ptr`` [M * K] int32, of SimOTA: cells, flat, that several rows picked, each once, in no
-    order.
+    ones their metrics. ``clash_ptr`` int32: cells, flat, that several rows picked, each once, in no order; of SimOTA
+    [M * K], of others [B, N], those of each image apart. ``part_key_ptr``, ``part_cell_ptr`` int32 and
+    ``part_overlap_ptr`` [M, programs of a row, K]: the best cells of each program, of which there is nothing where rows
+    have one; bits as keys have them.
     """
 
     index_ptr: Any
     overlap_ptr: Any
     worth_ptr: Any
     clash_ptr: Any
+    part_key_ptr: Any
+    part_cell_ptr: Any
+    part_overlap_ptr: Any
 
 
 class Tally(NamedTuple):
     """What programs add up, of integers, so that no order shows; zeros at first, and after ``settle``.
 
     ``done_ptr`` int32 [4]: programs that are done; cells in the list of clashes; whether a NaN was seen among what
-    candidates share, and among boxes. ``sum_ptr`` int64: soft scores, times SCORE_UNIT. ``found_ptr`` int32 [2 + B]:
-    predictions with a row, invalid rows; of each image whether several rows picked a cell.
+    candidates share, and among boxes. ``sum_ptr`` int64: soft scores, times UNIT. ``found_ptr`` int32 [2 + B]:
+    predictions with a row, invalid rows; of each image the cells that several rows picked, of SimOTA the candidates.
     """
 
     done_ptr: Any

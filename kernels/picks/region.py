@@ -52,6 +52,16 @@ def reached(one, problem, SPEC: tl.constexpr):
 
 
 @triton.jit
+def reached_at_most(width, height, numbers):
+    """No fewer than :func:`reached` of a box of so many pixels, by three numbers: what a cell's area, and its side, are
+    of a pixel's, and a margin, see :func:`_span`; all levels taken together.
+    """
+    x = tl.where(width < numbers.small, numbers.small, width)
+    y = tl.where(height < numbers.small, numbers.small, height)
+    return x * y * numbers.reach[0] + (x + y) * numbers.reach[1] + numbers.reach[2]
+
+
+@triton.jit
 def cells_reached(one, i, problem, SPEC: tl.constexpr):
     """Those cells, by their place among them: level by level, line by line."""
     levels = problem.levels

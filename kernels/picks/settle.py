@@ -11,9 +11,8 @@ from ..sums import is_last
 from .pick import SEVERAL, Kept, Worst, keep, nothing_kept, worst_of
 from .region import cells_reached, reached
 from .site import all_cells, cells_at, load_boxes, load_channel, load_object, object_of, offsets
-from .wish import bits_of, claimant, look_at, metric, none_of, overlap_of, strength_in
+from .wish import UNIT, bits_of, claimant, look_at, metric, none_of, overlap_of, strength_in
 
-SCORE_UNIT: tl.constexpr = tl.constexpr(1099511627776.0)  # 2^40 to a soft score of 1, so that sums are of integers
 ROWS: tl.constexpr = tl.constexpr(32)
 
 
@@ -22,13 +21,13 @@ class Owner(NamedTuple):
 
     g: Any
     one: Any
-    end: Any  # cells that it reaches, or 0 if none of them is a further cell of this row
+    listed: Any  # whether to look at the cells of its image that several rows picked, or at those that it reaches
+    end: Any  # how many these are, or 0 if none of them is a further cell of this row
 
 
 class Further(NamedTuple):
-    """Cells that a row reaches: which of them are its own although it did not pick them."""
+    """Cells: which of them are a row's own although it did not pick them."""
 
-    cells: Any
     place: Any  # among those of the batch
     claim: Any
     mask: Any
@@ -76,46 +75,49 @@ def _of_picks(owner, decoded, picked, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _further(owner, i0, decoded, problem, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of the cells that a row reaches, and whether they are the row's although it did not pick them: several
+def _further(owner, i0, decoded, picked, problem, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of the cells that a row looks at, and whether they are the row's although it did not pick them: several
     rows did, and it has not taken them yet.
     """
     i = i0 + tl.arange(0, BLOCK)
-    cells = cells_reached(owner.one, i, problem, SPEC)
-    place = owner.one.image * all_cells(problem.levels) + cells.n
     mask = i < owner.end
-    mask = mask & (tl.load(decoded.picker_ptr + place, mask=mask, other=0) == SEVERAL)
+    first = owner.one.image * all_cells(problem.levels)
+    clash = tl.load(picked.clash_ptr + (first + i), mask=mask & owner.listed, other=0)
+    place = tl.where(owner.listed, clash, first + cells_reached(owner.one, i, problem, SPEC).n)
+    mask = mask & (tl.load(decoded.picker_ptr + place, mask=mask & ~owner.listed, other=SEVERAL) == SEVERAL)
     claim = tl.load(decoded.claim_ptr + place, mask=mask, other=0)
     mask = mask & (claimant(claim) == owner.g)
-    row = tl.load(decoded.row_ptr + place, mask=mask, other=0)
-    return Further(cells, place, claim, mask & (row != owner.g))
+    row = tl.load(decoded.row_ptr + place, mask=mask, other=0)  # which no other row changes
+    return Further(place, claim, mask & (row != owner.g))
 
 
 @triton.jit
 def _looked(owner, further, problem, decoded, SPEC: tl.constexpr):
     """These cells as the row sees them; the strength of its claim is the overlap, but for what float64 has more."""
     mask = further.mask
+    n = tl.where(mask, further.place - owner.one.image * all_cells(problem.levels), 0)
+    cells = cells_at(n, problem.levels, SPEC)
     if owner.one.width.dtype == tl.float32:
         overlap = tl.where(mask, strength_in(further.claim), 0.0)
-        logit = load_channel(problem.predictions.cls, owner.one.image, owner.one.label, further.cells, mask, SPEC)
+        logit = load_channel(problem.predictions.cls, owner.one.image, owner.one.label, cells, mask, SPEC)
         own = _own(further.place, mask, metric(logit, overlap, problem), overlap)
     else:
-        look = look_at(owner.one, further.cells, mask, problem, decoded, SPEC)
+        look = look_at(owner.one, cells, mask, problem, decoded, SPEC)
         own = _own(further.place, mask, look.worth, look.overlap)
     return own
 
 
 @triton.jit
-def _has_further(owner, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+def _has_further(owner, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr):
     """Whether a row has cells that it did not pick."""
     found = tl.zeros([BLOCK], tl.int32)
     for i0 in range(0, owner.end, BLOCK):
-        found |= _further(owner, i0, decoded, problem, SPEC, BLOCK).mask.to(tl.int32)
+        found |= _further(owner, i0, decoded, picked, problem, SPEC, BLOCK).mask.to(tl.int32)
     return tl.max(found, axis=0) > 0
 
 
 @triton.jit
-def _worst_left(own, owner, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
+def _worst_left(own, owner, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
     """The worst of the TOPK2 cells that a row keeps."""
     none = none_of(tl.zeros([], SPEC.ACC))
     kept = keep(nothing_kept(none, SPEC.TOPK2, K2), own.key, own.cell, own.overlap, none)
@@ -123,7 +125,7 @@ def _worst_left(own, owner, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.cons
     n = kept.n
     overlap = kept.overlap
     for i0 in range(0, owner.end, BLOCK):
-        further = _further(owner, i0, decoded, problem, SPEC, BLOCK)
+        further = _further(owner, i0, decoded, picked, problem, SPEC, BLOCK)
         if tl.max(further.mask.to(tl.int32), axis=0) > 0:
             more = _looked(owner, further, problem, decoded, SPEC)
             kept = keep(Kept(key, n, overlap), more.key, more.cell, more.overlap, none)
@@ -148,13 +150,13 @@ def _better(best, own, worst):
 
 
 @triton.jit
-def _best(own, worst, owner, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+def _best(own, worst, owner, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr):
     """The best of all cells that a row keeps."""
     best = _better(Best(tl.zeros([], SPEC.ACC), tl.zeros([], SPEC.ACC)), own, worst)
     most = best.most
     widest = best.widest
     for i0 in range(0, owner.end, BLOCK):
-        further = _further(owner, i0, decoded, problem, SPEC, BLOCK)
+        further = _further(owner, i0, decoded, picked, problem, SPEC, BLOCK)
         if tl.max(further.mask.to(tl.int32), axis=0) > 0:
             more = _better(Best(most, widest), _looked(owner, further, problem, decoded, SPEC), worst)
             most = more.most
@@ -171,7 +173,7 @@ def _leave(own, worst, best, g, M, decoded, SPEC: tl.constexpr):
         score = own.worth * best.widest / (best.most + 1e-9)
     tl.store(decoded.score_ptr + own.cell, score, mask=kept)
     tl.store(decoded.row_ptr + own.cell, tl.where(kept, g, M), mask=own.mask)
-    total = tl.sum(tl.where(kept, score * SCORE_UNIT, 0.0).to(tl.int64), axis=0)
+    total = tl.sum(tl.where(kept, score * UNIT, 0.0).to(tl.int64), axis=0)
     return tl.sum(kept.to(tl.int32), axis=0), total
 
 
@@ -182,16 +184,16 @@ def _settle(owner, M, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.co
     if owner.end > 0:
         tl.store(decoded.row_ptr + own.cell, own.cell * 0 + owner.g, mask=own.mask)
         tl.debug_barrier()
-        some = _has_further(owner, problem, decoded, SPEC, BLOCK)
-        owner = Owner(owner.g, owner.one, tl.where(some, owner.end, 0))
+        some = _has_further(owner, problem, decoded, picked, SPEC, BLOCK)
+        owner = Owner(owner.g, owner.one, owner.listed, tl.where(some, owner.end, 0))
     worst = Worst(none_of(tl.zeros([], SPEC.ACC)), owner.g * 0)
     if K2 > 0:
-        worst = _worst_left(own, owner, problem, decoded, SPEC, BLOCK, K2)
-    best = _best(own, worst, owner, problem, decoded, SPEC, BLOCK)
+        worst = _worst_left(own, owner, problem, decoded, picked, SPEC, BLOCK, K2)
+    best = _best(own, worst, owner, problem, decoded, picked, SPEC, BLOCK)
     found = owner.g * 0
     total = found.to(tl.int64)
     for i0 in range(0, owner.end, BLOCK):
-        further = _further(owner, i0, decoded, problem, SPEC, BLOCK)
+        further = _further(owner, i0, decoded, picked, problem, SPEC, BLOCK)
         if tl.max(further.mask.to(tl.int32), axis=0) > 0:
             more = _looked(owner, further, problem, decoded, SPEC)
             tl.debug_barrier()  # rows have been read
@@ -225,7 +227,7 @@ def _clashes(g, targets, problem, decoded, picked, tally, SPEC: tl.constexpr, BL
         tl.store(decoded.score_ptr + cell, score, mask=mask)
         tl.store(decoded.row_ptr + cell, row, mask=mask)
         found += tl.sum(mask.to(tl.int32), axis=0)
-        total += tl.sum((score * SCORE_UNIT).to(tl.int64), axis=0)
+        total += tl.sum((score * UNIT).to(tl.int64), axis=0)
     return found, total
 
 
@@ -233,10 +235,12 @@ def _clashes(g, targets, problem, decoded, picked, tally, SPEC: tl.constexpr, BL
 def _row(g, one, M, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
     """The cells of a valid row, as :func:`_settle`; of SimOTA those that it alone picked."""
     if SPEC.ASSIGNER == "aligned":
-        end = tl.where(tl.load(tally.found_ptr + 2 + one.image) > 0, reached(one, problem, SPEC), 0)
-        found, total = _settle(Owner(g, one, end), M, problem, decoded, picked, SPEC, BLOCK, K2)
+        clashes = tl.load(tally.found_ptr + 2 + one.image)
+        cells = reached(one, problem, SPEC)
+        owner = Owner(g, one, clashes <= cells, tl.minimum(clashes, cells))
+        found, total = _settle(owner, M, problem, decoded, picked, SPEC, BLOCK, K2)
     else:
-        own = _of_picks(Owner(g, one, 0), decoded, picked, SPEC)
+        own = _of_picks(Owner(g, one, False, 0), decoded, picked, SPEC)
         worst = Worst(none_of(tl.zeros([], SPEC.ACC)), g * 0)
         found, total = _leave(own, worst, Best(None, None), g, M, decoded, SPEC)
     return found, total
@@ -249,7 +253,7 @@ def _finish(settled, tally, batch, SPEC: tl.constexpr):
     invalid = tl.load(tally.found_ptr + 1, cache_modifier=".cg")
     weights = found.to(SPEC.ACC)
     if SPEC.SOFT:
-        weights = tl.load(tally.sum_ptr, cache_modifier=".cg").to(SPEC.ACC) / SCORE_UNIT
+        weights = tl.load(tally.sum_ptr, cache_modifier=".cg").to(SPEC.ACC) / UNIT
     class_nans = tl.load(tally.done_ptr + 2, cache_modifier=".cg")
     box_nans = tl.load(tally.done_ptr + 3, cache_modifier=".cg")
     tl.store(settled.norm_ptr, tl.maximum(weights, 1.0))

@@ -132,15 +132,17 @@ def load_boxes(ptr, at, mask):
 @triton.jit
 def channel_at(part, b, channel, cells):
     """Where a channel of a part of the predictions of image b lies, of each cell."""
-    at = _channel_of(part, 0, b, channel)
+    at = _channel_of(part, 0, b, channel).to(tl.int64)  # AMD's compiler chooses no pointers by tensors
     row = plain(part.by[0].row)
     column = plain(part.by[0].column)
     for i in tl.static_range(1, len(part.ptrs)):
         here = cells.level == i
-        at = tl.where(here, _channel_of(part, i, b, channel), at)
+        at = tl.where(here, _channel_of(part, i, b, channel).to(tl.int64), at)
         row = tl.where(here, plain(part.by[i].row), row)
         column = tl.where(here, plain(part.by[i].column), column)
-    return at + (cells.line * row + cells.column * column)  # within a channel, 32 bits are enough
+    return at.to(part.ptrs[0].dtype) + (
+        cells.line * row + cells.column * column
+    )  # within a channel, 32 bits are enough
 
 
 @triton.jit

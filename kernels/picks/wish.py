@@ -23,6 +23,7 @@ IOU_EPS: tl.constexpr = tl.constexpr(1e-8)
 LOWEST_LOG: tl.constexpr = tl.constexpr(-100.0)
 NONE: tl.constexpr = tl.constexpr(-0x80000000)  # of a key, below all others
 LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # of an index or a row
+UNIT: tl.constexpr = tl.constexpr(1099511627776.0)  # 2^40 to a score or an IoU of 1, so that sums are of integers
 
 
 class Look(NamedTuple):

@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE
+from fusedyolo.kernels import launch
+from fusedyolo.kernels.picks import pick
 from torch import Tensor
 
 from fusedyolo import YOLOv8Loss, YOLOXLoss, reference
 from fusedyolo.drivers.picks import planes
 from fusedyolo.heads import PickHead
 from fusedyolo.ops.launch import run_all, shared_zeros
-from fusedyolo.ops.picking import pick_launches
+from fusedyolo.ops.picking import Maps, pick_launches, reach_of
 from fusedyolo.targets import Targets, without_spare
 
 STRIDES, MAPS = (8, 16, 32), ((8, 12), (4, 6), (2, 3))
-SIZE = (64.0, 96.0)  # height, width
+LARGE = ((32, 48), (16, 24), (8, 12))  # 2,016 cells
 CLASSES = 3
 HEADS = {
     "v8": YOLOv8Loss(CLASSES, STRIDES, backend="torch").head,
@@ -35,11 +37,13 @@ HEADS = {
 }
 
 
-def predictions(head: PickHead, batch: int, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def predictions(
+    head: PickHead, batch: int, seed: int, dtype: torch.dtype = torch.float32, maps: Maps = MAPS
+) -> list[Tensor]:
     """Maps [B, widths, H, W], whose boxes are of some cells' sides."""
     gen = torch.Generator().manual_seed(seed)
     found = []
-    for H, W in MAPS:
+    for H, W in maps:
         pred = torch.randn(batch, sum(head.widths), H, W, generator=gen, dtype=torch.float64)
         if head.decode == "distance":
             pred[:, :4] = pred[:, :4].abs() * 1.5 + 0.3
@@ -60,16 +64,22 @@ def some_rows(batch: int, count: int, seed: int, largest: float = 0.6) -> Tensor
 
 
 def check(
-    head: PickHead, preds: Sequence[Tensor], rows: Tensor, offsets: Tensor | None = None, form: str = "maps"
+    head: PickHead,
+    preds: Sequence[Tensor],
+    rows: Tensor,
+    offsets: Tensor | None = None,
+    form: str = "maps",
+    maps: Maps = MAPS,
 ) -> dict[str, Any]:
     """Run the launches, and compare all that they leave with the reference in float64."""
-    launches, decoded, settled = pick_launches(preds, form, MAPS, rows, offsets, head, SIZE)
+    size = (float(maps[0][0] * STRIDES[0]), float(maps[0][1] * STRIDES[0]))
+    launches, decoded, settled = pick_launches(preds, form, maps, rows, offsets, head, size)
     picks = launches[1].arguments
     run_all(launches, rows.device)
     safe, spare = without_spare(rows, offsets)
     seen_planes = planes(form, preds, head).to(torch.float64)
-    points = reference.points_of(MAPS, head.strides, rows.device)
-    objects = reference.read_objects(safe, head, len(seen_planes.box), SIZE, torch.float64)
+    points = reference.points_of(maps, head.strides, rows.device)
+    objects = reference.read_objects(safe, head, len(seen_planes.box), size, torch.float64)
     seen = reference.see(seen_planes, points, head)
     picked = reference.pick(seen, objects, head)
     exact = preds[0].dtype == torch.float64
@@ -86,6 +96,7 @@ def check(
     assert settled.counts_ptr.tolist() == [int(has.sum()), int(invalid)]
     assert settled.nans_ptr.isnan().tolist() == [bool(seen.boxes.isnan().any()), bool(picked.nans.isnan())]
     assert all(not each.any() for each in shared_zeros())
+    assert not decoded.done_ptr.any()
     return {"picked": picked, "decoded": decoded, "settled": settled, "picks": picks}
 
 
@@ -112,6 +123,86 @@ def test_crowd(name):
     row, index = found["decoded"].row_ptr.flatten(), found["picks"]["picked"].index_ptr
     further = [cell for cell in several.flatten().nonzero().flatten().tolist() if cell not in index[row[cell] % 12]]
     assert further or head.objectness or head.topk == 13
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("v8 distances", torch.float32), ("three of five", torch.float64)])
+def test_rows_of_several_programs(name, dtype, monkeypatch):
+    """Large regions are shared out; who finishes last, and how many programs there are, does not show."""
+    head = HEADS[name]
+    rows = some_rows(1, 3, 24)
+    rows[:, 2:] = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.4, 0.6, 0.4, 0.5], [0.3, 0.3, 0.05, 0.05]], device=DEVICE)
+    preds = predictions(head, 1, 25, dtype, LARGE)
+    found = []
+    for shift in (5, 2):
+        monkeypatch.setattr(launch, "PICK_PROGRAMS", 3 << shift)
+        found.append(check(head, preds, rows, maps=LARGE)["decoded"])
+    for field in ("row_ptr", "score_ptr", "picker_ptr", "claim_ptr"):
+        assert torch.equal(*[getattr(one, field) for one in found])
+
+
+@pytest.mark.parametrize("name", ["v8 distances", "yolo26 one"])
+def test_equals_of_several_programs(name):
+    """Of cells as good as each other the first are taken, whichever program has met them."""
+    head = HEADS[name]
+    preds = [torch.ones(1, sum(head.widths), *sides, device=DEVICE) for sides in LARGE]
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 0.9, 0.9], [0, 2, 0.5, 0.5, 0.9, 0.9]], device=DEVICE)
+    check(head, preds, rows, maps=LARGE)
+
+
+def test_programs_of_a_row():
+    """As many as a launch may have, but no more than the largest row has work for; one of each in a crowd."""
+    shifts = {rows: launch.pick_shift(rows) for rows in (0, 1, 118, 129, 300, 2048, 2049, 80_000)}
+    assert list(shifts.values()) == [5, 5, 5, 4, 3, 1, 0, 0]
+
+
+def cells_reached(head: PickHead, rows: Tensor, maps: Maps) -> Tensor:
+    """How many cells each row goes through: rectangles of those within its sides, and a margin."""
+    height, width = (STRIDES[0] * side for side in maps[0])
+    boxes = rows[:, 2:].double() * rows.new_tensor([width, height, width, height])
+    total = torch.zeros_like(boxes[:, 0])
+    for stride, (H, W) in zip(head.strides, maps, strict=True):
+        counts = []
+        for centre, side, cells in zip(boxes[:, :2].T, boxes[:, 2:].T, (W, H), strict=True):
+            far = side.clamp(min=head.small) / 2
+            first = ((centre - far) / stride - 0.625).ceil().clamp(min=0)
+            last = ((centre + far) / stride - 0.375).floor().clamp(max=cells - 1)
+            counts.append((last - first + 1).clamp(min=0))
+        total += counts[0] * counts[1]
+    return total
+
+
+def test_no_program_with_a_share_is_left_out():
+    """The limit that a program is told by holds for boxes of any sides, wherever they lie."""
+    head, rows = HEADS["v8"], some_rows(1, 400, 26, largest=1.0)
+    sides = (rows[:, 4:] * rows.new_tensor([384.0, 256.0])).clamp(min=head.small)
+    area, side, least = reach_of(head)
+    most = sides.prod(1) * area + sides.sum(1) * side + least
+    reached = cells_reached(head, rows, LARGE)
+    assert (reached <= most).all()
+    assert (most < 1.1 * reached).any()
+
+
+@pytest.mark.parametrize(("name", "seed"), [("v8 distances", 34), ("three of five", 41)])
+def test_clashes_are_met_on_a_list_or_in_a_region(name, seed):
+    """Whichever has fewer cells."""
+    head, count = HEADS[name], 16
+    rows = some_rows(1, count, 27)
+    rows[:, 4:] = torch.linspace(0.2, 0.5, count, device=DEVICE)[:, None]
+    rows[:, 2:4] = 0.5 + (rows[:, 2:4] - 0.5) * 0.4
+    found = check(head, predictions(head, 1, seed), rows)
+    several, row = found["decoded"].picker_ptr.flatten() == -1, found["decoded"].row_ptr.flatten()
+    index = found["picks"]["picked"].index_ptr
+    cells = [cell for cell in several.nonzero().flatten().tolist() if row[cell] < count]
+    gaining = cells_reached(head, rows, MAPS)[[int(row[cell]) for cell in cells if cell not in index[row[cell]]]]
+    assert gaining.min() < several.sum() < gaining.max()
+
+
+def test_candidates_of_a_crowded_image():
+    """Those of tiles whose bounds an object meets, where there are too many to look at all."""
+    head, rows = HEADS["YOLOX/0.3.0"], some_rows(1, 4, 30, largest=0.3)
+    rows[2, 2:] = torch.tensor([0.5, 0.5, 0.9, 0.9])
+    found = check(head, predictions(head, 1, 29, maps=LARGE), rows, maps=LARGE)
+    assert found["decoded"].cost_ptr.isfinite().sum() > pick.FEW.value
 
 
 @pytest.mark.parametrize("name", ["v8", "yolo26 one", "YOLOX", "YOLOX/0.3.0"])
