@@ -85,11 +85,11 @@ class DenseConfig:
     threads: int
     max_registers: int = 128
     match_threads: int = 32
-    rank_threads: int = 256
+    rank_threads: int = 512
     stages: int | None = None
 
 
-WAVE = 2 * 132  # programs that a GPU runs at a time: two a multiprocessor
+WAVE = 4 * 132  # programs that a GPU runs at a time: four a multiprocessor
 MOST_CHUNKS = 12  # classes of an anchor that a thread holds
 ACCESS = 16  # bytes of the widest
 SECTOR = 32  # bytes that memory moves at least
@@ -103,28 +103,34 @@ def dense_config(
     classes: int,
     itemsize: int,
     ranked: bool,
+    flat: bool,
     wishes: Wishes = (),
 ) -> DenseConfig:
     """Tile for streams of at least so many numbers an image, so that a chunk meets two images at most, for maps of at
-    most so many cells, and for so many ``logits`` in all; ``ranked`` takes all classes of an anchor at once.
+    most so many cells, and for so many ``logits`` in all; ``ranked`` takes all classes of an anchor at once. ``flat``
+    says that logits are streams, of anchors without gaps.
 
-    Up to sixteen tiles a program, four of a ranked head, keep the last one's sum of all partial sums short, as long as
-    there are four waves of programs. Threads share out the classes of an anchor, two sectors at a time: rows begin
+    A thread has four numbers of a stream at a time, so that with 80 registers for it, of a ranked head 64, three or
+    four programs share a multiprocessor: while one waits for memory others compute. Planes and float64 take more. Up to
+    32 tiles a program, four of a ranked head, keep the last one's sum of all partial sums short, as long as there are
+    two waves of programs. Threads share out the classes of an anchor, two sectors at a time: rows begin
     anywhere, and fewer would touch twice as many.
     """
     width = max(2 * SECTOR // itemsize, power_of_two(-(-classes // MOST_CHUNKS)))
     usual = DenseConfig(
-        block=2048,
+        block=1024,
         group=1,
-        steps=4 if ranked else 16,
+        steps=4 if ranked else 32,
         cells=max(1, 1024 // width) if ranked else 512,
         planes=4,
         width=width,
         anchors=512,
         threads=256,
+        max_registers=(64 if ranked else 80) if flat and itemsize <= 4 else 128,
     )
     tile = classes * usual.cells if ranked else usual.block
-    while usual.steps > 1 and logits < 4 * WAVE * usual.steps * tile:
+    least = 1 if ranked else 2  # of less a program is not worth what it reads first
+    while usual.steps > least and logits < 2 * WAVE * usual.steps * tile:
         usual = replace(usual, steps=usual.steps // 2)
     wanted = replace(usual, **dict(wishes))
     chunk = 1 << (max(smallest_stream, 1).bit_length() - 1)
@@ -143,8 +149,7 @@ MATCH_BLOCK = 256  # anchors of a program
 MATCH_REGISTERS = 160  # of a thread: for fewer the compiler spills
 MOST_CLAIMS = 256  # words that a block of anchors leaves, of 32 rows each: as much memory as the matches themselves
 MATCH_ROWS = 256  # rows it searches at a time for those of its image
-RANK_PART = 2048  # anchors of a program
-RANK_BLOCK = 1024  # candidates looked at at a time
+RANK_PART = 4096  # anchors of a program
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from ..kernels.launch import (
     MATCH_REGISTERS,
     MATCH_ROWS,
     MOST_CLAIMS,
-    RANK_BLOCK,
     RANK_PART,
     DenseConfig,
     dense_config,
@@ -189,8 +188,16 @@ def _config(key: str, preds: tuple[Layout, ...]) -> DenseConfig:
     largest = max(layout.cells) * (max(layout.anchors) if layout.flat else 1)
     batch = pred.shape[0]
     tuned = wishes("dense", _family(head.key), pred, not layout.near, batch, largest, head.num_classes)
-    logits = batch * sum(streams)
-    return dense_config(min(streams), largest, logits, head.num_classes, pred.dtype.itemsize, head.negatives > 0, tuned)
+    return dense_config(
+        min(streams),
+        largest,
+        batch * sum(streams),
+        head.num_classes,
+        pred.dtype.itemsize,
+        head.negatives > 0,
+        layout.flat,
+        tuned,
+    )
 
 
 class _Plan(NamedTuple):
@@ -381,15 +388,13 @@ class _RankPlan(NamedTuple):
 
     launch: Launch
     parts: int
-    part: int
 
 
 @planned
 def _rank_plan(key: str, preds: tuple[Layout, ...], anchors: int) -> _RankPlan:
     head, batch, threads = dense_head_from_key(key), preds[0].shape[0], _config(key, preds).rank_threads
     triton_acc, acc = accumulator(preds[0].dtype)
-    power = power_of_two(anchors)
-    part, block = min(RANK_PART, power), min(RANK_BLOCK, power)
+    part = min(RANK_PART, power_of_two(anchors))
     parts = _ceil(anchors, part)
     arguments = {
         "N": anchors,
@@ -401,11 +406,10 @@ def _rank_plan(key: str, preds: tuple[Layout, ...], anchors: int) -> _RankPlan:
             KEY=KEYS[acc],
             BITS=8 * acc.itemsize - 1,
             PART=part,
-            BLOCK=block,
         ),
     }
     launch = Launch(rank.rank_kernel, (batch * parts,), arguments, max(32, part * threads // RANK_PART), 128)
-    return _RankPlan(launch, parts, part)
+    return _RankPlan(launch, parts)
 
 
 def rank_launch(
@@ -414,7 +418,7 @@ def rank_launch(
     """The launch that picks the hardest negatives, and completes the loss."""
     batch, N = outputs.match.shape
     plan = _rank_plan(head.key, layouts(preds), N)
-    places = (batch, plan.parts * plan.part)
+    programs = batch * plan.parts
     return plan.launch.filled(
         {
             "ce_ptr": outputs.ce,
@@ -422,11 +426,12 @@ def rank_launch(
             "found_ptr": outputs.found,
             "picks_ptr": outputs.picks,
             "scratch": rank.Scratch(
-                index_ptr=outputs.match.new_empty(places),
-                packed_ptr=outputs.ce.new_empty(places),
-                notes_ptr=outputs.match.new_empty(batch * plan.parts * rank.N_NOTES.value),
-                partial_ptr=outputs.total.new_empty(batch * plan.parts),
+                counts_ptr=outputs.match.new_empty(programs, rank.BINS.value),
+                twice_ptr=outputs.match.new_empty(programs),
+                partial_ptr=outputs.total.new_empty(programs),
                 images_ptr=outputs.total.new_empty(batch),
+                index_ptr=torch.empty_like(outputs.match),
+                listed_ptr=torch.empty_like(outputs.ce),
             ),
             "outcome": rank.Outcome(
                 outputs.total, outputs.cls, outputs.box, done_counter(outputs.total.device, workspace)

@@ -323,41 +323,78 @@ def _class_terms(x, label, k, used, label_term, label_args):
     return tl.where(used | (x != x), loss, 0.0), tl.where(used, d, 0.0)  # a NaN shows, used or not
 
 
+class Stream(NamedTuple):
+    """A chunk of a level's logits [B, n, C]; it meets at most two images."""
+
+    x_ptr: Any  # its first logit, and the gradient of that
+    d_ptr: Any
+    left: Any  # logits
+    skipped: Any  # classes of its first anchor
+    edge: Any  # anchors from there on are of the next image
+    match_ptr: Any  # of its first anchor
+    gap: Any  # anchors of other levels between the two images
+    shares: Any  # of either image
+
+
 @triton.jit
-def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SPEC: tl.constexpr):
-    """Class loss of a chunk of a level's logits [B, n, C], and their gradient; a chunk meets at most two images."""
+def _stream_of(chunk, view, level, batch, matched, SPEC: tl.constexpr):
+    """The chunk of a program."""
     C: tl.constexpr = SPEC.C
-    GROUP: tl.constexpr = SPEC.GROUP
-    GROUPS: tl.constexpr = SPEC.BLOCK // SPEC.GROUP
     n = level.anchors * level.cells
     e0 = chunk.to(tl.int64) * (SPEC.BLOCK * batch.steps)
     left = tl.minimum(batch.B.to(tl.int64) * n * C - e0, SPEC.BLOCK * batch.steps).to(tl.int32)
     first = e0 // C  # anchor of the batch
-    skipped = (e0 - first * C).to(tl.int32)  # of its classes
+    skipped = (e0 - first * C).to(tl.int32)
     b = (first // n).to(tl.int32)
-    edge = ((b + 1).to(tl.int64) * n - first).to(tl.int32)  # anchors from there on are of the next image
+    edge = ((b + 1).to(tl.int64) * n - first).to(tl.int32)
     match_ptr = matched.match_ptr + first + b.to(tl.int64) * (batch.N - n) + level.start
     own_share = share(matched.found_ptr, b, batch.B, SPEC.BY_IMAGE, SPEC.ACC)
     next_share = share(matched.found_ptr, tl.minimum(b + 1, batch.B - 1), batch.B, SPEC.BY_IMAGE, SPEC.ACC)
+    shares = Pair(own_share, next_share)
+    return Stream(view.ptr + e0, view.d_ptr + e0, left, skipped, edge, match_ptr, batch.N - n, shares)
+
+
+@triton.jit
+def _load_stream(stream, e, SPEC: tl.constexpr):
+    """Of the groups from the numbers e of a chunk on: logits; what their anchors have taken; weight and first class."""
+    mask = e < stream.left
+    anchor = (stream.skipped + e) // SPEC.C
+    after = anchor >= stream.edge
+    at = stream.match_ptr + anchor + tl.where(after, stream.gap, 0)
+    match = tl.load(at, mask=mask, other=IGNORED)
+    x = tl.load(stream.x_ptr + (e[:, None] + tl.arange(0, SPEC.GROUP)[None, :]), mask=mask[:, None], other=0.0)
+    return x, match, tl.where(after, stream.shares.y, stream.shares.x), stream.skipped + e - anchor * SPEC.C
+
+
+@triton.jit
+def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SPEC: tl.constexpr):
+    """Class loss of a chunk of a level's logits, and their gradient.
+
+    What the next turn takes is under way during this one: a turn lasts as long as memory takes to answer.
+    """
+    GROUP: tl.constexpr = SPEC.GROUP
+    GROUPS: tl.constexpr = SPEC.BLOCK // SPEC.GROUP
+    stream = _stream_of(chunk, view, level, batch, matched, SPEC)
     total = tl.zeros([GROUPS, GROUP], SPEC.ACC)
     k = tl.arange(0, GROUP)[None, :]
+    lane = tl.arange(0, GROUPS) * GROUP
+    x, match, weight, k0 = _load_stream(stream, lane, SPEC)
+    label = _labels(matched.rows_ptr, match) - k0  # from the group's first class on
     for i in tl.range(0, batch.steps, loop_unroll_factor=1):
-        e = i * SPEC.BLOCK + tl.arange(0, GROUPS) * GROUP
-        mask = e < left
-        anchor = (skipped + e) // C
-        after = anchor >= edge
-        match = tl.load(match_ptr + anchor + tl.where(after, batch.N - n, 0), mask=mask, other=IGNORED)
-        label = _labels(matched.rows_ptr, match) - (skipped + e - anchor * C)  # from the group's first class on
-        at = e[:, None] + k
-        x = tl.load(view.ptr + e0 + at, mask=mask[:, None], other=0.0).to(SPEC.ACC)
+        e = i * SPEC.BLOCK + lane
+        next_x, next_match, next_weight, k0 = _load_stream(stream, e + SPEC.BLOCK, SPEC)
         used = (match != IGNORED)[:, None]
-        loss, d = _class_terms(x, label[:, None], k, used, terms.label, numbers.label_args)
-        weight = tl.where(after, next_share, own_share)[:, None]
+        loss, d = _class_terms(x.to(SPEC.ACC), label[:, None], k, used, terms.label, numbers.label_args)
         if SPEC.WITH_LOSS:
-            total += weight * loss
+            total += weight[:, None] * loss
         if SPEC.WITH_GRAD:
-            d = (grad * weight) * d
-            tl.store(view.d_ptr + e0 + at, d.to(view.d_ptr.dtype.element_ty), mask=mask[:, None])
+            d = (grad * weight)[:, None] * d
+            at = e[:, None] + k
+            tl.store(stream.d_ptr + at, d.to(view.d_ptr.dtype.element_ty), mask=(e < stream.left)[:, None])
+        label = _labels(matched.rows_ptr, next_match) - k0
+        x = next_x
+        match = next_match
+        weight = next_weight
     return tl.sum(tl.sum(total, axis=1), axis=0)
 
 
@@ -483,8 +520,20 @@ def _ranked_gradient(ptr, by_channel, d_ptr, d_by_channel, site, label, weight, 
 
 
 @triton.jit
+def _load_ranked(site, batch, matched, ranked, SPEC: tl.constexpr):
+    """What some anchors have taken, and with the gradient their cross-entropies."""
+    CELLS: tl.constexpr = SPEC.CELLS
+    at = site.b.to(tl.int64) * batch.N + site.n
+    match = tl.load(matched.match_ptr + at, mask=site.mask, other=IGNORED)
+    ce = tl.zeros([CELLS], SPEC.ACC)
+    if SPEC.WITH_GRAD:
+        ce = tl.load(ranked.ce_ptr + at, mask=site.mask, other=0.0)
+    return match, ce
+
+
+@triton.jit
 def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.constexpr):
-    """The cross-entropies of some tiles, or their gradient."""
+    """The cross-entropies of some tiles, or their gradient. What a tile has taken is loaded during the one before."""
     CELLS: tl.constexpr = SPEC.CELLS
     unknown = tl.zeros([CELLS], SPEC.ACC)
     scale = grad
@@ -492,21 +541,26 @@ def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.c
         scale = grad * share(matched.found_ptr, 0, batch.B, False, SPEC.ACC)
     tiles = batch.B * _tiles(level, SPEC.FLAT, SPEC.CELLS)
     end = tl.minimum(local * batch.steps + batch.steps, tiles)
+    site = _site(local * batch.steps, level, SPEC.FLAT, SPEC.CELLS)
+    match, ce = _load_ranked(site, batch, matched, ranked, SPEC)
+    label = tl.maximum(_labels(matched.rows_ptr, match), 0)  # no row: the background
     for tile in tl.range(local * batch.steps, end, loop_unroll_factor=1):
+        site = _site(tl.minimum(tile + 1, end - 1), level, SPEC.FLAT, SPEC.CELLS)
+        next_match, next_ce = _load_ranked(site, batch, matched, ranked, SPEC)
         site = _site(tile, level, SPEC.FLAT, SPEC.CELLS)
-        image = site.b.to(tl.int64) * batch.N
-        match = tl.load(matched.match_ptr + image + site.n, mask=site.mask, other=IGNORED)
-        label = tl.maximum(_labels(matched.rows_ptr, match), 0)  # no row: the background
         ptr, by_channel = _anchors_at(view.ptr, view.by, site, level, SPEC.C, SPEC)
         if SPEC.WITH_GRAD:
             if SPEC.BY_IMAGE:
                 scale = grad * share(matched.found_ptr, site.b, batch.B, True, SPEC.ACC)
-            ce = tl.load(ranked.ce_ptr + image + site.n, mask=site.mask, other=0.0)
             times = _ranked_weight(ce, match, site.n, ranked.picks_ptr + 4 * site.b)
             d_ptr, d_by_channel = _anchors_at(view.d_ptr, view.d_by, site, level, SPEC.C, SPEC)
             _ranked_gradient(ptr, by_channel, d_ptr, d_by_channel, site, label, times.to(SPEC.ACC) * scale, SPEC)
         else:
-            unknown += _ranked_loss(ptr, by_channel, site, label, ranked.ce_ptr + image, SPEC)
+            ce_ptr = ranked.ce_ptr + site.b.to(tl.int64) * batch.N
+            unknown += _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC)
+        match = next_match
+        ce = next_ce
+        label = tl.maximum(_labels(matched.rows_ptr, match), 0)
     return tl.sum(unknown, axis=0)
 
 

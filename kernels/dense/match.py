@@ -196,7 +196,8 @@ def _load_corners_of_row(rows, g, frame, SPEC: tl.constexpr):
 @triton.jit
 def _bits(flags):
     """An integer whose bits are those of the lanes."""
-    return tl.sum(flags.to(tl.int64) << tl.arange(0, LANES), axis=0)
+    bits = tl.sum(flags.to(tl.int32) << tl.arange(0, LANES), axis=0)  # 32 bits: one instruction of a warp
+    return bits.to(tl.uint32, bitcast=True).to(tl.int64)
 
 
 @triton.jit
@@ -214,6 +215,23 @@ def _meets(row, around):
 
 LOWEST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # less an index: of equal IoUs the lowest index has the largest key
 MET: tl.constexpr = tl.constexpr(1)  # key of an IoU of 0
+
+
+@triton.jit
+def _quotient(a, b):
+    """:func:`divide` for a >= 0, and 0 where a is: of 0 the GPU finds the quotient by a long way, and most boxes that
+    are compared share nothing."""
+    return tl.where(a > 0, divide(tl.where(a > 0, a, b), b), 0.0)
+
+
+@triton.jit
+def _largest(value):
+    """Of numbers >= 0: in float32 by their bits, as integers, whose largest a warp finds in one instruction."""
+    if value.dtype == tl.float32:
+        largest = tl.max(value.to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
+    else:
+        largest = tl.max(value, axis=0)
+    return largest
 
 
 @triton.jit
@@ -248,29 +266,28 @@ def _most_overlap(own, rows, claims, block, rule, frame, SPEC: tl.constexpr):
         lanes, valid, box = _lanes(rows, g0, own.b, frame, SPEC)
         earliest = tl.minimum(earliest, tl.min(tl.where(valid, lanes, rows.last), axis=0))
         bits = _bits(valid & _meets(box, own.around))
-        claiming = bits * 0
+        keys = tl.where(valid & (block == 0), MET, tl.zeros([LANES], tl.int64))
         while bits != 0:
             i = _lowest(bits)
             g = g0 + i
             bits = bits & (bits - 1)
             row = _load_corners_of_row(rows, g, frame, SPEC)
-            value = iou(row, own.corners, _area(row), areas, divide)
+            value = iou(row, own.corners, _area(row), areas, _quotient)
             taken = tl.where(value > highest, g, taken)
             highest = tl.maximum(highest, value)
             if SPEC.RESCUE is not None:
                 value = tl.where(own.mask, value, 0.0)
-                best = tl.max(value, axis=0)
-                if best > 0:
-                    key = _key(best, value, own.n, SPEC)
-                    before = tl.atomic_max(claims.best_ptr + g, key, sem="relaxed")
-                    claiming = tl.where(before <= key, claiming | (tl.cast(1, tl.int64) << i), claiming)
+                best = _largest(value)
+                lane = tl.where(best > 0, i, LANES)
+                keys = tl.where(tl.arange(0, LANES) == lane, _key(best, value, own.n, SPEC), keys)
         if SPEC.RESCUE is not None:
+            # of all rows at once, so that the memory's answer is waited for but once
+            before = tl.atomic_max(claims.best_ptr + lanes, keys, mask=keys > 0, sem="relaxed")
+            claiming = _bits((keys > MET) & (before <= keys))
             word = (g0 - rows.first) // LANES
             words = plain(claims.words)
             at = claims.bits_ptr + tl.program_id(0) * words + word
             tl.store(at, claiming.to(tl.int32), mask=word < words)
-            met = tl.zeros([LANES], tl.int64) + MET
-            tl.atomic_max(claims.best_ptr + lanes, met, mask=valid & (block == 0), sem="relaxed")
     any_row = earliest < rows.last
     taken = tl.where((taken < 0) & any_row, earliest, taken)
     highest = tl.where(any_row, highest, -1.0)
@@ -320,7 +337,7 @@ def _claimed(code, own, rows, claims, frame, SPEC: tl.constexpr):
             best = tl.load(claims.best_ptr + g)
             if SPEC.RESCUE == "equal":
                 row = _load_corners_of_row(rows, g, frame, SPEC)
-                value = iou(row, own.corners, _area(row), areas, divide)
+                value = iou(row, own.corners, _area(row), areas, _quotient)
                 saved = tl.where(ordered_bits(value) + MET == best, code >> 2, saved)
             else:
                 saved = tl.where(own.n == best_anchor_of(best), tl.maximum(saved, g), saved)
@@ -435,17 +452,20 @@ def match_kernel(anchors_ptr, targets, N, M, B, frame, levels, rule, claims, pic
     ranked head: a counter of each image is set to 0, see :mod:`.rank`.
     """
     pid = tl.program_id(0)
+    BLOCK: tl.constexpr = SPEC.BLOCK
     b, position, mask = _place(N, SPEC)
+    at = matched.match_ptr + b.to(tl.int64) * N + position
+    code = tl.zeros([BLOCK], tl.int32)
+    if SPEC.RESCUE is not None:  # on its way while rows are looked for
+        code = tl.load(at, mask=mask, other=-1)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
     rows = Range(targets.ptr, first, last)
-    at = matched.match_ptr + b.to(tl.int64) * N + position
     if SPEC.CENTRE:
         match = _smallest_around(_load_block(anchors_ptr, N, levels, SPEC), rows, rule, frame, N, SPEC)
     elif SPEC.RESCUE is None:
         own = _load_block(anchors_ptr, N, levels, SPEC)
         match = _match_of(_most_overlap(own, rows, claims, 0, rule, frame, SPEC))
     else:
-        code = tl.load(at, mask=mask, other=-1)
         match = _match_of(code)
         if _any_claims(rows, claims):
             match = _claimed(code, _load_block(anchors_ptr, N, levels, SPEC), rows, claims, frame, SPEC)

@@ -422,7 +422,6 @@ def test_hard_negatives_at_equal_losses_come_first_by_their_index():
 def test_a_ranking_by_several_programs(monkeypatch, ratio, dtype):
     """Parts of 64 anchors, ties within and across them, a NaN, and with a large ratio fewer negatives than wanted."""
     monkeypatch.setattr(dense_ops, "RANK_PART", 64)
-    monkeypatch.setattr(dense_ops, "RANK_BLOCK", 32)
     preds, targets = make_preds("ssd", 2, dtype), make_targets("ssd", 2, n=6)
     with torch.no_grad():
         preds[0].copy_(preds[0].round())  # of few values: many are as hard as each other

@@ -669,13 +669,13 @@ def weight_of_positives(ce, taken, position, picks_ptr):
 
 
 @triton.jit
-def cut_one_lower(scratch, base, candidates, left, SPEC):
-    return real_cut(scratch, base, candidates, left + 1, SPEC)
+def cut_one_lower(N, listed, left, scratch, base, SPEC):
+    return real_cut(N, listed, left + 1, scratch, base, SPEC)
 
 
 @triton.jit
-def cut_too_high(keys, left, KEY, BITS):
-    return real_own_cut(keys, 1, KEY, BITS)
+def bin_of_the_largest(counts, left):
+    return real_bin_reached(counts, 1)
 
 
 @triton.jit
@@ -716,8 +716,8 @@ def l1_of_the_centre(a, b, ta, tb, scale):
 
 
 real_match_iou, real_row_corners, real_centreness = match.iou, rows.row_corners, loss._centreness
-real_share, real_ranked_weight, real_cut = loss.share, loss._ranked_weight, rank._cut_of_packed
-real_own_cut, real_reached = rank._cut, match._reached
+real_share, real_ranked_weight, real_cut = loss.share, loss._ranked_weight, rank._cut
+real_bin_reached, real_reached = rank._reached, match._reached
 real_delta, real_ltrb = decode.delta, decode.ltrb
 
 
@@ -732,8 +732,8 @@ MUTANTS = [
     (loss, "_centreness", centreness_squared, check_fcos),
     (loss, "_ranked_weight", weight_never_twice, check_ssd),
     (loss, "_ranked_weight", weight_of_positives, check_ssd),
-    (rank, "_cut_of_packed", cut_one_lower, check_ssd),
-    (rank, "_cut", cut_too_high, check_ssd),
+    (rank, "_cut", cut_one_lower, check_ssd),
+    (rank, "_reached", bin_of_the_largest, check_ssd),
     (decode, "delta", delta_unclipped, check_retinanet),
     (decode, "delta", delta_slope_beyond_the_clip, check_retinanet),
     (decode, "ltrb", ltrb_swapped, check_fcos),
