@@ -12,8 +12,8 @@ Wishes = tuple[tuple[str, int], ...]
 class GridConfig:
     """Tile of a driver: cells a program owns, channels stored at a time, threads, rows searched at a time.
 
-    Told of a limit of ``max_registers`` a thread, ptxas spills nothing; left alone it stops at the same 128 (for two
-    programs of 256 threads a multiprocessor) but keeps a word or two of some variants on the stack.
+    Told of a limit of ``max_registers`` a thread, ptxas spills nothing, and four programs of 128 threads fit a
+    multiprocessor; left alone it takes up to 154, and keeps a word or two of some variants on the stack.
     """
 
     cells: int
@@ -25,6 +25,15 @@ class GridConfig:
 
 
 SMALLEST_TILE = 64
+FEWEST_TURNS = 4
+
+
+def grad_parts(config: GridConfig, channels: int, cells_contiguous: bool) -> int:
+    """Programs that share out the channels of a tile's gradient: two where each has enough to do, so that
+    multiprocessors get more even shares of it.
+    """
+    turns = -(-channels // config.channels)
+    return 2 if cells_contiguous and turns >= 2 * FEWEST_TURNS else 1
 
 
 @lru_cache(maxsize=256)
@@ -44,8 +53,7 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
     threads = max(64, wanted.pop("threads", largest // 4) * cells // largest)
     rows = min(256, threads)  # of more a thread would hold several, and spill
     channels = 8 if itemsize > 2 else 4
-    registers = 128 if threads >= 256 else 168  # programs of few threads leave room for more
-    config = GridConfig(cells=cells, channels=channels, threads=threads, rows=rows, max_registers=registers)
+    config = GridConfig(cells=cells, channels=channels, threads=threads, rows=rows)
     return replace(config, **wanted)
 
 

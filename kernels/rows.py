@@ -40,12 +40,6 @@ def load_row(rows_ptr, g):
 
 
 @triton.jit
-def load_eight(ptr):
-    """The first six of eight numbers, in one access."""
-    return _row_of(tl.reshape(tl.load(ptr + tl.arange(0, 8)), (2, 2, 2)))
-
-
-@triton.jit
 def load_rows(rows_ptr, g, mask, BLOCK_G: tl.constexpr):
     """The same of a block of rows; rows masked out are of no image."""
     i = tl.arange(0, 8)[:, None]
@@ -108,15 +102,16 @@ def image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G: tl.constexpr):
         first, last = held_range(offsets_ptr, M, b)
     else:
         g = tl.arange(0, BLOCK_G)
-        lowest = g * 0 + M
+        before = g * 0 - M  # minus the first
         highest = g * 0
         for g0 in range(0, M, BLOCK_G):
             image = tl.load(rows_ptr + (g0 + g) * 6, mask=g0 + g < M, other=-1.0)
             here = (image >= b) & (image < b + 1)
-            lowest = tl.where(here, tl.minimum(lowest, g0 + g), lowest)
+            before = tl.where(here, tl.maximum(before, -g0 - g), before)
             highest = tl.where(here, g0 + g + 1, highest)
-        first = tl.min(lowest, axis=0)
-        last = tl.max(highest, axis=0)
+        both = tl.max(tl.join(before, highest), axis=0)  # as one, which takes half the barriers
+        before, last = tl.split(both)
+        first = -before
     return first, last
 
 

@@ -19,9 +19,14 @@ def column_sums(partial_ptr, programs, COLUMNS: tl.constexpr, ACC: tl.constexpr)
     lane = tl.arange(0, 256)[:, None]
     at = partial_ptr + lane * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([256, COLUMNS], ACC)
-    for i in range(0, programs, 256):
+    for i in range(0, programs, 1024):
+        # four at a time, so that they do not wait for each other
         # .cg: other programs wrote these, so a line this multiprocessor has cached would be stale
-        total += tl.load(at + i * COLUMNS, mask=i + lane < programs, other=0.0, cache_modifier=".cg")
+        a = tl.load(at + i * COLUMNS, mask=i + lane < programs, other=0.0, cache_modifier=".cg")
+        b = tl.load(at + (i + 256) * COLUMNS, mask=i + 256 + lane < programs, other=0.0, cache_modifier=".cg")
+        c = tl.load(at + (i + 512) * COLUMNS, mask=i + 512 + lane < programs, other=0.0, cache_modifier=".cg")
+        d = tl.load(at + (i + 768) * COLUMNS, mask=i + 768 + lane < programs, other=0.0, cache_modifier=".cg")
+        total = total + a + b + c + d
     return tl.sum(total, axis=0)
 
 

@@ -128,12 +128,13 @@ class GridDriver(Driver):
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
         if kernel not in _BY_TILE:
             return super().kinds(kernel, programs, arguments)
-        cells = arguments["SPEC"].CELLS
+        cells, parts = arguments["SPEC"].CELLS, _parts(kernel, arguments)
         return [
-            level * (cells + 1) + min(cells, size - tile * cells)
+            (level * (cells + 1) + min(cells, size - tile * cells)) * parts + part
             for level, size, anchors in _by_level(arguments)
             for _ in range(shared.even(arguments["levels"].batch) * anchors)
             for tile in range(-(-size // cells))
+            for part in range(parts)
         ]
 
     def efforts(
@@ -148,6 +149,7 @@ class GridDriver(Driver):
             for image, planes in enumerate((known.assignment.levels[level].row >= 0).flatten(2))
             for plane in planes
             for tile in plane.split(arguments["SPEC"].CELLS)
+            for _ in range(_parts(kernel, arguments))
         ]
         finer = [(kind, assigned > 0) for kind, (assigned, _) in zip(kinds, counts, strict=True)]
         return finer, [4.0 * assigned + rows for assigned, rows in counts]
@@ -156,7 +158,12 @@ class GridDriver(Driver):
 GRID = GridDriver()
 
 _BY_TILE = ("grid_kernel", "grid_grad_kernel")
-"""Kernels whose programs are tiles of the maps, level by level, image by image, anchor by anchor."""
+"""Kernels whose programs are tiles of the maps, or parts of one, level by level, image by image, anchor by anchor."""
+
+
+def _parts(kernel: str, arguments: Mapping[str, Any]) -> int:
+    """Programs of each tile."""
+    return int(arguments["SPEC"].PARTS) if kernel == "grid_grad_kernel" else 1
 
 
 def _by_level(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..heads import GridHead, head_from_key, obj_scales, reach
 from ..kernels import assign
 from ..kernels.grid import gradient, loss, records
-from ..kernels.launch import SMALLEST_TILE, grid_config, power_of_two
+from ..kernels.launch import SMALLEST_TILE, grad_parts, grid_config, power_of_two
 from ..kernels.levels import Strides
 from ..operator import differentiable, fake, operator
 from ..reference.grid import NEIGHBOURS
@@ -226,6 +226,7 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         ROWS=config.rows,
         PICKS=max(1, 8 * config.threads // parts.spec["K_PAD"]),
         CHANNELS=config.channels,
+        PARTS=grad_parts(config, 5 + head.num_classes, planes),
     )
     programs = sum(batch * len(own) * -(-n // config.cells) for own, n in zip(head.levels, cells, strict=True))
     arguments = {"levels": levels, "head": parts.numbers, "terms": parts.terms, "SPEC": spec}
@@ -233,10 +234,10 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
     return _Plan(
         # the peers' operators decide with products and sums that are rounded one by one
         Launch(loss.grid_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages),
-        Launch(gradient.grid_grad_kernel, (programs,), arguments, *settings, stages=config.stages),
+        Launch(gradient.grid_grad_kernel, (programs * spec.PARTS,), arguments, *settings, stages=config.stages),
         _room(shapes, head),
         8 * head.places_per_row + 2 * near,
-        programs * (loss.N_PARTS.value + (8 * config.rows + 5 * config.cells) * spec.IGNORES),
+        programs * (loss.N_PARTS.value + 5 * (config.rows + config.cells) * spec.IGNORES),
         4 * head.places_per_row * (spec.SHARING in ("each", "sum")),
     )
 

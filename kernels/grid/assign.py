@@ -38,21 +38,26 @@ def _matches(row, site, head, terms, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _take(count_ptr, amount):
-    """Room for so many in a list."""
-    return tl.atomic_add(count_ptr, amount, sem="relaxed")
+def _take(done_ptr, rows, picks):
+    """Room for so many rows and predictions of a tile: two counters in one integer."""
+    both_ptr = (done_ptr + 2).to(tl.pointer_type(tl.int64), bitcast=True)
+    taken = tl.atomic_add(both_ptr, (rows.to(tl.int64) << 32) + picks, sem="relaxed")
+    return (taken >> 32).to(tl.int32), taken.to(tl.int32)
 
 
 @triton.jit
-def _places(taken, amount, found, block, blocks_ptr, done_ptr, SPEC: tl.constexpr):
-    """Where those that are taken go in a list of blocks of ROWS, only the last of which is not full; and that block."""
-    filled = found % SPEC.ROWS
+def _places(taken, amount, found, block, blocks_ptr, lists, done_ptr, SPEC: tl.constexpr):
+    """Where those that are taken go in a list of blocks of ROWS, only the last of which is not full; and that block.
+
+    The first is the program's own; others are found in ``blocks_ptr``.
+    """
+    filled = tl.where(found > 0, (found + SPEC.ROWS - 1) % SPEC.ROWS + 1, 0)
     following = block
-    if (filled == 0) | (filled + amount > SPEC.ROWS):
-        following = _take(done_ptr + 2, SPEC.ROWS)
+    if filled + amount > SPEC.ROWS:
+        following = lists.more + tl.atomic_add(done_ptr + 1, SPEC.ROWS, sem="relaxed")
         tl.store(blocks_ptr + tl.cdiv(found, SPEC.ROWS), following)
     place = filled + tl.cumsum(taken, axis=0) - 1
-    return tl.where((filled > 0) & (place < SPEC.ROWS), block, following) + place % SPEC.ROWS, following
+    return tl.where(place < SPEC.ROWS, block, following) + place % SPEC.ROWS, following
 
 
 @triton.jit
@@ -63,7 +68,7 @@ def _list_near(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     first_line = site.first_cell // site.W
     last_line = (site.first_cell + SPEC.CELLS - 1) // site.W
     found = site.pid * 0
-    block = site.pid * 0
+    block = lists.near
     for g0 in range(rows.first, rows.last, SPEC.ROWS):
         g = g0 + tl.arange(0, SPEC.ROWS)
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
@@ -74,7 +79,7 @@ def _list_near(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
         taken = taken.to(tl.int32)
         amount = tl.sum(taken, axis=0)
         if amount > 0:
-            at, block = _places(taken, amount, found, block, lists.near_ptr, done_ptr, SPEC)
+            at, block = _places(taken, amount, found, block, lists.near_ptr, lists, done_ptr, SPEC)
             tl.store(lists.row_ptr + at, g, mask=taken > 0)
             found += amount
     return found
@@ -87,7 +92,7 @@ def _candidates(q, near, rows, site, lists, head, terms, SPEC: tl.constexpr):
         kind = q // near
         i = q % near
         mask = q < near * SPEC.KINDS
-        block = tl.load(lists.near_ptr + i // SPEC.ROWS, mask=mask, other=0)
+        block = tl.load(lists.near_ptr + i // SPEC.ROWS, mask=mask & (i >= SPEC.ROWS), other=lists.near)
         g = tl.load(lists.row_ptr + block + i % SPEC.ROWS, mask=mask, other=0)
         row = load_rows(rows.ptr, g, mask, SPEC.ROWS)
         cell = row_cell(row, kind, site.b, site.W, site.H, head.C, head.limit, True)
@@ -108,14 +113,14 @@ def _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexp
         near = _list_near(rows, site, lists, done_ptr, head, terms, SPEC)
         tl.debug_barrier()
     found = site.pid * 0
-    block = site.pid * 0
+    block = lists.listed
     for q0 in range(0, near * SPEC.KINDS, SPEC.ROWS):
         q = q0 + tl.arange(0, SPEC.ROWS)
         cell, g, taken = _candidates(q, near, rows, site, lists, head, terms, SPEC)
         taken = taken.to(tl.int32)
         amount = tl.sum(taken, axis=0)
         if amount > 0:
-            at, block = _places(taken, amount, found, block, lists.blocks_ptr, done_ptr, SPEC)
+            at, block = _places(taken, amount, found, block, lists.blocks_ptr, lists, done_ptr, SPEC)
             tl.store(lists.cell_ptr + at, cell - site.first_cell, mask=taken > 0)
             tl.store(lists.row_ptr + at, g, mask=taken > 0)
             found += amount
@@ -127,7 +132,7 @@ def _listed(lists, i, found, SPEC: tl.constexpr):
     """A block of the list: where it begins, its cells in the tile, and a mask."""
     lane = tl.arange(0, SPEC.ROWS)
     mask = i * SPEC.ROWS + lane < found
-    first = tl.load(lists.blocks_ptr + i)
+    first = tl.load(lists.blocks_ptr + i, mask=i > 0, other=lists.listed)
     return first, tl.load(lists.cell_ptr + first + lane, mask=mask, other=0), mask
 
 
@@ -203,13 +208,11 @@ def _order_blocks(lists, found, starts, most, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _order_rows(lists, found, base, amounts, SPEC: tl.constexpr):
-    """Leaves the listed rows again, cell by cell, those of one cell in order, from ``base`` on; and how far from there
-    those of each cell begin.
+def _order_rows(lists, found, picks, base, amounts, first, SPEC: tl.constexpr):
+    """Leaves the listed rows again, cell by cell, those of one cell in order, from ``base`` on, as far from there as
+    ``first`` says of each cell.
     """
-    first = tl.cumsum(amounts, axis=0) - amounts
-    most = tl.max(amounts, axis=0)
-    if most == 1:
+    if picks == found:  # no cell has several
         for i in range(0, tl.cdiv(found, SPEC.ROWS)):
             block, cell, mask = _listed(lists, i, found, SPEC)
             g = tl.load(lists.row_ptr + block + tl.arange(0, SPEC.ROWS), mask=mask, other=0)
@@ -217,8 +220,7 @@ def _order_rows(lists, found, base, amounts, SPEC: tl.constexpr):
     elif found <= SPEC.ROWS:
         _order_block(lists, found, base, SPEC)
     else:
-        _order_blocks(lists, found, base + first, most, SPEC)
-    return first
+        _order_blocks(lists, found, base + first, tl.max(amounts, axis=0), SPEC)
 
 
 @triton.jit
@@ -252,30 +254,30 @@ def assigned(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     mask = cells < site.HW
     base = site.pid * 0
     pick = site.pid * 0
-    first = tl.zeros([CELLS], tl.int32)
+    picks = site.pid * 0
     if terms.match is None:
         taken, nearest = _nearest_rows(rows, site, cells, head, SPEC)
         amounts = (mask & (nearest > head.band_high)).to(tl.int32)
         found = tl.sum(amounts, axis=0)
-        if found > 0:
-            base = _take(done_ptr + 3, found)
-            first = tl.cumsum(amounts, axis=0) - amounts
-            _store_row(lists, base + first, taken, cells - site.first_cell, amounts > 0)
     else:
         amounts = tl.zeros([CELLS], tl.int32)
         found = _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC)
         if found > 0:
             tl.debug_barrier()
             amounts = _amounts(lists, found, SPEC)
-            base = _take(done_ptr + 3, found)
-            first = _order_rows(lists, found, base, amounts, SPEC)
-    is_pick = (amounts > 0).to(tl.int32)
-    picks = tl.sum(is_pick, axis=0)
     if found > 0:
-        pick = _take(done_ptr + 1, picks)
-        at = pick + tl.cumsum(is_pick, axis=0) - 1
+        is_pick = (amounts > 0).to(tl.int32)
+        picks = tl.sum(is_pick, axis=0)
+        base, pick = _take(done_ptr, found, picks)
+        first, place = tl.split(tl.cumsum(tl.join(amounts, is_pick), axis=0))
+        first -= amounts
+        at = pick + place - 1
         tl.store(lists.pick_ptr + at, cells, mask=amounts > 0)
         tl.store(lists.first_ptr + at, first, mask=amounts > 0)
+        if terms.match is None:
+            _store_row(lists, base + first, taken, cells - site.first_cell, amounts > 0)
+        else:
+            _order_rows(lists, found, picks, base, amounts, first, SPEC)
         tl.debug_barrier()
     if terms.match is None:
         amounts = tl.where((amounts == 0) & (nearest >= head.band_low), -1, amounts)

@@ -33,25 +33,34 @@ def _background(k, d_obj, d_prior, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _share(head, SPEC: tl.constexpr):
+    """Of the channels of a tile the first that the program stores, and the first that it does not."""
+    share = tl.cdiv(tl.cdiv(5 + head.C, SPEC.CHANNELS), SPEC.PARTS) * SPEC.CHANNELS
+    first = tl.program_id(0) % SPEC.PARTS * share
+    return first, tl.minimum(first + share, 5 + head.C)
+
+
+@triton.jit
 def _store_tile(plane, HW, site, known, saved, head, SPEC: tl.constexpr):
-    """The gradient of the tile, every entry before cell HW once."""
+    """The gradient of the tile, of the channels of this program every entry before cell HW once."""
     state, d_obj, d_prior, per_row, per_used = known
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     mask = cells < HW
     step = channel_step(plane.by, SPEC)
     at = cells_at(plane, cells, site, SPEC)
+    first, end = _share(head, SPEC)
     is_assigned = state == ASSIGNED
     amount = tl.sum(is_assigned.to(tl.int32), axis=0)
     if amount > 0:  # two loops, so that tiles without an assigned prediction have no loads in theirs
         slot = tl.load(saved.bases_ptr + site.pid) + tl.cumsum(is_assigned.to(tl.int32), axis=0) - 1
         kept_at = saved.kept_ptr + slot.to(tl.int64) * kept_stride(head.C)
-        for k0 in range(0, 5 + head.C, SPEC.CHANNELS):
+        for k0 in range(first, end, SPEC.CHANNELS):
             k = k0 + tl.arange(0, SPEC.CHANNELS)
-            here = (k < 5 + head.C)[:, None]
-            own = is_assigned[None, :] & here
-            whole = own
+            here = (k < end)[:, None]
+            own = is_assigned[None, :]
+            whole = own & here
             if SPEC.LAYOUT == "planes":  # else so wide accesses take too many registers
-                whole = is_assigned[None, :] & (k < kept_stride(head.C))[:, None]
+                whole = own & (k < kept_stride(head.C))[:, None]
             kept = tl.load(kept_at[None, :] + k[:, None], mask=whole, other=0.0)
             kept *= tl.where(k == 4, per_used, per_row)[:, None]
             if SPEC.SMOOTH:  # objectness takes no notice
@@ -59,9 +68,9 @@ def _store_tile(plane, HW, site, known, saved, head, SPEC: tl.constexpr):
             d = tl.where(own, kept, _background(k, d_obj, d_prior, SPEC))
             tl.store(at[None, :] + (k * step)[:, None], d.to(plane.ptr.dtype.element_ty), mask=here & mask[None, :])
     else:
-        for k0 in range(0, 5 + head.C, SPEC.CHANNELS):
+        for k0 in range(first, end, SPEC.CHANNELS):
             k = k0 + tl.arange(0, SPEC.CHANNELS)
-            here = (k < 5 + head.C)[:, None]
+            here = (k < end)[:, None]
             d = _background(k, d_obj, d_prior, SPEC)
             tl.store(at[None, :] + (k * step)[:, None], d.to(plane.ptr.dtype.element_ty), mask=here & mask[None, :])
 
@@ -70,11 +79,11 @@ def _store_tile(plane, HW, site, known, saved, head, SPEC: tl.constexpr):
 def grid_grad_kernel(
     maps, levels, grads, grads_by, saved, parts_ptr, grad_out_ptr, head, terms, SPEC: tl.constexpr
 ):  # fmt: skip
-    """Gradient of the total, times ``grad_out``, with the grid, the arguments and the leavings of the loss launch;
-    ``grads`` are those of ``maps``, ``grads_by`` their strides.
+    """Gradient of the total, times ``grad_out``, with the tiles, the arguments and the leavings of the loss launch;
+    ``grads`` are those of ``maps``, ``grads_by`` their strides. Grid: PARTS programs for each tile, which share out its
+    channels.
     """
-    pid = tl.program_id(0)
-    site = site_of(pid, levels, SPEC)
+    site = site_of(tl.program_id(0) // SPEC.PARTS, levels, SPEC)
     per_row = tl.load(grad_out_ptr).to(SPEC.ACC)
     per_used = per_row
     if SPEC.MEAN_ROWS or SPEC.MEAN_USED:
@@ -82,7 +91,9 @@ def grid_grad_kernel(
         per_used *= tl.load(parts_ptr + 4 + 2 * site.level)
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     plane = Plane(pointer_of(maps, site.level), strides_of(levels.by, site.level))
-    logits, logit = load_logits(plane, site, cells, SPEC.PRIOR, SPEC)
+    first, _end = _share(head, SPEC)
+    asked = tl.where(first < 5, site.HW, 0)  # the others store no gradient of what is read here
+    logits, logit = load_logits(plane, site, cells, asked, SPEC.PRIOR, SPEC)
     state = load_state(saved.state_ptr, cells, site)
     true_obj = tl.cast(0.0, SPEC.ACC)
     counts = state == BACKGROUND

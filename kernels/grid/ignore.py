@@ -8,7 +8,7 @@ import triton.language as tl
 from ..assign import row_valid
 from ..overlap import Corners, intersection, iou
 from ..primitives import near_divide
-from ..rows import load_eight, load_rows
+from ..rows import load_rows
 from .assign import true_corners
 from .site import cells_at, channel_step
 
@@ -91,14 +91,24 @@ def _meet_in_windows(true, area, window, most, lists, site, head, SPEC: tl.const
 
 @triton.jit
 def _leave_boxes(true, area, these, boxes_ptr, SPEC: tl.constexpr):
-    """Leaves these of a block of boxes, side by side."""
-    ROWS: tl.constexpr = SPEC.ROWS
-    at = boxes_ptr + 8 * (tl.cumsum(these, axis=0) - 1)
-    none = tl.zeros_like(area)
-    even = tl.join(tl.join(true.x1, area), tl.join(true.x2, none))
-    odd = tl.join(tl.join(true.y1, none), tl.join(true.y2, none))
-    boxes = tl.reshape(tl.join(even, odd), (ROWS, 8))  # a sector each: edges, area, and three to spare
-    tl.store(at[:, None] + tl.arange(0, 8)[None, :], boxes, mask=(these > 0)[:, None])
+    """Leaves these of a block of boxes: ROWS numbers of each kind, one kind behind the other."""
+    at = boxes_ptr + tl.cumsum(these, axis=0) - 1
+    mask = these > 0
+    tl.store(at, true.x1, mask=mask)
+    tl.store(at + SPEC.ROWS, true.y1, mask=mask)
+    tl.store(at + 2 * SPEC.ROWS, true.x2, mask=mask)
+    tl.store(at + 3 * SPEC.ROWS, true.y2, mask=mask)
+    tl.store(at + 4 * SPEC.ROWS, area, mask=mask)
+
+
+@triton.jit
+def _left_box(at, SPEC: tl.constexpr):
+    """One of the boxes that :func:`_leave_boxes` has left, and its area."""
+    x1 = tl.load(at)
+    y1 = tl.load(at + SPEC.ROWS)
+    x2 = tl.load(at + 2 * SPEC.ROWS)
+    y2 = tl.load(at + 3 * SPEC.ROWS)
+    return Corners(x1, y1, x2, y2), tl.load(at + 4 * SPEC.ROWS)
 
 
 @triton.jit
@@ -114,15 +124,29 @@ def _decoded(logits, cells, site, terms):
 
 
 @triton.jit
-def _are_hot(plane, over, cells, site, head, SPEC: tl.constexpr):
-    """Those of the predictions that are ``over`` that have some class logit above the gate."""
-    CELLS: tl.constexpr = SPEC.CELLS
-    at = cells_at(plane, cells, site, SPEC)
-    hot = tl.zeros([CELLS], tl.int32)
-    for k in tl.range(0, head.C, loop_unroll_factor=1):
-        z = tl.load(at + (5 + k) * channel_step(plane.by, SPEC), mask=over, other=float("-inf")).to(SPEC.ACC)
-        hot = tl.where(z > head.gate, 1, hot)
-    return over & (hot == 1)
+def _are_hot(plane, over, lists, site, head, SPEC: tl.constexpr):
+    """Those of the predictions that are ``over`` that have some class logit above the gate.
+
+    They are few: listed, so that all classes of several are on their way at a time.
+    """
+    lane = tl.arange(0, SPEC.CELLS)
+    hits = over.to(tl.int32)
+    place = tl.cumsum(hits, axis=0) - 1
+    count = tl.sum(hits, axis=0)
+    tl.store(lists.marks_ptr + place, site.first_cell + lane, mask=over)
+    tl.debug_barrier()
+    k = tl.arange(0, SPEC.K_PAD)[:, None]
+    is_class = (k >= 5) & (k < 5 + head.C)
+    for slot0 in tl.range(0, count, SPEC.PICKS, loop_unroll_factor=1):
+        slot = slot0 + tl.arange(0, SPEC.PICKS)
+        cell = tl.load(lists.marks_ptr + slot, mask=slot < count, other=0)
+        at = cells_at(plane, cell, site, SPEC)[None, :] + k * channel_step(plane.by, SPEC)
+        z = tl.load(at, mask=(slot < count)[None, :] & is_class, other=float("-inf")).to(SPEC.ACC)
+        hot = tl.max((z > head.gate).to(tl.int32), axis=0)
+        tl.store(lists.decoded_ptr + slot, hot.to(SPEC.ACC), mask=slot < count)  # the boxes have been met
+    tl.debug_barrier()
+    hot = tl.load(lists.decoded_ptr + place, mask=over, other=0.0)
+    return over & (hot > 0)
 
 
 @triton.jit
@@ -148,8 +172,12 @@ def ignored(plane, logits, rows, lists, site, head, terms, SPEC: tl.constexpr):
         these = (window.cells > 0).to(tl.int32)
         if not SPEC.SMOOTH:
             small = tl.where(window.cells <= WINDOW, window.cells, 0)
-            most = tl.max(small, axis=0)
-            if (rows.last - rows.first > FEW) & (MET * tl.sum((small > 0).to(tl.int32), axis=0) > most + MET * 2):
+            most = site.pid * 0
+            some = site.pid * 0
+            if rows.last - rows.first > FEW:
+                most = tl.max(small, axis=0)
+                some = tl.sum((small > 0).to(tl.int32), axis=0)
+            if MET * some > most + MET * 2:
                 these = tl.where(small > 0, 0, these)
                 if left == 0:
                     tl.store(lists.decoded_ptr + lane, box.x1)
@@ -166,8 +194,7 @@ def ignored(plane, logits, rows, lists, site, head, terms, SPEC: tl.constexpr):
             _leave_boxes(true, area, these, lists.boxes_ptr, SPEC)
             tl.debug_barrier()
             for i in tl.range(0, near, loop_unroll_factor=1):
-                x1, y1, x2, y2, true_area, _spare = load_eight(lists.boxes_ptr + 8 * i)
-                met = Corners(x1, y1, x2, y2)
+                met, true_area = _left_box(lists.boxes_ptr + i, SPEC)
                 if SPEC.SMOOTH:
                     best = tl.maximum(best, iou(box, met, own_area, true_area, near_divide))
                 else:
@@ -183,5 +210,5 @@ def ignored(plane, logits, rows, lists, site, head, terms, SPEC: tl.constexpr):
     hit = hit & (cells < site.HW)
     if SPEC.GATED:
         if tl.max(hit.to(tl.int32), axis=0) > 0:
-            hit = _are_hot(plane, hit, cells, site, head, SPEC)
+            hit = _are_hot(plane, hit, lists, site, head, SPEC)
     return hit, tl.where(hit, best, 0.0)

@@ -12,14 +12,14 @@ from .assign import assigned
 from .box import prior_term
 from .ignore import ignored
 from .positives import box_losses, class_losses
-from .records import Lists, Plane, Rows
+from .records import Lists, Plane, Rows, View
 from .site import load_logits, programs_of, site_of, store_plane, store_state
 
 BACKGROUND: tl.constexpr = tl.constexpr(0)
 IGNORED: tl.constexpr = tl.constexpr(1)
 ASSIGNED: tl.constexpr = tl.constexpr(2)
 # columns of the partial sums: box, objectness, class, assigned predictions; what means are divided by: rows in use, and
-# predictions whose objectness counts; two to spare
+# predictions whose objectness counts where that is asked for; two to spare
 N_PARTS: tl.constexpr = tl.constexpr(8)
 
 
@@ -41,15 +41,16 @@ def _count_invalid(targets, M, B, head, SPEC: tl.constexpr):
 def _lists(lists_ptr, partial_ptr, pid, M, near_places, SPEC: tl.constexpr):
     """Where a program finds its lists in the memory of all."""
     room = M * SPEC.PLACES
-    pool = room + M * near_places + 2 * tl.num_programs(0) * SPEC.ROWS  # of each list a block may not be full
+    more = 2 * tl.num_programs(0) * SPEC.ROWS  # the first block of each list, the only one that may be all but empty
+    pool = room + M * near_places + more
     order_ptr = lists_ptr + 2 * pool
     near = tl.cdiv(M, SPEC.ROWS)
     marks_ptr = order_ptr + 6 * room
     blocks_ptr = marks_ptr + tl.num_programs(0) * SPEC.CELLS + pid * (tl.cdiv(M * SPEC.KINDS, SPEC.ROWS) + near)
     spread_ptr = partial_ptr + tl.num_programs(0) * N_PARTS
-    decoded_ptr = spread_ptr + pid * (8 * SPEC.ROWS + 5 * SPEC.CELLS)
+    decoded_ptr = spread_ptr + pid * (5 * (SPEC.ROWS + SPEC.CELLS))
     if SPEC.IGNORES:
-        spread_ptr += tl.num_programs(0) * (8 * SPEC.ROWS + 5 * SPEC.CELLS)
+        spread_ptr += tl.num_programs(0) * (5 * (SPEC.ROWS + SPEC.CELLS))
     return Lists(
         cell_ptr=lists_ptr,
         row_ptr=lists_ptr + pool,
@@ -65,6 +66,9 @@ def _lists(lists_ptr, partial_ptr, pid, M, near_places, SPEC: tl.constexpr):
         marks_ptr=marks_ptr + pid * SPEC.CELLS,
         decoded_ptr=decoded_ptr,
         boxes_ptr=decoded_ptr + 5 * SPEC.CELLS,
+        listed=2 * pid * SPEC.ROWS,
+        near=(2 * pid + 1) * SPEC.ROWS,
+        more=more,
     )
 
 
@@ -82,12 +86,12 @@ def _store_partial(at, box, obj, cls, assigned_to, in_use, counted):
 
 
 @triton.jit
-def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constexpr):
+def _tile(view, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constexpr):
     """The tile of a program: its partial sums, and what the gradient needs."""
     CELLS: tl.constexpr = SPEC.CELLS
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     mask = cells < site.HW
-    logits, logit = load_logits(plane, site, cells, SPEC.IGNORES or SPEC.PRIOR, SPEC)
+    plane, logits, logit = view
     bad = logit != logit  # a NaN that was read shows in the total even where nothing asks for it
     for i in tl.static_range(4):
         bad = bad | (logits[i] != logits[i])
@@ -110,10 +114,12 @@ def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.conste
     loss_obj, _d_obj = terms.objectness(logit, true_obj, head.obj_args)
     loss_obj = tl.where(bad, float("nan"), tl.where(counts, site.obj_scale * head.noobj_gain * loss_obj, 0.0))
     obj = tl.sum(tl.where(mask, loss_obj, 0.0), axis=0)
-    counted = tl.sum(counts.to(tl.int32), axis=0)
     box = tl.cast(0.0, SPEC.ACC)
     cls = tl.cast(0.0, SPEC.ACC)
     in_use = site.pid * 0
+    counted = site.pid * 0
+    if SPEC.MEAN_USED:
+        counted += tl.sum(counts.to(tl.int32), axis=0)
     if SPEC.PRIOR:
         prior, _d_prior = prior_term(logits, site, head, terms, SPEC)
         box += head.prior_gain * tl.sum(tl.where(mask & (state < ASSIGNED), prior, 0.0), axis=0)
@@ -125,10 +131,11 @@ def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.conste
         own_box, own_obj, in_use = box_losses(plane, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
         box += own_box
         obj += own_obj
-    if SPEC.SMOOTH:
-        counted += tl.where(site.smooth, 0, found.picks)
-    else:
-        counted += found.picks
+    if SPEC.MEAN_USED:
+        if SPEC.SMOOTH:
+            counted += tl.where(site.smooth, 0, found.picks)
+        else:
+            counted += found.picks
     at = outputs.partial_ptr + site.pid * N_PARTS
     _store_partial(at, box, obj, cls, found.picks.to(SPEC.ACC), in_use.to(SPEC.ACC), counted.to(SPEC.ACC))
 
@@ -136,11 +143,9 @@ def _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC: tl.conste
 @triton.jit
 def _sum_up(levels, outputs, SPEC: tl.constexpr):
     """The parts and the total, from the partial sums of all programs."""
-    box = tl.cast(0.0, SPEC.ACC)
-    obj = tl.cast(0.0, SPEC.ACC)
-    cls = tl.cast(0.0, SPEC.ACC)
-    picks = tl.cast(0.0, SPEC.ACC)
     if SPEC.MEAN_ROWS or SPEC.MEAN_USED:
+        k = tl.arange(0, N_PARTS)
+        total = tl.zeros([N_PARTS], SPEC.ACC)
         at = outputs.partial_ptr
         for i in tl.range(0, len(SPEC.ANCHORS), loop_unroll_factor=1):
             level = len(SPEC.ANCHORS) - 1 - i
@@ -152,20 +157,13 @@ def _sum_up(levels, outputs, SPEC: tl.constexpr):
                 per_row = 1.0 / tl.maximum(column(sums, 4), 1.0)
             if SPEC.MEAN_USED:
                 per_used = 1.0 / tl.maximum(column(sums, 5), 1.0)
-            box += per_row * column(sums, 0)
-            obj += per_used * column(sums, 1)
-            cls += per_row * column(sums, 2)
-            picks += column(sums, 3)
+            total += tl.where(k == 1, per_used, tl.where(k == 3, 1.0, per_row)) * sums
             tl.store(outputs.parts_ptr + 3 + 2 * level, per_row)
             tl.store(outputs.parts_ptr + 4 + 2 * level, per_used)
             at += programs * N_PARTS
     else:
-        sums = column_sums(outputs.partial_ptr, tl.num_programs(0), N_PARTS, SPEC.ACC)
-        box = column(sums, 0)
-        obj = column(sums, 1)
-        cls = column(sums, 2)
-        picks = column(sums, 3)
-    finish(box, obj, cls, picks, outputs)
+        total = column_sums(outputs.partial_ptr, tl.num_programs(0), N_PARTS, SPEC.ACC)
+    finish(column(total, 0), column(total, 1), column(total, 2), column(total, 3), outputs)
 
 
 @triton.jit
@@ -183,10 +181,13 @@ def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms
     pid = tl.program_id(0)
     site = site_of(pid, levels, SPEC)
     plane = Plane(pointer_of(maps, site.level), strides_of(levels.by, site.level))
+    # on their way while the rows of the image are looked for
+    cells = site.first_cell + tl.arange(0, SPEC.CELLS)
+    logits, logit = load_logits(plane, site, cells, site.HW, SPEC.IGNORES or SPEC.PRIOR, SPEC)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, site.b, SPEC.ROWS)
     rows = Rows(targets.ptr, first, last, targets.weights_ptr)
     lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, plain(levels.near_places), SPEC)
-    _tile(plane, site, rows, lists, saved, outputs, head, terms, SPEC)
+    _tile(View(plane, logits, logit), site, rows, lists, saved, outputs, head, terms, SPEC)
     if pid == 0:
         tl.store(outputs.counts_ptr + 1, _count_invalid(targets, M, plain(levels.batch), head, SPEC))
     if is_last(outputs.done_ptr, tl.num_programs(0)):

@@ -100,11 +100,15 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
         cell, first, count = _picked(slot, found, lists, site, SPEC)
         here = (slot < found.picks)[None, :] & is_class
         at = cells_at(plane, cell, site, SPEC)
-        z = tl.load(at[None, :] + k * step, mask=here, other=0.0).to(SPEC.ACC)
+        asked = (slot < found.picks)[None, :] & (k < 5 + head.C)  # box terms will find theirs in the cache
+        z = tl.load(at[None, :] + k * step, mask=asked, other=0.0).to(SPEC.ACC)
         z = tl.where(is_class, z, -1e30)  # adds nothing to a softmax
         times = tl.zeros([K_PAD, PICKS], SPEC.ACC)
         weight = times + 1.0
-        for i in range(0, tl.max(count, axis=0)):
+        turns = slot0 * 0 + 1
+        if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
+            turns = tl.max(count, axis=0)
+        for i in range(0, turns):
             active = i < count
             g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
             label, m = _labels(g, rows, active, SPEC.ACC)
@@ -148,7 +152,8 @@ def _in_order(r, slots, found, lists, SPEC: tl.constexpr):
         opens = there & (cell != tl.load(at - 1, mask=there & (r > 0), other=-1))
         closes = there & (cell != tl.load(at + 1, mask=r + 1 < found.rows, other=-1))
         slot = slots + tl.cumsum(opens.to(tl.int32), axis=0) - 1
-        slots += tl.sum(opens.to(tl.int32), axis=0)
+        if found.rows > SPEC.ROWS:  # there are more blocks
+            slots += tl.sum(opens.to(tl.int32), axis=0)
     return cell, slot, opens, closes, slots
 
 
@@ -246,4 +251,5 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
             if found.rows > found.picks:
                 tl.debug_barrier()
                 _add_up(found, lists, kept_ptr, site, head, SPEC)
-    return tl.sum(box, axis=0), tl.sum(obj, axis=0), in_use
+    box, obj = tl.split(tl.sum(tl.join(box, obj), axis=0))
+    return box, obj, in_use

@@ -47,6 +47,7 @@ class Spec(NamedTuple):
     PICKS: int  # listed predictions whose classes are read at a time
     K_PAD: int  # channels, a power of two
     CHANNELS: int  # stored at a time
+    PARTS: int  # programs that share out the channels of a tile's gradient
 
 
 class Numbers(NamedTuple):
@@ -130,12 +131,13 @@ class Saved(NamedTuple):
 class Lists(NamedTuple):
     """Who is assigned to what; of a program each list begins where it has found room.
 
-    The candidates that a tile takes are in ``cell_ptr`` and ``row_ptr``, in blocks of ROWS that begin where
-    ``blocks_ptr`` says. So are, in ``row_ptr`` too, the rows that it looks at for them where they may take several
-    cells: ``near_ptr`` says where. ``order_ptr`` holds the rows again, by cell, ``at_ptr`` their cells in the tile,
-    ``any_ptr`` for a while their places in the list, ``spread_ptr`` four numbers each, the box gradients of those that
-    share a prediction. ``pick_ptr`` has each assigned cell, with ``first_ptr``, where its rows begin, and with AVERAGE
-    ``pushed_ptr``, its classes.
+    The candidates that a tile takes are in ``cell_ptr`` and ``row_ptr``, in blocks of ROWS: the first, its own, at
+    ``listed``, others, from ``more`` on, where ``blocks_ptr`` says. So are, in ``row_ptr`` too, the rows that it looks
+    at for them where they may take several cells: the first block at ``near``, others where ``near_ptr`` says.
+    ``order_ptr`` holds the rows again, by cell, ``at_ptr`` their cells in the tile, ``any_ptr`` for a while their
+    places in the list, ``spread_ptr`` four numbers each, the box gradients of those that share a prediction.
+    ``pick_ptr`` has each assigned cell, with ``first_ptr``, where its rows begin, and with AVERAGE ``pushed_ptr``, its
+    classes.
 
     Of every program ``marks_ptr`` holds a number a cell, ``decoded_ptr`` edges and area of the predicted box of each,
     ``boxes_ptr`` those of ROWS true ones.
@@ -155,12 +157,15 @@ class Lists(NamedTuple):
     marks_ptr: Any
     decoded_ptr: Any
     boxes_ptr: Any
+    listed: Any
+    near: Any
+    more: Any
 
 
 class Outputs(NamedTuple):
     """``parts_ptr`` takes the parts and behind them, a level, what box and class terms and what objectness are
-    multiplied by for their means. ``done_ptr`` counts finished programs, and places taken in ``kept_ptr``, ``row_ptr``
-    and ``order_ptr``: 0 before and after every launch.
+    multiplied by for their means. ``done_ptr`` counts finished programs, places taken in ``row_ptr``, and in
+    ``kept_ptr`` and ``order_ptr``: 0 before and after every launch.
     """
 
     total_ptr: Any
@@ -175,6 +180,14 @@ class Plane(NamedTuple):
 
     ptr: Any
     by: Any
+
+
+class View(NamedTuple):
+    """A prediction map, and of the tile of a program the logits of boxes, four, and of objectness."""
+
+    plane: Any
+    logits: Any
+    logit: Any
 
 
 class Pool(NamedTuple):

@@ -144,16 +144,16 @@ def _load(plane, cells, HW, site, FROM: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_logits(plane, site, cells, BOX: tl.constexpr, SPEC: tl.constexpr):
-    """x, y, w, h (of which only BOX makes use) and objectness of the tile."""
+def load_logits(plane, site, cells, end, BOX: tl.constexpr, SPEC: tl.constexpr):
+    """x, y, w, h (of which only BOX makes use) and objectness of the tile, up to cell ``end``: HW, or 0 for none."""
     FROM: tl.constexpr = 0 if BOX else 4
     if SPEC.LAYOUT == "planes":
         if (site.HW % 16 == 0) & are_wide(plane.by):
-            tx, ty, tw, th, obj = _load(as_wide_plane(plane), cells, wide(site.HW), site, FROM, SPEC)
+            tx, ty, tw, th, obj = _load(as_wide_plane(plane), cells, wide(end), site, FROM, SPEC)
         else:
-            tx, ty, tw, th, obj = _load(plane, cells, site.HW, site, FROM, SPEC)
+            tx, ty, tw, th, obj = _load(plane, cells, end, site, FROM, SPEC)
     else:
-        tx, ty, tw, th, obj = _load(plane, cells, site.HW, site, FROM, SPEC)
+        tx, ty, tw, th, obj = _load(plane, cells, end, site, FROM, SPEC)
     return (tx.to(SPEC.ACC), ty.to(SPEC.ACC), tw.to(SPEC.ACC), th.to(SPEC.ACC)), obj.to(SPEC.ACC)
 
 
