@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ..levels import are_wide, as_wide, integer_of, pointer_of, strides_of
-from ..primitives import log1p, ordered_bits, plain, safe_div, scaled_less
+from ..primitives import log1p, near_divide, ordered_bits, plain, safe_div, scaled_less
 from ..rows import load_rows
 from ..sums import column, column_sums, is_last
 from ..terms.decode import chain
@@ -629,8 +629,8 @@ def _box_term(raw, place, terms, numbers):
     sides, shift, true = place
     if terms.offset is not None:
         least = 1.1754944e-38  # of the quotient of sides, whose logarithm is to be finite
-        tw = weights[2] * tl.log(tl.maximum(true.x / sides.x, least))
-        th = weights[3] * tl.log(tl.maximum(true.y / sides.y, least))
+        tw = weights[2] * tl.log(tl.maximum(near_divide(true.x, sides.x), least))
+        th = weights[3] * tl.log(tl.maximum(near_divide(true.y, sides.y), least))
         loss_x, dx, dw = terms.offset(raw.x, raw.w, weights[0] * shift.x / sides.x, tw, numbers.beta)
         loss_y, dy, dh = terms.offset(raw.y, raw.h, weights[1] * shift.y / sides.y, th, numbers.beta)
         loss = loss_x + loss_y
