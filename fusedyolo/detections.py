@@ -11,7 +11,7 @@ from . import backend as backends
 from . import checks, drivers
 from .drivers.protocol import Predictions
 from .drivers.shared import wide
-from .heads import GridHead, head_from_key
+from .heads import head_from_key
 from .operator import fake, operator
 from .reference import select as reference
 
@@ -122,7 +122,7 @@ def select(
     backend = backends.resolve(backend, seen.preds[0].device)
     settings = conf, iou, max_det, bool(class_agnostic), candidates
     if backend == "triton" and driver.scans:
-        return Detections(*select_maps(seen.preds, _key(criterion.head), *settings))
+        return Detections(*select_maps(seen.preds, criterion._key, *settings))
     dtype = wide(seen.preds[0].dtype)
     exact = _decode(criterion, seen._replace(preds=[pred.double() for pred in seen.preds]))
     boxes, scores, labels, count = select_decoded(*exact, *settings, backend)
@@ -184,12 +184,6 @@ def select_maps(
 @fake(select_maps)
 def _(preds, key, conf, iou, max_det, class_agnostic, candidates):
     return _outputs(preds[0], max_det)
-
-
-@torch.compiler.assume_constant_result
-def _key(head: GridHead) -> str:
-    """The row as text; ``torch.compile`` cannot trace how it is made the first time."""
-    return head.key
 
 
 def _outputs(like: Tensor, max_det: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -73,10 +73,10 @@ LABELS: dict[str, Callable[..., Tensor]] = {
 def label_term(kind: str, x: Tensor, t: float | Tensor, args: Sequence[float]) -> Tensor:
     """Of logits, each by itself."""
     find_term("kind", kind, "objectness")
-    t = torch.as_tensor(t, dtype=x.dtype)
+    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if kind not in LABELS:
         return reference.LABEL_TERMS[kind](x, t.expand_as(x), args)
-    return LABELS[kind](-torch.logaddexp(ZERO, -x), -torch.logaddexp(ZERO, x), t, *args)
+    return LABELS[kind](-torch.logaddexp(ZERO.to(x.device), -x), -torch.logaddexp(ZERO.to(x.device), x), t, *args)
 
 
 def class_terms(kind: str, logits: Tensor, targets: Tensor, args: Sequence[float]) -> Tensor:

@@ -38,7 +38,7 @@ class Criterion(nn.Module):
 
     def __init__(self, head: GridHead):
         super().__init__()
-        self.head, self.image_size = head, None
+        self.head, self._key, self.image_size = head, head.key, None
 
 
 # ---- the truth: loops and plain formulas in float64

@@ -26,6 +26,7 @@ from fusedyolo import ops, reference
 from fusedyolo.terms import TERMS, term_names
 
 DTYPES = (torch.float64, torch.float32)
+ULP = torch.finfo(torch.float64).eps
 GAMMAS = (0.0, 0.5, 1.0, 2.0)
 BOX_KINDS = term_names("iou")
 SHAPED = [kind for kind in BOX_KINDS if TERMS[kind].optional]  # those that have an alpha and a focal form
@@ -163,7 +164,7 @@ def test_alpha_of_one_and_gamma_of_zero_are_the_plain_loss(kind, fused):
     p, g = (boxes.to(DEVICE) for boxes in lattice(3, empty=True))
     plain = run(box_loss(kind, EPS, fused), p, g)
     for a, b in zip(run(box_loss(kind, [*EPS, 1.0, 0.0], fused), p, g), plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if DEVICE == "cpu" else 4 * ULP)  # a compiler fuses sums
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
