@@ -118,15 +118,16 @@ def dense_config(
     most so many cells, and for so many ``logits`` in all; ``ranked`` takes all classes of an anchor at once. ``flat``
     says that logits are streams, of anchors without gaps.
 
-    A thread has four numbers of a stream at a time, so that with 80 registers for it, of a ranked head 64, three or
-    four programs share a multiprocessor: while one waits for memory others compute. Planes and float64 take more. Up to
-    32 tiles a program, four of a ranked head, keep the last one's sum of all partial sums short, as long as there are
-    two waves of programs. Threads share out the classes of an anchor, two sectors at a time: rows begin
-    anywhere, and fewer would touch twice as many.
+    A thread has 16 bytes of a stream at a time. Four float32 of these leave it with 80 registers, of a ranked head 64,
+    so that three or four programs share a multiprocessor: while one waits for memory others compute. Others take more.
+    Up to 32 tiles a program, four of a ranked head, keep the last one's sum of all partial sums short, as long as there
+    are two waves of programs. Threads share out the classes of an anchor, two sectors at a time: rows begin anywhere,
+    and fewer would touch twice as many.
     """
     width = max(2 * SECTOR // itemsize, power_of_two(-(-classes // MOST_CHUNKS)))
+    few = flat and (itemsize == 4 or (ranked and itemsize < 4))
     usual = DenseConfig(
-        block=1024,
+        block=256 * (ACCESS // itemsize),
         group=1,
         steps=4 if ranked else 32,
         cells=max(1, 1024 // width) if ranked else 512,
@@ -134,7 +135,7 @@ def dense_config(
         width=width,
         anchors=512,
         threads=256,
-        max_registers=(64 if ranked else 80) if flat and itemsize <= 4 else 128,
+        max_registers=(64 if ranked else 80) if few else 128,
     )
     tile = classes * usual.cells if ranked else usual.block
     least = 1 if ranked else 2  # of less a program is not worth what it reads first

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.interpreter("sectors are counted in the interpreter")
 @pytest.mark.parametrize(
     ("name", "batch", "form", "limit"),
     [
-        ("YOLOv2/darknet", 16, "Targets", 1.12),
+        # boxes near a tile are five loads each, a sector a load, so that none waits for another; they lie in a cache
+        ("YOLOv2/darknet", 16, "Targets", 1.13),
         ("YOLOv4/darknet", 2, "packed", 1.12),
         ("YOLOv5", 2, "packed", 1.15),
     ],
