@@ -273,11 +273,12 @@ def _cells_at(ptr, by, site, level, NEAR: tl.constexpr):
 @triton.jit
 def _anchors_at(ptr, by, site, level, K: tl.constexpr, SPEC: tl.constexpr):
     """Pointers to the first of the K channels of some anchors, and elements from channel to channel."""
+    NEAR: tl.constexpr = SPEC.NEAR
     if SPEC.FLAT:
         at = ptr + (site.b.to(tl.int64) * (level.anchors * level.cells) + site.cells) * K
         by_channel = 1
     else:
-        at = _cells_at(ptr, by, site, level, SPEC.NEAR)
+        at = _cells_at(ptr, by, site, level, NEAR)
         by_channel = by.channel
     return at, by_channel
 
@@ -401,13 +402,14 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SP
 @triton.jit
 def _plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPEC: tl.constexpr):
     """Class loss of one anchor of some cells, PLANES classes at a time, and their gradient."""
+    NEAR: tl.constexpr = SPEC.NEAR
     CELLS: tl.constexpr = SPEC.CELLS
     PLANES: tl.constexpr = SPEC.PLANES
     site = _site(local, level, False, CELLS)
-    x_ptr = _cells_at(view.ptr, view.by, site, level, SPEC.NEAR)
+    x_ptr = _cells_at(view.ptr, view.by, site, level, NEAR)
     d_ptr = x_ptr
     if SPEC.WITH_GRAD:
-        d_ptr = _cells_at(view.d_ptr, view.d_by, site, level, SPEC.NEAR)
+        d_ptr = _cells_at(view.d_ptr, view.d_by, site, level, NEAR)
     at = matched.match_ptr + site.b.to(tl.int64) * batch.N + site.position
     match = tl.load(at, mask=site.mask, other=IGNORED)
     label = _labels(matched.rows_ptr, match)[None, :]

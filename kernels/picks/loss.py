@@ -184,24 +184,26 @@ def _listed(site, list_ptr, i0, count, row_ptr, PICKS: tl.constexpr):
 
 @triton.jit
 def _fill_with_zeros(view, site, mask, first, last, WIDTH: tl.constexpr, SPEC: tl.constexpr):
+    LAYOUT: tl.constexpr = SPEC.LAYOUT
     CELLS: tl.constexpr = SPEC.CELLS
     PLANES: tl.constexpr = SPEC.PLANES
-    at = cells_in(view, site.tile.cells, site.tile, SPEC.LAYOUT)
+    at = cells_in(view, site.tile.cells, site.tile, LAYOUT)
     nothing = tl.zeros([PLANES, CELLS], view.ptr.dtype.element_ty)
     for k0 in tl.range(first, last, PLANES, loop_unroll_factor=1):
         k = k0 + tl.arange(0, PLANES)[:, None]
         keep = _keep(mask, k, last, WIDTH, PLANES)
-        tl.store(at[None, :] + k * step_of(view, SPEC.LAYOUT), nothing, mask=keep)
+        tl.store(at[None, :] + k * step_of(view, LAYOUT), nothing, mask=keep)
 
 
 @triton.jit
 def _store_zeros(view, site, first, last, WIDTH: tl.constexpr, SPEC: tl.constexpr):
     """Zeros in the channels from ``first`` to ``last`` of a tile, of WIDTH in all."""
-    if SPEC.LAYOUT == "strided":
+    LAYOUT: tl.constexpr = SPEC.LAYOUT
+    if LAYOUT == "strided":
         _fill_with_zeros(view, site, site.tile.mask, first, last, WIDTH, SPEC)
-    elif is_wide(view, site.tile, SPEC.LAYOUT):
-        wide = as_wide(view, SPEC.LAYOUT)
-        _fill_with_zeros(wide, site, wide_mask(view, site.tile, SPEC.LAYOUT), first, last, WIDTH, SPEC)
+    elif is_wide(view, site.tile, LAYOUT):
+        wide = as_wide(view, LAYOUT)
+        _fill_with_zeros(wide, site, wide_mask(view, site.tile, LAYOUT), first, last, WIDTH, SPEC)
     else:
         _fill_with_zeros(view, site, site.tile.mask, first, last, WIDTH, SPEC)
 
@@ -231,17 +233,18 @@ def _background(
 ):
     """Loss and gradient of some classes of a tile as if there were no objects, PLANES at a time; nothing of the classes
     of these objects."""
+    LAYOUT: tl.constexpr = SPEC.LAYOUT
     CELLS: tl.constexpr = SPEC.CELLS
-    at = cells_in(view, site.tile.cells, site.tile, SPEC.LAYOUT)
+    at = cells_in(view, site.tile.cells, site.tile, LAYOUT)
     d_at = at
     if SPEC.WITH_GRAD:
-        d_at = cells_in(d_view, site.tile.cells, site.tile, SPEC.LAYOUT)
+        d_at = cells_in(d_view, site.tile.cells, site.tile, LAYOUT)
     nothing = tl.zeros([PLANES, CELLS], tl.int1)
     total = tl.zeros([PLANES, CELLS], SPEC.ACC)
     for k0 in tl.range(first, last, PLANES, loop_unroll_factor=1):
         k = k0 + tl.arange(0, PLANES)[:, None]
         keep = _keep(mask, k, last, SPEC.C, PLANES)
-        x = tl.load(at[None, :] + k * step_of(view, SPEC.LAYOUT), mask=keep, other=LOW).to(SPEC.ACC)
+        x = tl.load(at[None, :] + k * step_of(view, LAYOUT), mask=keep, other=LOW).to(SPEC.ACC)
         loss, d = task.head.label(x, nothing, task.head.label_args)
         factor = scale
         if task.targets.weights_ptr is not None:
@@ -251,7 +254,7 @@ def _background(
         if SPEC.WITH_LOSS:
             total += tl.where(label[None, :] == k, 0.0, loss)
         if SPEC.WITH_GRAD:
-            d_step = step_of(d_view, SPEC.LAYOUT)
+            d_step = step_of(d_view, LAYOUT)
             tl.store(d_at[None, :] + k * d_step, (factor * d).to(d_view.ptr.dtype.element_ty), mask=keep)
     return tl.sum(tl.sum(total, axis=0), axis=0)
 
@@ -259,17 +262,18 @@ def _background(
 @triton.jit
 def _stream(view, d_view, site, label, first, last, task, scale, SPEC: tl.constexpr):
     """:func:`_background`, by accesses as wide as may be."""
+    LAYOUT: tl.constexpr = SPEC.LAYOUT
     wide = site.tile.HW < 0
-    if SPEC.LAYOUT != "strided":
-        wide = is_wide(view, site.tile, SPEC.LAYOUT)
+    if LAYOUT != "strided":
+        wide = is_wide(view, site.tile, LAYOUT)
         if SPEC.WITH_GRAD:
-            wide = wide & is_wide(d_view, site.tile, SPEC.LAYOUT)
+            wide = wide & is_wide(d_view, site.tile, LAYOUT)
     if wide:
-        own = as_wide(view, SPEC.LAYOUT)
+        own = as_wide(view, LAYOUT)
         d_own = own
         if SPEC.WITH_GRAD:
-            d_own = as_wide(d_view, SPEC.LAYOUT)
-        mask = wide_mask(view, site.tile, SPEC.LAYOUT)
+            d_own = as_wide(d_view, LAYOUT)
+        mask = wide_mask(view, site.tile, LAYOUT)
         loss = _background(
             own,
             d_own,
@@ -303,8 +307,9 @@ def _stream(view, d_view, site, label, first, last, task, scale, SPEC: tl.conste
 @triton.jit
 def _true_classes(view, d_view, site, label, first, last, task, scale, SPEC):
     """Loss of the class that each cell's object has, if it is one of these, and its gradient."""
+    LAYOUT: tl.constexpr = SPEC.LAYOUT
     own = site.has & (label >= first) & (label < last)
-    at = cells_in(view, site.tile.cells, site.tile, SPEC.LAYOUT) + label * step_of(view, SPEC.LAYOUT)
+    at = cells_in(view, site.tile.cells, site.tile, LAYOUT) + label * step_of(view, LAYOUT)
     x = tl.load(at, mask=own, other=0.0).to(SPEC.ACC)
     score = tl.load(task.assigned.score_ptr + site.first + site.tile.cells, mask=own, other=0.0)
     loss, d = task.head.label(x, score, task.head.label_args)
@@ -313,7 +318,7 @@ def _true_classes(view, d_view, site, label, first, last, task, scale, SPEC):
         loss = weight * loss
         d = weight * d
     if SPEC.WITH_GRAD:
-        at = cells_in(d_view, site.tile.cells, site.tile, SPEC.LAYOUT) + label * step_of(d_view, SPEC.LAYOUT)
+        at = cells_in(d_view, site.tile.cells, site.tile, LAYOUT) + label * step_of(d_view, LAYOUT)
         tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=own)
     return tl.sum(tl.where(own, loss, 0.0), axis=0)
 
@@ -321,6 +326,7 @@ def _true_classes(view, d_view, site, label, first, last, task, scale, SPEC):
 @triton.jit
 def _listed_classes(view, d_view, site, list_ptr, count, first, last, task, scale, SPEC: tl.constexpr):
     """Loss of some classes of the cells that have a row, and its gradient."""
+    LAYOUT: tl.constexpr = SPEC.LAYOUT
     PICKS: tl.constexpr = SPEC.PICKS
     GROUP: tl.constexpr = SPEC.LANES
     total = tl.zeros([PICKS, GROUP], SPEC.ACC)
@@ -328,7 +334,7 @@ def _listed_classes(view, d_view, site, list_ptr, count, first, last, task, scal
     for i0 in range(0, count, PICKS):
         picks = _listed(site, list_ptr, i0, count, task.assigned.row_ptr, PICKS)
         keep = picks.mask[:, None] & (k < last)
-        at = cells_in(view, picks.cells, site.tile, SPEC.LAYOUT)[:, None] + k * step_of(view, SPEC.LAYOUT)
+        at = cells_in(view, picks.cells, site.tile, LAYOUT)[:, None] + k * step_of(view, LAYOUT)
         x = tl.load(at, mask=keep, other=0.0).to(SPEC.ACC)
         label = tl.load(task.targets.ptr + picks.row * 6 + 1, mask=picks.mask, other=-1.0).to(tl.int32)
         score = tl.load(task.assigned.score_ptr + picks.index, mask=picks.mask, other=0.0)
@@ -339,7 +345,7 @@ def _listed_classes(view, d_view, site, list_ptr, count, first, last, task, scal
             d = weight * d
         total += tl.where(keep, loss, 0.0)
         if SPEC.WITH_GRAD:
-            at = cells_in(d_view, picks.cells, site.tile, SPEC.LAYOUT)[:, None] + k * step_of(d_view, SPEC.LAYOUT)
+            at = cells_in(d_view, picks.cells, site.tile, LAYOUT)[:, None] + k * step_of(d_view, LAYOUT)
             tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=keep)
     return tl.sum(tl.sum(total, axis=1), axis=0)
 
@@ -423,8 +429,9 @@ def _encode(off, sides, SPEC: tl.constexpr):
 @triton.jit
 def _overlap(raw, off, sides, extent, head, SPEC: tl.constexpr):
     """Box loss, and its gradient by what says the boxes."""
-    x, jx = _decode(raw.x, raw.w, SPEC.DECODE)
-    y, jy = _decode(raw.y, raw.h, SPEC.DECODE)
+    DECODE: tl.constexpr = SPEC.DECODE
+    x, jx = _decode(raw.x, raw.w, DECODE)
+    y, jy = _decode(raw.y, raw.h, DECODE)
     pair_x = axis_of_sizes(x.size, sides.x, x.centre - off.x)
     pair_y = axis_of_sizes(y.size, sides.y, y.centre - off.y)
     loss, by_x, by_y = head.box(pair_x, pair_y, head.box_args, extent)
@@ -472,8 +479,9 @@ def _bins(AXIS: tl.constexpr, SPEC: tl.constexpr):
 @triton.jit
 def _bins_at(view, picks, site, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """Pointers to the logits of distances."""
-    step = step_of(view, SPEC.LAYOUT)
-    at = cells_in(view, picks.cells, site.tile, SPEC.LAYOUT)[:, None] + (tl.arange(0, 4) * SPEC.REG_MAX)[None, :] * step
+    LAYOUT: tl.constexpr = SPEC.LAYOUT
+    step = step_of(view, LAYOUT)
+    at = cells_in(view, picks.cells, site.tile, LAYOUT)[:, None] + (tl.arange(0, 4) * SPEC.REG_MAX)[None, :] * step
     return _spread(at, AXIS) + _bins(AXIS, SPEC) * step
 
 
@@ -518,17 +526,19 @@ def _picked_bins(view, d_view, site, picks, place, head, weight, scales, SPEC: t
 @triton.jit
 def _picked_numbers(view, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr):
     """Box and distance loss of some boxes that four numbers say, each a sum, and the gradient."""
+    DISTANCE: tl.constexpr = SPEC.DISTANCE
+    LAYOUT: tl.constexpr = SPEC.LAYOUT
     off, sides, extent = place
-    at = cells_in(view, picks.cells, site.tile, SPEC.LAYOUT)[:, None]
-    at = at + tl.arange(0, 4)[None, :] * step_of(view, SPEC.LAYOUT)
+    at = cells_in(view, picks.cells, site.tile, LAYOUT)[:, None]
+    at = at + tl.arange(0, 4)[None, :] * step_of(view, LAYOUT)
     raw = _apart(tl.load(at, mask=picks.mask[:, None], other=0.0).to(SPEC.ACC))
     loss_box, d_box = _overlap(raw, off, sides, extent, head, SPEC)
-    loss, d = _differences(raw, _encode(off, sides, SPEC), extent, SPEC.DISTANCE)
+    loss, d = _differences(raw, _encode(off, sides, SPEC), extent, DISTANCE)
     if SPEC.WITH_GRAD:
         by_box = _together(d_box) * (scales.box * weight)[:, None]
         by_distance = _together(d) * (scales.distance * weight)[:, None]
-        at = cells_in(d_view, picks.cells, site.tile, SPEC.LAYOUT)[:, None]
-        at = at + tl.arange(0, 4)[None, :] * step_of(d_view, SPEC.LAYOUT)
+        at = cells_in(d_view, picks.cells, site.tile, LAYOUT)[:, None]
+        at = at + tl.arange(0, 4)[None, :] * step_of(d_view, LAYOUT)
         tl.store(at, (by_box + by_distance).to(d_view.ptr.dtype.element_ty), mask=picks.mask[:, None])
     box = tl.sum(tl.where(picks.mask, weight * loss_box, 0.0), axis=0)
     return box, tl.sum(tl.where(picks.mask, weight * loss, 0.0), axis=0)
@@ -567,11 +577,12 @@ def _box_program(view, d_view, site, list_ptr, stride, task, scales, SPEC: tl.co
 @triton.jit
 def _objectness(view, d_view, site, scale, SPEC: tl.constexpr):
     """Loss of the objectness of a tile, and its gradient."""
-    at = cells_in(view, site.tile.cells, site.tile, SPEC.LAYOUT)
+    LAYOUT: tl.constexpr = SPEC.LAYOUT
+    at = cells_in(view, site.tile.cells, site.tile, LAYOUT)
     x = tl.load(at, mask=site.tile.mask, other=LOW).to(SPEC.ACC)
     loss, d = bce(x, site.has, ())
     if SPEC.WITH_GRAD:
-        at = cells_in(d_view, site.tile.cells, site.tile, SPEC.LAYOUT)
+        at = cells_in(d_view, site.tile.cells, site.tile, LAYOUT)
         tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=site.tile.mask)
     return tl.sum(loss, axis=0)
 
