@@ -139,20 +139,16 @@ def _channels(k0, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _box(pred, cells, j, has, SPEC: tl.constexpr):
-    """The j-th box of each cell with an object, of others zeros; j is one for all or each its own.
+def _column(tile, k, index):
+    """One channel of a tile with the channels k, as a vector; ``index`` is one for all cells, [1], or each its own."""
+    return tl.sum(tl.sum(tl.where(k[:, None, :] == index[None, :, None], tile, 0.0), axis=0), axis=1)
 
-    It is in the tile already; but to be loaded once more, from the cache, takes less time than to be picked out.
-    """
-    S: tl.constexpr = SPEC.S
-    boxes = pred.at.boxes
-    place = boxes.first + j * boxes.each + (cells % (S * S)) // S * boxes.row + cells % S * boxes.column
-    at = pred.ptr + (cells // (S * S)).to(tl.int64) * pred.at.image + place
+
+@triton.jit
+def _box(tile, k, j):
+    """The j-th box of each cell; j as ``index`` of :func:`_column`."""
     return Box(
-        tl.load(at, mask=has, other=0.0).to(SPEC.ACC),
-        tl.load(at + boxes.entry, mask=has, other=0.0).to(SPEC.ACC),
-        tl.load(at + 2 * boxes.entry, mask=has, other=0.0).to(SPEC.ACC),
-        tl.load(at + 3 * boxes.entry, mask=has, other=0.0).to(SPEC.ACC),
+        _column(tile, k, 5 * j), _column(tile, k, 5 * j + 1), _column(tile, k, 5 * j + 2), _column(tile, k, 5 * j + 3)
     )
 
 
@@ -257,7 +253,7 @@ def _overlap(box, truth, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _responsible(pred, cells, has, truth, SPEC: tl.constexpr):
+def _responsible(tile, k, truth, SPEC: tl.constexpr):
     """The box of each cell that answers for its object, and its IoU.
 
     It is the one of the largest IoU, the first of equals. If all are 0: with NEAREST the one at the smallest distance,
@@ -269,7 +265,7 @@ def _responsible(pred, cells, has, truth, SPEC: tl.constexpr):
     nearest = best + float("inf")
     N: tl.constexpr = SPEC.N
     for j in tl.static_range(N):
-        iou, distance = _overlap(_box(pred, cells, j, has, SPEC), truth, SPEC)
+        iou, distance = _overlap(_box(tile, k, tl.full([1], j, tl.int32)), truth, SPEC)
         better = iou > best
         if SPEC.NEAREST:
             better = better | ((best == 0) & (iou == 0) & (distance < nearest))
@@ -314,13 +310,9 @@ def _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC: tl.constex
     sums = tl.sum(tl.where(keep, loss, 0.0), axis=1)
     is_cls = k >= 5 * SPEC.N
     is_conf = (k % 5 == 4) & ~is_cls
-    box = tl.where(is_cls | is_conf, 0.0, sums)
-    obj = tl.where(is_conf, sums, 0.0)
-    cls = tl.where(is_cls, sums, 0.0)
-    parts = tl.join(tl.join(box, obj), tl.join(cls, tl.zeros_like(cls)))  # added up as one
-    box_obj, cls_none = tl.split(tl.sum(tl.sum(parts, axis=0), axis=0))
-    box, obj = tl.split(box_obj)
-    cls, _none = tl.split(cls_none)
+    box = tl.sum(tl.where(is_cls | is_conf, 0.0, sums))
+    obj = tl.sum(tl.where(is_conf, sums, 0.0))
+    cls = tl.sum(tl.where(is_cls, sums, 0.0))
     if grad.ptr is not None:
         to = grad.ptr + _places(grad.at, cells, k, SPEC)
         tl.store(to, (grad_out * d).to(grad.ptr.dtype.element_ty), mask=keep)
@@ -357,7 +349,7 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
     k = _channels(0, SPEC.CHANNELS)
     pred = Map(pred_ptr, pred_at)
     tile = _load_tile(pred, k, cells, inside, has, SPEC)
-    chosen, iou = _responsible(pred, cells, has, truth, SPEC)
+    chosen, iou = _responsible(tile, k, truth, SPEC)
     tl.store(outputs.taken_ptr + cells, tl.where(has, owner * SPEC.N + chosen, -1), mask=inside)
     confidence = iou
     if not SPEC.RESCORE:
@@ -406,7 +398,7 @@ def cell_grad_kernel(
     tile = _load_tile(pred, k, cells, inside, has, SPEC)
     confidence = tl.full([CELLS], 1.0, SPEC.ACC)
     if SPEC.RESCORE:
-        iou, _distance = _overlap(_box(pred, cells, chosen, has, SPEC), truth, SPEC)
+        iou, _distance = _overlap(_box(tile, k, chosen), truth, SPEC)
         confidence = tl.where(iou > 0, iou, 0.0)  # a NaN does not answer for an object
     held = Held(chosen, confidence, truth, label)
     grad = _like(pred, grad_ptr, grad_at)

@@ -755,12 +755,12 @@ def test_compiled_without_spills(dtype, target):
 
 
 @triton.jit
-def last_of_equals(pred, cells, has, truth, SPEC: tl.constexpr):
+def last_of_equals(tile, k, truth, SPEC: tl.constexpr):
     CELLS: tl.constexpr = SPEC.CELLS
     chosen = tl.zeros([CELLS], tl.int32)
     best = tl.zeros([CELLS], SPEC.ACC)
     for j in tl.static_range(SPEC.N):
-        iou, _distance = kernels._overlap(kernels._box(pred, cells, j, has, SPEC), truth, SPEC)
+        iou, _distance = kernels._overlap(kernels._box(tile, k, tl.full([1], j, tl.int32)), truth, SPEC)
         chosen = tl.where(iou >= best, j, chosen)
         best = tl.maximum(best, iou)
     return chosen, best

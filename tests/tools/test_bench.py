@@ -294,7 +294,7 @@ def test_a_gpu_gives_bandwidth_and_the_distance_from_the_floor():
     assert fused["peak_per_P"] == 1.0
     console = Console(record=True, width=140, file=io.StringIO())
     report.print_tables(console, found, [case], "H100")
-    times = f"0.500 / 0.500 / 0.500 0.300 0.400 {rate:.0f} 2000 {fused['time_over_floor']:.2f} 1.00 50".split()
+    times = f"0.500 / 0.500 / 0.500 0.300 0.100 0.400 {rate:.0f} 2000 {fused['time_over_floor']:.2f} 1.00 50".split()
     assert ["fused", *times] in [line.split() for line in console.export_text().splitlines()]
 
 
