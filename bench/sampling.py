@@ -24,22 +24,25 @@ class Plan:
     ``kinds`` and ``effort`` have an entry for each program. Of each kind at least ``least`` are run, ``most`` in all if
     that allows, whose efforts are spread over those of all, and the one of the largest effort; between two of them what
     a program costs is interpolated by effort. The first and the last program of a launch always run, and stand for
-    themselves. What is left out is not computed, so later launches must not need it.
+    themselves. What is left out is not computed, so later launches must not need it. Of programs that share a tile, so
+    many ``together``, all are run or none.
     """
 
-    def __init__(self, kinds: Sequence[Any], effort: Sequence[float], most: int, least: int):
+    def __init__(self, kinds: Sequence[Any], effort: Sequence[float], most: int, least: int, together: int = 1):
         self.effort = np.asarray(effort, float)
+        first, tiles = self.effort[::together], len(kinds) // together
         members: dict[Any, list[int]] = {}
-        for program in range(1, len(kinds) - 1):
-            members.setdefault(kinds[program], []).append(program)
-        self.members = [np.array(m)[np.argsort(self.effort[m], kind="stable")] for m in members.values()]
-        chosen = {0, len(kinds) - 1}
-        for each in self.members:
-            few = min(len(each), max(least, round(most * len(each) / len(kinds))))
+        for tile in range(1, tiles - 1):
+            members.setdefault(kinds[tile * together], []).append(tile)
+        sorted_members = [np.array(m)[np.argsort(first[m], kind="stable")] for m in members.values()]
+        chosen = {0, tiles - 1}
+        for each in sorted_members:
+            few = min(len(each), max(least, round(most * len(each) / tiles)))
             chosen |= {int(each[int((i + 0.5) * len(each) / few)]) for i in range(few)}
-            if self.effort[each[0]] < self.effort[each[-1]]:
+            if first[each[0]] < first[each[-1]]:
                 chosen.add(int(each[-1]))
-        self.chosen = sorted(chosen)
+        self.members = [each * together + part for each in sorted_members for part in range(together)]
+        self.chosen = [tile * together + part for tile in sorted(chosen) for part in range(together)]
 
     def estimate(self, executed: Mapping[int, int]) -> np.ndarray:
         """What every program costs, from what those do that ran."""
@@ -73,7 +76,8 @@ class Sample:
         """Of a launch."""
         kinds = self.driver.kinds(kernel, programs, arguments)
         with _disable_current_modes():  # not to be counted
-            return Plan(*self.driver.efforts(kernel, kinds, arguments, self.known), self.most, self.least)
+            efforts = self.driver.efforts(kernel, kinds, arguments, self.known)
+            return Plan(*efforts, self.most, self.least, self.driver.together(kernel, arguments))
 
     @contextmanager
     def completed(self) -> Iterator[None]:

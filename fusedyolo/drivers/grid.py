@@ -128,7 +128,7 @@ class GridDriver(Driver):
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
         if kernel not in _BY_TILE:
             return super().kinds(kernel, programs, arguments)
-        cells, parts = arguments["SPEC"].CELLS, _parts(kernel, arguments)
+        cells, parts = arguments["SPEC"].CELLS, self.together(kernel, arguments)
         return [
             (level * (cells + 1) + min(cells, size - tile * cells)) * parts + part
             for level, size, anchors in _by_level(arguments)
@@ -149,21 +149,19 @@ class GridDriver(Driver):
             for image, planes in enumerate((known.assignment.levels[level].row >= 0).flatten(2))
             for plane in planes
             for tile in plane.split(arguments["SPEC"].CELLS)
-            for _ in range(_parts(kernel, arguments))
+            for _ in range(self.together(kernel, arguments))
         ]
         finer = [(kind, assigned > 0) for kind, (assigned, _) in zip(kinds, counts, strict=True)]
         return finer, [4.0 * assigned + rows for assigned, rows in counts]
+
+    def together(self, kernel: str, arguments: Mapping[str, Any]) -> int:
+        return int(arguments["SPEC"].PARTS) if kernel == "grid_grad_kernel" else 1
 
 
 GRID = GridDriver()
 
 _BY_TILE = ("grid_kernel", "grid_grad_kernel")
 """Kernels whose programs are tiles of the maps, or parts of one, level by level, image by image, anchor by anchor."""
-
-
-def _parts(kernel: str, arguments: Mapping[str, Any]) -> int:
-    """Programs of each tile."""
-    return int(arguments["SPEC"].PARTS) if kernel == "grid_grad_kernel" else 1
 
 
 def _by_level(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:

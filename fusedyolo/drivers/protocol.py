@@ -158,6 +158,10 @@ class Driver(Protocol):
         """Of each program a kind that is finer where it must be, and a number that grows with its instructions."""
         return kinds, [0.0] * len(kinds)
 
+    def together(self, kernel: str, arguments: Mapping[str, Any]) -> int:
+        """How many programs, one after the other, share a tile: all of these are run or none."""
+        return 1
+
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
         """After a launch of which some programs did not run: put down what these would have left for later launches."""
         return

@@ -241,6 +241,17 @@ def test_between_two_efforts_instructions_are_interpolated():
     assert found[1:first] == pytest.approx(work[first])
 
 
+def test_programs_that_share_a_tile_are_run_together():
+    """And the same tiles as of a launch with one program each: those whose leavings are there."""
+    kinds = [tile % 3 for tile in range(60)]
+    effort = [float(tile * 7 % 60) for tile in range(60)]
+    alone = sampling.Plan(kinds, effort, 10, LEAST)
+    plan = sampling.Plan([2 * k + p for k in kinds for p in (0, 1)], [e for e in effort for _ in (0, 1)], 10, LEAST, 2)
+    assert plan.chosen == [2 * tile + part for tile in alone.chosen for part in (0, 1)]
+    moved = [100 + 9 * part + kind for kind in kinds for part in (0, 1)]
+    assert plan.estimate({p: moved[p] for p in plan.chosen}).sum() == sum(moved)
+
+
 def test_one_program_is_the_first_and_the_last():
     plan = sampling.Plan([0], [0.0], 8, LEAST)
     assert plan.chosen == [0]
