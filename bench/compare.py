@@ -108,9 +108,12 @@ def run(options: argparse.Namespace) -> int:
     results |= run_all(others, options.jobs, console, "counting and compiling", failures)
     timed = [task for task in tasks if task.device == "cuda"]
     warm(timed, options.jobs, console, failures)
-    for name in dict.fromkeys(task.case for task in timed):  # nothing else runs meanwhile
-        results |= run_all([task for task in timed if task.case == name], 1, console, f"timing {name}", failures)
-        write(options.out, rows(results, work, host, options.gpu), host, failures)  # should the rest be cut
+
+    def keep(found: dict[Task, Any]) -> None:
+        write(options.out, rows(results | found, work, host, options.gpu), host, failures)
+
+    timed.sort(key=lambda task: [case.name for case in cases].index(task.case) if task.case else -1)
+    results |= run_all(timed, 1, console, "timing", failures, keep)  # nothing else runs meanwhile
     found = rows(results, work, host, options.gpu)
     report.print_tables(console, found, cases, options.gpu)
     for path in [*write(options.out, found, host, failures), *plots.plot(options.out, found, cases, options.gpu)]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -67,8 +67,18 @@ def do(task: Task) -> Any:
         torch.cuda.empty_cache()  # for the next one
 
 
-def run_all(tasks: Sequence[Task], jobs: int, console: Console, title: str, failures: list[str]) -> dict[Task, Any]:
-    """Run tasks in ``jobs`` processes at a time; the results there are, and to ``failures`` what the others said."""
+def run_all(
+    tasks: Sequence[Task],
+    jobs: int,
+    console: Console,
+    title: str,
+    failures: list[str],
+    keep: Callable[[dict[Task, Any]], None] = lambda results: None,
+) -> dict[Task, Any]:
+    """Run tasks in ``jobs`` processes at a time; the results there are, and to ``failures`` what the others said.
+
+    ``keep`` is given the results so far whenever there is another, should the rest be cut.
+    """
     calls = {
         task: processes.Call(
             partial(do, task),
@@ -89,6 +99,7 @@ def run_all(tasks: Sequence[Task], jobs: int, console: Console, title: str, fail
                 failures.append(f"{task.label}\n\n{result.why}\n")
             elif task.kind != "warm":
                 results[task] = result
+                keep(results)
                 if not console.is_terminal:
                     console.print(f"{time.monotonic() - start:.0f} s: {task.label}", highlight=False)
 

@@ -398,6 +398,23 @@ def test_what_breaks_is_shown_as_unknown_and_fails_the_run_if_it_is_ours(breaks,
     assert "Traceback" in (tmp_path / "failed.txt").read_text()
 
 
+def test_times_are_taken_once_everything_is_compiled_and_kept_as_they_come(monkeypatch, tmp_path, capsys):
+    results, _, _ = fake_results(gpu=True)
+    answers = {task.kind: result for task, result in results.items()} | {"parity": parity(True), "warm": None}
+    tasks, written = answer(monkeypatch, answers), []
+    monkeypatch.setattr(compare, "environment", lambda: {**HOST, "gpu": "a GPU"})
+    monkeypatch.setattr(compare, "write", lambda out, found, *more: written.append(len(found)) or [])
+    arguments = ["--times", "--quick", "--batch", "2", "--size", "64", "--loss", "yolov4", "--out", str(tmp_path)]
+    assert entry.main(arguments) == 0
+    done = [(task.kind, task.case, task.provider) for task in tasks]
+    names = "YOLOv4/paper", "YOLOv4/darknet"
+    assert done[:4] == [("parity", name, "") for name in names] + [("warm", name, "fused") for name in names]
+    assert done[4:] == [("bandwidth", "", ""), *(("time", name, who) for name in names for who in ("eager", "fused"))]
+    assert written == sorted(written)
+    assert len(written) == 6  # a result each, and all of them
+    assert "a copy's" in capsys.readouterr().out
+
+
 def test_the_main_job_in_small(tmp_path, capsys):
     arguments = ["--quick", "--batch", "1", "--size", "64", "--classes", "4", "--loss", "yolov3/paper"]
     assert entry.main([*arguments, "--target", "sm_90", "--out", str(tmp_path)]) == 0
