@@ -112,7 +112,8 @@ def run(options: argparse.Namespace) -> int:
     def keep(found: dict[Task, Any]) -> None:
         write(options.out, rows(results | found, work, host, options.gpu), host, failures)
 
-    timed.sort(key=lambda task: [case.name for case in cases].index(task.case) if task.case else -1)
+    places = {case.name: place for place, case in enumerate(cases)}
+    timed.sort(key=lambda task: places.get(task.case, -1))  # all providers of a case together
     results |= run_all(timed, 1, console, "timing", failures, keep)  # nothing else runs meanwhile
     found = rows(results, work, host, options.gpu)
     report.print_tables(console, found, cases, options.gpu)

@@ -34,14 +34,14 @@ class Plan:
         members: dict[Any, list[int]] = {}
         for tile in range(1, tiles - 1):
             members.setdefault(kinds[tile * together], []).append(tile)
-        sorted_members = [np.array(m)[np.argsort(first[m], kind="stable")] for m in members.values()]
+        ordered = [np.array(m)[np.argsort(first[m], kind="stable")] for m in members.values()]
         chosen = {0, tiles - 1}
-        for each in sorted_members:
+        for each in ordered:
             few = min(len(each), max(least, round(most * len(each) / tiles)))
             chosen |= {int(each[int((i + 0.5) * len(each) / few)]) for i in range(few)}
             if first[each[0]] < first[each[-1]]:
                 chosen.add(int(each[-1]))
-        self.members = [each * together + part for each in sorted_members for part in range(together)]
+        self.members = [each * together + part for each in ordered for part in range(together)]
         self.chosen = [tile * together + part for tile in sorted(chosen) for part in range(together)]
 
     def estimate(self, executed: Mapping[int, int]) -> np.ndarray:
