@@ -26,7 +26,7 @@ from fusedyolo.tools.registry import SHOWN, RefusedError
 MINUTES = 7.5  # in all
 PYTHON = (sys.executable, "-W", "ignore", "-m")
 REQUIRED = {"environment", "check", "tests", "bench"}
-KERNELS = "regex:(grid|grid_grad|cell|cell_grad|overlap|match|dense|rank|decode|pick|settle|pick_loss)_kernel"
+KERNELS = "regex:(grid|grid_grad|cell|cell_grad|overlap|match|dense|count|rank|decode|pick|settle|pick_loss)_kernel"
 PROFILED = f"from bench.measure import run_fused; run_fused({SHOWN[0].name!r})"
 COLOURS = {"passed": "green", "failed": "bold red", "cut": "yellow", "left out": "yellow"}
 

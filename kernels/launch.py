@@ -93,10 +93,13 @@ class DenseConfig:
     threads: int
     max_registers: int = 128
     match_threads: int = 32
-    rank_threads: int = 512
+    rank_threads: int = 256
     stages: int | None = None
 
 
+WARP = 32  # threads
+RANKED_REGISTERS = 72, 255  # of a thread, where a program of a ranked head is one warp; of float64
+RANKED_GRADIENT_REGISTERS = 88
 WAVE = 4 * 132  # programs that a GPU runs at a time: four a multiprocessor
 MOST_CHUNKS = 12  # classes of an anchor that a thread holds
 ACCESS = 16  # bytes of the widest
@@ -118,24 +121,26 @@ def dense_config(
     most so many cells, and for so many ``logits`` in all; ``ranked`` takes all classes of an anchor at once. ``flat``
     says that logits are streams, of anchors without gaps.
 
-    A thread has 16 bytes of a stream at a time. Four float32 of these leave it with 80 registers, of a ranked head 64,
-    so that three or four programs share a multiprocessor: while one waits for memory others compute. Others take more.
-    Up to 32 tiles a program, four of a ranked head, keep the last one's sum of all partial sums short, as long as there
-    are two waves of programs. Threads share out the classes of an anchor, two sectors at a time: rows begin anywhere,
-    and fewer would touch twice as many.
+    A thread has 16 bytes of a stream at a time. Four float32 of these leave it with 80 registers, so that three or four
+    programs share a multiprocessor: while one waits for memory others compute. Others take more. Up to 32 tiles a
+    program keep the last one's sum of all partial sums short, as long as there are two waves of programs.
+
+    Of a ranked head threads share out the classes of an anchor, two sectors at a time: rows begin anywhere, and fewer
+    would touch twice as many. Its streams are gone through by programs of one warp, with eight tiles: none waits for
+    another.
     """
     width = max(2 * SECTOR // itemsize, power_of_two(-(-classes // MOST_CHUNKS)))
-    few = flat and (itemsize == 4 or (ranked and itemsize < 4))
+    warps = 1 if ranked and flat else 8
     usual = DenseConfig(
         block=256 * (ACCESS // itemsize),
         group=1,
-        steps=4 if ranked else 32,
-        cells=max(1, 1024 // width) if ranked else 512,
+        steps=(64 if flat else 32) // 8 if ranked else 32,
+        cells=max(1, 128 * warps // width) if ranked else 512,
         planes=4,
         width=width,
-        anchors=512,
-        threads=256,
-        max_registers=(64 if ranked else 80) if few else 128,
+        anchors=512 if warps == 8 else 128,
+        threads=32 * warps,
+        max_registers=RANKED_REGISTERS[itemsize == 8] if warps == 1 else 80 if flat and itemsize == 4 else 128,
     )
     tile = classes * usual.cells if ranked else usual.block
     least = 1 if ranked else 2  # of less a program is not worth what it reads first
@@ -154,11 +159,18 @@ def dense_config(
     )
 
 
+def ranked_gradient(config: DenseConfig) -> DenseConfig:
+    """Tile of the gradient of a ranked head; the fewer anchors it has, the more often none of them counts."""
+    if config.threads == WARP:
+        return replace(config, max_registers=max(RANKED_GRADIENT_REGISTERS, config.max_registers))
+    return replace(config, cells=max(1, config.cells // 2), steps=2 * config.steps)
+
+
 MATCH_BLOCK = 256  # anchors of a program
 MATCH_REGISTERS = 160  # of a thread: for fewer the compiler spills
 MOST_CLAIMS = 256  # words that a block of anchors leaves, of 32 rows each: as much memory as the matches themselves
 MATCH_ROWS = 256  # rows it searches at a time for those of its image
-RANK_PART = 4096  # anchors of a program
+RANK_PART = 2048  # anchors of a program
 
 
 @dataclass(frozen=True)

@@ -89,20 +89,15 @@ def near_divide(a, b):
 
 
 @triton.jit
-def log1p(e):
-    """log(1 + e) for e >= 0, to full precision: the rounding of 1 + e cancels in the quotient (Kahan)."""
-    u = 1.0 + e
-    return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
 def log1p_of_share(e):
     """log(1 + e) for e in [0, 1]: in float32 e times a polynomial, within 2.3e-7 of its value also for the smallest e.
 
-    The polynomial is a fit of log(1 + e) / e whose own relative error is 3e-8.
+    The polynomial is a fit of log(1 + e) / e whose own relative error is 3e-8. In float64 the rounding of 1 + e cancels
+    in a quotient (Kahan).
     """
     if e.dtype == tl.float64:
-        result = log1p(e)
+        u = 1.0 + e
+        result = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
     else:
         p = 0.005232503071377436 * e - 0.029504472511753213
         p = p * e + 0.07822470389602328
@@ -113,6 +108,23 @@ def log1p_of_share(e):
         p = p * e - 0.49999493064011546
         p = p * e + 0.9999999698735456
         result = p * e
+    return result
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for 0 <= e < 2^24, to full precision: of e less than 1 as :func:`log1p_of_share`.
+
+    Else 1 + e is a power of two times 1 + share, and what e is more than the power, less 1, is exact.
+    """
+    if e.dtype == tl.float64:
+        result = log1p_of_share(e)
+    else:
+        exponent = (1.0 + e).to(tl.int32, bitcast=True) & 0x7F800000
+        power = exponent.to(tl.float32, bitcast=True)
+        inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+        share = (e - (power - 1.0)) * inverse
+        result = log1p_of_share(share) + 0.6931471805599453 * ((exponent >> 23) - 127).to(tl.float32)
     return result
 
 

@@ -12,20 +12,20 @@ def is_last(done_ptr, programs):
 
 
 @triton.jit
-def column_sums(partial_ptr, programs, COLUMNS: tl.constexpr, ACC: tl.constexpr):
+def column_sums(partial_ptr, programs, COLUMNS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr = 256):
     """Sums of all columns of ``partial[programs, COLUMNS]`` (a power of two), in an order that depends on nothing but
-    ``programs``.
+    ``programs`` and ROWS, of which four times as many are under way at a time.
     """
-    lane = tl.arange(0, 256)[:, None]
+    lane = tl.arange(0, ROWS)[:, None]
     at = partial_ptr + lane * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    total = tl.zeros([256, COLUMNS], ACC)
-    for i in range(0, programs, 1024):
+    total = tl.zeros([ROWS, COLUMNS], ACC)
+    for i in range(0, programs, 4 * ROWS):
         # four at a time, so that they do not wait for each other
         # .cg: other programs wrote these, so a line this multiprocessor has cached would be stale
         a = tl.load(at + i * COLUMNS, mask=i + lane < programs, other=0.0, cache_modifier=".cg")
-        b = tl.load(at + (i + 256) * COLUMNS, mask=i + 256 + lane < programs, other=0.0, cache_modifier=".cg")
-        c = tl.load(at + (i + 512) * COLUMNS, mask=i + 512 + lane < programs, other=0.0, cache_modifier=".cg")
-        d = tl.load(at + (i + 768) * COLUMNS, mask=i + 768 + lane < programs, other=0.0, cache_modifier=".cg")
+        b = tl.load(at + (i + ROWS) * COLUMNS, mask=i + ROWS + lane < programs, other=0.0, cache_modifier=".cg")
+        c = tl.load(at + (i + 2 * ROWS) * COLUMNS, mask=i + 2 * ROWS + lane < programs, other=0.0, cache_modifier=".cg")
+        d = tl.load(at + (i + 3 * ROWS) * COLUMNS, mask=i + 3 * ROWS + lane < programs, other=0.0, cache_modifier=".cg")
         total = total + a + b + c + d
     return tl.sum(total, axis=0)
 

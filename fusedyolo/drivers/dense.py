@@ -171,9 +171,7 @@ class DenseDriver(Driver):
         if kernel in _BY_BLOCK:
             blocks = _blocks(arguments)
             return [int(p % blocks == blocks - 1) for p in range(programs)]
-        if (
-            kernel == "rank_kernel"
-        ):  # the last of an image reads what all others leave, and later launches what it picks
+        if kernel in ("count_kernel", "rank_kernel"):  # the last reads what all leave, and later launches what it picks
             return range(programs)
         return super().kinds(kernel, programs, arguments)
 
@@ -221,7 +219,7 @@ class DenseDriver(Driver):
 
 DENSE = DenseDriver()
 
-_LAUNCHES = {"overlap_kernel": "overlap", "match_kernel": "match", "dense_kernel": "loss", "rank_kernel": "rank"}
+_LAUNCHES = {name + "_kernel": name for name in ("overlap", "match", "count", "rank")} | {"dense_kernel": "loss"}
 _BY_BLOCK = ("overlap_kernel", "match_kernel")
 """Kernels whose programs are blocks of anchors, image by image."""
 

@@ -20,6 +20,7 @@ from ..kernels.launch import (
     RANK_PART,
     DenseConfig,
     dense_config,
+    ranked_gradient,
     power_of_two,
 )
 from ..kernels.levels import Strides
@@ -220,8 +221,8 @@ def _plan(
 ) -> _Plan:
     """Of the driver after the match; ``anchors`` in an image."""
     head, config, row, batch = dense_head_from_key(key), _config(key, preds), _row(key), preds[0].shape[0]
-    if head.negatives and not with_loss:  # the fewer anchors a tile has, the more often it has none that counts
-        config = replace(config, cells=max(1, config.cells // 2), steps=2 * config.steps)
+    if head.negatives and not with_loss:
+        config = ranked_gradient(config)
     layout = _layout(key, preds, preds if grads is None else grads)
     cls_programs, box_programs = _programs(layout, head, batch, config)
     spec = loss.Spec(
@@ -384,18 +385,20 @@ def match_launches(
 
 
 class _RankPlan(NamedTuple):
-    """The launch that ranks but for its tensors, and its parts of an image of so many anchors."""
+    """The launches that rank but for their tensors, and the programs of each."""
 
-    launch: Launch
-    parts: int
+    count: Launch
+    rank: Launch
+    programs: int
 
 
 @planned
 def _rank_plan(key: str, preds: tuple[Layout, ...], anchors: int) -> _RankPlan:
+    """Of images of so many anchors."""
     head, batch, threads = dense_head_from_key(key), preds[0].shape[0], _config(key, preds).rank_threads
     triton_acc, acc = accumulator(preds[0].dtype)
     part = min(RANK_PART, power_of_two(anchors))
-    parts = _ceil(anchors, part)
+    programs = batch * _ceil(anchors, part)
     arguments = {
         "N": anchors,
         "B": batch,
@@ -408,36 +411,33 @@ def _rank_plan(key: str, preds: tuple[Layout, ...], anchors: int) -> _RankPlan:
             PART=part,
         ),
     }
-    launch = Launch(rank.rank_kernel, (batch * parts,), arguments, max(32, part * threads // RANK_PART), 128)
-    return _RankPlan(launch, parts)
+    threads = max(32, part * threads // RANK_PART)
+    launches = [Launch(kernel, (programs,), arguments, threads, 128) for kernel in (rank.count_kernel, rank.rank_kernel)]
+    return _RankPlan(*launches, programs)
 
 
-def rank_launch(
+def rank_launches(
     preds: Sequence[Tensor], head: DenseHead, outputs: DenseOutputs, workspace: Tensor | None = None
-) -> Launch:
-    """The launch that picks the hardest negatives, and completes the loss."""
+) -> list[Launch]:
+    """The launches that pick the hardest negatives, and complete the loss."""
     batch, N = outputs.match.shape
     plan = _rank_plan(head.key, layouts(preds), N)
-    programs = batch * plan.parts
-    return plan.launch.filled(
-        {
-            "ce_ptr": outputs.ce,
-            "match_ptr": outputs.match,
-            "found_ptr": outputs.found,
-            "picks_ptr": outputs.picks,
-            "scratch": rank.Scratch(
-                counts_ptr=outputs.match.new_empty(programs, rank.BINS.value),
-                twice_ptr=outputs.match.new_empty(programs),
-                partial_ptr=outputs.total.new_empty(programs),
-                images_ptr=outputs.total.new_empty(batch),
-                index_ptr=torch.empty_like(outputs.match),
-                listed_ptr=torch.empty_like(outputs.ce),
-            ),
-            "outcome": rank.Outcome(
-                outputs.total, outputs.cls, outputs.box, done_counter(outputs.total.device, workspace)
-            ),
-        }
-    )
+    common = {
+        "ce_ptr": outputs.ce,
+        "match_ptr": outputs.match,
+        "found_ptr": outputs.found,
+        "scratch": rank.Scratch(
+            counts_ptr=outputs.match.new_empty(plan.programs, rank.BINS.value),
+            twice_ptr=outputs.match.new_empty(plan.programs),
+            partial_ptr=outputs.total.new_empty(2, plan.programs),
+            images_ptr=outputs.total.new_empty(batch),
+            index_ptr=torch.empty_like(outputs.match),
+            listed_ptr=torch.empty_like(outputs.ce),
+        ),
+    }
+    done = done_counter(outputs.total.device, workspace)
+    outcome = rank.Outcome(outputs.total, outputs.cls, outputs.box, done)
+    return [plan.count.filled(common), plan.rank.filled({**common, "picks_ptr": outputs.picks, "outcome": outcome})]
 
 
 def loss_launches(
@@ -455,7 +455,7 @@ def loss_launches(
     grads = outputs.grads or None
     launches.append(dense_launch(preds, anchors, rows, head, geometry, outputs, True, grads, workspace=workspace))
     if head.negatives:
-        launches.append(rank_launch(preds, head, outputs, workspace))
+        launches += rank_launches(preds, head, outputs, workspace)
     return launches
 
 

@@ -15,8 +15,8 @@ gradient times ``grads``. SKIP_ONE, of a gradient that is already there for ones
 multiplied by 1, and overwrites the gradient otherwise.
 
 RANKED is for a softmax over classes of which only the hardest negatives count. Who does is known only when every
-anchor has been seen: the loss launch leaves the cross-entropy of each (``ce``), ``rank_kernel`` picks, and the gradient
-launch reads the logits of those picked. As ranks go by index, matches are by index too, not by position. The classes of
+anchor has been seen: the loss launch leaves the cross-entropy of each (``ce``), ``rank.py`` picks and adds up, and the
+gradient launch reads the logits of those picked. As ranks go by index, matches are by index too, not by position. The classes of
 an anchor lie on WIDTH threads of one warp, which hold CHUNKS of them each.
 """
 
@@ -240,10 +240,15 @@ def _tiles(level, FLAT: tl.constexpr, CELLS: tl.constexpr):
 
 @triton.jit
 def _site(tile, level, FLAT: tl.constexpr, CELLS: tl.constexpr):
-    """A tile of a level. With FLAT the cells are all anchors of the level, one a cell."""
-    lane = tl.arange(0, CELLS)
+    """A tile of a level."""
     tiles = _tiles(level, FLAT, CELLS)
-    own = tile % tiles
+    return _site_of(tile // tiles, tile % tiles, level, FLAT, CELLS)
+
+
+@triton.jit
+def _site_of(b, own, level, FLAT: tl.constexpr, CELLS: tl.constexpr):
+    """A tile of an image's level. With FLAT the cells are all anchors of the level, one a cell."""
+    lane = tl.arange(0, CELLS)
     if FLAT:
         a = own * 0
         cells = own * CELLS + lane
@@ -256,7 +261,7 @@ def _site(tile, level, FLAT: tl.constexpr, CELLS: tl.constexpr):
         mask = cells < level.cells
         n = level.start + cells * level.anchors + a
         position = level.start + a * level.cells + cells
-    return Site(tile // tiles, a, cells, n, position, mask)
+    return Site(b, a, cells, n, position, mask)
 
 
 @triton.jit
@@ -441,9 +446,10 @@ def rank_key(ce):
 @triton.jit
 def _ranked_weight(ce, match, n, picks_ptr):
     """How often the cross-entropy of each anchor counts: see :func:`~.rank.rank_kernel`."""
-    key = tl.load(picks_ptr)
-    hard = (rank_key(ce) > key) | ((rank_key(ce) == key) & (n < tl.load(picks_ptr + 1)))
-    twice = n < tl.load(picks_ptr + 2)
+    own = rank_key(ce)
+    key = tl.load(picks_ptr).to(own.dtype)
+    hard = (own > key) | ((own == key) & (n < tl.load(picks_ptr + 1).to(tl.int32)))
+    twice = n < tl.load(picks_ptr + 2).to(tl.int32)
     return tl.where(match >= 0, tl.where(twice, 2, 1), tl.where(hard, 1, 0))
 
 
@@ -487,7 +493,7 @@ def _rest(chunks, largest, SPEC: tl.constexpr):
 
 @triton.jit
 def _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC: tl.constexpr):
-    """Leaves the cross-entropies of some anchors, and returns what shows a NaN in the total, counted or not: else 0."""
+    """Leaves the cross-entropies of some anchors."""
     chunks, largest = _load_chunks(ptr, by_channel, site.mask, SPEC)
     rest = _rest(chunks, largest, SPEC)
     background = tl.where(tl.arange(0, SPEC.WIDTH)[None, :] == 0, chunks[0], 0.0)
@@ -496,13 +502,13 @@ def _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC: tl.constexpr):
     ce = log1p(tl.sum(rest, axis=1)) - (x - tl.sum(largest, axis=1))
     ce = ce + 0.0  # of -0, too, the bits are to be those of 0
     tl.store(ce_ptr + site.n, ce, mask=site.mask)
-    return tl.where(site.mask & (ce != ce), ce, 0.0)
 
 
 @triton.jit
-def _ranked_gradient(ptr, by_channel, d_ptr, d_by_channel, site, label, weight, SPEC: tl.constexpr):
+def _ranked_gradient(ptr, by_channel, d_view, site, own, level, label, weight, SPEC: tl.constexpr):
     """The gradient by the logits of some anchors, of which those with a weight are looked at."""
     CHUNKS: tl.constexpr = SPEC.CHUNKS
+    d_ptr, d_by_channel = _anchors_at(d_view.ptr, d_view.by, site, level, SPEC.C, SPEC)
     lane = tl.arange(0, SPEC.WIDTH)[None, :]
     at = d_ptr[:, None] + lane * d_by_channel
     used = site.mask & (weight != 0)
@@ -515,10 +521,37 @@ def _ranked_gradient(ptr, by_channel, d_ptr, d_by_channel, site, label, weight, 
             d = softmax_slope(e, first, rest, hot.to(SPEC.ACC), 1.0)
             d = tl.where(used[:, None], weight[:, None] * d, 0.0).to(d_ptr.dtype.element_ty)
             tl.store(at + i * SPEC.WIDTH * d_by_channel, d, mask=_chunk_mask(site.mask, i, SPEC))
+    elif SPEC.FLAT:
+        _zeros_of_stream(d_view, site.b, own, level, SPEC)
     else:
         d = tl.zeros_like(label[:, None] + lane).to(d_ptr.dtype.element_ty)
         for i in tl.static_range(CHUNKS):
             tl.store(at + i * SPEC.WIDTH * d_by_channel, d, mask=_chunk_mask(site.mask, i, SPEC))
+
+
+@triton.jit
+def _zeros_of_stream(d_view, b, own, level, SPEC: tl.constexpr):
+    """The gradient of a tile of which no anchor counts, as one stretch of a level's stream [B, n, C]."""
+    C: tl.constexpr = SPEC.C
+    TILE: tl.constexpr = SPEC.CELLS * SPEC.C
+    UNIT: tl.constexpr = 8 if SPEC.CELLS % 8 == 0 else 4 if SPEC.CELLS % 4 == 0 else 1  # numbers that are all of the tile, or none
+    each = level.anchors * level.cells * C
+    if each % UNIT == 0:
+        left = (each // UNIT - own * (TILE // UNIT)) * UNIT
+        start = (b.to(tl.int64) * (each // UNIT) + own * (TILE // UNIT)) * UNIT
+        _store_zeros(d_view.ptr + start, left, TILE)
+    else:
+        _store_zeros(d_view.ptr + (b.to(tl.int64) * each + own * TILE), each - own * TILE, TILE)
+
+
+@triton.jit
+def _store_zeros(ptr, left, TILE: tl.constexpr):
+    """TILE zeros, but no more than are left."""
+    STEP: tl.constexpr = 256
+    for i in tl.static_range(0, TILE, STEP):
+        k = i + tl.arange(0, STEP)
+        zero = tl.zeros([STEP], ptr.dtype.element_ty)
+        tl.store(ptr + k, zero, mask=(k < left) & (k < TILE))
 
 
 @triton.jit
@@ -536,41 +569,47 @@ def _load_ranked(site, batch, matched, ranked, SPEC: tl.constexpr):
 @triton.jit
 def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.constexpr):
     """The cross-entropies of some tiles, or their gradient. What a tile has taken is loaded during the one before."""
-    CELLS: tl.constexpr = SPEC.CELLS
-    unknown = tl.zeros([CELLS], SPEC.ACC)
     scale = grad
     if SPEC.WITH_GRAD and not SPEC.BY_IMAGE:
         scale = grad * share(matched.found_ptr, 0, batch.B, False, SPEC.ACC)
-    tiles = batch.B * _tiles(level, SPEC.FLAT, SPEC.CELLS)
-    end = tl.minimum(local * batch.steps + batch.steps, tiles)
-    site = _site(local * batch.steps, level, SPEC.FLAT, SPEC.CELLS)
+    tiles = _tiles(level, SPEC.FLAT, SPEC.CELLS)
+    b = local * batch.steps // tiles
+    own = local * batch.steps % tiles
+    site = _site_of(b, own, level, SPEC.FLAT, SPEC.CELLS)
     match, ce = _load_ranked(site, batch, matched, ranked, SPEC)
     label = tl.maximum(_labels(matched.rows_ptr, match), 0)  # no row: the background
-    for tile in tl.range(local * batch.steps, end, loop_unroll_factor=1):
-        site = _site(tl.minimum(tile + 1, end - 1), level, SPEC.FLAT, SPEC.CELLS)
+    count = tl.minimum(batch.steps, batch.B * tiles - local * batch.steps)
+    for _i in tl.range(0, count, loop_unroll_factor=1):
+        over = own + 1 == tiles
+        next_b = tl.where(over, tl.minimum(b + 1, batch.B - 1), b)
+        next_own = tl.where(over, 0, own + 1)
+        site = _site_of(next_b, next_own, level, SPEC.FLAT, SPEC.CELLS)
         next_match, next_ce = _load_ranked(site, batch, matched, ranked, SPEC)
-        site = _site(tile, level, SPEC.FLAT, SPEC.CELLS)
+        site = _site_of(b, own, level, SPEC.FLAT, SPEC.CELLS)
         ptr, by_channel = _anchors_at(view.ptr, view.by, site, level, SPEC.C, SPEC)
         if SPEC.WITH_GRAD:
             if SPEC.BY_IMAGE:
                 scale = grad * share(matched.found_ptr, site.b, batch.B, True, SPEC.ACC)
             times = _ranked_weight(ce, match, site.n, ranked.picks_ptr + 4 * site.b)
-            d_ptr, d_by_channel = _anchors_at(view.d_ptr, view.d_by, site, level, SPEC.C, SPEC)
-            _ranked_gradient(ptr, by_channel, d_ptr, d_by_channel, site, label, times.to(SPEC.ACC) * scale, SPEC)
+            d_view = View(view.d_ptr, view.d_by, view.d_ptr, view.d_by)
+            weight = times.to(SPEC.ACC) * scale
+            _ranked_gradient(ptr, by_channel, d_view, site, own, level, label, weight=weight, SPEC=SPEC)
         else:
             ce_ptr = ranked.ce_ptr + site.b.to(tl.int64) * batch.N
-            unknown += _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC)
+            _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC)
         match = next_match
         ce = next_ce
         label = tl.maximum(_labels(matched.rows_ptr, match), 0)
-    return tl.sum(unknown, axis=0)
+        b = next_b
+        own = next_own
 
 
 @triton.jit
 def _class_program(local, view, level, batch, matched, ranked, terms, numbers, grad, SPEC: tl.constexpr):
-    """Class loss of a program of a level, and the gradient."""
+    """Class loss of a program of a level, and the gradient; of a ranked head ``rank.py`` adds the loss up."""
+    loss = tl.cast(0.0, SPEC.ACC)
     if SPEC.RANKED:
-        loss = _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC)
+        _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC)
     elif SPEC.FLAT:
         loss = _stream_classes(local, view, level, batch, matched, terms, numbers, grad, SPEC)
     else:
@@ -705,7 +744,8 @@ def _box_program(local, boxes, centres, level, batch, matched, terms, numbers, g
 @triton.jit
 def _finish(sums, programs, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
     """The loss from the partial sums of all programs."""
-    totals = column_sums(sums.partial_ptr, programs, N_PARTS, SPEC.ACC)
+    ROWS: tl.constexpr = 32 if SPEC.RANKED and SPEC.FLAT else 256  # of a ranked stream it is one warp that adds up
+    totals = column_sums(sums.partial_ptr, programs, N_PARTS, SPEC.ACC, ROWS)
     classes = column(totals, 0)
     boxes = column(totals, 1)
     centres = column(totals, 2)
@@ -717,6 +757,16 @@ def _finish(sums, programs, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
     tl.store(sums.done_ptr, 0)  # ready for the next launch
 
 
+@triton.jit
+def _add_up(cls, box, centre, pid, programs, sums, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
+    """Leaves the partial sums of one of so many programs; the last of them adds up."""
+    part = tl.arange(0, N_PARTS)
+    partial = tl.where(part == 0, cls, tl.where(part == 1, box, tl.where(part == 2, centre, 0.0)))
+    tl.store(sums.partial_ptr + pid * N_PARTS + part, partial)
+    if is_last(sums.done_ptr, programs):
+        _finish(sums, programs, SPEC, WITH_CENTRES)
+
+
 @triton.jit(do_not_specialize=["N", "B", "steps"])
 def dense_kernel(predictions, levels, N, B, steps, matched, terms, numbers, grads, ranked, sums, SPEC: tl.constexpr):
     """Loss and gradient of a dense head; grid: the programs of boxes, level by level, then those of class logits.
@@ -725,9 +775,9 @@ def dense_kernel(predictions, levels, N, B, steps, matched, terms, numbers, grad
     """
     pid = tl.program_id(0)
     batch = Batch(N, B, steps)
-    i, local, end = _range_of(pid, levels.box_programs, 0, pid * 0, pid * 0)
-    of_boxes = pid < end
-    i, local, end = _range_of(pid, levels.class_programs, end, i, local)
+    i, local, boxes_end = _range_of(pid, levels.box_programs, 0, pid * 0, pid * 0)
+    of_boxes = pid < boxes_end
+    i, local, _end = _range_of(pid, levels.class_programs, boxes_end, i, local)
     start = pid * 0
     for j in tl.static_range(len(levels.cells)):
         start += tl.where(i > j, plain(levels.anchors[j]) * plain(levels.cells[j]), 0)
@@ -758,9 +808,7 @@ def dense_kernel(predictions, levels, N, B, steps, matched, terms, numbers, grad
         )
 
     if SPEC.WITH_LOSS:
-        part = tl.arange(0, N_PARTS)
-        partial = tl.where(part == 0, cls, tl.where(part == 1, box, tl.where(part == 2, centre, 0.0)))
-        tl.store(sums.partial_ptr + pid * N_PARTS + part, partial)
-        programs = tl.num_programs(0)
-        if is_last(sums.done_ptr, programs):
-            _finish(sums, programs, SPEC, terms.centre is not None)
+        if not SPEC.RANKED:
+            _add_up(cls, box, centre, pid, tl.num_programs(0), sums, SPEC, terms.centre is not None)
+        elif of_boxes:
+            _add_up(cls, box, centre, pid, boxes_end, sums, SPEC, terms.centre is not None)
