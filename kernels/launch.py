@@ -93,12 +93,12 @@ class DenseConfig:
     threads: int
     max_registers: int = 128
     match_threads: int = 32
-    rank_threads: int = 256
+    rank_threads: int = 128
     stages: int | None = None
 
 
 WARP = 32  # threads
-RANKED_REGISTERS = 72, 255  # of a thread, where a program of a ranked head is one warp; of float64
+RANKED_REGISTERS = 64, 255  # of a thread, where a program of a ranked head is one warp; of float64
 RANKED_GRADIENT_REGISTERS = 88
 WAVE = 4 * 132  # programs that a GPU runs at a time: four a multiprocessor
 MOST_CHUNKS = 12  # classes of an anchor that a thread holds
@@ -129,7 +129,7 @@ def dense_config(
     would touch twice as many. Its streams are gone through by programs of one warp, with eight tiles: none waits for
     another.
     """
-    width = max(2 * SECTOR // itemsize, power_of_two(-(-classes // MOST_CHUNKS)))
+    width = max(2 * SECTOR // max(itemsize, 4), power_of_two(-(-classes // MOST_CHUNKS)))
     warps = 1 if ranked and flat else 8
     usual = DenseConfig(
         block=256 * (ACCESS // itemsize),
@@ -138,7 +138,7 @@ def dense_config(
         cells=max(1, 128 * warps // width) if ranked else 512,
         planes=4,
         width=width,
-        anchors=512 if warps == 8 else 128,
+        anchors=64 * warps,
         threads=32 * warps,
         max_registers=RANKED_REGISTERS[itemsize == 8] if warps == 1 else 80 if flat and itemsize == 4 else 128,
     )
@@ -170,7 +170,8 @@ MATCH_BLOCK = 256  # anchors of a program
 MATCH_REGISTERS = 160  # of a thread: for fewer the compiler spills
 MOST_CLAIMS = 256  # words that a block of anchors leaves, of 32 rows each: as much memory as the matches themselves
 MATCH_ROWS = 256  # rows it searches at a time for those of its image
-RANK_PART = 2048  # anchors of a program
+RANK_PART = 1024  # anchors of a program
+RANK_REGISTERS = 96  # of a thread: five programs share a multiprocessor
 
 
 @dataclass(frozen=True)

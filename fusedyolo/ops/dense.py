@@ -18,6 +18,7 @@ from ..kernels.launch import (
     MATCH_ROWS,
     MOST_CLAIMS,
     RANK_PART,
+    RANK_REGISTERS,
     DenseConfig,
     dense_config,
     ranked_gradient,
@@ -170,7 +171,8 @@ def _programs(layout: _Layout, head: DenseHead, batch: int, config: DenseConfig)
         elif layout.flat:
             tiles = _ceil(batch * each * head.num_classes, config.block * config.steps)
         cls.append(tiles)
-        boxes.append(batch * rows * _ceil(each, config.anchors))
+        own = batch * rows * _ceil(each, config.anchors)
+        boxes.append(_ceil(own, config.steps) if head.negatives and layout.flat else own)
     return tuple(cls), tuple(boxes)
 
 
@@ -412,7 +414,7 @@ def _rank_plan(key: str, preds: tuple[Layout, ...], anchors: int) -> _RankPlan:
         ),
     }
     threads = max(32, part * threads // RANK_PART)
-    launches = [Launch(kernel, (programs,), arguments, threads, 128) for kernel in (rank.count_kernel, rank.rank_kernel)]
+    launches = [Launch(kernel, (programs,), arguments, threads, RANK_REGISTERS) for kernel in (rank.count_kernel, rank.rank_kernel)]
     return _RankPlan(*launches, programs)
 
 
@@ -426,8 +428,11 @@ def rank_launches(
         "ce_ptr": outputs.ce,
         "match_ptr": outputs.match,
         "found_ptr": outputs.found,
+        "picks_ptr": outputs.picks,
         "scratch": rank.Scratch(
             counts_ptr=outputs.match.new_empty(plan.programs, rank.BINS.value),
+            bins_ptr=outputs.match.new_empty(batch, 4),
+            earlier_ptr=outputs.match.new_empty(plan.programs),
             twice_ptr=outputs.match.new_empty(plan.programs),
             partial_ptr=outputs.total.new_empty(2, plan.programs),
             images_ptr=outputs.total.new_empty(batch),
@@ -437,7 +442,7 @@ def rank_launches(
     }
     done = done_counter(outputs.total.device, workspace)
     outcome = rank.Outcome(outputs.total, outputs.cls, outputs.box, done)
-    return [plan.count.filled(common), plan.rank.filled({**common, "picks_ptr": outputs.picks, "outcome": outcome})]
+    return [plan.count.filled(common), plan.rank.filled({**common, "outcome": outcome})]
 
 
 def loss_launches(

@@ -701,7 +701,23 @@ def _centreness(shift, true):
 def _box_program(local, boxes, centres, level, batch, matched, terms, numbers, grads, SPEC: tl.constexpr):
     """Box and centreness loss of a program of a level, and the gradient."""
     ANCHORS: tl.constexpr = SPEC.ANCHORS
-    site = _site(local, level, SPEC.FLAT, ANCHORS)
+    if SPEC.RANKED and SPEC.FLAT:
+        tiles = batch.B * _tiles(level, True, ANCHORS)
+        box = tl.cast(0.0, SPEC.ACC)
+        centre = tl.cast(0.0, SPEC.ACC)
+        for tile in tl.range(local * batch.steps, tl.minimum((local + 1) * batch.steps, tiles), loop_unroll_factor=1):
+            site = _site(tile, level, True, ANCHORS)
+            box += _box_tile(site, boxes, centres, level, batch, matched, terms, numbers=numbers, grads=grads, SPEC=SPEC)[0]
+    else:
+        site = _site(local, level, SPEC.FLAT, ANCHORS)
+        box, centre = _box_tile(site, boxes, centres, level, batch, matched, terms, numbers=numbers, grads=grads, SPEC=SPEC)
+    return box, centre
+
+
+@triton.jit
+def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads, SPEC: tl.constexpr):
+    """Box and centreness loss of some anchors, and the gradient."""
+    ANCHORS: tl.constexpr = SPEC.ANCHORS
     position = site.position
     if SPEC.RANKED:
         position = site.n

@@ -1,10 +1,10 @@
 """Ranking the anchors without a row by their cross-entropy: which of them count, and what a ranked head's classes cost.
 
 Two launches, each with several programs an image, a PART of its anchors each. The first counts how many of those lie in
-each of BINS bins of cross-entropies. So every program of the second knows the bin in which the least of those that
-count lies, and how many anchors earlier programs have there: it adds up all above, and puts its own at their place in
-the list of the image. The last program of an image picks among these, DIGIT bits of their keys at a time; the last of
-all adds up the images. Nothing depends on the order in which programs run.
+each of BINS bins of cross-entropies; the last of its programs finds the bin in which the least of those that count
+lies, and how many anchors each part and those before it have there. So every program of the second adds up all above,
+and puts its own at their place in the list of the image. The last program of an image picks among these, bit by bit of their keys; the last of all adds
+up the images. Nothing depends on the order in which programs run.
 """
 
 from typing import Any, NamedTuple
@@ -17,10 +17,8 @@ from .loss import rank_key, share
 
 BINS: tl.constexpr = tl.constexpr(256)
 LEAST: tl.constexpr = tl.constexpr(-16)  # all below two to this are in the first bin, an octave are eight
-DIGIT: tl.constexpr = tl.constexpr(10)
-VALUES: tl.constexpr = tl.constexpr(1024)  # of a digit
 LISTED: tl.constexpr = tl.constexpr(1024)  # of a list at a time
-AT_A_TIME: tl.constexpr = tl.constexpr(16)  # parts whose bins are read
+AT_A_TIME: tl.constexpr = tl.constexpr(8)  # parts whose bins are read
 
 
 class RankSpec(NamedTuple):
@@ -37,6 +35,8 @@ class Scratch(NamedTuple):
     """What the programs of a ranking leave for each other."""
 
     counts_ptr: Any  # int32 [programs, BINS]: anchors without a row, by their bins
+    bins_ptr: Any  # int32 [B, 4]: the bin of the least that counts, how many count there, how many there are
+    earlier_ptr: Any  # int32 [programs]: how many of these belong to earlier parts
     twice_ptr: Any  # int32 [programs]: the end of the anchors that count twice
     partial_ptr: Any  # [2, programs]: sums over anchors with a row, and over those without one above the bin of the least
     images_ptr: Any  # [B]: sums of images
@@ -58,6 +58,13 @@ class Wanted(NamedTuple):
 
     hardest: Any  # of those without a row
     twice: Any  # of those with one, the first, where there are not enough without
+
+
+class List(NamedTuple):
+    """The list of an image."""
+
+    index_ptr: Any
+    listed_ptr: Any
 
 
 class Bin(NamedTuple):
@@ -118,21 +125,27 @@ def _load(ce_ptr, match_ptr, n, end):
 
 
 @triton.jit
-def _bin_of_image(first_program, parts, part, left, scratch):
-    """Of an image, seen from one of its parts."""
-    row = tl.arange(0, AT_A_TIME)[:, None]
-    at = scratch.counts_ptr + (first_program + row) * BINS + tl.arange(0, BINS)[None, :]
+def _find_bin(first_program, parts, wanted, bins_ptr, scratch):
+    """Leaves the bin of an image in which the least of those that count lies, and what earlier parts have there.
+
+    Loads are .cg: other programs wrote these, so a line this multiprocessor has cached would be stale.
+    """
+    row = tl.arange(0, AT_A_TIME)
+    at = scratch.counts_ptr + (first_program + row[:, None]) * BINS + tl.arange(0, BINS)[None, :]
     counts = tl.zeros([AT_A_TIME, BINS], tl.int32)
-    earlier = tl.zeros([AT_A_TIME, BINS], tl.int32)
     for i in range(0, parts, AT_A_TIME):
-        found = tl.load(at + i * BINS, mask=i + row < parts, other=0)
-        counts += found
-        earlier += tl.where(i + row < part, found, 0)
-    counts = tl.sum(counts, axis=0)
-    number, left = _reached(counts, left)
-    own = tl.arange(0, BINS) == number
-    before = tl.sum(tl.where(own, tl.sum(earlier, axis=0), 0), axis=0)
-    return Bin(number, left, before, tl.sum(tl.where(own, counts, 0), axis=0))
+        counts += tl.load(at + i * BINS, mask=(i + row < parts)[:, None], other=0, cache_modifier=".cg")
+    number, left = _reached(tl.sum(counts, axis=0), wanted)
+    earlier = number * 0
+    for i in range(0, parts, AT_A_TIME):
+        there = i + row < parts
+        program = first_program + i + row
+        own = tl.load(scratch.counts_ptr + program * BINS + number, mask=there, other=0, cache_modifier=".cg")
+        tl.store(scratch.earlier_ptr + program, earlier + tl.cumsum(own, axis=0) - own, mask=there)
+        earlier += tl.sum(own, axis=0)
+    tl.store(bins_ptr, number)
+    tl.store(bins_ptr + 1, left)
+    tl.store(bins_ptr + 2, earlier)
 
 
 @triton.jit
@@ -146,7 +159,7 @@ def _twice_of_image(first_program, parts, scratch):
 
 
 @triton.jit
-def _list(ce_ptr, match_ptr, first, N, own_bin, scratch, base, SPEC: tl.constexpr):
+def _list(ce_ptr, match_ptr, first, N, own_bin, own_list, SPEC: tl.constexpr):
     """Puts the anchors of a part without a row that are in a bin into the image's list; the sum over all above."""
     least = tl.where(own_bin.number > 0, _edge(own_bin.number, SPEC), 0)
     most = tl.where(own_bin.number < BINS - 1, _edge(own_bin.number + 1, SPEC), (1 << SPEC.BITS) - 1)
@@ -155,67 +168,71 @@ def _list(ce_ptr, match_ptr, first, N, own_bin, scratch, base, SPEC: tl.constexp
     ce = tl.where(match >= 0, -1.0, ce)
     keys = _keys(ce, SPEC.KEY)
     there = (keys >= least) & (keys < most)
-    at = base + own_bin.earlier + tl.cumsum(there.to(tl.int32), axis=0) - 1
-    tl.store(scratch.index_ptr + at, n, mask=there)
-    tl.store(scratch.listed_ptr + at, ce, mask=there)
+    at = own_bin.earlier + tl.cumsum(there.to(tl.int32), axis=0) - 1
+    tl.store(own_list.index_ptr + at, n, mask=there)
+    tl.store(own_list.listed_ptr + at, ce, mask=there)
     return tl.sum(tl.where(keys >= most, ce, 0.0), axis=0)
 
 
 @triton.jit
-def _listed(i, count, scratch, base, SPEC: tl.constexpr):
+def _listed(i, count, own_list, SPEC: tl.constexpr):
     """LISTED anchors of a list from the i-th on: where they are, cross-entropies and keys.
 
     Loads are .cg: other programs wrote these, so a line this multiprocessor has cached would be stale.
     """
-    place = i + tl.arange(0, LISTED)
-    at = base + place
-    ce = tl.load(scratch.listed_ptr + at, mask=place < count, other=-1.0, cache_modifier=".cg")
+    at = i + tl.arange(0, LISTED)
+    ce = tl.load(own_list.listed_ptr + at, mask=at < count, other=-1.0, cache_modifier=".cg")
     return at, ce, _keys(ce, SPEC.KEY)
 
 
 @triton.jit
-def _cut(own_bin, scratch, base, SPEC: tl.constexpr):
-    """The least key that counts of an image's list, and how many of those equal to it do: some bits at a time."""
-    EXPONENT: tl.constexpr = 8 if SPEC.BITS == 31 else 11
-    inner = (own_bin.number > 0) & (own_bin.number < BINS - 1)
-    # the bits above these are those of the bin
-    unknown = tl.where(inner, SPEC.BITS - EXPONENT - 3, SPEC.BITS).to(SPEC.KEY)
-    cut = tl.where(inner, _edge(own_bin.number, SPEC), 0).to(SPEC.KEY)
-    left = own_bin.left
-    while unknown > 0:
-        shift = tl.maximum(unknown - DIGIT, 0)
-        counts = tl.zeros([VALUES], tl.int32)
-        for i in range(0, own_bin.all, LISTED):
-            _at, _ce, keys = _listed(i, own_bin.all, scratch, base, SPEC)
-            same = (keys >> shift >> (unknown - shift)) == (cut >> shift >> (unknown - shift))
-            counts += tl.histogram(tl.where(same, (keys >> shift) & (VALUES - 1), 0).to(tl.int32), VALUES)
-        digit, left = _reached(counts, left)
-        cut = cut | (digit.to(SPEC.KEY) << shift)
-        unknown = shift
-    return cut, left
+def _reaching(keys, key, own_bin, own_list, SPEC: tl.constexpr):
+    """How many keys of an image's list are at least ``key``; ``keys`` are the first of them."""
+    count = tl.sum((keys >= key).to(tl.int32), axis=0)
+    for i in range(LISTED, own_bin.all, LISTED):
+        _at, _ce, others = _listed(i, own_bin.all, own_list, SPEC)
+        count += tl.sum((others >= key).to(tl.int32), axis=0)
+    return count
 
 
 @triton.jit
-def _least(own_bin, key, left, scratch, base, SPEC: tl.constexpr):
+def _cut(own_bin, own_list, SPEC: tl.constexpr):
+    """The least key that counts of an image's list, and how many of those equal to it do."""
+    EXPONENT: tl.constexpr = 8 if SPEC.BITS == 31 else 11
+    _at, _ce, keys = _listed(0, own_bin.all, own_list, SPEC)
+    inner = (own_bin.number > 0) & (own_bin.number < BINS - 1)
+    bit = tl.where(inner, SPEC.BITS - EXPONENT - 3, SPEC.BITS) - 1  # those above are of the bin
+    cut = tl.where(inner, _edge(own_bin.number, SPEC), 0).to(SPEC.KEY)
+    while bit >= 0:
+        higher = cut | (tl.full([], 1, SPEC.KEY) << bit)
+        cut = tl.where(_reaching(keys, higher, own_bin, own_list, SPEC) >= own_bin.left, higher, cut)
+        bit -= 1
+    return cut, own_bin.left - _reaching(keys, cut + 1, own_bin, own_list, SPEC)
+
+
+@triton.jit
+def _least(own_bin, key, left, own_list, SPEC: tl.constexpr):
     """Of all in an image's list that count the sum, and the end of those equal to the least."""
     total = tl.zeros([LISTED], SPEC.ACC)
     limit = tl.zeros([LISTED], tl.int32)
     equals = own_bin.all * 0
     for i in range(0, own_bin.all, LISTED):
-        at, ce, keys = _listed(i, own_bin.all, scratch, base, SPEC)
+        at, ce, keys = _listed(i, own_bin.all, own_list, SPEC)
         equal = (keys == key).to(tl.int32)
         counted = (keys == key) & (equals + tl.cumsum(equal, axis=0) <= left)
         total += tl.where((keys > key) | counted, ce, 0.0)
-        index = tl.load(scratch.index_ptr + at, mask=counted, other=-1, cache_modifier=".cg")
+        index = tl.load(own_list.index_ptr + at, mask=counted, other=-1, cache_modifier=".cg")
         limit = tl.maximum(limit, index + 1)
         equals += tl.sum(equal, axis=0)
     return tl.sum(total, axis=0), tl.max(limit, axis=0)
 
 
 @triton.jit(do_not_specialize=["N", "B"])
-def count_kernel(ce_ptr, match_ptr, found_ptr, N, B, ratio, scratch, SPEC: tl.constexpr):
-    """How many of the anchors without a row are in each bin, and sums over those with one; grid: for each image its
-    parts."""
+def count_kernel(ce_ptr, match_ptr, found_ptr, N, B, ratio, picks_ptr, scratch, SPEC: tl.constexpr):
+    """The bin of the least that counts, and sums over anchors with a row; grid: for each image its parts.
+
+    ``picks_ptr`` [B, 4], int64: the fourth of an image is 0, counts the programs that have finished, and is left at 0.
+    """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     parts = programs // B
@@ -223,6 +240,7 @@ def count_kernel(ce_ptr, match_ptr, found_ptr, N, B, ratio, scratch, SPEC: tl.co
     first = pid % parts * SPEC.PART
     ce_ptr += b.to(tl.int64) * N
     match_ptr += b.to(tl.int64) * N
+    picks_ptr += 4 * b
     wanted = _wanted(tl.load(found_ptr + b), N, ratio)
     n = first + tl.arange(0, SPEC.PART)
     ce, match = _load(ce_ptr, match_ptr, n, N)
@@ -244,6 +262,9 @@ def count_kernel(ce_ptr, match_ptr, found_ptr, N, B, ratio, scratch, SPEC: tl.co
         others = tl.sum((match >= 0).to(tl.int32), axis=0)  # that do not take part, and are in the first bin
         own = tl.arange(0, BINS)
         tl.store(scratch.counts_ptr + pid * BINS + own, counts - tl.where(own == 0, others, 0))
+        if is_last(picks_ptr + 3, parts):
+            _find_bin(b * parts, parts, wanted.hardest, scratch.bins_ptr + 4 * b, scratch)
+            tl.store(picks_ptr + 3, 0)
 
 
 @triton.jit(do_not_specialize=["N", "B"])
@@ -264,27 +285,30 @@ def rank_kernel(ce_ptr, match_ptr, found_ptr, N, B, ratio, picks_ptr, scratch, o
     picks_ptr += 4 * b
     wanted = _wanted(tl.load(found_ptr + b), N, ratio)
     own_bin = Bin(part * 0, part * 0, part * 0, part * 0)
+    own_list = List(scratch.index_ptr + base, scratch.listed_ptr + base)
     above = tl.cast(0.0, SPEC.ACC)
     if wanted.hardest > 0:
-        own_bin = _bin_of_image(b * parts, parts, part, wanted.hardest, scratch)
-        above = _list(ce_ptr + base, match_ptr + base, part * SPEC.PART, N, own_bin, scratch, base, SPEC)
+        bins_ptr = scratch.bins_ptr + 4 * b
+        earlier = tl.load(scratch.earlier_ptr + pid)
+        own_bin = Bin(tl.load(bins_ptr), tl.load(bins_ptr + 1), earlier, tl.load(bins_ptr + 2))
+        above = _list(ce_ptr + base, match_ptr + base, part * SPEC.PART, N, own_bin, own_list, SPEC)
     tl.store(scratch.partial_ptr + programs + pid, above)
     if is_last(picks_ptr + 3, parts):
         key = tl.full([], (1 << SPEC.BITS) - 1, SPEC.KEY)  # above any
         limit = wanted.hardest * 0
         total = tl.cast(0.0, SPEC.ACC)
         if wanted.hardest > 0:
-            key, left = _cut(own_bin, scratch, base, SPEC)
-            total, limit = _least(own_bin, key, left, scratch, base, SPEC)
+            key, left = _cut(own_bin, own_list, SPEC)
+            total, limit = _least(own_bin, key, left, own_list, SPEC)
         tl.store(picks_ptr, key.to(tl.int64))
         tl.store(picks_ptr + 1, limit.to(tl.int64))
         tl.store(picks_ptr + 2, _twice_of_image(b * parts, parts, scratch).to(tl.int64))
-        total += column(column_sums(scratch.partial_ptr + b * parts, parts, 1, SPEC.ACC), 0)
-        total += column(column_sums(scratch.partial_ptr + programs + b * parts, parts, 1, SPEC.ACC), 0)
+        total += column(column_sums(scratch.partial_ptr + b * parts, parts, 1, SPEC.ACC, 64), 0)
+        total += column(column_sums(scratch.partial_ptr + programs + b * parts, parts, 1, SPEC.ACC, 64), 0)
         weight = share(found_ptr, b, B, SPEC.BY_IMAGE, SPEC.ACC)
         tl.store(scratch.images_ptr + b, weight * total)
         if is_last(outcome.done_ptr, B):
-            classes = column(column_sums(scratch.images_ptr, B, 1, SPEC.ACC), 0)
+            classes = column(column_sums(scratch.images_ptr, B, 1, SPEC.ACC, 64), 0)
             tl.store(outcome.class_ptr, classes)
             tl.store(outcome.total_ptr, classes + tl.load(outcome.box_ptr))
             tl.store(outcome.done_ptr, 0)
