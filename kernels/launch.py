@@ -98,12 +98,24 @@ class DenseConfig:
 
 
 WARP = 32  # threads
-RANKED_REGISTERS = 64, 255  # of a thread, where a program of a ranked head is one warp; of float64
+STREAM_REGISTERS = {"offset": 48, "iou": 64, "giou": 64}
+"""Of a thread, by the term of the boxes: for fewer it spills. Others take 112."""
+RANKED_REGISTERS = 64
+GRADIENT_REGISTERS = 80  # at least; nobody waits for what it leaves alone
 RANKED_GRADIENT_REGISTERS = 88
 WAVE = 4 * 132  # programs that a GPU runs at a time: four a multiprocessor
 MOST_CHUNKS = 12  # classes of an anchor that a thread holds
 ACCESS = 16  # bytes of the widest
 SECTOR = 32  # bytes that memory moves at least
+
+
+def _registers(itemsize: int, ranked: bool, box: str) -> int:
+    """At most so many a thread, of streams; of halves a thread has twice as many numbers."""
+    if itemsize == 8:
+        return 255
+    if ranked:
+        return RANKED_REGISTERS
+    return STREAM_REGISTERS.get(box, 112) + 16 * (itemsize == 2)
 
 
 @lru_cache(maxsize=256)
@@ -115,15 +127,16 @@ def dense_config(
     itemsize: int,
     ranked: bool,
     flat: bool,
+    box: str,
     wishes: Wishes = (),
 ) -> DenseConfig:
     """Tile for streams of at least so many numbers an image, so that a chunk meets two images at most, for maps of at
     most so many cells, and for so many ``logits`` in all; ``ranked`` takes all classes of an anchor at once. ``flat``
-    says that logits are streams, of anchors without gaps.
+    says that logits are streams, of anchors without gaps; ``box`` is the term of the boxes, or ``offset``.
 
-    A thread has 16 bytes of a stream at a time. Four float32 of these leave it with 80 registers, so that three or four
-    programs share a multiprocessor: while one waits for memory others compute. Others take more. Up to 32 tiles a
-    program keep the last one's sum of all partial sums short, as long as there are two waves of programs.
+    A thread has 16 bytes of a stream at a time, and few registers, so that three to five programs share a
+    multiprocessor: while one waits for memory others compute. Planes take more. Up to 32 tiles a program keep the last
+    one's sum of all partial sums short, as long as there are two waves of programs.
 
     Of a ranked head threads share out the classes of an anchor, two sectors at a time: rows begin anywhere, and fewer
     would touch twice as many. Its streams are gone through by programs of one warp, with eight tiles: none waits for
@@ -140,7 +153,7 @@ def dense_config(
         width=width,
         anchors=64 * warps,
         threads=32 * warps,
-        max_registers=RANKED_REGISTERS[itemsize == 8] if warps == 1 else 80 if flat and itemsize == 4 else 128,
+        max_registers=_registers(itemsize, ranked, box) if flat else 128,
     )
     tile = classes * usual.cells if ranked else usual.block
     least = 1 if ranked else 2  # of less a program is not worth what it reads first
@@ -159,11 +172,12 @@ def dense_config(
     )
 
 
-def ranked_gradient(config: DenseConfig) -> DenseConfig:
-    """Tile of the gradient of a ranked head; the fewer anchors it has, the more often none of them counts."""
-    if config.threads == WARP:
-        return replace(config, max_registers=max(RANKED_GRADIENT_REGISTERS, config.max_registers))
-    return replace(config, cells=max(1, config.cells // 2), steps=2 * config.steps)
+def dense_gradient(config: DenseConfig, ranked: bool) -> DenseConfig:
+    """Tile of the gradient alone; of a ranked head, the fewer anchors it has, the more often none of them counts."""
+    if ranked and config.threads > WARP:
+        return replace(config, cells=max(1, config.cells // 2), steps=2 * config.steps)
+    least = RANKED_GRADIENT_REGISTERS if ranked else GRADIENT_REGISTERS
+    return replace(config, max_registers=max(least, config.max_registers))
 
 
 MATCH_BLOCK = 256  # anchors of a program
@@ -207,7 +221,7 @@ def pick_config(largest_map: int, layout: str, classes: int, wishes: Wishes = ()
     where channels follow each other 16 of them, of each cell two sectors; classes are shared out evenly. Of more cells
     with a row at a time the logits of their distances take more registers than there are.
     """
-    cells, planes, picks = (64, 16, 8) if layout == "channels" else (256, 8, 16)
+    cells, planes, picks = (64, 16, 8) if layout == "channels" else (512, 8, 16)
     wanted = replace(PickConfig(cells, planes, group=0, picks=picks), **dict(wishes))
     cells = wanted.cells
     while cells > SMALLEST_TILE and cells >= 2 * largest_map:

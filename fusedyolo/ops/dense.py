@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +20,7 @@ from ..kernels.launch import (
     RANK_REGISTERS,
     DenseConfig,
     dense_config,
-    ranked_gradient,
+    dense_gradient,
     power_of_two,
 )
 from ..kernels.levels import Strides
@@ -199,6 +198,7 @@ def _config(key: str, preds: tuple[Layout, ...]) -> DenseConfig:
         pred.dtype.itemsize,
         head.negatives > 0,
         layout.flat,
+        "offset" if TERMS[head.box].is_offset else head.box,
         tuned,
     )
 
@@ -223,8 +223,8 @@ def _plan(
 ) -> _Plan:
     """Of the driver after the match; ``anchors`` in an image."""
     head, config, row, batch = dense_head_from_key(key), _config(key, preds), _row(key), preds[0].shape[0]
-    if head.negatives and not with_loss:
-        config = ranked_gradient(config)
+    if not with_loss:
+        config = dense_gradient(config, head.negatives > 0)
     layout = _layout(key, preds, preds if grads is None else grads)
     cls_programs, box_programs = _programs(layout, head, batch, config)
     spec = loss.Spec(
@@ -389,8 +389,8 @@ def match_launches(
 class _RankPlan(NamedTuple):
     """The launches that rank but for their tensors, and the programs of each."""
 
-    count: Launch
-    rank: Launch
+    counting: Launch
+    ranking: Launch
     programs: int
 
 
@@ -414,7 +414,10 @@ def _rank_plan(key: str, preds: tuple[Layout, ...], anchors: int) -> _RankPlan:
         ),
     }
     threads = max(32, part * threads // RANK_PART)
-    launches = [Launch(kernel, (programs,), arguments, threads, RANK_REGISTERS) for kernel in (rank.count_kernel, rank.rank_kernel)]
+    launches = [
+        Launch(kernel, (programs,), arguments, threads, RANK_REGISTERS)
+        for kernel in (rank.count_kernel, rank.rank_kernel)
+    ]
     return _RankPlan(*launches, programs)
 
 
@@ -442,7 +445,7 @@ def rank_launches(
     }
     done = done_counter(outputs.total.device, workspace)
     outcome = rank.Outcome(outputs.total, outputs.cls, outputs.box, done)
-    return [plan.count.filled(common), plan.rank.filled({**common, "outcome": outcome})]
+    return [plan.counting.filled(common), plan.ranking.filled({**common, "outcome": outcome})]
 
 
 def loss_launches(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,6 +48,17 @@ def bound(loss: Loss, case: Case, work: Workload, device: str = "cpu", empty: bo
     return Step(loss, case.predictions(work, device, empty), case.targets(work, device), one)
 
 
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """PyTorch's, where it has them, if ``wanted``."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(wanted or before[0], warn_only=not before[0] or before[1])
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def parity(
     case: Case, work: Workload, device: str = "cpu", others: Mapping[str, Callable[[Workload, str], Loss]] | None = None
 ) -> dict[str, Any]:
@@ -89,7 +101,9 @@ def parity(
     tolerance = torch.finfo(torch.bfloat16).eps if cut else TOLERANCE
     for name, make in makers.items():
         try:
-            own, own_grads, own_positives = numbers(make)
+            # where indices meet, what a peer stores last counts: on a GPU there is no last one otherwise
+            with deterministic_algorithms(name in (others or {})):
+                own, own_grads, own_positives = numbers(make)
         except Exception as error:  # what a kernel, a compiler or another package may raise; the others are compared
             broken[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             failed.append(name)

@@ -16,8 +16,9 @@ multiplied by 1, and overwrites the gradient otherwise.
 
 RANKED is for a softmax over classes of which only the hardest negatives count. Who does is known only when every
 anchor has been seen: the loss launch leaves the cross-entropy of each (``ce``), ``rank.py`` picks and adds up, and the
-gradient launch reads the logits of those picked. As ranks go by index, matches are by index too, not by position. The classes of
-an anchor lie on WIDTH threads of one warp, which hold CHUNKS of them each.
+gradient launch reads the logits of those picked. As ranks go by index, matches are by index too, not by position. The
+classes of an anchor lie on WIDTH threads of one warp, which hold CHUNKS of them each. Of streams a program is one warp:
+none waits for another.
 """
 
 from typing import Any, NamedTuple
@@ -376,7 +377,8 @@ def _load_stream(stream, e, SPEC: tl.constexpr):
 def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SPEC: tl.constexpr):
     """Class loss of a chunk of a level's logits, and their gradient.
 
-    What the next turn takes is under way during this one: a turn lasts as long as memory takes to answer.
+    While a warp waits for memory others compute: the fewer registers it takes, the more of them. To load a turn ahead
+    is of no use, for the compiler puts these loads off to the end of the turn.
     """
     GROUP: tl.constexpr = SPEC.GROUP
     GROUPS: tl.constexpr = SPEC.BLOCK // SPEC.GROUP
@@ -384,11 +386,10 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SP
     total = tl.zeros([GROUPS, GROUP], SPEC.ACC)
     k = tl.arange(0, GROUP)[None, :]
     lane = tl.arange(0, GROUPS) * GROUP
-    x, match, weight, k0 = _load_stream(stream, lane, SPEC)
-    label = _labels(matched.rows_ptr, match) - k0  # from the group's first class on
     for i in tl.range(0, batch.steps, loop_unroll_factor=1):
         e = i * SPEC.BLOCK + lane
-        next_x, next_match, next_weight, k0 = _load_stream(stream, e + SPEC.BLOCK, SPEC)
+        x, match, weight, k0 = _load_stream(stream, e, SPEC)
+        label = _labels(matched.rows_ptr, match) - k0  # from the group's first class on
         used = (match != IGNORED)[:, None]
         loss, d = _class_terms(x.to(SPEC.ACC), label[:, None], k, used, terms.label, numbers.label_args)
         if SPEC.WITH_LOSS:
@@ -397,10 +398,6 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SP
             d = (grad * weight)[:, None] * d
             at = e[:, None] + k
             tl.store(stream.d_ptr + at, d.to(view.d_ptr.dtype.element_ty), mask=(e < stream.left)[:, None])
-        label = _labels(matched.rows_ptr, next_match) - k0
-        x = next_x
-        match = next_match
-        weight = next_weight
     return tl.sum(tl.sum(total, axis=1), axis=0)
 
 
@@ -534,7 +531,9 @@ def _zeros_of_stream(d_view, b, own, level, SPEC: tl.constexpr):
     """The gradient of a tile of which no anchor counts, as one stretch of a level's stream [B, n, C]."""
     C: tl.constexpr = SPEC.C
     TILE: tl.constexpr = SPEC.CELLS * SPEC.C
-    UNIT: tl.constexpr = 8 if SPEC.CELLS % 8 == 0 else 4 if SPEC.CELLS % 4 == 0 else 1  # numbers that are all of the tile, or none
+    UNIT: tl.constexpr = (
+        8 if SPEC.CELLS % 8 == 0 else 4 if SPEC.CELLS % 4 == 0 else 1
+    )  # numbers that are all of the tile, or none
     each = level.anchors * level.cells * C
     if each % UNIT == 0:
         left = (each // UNIT - own * (TILE // UNIT)) * UNIT
@@ -707,10 +706,14 @@ def _box_program(local, boxes, centres, level, batch, matched, terms, numbers, g
         centre = tl.cast(0.0, SPEC.ACC)
         for tile in tl.range(local * batch.steps, tl.minimum((local + 1) * batch.steps, tiles), loop_unroll_factor=1):
             site = _site(tile, level, True, ANCHORS)
-            box += _box_tile(site, boxes, centres, level, batch, matched, terms, numbers=numbers, grads=grads, SPEC=SPEC)[0]
+            box += _box_tile(
+                site, boxes, centres, level, batch, matched, terms, numbers=numbers, grads=grads, SPEC=SPEC
+            )[0]
     else:
         site = _site(local, level, SPEC.FLAT, ANCHORS)
-        box, centre = _box_tile(site, boxes, centres, level, batch, matched, terms, numbers=numbers, grads=grads, SPEC=SPEC)
+        box, centre = _box_tile(
+            site, boxes, centres, level, batch, matched, terms, numbers=numbers, grads=grads, SPEC=SPEC
+        )
     return box, centre
 
 

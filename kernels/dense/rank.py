@@ -3,8 +3,8 @@
 Two launches, each with several programs an image, a PART of its anchors each. The first counts how many of those lie in
 each of BINS bins of cross-entropies; the last of its programs finds the bin in which the least of those that count
 lies, and how many anchors each part and those before it have there. So every program of the second adds up all above,
-and puts its own at their place in the list of the image. The last program of an image picks among these, bit by bit of their keys; the last of all adds
-up the images. Nothing depends on the order in which programs run.
+and puts its own at their place in the list of the image. The last program of an image picks among these, bit by bit of
+their keys; the last of all adds up the images. Nothing depends on the order in which programs run.
 """
 
 from typing import Any, NamedTuple
@@ -38,7 +38,9 @@ class Scratch(NamedTuple):
     bins_ptr: Any  # int32 [B, 4]: the bin of the least that counts, how many count there, how many there are
     earlier_ptr: Any  # int32 [programs]: how many of these belong to earlier parts
     twice_ptr: Any  # int32 [programs]: the end of the anchors that count twice
-    partial_ptr: Any  # [2, programs]: sums over anchors with a row, and over those without one above the bin of the least
+    partial_ptr: (
+        Any  # [2, programs]: sums over anchors with a row, and over those without one above the bin of the least
+    )
     images_ptr: Any  # [B]: sums of images
     index_ptr: Any  # int32 [B, N]: the anchors in the bin of the least that counts, in their order, and
     listed_ptr: Any  # their cross-entropies

@@ -592,6 +592,7 @@ def test_cuda_graph():
     scale = torch.tensor(3.0, device=DEVICE)
     want = criterion(pred, targets).total
     wanted = torch.autograd.grad(want, pred, scale)[0]
+    want = want.detach()  # no node of another stream may be left that the captured backward would wait for
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
