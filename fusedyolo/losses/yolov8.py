@@ -12,7 +12,7 @@ from ..drivers.picks import PickCall
 from ..heads import PickHead
 from ..terms import find_term
 from .base import box_arguments
-from .output import LossOutput
+from .output import LossOutput, detached
 from .picks import AnyTargets, PickLoss, Predicted
 
 
@@ -204,20 +204,22 @@ class E2ELoss(nn.Module):
 
     def forward(self, preds: Mapping[str, Predicted], targets: AnyTargets) -> LossOutput:
         """The loss of one batch; see the class for arguments and errors."""
-        total, terms, num_pos, num_invalid = self._compute(preds, targets)
-        return LossOutput(total, {name: term.detach() for name, term in terms.items()}, num_pos, num_invalid)
+        total, terms, num_pos, num_invalid = self._compute(preds, targets, outputs=1)
+        return LossOutput(total, detached(terms, terms.values()), num_pos, num_invalid)
 
     def terms(self, preds: Mapping[str, Predicted], targets: AnyTargets) -> dict[str, Tensor]:
         """The parts of the loss with a gradient each, to weigh them apart; arguments and errors of :meth:`forward`."""
         return self._compute(preds, targets)[1]
 
-    def _compute(self, preds: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-        """Total, parts, predictions with an object and invalid rows."""
+    def _compute(
+        self, preds: Any, targets: Any, outputs: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+        """Total, parts, predictions with an object and invalid rows; ``outputs`` as of a branch."""
         branches = zip(BRANCHES, (self.one2many, self.one2one), (self.o2m, self.o2o), strict=True)
         calls = [
             (name, branch, branch.read(_branch(preds, name), targets, weight)) for name, branch, weight in branches
         ]
-        found = [(name, branch.head.parts, *branch.compute(call)) for name, branch, call in calls]
+        found = [(name, branch.head.parts, *branch.compute(call, outputs)) for name, branch, call in calls]
         terms = {
             f"{name}_{part}": term
             for name, parts, _, values, _ in found

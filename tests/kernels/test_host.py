@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from conftest import DEVICE
 from fusedyolo.kernels import select as kernels
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from triton.compiler import CompiledKernel
 
 import fusedyolo
 from fusedyolo import detections, functional, ops, tuned
@@ -32,11 +35,14 @@ def loss(kind: str, **options: Any) -> Any:
         return fusedyolo.YOLOv4Loss([[(10, 13)], [(30, 61)]], (8, 16), 3, recipe="darknet", **options)
     if kind == "yolov1":
         return fusedyolo.YOLOv1Loss(3, **options)
+    if kind in PICKS:
+        return {"yolox": fusedyolo.YOLOXLoss, "yolov8": fusedyolo.YOLOv8Loss}[kind](3, (8, 16), **options)
     make = {"retinanet": fusedyolo.RetinaNetLoss, "ssd": fusedyolo.SSDLoss, "fcos": fusedyolo.FCOSLoss}[kind]
     return make(3, image_size=(64, 64), **options)
 
 
 DENSE = ["retinanet", "ssd", "fcos"]
+PICKS = ["yolox", "yolov8"]
 LOSSES = ["yolov5", "yolov4", "yolov1", *DENSE]
 
 
@@ -50,6 +56,8 @@ def predictions(kind: str, seed: int = 0, device: str = DEVICE) -> list[Tensor]:
         "retinanet": [(2, 64, 3), (2, 64, 4)],
         "ssd": [(2, 64, 3), (2, 64, 4)],
         "fcos": [(2, 64, 3), (2, 64, 4), (2, 64, 1)],
+        "yolox": [(2, 8, 8, 8), (2, 8, 4, 4)],
+        "yolov8": [(2, 67, 8, 8), (2, 67, 4, 4)],
     }
     preds = [torch.randn(shape, generator=generator) for shape in shapes[kind]]
     if kind == "fcos":
@@ -249,6 +257,93 @@ def test_a_guard_is_left_when_a_launch_fails(monkeypatch):
     assert launch.shared_zeros() == []
 
 
+# ---- compiled kernels, which are given addresses
+
+
+def at(address: Any, like: Any) -> Any:
+    """An argument of a compiled kernel as an interpreted one takes it: what lies at an address as a tensor ``like`` one
+    of a call before.
+    """
+    if isinstance(like, tuple):
+        items = [at(*pair) for pair in zip(address, like, strict=True)]
+        return type(like)(*items) if hasattr(like, "_fields") else tuple(items)
+    if not isinstance(like, Tensor) or not like.numel():
+        return like if isinstance(like, Tensor) else address
+    assert isinstance(address, int)
+    count = 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_ubyte * (count * like.element_size())).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+class ByAddress(CompiledKernel):
+    """Stands for what a kernel was compiled to in a launch; interprets it."""
+
+    count = 0
+
+    def __init__(self, launch: Launch, run: Callable[[Launch], None]):
+        self.launch, self.interpret = launch, run
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            named = dict(zip(self.launch.kernel.arg_names, arguments, strict=True))
+            placed = {name: at(value, self.launch.arguments[name]) for name, value in named.items()}
+            self.interpret(replace(self.launch, grid=grid[:1], arguments=placed))
+            ByAddress.count += 1
+
+        return run
+
+
+LAUNCHES = {"yolov5": 2, "yolov4": 2, "yolov1": 2, "retinanet": 4, "ssd": 5, "fcos": 3, "yolox": 5, "yolov8": 5}
+
+
+@pytest.fixture
+def by_address(monkeypatch):
+    """Kernels that have been launched once are given addresses."""
+    run = Launch.run
+
+    def run_and_compile(launch: Launch) -> ByAddress:
+        run(launch)
+        return ByAddress(launch, run)
+
+    ops.forget_plans()
+    monkeypatch.setattr(Launch, "run", run_and_compile)
+    monkeypatch.setattr(ByAddress, "count", 0)
+    yield
+    ops.forget_plans()
+
+
+@pytest.mark.interpreter("a GPU is always given addresses")
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_what_is_at_the_addresses_that_kernels_are_given(kind, by_address):
+    """Memory is full of what is no number: pieces of it that overlap, or that one launch seeks elsewhere than another,
+    would show.
+    """
+    want, other = step(kind), step(kind, seed=1)
+    assert ByAddress.count == LAUNCHES[kind]
+    assert same(step(kind), want)
+    assert same(step(kind, seed=1), other)
+    assert not same(want, other)
+    assert ByAddress.count == 3 * LAUNCHES[kind]
+
+
+@pytest.mark.interpreter("the interpreter is what is stopped")
+def test_an_error_between_compiled_launches_spoils_no_later_call(by_address, monkeypatch):
+    want = step("retinanet")
+
+    def stop(self: ByAddress, grid: tuple[int, ...]) -> Any:
+        if self.launch.kernel.__name__ == "match_kernel":
+            raise RuntimeError("stopped")
+        return run(self, grid)
+
+    with monkeypatch.context() as patch:
+        run = ByAddress.__getitem__
+        patch.setattr(ByAddress, "__getitem__", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            step("retinanet", seed=1)
+    assert launch.shared_zeros() == []
+    assert same(step("retinanet"), want)
+
+
 # ---- options
 
 
@@ -392,7 +487,7 @@ def test_a_compiled_graph_asks_for_no_memory_that_outlives_it(backend, monkeypat
     """Forward and backward; CUDA-graph trees refuse such memory, or hand it out twice."""
     wanted = [results(everything, seed) for seed in (0, 1)]
     launch.forget_zeros()
-    monkeypatch.setattr(launch, "zeros", refuse)
+    monkeypatch.setattr(launch, "zeros_of_types", refuse)
     torch._dynamo.reset()
     compiled = torch.compile(everything, backend=backend, fullgraph=True)
     for seed, want in enumerate(wanted):
@@ -408,8 +503,9 @@ def test_what_a_graph_fills_is_for_its_rows(monkeypatch):
     assert own is not None
     assert own.shape == (7,)
     assert launch.done_counter(own.device, own).data_ptr() == own.data_ptr()
-    assert launch.row_maxima(own.device, 5, own).data_ptr() == own.data_ptr() + 16
-    assert launch.row_maxima(own.device, 5, own).shape == (5,)
+    done, maxima = launch.counters_and_maxima(own.device, 5, own)
+    assert (done.data_ptr(), maxima.data_ptr()) == (own.data_ptr(), own.data_ptr() + 16)
+    assert maxima.shape == (5,)
     assert launch.shared_zeros() == []
 
 
