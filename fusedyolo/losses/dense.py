@@ -115,8 +115,9 @@ class DenseLoss(nn.Module):
             height, width = (math.inf, math.inf) if call.size is None else call.size
             # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In
             # float16 small gradients would be lost before a GradScaler's factor reaches them.
+            own = ops.workspace(pred.device, call.rows.shape[0] + pred.shape[0] + 1)
             asked = torch.is_grad_enabled() and any([p.requires_grad for p in flat])
-            with_grad = asked and pred.dtype != torch.float16 and not torch.compiler.is_compiling()
+            with_grad = asked and pred.dtype != torch.float16 and own is None
             total, cls, box, middle, counts, *_ = ops.call(
                 ops.dense_loss,
                 flat,
@@ -128,7 +129,7 @@ class DenseLoss(nn.Module):
                 call.corners,
                 list(call.ends),
                 with_grad,
-                ops.workspace(pred.device, call.rows.shape[0] + pred.shape[0] + 1),
+                own,
                 outputs=outputs,
             )
             return total, (cls, box, middle)[: len(call.levels)], counts

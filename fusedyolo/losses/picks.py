@@ -94,8 +94,9 @@ class PickLoss(WeightedLoss):
 
             # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In
             # float16 small gradients would be lost before a GradScaler's factor reaches them.
+            own = ops.workspace(pred.device, ops.workspace_rows(pred.shape[0]))
             asked = torch.is_grad_enabled() and any([p.requires_grad for p in call.preds])
-            with_grad = asked and pred.dtype != torch.float16 and not torch.compiler.is_compiling()
+            with_grad = asked and pred.dtype != torch.float16 and own is None
             total, parts, counts, *_ = ops.call(
                 ops.pick_loss,
                 call.preds,
@@ -108,7 +109,7 @@ class PickLoss(WeightedLoss):
                 list(call.size),
                 list(call.gains),
                 with_grad,
-                ops.workspace(pred.device, ops.workspace_rows(pred.shape[0])),
+                own,
                 outputs=outputs,
             )
             return total, tuple(parts), counts

@@ -128,8 +128,11 @@ class YOLOv8Loss(PickLoss):
 
     def gains(self) -> tuple[float, ...]:
         """Of box, classes and distances."""
-        box, cls, dfl = (checks.number(name, getattr(self, name), 0) for name in ("box", "cls", "dfl"))
-        return box, cls, dfl
+        return (
+            checks.number("box", self.box, 0),
+            checks.number("cls", self.cls, 0),
+            checks.number("dfl", self.dfl, 0),
+        )
 
 
 BRANCHES = ("one2many", "one2one")

@@ -189,7 +189,7 @@ def zeros_of_types(device: torch.device, *wanted: tuple[int, torch.dtype]) -> li
         with on_device(device):
             if torch.cuda.is_current_stream_capturing():
                 return [torch.zeros(count, dtype=dtype, device=device) for count, dtype in wanted]
-            stream = torch.cuda.current_stream(device).cuda_stream
+            stream = torch._C._cuda_getCurrentRawStream(device.index)  # as Triton asks: no object is made
     kept, found = _MEMORY.zeros, []
     for count, dtype in wanted:
         zero = kept.get((device, stream, dtype))

@@ -35,7 +35,9 @@ from .launch import Launch, forget_zeros, on_device, run_all
 from triton.compiler import CompiledKernel  # isort: skip
 
 Shape = tuple[int, ...]
+Names = list[tuple[str, int | None]]  # and of how many, where that is said
 ALIGNED = 16  # bytes: kernels are compiled for pointers that are, and for others
+LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,11 +137,11 @@ class Steps:
     def __init__(
         self,
         launches: Sequence[Launch],
-        numbers: list[tuple[str, int | None]],
-        tensors: list[tuple[str, int | None]],
+        numbers: Names,
+        tensors: Names,
         pieces: list[_Piece],
     ):
-        self._launches, self._numbers, self._tensors, self._pieces = launches, numbers, tensors, pieces
+        self._launches, self._pieces, self._flat = launches, pieces, _flattener(numbers, tensors)
         self._grids = [None if callable(launch.grid) else (*launch.grid, 1, 1)[:3] for launch in launches]
         self._takers = [_taker([launch.arguments[name] for name in launch.kernel.arg_names]) for launch in launches]
         # where in memory a piece begins, how much more a row, of so many that all pieces are aligned; others follow
@@ -166,10 +168,10 @@ class Steps:
         """
         numbers, tensors = self._flat(M, given)
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        kinds = (
+        kinds = (  # what the code of kernels hangs on
             tuple([tensor is not None and tensor.dtype for tensor in tensors]),
-            tuple([_kind(number) for number in numbers]),
             tuple([address is None or address % ALIGNED == 0 for address in addresses]),
+            tuple([(n == 1, n % ALIGNED == 0, -LIMIT <= n < LIMIT) if type(n) is int else type(n) for n in numbers]),
         )
         nvidia = torch.version.hip is None  # elsewhere Triton specializes on the size of memory, too
         kernels = self._compiled.get(kinds) if nvidia else None
@@ -189,17 +191,6 @@ class Steps:
             raise
         del memory  # what comes after the launches on their stream may have it
 
-    def _flat(self, M: int, given: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-        numbers: list[Any] = [M]
-        tensors: list[Any] = []
-        for flat, names in ((numbers, self._numbers), (tensors, self._tensors)):
-            for name, count in names:
-                if count is None:
-                    flat.append(given[name])
-                else:
-                    flat += given[name]
-        return numbers, tensors
-
     def _filled(self, device: torch.device, numbers: list[Any], tensors: list[Any]) -> list[Launch]:
         like = torch.empty(0, device=device)
         scratch = [like.new_empty(piece.shape_for(numbers[0]), dtype=piece.dtype) for piece in self._pieces]
@@ -215,24 +206,18 @@ class Steps:
 
     def _scratch(self, device: torch.device, M: int) -> tuple[Tensor, list[int]]:
         """Memory, and the address of each piece."""
-        rows, starts = _aligned(M), {}
+        rows = _aligned(M)
         size = self._fixed + self._a_row * rows
+        varying = []
         for at, piece in self._others:
-            starts[at] = size
+            varying.append((at, size))
             size += piece.size(M)
         memory = torch.empty(size, dtype=torch.uint8, device=device)
         base = memory.data_ptr()
         places = [base + fixed + a_row * rows for fixed, a_row in self._places]
-        for at, start in starts.items():
+        for at, start in varying:
             places[at] = base + start
         return memory, places
-
-
-def _kind(number: Any) -> Any:
-    """What the code of a kernel hangs on, of a number."""
-    if type(number) is int:
-        return number == 1, number % ALIGNED == 0, -(2**31) <= number < 2**31
-    return type(number)
 
 
 def _fill(item: Any, values: Mapping[str, Sequence[Any]]) -> Any:
@@ -243,6 +228,15 @@ def _fill(item: Any, values: Mapping[str, Sequence[Any]]) -> Any:
         return item
     filled = [_fill(each, values) for each in item]
     return type(item)(*filled) if hasattr(item, "_fields") else tuple(filled)
+
+
+def _flattener(numbers: Names, tensors: Names) -> Callable[[int, dict[str, Any]], tuple[list[Any], list[Any]]]:
+    """A function of the number of rows and of what a call brings, by name, that returns all numbers and all tensors."""
+    texts = [
+        "".join(f"{'' if count is None else '*'}given[{name!r}], " for name, count in names)
+        for names in (numbers, tensors)
+    ]
+    return eval(f"lambda M, given: ([M, {texts[0]}], [{texts[1]}])")
 
 
 def _taker(items: Sequence[Any]) -> Callable[[list[Any], list[Any], list[int]], tuple[Any, ...]]:

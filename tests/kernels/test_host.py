@@ -157,10 +157,6 @@ class Driver:
             def __exit__(self, *error):
                 driver.current = self.before
 
-        class Stream:
-            def __init__(self, device: torch.device | None = None):
-                self.cuda_stream = 100 + (driver.current if device is None else device.index)
-
         def is_capturing() -> bool:
             self.asked.append(self.current)
             return self.capturing[self.current]
@@ -170,7 +166,7 @@ class Driver:
 
         patch.setattr(torch.cuda, "device", Guard)
         patch.setattr(torch.cuda, "current_device", lambda: driver.current)
-        patch.setattr(torch.cuda, "current_stream", Stream)
+        patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 100 + index, raising=False)
         patch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
         patch.setattr(tuned, "gpu_name", lambda device: "none")
         patch.setattr(Launch, "run", run)
@@ -397,12 +393,13 @@ def test_a_kernel_stopped_half_way_spoils_no_later_call(kind, monkeypatch):
 def stop_before(patch: pytest.MonkeyPatch, kernel: str) -> None:
     run = Launch.run
 
-    def stop(self: Launch) -> None:
+    def stop(self: Launch) -> Any:
         if self.kernel.__name__ == kernel:
             raise RuntimeError("stopped")
-        run(self)
+        return run(self)
 
     patch.setattr(Launch, "run", stop)
+    ops.forget_plans()  # and with them kernels that are compiled, which are not run so
 
 
 @pytest.mark.parametrize(("kind", "kernel"), [("retinanet", "match_kernel"), ("ssd", "match_kernel")])
@@ -442,6 +439,7 @@ def test_two_threads_on_one_stream_share_nothing(kind, monkeypatch):
         done.set()
 
     monkeypatch.setattr(Launch, "run", pausing)
+    ops.forget_plans()
     threads = [threading.Thread(target=first, name="first"), threading.Thread(target=second, name="second")]
     for thread in threads:
         thread.start()
