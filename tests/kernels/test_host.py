@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,9 @@ import triton
 from conftest import DEVICE
 from fusedyolo.kernels import select as kernels
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 
 import fusedyolo
@@ -251,6 +254,87 @@ def test_a_guard_is_left_when_a_launch_fails(monkeypatch):
             ops.run_all([Launch(kernels.nms_kernel, (1,), {}, 32)], torch.device("cuda", 1))
     assert driver.current == 0
     assert launch.shared_zeros() == []
+
+
+# ---- past the dispatcher
+
+
+class Seen(TorchDispatchMode):
+    """The operators of ours that go by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fusedyolo":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+class Own(Tensor):
+    """A tensor of somebody else's type, who wants to know what is done with it."""
+
+    seen: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if getattr(func, "namespace", "") == "fusedyolo":
+            cls.seen.append(func._opname)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+OPERATORS = {
+    "yolov5": ["grid_loss", "grid_loss_grad"],
+    "yolov1": ["cell_loss", "cell_loss_rescale"],
+    "retinanet": ["dense_loss", "dense_loss_rescale"],
+    "ssd": ["dense_loss", "dense_loss_grad"],
+    "yolov8": ["pick_loss", "pick_loss_rescale"],
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_who_looks_at_what_is_dispatched_sees_operators(kind):
+    want = step(kind)
+    with Seen() as seen:
+        assert same(step(kind), want)
+    assert seen.names == OPERATORS[kind]
+    with torch.profiler.profile() as profile:
+        assert same(step(kind), want)
+    names = {event.key for event in profile.key_averages()}
+    assert {f"fusedyolo::{name}" for name in OPERATORS[kind]} <= names
+    Own.seen = []
+    evaluate(kind, [pred.as_subclass(Own) for pred in predictions(kind)], torch.tensor(ROWS, device=DEVICE), boxes())
+    assert Own.seen == OPERATORS[kind][:1]
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_nobody_else_waits_for_the_dispatcher(kind, monkeypatch):
+    want = step(kind)
+    monkeypatch.setattr(OpOverload, "__call__", refuse)
+    assert same(step(kind), want)
+    with torch.no_grad():
+        assert torch.equal(evaluate(kind, predictions(kind), torch.tensor(ROWS, device=DEVICE), boxes()), want[0])
+
+
+@pytest.mark.parametrize("kind", [*DENSE, *PICKS])
+def test_parts_have_a_gradient_where_they_are_asked_for(kind):
+    """And only there, whether or not the call was dispatched."""
+    rows, criterion = torch.tensor(ROWS, device=DEVICE), loss(kind)
+    more = {"anchors": boxes(), "num_anchors_per_level": [64]} if kind in DENSE else {}
+    found = []
+    for watch in (nullcontext, Seen):
+        preds = predictions(kind)
+        with watch():
+            out = criterion(preds if kind in PICKS else tuple(preds), rows, **more)
+            assert out.total.requires_grad
+            assert not any(part.requires_grad for part in out.parts.values())
+            terms = criterion.terms(preds if kind in PICKS else tuple(preds), rows, **more)
+            assert list(terms) == list(out.parts)
+            assert all(torch.equal(term, part) for term, part in zip(terms.values(), out.parts.values(), strict=True))
+            asked = sum((i + 1) * term for i, term in enumerate(terms.values()))
+            found.append(torch.autograd.grad(asked, preds))
+    assert same(*found)
 
 
 # ---- compiled kernels, which are given addresses
