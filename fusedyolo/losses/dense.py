@@ -103,7 +103,8 @@ class DenseLoss(nn.Module):
         wide = torch.float64 if pred.dtype == torch.float64 else torch.float32
         if anchors.requires_grad:
             anchors = anchors.detach()
-        return DenseCall(levels, self._channels, anchors.to(wide), rows, offsets, size, corners, ends)
+        anchors = anchors if anchors.dtype == wide else anchors.to(wide)
+        return DenseCall(levels, self._channels, anchors, rows, offsets, size, corners, ends)
 
     def _compute(self, call: DenseCall, outputs: int | None = None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Total, parts and counts; with ``outputs`` 1 the parts need have no gradient."""
