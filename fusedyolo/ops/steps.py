@@ -204,8 +204,10 @@ class Steps:
             for launch in self._launches
         ]
 
-    def _scratch(self, device: torch.device, M: int) -> tuple[Tensor, list[int]]:
+    def _scratch(self, device: torch.device, M: int) -> tuple[Tensor | None, list[int]]:
         """Memory, and the address of each piece."""
+        if not self._pieces:
+            return None, []
         rows = _aligned(M)
         size = self._fixed + self._a_row * rows
         varying = []
