@@ -46,7 +46,10 @@ class Form(NamedTuple):
 
 def form(value: object) -> Form | str:
     """Of a tensor; what came instead, in words."""
-    return Form(value.shape, value.dtype, value.device) if isinstance(value, Tensor) else describe(value)
+    return _form(Form, (value.shape, value.dtype, value.device)) if isinstance(value, Tensor) else describe(value)
+
+
+_form = tuple.__new__  # what a NamedTuple's own constructor, in Python, comes to
 
 
 def remembered(check: Callable[..., R]) -> Callable[..., R]:
@@ -80,6 +83,8 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> str:
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
     """``value`` as a float, finite and in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
+    if type(value) is float and low < value < math.inf and value <= high:
+        return value
     want = "a finite number"
     if high < math.inf:
         want += f" in {'(' if open_low else '['}{low:g}, {high:g}]"

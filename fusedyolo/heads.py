@@ -323,16 +323,25 @@ class PickHead(_Row):
         check_term("overlap", self.overlap, self.overlap_args, "iou")
         check_term("box", self.box, self.box_args, "iou")
         check_term("label", self.label, self.label_args, "objectness")  # elementwise
+        parts = ("box", *(("obj",) if self.objectness else ()), "cls", "dfl" if self.distance == "dfl" else "l1")
+        widths = (4 * self.reg_max, *((1,) if self.objectness else ()), self.num_classes)
+        pixels = tuple(int(stride) if stride.is_integer() else stride for stride in map(float, self.strides))
+        self.__dict__.update(_parts=parts, _widths=widths, _pixels=pixels)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the parts of the loss."""
-        return ("box", *(("obj",) if self.objectness else ()), "cls", "dfl" if self.distance == "dfl" else "l1")
+        return self.__dict__["_parts"]
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Numbers of a prediction, in their order in a map: of its box, its objectness if there is one, its classes."""
-        return (4 * self.reg_max, *((1,) if self.objectness else ()), self.num_classes)
+        return self.__dict__["_widths"]
+
+    @property
+    def pixels(self) -> tuple[float, ...]:
+        """The strides, integers where they are whole."""
+        return self.__dict__["_pixels"]
 
     @property
     def centre_limit(self) -> float:

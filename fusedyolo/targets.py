@@ -173,7 +173,8 @@ def as_targets(
             return _from_padded(targets)
         checks.rows("targets", targets, 6, 2, "(M, 6) or (B, G, 5)")
         packed = targets.detach() if targets.requires_grad else targets
-        packed = packed.to(torch.float32)
+        if packed.dtype != torch.float32:
+            packed = packed.to(torch.float32)
         if packed.shape[0] > SORT_ABOVE:
             return _sort(packed, batch_size)
         return packed.contiguous(), None

@@ -68,7 +68,8 @@ class DenseDriver(Driver):
         forward = ops.loss_launches(preds, anchors, call.rows, call.offsets, head, geometry, outputs)
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=anchors.device)
         ones, skip = (one, None, None, None), head.negatives == 0
-        backward = ops.dense_launch(preds, anchors, call.rows, head, geometry, outputs, False, grads, ones, skip)
+        saved = (anchors, call.rows, outputs.match, outputs.found, outputs.ce, outputs.picks)
+        backward = ops.grad_launch(preds, saved, head, geometry, grads, ones, skip)
         return {_LAUNCHES[launch.kernel.__name__]: launch for launch in forward} | {"grad": backward}
 
     def assign(self, head: DenseHead, call: DenseCall) -> AnchorAssignment:

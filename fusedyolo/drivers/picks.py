@@ -294,8 +294,7 @@ def names(head: PickHead) -> tuple[str, ...]:
 
 def check(head: PickHead, preds: Any, size: tuple[float, float] | None) -> tuple[str, list[Tensor], Maps, Any]:
     """What :func:`fusedyolo.checks.point_predictions` says of predictions in any form."""
-    strides = tuple(int(s) if s.is_integer() else s for s in head.strides)
-    return checks.point_predictions(preds, names(head), head.widths, strides, size)
+    return checks.point_predictions(preds, names(head), head.widths, head.pixels, size)
 
 
 def views(form: str, preds: Sequence[Tensor], head: PickHead, maps: Maps) -> list[tuple[Tensor, ...]]:

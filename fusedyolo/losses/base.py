@@ -105,7 +105,9 @@ class GridLoss(WeightedLoss):
 
             with_state = torch.is_grad_enabled() and any([pred.requires_grad for pred in preds])
             own = ops.workspace(device)
-            total, parts, counts, *_ = ops.grid_loss(list(preds), rows, offsets, weights, key, with_state, own)
+            total, parts, counts, *_ = ops.call(
+                ops.grid_loss, list(preds), rows, offsets, weights, key, with_state, own
+            )
         else:
             call = GridCall(preds, rows, offsets, size, weights)
             total, parts, counts = GRID.reference_loss(head, call)

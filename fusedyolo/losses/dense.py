@@ -16,7 +16,7 @@ from ..drivers.dense import DENSE, DenseCall
 from ..heads import DenseHead
 from ..targets import Targets, as_targets, corner_rows
 from ..terms import find_term
-from .output import LossOutput, rounded
+from .output import LossOutput, detached, rounded
 
 TERMS = ("classification", "bbox_regression", "bbox_ctrness")
 """Names of the parts, torchvision's."""
@@ -61,10 +61,10 @@ class DenseLoss(nn.Module):
         Raises:
             ValueError: names the argument, what came and what was wanted.
         """
-        total, terms, counts = self._compute(preds, targets, anchors, num_anchors_per_level, image_size)
-        parts = {name: term.detach() for name, term in zip(TERMS, terms, strict=False)}
+        call = self.read(preds, targets, anchors, num_anchors_per_level, image_size)
+        total, terms, counts = self._compute(call, outputs=1)
         num_pos, num_invalid = counts.unbind()
-        return LossOutput(total, parts, num_pos, num_invalid)
+        return LossOutput(total, detached(TERMS, terms), num_pos, num_invalid)
 
     def terms(
         self,
@@ -78,7 +78,7 @@ class DenseLoss(nn.Module):
 
         Arguments and errors are those of :meth:`forward`.
         """
-        _, terms, _ = self._compute(preds, targets, anchors, num_anchors_per_level, image_size)
+        _, terms, _ = self._compute(self.read(preds, targets, anchors, num_anchors_per_level, image_size))
         return dict(zip(TERMS, terms, strict=False))
 
     def read(
@@ -103,11 +103,11 @@ class DenseLoss(nn.Module):
         wide = torch.float64 if pred.dtype == torch.float64 else torch.float32
         if anchors.requires_grad:
             anchors = anchors.detach()
-        return DenseCall(levels, self._channels, anchors.to(wide), rows, offsets, size, corners, ends)
+        anchors = anchors if anchors.dtype == wide else anchors.to(wide)
+        return DenseCall(levels, self._channels, anchors, rows, offsets, size, corners, ends)
 
-    def _compute(self, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """Total, parts and counts."""
-        call = self.read(*arguments)
+    def _compute(self, call: DenseCall, outputs: int | None = None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Total, parts and counts; with ``outputs`` 1 the parts need have no gradient."""
         pred = call.levels[0][0]
         if backends.resolve(self.backend, pred.device) == "triton":
             from .. import ops
@@ -116,9 +116,11 @@ class DenseLoss(nn.Module):
             height, width = (math.inf, math.inf) if call.size is None else call.size
             # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In
             # float16 small gradients would be lost before a GradScaler's factor reaches them.
+            own = ops.workspace(pred.device, call.rows.shape[0] + pred.shape[0] + 1)
             asked = torch.is_grad_enabled() and any([p.requires_grad for p in flat])
-            with_grad = asked and pred.dtype != torch.float16 and not torch.compiler.is_compiling()
-            total, cls, box, middle, counts, *_ = ops.dense_loss(
+            with_grad = asked and pred.dtype != torch.float16 and own is None
+            total, cls, box, middle, counts, *_ = ops.call(
+                ops.dense_loss,
                 flat,
                 call.anchors.contiguous(),
                 call.rows,
@@ -128,7 +130,8 @@ class DenseLoss(nn.Module):
                 call.corners,
                 list(call.ends),
                 with_grad,
-                ops.workspace(pred.device, call.rows.shape[0] + pred.shape[0] + 1),
+                own,
+                outputs=outputs,
             )
             return total, (cls, box, middle)[: len(call.levels)], counts
         return DENSE.reference_loss(self.head, call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -35,6 +36,11 @@ class LossOutput(NamedTuple):
     def __float__(self) -> float:
         """The total as a number, which waits for the device."""
         return float(self.total.detach())
+
+
+def detached(names: Iterable[str], terms: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Terms by name, without a gradient; of more names than terms the first ones."""
+    return {name: term.detach() if term.requires_grad else term for name, term in zip(names, terms, strict=False)}
 
 
 def rounded(head: Head) -> Head:

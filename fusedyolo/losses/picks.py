@@ -14,7 +14,7 @@ from ..drivers.picks import PICKS, PickCall, check
 from ..heads import PickHead
 from ..targets import Targets, as_targets
 from .base import WeightedLoss
-from .output import LossOutput, rounded
+from .output import LossOutput, detached, rounded
 
 Predicted = Sequence[Tensor] | Mapping[str, Any]
 AnyTargets = Tensor | Sequence[dict[str, Tensor]] | Targets
@@ -63,8 +63,8 @@ class PickLoss(WeightedLoss):
         Raises:
             ValueError: names the argument, what came and what was wanted.
         """
-        total, terms, counts = self.compute(self.read(preds, targets))
-        parts = {name: term.detach() for name, term in zip(self.head.parts, terms, strict=True)}
+        total, terms, counts = self.compute(self.read(preds, targets), outputs=1)
+        parts = detached(self.head.parts, terms)
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, parts, num_pos, num_invalid)
 
@@ -86,17 +86,19 @@ class PickLoss(WeightedLoss):
         gains = tuple([gain * factor for gain in self.gains()])
         return PickCall(form, tensors, maps, rows, offsets, size, gains, self._weights_for(pred))
 
-    def compute(self, call: PickCall) -> Computed:
-        """Total, parts and counts."""
+    def compute(self, call: PickCall, outputs: int | None = None) -> Computed:
+        """Total, parts and counts; with ``outputs`` 1 the parts need have no gradient."""
         pred = call.preds[0]
         if backends.resolve(self.backend, pred.device) == "triton":
             from .. import ops
 
             # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In
             # float16 small gradients would be lost before a GradScaler's factor reaches them.
+            own = ops.workspace(pred.device, ops.workspace_rows(pred.shape[0]))
             asked = torch.is_grad_enabled() and any([p.requires_grad for p in call.preds])
-            with_grad = asked and pred.dtype != torch.float16 and not torch.compiler.is_compiling()
-            total, parts, counts, *_ = ops.pick_loss(
+            with_grad = asked and pred.dtype != torch.float16 and own is None
+            total, parts, counts, *_ = ops.call(
+                ops.pick_loss,
                 call.preds,
                 call.rows,
                 call.offsets,
@@ -107,7 +109,8 @@ class PickLoss(WeightedLoss):
                 list(call.size),
                 list(call.gains),
                 with_grad,
-                ops.workspace(pred.device, ops.workspace_rows(pred.shape[0])),
+                own,
+                outputs=outputs,
             )
             return total, tuple(parts), counts
         return PICKS.reference_loss(self.head, call)

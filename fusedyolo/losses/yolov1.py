@@ -170,9 +170,9 @@ class YOLOv1Loss(nn.Module):
             from .. import ops
 
             # The first backward changes the gradient that the loss leaves. A compiled graph is better off without.
-            with_grad = torch.is_grad_enabled() and pred.requires_grad and not torch.compiler.is_compiling()
             own = ops.workspace(pred.device)
-            total, parts, counts, *_ = ops.cell_loss(pred, rows, offsets, head.key, with_grad, own)
+            with_grad = torch.is_grad_enabled() and pred.requires_grad and own is None
+            total, parts, counts, *_ = ops.call(ops.cell_loss, pred, rows, offsets, head.key, with_grad, own)
         else:
             total, parts, counts = CELLS.reference_loss(head, CellCall(pred, rows, offsets, size))
         num_pos, num_invalid = counts.unbind()

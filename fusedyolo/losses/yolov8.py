@@ -12,7 +12,7 @@ from ..drivers.picks import PickCall
 from ..heads import PickHead
 from ..terms import find_term
 from .base import box_arguments
-from .output import LossOutput
+from .output import LossOutput, detached
 from .picks import AnyTargets, PickLoss, Predicted
 
 
@@ -128,8 +128,11 @@ class YOLOv8Loss(PickLoss):
 
     def gains(self) -> tuple[float, ...]:
         """Of box, classes and distances."""
-        box, cls, dfl = (checks.number(name, getattr(self, name), 0) for name in ("box", "cls", "dfl"))
-        return box, cls, dfl
+        return (
+            checks.number("box", self.box, 0),
+            checks.number("cls", self.cls, 0),
+            checks.number("dfl", self.dfl, 0),
+        )
 
 
 BRANCHES = ("one2many", "one2one")
@@ -204,20 +207,22 @@ class E2ELoss(nn.Module):
 
     def forward(self, preds: Mapping[str, Predicted], targets: AnyTargets) -> LossOutput:
         """The loss of one batch; see the class for arguments and errors."""
-        total, terms, num_pos, num_invalid = self._compute(preds, targets)
-        return LossOutput(total, {name: term.detach() for name, term in terms.items()}, num_pos, num_invalid)
+        total, terms, num_pos, num_invalid = self._compute(preds, targets, outputs=1)
+        return LossOutput(total, detached(terms, terms.values()), num_pos, num_invalid)
 
     def terms(self, preds: Mapping[str, Predicted], targets: AnyTargets) -> dict[str, Tensor]:
         """The parts of the loss with a gradient each, to weigh them apart; arguments and errors of :meth:`forward`."""
         return self._compute(preds, targets)[1]
 
-    def _compute(self, preds: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-        """Total, parts, predictions with an object and invalid rows."""
+    def _compute(
+        self, preds: Any, targets: Any, outputs: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+        """Total, parts, predictions with an object and invalid rows; ``outputs`` as of a branch."""
         branches = zip(BRANCHES, (self.one2many, self.one2one), (self.o2m, self.o2o), strict=True)
         calls = [
             (name, branch, branch.read(_branch(preds, name), targets, weight)) for name, branch, weight in branches
         ]
-        found = [(name, branch.head.parts, *branch.compute(call)) for name, branch, call in calls]
+        found = [(name, branch.head.parts, *branch.compute(call, outputs)) for name, branch, call in calls]
         terms = {
             f"{name}_{part}": term
             for name, parts, _, values, _ in found

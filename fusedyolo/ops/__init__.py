@@ -1,5 +1,6 @@
 """Custom operators: what the dispatcher, autograd and torch.compile see, and the launches behind them."""
 
+from ..operator import call
 from .cells import (
     CellOutputs,
     cell_grad_launch,
@@ -9,7 +10,7 @@ from .cells import (
     cell_loss_rescale,
     cell_outputs,
 )
-from .dense import Geometry, dense_launch, dense_loss, dense_loss_grad, dense_loss_rescale, dense_outputs, loss_launches
+from .dense import Geometry, dense_loss, dense_loss_grad, dense_loss_rescale, dense_outputs, grad_launch, loss_launches
 from .grid import GridOutputs, grid_grad_launch, grid_launch, grid_loss, grid_loss_grad, grid_outputs
 from .launch import Launch, accumulator, forget_plans, run_all, shared_zeros, workspace
 from .picking import workspace_rows
@@ -24,18 +25,19 @@ __all__ = [
     "accumulator",
     "box_loss",
     "box_loss_grad",
+    "call",
     "cell_grad_launch",
     "cell_launch",
     "cell_loss",
     "cell_loss_grad",
     "cell_loss_rescale",
     "cell_outputs",
-    "dense_launch",
     "dense_loss",
     "dense_loss_grad",
     "dense_loss_rescale",
     "dense_outputs",
     "forget_plans",
+    "grad_launch",
     "grid_grad_launch",
     "grid_launch",
     "grid_loss",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from torch import Tensor
 from ..heads import cell_head_from_key
 from ..kernels import cells
 from ..kernels.launch import GridConfig, cell_config
-from ..operator import differentiable, fake, operator
+from ..operator import call, differentiable, fake, operator
 from ..reference import cell_views
 from ..tuned import wishes
-from .launch import Launch, Layout, accumulator, done_counter, layout, planned, refuse_double_backward, run_all
+from .launch import Launch, Layout, accumulator, done_counter, layout, planned, refuse_double_backward
+from .steps import Outline, Steps
 
 
 class CellOutputs(NamedTuple):
@@ -50,10 +51,13 @@ def _config(key: str, pred: Layout) -> GridConfig:
 
 
 @planned
-def _plan(key: str, pred: Layout, grad: Layout | None, skip_one: bool | None) -> Launch:
-    """A launch but for its tensors: of the loss, or of a gradient alone where ``skip_one`` says anything."""
-    head, config, batch = cell_head_from_key(key), _config(key, pred), pred.shape[0]
+def _plan(key: str, pred: Layout, grad: Layout | None, skip_one: bool | None) -> Steps:
+    """A launch but for what calls bring: of the loss, or of a gradient alone where ``skip_one`` says anything."""
+    head, config, batch, own = cell_head_from_key(key), _config(key, pred), pred.shape[0], Outline()
+    rows = own.tensor("rows")
     arguments = {
+        "pred_ptr": own.tensor("pred"),
+        "grad_ptr": None if grad is None else own.tensor("grad"),
         "pred_at": _places(key, pred),
         "grad_at": None if grad is None or grad.stride == pred.stride else _places(key, grad),
         "gains": cells.Gains(head.box_gain, head.obj_gain, head.noobj_gain, head.cls_gain),
@@ -73,13 +77,22 @@ def _plan(key: str, pred: Layout, grad: Layout | None, skip_one: bool | None) ->
     }
     grid = (-(-batch * head.grid_size**2 // config.cells),)
     settings = config.threads, config.max_registers
-    if skip_one is None:  # the one launch that decides
-        return Launch(cells.cell_kernel, grid, arguments, *settings, exact=True, stages=config.stages)
-    arguments["SKIP_ONE"] = skip_one
-    return Launch(cells.cell_grad_kernel, grid, arguments, *settings, stages=config.stages)
+    if skip_one is not None:
+        ends = {"rows_ptr": rows, "taken_ptr": own.tensor("taken"), "grad_out_ptr": own.tensor("grad_total")}
+        arguments |= ends | {"SKIP_ONE": skip_one}
+        return own.steps(Launch(cells.cell_grad_kernel, grid, arguments, *settings, stages=config.stages))
+    sums = own.scratch(accumulator(pred.dtype)[1], (grid[0] * cells.N_PARTS.value,))
+    left = [own.tensor(name) for name in ("total", "parts", "counts", "taken")]
+    arguments |= {
+        "targets": cells.Targets(rows, own.tensor("offsets")),
+        "outputs": cells.Outputs(*left, sums, own.tensor("done")),
+        "M": own.M,
+    }
+    # the one launch that decides
+    return own.steps(Launch(cells.cell_kernel, grid, arguments, *settings, exact=True, stages=config.stages))
 
 
-def cell_launch(
+def _loss_steps(
     pred: Tensor,
     rows: Tensor,
     offsets: Tensor | None,
@@ -87,21 +100,26 @@ def cell_launch(
     outputs: CellOutputs,
     with_grad: bool,
     workspace: Tensor | None = None,
+) -> tuple[Steps, dict[str, Any]]:
+    """The plan of a loss, and of the gradient, and what a call brings to it."""
+    plan = _plan(key, layout(pred), layout(outputs.grad) if with_grad else None, None)
+    given = {"pred": pred, "rows": rows, "offsets": offsets, "done": done_counter(pred.device, workspace)}
+    return plan, given | outputs._asdict()
+
+
+def cell_launch(
+    pred: Tensor, rows: Tensor, offsets: Tensor | None, key: str, outputs: CellOutputs, with_grad: bool
 ) -> Launch:
     """The launch that leaves the loss, and ``with_grad`` the gradient."""
-    grad = outputs.grad if with_grad else None
-    plan = _plan(key, layout(pred), None if grad is None else layout(grad), None)
-    total, parts, counts, taken, _ = outputs
-    sums = total.new_empty(plan.grid[0] * cells.N_PARTS.value)
-    return plan.filled(
-        {
-            "pred_ptr": pred,
-            "grad_ptr": grad,
-            "targets": cells.Targets(rows, offsets),
-            "outputs": cells.Outputs(total, parts, counts, taken, sums, done_counter(pred.device, workspace)),
-            "M": rows.shape[0],
-        }
-    )
+    plan, given = _loss_steps(pred, rows, offsets, key, outputs, with_grad)
+    return plan.launches(pred.device, rows.shape[0], **given)[0]
+
+
+def _grad_steps(
+    pred: Tensor, rows: Tensor, taken: Tensor, key: str, grad: Tensor, grad_total: Tensor, skip_one: bool
+) -> tuple[Steps, dict[str, Any]]:
+    given = {"pred": pred, "rows": rows, "taken": taken, "grad": grad, "grad_total": grad_total}
+    return _plan(key, layout(pred), layout(grad), skip_one), given
 
 
 def cell_grad_launch(
@@ -111,10 +129,8 @@ def cell_grad_launch(
 
     If ``skip_one``, ``grad`` is left as it is where that is 1.
     """
-    plan = _plan(key, layout(pred), layout(grad), skip_one)
-    return plan.filled(
-        {"pred_ptr": pred, "grad_ptr": grad, "rows_ptr": rows, "taken_ptr": taken, "grad_out_ptr": grad_total}
-    )
+    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, skip_one)
+    return plan.launches(pred.device, rows.shape[0], **given)[0]
 
 
 def cell_outputs(pred: Tensor, key: str, with_grad: bool) -> CellOutputs:
@@ -139,7 +155,8 @@ def cell_loss(
     ``workspace``.
     """
     outputs = cell_outputs(pred, key, with_grad)
-    run_all([cell_launch(pred, rows, offsets, key, outputs, with_grad, workspace)], pred.device)
+    plan, given = _loss_steps(pred, rows, offsets, key, outputs, with_grad, workspace)
+    plan.run(pred.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
@@ -152,7 +169,8 @@ def _(pred, rows, offsets, key, with_grad, workspace=None):
 def cell_loss_grad(grad_total: Tensor, pred: Tensor, rows: Tensor, taken: Tensor, key: str) -> Tensor:
     """Gradient of :func:`cell_loss`'s total by ``pred``, times ``grad_total`` (0-dim), in one launch."""
     grad = torch.empty_like(pred)
-    run_all([cell_grad_launch(pred, rows, taken, key, grad, grad_total)], pred.device)
+    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, False)
+    plan.run(pred.device, rows.shape[0], **given)
     return grad
 
 
@@ -166,7 +184,8 @@ def cell_loss_rescale(grad: Tensor, grad_total: Tensor, pred: Tensor, rows: Tens
     """Turns ``grad``, the gradient for a ``grad_total`` of 1, into that for this one: a launch that is over at once if
     it is 1, which only the device knows.
     """
-    run_all([cell_grad_launch(pred, rows, taken, key, grad, grad_total, skip_one=True)], pred.device)
+    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, True)
+    plan.run(pred.device, rows.shape[0], **given)
 
 
 @fake(cell_loss_rescale)
@@ -178,23 +197,22 @@ def _save(ctx, inputs, output):
     pred, rows, _offsets, ctx.key, with_grad, _workspace = inputs
     outputs = CellOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*outputs[1:])
     ctx.save_for_backward(pred, rows, outputs.taken)
     # Not among the saved tensors, which must not change: the first backward changes it and gives it away. A tensor of
     # another type belongs to a tracer, and a traced graph must not change what its forward returns.
     ctx.stored = outputs.grad if with_grad and type(outputs.grad) is Tensor else None
 
 
-def _backward(ctx, grad_total, *_others):
+def _backward(ctx, grad_total):
     if grad_total is None:
         return None
     saved = ctx.saved_tensors
     grad, ctx.stored = ctx.stored, None
     if grad is None or torch.is_grad_enabled():  # with create_graph, the gradient is to know that it has none itself
-        return cell_loss_grad(grad_total, *saved, ctx.key)
-    cell_loss_rescale(grad, grad_total, *saved, ctx.key)
+        return call(cell_loss_grad, grad_total, *saved, ctx.key)
+    call(cell_loss_rescale, grad, grad_total, *saved, ctx.key)
     return grad
 
 
-differentiable(cell_loss, _backward, _save)
+differentiable(cell_loss, _backward, _save, outputs=1)
 differentiable(cell_loss_grad, refuse_double_backward(cell_loss_grad))

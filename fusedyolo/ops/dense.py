@@ -24,7 +24,7 @@ from ..kernels.launch import (
     power_of_two,
 )
 from ..kernels.levels import Strides
-from ..operator import differentiable, fake, operator
+from ..operator import call, differentiable, fake, operator
 from ..terms import TERMS
 from ..tuned import wishes
 from .launch import (
@@ -32,21 +32,20 @@ from .launch import (
     Launch,
     Layout,
     accumulator,
-    done_counter,
+    counters_and_maxima,
     float_parts,
+    layout,
     layouts,
     odd,
     planned,
     refuse_double_backward,
-    row_maxima,
-    run_all,
-    zeros,
 )
+from .steps import Outline, Slot, Steps
 from .strides import map_strides
 
 import triton.language as tl  # isort: skip
 
-T = TypeVar("T", Tensor, Layout)
+T = TypeVar("T", Tensor, Layout, Slot)
 
 KEYS = {torch.float32: tl.int32, torch.float64: tl.int64}
 """Integers that hold the bits of a float."""
@@ -203,33 +202,40 @@ def _config(key: str, preds: tuple[Layout, ...]) -> DenseConfig:
     )
 
 
-class _Plan(NamedTuple):
-    """A launch but for its tensors, and the strides that go with them."""
+def _maps(own: Outline, at: _Layout, preds: int, with_grad: bool, head: DenseHead) -> loss.Predictions:
+    """So many predictions, and gradients, as the kernel takes them."""
+    split = _split(own.tensors("preds", preds), head)
+    d_split = _split(own.tensors("grads", preds), head) if with_grad else [(None,) * len(split[0])] * len(split)
+    maps = [
+        loss.Maps(tuple(each), tuple(d_each), by, d_by)
+        for each, d_each, by, d_by in zip(split, d_split, at.strides, at.grad_strides, strict=True)
+    ]
+    return loss.Predictions(maps[0], maps[1], maps[2] if head.centreness else None)
 
-    launch: Launch
-    strides: tuple[tuple[Strides, ...], ...]
-    grad_strides: tuple[tuple[Strides, ...], ...]
 
-
-@planned
-def _plan(
+def _dense_launch(
+    own: Outline,
     key: str,
     preds: tuple[Layout, ...],
     grads: tuple[Layout, ...] | None,
     geometry: Geometry,
     anchors: int,
     with_loss: bool,
-    skip_one: bool,
-) -> _Plan:
-    """Of the driver after the match; ``anchors`` in an image."""
+    skip_one: bool = False,
+) -> Launch:
+    """Of the driver after the match, the loss, the gradient where there are ``grads``, or both; ``anchors`` in an
+    image. Calls bring what :func:`_brought` says, and ``grad_outs`` where there is no loss.
+    """
     head, config, row, batch = dense_head_from_key(key), _config(key, preds), _row(key), preds[0].shape[0]
     if not with_loss:
         config = dense_gradient(config, head.negatives > 0)
     layout = _layout(key, preds, preds if grads is None else grads)
     cls_programs, box_programs = _programs(layout, head, batch, config)
+    programs, ranked = sum(cls_programs) + sum(box_programs), head.negatives > 0
+    triton_acc, acc = accumulator(preds[0].dtype)
     spec = loss.Spec(
         C=head.num_classes,
-        RANKED=head.negatives > 0,
+        RANKED=ranked,
         BY_IMAGE=head.mean == "image",
         CORNERS=geometry.corners,
         FLAT=layout.flat,
@@ -237,7 +243,7 @@ def _plan(
         WITH_LOSS=with_loss,
         WITH_GRAD=grads is not None,
         SKIP_ONE=skip_one,
-        ACC=accumulator(preds[0].dtype)[0],
+        ACC=triton_acc,
         BLOCK=config.block,
         GROUP=config.group,
         CELLS=config.cells,
@@ -246,7 +252,20 @@ def _plan(
         WIDTH=config.width,
         CHUNKS=_ceil(head.num_classes, config.width),
     )
+    sums = loss.Sums(None, (None,) * 3, None, None)
+    if with_loss:
+        sums = loss.Sums(
+            total_ptr=own.tensor("total"),
+            parts=(own.tensor("cls"), own.tensor("box"), own.tensor("centre")),
+            partial_ptr=own.scratch(acc, (programs * loss.N_PARTS.value,)),
+            done_ptr=own.tensor("done"),
+        )
     arguments = {
+        "predictions": _maps(own, layout, len(preds), grads is not None, head),
+        "matched": loss.Matched(own.tensor("anchors"), own.tensor("rows"), own.tensor("match"), own.tensor("found")),
+        "grads": (None,) * 4 if with_loss else own.tensors("grad_outs", 4),
+        "ranked": loss.Ranked(own.tensor("ce"), own.tensor("picks")) if ranked else loss.Ranked(None, None),
+        "sums": sums,
         "levels": loss.Levels(
             odd(layout.widths), odd(layout.cells), odd(layout.anchors), odd(box_programs), odd(cls_programs)
         ),
@@ -257,75 +276,24 @@ def _plan(
         "numbers": loss.Numbers(row.weights, row.beta, row.box_args, row.label_args, geometry.size),
         "SPEC": spec,
     }
-    grid = (sum(cls_programs) + sum(box_programs),)
-    launch = Launch(loss.dense_kernel, grid, arguments, config.threads, config.max_registers, stages=config.stages)
-    return _Plan(launch, layout.strides, layout.grad_strides)
+    return Launch(loss.dense_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages)
 
 
-def _maps(preds: Sequence[Tensor], grads: Sequence[Tensor] | None, plan: _Plan, head: DenseHead) -> loss.Predictions:
-    """Predictions and gradients as the kernel takes them."""
-    split = _split(preds, head)
-    d_split = [(None,) * len(split[0])] * len(split) if grads is None else _split(grads, head)
-    maps = [
-        loss.Maps(tuple(own), tuple(d_own), by, d_by)
-        for own, d_own, by, d_by in zip(split, d_split, plan.strides, plan.grad_strides, strict=True)
-    ]
-    return loss.Predictions(maps[0], maps[1], maps[2] if head.centreness else None)
-
-
-def dense_launch(
-    preds: Sequence[Tensor],
-    anchors: Tensor,
-    rows: Tensor,
-    head: DenseHead,
-    geometry: Geometry,
-    outputs: DenseOutputs,
-    with_loss: bool,
-    grads: Sequence[Tensor] | None = None,
-    grad_outs: Sequence[Tensor | None] = (None,) * 4,
-    skip_one: bool = False,
-    workspace: Tensor | None = None,
-) -> Launch:
-    """A launch of the driver after the match: the loss, the gradient with ``grads``, or both.
-
-    The gradient is multiplied by ``grad_outs``, of the total and of the parts; if ``skip_one`` it is left as it is
-    where that is 1.
-    """
-    d_layouts = None if grads is None else layouts(grads)
-    plan = _plan(head.key, layouts(preds), d_layouts, geometry, outputs.match.shape[1], with_loss, skip_one)
-    sums = loss.Sums(None, (None,) * 3, None, None)
-    if with_loss:
-        sums = loss.Sums(
-            total_ptr=outputs.total,
-            parts=(outputs.cls, outputs.box, outputs.centre),
-            partial_ptr=outputs.total.new_empty(plan.launch.grid[0] * loss.N_PARTS.value),
-            done_ptr=done_counter(rows.device, workspace),
-        )
-    ranked = head.negatives > 0
-    return plan.launch.filled(
-        {
-            "predictions": _maps(preds, grads, plan, head),
-            "matched": loss.Matched(anchors, rows, outputs.match, outputs.found),
-            "grads": tuple(grad_outs),
-            "ranked": loss.Ranked(outputs.ce if ranked else None, outputs.picks if ranked else None),
-            "sums": sums,
-        }
-    )
-
-
-def _tally(device: torch.device, batch: int, rows: int, own: Tensor | None) -> Tensor:
-    """A counter for each image and one more, behind the other ones or behind the rows of a workspace; left at 0."""
-    if own is None:
-        return zeros(device, COUNTERS + batch + 1, torch.int32)[COUNTERS:]
-    return own[COUNTERS + rows :].view(torch.int32)
-
-
-@planned
-def _match_plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors: int) -> list[Launch]:
-    """The launches of :func:`match_launches` but for their tensors; ``anchors`` in an image."""
+def _match_launches(
+    own: Outline, key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors: int, words: int
+) -> list[Launch]:
+    """Those that settle which row each anchor takes; ``anchors`` in an image, ``words`` see :func:`_words`."""
     head, layout, batch, N = dense_head_from_key(key), _layout(key, preds, preds), preds[0].shape[0], anchors
     block = min(MATCH_BLOCK, power_of_two(N))
+    grid = (batch * _ceil(N, block),)
+    claims = match.Claims(None, None, 3)
+    if head.rescue is not None:
+        claims = match.Claims(own.tensor("maxima"), own.scratch(torch.int32, (grid[0] * words,)), 2 * words + 3)
     common = {
+        "anchors_ptr": own.tensor("anchors"),
+        "targets": match.Targets(own.tensor("rows"), own.tensor("offsets")),
+        "M": own.M,
+        "claims": claims,
         "N": N,
         "levels": match.Levels(odd(layout.anchors), odd(layout.cells)),
         "rule": match.Rule(
@@ -345,63 +313,52 @@ def _match_plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors
             BLOCK_G=MATCH_ROWS,
         ),
     }
-    grid = (batch * _ceil(N, block),)
+    settle = {
+        **common,
+        "B": batch,
+        "picks_ptr": own.tensor("picks") if head.negatives else None,
+        "matched": match.Matched(
+            own.tensor("match"),
+            own.tensor("found"),
+            own.tensor("counts"),
+            own.tensor("tally").after(COUNTERS * torch.int32.itemsize, torch.int32),
+            own.tensor("done"),
+        ),
+    }
     threads = max(32, block * _config(key, preds).match_threads // MATCH_BLOCK)
-    launches = [Launch(match.match_kernel, grid, {**common, "B": batch}, threads, MATCH_REGISTERS, exact=True)]
+    launches = [Launch(match.match_kernel, grid, settle, threads, MATCH_REGISTERS, exact=True)]
     if head.rescue is not None:
-        launches.insert(0, Launch(match.overlap_kernel, grid, common, threads, MATCH_REGISTERS, exact=True))
+        overlap = {**common, "match_ptr": own.tensor("match")}
+        launches.insert(0, Launch(match.overlap_kernel, grid, overlap, threads, MATCH_REGISTERS, exact=True))
     return launches
 
 
-def match_launches(
-    preds: Sequence[Tensor],
-    anchors: Tensor,
-    rows: Tensor,
-    offsets: Tensor | None,
-    head: DenseHead,
-    geometry: Geometry,
-    outputs: DenseOutputs,
-    workspace: Tensor | None = None,
-) -> list[Launch]:
-    """The launches that settle which row each anchor takes."""
-    (batch, N), M = outputs.match.shape, rows.shape[0]
-    *overlap, last = _match_plan(head.key, layouts(preds), geometry, N)
-    claims = match.Claims(None, None, 3)
-    if overlap:
-        words = min(MOST_CLAIMS, -(-M // match.LANES.value))
-        bits = rows.new_empty(last.grid[0] * words, dtype=torch.int32)
-        claims = match.Claims(row_maxima(rows.device, M, workspace), bits, 2 * words + 3)
-    common = {"anchors_ptr": anchors, "targets": match.Targets(rows, offsets), "M": M, "claims": claims}
-    settle = {
-        **common,
-        "picks_ptr": outputs.picks if head.negatives else None,
-        "matched": match.Matched(
-            outputs.match,
-            outputs.found,
-            outputs.counts,
-            _tally(rows.device, batch, rows.shape[0], workspace),
-            done_counter(rows.device, workspace),
-        ),
-    }
-    return [*(launch.filled({**common, "match_ptr": outputs.match}) for launch in overlap), last.filled(settle)]
+def _words(head: DenseHead, rows: int) -> int:
+    """Integers of a block of anchors that say which of so many rows it has claimed, of a head that asks."""
+    return 0 if head.rescue is None else min(MOST_CLAIMS, -(-rows // match.LANES.value))
 
 
-class _RankPlan(NamedTuple):
-    """The launches that rank but for their tensors, and the programs of each."""
-
-    counting: Launch
-    ranking: Launch
-    programs: int
-
-
-@planned
-def _rank_plan(key: str, preds: tuple[Layout, ...], anchors: int) -> _RankPlan:
-    """Of images of so many anchors."""
+def _rank_launches(own: Outline, key: str, preds: tuple[Layout, ...], anchors: int) -> list[Launch]:
+    """Those that pick the hardest negatives, and complete the loss."""
     head, batch, threads = dense_head_from_key(key), preds[0].shape[0], _config(key, preds).rank_threads
     triton_acc, acc = accumulator(preds[0].dtype)
     part = min(RANK_PART, power_of_two(anchors))
     programs = batch * _ceil(anchors, part)
-    arguments = {
+    common = {
+        "ce_ptr": own.tensor("ce"),
+        "match_ptr": own.tensor("match"),
+        "found_ptr": own.tensor("found"),
+        "picks_ptr": own.tensor("picks"),
+        "scratch": rank.Scratch(
+            counts_ptr=own.scratch(torch.int32, (programs, rank.BINS.value)),
+            bins_ptr=own.scratch(torch.int32, (batch, 4)),
+            earlier_ptr=own.scratch(torch.int32, (programs,)),
+            twice_ptr=own.scratch(torch.int32, (programs,)),
+            partial_ptr=own.scratch(acc, (2, programs)),
+            images_ptr=own.scratch(acc, (batch,)),
+            index_ptr=own.scratch(torch.int32, (batch, anchors)),
+            listed_ptr=own.scratch(acc, (batch, anchors)),
+        ),
         "N": anchors,
         "B": batch,
         "ratio": head.negatives,
@@ -413,39 +370,58 @@ def _rank_plan(key: str, preds: tuple[Layout, ...], anchors: int) -> _RankPlan:
             PART=part,
         ),
     }
+    outcome = rank.Outcome(own.tensor("total"), own.tensor("cls"), own.tensor("box"), own.tensor("done"))
     threads = max(32, part * threads // RANK_PART)
-    launches = [
-        Launch(kernel, (programs,), arguments, threads, RANK_REGISTERS)
-        for kernel in (rank.count_kernel, rank.rank_kernel)
+    return [
+        Launch(rank.count_kernel, (programs,), common, threads, RANK_REGISTERS),
+        Launch(rank.rank_kernel, (programs,), {**common, "outcome": outcome}, threads, RANK_REGISTERS),
     ]
-    return _RankPlan(*launches, programs)
 
 
-def rank_launches(
-    preds: Sequence[Tensor], head: DenseHead, outputs: DenseOutputs, workspace: Tensor | None = None
-) -> list[Launch]:
-    """The launches that pick the hardest negatives, and complete the loss."""
-    batch, N = outputs.match.shape
-    plan = _rank_plan(head.key, layouts(preds), N)
-    common = {
-        "ce_ptr": outputs.ce,
-        "match_ptr": outputs.match,
-        "found_ptr": outputs.found,
-        "picks_ptr": outputs.picks,
-        "scratch": rank.Scratch(
-            counts_ptr=outputs.match.new_empty(plan.programs, rank.BINS.value),
-            bins_ptr=outputs.match.new_empty(batch, 4),
-            earlier_ptr=outputs.match.new_empty(plan.programs),
-            twice_ptr=outputs.match.new_empty(plan.programs),
-            partial_ptr=outputs.total.new_empty(2, plan.programs),
-            images_ptr=outputs.total.new_empty(batch),
-            index_ptr=torch.empty_like(outputs.match),
-            listed_ptr=torch.empty_like(outputs.ce),
-        ),
-    }
-    done = done_counter(outputs.total.device, workspace)
-    outcome = rank.Outcome(outputs.total, outputs.cls, outputs.box, done)
-    return [plan.counting.filled(common), plan.ranking.filled({**common, "outcome": outcome})]
+@planned
+def _plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors: int, with_grad: bool, words: int) -> Steps:
+    """Of all launches of a loss, ``with_grad`` of its gradient too."""
+    own, ranked = Outline(), dense_head_from_key(key).negatives > 0
+    grads = tuple([layout(torch.empty_like(pred.meta())) for pred in preds]) if with_grad else None
+    launches = _match_launches(own, key, preds, geometry, anchors, words)
+    launches.append(_dense_launch(own, key, preds, grads, geometry, anchors, True))
+    if ranked:
+        launches += _rank_launches(own, key, preds, anchors)
+    return own.steps(*launches)
+
+
+@planned
+def _grad_plan(
+    key: str,
+    preds: tuple[Layout, ...],
+    grads: tuple[Layout, ...],
+    geometry: Geometry,
+    anchors: int,
+    skip_one: bool,
+) -> Steps:
+    """Of the gradient alone."""
+    own = Outline()
+    return own.steps(_dense_launch(own, key, preds, grads, geometry, anchors, False, skip_one))
+
+
+def _loss_steps(
+    preds: Sequence[Tensor],
+    anchors: Tensor,
+    rows: Tensor,
+    offsets: Tensor | None,
+    head: DenseHead,
+    geometry: Geometry,
+    outputs: DenseOutputs,
+    workspace: Tensor | None = None,
+) -> tuple[Steps, dict[str, Any]]:
+    """The plan of a loss, and of its gradient where ``outputs`` has room for that, and what a call brings to it."""
+    (batch, N), M = outputs.match.shape, rows.shape[0]
+    plan = _plan(head.key, layouts(preds), geometry, N, bool(outputs.grads), _words(head, M))
+    done, maxima = counters_and_maxima(rows.device, M, workspace, COUNTERS + batch + 1)
+    # a counter for each image and one more, behind two others: of a workspace, which these come last in, a maximum
+    tally = done if workspace is None else workspace[COUNTERS + M - 1 :].view(torch.int32)
+    given = {"preds": preds, "anchors": anchors, "rows": rows, "offsets": offsets, "done": done, "maxima": maxima}
+    return plan, given | {"tally": tally} | outputs._asdict()
 
 
 def loss_launches(
@@ -456,15 +432,41 @@ def loss_launches(
     head: DenseHead,
     geometry: Geometry,
     outputs: DenseOutputs,
-    workspace: Tensor | None = None,
 ) -> list[Launch]:
     """All launches of a loss, and of its gradient where ``outputs`` has room for that."""
-    launches = match_launches(preds, anchors, rows, offsets, head, geometry, outputs, workspace)
-    grads = outputs.grads or None
-    launches.append(dense_launch(preds, anchors, rows, head, geometry, outputs, True, grads, workspace=workspace))
-    if head.negatives:
-        launches += rank_launches(preds, head, outputs, workspace)
-    return launches
+    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs)
+    return plan.launches(rows.device, rows.shape[0], **given)
+
+
+def _grad_steps(
+    preds: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    head: DenseHead,
+    geometry: Geometry,
+    grads: Sequence[Tensor],
+    grad_outs: Sequence[Tensor | None],
+    skip_one: bool,
+) -> tuple[Steps, dict[str, Any]]:
+    """The plan of a gradient, see :func:`grad_launch`, and what a call brings to it."""
+    names = ("anchors", "rows", "match", "found", "ce", "picks")
+    given = dict(zip(names, saved, strict=True)) | {"preds": preds, "grads": grads, "grad_outs": grad_outs}
+    return _grad_plan(head.key, layouts(preds), layouts(grads), geometry, saved[0].shape[0], skip_one), given
+
+
+def grad_launch(
+    preds: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    head: DenseHead,
+    geometry: Geometry,
+    grads: Sequence[Tensor],
+    grad_outs: Sequence[Tensor | None],
+    skip_one: bool = False,
+) -> Launch:
+    """The launch of the gradient alone, times ``grad_outs``, of the total and of the parts; if ``skip_one`` it is left
+    as it is where that is 1. ``saved`` as :func:`dense_loss_grad` takes it.
+    """
+    plan, given = _grad_steps(preds, saved, head, geometry, grads, grad_outs, skip_one)
+    return plan.launches(saved[1].device, saved[1].shape[0], **given)[0]
 
 
 def dense_outputs(preds: Sequence[Tensor], anchors: Tensor, head: DenseHead, with_grad: bool) -> DenseOutputs:
@@ -509,7 +511,8 @@ def dense_loss(
     head = dense_head_from_key(key)
     geometry = Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
     outputs = dense_outputs(preds, anchors, head, with_grad)
-    run_all(loss_launches(preds, anchors, rows, offsets, head, geometry, outputs, workspace), rows.device)
+    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, workspace)
+    plan.run(rows.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
@@ -527,12 +530,10 @@ def _gradient(
     geometry: tuple[list[float], bool, list[int]],
     skip_one: bool,
 ) -> None:
-    anchors, rows, match, found, ce, picks = saved
     size, corners, ends = geometry
-    none = match  # nothing asks for these
-    outputs = DenseOutputs(none, none, none, none, none, match, found, ce, picks, grads)
     head, at = dense_head_from_key(key), Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
-    run_all([dense_launch(preds, anchors, rows, head, at, outputs, False, grads, grad_outs, skip_one)], rows.device)
+    plan, given = _grad_steps(preds, saved, head, at, grads, grad_outs, skip_one)
+    plan.run(saved[1].device, saved[1].shape[0], **given)
 
 
 @operator
@@ -593,25 +594,25 @@ def _save(ctx, inputs, output):
     preds, anchors, rows, _offsets, *ctx.settings, _with_grad, _workspace = inputs
     outputs = DenseOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(outputs.counts, outputs.match, outputs.found, outputs.ce, outputs.picks, *outputs.grads)
     ctx.save_for_backward(anchors, rows, outputs.match, outputs.found, outputs.ce, outputs.picks, *preds)
     # Not among the saved tensors, which must not change: the first backward changes them and gives them away. Tensors
     # of another type belong to a tracer, and a traced graph must not change what its forward returns.
     ctx.stored = outputs.grads if outputs.grads and type(outputs.grads[0]) is Tensor else None
 
 
-def _backward(ctx, grad_total, grad_cls, grad_box, grad_centre, *_rest):
-    saved, preds = list(ctx.saved_tensors[:6]), list(ctx.saved_tensors[6:])
+def _backward(ctx, grad_total, grad_cls=None, grad_box=None, grad_centre=None):
+    anchors, rows, match, found, ce, picks, *preds = ctx.saved_tensors
+    saved = [anchors, rows, match, found, ce, picks]
     grad_outs = (grad_total, grad_cls, grad_box, grad_centre)
     if all([grad is None for grad in grad_outs]):
         return [None] * len(preds)
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
-        grads = dense_loss_grad(*grad_outs, preds, saved, *ctx.settings)
+        grads = call(dense_loss_grad, *grad_outs, preds, saved, *ctx.settings)
     else:
-        dense_loss_rescale(grads, *grad_outs, preds, saved, *ctx.settings)
+        call(dense_loss_rescale, grads, *grad_outs, preds, saved, *ctx.settings)
     return list(grads)
 
 
-differentiable(dense_loss, _backward, _save)
+differentiable(dense_loss, _backward, _save, outputs=4)
 differentiable(dense_loss_grad, refuse_double_backward(dense_loss_grad))

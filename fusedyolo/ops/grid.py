@@ -16,21 +16,12 @@ from ..kernels import assign
 from ..kernels.grid import gradient, loss, records
 from ..kernels.launch import SMALLEST_TILE, grad_parts, grid_config, power_of_two
 from ..kernels.levels import Strides
-from ..operator import differentiable, fake, operator
+from ..operator import call, differentiable, fake, operator
 from ..reference.grid import NEIGHBOURS
 from ..terms import TERMS
 from ..tuned import wishes
-from .launch import (
-    Launch,
-    Layout,
-    accumulator,
-    done_counter,
-    layouts,
-    odd,
-    planned,
-    refuse_double_backward,
-    run_all,
-)
+from .launch import Launch, Layout, accumulator, done_counter, layouts, odd, planned, refuse_double_backward
+from .steps import Outline, Steps
 from .strides import map_strides
 
 _MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
@@ -186,14 +177,13 @@ def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: 
 
 
 class _Plan(NamedTuple):
-    """Both launches of a step but for their tensors, and the sizes of what they share."""
+    """Both launches of a step but for what calls bring, what their configuration hangs on, and how much they leave."""
 
-    loss: Launch
-    grad: Launch
+    loss: Steps  # with what the gradient needs
+    loss_alone: Steps
+    grad: Launch  # for gradients that lie as the predictions do
+    outline: Outline  # of that
     room: _Room
-    lists: int  # integers a row, see grid.records.Lists
-    numbers: int  # partial sums, and boxes met by a tile
-    spread: int  # numbers a row, see there
 
 
 @planned
@@ -229,17 +219,47 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         PARTS=grad_parts(config, 5 + head.num_classes, planes),
     )
     programs = sum(batch * len(own) * -(-n // config.cells) for own, n in zip(head.levels, cells, strict=True))
-    arguments = {"levels": levels, "head": parts.numbers, "terms": parts.terms, "SPEC": spec}
-    settings = config.threads, config.max_registers
-    return _Plan(
+    common = {"levels": levels, "head": parts.numbers, "terms": parts.terms, "SPEC": spec}
+    room, acc = _room(shapes, head), accumulator(preds[0].dtype)[1]
+    places, rows_read = head.places_per_row, config.rows
+    lists = 8 * places + 2 * near  # integers a row, see grid.records.Lists
+    numbers = programs * (loss.N_PARTS.value + 5 * (rows_read + config.cells) * spec.IGNORES)  # boxes met by a tile too
+    spread = 4 * places * (spec.SHARING in ("each", "sum"))  # numbers a row, see there
+
+    def listed(M: int) -> tuple[int]:
+        each = 4 * rows_read + config.cells - (-M * spec.KINDS // rows_read) - (-M // rows_read)
+        return (lists * M + programs * each,)
+
+    def loss_steps(with_state: bool) -> Steps:
+        own = Outline()
+        partial = own.scratch(acc, lambda M: (numbers + spread * M,))
+        given = {
+            "maps": own.tensors("preds", len(preds)),
+            "targets": records.Targets(own.tensor("rows"), own.tensor("offsets"), own.tensor("class_weights")),
+            "M": own.M,
+            "lists_ptr": own.scratch(torch.int32, listed),
+            "saved": _saved(own, room, head) if with_state else records.Saved(None, None, None, None),
+            "outputs": records.Outputs(
+                own.tensor("total"), own.tensor("parts"), own.tensor("counts"), partial, own.tensor("done")
+            ),
+        }
         # the peers' operators decide with products and sums that are rounded one by one
-        Launch(loss.grid_kernel, (programs,), arguments, *settings, exact=True, stages=config.stages),
-        Launch(gradient.grid_grad_kernel, (programs * spec.PARTS,), arguments, *settings, stages=config.stages),
-        _room(shapes, head),
-        8 * head.places_per_row + 2 * near,
-        programs * (loss.N_PARTS.value + 5 * (config.rows + config.cells) * spec.IGNORES),
-        4 * head.places_per_row * (spec.SHARING in ("each", "sum")),
-    )
+        settings = config.threads, config.max_registers
+        return own.steps(
+            Launch(loss.grid_kernel, (programs,), common | given, *settings, exact=True, stages=config.stages)
+        )
+
+    own = Outline()
+    given = {
+        "maps": own.tensors("preds", len(preds)),
+        "grads": own.tensors("grads", len(preds)),
+        "saved": _saved(own, room, head),
+        "parts_ptr": own.tensor("parts"),
+        "grad_out_ptr": own.tensor("grad_total"),
+    }
+    grid, settings = (programs * spec.PARTS,), (config.threads, config.max_registers)
+    grad = Launch(gradient.grid_grad_kernel, grid, common | given, *settings, stages=config.stages)
+    return _Plan(loss_steps(True), loss_steps(False), grad, own, room)
 
 
 def _near_places(head: GridHead, shapes: Sequence[Sequence[int]], cells: int) -> int:
@@ -249,16 +269,15 @@ def _near_places(head: GridHead, shapes: Sequence[Sequence[int]], cells: int) ->
 
 
 @planned
-def _grad_plan(key: str, preds: tuple[Layout, ...], grads: tuple[Layout, ...]) -> Launch:
+def _grad_plan(key: str, preds: tuple[Layout, ...], grads: tuple[Layout, ...]) -> Steps:
     """The gradient launch with the strides of the gradients; of one layout with the predictions' only if both are."""
     plan, head = _plan(key, preds), head_from_key(key)
     strides = [map_strides(grad, 5 + head.num_classes) for grad in grads]
     spec = plan.grad.arguments["SPEC"]
     if _layout(strides, grads) != spec.LAYOUT:
         spec = spec._replace(LAYOUT="strided")
-    return replace(
-        plan.grad, arguments={**plan.grad.arguments, "grads_by": odd(tuple(strides)), "SPEC": spec}, compiled={}
-    )
+    arguments = {**plan.grad.arguments, "grads_by": odd(tuple(strides)), "SPEC": spec}
+    return plan.outline.steps(replace(plan.grad, arguments=arguments))
 
 
 def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:
@@ -271,10 +290,24 @@ def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:
     return "strided"
 
 
-def _saved(outputs: GridOutputs, room: _Room, head: GridHead) -> records.Saved:
+def _saved(own: Outline, room: _Room, head: GridHead) -> records.Saved:
     """What a loss launch leaves, as the kernels take it."""
-    bases = outputs.state[room.states :]
-    return records.Saved(outputs.state, outputs.true_obj if any(head.smooth) else None, outputs.kept, bases)
+    state, true_obj = own.tensor("state"), own.tensor("true_obj") if any(head.smooth) else None
+    bases = state.after(room.states * torch.int32.itemsize, torch.int32)
+    return records.Saved(state, true_obj, own.tensor("kept"), bases)
+
+
+def _loss_given(
+    preds: list[Tensor],
+    rows: Tensor,
+    offsets: Tensor | None,
+    class_weights: Tensor | None,
+    outputs: GridOutputs,
+    workspace: Tensor | None = None,
+) -> dict[str, Any]:
+    """What a call brings to a loss launch."""
+    given = {"preds": preds, "rows": rows, "offsets": offsets, "class_weights": class_weights}
+    return given | outputs._asdict() | {"done": done_counter(rows.device, workspace)}
 
 
 def grid_launch(
@@ -285,43 +318,19 @@ def grid_launch(
     head: GridHead,
     outputs: GridOutputs,
     with_state: bool,
-    workspace: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
-    plan, M = _plan(head.key, layouts(preds)), rows.shape[0]
-    spec, (programs,) = plan.loss.arguments["SPEC"], plan.loss.grid
-    each = 4 * spec.ROWS + spec.CELLS - (-M * spec.KINDS // spec.ROWS) - (-M // spec.ROWS)
-    partial = rows.new_empty(plan.numbers + plan.spread * M, dtype=outputs.total.dtype)
-    done = done_counter(rows.device, workspace)
-    return plan.loss.filled(
-        {
-            "maps": tuple(preds),
-            "targets": records.Targets(rows, offsets, class_weights),
-            "M": M,
-            "lists_ptr": rows.new_empty(plan.lists * M + programs * each, dtype=torch.int32),
-            "saved": _saved(outputs, plan.room, head) if with_state else NOTHING,
-            "outputs": records.Outputs(outputs.total, outputs.parts, outputs.counts, partial, done),
-        }
-    )
-
-
-NOTHING = records.Saved(None, None, None, None)
+    plan, given = _plan(head.key, layouts(preds)), _loss_given(preds, rows, offsets, class_weights, outputs)
+    steps = plan.loss if with_state else plan.loss_alone
+    return steps.launches(rows.device, rows.shape[0], **given)[0]
 
 
 def grid_grad_launch(
     preds: list[Tensor], grads: list[Tensor], grad_total: Tensor, head: GridHead, outputs: GridOutputs
 ) -> Launch:
     """The launch that leaves the gradient, times ``grad_total``, after a loss launch with state."""
-    at = layouts(preds)
-    return _grad_plan(head.key, at, layouts(grads)).filled(
-        {
-            "maps": tuple(preds),
-            "grads": tuple(grads),
-            "saved": _saved(outputs, _plan(head.key, at).room, head),
-            "parts_ptr": outputs.parts,
-            "grad_out_ptr": grad_total,
-        }
-    )
+    given = outputs._asdict() | {"preds": preds, "grads": grads, "grad_total": grad_total}
+    return _grad_plan(head.key, layouts(preds), layouts(grads)).launches(grad_total.device, 0, **given)[0]
 
 
 @operator
@@ -338,11 +347,11 @@ def grid_loss(
 
     A compiled graph brings its ``workspace``.
     """
-    head = head_from_key(key)
-    outputs = _outputs(preds[0], rows, head, _plan(key, layouts(preds)).room if with_state else None)
-    launch = grid_launch(preds, rows, offsets, class_weights, head, outputs, with_state, workspace)
-    run_all([launch], rows.device)
-    return outputs.total, outputs.parts, outputs.counts, outputs.state, outputs.kept, outputs.true_obj
+    plan = _plan(key, layouts(preds))
+    outputs = _outputs(preds[0], rows, head_from_key(key), plan.room if with_state else None)
+    given = _loss_given(preds, rows, offsets, class_weights, outputs, workspace)
+    (plan.loss if with_state else plan.loss_alone).run(rows.device, rows.shape[0], **given)
+    return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(grid_loss)
@@ -362,8 +371,9 @@ def grid_loss_grad(
 ) -> list[Tensor]:
     """Gradient of :func:`grid_loss`'s total by every map, times ``grad_total`` (0-dim), in one launch."""
     grads = [torch.empty_like(pred) for pred in preds]
-    outputs = GridOutputs(grad_total, parts, grad_total, state, kept, true_obj)
-    run_all([grid_grad_launch(preds, grads, grad_total, head_from_key(key), outputs)], grad_total.device)
+    saved = {"parts": parts, "state": state, "kept": kept, "true_obj": true_obj}
+    plan = _grad_plan(key, layouts(preds), layouts(grads))
+    plan.run(grad_total.device, 0, preds=preds, grads=grads, grad_total=grad_total, **saved)
     return grads
 
 
@@ -376,18 +386,17 @@ def _save_grid(ctx, inputs, output):
     preds, ctx.key = inputs[0], inputs[4]
     outputs = GridOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*outputs[1:])
     ctx.save_for_backward(outputs.parts, outputs.state, outputs.kept, outputs.true_obj, *preds)
 
 
-def _grid_backward(ctx, grad_total, *_grads):
+def _grid_backward(ctx, grad_total):
     parts, state, kept, true_obj, *preds = ctx.saved_tensors
     if grad_total is None:
         return [None] * len(preds)
     if state.numel() == 0:
         raise RuntimeError("grid_loss: no gradient was prepared, with_state was False")
-    return grid_loss_grad(grad_total, preds, parts, state, kept, true_obj, ctx.key)
+    return call(grid_loss_grad, grad_total, preds, parts, state, kept, true_obj, ctx.key)
 
 
-differentiable(grid_loss, _grid_backward, _save_grid)
+differentiable(grid_loss, _grid_backward, _save_grid, outputs=1)
 differentiable(grid_loss_grad, refuse_double_backward(grid_loss_grad))

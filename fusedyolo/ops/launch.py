@@ -1,21 +1,6 @@
 """A kernel launch as an object, and what every launch needs.
 
-A driver works in two steps. What follows from shapes, strides, types, devices and the row alone (the configuration,
-programs, strides, records of numbers, flags, sizes of buffers) is a *plan*, made once by a function under
-:func:`planned`. A call allocates, fills its tensors in (:meth:`Launch.filled`) and launches:
-
-    @planned
-    def _plan(key: str, pred: Layout, grad: Layout | None, with_loss: bool) -> Launch:
-        head, view = head_from_key(key), grid_view(pred.meta(), ...)
-        ...
-        return Launch(kernel, (programs,), {"W": view.shape[3], "HEAD": ...}, threads)
-
-    def grid_launch(pred, rows, ...):
-        plan = _plan(head.key, layout(pred), None, True)
-        return plan.filled({"pred_ptr": pred, "rows_ptr": rows, "M": rows.shape[0], ...})
-
-A plan may be a tuple of launches, or a ``NamedTuple`` with sizes beside them. What differs from batch to batch, such as
-the number of rows, does not belong in its key; of what does, everything must be in it. It holds no tensor.
+What does not change between calls is made once, see :func:`planned` and :mod:`.steps`.
 """
 
 from __future__ import annotations
@@ -23,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,7 +20,6 @@ from .. import tuned
 from ..kernels.launch import power_of_two
 
 import triton.language as tl  # isort: skip
-from triton.compiler import CompiledKernel  # isort: skip
 
 R = TypeVar("R")
 
@@ -93,7 +77,9 @@ _plans: list[Any] = []  # the caches, of all drivers
 def planned(make: Callable[..., R]) -> Callable[..., R]:
     """Decorates what makes a plan: made once for the same arguments, and for what ``tuned`` says meanwhile.
 
-    Of the ``PLANS`` last ones; threads share them. Arguments are hashable and positional.
+    Of the ``PLANS`` last ones; threads share them. Arguments are hashable and positional. What differs from batch to
+    batch, such as the number of rows, does not belong among them; of what a plan hangs on, everything must be. It holds
+    no tensor.
     """
     find = lru_cache(maxsize=PLANS)(lambda _version, *arguments: make(*arguments))
     _plans.append(find)
@@ -113,67 +99,28 @@ def forget_plans() -> None:
 
 @dataclass(slots=True, eq=False)
 class Launch:
-    """One kernel launch, ready to run, compile or count, or one that lacks only its tensors. ``max_registers``, a
-    thread's, is of NVIDIA only; ``exact`` keeps products and sums apart, as PyTorch's operators do; ``stages`` is how
-    many loads of a loop are under way.
-
-    ``given`` are those of the arguments that a plan did not have; what it was ``compiled`` to is a plan's, by what
-    Triton specializes on of these.
+    """One kernel launch, ready to run, compile or count, or one of a plan that lacks what calls bring, see
+    :mod:`.steps`. ``max_registers``, a thread's, is of NVIDIA only; ``exact`` keeps products and sums apart, as
+    PyTorch's operators do; ``stages`` is how many loads of a loop are under way.
     """
 
     kernel: Any
-    grid: tuple[int, ...]
+    grid: Any
     arguments: dict[str, Any]
     threads: int
     max_registers: int | None = None
     exact: bool = False
     stages: int | None = None
-    given: dict[str, Any] | None = None
-    compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    def filled(self, given: dict[str, Any]) -> Launch:
-        """This launch with further arguments, those of a call; it stays as it is."""
-        arguments, settings = {**self.arguments, **given}, (self.threads, self.max_registers, self.exact, self.stages)
-        return Launch(self.kernel, self.grid, arguments, *settings, given, self.compiled)
-
-    def run(self) -> None:
-        """Launch on the current device and stream: :func:`run_all` sees to it that they are the right ones.
-
-        Of what the plan fixed Triton has nothing to find out again, and that is most of what its launcher does.
+    def run(self) -> Any:
+        """Launch on the current device and stream: :func:`run_all` sees to it that they are the right ones. Returns
+        what the kernel was compiled to.
         """
-        nvidia = torch.version.hip is None  # elsewhere it specializes on the size of memory, too
-        if self.given is None or not nvidia:
-            self.kernel[self.grid](**self.arguments, **self.options(nvidia))
-            return
-        kinds: list[Any] = []
-        passed = {name: _passed(value, kinds) for name, value in self.given.items()}
-        found = self.compiled.get(key := tuple(kinds))
-        if found is None:
-            made = self.kernel[self.grid](**self.arguments, **self.options(nvidia))
-            if isinstance(made, CompiledKernel):  # not where kernels are interpreted
-                self.compiled[key] = made
-            return
-        every = {**self.arguments, **passed}
-        found[(*self.grid, 1, 1)[:3]](*[every[name] for name in self.kernel.arg_names])
+        return self.kernel[self.grid](**self.arguments, **self.options(torch.version.hip is None))
 
     def options(self, nvidia: bool) -> dict[str, int]:
         """Compiler options: a warp is 32 threads on NVIDIA's GPUs, 64 on AMD's data-centre GPUs."""
         return dict(_options(self.threads, self.max_registers, self.exact, self.stages, nvidia))
-
-
-def _passed(value: Any, kinds: list[Any]) -> Any:
-    """An argument as a compiled kernel takes it, tensors by address; ``kinds`` are told what the code hangs on."""
-    if isinstance(value, Tensor):
-        address = value.data_ptr()
-        kinds += (value.dtype, address % 16 == 0)
-        return address
-    if isinstance(value, tuple):
-        return tuple([_passed(each, kinds) for each in value])
-    if type(value) is int:
-        kinds.append((value == 1, value % 16 == 0, -(2**31) <= value < 2**31))
-    else:
-        kinds.append(float if type(value) is float else value)
-    return value
 
 
 @lru_cache(maxsize=256)
@@ -191,22 +138,21 @@ def _options(threads: int, max_registers: int | None, exact: bool, stages: int |
 _ANYWHERE = nullcontext()
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current device: of that one Triton launches, and PyTorch says what its stream is and does."""
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
         return _ANYWHERE
     return torch.cuda.device(device)
 
 
-def run_all(launches: Sequence[Launch], device: torch.device) -> None:
-    """Launch one after the other on the current stream of ``device``, that of their tensors.
+def run_all(launches: Sequence[Launch], device: torch.device) -> list[Any]:
+    """Launch one after the other on the current stream of ``device``, that of their tensors; what each returns.
 
     What :func:`zeros` has given is forgotten if one of them fails or is interrupted: it may be zeros no more.
     """
     try:
-        with _on(device):
-            for launch in launches:
-                launch.run()
+        with on_device(device):
+            return [launch.run() for launch in launches]
     except BaseException:
         forget_zeros()
         raise
@@ -233,16 +179,24 @@ def zeros(device: torch.device, count: int, dtype: torch.dtype) -> Tensor:
     A capture gets its own: memory that it allocates belongs to the graph. An operator that a compiled graph runs must
     not ask, see :func:`workspace`.
     """
+    return zeros_of_types(device, (count, dtype))[0]
+
+
+def zeros_of_types(device: torch.device, *wanted: tuple[int, torch.dtype]) -> list[Tensor]:
+    """:func:`zeros` of several types, for which the stream is asked once."""
     stream = 0
     if device.type == "cuda":
-        with _on(device):
+        with on_device(device):
             if torch.cuda.is_current_stream_capturing():
-                return torch.zeros(count, dtype=dtype, device=device)
-            stream = torch.cuda.current_stream(device).cuda_stream
-    found = _MEMORY.zeros.get((device, stream, dtype))
-    if found is None or len(found) < count:
-        size = max(LEAST_ZEROS, power_of_two(count))
-        found = _MEMORY.zeros[device, stream, dtype] = torch.zeros(size, dtype=dtype, device=device)
+                return [torch.zeros(count, dtype=dtype, device=device) for count, dtype in wanted]
+            stream = torch._C._cuda_getCurrentRawStream(device.index)  # as Triton asks: no object is made
+    kept, found = _MEMORY.zeros, []
+    for count, dtype in wanted:
+        zero = kept.get((device, stream, dtype))
+        if zero is None or zero.shape[0] < count:
+            size = max(LEAST_ZEROS, power_of_two(count))
+            zero = kept[device, stream, dtype] = torch.zeros(size, dtype=dtype, device=device)
+        found.append(zero)
     return found
 
 
@@ -276,9 +230,11 @@ def done_counter(device: torch.device, own: Tensor | None = None) -> Tensor:
     return zeros(device, 2 * COUNTERS, torch.int32) if own is None else own[:COUNTERS].view(torch.int32)
 
 
-def row_maxima(device: torch.device, rows: int, own: Tensor | None = None) -> Tensor:
-    """An int64 for each row, in a workspace where there is one; left at 0."""
-    return zeros(device, rows, torch.int64) if own is None else own[COUNTERS:]
+def counters_and_maxima(device: torch.device, rows: int, own: Tensor | None, counters: int = 0) -> list[Tensor]:
+    """Those counters, or more, and an int64 for each row; of a workspace these come after its counters. Left at 0."""
+    if own is None:
+        return zeros_of_types(device, (max(counters, 2 * COUNTERS), torch.int32), (rows, torch.int64))
+    return [own[:COUNTERS].view(torch.int32), own[COUNTERS:]]
 
 
 def refuse_double_backward(operator: Any) -> Callable[..., Any]:

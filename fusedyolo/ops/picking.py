@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -16,7 +15,8 @@ from ..kernels.levels import Strides
 from ..kernels.picks import boxes, pick, records, settle, site, wish
 from ..terms import TERMS
 from ..tuned import wishes
-from .launch import Launch, Layout, accumulator, done_counter, layouts, odd, planned, row_maxima
+from .launch import Launch, Layout, accumulator, counters_and_maxima, layouts, odd, planned
+from .steps import Outline, Steps
 from .strides import map_strides
 
 Maps = tuple[tuple[int, int], ...]
@@ -52,8 +52,9 @@ def parts_of(form: str, preds: tuple[Layout, ...], key: str, maps: Maps) -> reco
     return records.Predictions(found[0], found[1] if head.objectness else None, found[-1])
 
 
-def fill_parts(parts: records.Predictions, tensors: Sequence[Tensor]) -> records.Predictions:
-    """What :func:`parts_of` says, with the ``tensors`` of the predictions, or gradients of such layouts, in order."""
+def fill_parts(parts: records.Predictions, tensors: Sequence[Any]) -> records.Predictions:
+    """What :func:`parts_of` says, with the ``tensors`` of the predictions, or gradients of such layouts, in order; or
+    with slots for them."""
     return records.Predictions(*[None if part is None else _filled(part, tensors) for part in parts])
 
 
@@ -97,19 +98,29 @@ def levels_of(maps: Maps, head: PickHead) -> records.Levels:
     return records.Levels(odd(widths), odd(heights), tuple(head.strides), odd(begins))
 
 
-class _Plan(NamedTuple):
-    """The launches but for their tensors, and the records in them that tensors go into."""
+class Picking(NamedTuple):
+    """Of a plan, the launches that settle which row each cell goes to, and what they leave."""
 
-    decode: Launch
-    pick: Launch
-    settle: Launch
-    predictions: records.Predictions
-    problem: wish.Problem
-    tiles: int  # of an image
+    launches: tuple[Launch, Launch, Launch]
+    decoded: records.Decoded
+    settled: records.Settled
 
 
-@planned
-def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tuple[float, float]) -> _Plan:
+def picking(
+    own: Outline,
+    form: str,
+    preds: tuple[Layout, ...],
+    key: str,
+    maps: Maps,
+    size: tuple[float, float],
+    shift: int,
+) -> Picking:
+    """``preds`` of a ``form`` as :func:`fusedyolo.checks.point_predictions` gives them, maps and image of such (height,
+    width), two to the power of ``shift`` programs of a row, see :func:`shift_for`.
+
+    Calls bring what :func:`brought` says, and ``row`` and ``score`` [B, N], ``norm`` and ``counts`` to be filled, see
+    :class:`~fusedyolo.kernels.picks.records.Decoded` and ``Settled``.
+    """
     head, batch = pick_head_from_key(key), preds[0].shape[0]
     limit = head.topk2 if head.assigner == "aligned" and head.topk2 != head.topk else None
     spec = spec_of(head, preds[0].dtype)
@@ -121,18 +132,61 @@ def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tupl
         reach=reach_of(head),
         overlap_args=head.overlap_args,
     )
+    predictions = fill_parts(at := parts_of(form, preds, key, maps), own.tensors("preds", len(preds)))
     problem = wish.Problem(
-        predictions=None,
+        predictions=predictions,
         levels=levels_of(maps, head),
         frame=site.Frame(head.centre_limit, size[1], size[0], 2 * batch + 3),
         numbers=numbers,
         terms=records.Terms(TERMS[head.overlap].kernel),
     )
-    predictions = parts_of(form, preds, key, maps)
-    lies = lies_as((predictions,), maps)
+    lies = lies_as((at,), maps)
     largest = max(height * width for height, width in maps)
     config = pick_config(largest, lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
+    N, K, tiles = sum(height * width for height, width in maps), spec.K, _tiles(maps)
+    costs, cost_tiles = (N, tiles) if head.assigner == "simota" else (0, 0)
+    acc, bits = accumulator(preds[0].dtype)[1], torch.int64 if preds[0].dtype == torch.float64 else torch.int32
+    programs = 1 << shift if shift else 0  # of a row, where there are several
+    decoded = records.Decoded(
+        boxes_ptr=own.scratch(acc, (batch, N, 4)),
+        picker_ptr=own.scratch(torch.int32, (batch, N)),
+        claim_ptr=own.scratch(torch.int64, (batch, N)),
+        row_ptr=own.tensor("row"),
+        score_ptr=own.tensor("score"),
+        done_ptr=own.scratch_of_rows(torch.int32),
+        cost_ptr=own.scratch(acc, (batch, costs)),
+        list_ptr=own.scratch(torch.int32, (batch, costs)),
+        tiles_ptr=own.scratch(torch.int32, (batch, cost_tiles, 2)),
+        bounds_ptr=own.scratch(acc, (batch, cost_tiles, 4)),
+    )
+    picked = records.Picked(
+        index_ptr=own.scratch_of_rows(torch.int32, K),
+        overlap_ptr=own.scratch_of_rows(acc, K),
+        worth_ptr=own.scratch_of_rows(acc, 0 if costs else K),
+        clash_ptr=own.scratch_of_rows(torch.int32, K) if costs else own.scratch(torch.int32, (batch * N,)),
+        part_key_ptr=own.scratch_of_rows(bits, programs, K),
+        part_cell_ptr=own.scratch_of_rows(torch.int32, programs, K),
+        part_overlap_ptr=own.scratch_of_rows(bits, programs, K),
+    )
+    settled = records.Settled(own.tensor("norm"), own.tensor("counts"), own.scratch(acc, (2,)))
+    sums = own.tensor("sums")
+    tally = records.Tally(own.tensor("done"), sums, sums.after(torch.int64.itemsize, torch.int32))
+    targets = records.Targets(own.tensor("rows"), own.tensor("offsets"), None)
+    common = {
+        "problem": problem,
+        "targets": targets,
+        "M": own.M,
+        "decoded": decoded,
+        "picked": picked,
+        "tally": tally,
+        "SPEC": spec,
+    }
     first = {
+        "predictions": predictions,
+        "targets": targets,
+        "M": own.M,
+        "decoded": decoded,
+        "tally": tally,
         "levels": problem.levels,
         "frame": problem.frame,
         "numbers": numbers,
@@ -141,17 +195,33 @@ def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tupl
         "BINS": power_of_two(head.reg_max),
         "LAYOUT": _layout(predictions.box, maps),
     }
-    tiles = sum(-(-height * width // PICK_DECODED) for height, width in maps)
-    picks = {"SPEC": spec, "BLOCK": config.region, "CELLS": PICK_DECODED}
-    ends = {"SPEC": spec, "BLOCK": PICK_SETTLED, "K2": 0 if limit is None else power_of_two(limit)}
-    return _Plan(
+    picks = {**common, "shift": shift, "BLOCK": config.region, "CELLS": PICK_DECODED}
+    ends = {**common, "settled": settled, "BLOCK": PICK_SETTLED, "K2": 0 if limit is None else power_of_two(limit)}
+    # where there is no row, one program finishes
+    launches = (
         Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, exact=True),
-        Launch(pick.pick_kernel, (1,), picks, PICK_THREADS, exact=True),
-        Launch(settle.settle_kernel, (1,), ends, PICK_THREADS, exact=True),
-        predictions,
-        problem,
-        tiles,
+        Launch(pick.pick_kernel, lambda M: (max(1, M << shift),), picks, PICK_THREADS, exact=True),
+        Launch(settle.settle_kernel, lambda M: (max(1, M),), ends, PICK_THREADS, exact=True),
     )
+    return Picking(launches, decoded, settled)
+
+
+def _tiles(maps: Maps) -> int:
+    """Programs of an image that decode its boxes."""
+    return sum(-(-height * width // PICK_DECODED) for height, width in maps)
+
+
+def shift_for(head: PickHead, rows: int) -> int:
+    """Programs of a row that picks cells, two to this power."""
+    return 0 if head.assigner == "simota" else pick_shift(rows)
+
+
+def brought(
+    preds: Sequence[Tensor], rows: Tensor, offsets: Tensor | None, workspace: Tensor | None = None
+) -> dict[str, Any]:
+    """What calls bring to :func:`picking`; a ``workspace`` has a place for each of :func:`workspace_rows`."""
+    done, sums = counters_and_maxima(rows.device, workspace_rows(preds[0].shape[0]), workspace)
+    return {"preds": preds, "rows": rows, "offsets": offsets, "done": done, "sums": sums}
 
 
 def spec_of(head: PickHead, dtype: torch.dtype) -> records.Spec:
@@ -177,6 +247,12 @@ def workspace_rows(batch: int) -> int:
     return 2 + (batch + 1) // 2
 
 
+@planned
+def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tuple[float, float], shift: int) -> Steps:
+    own = Outline()
+    return own.steps(*picking(own, form, preds, key, maps, size, shift).launches)
+
+
 def pick_launches(
     preds: Sequence[Tensor],
     form: str,
@@ -185,69 +261,22 @@ def pick_launches(
     offsets: Tensor | None,
     head: PickHead,
     size: tuple[float, float],
-    workspace: Tensor | None = None,
 ) -> tuple[list[Launch], records.Decoded, records.Settled]:
-    """The launches that settle which row each cell goes to, and the tensors that they leave.
-
-    ``preds`` and ``form`` as :func:`fusedyolo.checks.point_predictions` gives them, maps and image of such (height,
-    width). A ``workspace`` has a place for each of :func:`workspace_rows`.
-    """
-    plan, pred, M = _plan(form, layouts(preds), head.key, maps, size), preds[0], rows.shape[0]
-    batch, N, K = pred.shape[0], sum(height * width for height, width in maps), plan.pick.arguments["SPEC"].K
-    costs, tiles = (N, plan.tiles) if head.assigner == "simota" else (0, 0)
-    acc, bits = accumulator(pred.dtype)[1], torch.int64 if pred.dtype == torch.float64 else torch.int32
-    shift = 0 if costs else pick_shift(M)
-    left = (M, 1 << shift if shift else 0, K)
-    decoded = records.Decoded(
-        boxes_ptr=pred.new_empty((batch, N, 4), dtype=acc),
-        picker_ptr=pred.new_empty((batch, N), dtype=torch.int32),
-        claim_ptr=pred.new_empty((batch, N), dtype=torch.int64),
-        row_ptr=pred.new_empty((batch, N), dtype=torch.int32),
-        score_ptr=pred.new_empty((batch, N), dtype=acc),
-        done_ptr=pred.new_empty(M, dtype=torch.int32),
-        cost_ptr=pred.new_empty((batch, costs), dtype=acc),
-        list_ptr=pred.new_empty((batch, costs), dtype=torch.int32),
-        tiles_ptr=pred.new_empty((batch, tiles, 2), dtype=torch.int32),
-        bounds_ptr=pred.new_empty((batch, tiles, 4), dtype=acc),
+    """The launches of :func:`picking` alone, and the tensors that they leave."""
+    pred, M = preds[0], rows.shape[0]
+    steps = _plan(form, layouts(preds), head.key, maps, size, shift_for(head, M))
+    places, acc = (pred.shape[0], sum(height * width for height, width in maps)), accumulator(pred.dtype)[1]
+    launches = steps.launches(
+        rows.device,
+        M,
+        **brought(preds, rows, offsets),
+        row=pred.new_empty(places, dtype=torch.int32),
+        score=pred.new_empty(places, dtype=acc),
+        norm=pred.new_empty((), dtype=acc),
+        counts=pred.new_empty(2, dtype=torch.int32),
     )
-    picked = records.Picked(
-        index_ptr=pred.new_empty((M, K), dtype=torch.int32),
-        overlap_ptr=pred.new_empty((M, K), dtype=acc),
-        worth_ptr=pred.new_empty((M, 0 if costs else K), dtype=acc),
-        clash_ptr=pred.new_empty(M * K if costs else batch * N, dtype=torch.int32),
-        part_key_ptr=pred.new_empty(left, dtype=bits),
-        part_cell_ptr=pred.new_empty(left, dtype=torch.int32),
-        part_overlap_ptr=pred.new_empty(left, dtype=bits),
-    )
-    settled = records.Settled(
-        norm_ptr=pred.new_empty((), dtype=acc),
-        counts_ptr=pred.new_empty(2, dtype=torch.int32),
-        nans_ptr=pred.new_empty(2, dtype=acc),
-    )
-    sums = row_maxima(pred.device, workspace_rows(batch), workspace)
-    tally = records.Tally(done_counter(pred.device, workspace), sums, sums[1:].view(torch.int32))
-    predictions = fill_parts(plan.predictions, preds)
-    targets = records.Targets(rows, offsets, None)
-    common = {
-        "problem": plan.problem._replace(predictions=predictions),
-        "targets": targets,
-        "M": M,
-        "decoded": decoded,
-        "picked": picked,
-        "tally": tally,
-    }
-    first = {"predictions": predictions, "targets": targets, "M": M, "decoded": decoded, "tally": tally}
-    launches = [
-        plan.decode.filled(first),
-        _of_rows(plan.pick, M << shift).filled({**common, "shift": shift}),
-        _of_rows(plan.settle, M).filled({**common, "settled": settled}),
-    ]
-    return launches, decoded, settled
-
-
-def _of_rows(launch: Launch, programs: int) -> Launch:
-    """Of as many programs; one where there is no row, which finishes."""
-    return replace(launch, grid=(max(1, programs),))
+    last = launches[2].arguments
+    return launches, last["decoded"], last["settled"]
 
 
 def reach_of(head: PickHead) -> tuple[float, float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,19 +12,11 @@ from torch import Tensor
 from ..heads import PickHead, pick_head_from_key
 from ..kernels.launch import pick_config, power_of_two
 from ..kernels.picks import loss, records
-from ..operator import differentiable, fake, operator
+from ..operator import call, differentiable, fake, operator
 from ..terms import TERMS
-from .launch import (
-    Launch,
-    Layout,
-    accumulator,
-    done_counter,
-    layouts,
-    planned,
-    refuse_double_backward,
-    run_all,
-)
-from .picking import Maps, fill_parts, levels_of, lies_as, parts_of, pick_launches, tuned_for
+from .launch import Launch, Layout, accumulator, done_counter, layout, layouts, planned, refuse_double_backward
+from .picking import Maps, brought, fill_parts, levels_of, lies_as, parts_of, picking, shift_for, tuned_for
+from .steps import Outline, Steps
 
 
 def _ceil(a: int, b: int) -> int:
@@ -68,32 +60,29 @@ def _head(key: str, width: float, height: float) -> loss.Head:
     return loss.Head(box.kernel, label.kernel, (width, height), head.box_args, label.kernel_args(head.label_args))
 
 
-class _Plan(NamedTuple):
-    """A launch but for its tensors, and where these lie."""
-
-    launch: Launch
-    predictions: records.Predictions
-    gradient: records.Predictions
-    listed: int  # room for cells that have a row
-
-
-@planned
-def _plan(
+def _head_launch(
+    own: Outline,
     key: str,
     preds: tuple[Layout, ...],
     grads: tuple[Layout, ...] | None,
     geometry: Geometry,
+    assigned: loss.Assigned,
     with_loss: bool,
-    skip_one: bool,
-) -> _Plan:
-    """Of the launch of loss and gradient."""
+    skip_one: bool = False,
+) -> Launch:
+    """What comes after the assignment: the loss, the gradient where there are ``grads``, or both.
+
+    Calls bring ``preds``, ``rows``, ``class_weights`` and ``gains``; ``total``, ``parts`` and ``done`` for the loss;
+    ``grads`` for the gradient, and ``grad_outs`` for that alone.
+    """
     head, batch = pick_head_from_key(key), preds[0].shape[0]
     form, maps, (height, width) = geometry
-    predictions = parts_of(form, preds, key, maps)
-    gradient = predictions if grads is None else parts_of(form, grads, key, maps)
-    lies = lies_as((predictions, gradient), maps)
+    at = parts_of(form, preds, key, maps)
+    grads_at = at if grads is None else parts_of(form, grads, key, maps)
+    lies = lies_as((at, grads_at), maps)
     areas = [rows * columns for rows, columns in maps]
     config = pick_config(max(areas), lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
+    triton_acc, acc = accumulator(preds[0].dtype)
     spec = loss.HeadSpec(
         C=head.num_classes,
         REG_MAX=head.reg_max,
@@ -102,7 +91,7 @@ def _plan(
         OBJECTNESS=head.objectness,
         DISTANCE=head.distance,
         SOFT=head.soft,
-        ACC=accumulator(preds[0].dtype)[0],
+        ACC=triton_acc,
         LAYOUT=lies,
         WITH_LOSS=with_loss,
         WITH_GRAD=grads is not None,
@@ -113,16 +102,58 @@ def _plan(
         LANES=power_of_two(config.group),
         PICKS=config.picks,
     )
+    tiles, parts = batch * sum(_ceil(area, config.cells) for area in areas), len(head.parts)
+    programs = tiles * (1 + _ceil(head.num_classes, config.group))
+    listed = (programs if head.objectness else tiles) * config.cells  # room for cells that have a row
+    sums = loss.Sums(None, (), None, None)
+    if with_loss:
+        partial = own.scratch(acc, (programs * loss.N_PARTS.value,))
+        sums = loss.Sums(own.tensor("total"), own.tensors("parts", parts), partial, own.tensor("done"))
+    grad_outs = (None,) * (1 + parts) if with_loss else own.tensors("grad_outs", 1 + parts)
     arguments = {
+        "predictions": fill_parts(at, own.tensors("preds", len(preds))),
+        "gradient": None if grads is None else fill_parts(grads_at, own.tensors("grads", len(grads))),
+        "M": own.M,
         "levels": levels_of(maps, head),
         "B": batch,
-        "task": loss.Task(_head(key, float(width), float(height)), None, None),
+        "task": loss.Task(
+            _head(key, float(width), float(height)),
+            records.Targets(own.tensor("rows"), None, own.tensor("class_weights")),
+            assigned,
+        ),
+        "weights": loss.Weights(own.numbers("gains", parts), grad_outs),
+        "list_ptr": own.scratch(torch.int32, (listed,)),
+        "sums": sums,
         "SPEC": spec,
     }
-    tiles = batch * sum(_ceil(area, config.cells) for area in areas)
-    grid = (tiles * (1 + _ceil(head.num_classes, config.group)),)
-    launch = Launch(loss.pick_loss_kernel, grid, arguments, config.threads, config.max_registers)
-    return _Plan(launch, predictions, gradient, (grid[0] if head.objectness else tiles) * config.cells)
+    return Launch(loss.pick_loss_kernel, (programs,), arguments, config.threads, config.max_registers)
+
+
+@planned
+def _last_plan(
+    key: str,
+    preds: tuple[Layout, ...],
+    grads: tuple[Layout, ...] | None,
+    geometry: Geometry,
+    with_loss: bool,
+    skip_one: bool,
+) -> Steps:
+    own = Outline()
+    nans = own.tensor("nans") if with_loss else None
+    assigned = loss.Assigned(own.tensor("row"), own.tensor("score"), own.tensor("norm"), nans)
+    return own.steps(_head_launch(own, key, preds, grads, geometry, assigned, with_loss, skip_one))
+
+
+@planned
+def _plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, with_grad: bool, shift: int) -> Steps:
+    """Of all launches of a loss."""
+    own = Outline()
+    form, maps, size = geometry
+    first = picking(own, form, preds, key, maps, size, shift)
+    decoded, settled = first.decoded, first.settled
+    assigned = loss.Assigned(decoded.row_ptr, decoded.score_ptr, settled.norm_ptr, settled.nans_ptr)
+    grads = tuple([layout(torch.empty_like(pred.meta())) for pred in preds]) if with_grad else None
+    return own.steps(*first.launches, _head_launch(own, key, preds, grads, geometry, assigned, True))
 
 
 def head_launch(
@@ -137,7 +168,6 @@ def head_launch(
     grads: Sequence[Tensor] | None = None,
     grad_outs: Sequence[Tensor | None] | None = None,
     skip_one: bool = False,
-    workspace: Tensor | None = None,
 ) -> Launch:
     """A launch of what comes after the assignment: the loss where there are ``results``, total and parts, for it; the
     gradient with ``grads``; or both.
@@ -145,28 +175,32 @@ def head_launch(
     The gradient is multiplied by ``grad_outs``, of the total and of each part; if ``skip_one`` it is left as it is
     where that is 1.
     """
-    d_layouts = None if grads is None else layouts(grads)
-    plan = _plan(head.key, layouts(preds), d_layouts, geometry, results is not None, skip_one)
-    sums = loss.Sums(None, (), None, None)
+    given = assignment._asdict() | {"preds": preds, "rows": rows, "class_weights": class_weights, "gains": gains}
+    given |= {"grads": grads, "grad_outs": grad_outs}
     if results is not None:
-        total, parts = results
-        partial = total.new_empty(plan.launch.grid[0] * loss.N_PARTS.value)
-        sums = loss.Sums(total, tuple(parts), partial, done_counter(rows.device, workspace))
-    return plan.launch.filled(
-        {
-            "predictions": fill_parts(plan.predictions, preds),
-            "gradient": None if grads is None else fill_parts(plan.gradient, grads),
-            "M": rows.shape[0],
-            "task": plan.launch.arguments["task"]._replace(
-                targets=records.Targets(rows, None, class_weights), assigned=loss.Assigned(*assignment)
-            ),
-            "weights": loss.Weights(
-                tuple(gains), (None,) * (1 + len(gains)) if grad_outs is None else tuple(grad_outs)
-            ),
-            "list_ptr": rows.new_empty(plan.listed, dtype=torch.int32),
-            "sums": sums,
-        }
-    )
+        given |= {"total": results[0], "parts": results[1], "done": done_counter(rows.device)}
+    d_layouts = None if grads is None else layouts(grads)
+    plan = _last_plan(head.key, layouts(preds), d_layouts, geometry, results is not None, skip_one)
+    return plan.launches(rows.device, rows.shape[0], **given)[0]
+
+
+def _loss_steps(
+    preds: Sequence[Tensor],
+    rows: Tensor,
+    offsets: Tensor | None,
+    class_weights: Tensor | None,
+    head: PickHead,
+    geometry: Geometry,
+    gains: Sequence[float],
+    with_grad: bool,
+    workspace: Tensor | None = None,
+) -> tuple[Steps, dict[str, Any], PickOutputs]:
+    """The plan of a loss, what a call brings to it, and what its launches will leave."""
+    plan = _plan(head.key, layouts(preds), geometry, with_grad, shift_for(head, rows.shape[0]))
+    outputs = _outputs(preds, geometry.maps, len(head.parts), with_grad)
+    given = brought(preds, rows, offsets, workspace) | outputs._asdict()
+    given["class_weights"], given["gains"] = class_weights, gains
+    return plan, given, outputs
 
 
 def loss_launches(
@@ -178,21 +212,25 @@ def loss_launches(
     geometry: Geometry,
     gains: tuple[float, ...],
     with_grad: bool,
-    workspace: Tensor | None = None,
 ) -> tuple[list[Launch], PickOutputs]:
     """All launches of a loss, and what they will leave."""
-    form, maps, size = geometry
-    launches, decoded, settled = pick_launches(preds, form, maps, rows, offsets, head, size, workspace)
-    norm = settled.norm_ptr
-    total, *parts = [norm.new_empty(()) for _ in range(1 + len(gains))]
-    grads = [torch.empty_like(pred) for pred in preds] if with_grad else []
-    found = Assignment(decoded.row_ptr, decoded.score_ptr, norm, settled.nans_ptr)
-    results = (total, parts)
-    last = head_launch(
-        preds, rows, class_weights, head, geometry, gains, found, results, grads or None, workspace=workspace
+    plan, given, outputs = _loss_steps(preds, rows, offsets, class_weights, head, geometry, gains, with_grad)
+    return plan.launches(rows.device, rows.shape[0], **given), outputs
+
+
+def _outputs(preds: Sequence[Tensor], maps: Sequence[tuple[int, int]], parts: int, with_grad: bool) -> PickOutputs:
+    """Memory for what a loss leaves."""
+    pred, acc = preds[0], accumulator(preds[0].dtype)[1]
+    places = (pred.shape[0], sum([height * width for height, width in maps]))
+    return PickOutputs(
+        pred.new_empty((), dtype=acc),
+        [pred.new_empty((), dtype=acc) for _ in range(parts)],
+        pred.new_empty(2, dtype=torch.int32),
+        pred.new_empty(places, dtype=torch.int32),
+        pred.new_empty(places, dtype=acc),
+        pred.new_empty((), dtype=acc),
+        [torch.empty_like(pred) for pred in preds] if with_grad else [],
     )
-    outputs = PickOutputs(total, parts, settled.counts_ptr, decoded.row_ptr, decoded.score_ptr, norm, grads)
-    return [*launches, last], outputs
 
 
 def _geometry(form: str, maps: Sequence[int], size: Sequence[float]) -> Geometry:
@@ -221,26 +259,15 @@ def pick_loss(
     takes them. A compiled graph brings its ``workspace``, see :func:`.picking.workspace_rows`.
     """
     head, geometry = pick_head_from_key(key), _geometry(form, maps, size)
-    launches, outputs = loss_launches(
-        preds, rows, offsets, class_weights, head, geometry, tuple(gains), with_grad, workspace
-    )
-    run_all(launches, rows.device)
+    plan, given, outputs = _loss_steps(preds, rows, offsets, class_weights, head, geometry, gains, with_grad, workspace)
+    plan.run(rows.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(pick_loss)
 def _(preds, rows, offsets, class_weights, key, form, maps, size, gains, with_grad, workspace=None):
-    pred, acc = preds[0], accumulator(preds[0].dtype)[1]
-    places = (pred.shape[0], sum(height * width for height, width in zip(maps[::2], maps[1::2], strict=True)))
-    return (
-        pred.new_empty((), dtype=acc),
-        [pred.new_empty((), dtype=acc) for _ in pick_head_from_key(key).parts],
-        pred.new_empty(2, dtype=torch.int32),
-        pred.new_empty(places, dtype=torch.int32),
-        pred.new_empty(places, dtype=acc),
-        pred.new_empty((), dtype=acc),
-        [torch.empty_like(pred) for pred in preds] if with_grad else [],
-    )
+    levels = list(zip(maps[::2], maps[1::2], strict=True))
+    return tuple(_outputs(preds, levels, len(pick_head_from_key(key).parts), with_grad))
 
 
 def _gradient(
@@ -255,10 +282,20 @@ def _gradient(
     skip_one: bool,
 ) -> None:
     rows, row, score, norm = saved
-    head, found = pick_head_from_key(key), Assignment(row, score, norm, None)
-    outs = grad_outs[: 1 + len(gains)]
-    launch = head_launch(preds, rows, class_weights, head, geometry, tuple(gains), found, None, grads, outs, skip_one)
-    run_all([launch], rows.device)
+    plan = _last_plan(key, layouts(preds), layouts(grads), geometry, False, skip_one)
+    plan.run(
+        rows.device,
+        rows.shape[0],
+        preds=preds,
+        rows=rows,
+        class_weights=class_weights,
+        gains=gains,
+        row=row,
+        score=score,
+        norm=norm,
+        grads=grads,
+        grad_outs=grad_outs[: 1 + len(gains)],
+    )
 
 
 @operator
@@ -325,26 +362,25 @@ def _save(ctx, inputs, output):
     preds, rows, _offsets, class_weights, *ctx.settings, _with_grad, _workspace = inputs
     outputs = PickOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(outputs.counts, outputs.row, outputs.score, outputs.norm, *outputs.grads)
     ctx.save_for_backward(rows, outputs.row, outputs.score, outputs.norm, class_weights, *preds)
     # Not among the saved tensors, which must not change: the first backward changes them and gives them away. Tensors
     # of another type belong to a tracer, and a traced graph must not change what its forward returns.
     ctx.stored = outputs.grads if outputs.grads and type(outputs.grads[0]) is Tensor else None
 
 
-def _backward(ctx, grad_total, grad_parts, *_rest):
-    *saved, class_weights = ctx.saved_tensors[:5]
-    preds = list(ctx.saved_tensors[5:])
+def _backward(ctx, grad_total, grad_parts=()):
+    rows, row, score, norm, class_weights, *preds = ctx.saved_tensors
+    saved = [rows, row, score, norm]
     grad_outs = (grad_total, *grad_parts, *(None,) * (loss.N_PARTS.value - len(grad_parts)))
     if all([grad is None for grad in grad_outs]):
         return [None] * len(preds)
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
-        grads = pick_loss_grad(*grad_outs, preds, saved, class_weights, *ctx.settings)
+        grads = call(pick_loss_grad, *grad_outs, preds, saved, class_weights, *ctx.settings)
     else:
-        pick_loss_rescale(grads, *grad_outs, preds, saved, class_weights, *ctx.settings)
+        call(pick_loss_rescale, grads, *grad_outs, preds, saved, class_weights, *ctx.settings)
     return list(grads)
 
 
-differentiable(pick_loss, _backward, _save)
+differentiable(pick_loss, _backward, _save, outputs=2)
 differentiable(pick_loss_grad, refuse_double_backward(pick_loss_grad))

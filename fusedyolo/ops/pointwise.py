@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..kernels import pointwise
 from ..kernels.launch import POINTWISE_BLOCK, POINTWISE_THREADS
-from ..operator import differentiable, fake, operator
+from ..operator import call, differentiable, fake, operator
 from ..terms import find_term
 from .launch import Launch, accumulator, done_counter, float_parts, refuse_double_backward, run_all
 
@@ -181,11 +181,11 @@ def _save(ctx, inputs, output):
 
 
 def _label_backward(ctx, grad_out):
-    return label_loss_grad(grad_out, *ctx.saved_tensors, *ctx.others)
+    return call(label_loss_grad, grad_out, *ctx.saved_tensors, *ctx.others)
 
 
 def _box_backward(ctx, grad_out):
-    return tuple(box_loss_grad(grad_out, *ctx.saved_tensors, *ctx.others))
+    return tuple(call(box_loss_grad, grad_out, *ctx.saved_tensors, *ctx.others))
 
 
 differentiable(label_loss, _label_backward, _save)

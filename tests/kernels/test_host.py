@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +15,10 @@ import triton
 from conftest import DEVICE
 from fusedyolo.kernels import select as kernels
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.compiler import CompiledKernel
 
 import fusedyolo
 from fusedyolo import detections, functional, ops, tuned
@@ -32,11 +38,14 @@ def loss(kind: str, **options: Any) -> Any:
         return fusedyolo.YOLOv4Loss([[(10, 13)], [(30, 61)]], (8, 16), 3, recipe="darknet", **options)
     if kind == "yolov1":
         return fusedyolo.YOLOv1Loss(3, **options)
+    if kind in PICKS:
+        return {"yolox": fusedyolo.YOLOXLoss, "yolov8": fusedyolo.YOLOv8Loss}[kind](3, (8, 16), **options)
     make = {"retinanet": fusedyolo.RetinaNetLoss, "ssd": fusedyolo.SSDLoss, "fcos": fusedyolo.FCOSLoss}[kind]
     return make(3, image_size=(64, 64), **options)
 
 
 DENSE = ["retinanet", "ssd", "fcos"]
+PICKS = ["yolox", "yolov8"]
 LOSSES = ["yolov5", "yolov4", "yolov1", *DENSE]
 
 
@@ -50,6 +59,8 @@ def predictions(kind: str, seed: int = 0, device: str = DEVICE) -> list[Tensor]:
         "retinanet": [(2, 64, 3), (2, 64, 4)],
         "ssd": [(2, 64, 3), (2, 64, 4)],
         "fcos": [(2, 64, 3), (2, 64, 4), (2, 64, 1)],
+        "yolox": [(2, 8, 8, 8), (2, 8, 4, 4)],
+        "yolov8": [(2, 67, 8, 8), (2, 67, 4, 4)],
     }
     preds = [torch.randn(shape, generator=generator) for shape in shapes[kind]]
     if kind == "fcos":
@@ -149,10 +160,6 @@ class Driver:
             def __exit__(self, *error):
                 driver.current = self.before
 
-        class Stream:
-            def __init__(self, device: torch.device | None = None):
-                self.cuda_stream = 100 + (driver.current if device is None else device.index)
-
         def is_capturing() -> bool:
             self.asked.append(self.current)
             return self.capturing[self.current]
@@ -162,7 +169,7 @@ class Driver:
 
         patch.setattr(torch.cuda, "device", Guard)
         patch.setattr(torch.cuda, "current_device", lambda: driver.current)
-        patch.setattr(torch.cuda, "current_stream", Stream)
+        patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 100 + index, raising=False)
         patch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
         patch.setattr(tuned, "gpu_name", lambda device: "none")
         patch.setattr(Launch, "run", run)
@@ -249,6 +256,174 @@ def test_a_guard_is_left_when_a_launch_fails(monkeypatch):
     assert launch.shared_zeros() == []
 
 
+# ---- past the dispatcher
+
+
+class Seen(TorchDispatchMode):
+    """The operators of ours that go by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fusedyolo":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+class Own(Tensor):
+    """A tensor of somebody else's type, who wants to know what is done with it."""
+
+    seen: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if getattr(func, "namespace", "") == "fusedyolo":
+            cls.seen.append(func._opname)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+OPERATORS = {
+    "yolov5": ["grid_loss", "grid_loss_grad"],
+    "yolov1": ["cell_loss", "cell_loss_rescale"],
+    "retinanet": ["dense_loss", "dense_loss_rescale"],
+    "ssd": ["dense_loss", "dense_loss_grad"],
+    "yolov8": ["pick_loss", "pick_loss_rescale"],
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_who_looks_at_what_is_dispatched_sees_operators(kind):
+    want = step(kind)
+    with Seen() as seen:
+        assert same(step(kind), want)
+    assert seen.names == OPERATORS[kind]
+    with torch.profiler.profile() as profile:
+        assert same(step(kind), want)
+    names = {event.key for event in profile.key_averages()}
+    assert {f"fusedyolo::{name}" for name in OPERATORS[kind]} <= names
+    Own.seen = []
+    evaluate(kind, [pred.as_subclass(Own) for pred in predictions(kind)], torch.tensor(ROWS, device=DEVICE), boxes())
+    assert Own.seen == OPERATORS[kind][:1]
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_nobody_else_waits_for_the_dispatcher(kind, monkeypatch):
+    want = step(kind)
+    monkeypatch.setattr(OpOverload, "__call__", refuse)
+    assert same(step(kind), want)
+    with torch.no_grad():
+        assert torch.equal(evaluate(kind, predictions(kind), torch.tensor(ROWS, device=DEVICE), boxes()), want[0])
+
+
+@pytest.mark.parametrize("kind", [*DENSE, *PICKS])
+def test_parts_have_a_gradient_where_they_are_asked_for(kind):
+    """And only there, whether or not the call was dispatched."""
+    rows, criterion = torch.tensor(ROWS, device=DEVICE), loss(kind)
+    more = {"anchors": boxes(), "num_anchors_per_level": [64]} if kind in DENSE else {}
+    found = []
+    for watch in (nullcontext, Seen):
+        preds = predictions(kind)
+        with watch():
+            out = criterion(preds if kind in PICKS else tuple(preds), rows, **more)
+            assert out.total.requires_grad
+            assert not any(part.requires_grad for part in out.parts.values())
+            terms = criterion.terms(preds if kind in PICKS else tuple(preds), rows, **more)
+            assert list(terms) == list(out.parts)
+            assert all(torch.equal(term, part) for term, part in zip(terms.values(), out.parts.values(), strict=True))
+            asked = sum((i + 1) * term for i, term in enumerate(terms.values()))
+            found.append(torch.autograd.grad(asked, preds))
+    assert same(*found)
+
+
+# ---- compiled kernels, which are given addresses
+
+
+def at(address: Any, like: Any) -> Any:
+    """An argument of a compiled kernel as an interpreted one takes it: what lies at an address as a tensor ``like`` one
+    of a call before.
+    """
+    if isinstance(like, tuple):
+        items = [at(*pair) for pair in zip(address, like, strict=True)]
+        return type(like)(*items) if hasattr(like, "_fields") else tuple(items)
+    if not isinstance(like, Tensor) or not like.numel():
+        return like if isinstance(like, Tensor) else address
+    assert isinstance(address, int)
+    count = 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_ubyte * (count * like.element_size())).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+class ByAddress(CompiledKernel):
+    """Stands for what a kernel was compiled to in a launch; interprets it."""
+
+    count = 0
+
+    def __init__(self, launch: Launch, run: Callable[[Launch], None]):
+        self.launch, self.interpret = launch, run
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            named = dict(zip(self.launch.kernel.arg_names, arguments, strict=True))
+            placed = {name: at(value, self.launch.arguments[name]) for name, value in named.items()}
+            self.interpret(replace(self.launch, grid=grid[:1], arguments=placed))
+            ByAddress.count += 1
+
+        return run
+
+
+LAUNCHES = {"yolov5": 2, "yolov4": 2, "yolov1": 2, "retinanet": 4, "ssd": 5, "fcos": 3, "yolox": 5, "yolov8": 5}
+
+
+@pytest.fixture
+def by_address(monkeypatch):
+    """Kernels that have been launched once are given addresses."""
+    run = Launch.run
+
+    def run_and_compile(launch: Launch) -> ByAddress:
+        run(launch)
+        return ByAddress(launch, run)
+
+    ops.forget_plans()
+    monkeypatch.setattr(Launch, "run", run_and_compile)
+    monkeypatch.setattr(ByAddress, "count", 0)
+    yield
+    ops.forget_plans()
+
+
+@pytest.mark.interpreter("a GPU is always given addresses")
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_what_is_at_the_addresses_that_kernels_are_given(kind, by_address):
+    """Memory is full of what is no number: pieces of it that overlap, or that one launch seeks elsewhere than another,
+    would show.
+    """
+    want, other = step(kind), step(kind, seed=1)
+    assert ByAddress.count == LAUNCHES[kind]
+    assert same(step(kind), want)
+    assert same(step(kind, seed=1), other)
+    assert not same(want, other)
+    assert ByAddress.count == 3 * LAUNCHES[kind]
+
+
+@pytest.mark.interpreter("the interpreter is what is stopped")
+def test_an_error_between_compiled_launches_spoils_no_later_call(by_address, monkeypatch):
+    want = step("retinanet")
+
+    def stop(self: ByAddress, grid: tuple[int, ...]) -> Any:
+        if self.launch.kernel.__name__ == "match_kernel":
+            raise RuntimeError("stopped")
+        return run(self, grid)
+
+    with monkeypatch.context() as patch:
+        run = ByAddress.__getitem__
+        patch.setattr(ByAddress, "__getitem__", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            step("retinanet", seed=1)
+    assert launch.shared_zeros() == []
+    assert same(step("retinanet"), want)
+
+
 # ---- options
 
 
@@ -302,12 +477,13 @@ def test_a_kernel_stopped_half_way_spoils_no_later_call(kind, monkeypatch):
 def stop_before(patch: pytest.MonkeyPatch, kernel: str) -> None:
     run = Launch.run
 
-    def stop(self: Launch) -> None:
+    def stop(self: Launch) -> Any:
         if self.kernel.__name__ == kernel:
             raise RuntimeError("stopped")
-        run(self)
+        return run(self)
 
     patch.setattr(Launch, "run", stop)
+    ops.forget_plans()  # and with them kernels that are compiled, which are not run so
 
 
 @pytest.mark.parametrize(("kind", "kernel"), [("retinanet", "match_kernel"), ("ssd", "match_kernel")])
@@ -347,6 +523,7 @@ def test_two_threads_on_one_stream_share_nothing(kind, monkeypatch):
         done.set()
 
     monkeypatch.setattr(Launch, "run", pausing)
+    ops.forget_plans()
     threads = [threading.Thread(target=first, name="first"), threading.Thread(target=second, name="second")]
     for thread in threads:
         thread.start()
@@ -392,7 +569,7 @@ def test_a_compiled_graph_asks_for_no_memory_that_outlives_it(backend, monkeypat
     """Forward and backward; CUDA-graph trees refuse such memory, or hand it out twice."""
     wanted = [results(everything, seed) for seed in (0, 1)]
     launch.forget_zeros()
-    monkeypatch.setattr(launch, "zeros", refuse)
+    monkeypatch.setattr(launch, "zeros_of_types", refuse)
     torch._dynamo.reset()
     compiled = torch.compile(everything, backend=backend, fullgraph=True)
     for seed, want in enumerate(wanted):
@@ -408,8 +585,9 @@ def test_what_a_graph_fills_is_for_its_rows(monkeypatch):
     assert own is not None
     assert own.shape == (7,)
     assert launch.done_counter(own.device, own).data_ptr() == own.data_ptr()
-    assert launch.row_maxima(own.device, 5, own).data_ptr() == own.data_ptr() + 16
-    assert launch.row_maxima(own.device, 5, own).shape == (5,)
+    done, maxima = launch.counters_and_maxima(own.device, 5, own)
+    assert (done.data_ptr(), maxima.data_ptr()) == (own.data_ptr(), own.data_ptr() + 16)
+    assert maxima.shape == (5,)
     assert launch.shared_zeros() == []
 
 

@@ -1,5 +1,5 @@
-"""What a step costs the host, launches aside, in Python calls into files of ours: their number is the same on a loaded
-machine.
+"""What a step costs the host, launches aside: Python calls into files of ours, operators of PyTorch, and allocations,
+whose number is the same on a loaded machine.
 """
 
 from __future__ import annotations
@@ -7,9 +7,9 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any
 
 import pytest
@@ -21,15 +21,23 @@ import fusedyolo
 from fusedyolo import ops, tuned
 from fusedyolo.ops import launch
 from fusedyolo.ops.launch import Launch, Layout, layout, layouts, planned
+from fusedyolo.ops.steps import Outline, Steps
 from fusedyolo.tools.registry import CASES, FORMS, Workload, first_recipes
 
 OURS = str(Path(fusedyolo.__file__).parent)
 STEPS = [(case.name, form, way) for case in first_recipes() for form in FORMS for way in case.layouts[:2]]
 
-# Python calls of a step in files of ours, and what each tensor of predictions may add
-CALLS = {"YOLOv1": 44, "YOLOv2": 66, "YOLOv3": 62, "YOLOv4": 62, "ScaledYOLOv4": 63, "YOLOv5": 63}
-CALLS |= {"RetinaNet": 102, "SSD": 107, "FCOS": 98, "YOLOX": 163, "YOLOv8": 154, "E2E": 309}
+# Python calls of a step in files of ours, what each tensor of predictions may add, and operators of PyTorch and those
+# among them that allocate, but for the gradients, of which each tensor has one
+CALLS = {"YOLOv1": 62, "YOLOv2": 82, "YOLOv3": 78, "YOLOv4": 78, "ScaledYOLOv4": 79, "YOLOv5": 79}
+CALLS |= {"RetinaNet": 87, "SSD": 88, "FCOS": 87, "YOLOX": 113, "YOLOv8": 110, "E2E": 223}
 A_TENSOR = 2
+TORCH = dict.fromkeys(("YOLOv2", "YOLOv3", "YOLOv4", "ScaledYOLOv4", "YOLOv5"), (10, 7)) | {"YOLOv1": (8, 5)}
+TORCH |= dict.fromkeys(("RetinaNet", "SSD", "FCOS"), (13, 10))
+TORCH |= {"YOLOX": (13, 11), "YOLOv8": (12, 10), "E2E": (22, 20)}
+ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "zeros", "zeros_like", "new_zeros"}
+FUNCTIONS = torch.empty.__self__  # whose methods those are that begin with "torch."
+ASK = {"data_ptr", "dim", "size", "stride", "is_contiguous", "numel", "element_size"}  # and launch or make nothing
 
 
 def _step(loss: Callable[[Any, Any], Tensor], preds: list[Tensor], targets: Any) -> Callable[[], None]:
@@ -44,22 +52,17 @@ def _step(loss: Callable[[Any, Any], Tensor], preds: list[Tensor], targets: Any)
 def steps(name: str, form: str = "packed", way: str = "") -> tuple[Callable[[], None], int]:
     """A step of a loss, and the number of its predictions."""
     case, work = CASES[name], Workload(batch=2, size=64, classes=20, form=form, layout=way)
-    loss = case.bind(case.build(work.classes, "triton"), work)
+    loss, geometry = case.build(work.classes, "triton"), case.geometry(work)
     preds, targets = case.predictions(work), case.targets(work)
-    mine = _step(lambda preds, targets: loss(preds, targets).total, preds, targets)
+    packed = case.pack(preds, work)
+    mine = _step(lambda _, targets: loss(packed, targets, **geometry).total, preds, targets)
     return mine, len(preds)
 
 
-def calls(run: Callable[[], None]) -> int:
-    """Python calls into files of ours, once everything has been seen."""
+def _profiled(run: Callable[[], None], profile: Callable[[Any, str, Any], None]) -> None:
+    """A step, once everything has been seen."""
     for _ in range(3):
         run()
-    found = 0
-
-    def profile(frame: Any, event: str, _argument: Any) -> None:
-        nonlocal found
-        found += event == "call" and frame.f_code.co_filename.startswith(OURS)
-
     gc.disable()
     sys.setprofile(profile)
     try:
@@ -67,6 +70,32 @@ def calls(run: Callable[[], None]) -> int:
     finally:
         sys.setprofile(None)
         gc.enable()
+
+
+def calls(run: Callable[[], None]) -> int:
+    """Python calls into files of ours."""
+    found = 0
+
+    def profile(frame: Any, event: str, _argument: Any) -> None:
+        nonlocal found
+        found += event == "call" and frame.f_code.co_filename.startswith(OURS)
+
+    _profiled(run, profile)
+    return found
+
+
+def operators(run: Callable[[], None]) -> list[str]:
+    """Operators of PyTorch that files of ours call, by name."""
+    found: list[str] = []
+
+    def profile(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and frame.f_code.co_filename.startswith(OURS):
+            owner = getattr(function, "__self__", None)
+            is_operator = isinstance(owner, Tensor) or owner is FUNCTIONS
+            if is_operator and function.__name__ not in ASK:
+                found.append(function.__name__)
+
+    _profiled(run, profile)
     return found
 
 
@@ -75,10 +104,23 @@ def allowed(name: str, tensors: int) -> int:
     return CALLS[name.partition("/")[0]] + A_TENSOR * tensors
 
 
+class Compiled(CompiledKernel):
+    """Stands for what a kernel was compiled to."""
+
+    def __init__(self, calls: list[Any] | None = None):
+        self.calls = calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: None if self.calls is None else self.calls.append((grid, arguments))
+
+
 @pytest.fixture
 def stubbed(monkeypatch):
-    """Launches do nothing; Triton's own launcher does not count."""
-    monkeypatch.setattr(Launch, "run", lambda self: None)
+    """Kernels are compiled to what does nothing; Triton's own launcher does not count."""
+    ops.forget_plans()
+    monkeypatch.setattr(Launch, "run", lambda self: Compiled())
+    yield
+    ops.forget_plans()
 
 
 @pytest.mark.interpreter("launches are stubbed: what would run does not matter")
@@ -86,6 +128,16 @@ def stubbed(monkeypatch):
 def test_a_step_makes_few_calls(name, form, way, stubbed):
     mine, tensors = steps(name, form, way)
     assert calls(mine) <= allowed(name, tensors)
+
+
+@pytest.mark.interpreter("launches are stubbed: what would run does not matter")
+@pytest.mark.parametrize(("name", "form", "way"), STEPS)
+def test_a_step_asks_pytorch_for_little(name, form, way, stubbed):
+    mine, tensors = steps(name, form, way)
+    found = operators(mine)
+    most, allocations = TORCH[name.partition("/")[0]]
+    assert len(found) <= most + tensors, found
+    assert len([each for each in found if each in ALLOCATE]) <= allocations + tensors, found
 
 
 @pytest.mark.interpreter("launches are stubbed: what would run does not matter")
@@ -130,29 +182,10 @@ def test_a_plan_is_made_once_and_again_when_measurements_change():
     assert len(made) == 8
 
 
-def test_a_launch_is_filled_apart_from_its_plan():
-    plan = Launch("kernel", (4,), {"n": 1}, 64, 96, exact=True, stages=2)
-    filled = plan.filled({"ptr": "a"})
-    assert filled.arguments == {"n": 1, "ptr": "a"}
-    assert plan.arguments == {"n": 1}
-    same = ("kernel", "grid", "threads", "max_registers", "exact", "stages")
-    assert all(getattr(filled, name) == getattr(plan, name) for name in same)
-
-
-class Compiled(CompiledKernel):
-    """Stands for what a kernel was compiled to."""
-
-    def __init__(self, calls: list[Any]):
-        self.calls = calls
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments: self.calls.append((grid, arguments))
-
-
 class Kernel:
     """Stands for a kernel: what goes through Triton's launcher, and what is launched without it."""
 
-    arg_names = ("ptr", "M", "record", "SPEC")
+    arg_names = ("ptr", "M", "record", "left", "SPEC")
 
     def __init__(self) -> None:
         self.bound: list[dict[str, Any]] = []
@@ -160,40 +193,98 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def run(**arguments: Any) -> Compiled:
-            self.bound.append(arguments)
+            self.bound.append(arguments | {"grid": grid})
             return Compiled(self.calls)
 
         return run
 
 
-def test_a_kernel_is_bound_once_for_what_it_is_compiled_for(monkeypatch):
-    kernel, memory = Kernel(), torch.zeros(64)
-    plan = Launch(kernel, (4, 2), {"SPEC": 7}, 32)
+def plan_of(kernel: Any, grid: Any = (4, 2)) -> Steps:
+    """A launch with all that calls may bring."""
+    own = Outline()
+    several = own.tensors("several", 2)
+    record = (several[0], (several[1], own.numbers("gains", 1)), several[0].after(8, torch.int32))
+    arguments = {
+        "ptr": own.tensor("ptr"),
+        "M": own.M,
+        "record": record,
+        "left": (own.scratch(torch.float32, (3,)), own.scratch_of_rows(torch.int64, 2)),
+        "SPEC": 7,
+    }
+    return own.steps(Launch(kernel, grid, arguments, 32))
 
-    def bound(plan: Launch = plan, **change: Any) -> int:
+
+def test_a_launch_is_filled_apart_from_its_plan():
+    memory, cpu = torch.zeros(64), torch.device("cpu")
+    plan = plan_of(Kernel(), lambda M: (M + 1,))
+    for M in (5, 6):
+        several = [memory, None]
+        (filled,) = plan.launches(cpu, M, ptr=memory, several=several, gains=[0.5])
+        assert filled.grid == (M + 1,)
+        found = filled.arguments
+        assert found["ptr"] is memory
+        assert (found["M"], found["SPEC"]) == (M, 7)
+        assert found["record"][0] is memory
+        assert found["record"][1] == (None, (0.5,))
+        assert (found["record"][2].data_ptr(), found["record"][2].dtype) == (memory.data_ptr() + 8, torch.int32)
+        assert [(each.shape, each.dtype) for each in found["left"]] == [((3,), torch.float32), ((M, 2), torch.int64)]
+
+
+def test_a_kernel_is_bound_once_for_what_it_is_compiled_for(monkeypatch):
+    kernel, memory, cpu = Kernel(), torch.zeros(64), torch.device("cpu")
+    plan = plan_of(kernel)
+
+    def bound(plan: Steps = plan, M: int = 5, **change: Any) -> int:
         """How often, of two launches of a call, the kernel is bound by Triton."""
         before = len(kernel.bound)
         for _ in range(2):
-            plan.filled({"ptr": memory, "M": 5, "record": (memory[4:], None, 0.5), **change}).run()
+            plan.run(cpu, M, **{"ptr": memory, "several": (memory[4:], None), "gains": [0.5], **change})
         return len(kernel.bound) - before
 
     assert bound() == 1
-    assert kernel.calls == [((4, 2, 1), (memory.data_ptr(), 5, (memory.data_ptr() + 16, None, 0.5), 7))]
-    assert bound(M=7, record=(memory[8:], None, 0.25)) == 0  # the same code
+    ((grid, (ptr, M, record, left, spec)),) = kernel.calls
+    assert (grid, ptr, M, spec) == ((4, 2, 1), memory.data_ptr(), 5, 7)
+    assert record == (ptr + 16, (None, (0.5,)), ptr + 24)
+    assert left[0] % 16 == 0
+    assert left[1] - left[0] == 16
+    assert bound(M=7, several=(memory[8:], None), gains=[0.25]) == 0  # the same code
     for change in (
         {"ptr": memory[1:]},
         {"ptr": memory.double()},
         {"M": 1},
         {"M": 16},
-        {"M": 2**31 + 1},
-        {"record": (memory, memory, 0.5)},
+        {"several": (memory, memory)},
+        {"gains": [1]},
+        {"gains": [16]},
+        {"gains": [2**31 + 1]},
     ):
         assert (bound(**change), bound(**change)) == (1, 0), change
-    assert bound(replace(plan, grid=(9,))) == 0
+    assert bound(plan_of(kernel, (9,))) == 1
     assert kernel.calls[-1][0] == (9, 1, 1)
-    assert bound(replace(plan, arguments={"SPEC": 8}, compiled={})) == 1
     monkeypatch.setattr(torch.version, "hip", "7")  # code hangs on more there
     assert bound() == 2
+
+
+@pytest.mark.parametrize("M", [0, 1, 15, 16, 17, 1000])
+def test_scratch_is_one_allocation_of_pieces_apart(M):
+    own = Outline()
+    shapes = [(torch.int32, (3,)), (torch.int64, (5, 7)), (torch.float32, (0, 4))]
+    slots = [own.scratch(*each) for each in shapes]
+    slots += [
+        own.scratch_of_rows(torch.int32),
+        own.scratch_of_rows(torch.float64, 3),
+        own.scratch_of_rows(torch.int8, 5),
+    ]
+    slots += [own.scratch(torch.float32, lambda M: (3 * M + 1,)), own.scratch(torch.int8, (1,))]
+    plan = own.steps(Launch(Kernel(), (1,), {**dict.fromkeys(Kernel.arg_names), "left": tuple(slots)}, 32))
+    memory, places = plan._scratch(torch.device("cpu"), M)
+    (filled,) = plan.launches(torch.device("cpu"), M)
+    end = memory.data_ptr()
+    for start, piece in sorted(zip(places, filled.arguments["left"], strict=True), key=lambda pair: pair[0]):
+        assert start >= end or not piece.numel()
+        assert start % 16 == memory.data_ptr() % 16
+        end = max(end, start + piece.nbytes)
+    assert end <= memory.data_ptr() + memory.nbytes
 
 
 def test_a_layout_is_that_of_its_tensor():
@@ -213,8 +304,14 @@ def _tensors(root: Any) -> list[Tensor]:
         seen.add(id(item))
         if isinstance(item, Tensor):
             found.append(item)
-        elif isinstance(item, dict | list | tuple | Launch) or "lru" in type(item).__name__:
+        elif isinstance(item, dict | list | tuple | Launch | Steps) or "lru" in type(item).__name__:
             todo += gc.get_referents(item)
+        elif (
+            isinstance(item, FunctionType) and item.__name__ == "<lambda>"
+        ):  # of a grid, or what puts addresses in place
+            todo += [item.__globals__.get("constants"), item.__closure__]
+        elif isinstance(item, CellType):
+            todo.append(item.cell_contents)
     return found
 
 
@@ -222,7 +319,7 @@ def _tensors(root: Any) -> list[Tensor]:
 def test_plans_hold_no_tensor(stubbed):
     """They outlive a step, and so would its memory, or that of a graph that was captured meanwhile."""
     ops.forget_plans()
-    for name in ("YOLOv1/paper", "YOLOv5", "SSD"):
+    for name in ("YOLOv1/paper", "YOLOv5", "SSD", "YOLOv8"):
         steps(name)[0]()
     kept = [plans for plans in launch._plans if plans.cache_info().currsize]
     assert kept

@@ -1,0 +1,263 @@
+"""Launches that follow one another, made once; each call brings their tensors and numbers.
+
+What follows from shapes, strides, types, devices and the row alone is a *plan*, made once by a function under
+:func:`~.launch.planned`: launches whose arguments have a :class:`Slot` wherever a call has something to say.
+
+    @planned
+    def _plan(key: str, preds: tuple[Layout, ...]) -> Steps:
+        own = Outline()
+        maps, rows = own.tensors("preds", len(preds)), own.tensor("rows")
+        found = own.scratch(torch.int32, lambda M: (M, 8))
+        first = Launch(kernel, (programs,), {"maps": maps, "rows_ptr": rows, "M": own.M, "found_ptr": found}, threads)
+        return own.steps(first, ...)
+
+    _plan(key, layouts(preds)).run(rows.device, rows.shape[0], preds=preds, rows=rows)
+
+Scratch is what launches leave for one another and nobody else reads: one allocation a call, of which kernels are given
+addresses. No Python object is made for a piece of it, and none of a plan's records is walked through: the code that
+puts a call's addresses into them is made with the plan, as that of a NamedTuple is with its class. Before kernels of
+a plan are compiled for what a call brings, and where Triton interprets or emulates them, tensors are filled in, each
+piece of scratch an allocation of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import Launch, forget_zeros, on_device, run_all
+
+from triton.compiler import CompiledKernel  # isort: skip
+
+Shape = tuple[int, ...]
+Names = list[tuple[str, int | None]]  # and of how many, where that is said
+ALIGNED = 16  # bytes: kernels are compiled for pointers that are, and for others
+LIMIT = 2**31
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """A place that a call fills: the item ``at`` of its numbers, tensors or scratch; of a tensor what comes after so
+    many bytes, as another type.
+    """
+
+    of: str  # "numbers", "tensors" or "scratch"
+    at: int
+    skipped: int = 0
+    dtype: torch.dtype | None = None
+
+    def after(self, skipped: int, dtype: torch.dtype) -> Slot:
+        """What follows so many bytes of a tensor of one dimension, as one of this type."""
+        return replace(self, skipped=skipped, dtype=dtype)
+
+    def found_in(self, values: Mapping[str, Sequence[Any]]) -> Any:
+        """What a call has put there."""
+        value = values[self.of][self.at]
+        if self.dtype is None or value is None:
+            return value
+        return value.view(torch.uint8)[self.skipped :].view(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Of scratch: its shape, or that for so many rows; or that of each row."""
+
+    dtype: torch.dtype
+    shape: Shape | Callable[[int], Shape]
+    of_rows: bool = False
+
+    def shape_for(self, rows: int) -> Shape:
+        """All of it."""
+        if callable(self.shape):
+            return self.shape(rows)
+        return (rows, *self.shape) if self.of_rows else self.shape
+
+    def size(self, rows: int) -> int:
+        """In bytes, so that the next one is aligned."""
+        return _aligned(math.prod(self.shape_for(rows)) * self.dtype.itemsize)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+class Outline:
+    """Where a plan says what its calls bring, by name; the same name is the same slot. ``M`` is the number of rows."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, int | None]] = {"numbers": {}, "tensors": {}}
+        self._slots: dict[tuple[str, str], tuple[Slot, ...]] = {}
+        self._counts = {"numbers": 1, "tensors": 0}
+        self._pieces: list[_Piece] = []
+        self.M = Slot("numbers", 0)
+
+    def _named(self, of: str, name: str, count: int | None) -> tuple[Slot, ...]:
+        if (of, name) not in self._slots:
+            first = self._counts[of]
+            self._counts[of] += 1 if count is None else count
+            self._names[of][name] = count
+            self._slots[of, name] = tuple([Slot(of, at) for at in range(first, self._counts[of])])
+        return self._slots[of, name]
+
+    def tensor(self, name: str) -> Slot:
+        """A tensor, or None."""
+        return self._named("tensors", name, None)[0]
+
+    def tensors(self, name: str, count: int) -> tuple[Slot, ...]:
+        """So many tensors, or Nones."""
+        return self._named("tensors", name, count)
+
+    def numbers(self, name: str, count: int) -> tuple[Slot, ...]:
+        """So many integers or floats."""
+        return self._named("numbers", name, count)
+
+    def scratch(self, dtype: torch.dtype, shape: Shape | Callable[[int], Shape]) -> Slot:
+        """Memory for the launches of a call, of this shape, or of that for so many rows."""
+        self._pieces.append(_Piece(dtype, shape))
+        return Slot("scratch", len(self._pieces) - 1)
+
+    def scratch_of_rows(self, dtype: torch.dtype, *shape: int) -> Slot:
+        """So much for each row."""
+        self._pieces.append(_Piece(dtype, shape, True))
+        return Slot("scratch", len(self._pieces) - 1)
+
+    def steps(self, *launches: Launch) -> Steps:
+        """The plan. A grid that hangs on the number of rows is a function of it."""
+        return Steps(launches, list(self._names["numbers"].items()), list(self._names["tensors"].items()), self._pieces)
+
+
+class Steps:
+    """Launches in order, but for what a call brings."""
+
+    def __init__(
+        self,
+        launches: Sequence[Launch],
+        numbers: Names,
+        tensors: Names,
+        pieces: list[_Piece],
+    ):
+        self._launches, self._pieces, self._flat = launches, pieces, _flattener(numbers, tensors)
+        self._grids = [None if callable(launch.grid) else (*launch.grid, 1, 1)[:3] for launch in launches]
+        self._takers = [_taker([launch.arguments[name] for name in launch.kernel.arg_names]) for launch in launches]
+        # where in memory a piece begins, how much more a row, of so many that all pieces are aligned; others follow
+        self._places: list[tuple[int, int]] = []
+        self._fixed = sum([piece.size(0) for piece in pieces if not callable(piece.shape)])
+        self._a_row, fixed = 0, 0
+        for piece in pieces:
+            self._places.append((self._fixed, self._a_row) if piece.of_rows else (fixed, 0))
+            if piece.of_rows:
+                self._a_row += math.prod(piece.shape_for(1)) * piece.dtype.itemsize
+            elif not callable(piece.shape):
+                fixed += piece.size(0)
+        self._others = [(at, piece) for at, piece in enumerate(pieces) if callable(piece.shape)]
+        self._compiled: dict[tuple[Any, ...], list[Any]] = {}
+
+    def launches(self, device: torch.device, M: int, **given: Any) -> list[Launch]:
+        """For a call with so many rows, each with all its arguments."""
+        return self._filled(device, *self._flat(M, given))
+
+    def run(self, device: torch.device, M: int, **given: Any) -> None:
+        """Launch them on the current stream of the ``device`` of a call's tensors.
+
+        What :func:`~.launch.zeros` has given is forgotten if one of them fails or is interrupted.
+        """
+        numbers, tensors = self._flat(M, given)
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        kinds = (  # what the code of kernels hangs on
+            tuple([tensor is not None and tensor.dtype for tensor in tensors]),
+            tuple([address is None or address % ALIGNED == 0 for address in addresses]),
+            tuple([(n == 1, n % ALIGNED == 0, -LIMIT <= n < LIMIT) if type(n) is int else type(n) for n in numbers]),
+        )
+        nvidia = torch.version.hip is None  # elsewhere Triton specializes on the size of memory, too
+        kernels = self._compiled.get(kinds) if nvidia else None
+        if kernels is None:
+            made = run_all(self._filled(device, numbers, tensors), device)
+            if nvidia and all([isinstance(kernel, CompiledKernel) for kernel in made]):  # not interpreted ones
+                self._compiled[kinds] = made
+            return
+        memory, places = self._scratch(device, M)
+        try:
+            with on_device(device):
+                for kernel, launch, grid, take in zip(kernels, self._launches, self._grids, self._takers, strict=True):
+                    programs = (*launch.grid(M), 1, 1)[:3] if grid is None else grid
+                    kernel[programs](*take(numbers, addresses, places))
+        except BaseException:
+            forget_zeros()
+            raise
+        del memory  # what comes after the launches on their stream may have it
+
+    def _filled(self, device: torch.device, numbers: list[Any], tensors: list[Any]) -> list[Launch]:
+        like = torch.empty(0, device=device)
+        scratch = [like.new_empty(piece.shape_for(numbers[0]), dtype=piece.dtype) for piece in self._pieces]
+        values = {"numbers": numbers, "tensors": tensors, "scratch": scratch}
+        return [
+            replace(
+                launch,
+                grid=launch.grid(numbers[0]) if callable(launch.grid) else launch.grid,
+                arguments={name: _fill(item, values) for name, item in launch.arguments.items()},
+            )
+            for launch in self._launches
+        ]
+
+    def _scratch(self, device: torch.device, M: int) -> tuple[Tensor | None, list[int]]:
+        """Memory, and the address of each piece."""
+        if not self._pieces:
+            return None, []
+        rows = _aligned(M)
+        size = self._fixed + self._a_row * rows
+        varying = []
+        for at, piece in self._others:
+            varying.append((at, size))
+            size += piece.size(M)
+        memory = torch.empty(size, dtype=torch.uint8, device=device)
+        base = memory.data_ptr()
+        places = [base + fixed + a_row * rows for fixed, a_row in self._places]
+        for at, start in varying:
+            places[at] = base + start
+        return memory, places
+
+
+def _fill(item: Any, values: Mapping[str, Sequence[Any]]) -> Any:
+    """A record with what a call brings in its slots."""
+    if isinstance(item, Slot):
+        return item.found_in(values)
+    if not isinstance(item, tuple):
+        return item
+    filled = [_fill(each, values) for each in item]
+    return type(item)(*filled) if hasattr(item, "_fields") else tuple(filled)
+
+
+def _flattener(numbers: Names, tensors: Names) -> Callable[[int, dict[str, Any]], tuple[list[Any], list[Any]]]:
+    """A function of the number of rows and of what a call brings, by name, that returns all numbers and all tensors."""
+    texts = [
+        "".join(f"{'' if count is None else '*'}given[{name!r}], " for name, count in names)
+        for names in (numbers, tensors)
+    ]
+    return eval(f"lambda M, given: ([M, {texts[0]}], [{texts[1]}])")
+
+
+def _taker(items: Sequence[Any]) -> Callable[[list[Any], list[Any], list[int]], tuple[Any, ...]]:
+    """A function of numbers, addresses of tensors and of scratch that returns the items with these in their slots."""
+    constants: list[Any] = []
+    texts = "".join(_text(item, constants) + ", " for item in items)
+    return eval(f"lambda numbers, tensors, scratch: ({texts})", {"constants": constants})
+
+
+def _text(item: Any, constants: list[Any]) -> str:
+    """As Python has it; what a call changes nothing in is one of the ``constants``."""
+    if isinstance(item, Slot):
+        text = f"{item.of}[{item.at}]"
+        return f"({text} and {text} + {item.skipped})" if item.skipped else text
+    if not _is_open(item):
+        constants.append(item)
+        return f"constants[{len(constants) - 1}]"
+    return "(" + "".join(_text(each, constants) + "," for each in item) + ")"
+
+
+def _is_open(item: Any) -> bool:
+    return isinstance(item, Slot) or (isinstance(item, tuple) and any(map(_is_open, item)))
