@@ -1,4 +1,4 @@
-"""Writes the tables of docs/matrix.md, from the registry of losses and from bench/data/results.csv.
+"""Writes the tables of docs/matrix.md, from the registry of losses, the table of terms and bench/data/results.csv.
 
 python docs/matrix.py
 """
@@ -6,14 +6,16 @@ python docs/matrix.py
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fusedyolo.terms import TERMS, Term
 from fusedyolo.tools.registry import CASES, Case, Workload
 
 ROOT = Path(__file__).parents[1]
 PAGE, DATA = ROOT / "docs" / "matrix.md", ROOT / "bench" / "data" / "results.csv"
-BEGIN, END = "<!-- written by docs/matrix.py -->\n", "<!-- end -->\n"
+PLACE = re.compile(r"(<!-- written by docs/matrix.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OURS = ("fused", "eager", "compile")
 WORK = Workload()
 COST = (
@@ -23,6 +25,7 @@ COST = (
     ("bytes / P: ours", "floor", "the peer's"),
     ("waits: ours", "the peer's"),
 )
+TERM = ("term", "of", "numbers, as usual", "source")
 GENERIC = (("loss",), ("launches: ours", "eager", "compiled"), ("bytes / P: ours", "eager", "compiled"))
 
 Found = Mapping[str, Mapping[str, str]]
@@ -91,12 +94,22 @@ def _waits(of: Mapping[str, str] | None) -> str:
     return "" if of is None else of.get("syncs", "?")
 
 
-def tables() -> str:
-    """Both tables, in Markdown, each under the heading of its section."""
+def tables() -> dict[str, str]:
+    """What stands in each place of the page, in Markdown."""
     values, versions = read()
     found = {case: values.get(case.name, {}) for case in CASES.values()}
-    beside = _markdown(COST, [cost(case, of, versions) for case, of in found.items()], words=2)
-    return f"{beside}\n{_markdown(GENERIC, [generic(case, of) for case, of in found.items()], words=1)}"
+    known = [term for term in TERMS.values() if term.users]
+    return {
+        "costs": _markdown(COST, [cost(case, of, versions) for case, of in found.items()], words=2),
+        "eager": _markdown(GENERIC, [generic(case, of) for case, of in found.items()], words=1),
+        "terms": _markdown((TERM,), [described(term) for term in known], words=len(TERM)),
+    }
+
+
+def described(term: Term) -> tuple[str, ...]:
+    """A line of a term that users may ask for."""
+    numbers = [f"{name} = {value:g}" for name, value in {**term.numbers, **term.optional}.items()]
+    return f"`{term.name}`", ", ".join(term.roles), ", ".join(numbers), term.source
 
 
 def _markdown(head: Sequence[tuple[str, ...]], lines: Sequence[tuple[str, ...]], words: int) -> str:
@@ -108,9 +121,8 @@ def _markdown(head: Sequence[tuple[str, ...]], lines: Sequence[tuple[str, ...]],
 
 def page(text: str) -> str:
     """The page with the tables as they are to be."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    made = tables()
+    return PLACE.sub(lambda place: f"{place[1]}\n{made[place[2]]}\n{place[3]}", text)
 
 
 if __name__ == "__main__":
