@@ -21,6 +21,8 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 from torch import nn
 
 import fusedyolo
+from bench import __main__ as bench
+from fusedyolo import __main__ as tool
 from fusedyolo.terms import TERMS, Term
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +203,25 @@ def test_the_commands_are_as_they_are():
     text = (ROOT / "README.md").read_text()
     assert 'pip install -c constraints.txt -e ".[bench]" && python -m bench\n' in text
     assert 'pip install -c constraints.txt -e ".[test]" && pytest\n' in text
+
+
+COMMAND = re.compile(r"(?:^|&& |\| `)(python -m bench|fusedyolo(?= (?:env|check|tune)))([^`\n#|]*)", re.MULTILINE)
+PLACEHOLDERS = {"NAME": "YOLOv5", "B": "2", "S": "64", "C": "3"}
+
+
+def test_commands_of_the_pages_have_such_options(tmp_path, monkeypatch):
+    """In blocks and tables. DIR and PATH, which a page leaves to its reader, are folders that exist."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DIR", "PATH"):
+        Path(name).mkdir()
+    seen = set()
+    for page in PAGES:
+        for program, rest in COMMAND.findall(page.read_text()):
+            arguments = [PLACEHOLDERS.get(word, word) for word in rest.split()]
+            parse = bench.parser().parse_args if program == "python -m bench" else tool.parse
+            assert parse(arguments), (page.name, program, rest)  # else it exits
+            seen.add((program, *arguments[:1]))
+    assert {("fusedyolo", "env"), ("fusedyolo", "check"), ("fusedyolo", "tune"), ("python -m bench",)} <= seen
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
