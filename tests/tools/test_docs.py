@@ -216,7 +216,7 @@ def test_commands_of_the_pages_have_such_options(tmp_path, monkeypatch):
         Path(name).mkdir()
     seen = set()
     for page in PAGES:
-        for program, rest in COMMAND.findall(page.read_text()):
+        for program, rest in COMMAND.findall(page.read_text().replace("\\\n", " ")):
             arguments = [PLACEHOLDERS.get(word, word) for word in rest.split()]
             parse = bench.parser().parse_args if program == "python -m bench" else tool.parse
             assert parse(arguments), (page.name, program, rest)  # else it exits
