@@ -5,14 +5,12 @@ import io
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import peers
 import pytest
 import torch
 from rich.console import Console
@@ -567,41 +565,3 @@ def test_a_peer_that_breaks_or_differs_is_told_and_not_timed(monkeypatch):
     passed, unlike = compare.gate([task], 1, console, [])
     assert passed == {task: found}
     assert unlike == {(case.name, "broken"), (case.name, "twice")}
-
-
-# ----------------------------------------------------------------------------------------------------------- the README
-
-
-def test_the_readme_blocks_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    preds = [torch.randn(2, 3 * 85, 64 // s, 64 // s, requires_grad=True) for s in (8, 16, 32)]
-    weights = torch.nn.Parameter(torch.ones(()))
-    names = {
-        "model": lambda images: [p * weights for p in preds],
-        "loader": [(torch.zeros(2, 3, 64, 64), torch.tensor([[0, 3, 0.5, 0.5, 0.2, 0.3], [1, 7, 0.2, 0.7, 0.1, 0.1]]))],
-        "optimizer": torch.optim.SGD([weights], 1e-6),
-        "detector": peers.torchvision().models.detection.ssdlite320_mobilenet_v3_large(
-            weights=None, weights_backbone=None, num_classes=3
-        ),
-        "photos": [torch.rand(3, 64, 64)] * 2,
-        "boxes": [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}] * 2,
-        "cls_logits": torch.zeros(2, 76725, 80, requires_grad=True),
-        "bbox_regression": torch.zeros(2, 76725, 4, requires_grad=True),
-    }
-    monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")  # of 640 pixels, which the interpreter takes minutes for
-    foreign = re.compile(r"integrations import (ultralytics|yolox|yolov5)")  # not installed everywhere
-    for block in blocks:
-        code = compile(block, "README.md", "exec")
-        if not foreign.search(block):  # else tests/losses/test_swap_*.py run such lines
-            exec(code, names)
-    assert float(weights.detach()) != 1.0
-
-
-def test_the_readme_names_the_commands_as_they_are():
-    text = (ROOT / "README.md").read_text()
-    assert 'pip install -c constraints.txt -e ".[bench]" && python -m bench\n' in text
-    assert 'pip install -c constraints.txt -e ".[test]" && pytest\n' in text
-    for target in re.findall(r"\]\(([\w./-]+)\)", text):
-        assert (ROOT / target).exists(), target
