@@ -18,8 +18,12 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("sum", "mean")
+UNITS = ("relative", "pixel")
+BOXES = ("cxcywh", "xyxy", "xywh")
 
 Pair = tuple[float, float]
+BoxForm = tuple[str | None, str | None] | None
+"""What was said of boxes in targets: their unit and their four numbers, None for what is usual."""
 R = TypeVar("R")
 
 
@@ -329,10 +333,25 @@ def _grid_maps(
 # Targets.
 
 
-def target_size(image_size: tuple[float, float] | None, targets: Any) -> tuple[float, float]:
-    """``image_size``, which targets in pixels, a list of dicts, cannot do without; others make do with (1, 1)."""
-    if image_size is None and isinstance(targets, list | tuple):
-        fail("image_size", None, "(height, width) of the images, for targets in pixels")
+def box_form(unit: Any, boxes: Any) -> BoxForm:
+    """The unit of boxes in targets and their four numbers, as far as they are given; None where neither is."""
+    if unit is None and boxes is None:
+        return None
+    return (
+        None if unit is None else one_of("unit", unit, UNITS),
+        None if boxes is None else one_of("boxes", boxes, BOXES),
+    )
+
+
+def target_size(image_size: tuple[float, float] | None, targets: Any, form: BoxForm = None) -> tuple[float, float]:
+    """``image_size``, which targets in pixels cannot do without, as lists of dicts are and others that ``form``, of
+    :func:`box_form`, says it of; others make do with (1, 1).
+    """
+    if image_size is None and isinstance(targets, list | tuple | Tensor):
+        dicts = not isinstance(targets, Tensor) and bool(targets) and isinstance(targets[0], dict)
+        unit = form[0] if form is not None and form[0] else ("pixel" if dicts else "relative")
+        if unit == "pixel":
+            fail("image_size", None, "(height, width) of the images, for targets in pixels")
     return image_size or (1, 1)
 
 

@@ -30,6 +30,8 @@ class _RatioLoss(GridLoss):
         *,
         iou_loss: str = "ciou",
         image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
         backend: str = "auto",
         **hyp: Any,
     ):
@@ -77,7 +79,8 @@ class _RatioLoss(GridLoss):
             obj_args=obj_args,
             quality_args=eps,
         )
-        super().__init__(head, hyp, self.defaults, image_size, backend, batch_power=1)
+        form = checks.box_form(unit, boxes)
+        super().__init__(head, hyp, self.defaults, image_size, backend, batch_power=1, form=form)
         self.iou_loss = iou_loss
 
     @staticmethod
@@ -128,6 +131,10 @@ class YOLOv5Loss(_RatioLoss):
         num_classes: C.
         iou_loss: ``"ciou"``, or another IoU loss, for the box term and the objectness target.
         image_size: (height, width) in pixels if it is to be checked; map sizes and strides say it otherwise.
+        unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
+            of dicts.
+        boxes: in targets: ``"cxcywh"``, ``"xyxy"`` (corners) or ``"xywh"`` (left upper corner, width, height). Centre
+            and sides unless given; corners in a list of dicts.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         **hyp: ``box=0.05``, ``obj=1``, ``cls=0.5``, ``cls_pw=1`` and ``obj_pw=1`` (weights of positives),
             ``anchor_t=4``, ``fl_gamma=0`` (above 0, focal losses with alpha 0.25), ``label_smoothing=0``, ``gr=1``, as
@@ -138,8 +145,9 @@ class YOLOv5Loss(_RatioLoss):
     Shapes:
         - preds: a list of ``[B, A, H, W, 5 + C]`` or ``[B, A * (5 + C), H, W]``, any strides, float16, bfloat16,
           float32 or float64.
-        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised; ``[B, G, 5]``; a list of ``{"boxes": corners in
-          pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
+        - targets: ``[M, 6]`` of image, class and box, in any order; ``[B, G, 5]`` of class and box; or a list of
+          ``[n, 5]``, one an image; boxes cx, cy, w, h relative to it unless ``unit`` and ``boxes`` say otherwise.
+          Or a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels likewise; or :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput`; ``parts`` have the factor of the batch size too.
 
     Raises:

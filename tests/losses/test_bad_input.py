@@ -409,7 +409,7 @@ def test_maps_of_another_image():
 
 # Targets.
 
-FORMS = "a tensor (M, 6) or (B, G, 5), a list of {'boxes', 'labels'}, or fusedyolo.Targets"
+FORMS = "a tensor (M, 6) or (B, G, 5), a list of {'boxes', 'labels'} or of tensors (n, 5), or fusedyolo.Targets"
 
 
 def image(n=2):
