@@ -33,8 +33,10 @@ def fail(name: str, got: object, want: object) -> NoReturn:
 
 
 def describe(value: object) -> str:
-    """What came, in a few words: the shape of a tensor, otherwise a short value or a type."""
+    """What came, in a few words: the shape of a tensor, or its layout, otherwise a short value or a type."""
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            return f"a tensor of layout {value.layout}"
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
     return text if len(text) <= 40 else f"a {type(value).__name__}"
@@ -49,8 +51,10 @@ class Form(NamedTuple):
 
 
 def form(value: object) -> Form | str:
-    """Of a tensor; what came instead, in words."""
-    return Form(value.shape, value.dtype, value.device) if isinstance(value, Tensor) else describe(value)
+    """Of a strided tensor; what came instead, in words."""
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        return Form(value.shape, value.dtype, value.device)
+    return describe(value)
 
 
 def remembered(check: Callable[..., R]) -> Callable[..., R]:
@@ -266,23 +270,55 @@ def class_counts(value: Any, num_classes: int) -> tuple[float, ...]:
 # The call of an anchor-grid loss.
 
 
+ORDERS: dict[str, tuple[int, ...]] = {
+    "(B, A, H, W, 5 + C)": (0, 1, 2, 3, 4),
+    "(B, A, 5 + C, H, W)": (0, 1, 3, 4, 2),
+    "(B, H, W, A, 5 + C)": (0, 3, 1, 2, 4),
+}
+"""Of maps with an axis for everything, where those of the first order are."""
+
+
 def grid_predictions(
     preds: Any,
     anchors: tuple[int, ...],
     strides: tuple[float, ...],
     num_classes: int,
     image_size: tuple[float, float] | None,
+    any_order: bool = False,
 ) -> tuple[int, tuple[float, float]]:
     """Check the prediction maps of a grid head; batch size and image (height, width) come back.
 
     ``anchors`` is the number of anchors a level. ``image_size`` is what the maps have to amount to, if it is known.
+    With ``any_order`` maps of five axes, if all are, may have them in each of :data:`ORDERS`, see :func:`grid_views`.
     """
     levels = len(anchors)
     if not isinstance(preds, list | tuple):
-        fail("preds", describe(preds), f"a list of {levels} tensors, one a level")
+        fail("preds", describe(preds), f"a list of {levels} tensors, one a level{_SPLIT * isinstance(preds, dict)}")
     if len(preds) != levels:
         fail("preds", f"{len(preds)} levels", f"{levels}, one for each level of anchors")
-    return _grid_maps(tuple([form(pred) for pred in preds]), anchors, strides, num_classes, image_size)
+    return _grid_maps(tuple([form(pred) for pred in preds]), anchors, strides, num_classes, image_size, any_order)
+
+
+_SPLIT = ": boxes, objectness and classes of a level in one, by torch.cat"
+
+
+def grid_views(preds: Sequence[Tensor], anchors: tuple[int, ...], num_classes: int) -> list[Tensor]:
+    """Views of checked predictions, of which those of five axes have them in the first of :data:`ORDERS`."""
+    if any(pred.dim() != 5 for pred in preds):
+        return list(preds)
+    order = _orders(tuple([pred.shape for pred in preds]), anchors, 5 + num_classes)[0]
+    return [pred.permute(order) for pred in preds]
+
+
+@remembered
+def _orders(shapes: tuple[tuple[int, ...], ...], anchors: tuple[int, ...], channels: int) -> list[tuple[int, ...]]:
+    """In which orders the axes of all these maps may be."""
+    levels = list(zip(shapes, anchors, strict=True))
+    return [
+        order
+        for order in ORDERS.values()
+        if all(shape[order[1]] == count and shape[order[4]] == channels for shape, count in levels)
+    ]
 
 
 @remembered
@@ -292,22 +328,36 @@ def _grid_maps(
     strides: tuple[float, ...],
     num_classes: int,
     image_size: tuple[float, float] | None,
+    any_order: bool,
 ) -> tuple[int, tuple[float, float]]:
     """Of maps, one a level."""
     sizes: list[tuple[float, float]] = []
     first: Any = maps[0]
+    shapes: list[tuple[int, ...]] = []
+    channels, orders = 5 + num_classes, list(ORDERS.values())[:1]
+    any_order = any_order and all(isinstance(pred, str) or len(pred.shape) == 5 for pred in maps)
     for i, pred in enumerate(maps):
         if isinstance(pred, str):
-            fail(f"preds[{i}]", pred, "a tensor")
-        shape, channels = pred.shape, 5 + num_classes
+            several = pred in ("a list", "a tuple") or pred[0] in "[("
+            fail(f"preds[{i}]", pred, "a tensor" + _SPLIT * several)
+        shape = pred.shape
+        shapes.append(shape)
         flat = len(shape) == 4 and shape[1] == anchors[i] * channels
-        if not flat and not (len(shape) == 5 and shape[1] == anchors[i] and shape[4] == channels):
-            fail(
-                f"preds[{i}]",
-                f"shape {tuple(shape)}",
-                f"(B, {anchors[i]} * (5 + {num_classes}), H, W) or (B, {anchors[i]}, H, W, 5 + {num_classes})",
-            )
-        height, width = shape[2], shape[3]
+        if any_order:
+            orders = _orders(tuple(shapes), anchors[: i + 1], channels)
+        elif len(shape) == 5 and not (shape[1] == anchors[i] and shape[4] == channels):
+            orders = []
+        if not flat and not (len(shape) == 5 and orders):
+            names = ["(B, A * (5 + C), H, W)", *list(ORDERS)[: 3 if any_order else 1]]
+            want = " or ".join(names).replace("A", f"{anchors[i]}").replace("5 + C", f"5 + {num_classes}")
+            fail(f"preds[{i}]", f"shape {tuple(shape)}", want)
+    if len(orders) > 1:
+        may = " or ".join(name for name, order in ORDERS.items() if order in orders)
+        got = ", ".join(str(tuple(shape)) for shape in shapes)
+        fail("preds", f"{got}, which may be {may}", "maps of four axes, (B, A * (5 + C), H, W)")
+    for i, (pred, shape) in enumerate(zip(maps, shapes, strict=True)):
+        assert isinstance(pred, Form)
+        height, width = (shape[2], shape[3]) if len(shape) == 4 else (shape[orders[0][2]], shape[orders[0][3]])
         if shape[0] < 1 or height < 1 or width < 1:
             fail(f"preds[{i}]", f"shape {tuple(shape)}", "no empty dimension")
         if pred.dtype not in FLOATS:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 BATCHES = 3
 """Calls of a loss that are looked at."""
@@ -136,7 +137,9 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _plain(rows: Tensor, counts: Tensor) -> bool:
-    """Tensors that hold numbers, and may be read, or copied to be read later."""
+    """Tensors that hold numbers, and may be read, or copied to be read later; and nobody looks at what a step does."""
+    if _get_current_dispatch_mode() is not None:
+        return False
     for each in (rows, counts):
         if type(each) is not Tensor or each.device.type not in ("cpu", "cuda"):
             return False

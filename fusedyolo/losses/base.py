@@ -90,8 +90,9 @@ class GridLoss(WeightedLoss):
 
         Args:
             preds: raw outputs, one tensor a level in the order of ``anchors``: ``[B, A * (5 + C), H, W]`` with channels
-                anchor by anchor, or ``[B, A, H, W, 5 + C]``; each as x, y, w, h, objectness, classes. Any strides;
-                float16, bfloat16, float32 or float64.
+                anchor by anchor, or ``[B, A, H, W, 5 + C]``, ``[B, A, 5 + C, H, W]``, ``[B, H, W, A, 5 + C]``; each as
+                x, y, w, h, objectness, classes. Shapes that may be two of these are refused. Any strides; float16,
+                bfloat16, float32 or float64.
             targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a list of tensors ``[n, 5]``, of boxes relative to the
                 image unless the constructor was told otherwise; a torchvision list of dicts, in pixels likewise; or
                 :class:`Targets`.
@@ -100,8 +101,10 @@ class GridLoss(WeightedLoss):
             ValueError: names the argument, what came and what was wanted.
         """
         batch, size = checks.grid_predictions(
-            preds, self._anchors, self._strides, self.head.num_classes, self.image_size
+            preds, self._anchors, self._strides, self.head.num_classes, self.image_size, True
         )
+        if preds[0].dim() == 5 == preds[-1].dim():
+            preds = checks.grid_views(preds, self._anchors, self.head.num_classes)
         device = preds[0].device
         rows, offsets = as_targets(targets, batch, size, device, self.form)
         weights = self._weights_for(preds[0])
@@ -115,7 +118,7 @@ class GridLoss(WeightedLoss):
         else:
             call = GridCall(preds, rows, offsets, size, weights)
             total, parts, counts = GRID.reference_loss(head, call)
-        if self._watch is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(rows, offsets, counts, size)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
         num_pos, num_invalid = counts.unbind()

@@ -65,7 +65,7 @@ class DenseLoss(nn.Module):
             targets: a torchvision list of dicts, of corners in pixels unless the constructor was told otherwise; or,
                 with the ``image_size``, packed ``[M, 6]``, padded ``[B, G, 5]``, a list of tensors ``[n, 5]``, relative
                 to the image likewise; or :class:`Targets`.
-            anchors: ``[N, 4]``, x1, y1, x2, y2 in pixels, of all images; see :mod:`fusedyolo.anchors`.
+            anchors: ``[N, 4]`` or ``[1, N, 4]``, x1, y1, x2, y2 in pixels, of all images; see :mod:`fusedyolo.anchors`.
             num_anchors_per_level: how many of them each level has; maps tell that themselves.
             image_size: (height, width) of this batch, or one side of a square; that of the constructor without it.
 
@@ -97,6 +97,8 @@ class DenseLoss(nn.Module):
     ) -> DenseCall:
         """The arguments of :meth:`forward`, checked, in the form in which they are used."""
         head = self.head
+        if isinstance(anchors, Tensor) and anchors.dim() == 3 and anchors.shape[0] == 1:
+            anchors = anchors[0]
         levels, sizes = checks.dense_predictions(preds, self._names, self._channels, anchors)
         pred: Tensor = levels[0][0]
         batch = pred.shape[0]
@@ -140,7 +142,7 @@ class DenseLoss(nn.Module):
             terms = (cls, box, middle)[: len(call.levels)]
         else:
             total, terms, counts = DENSE.reference_loss(self.head, call)
-        if self._watch is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, call.corners)
         return total, terms, counts
 

@@ -118,7 +118,7 @@ class PickLoss(WeightedLoss):
             terms = tuple(parts)
         else:
             total, terms, counts = PICKS.reference_loss(self.head, call)
-        if self._watch is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(call.rows, call.offsets, counts, call.size)
         return total, terms, counts
 

@@ -186,7 +186,7 @@ class YOLOv1Loss(nn.Module):
             total, parts, counts, *_ = ops.cell_loss(pred, rows, offsets, head.key, with_grad, own)
         else:
             total, parts, counts = CELLS.reference_loss(head, CellCall(pred, rows, offsets, size))
-        if self._watch is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(rows, offsets, counts, self.image_size)
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, dict(zip(PARTS, parts.unbind(), strict=True)), num_pos, num_invalid)

@@ -359,6 +359,8 @@ SHAPES = {
     0: "want (B, 2 * (5 + 3), H, W) or (B, 2, H, W, 5 + 3)",
     1: "want (B, 1 * (5 + 3), H, W) or (B, 1, H, W, 5 + 3)",
 }
+FIVE = "want (B, 1 * (5 + 3), H, W) or (B, 1, H, W, 5 + 3) or (B, 1, 5 + 3, H, W) or (B, H, W, 1, 5 + 3)"
+SPLIT = ": boxes, objectness and classes of a level in one, by torch.cat"
 
 
 @pytest.mark.parametrize(
@@ -374,6 +376,15 @@ SHAPES = {
         (lambda p: [p[0], p[1][:, :7]], f"preds[1]: shape (2, 7, 2, 3), {SHAPES[1]}"),
         (lambda p: [p[0], p[1].permute(0, 2, 3, 1)], f"preds[1]: shape (2, 2, 3, 8), {SHAPES[1]}"),
         (lambda p: [p[0].unflatten(1, (2, 8)), p[1]], f"preds[0]: shape (2, 2, 8, 4, 6), {SHAPES[0]}"),
+        (lambda p: [p[0].unflatten(1, (2, 8)), p[1][:, None, :7]], f"preds[1]: shape (2, 1, 7, 2, 3), {FIVE}"),
+        (
+            lambda p: [torch.zeros(2, 2, 8, 8, 8), torch.zeros(2, 1, 8, 8, 8)],
+            "preds: (2, 2, 8, 8, 8), (2, 1, 8, 8, 8), which may be (B, A, H, W, 5 + C) or (B, A, 5 + C, H, W), want "
+            "maps of four axes, (B, A * (5 + C), H, W)",
+        ),
+        (lambda p: {"boxes": p, "scores": p}, f"preds: a dict, want a list of 2 tensors, one a level{SPLIT}"),
+        (lambda p: [p, p], f"preds[0]: a list, want a tensor{SPLIT}"),
+        (lambda p: [p[0].to_sparse(), p[1]], "preds[0]: a tensor of layout torch.sparse_coo, want a tensor"),
         (lambda p: [p[1], p[0]], f"preds[0]: shape (2, 8, 2, 3), {SHAPES[0]}"),
         (lambda p: [p[0], p[1][:, :, :0]], "preds[1]: shape (2, 8, 0, 3), want no empty dimension"),
         (lambda p: [v[:0] for v in p], "preds[0]: shape (0, 16, 4, 6), want no empty dimension"),
