@@ -7,6 +7,7 @@ them. What they find of shapes, types and devices is remembered.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache, wraps
 from numbers import Integral, Real
@@ -36,7 +37,7 @@ def describe(value: object) -> str:
     """What came, in a few words: the shape of a tensor, or its layout, otherwise a short value or a type."""
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
-            return f"a tensor of layout {value.layout}"
+            return f"a tensor of layout {value.layout}, not torch.strided"
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
     return text if len(text) <= 40 else f"a {type(value).__name__}"
@@ -251,6 +252,18 @@ def band(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
+def ascending(levels: Sequence[Sequence[Pair]], strides: Sequence[float]) -> None:
+    """Warn of anchors that shrink from the first level to the last while strides grow, or the other way round."""
+    first, last = (sum(w * h for w, h in level) / len(level) for level in (levels[0], levels[-1]))
+    if (last - first) * (strides[-1] - strides[0]) < 0:
+        order = "small to large" if last > first else "large to small"
+        warnings.warn(
+            f"anchors: from {order}, with strides {tuple(strides)}: the first anchors belong to the first map. Turn "
+            "either round if that is not meant",
+            stacklevel=5,
+        )
+
+
 def strides(value: Any, levels: int) -> tuple[float, ...]:
     """Strides in pixels per cell, one a level."""
     items = _items("strides", value, "a sequence of numbers, one a level")
@@ -413,7 +426,7 @@ def same_device(name: str, value: Tensor, device: torch.device | None) -> None:
 
 def rows(name: str, value: Any, columns: int, ndim: int, layout: str) -> Tensor:
     """``value``, a tensor of float32 or float64 of ``ndim`` dimensions and ``columns`` columns."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
         fail(name, describe(value), f"a tensor of shape {layout}")
     if value.dim() != ndim or value.shape[-1] != columns:
         fail(name, f"shape {tuple(value.shape)}", layout)
@@ -432,7 +445,7 @@ def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
     if "boxes" not in item or "labels" not in item:
         fail(name, f"keys {list(item)}", "'boxes' and 'labels'")
     boxes, labels = item["boxes"], item["labels"]
-    if not isinstance(boxes, Tensor) or boxes.dim() != 2 or boxes.shape[1] != 4:
+    if not isinstance(boxes, Tensor) or boxes.layout is not torch.strided or boxes.dim() != 2 or boxes.shape[1] != 4:
         fail(f"{name}['boxes']", describe(boxes), "a tensor of shape (N, 4)")
     if isinstance(labels, Tensor) and labels.numel() == 0 == boxes.shape[0]:
         labels = labels.reshape(0)  # as some loaders leave an empty image
@@ -452,7 +465,7 @@ def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
 def pair(name1: str, value1: Any, name2: str, value2: Any) -> None:
     """Two tensors of real numbers on one device."""
     for name, value in ((name1, value1), (name2, value2)):
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
             fail(name, describe(value), "a tensor")
         if value.is_complex() or value.dtype == torch.bool:
             fail(name, f"dtype {value.dtype}", "a real number type")
@@ -472,7 +485,7 @@ def flag(name: str, value: Any) -> bool:
 
 def cell_predictions(pred: Any, grid_size: int, num_boxes: int, num_classes: int) -> int:
     """Check the predictions of a head of cells, in either layout; the batch size comes back."""
-    if not isinstance(pred, Tensor):
+    if not isinstance(pred, Tensor) or pred.layout is not torch.strided:
         fail("pred", describe(pred), "a tensor")
     S, channels, shape = grid_size, 5 * num_boxes + num_classes, pred.shape
     flat = len(shape) == 2 and shape[1] == S * S * channels

@@ -72,6 +72,7 @@ class GridLoss(WeightedLoss):
         form: checks.BoxForm = None,
     ):
         super().__init__(class_weights)
+        checks.ascending([[head.anchors[i] for i in level] for level in head.levels], head.strides)
         self.head = rounded(head)
         self.form = form
         self._watch: Watch | None = Watch(type(self).__name__, range(head.num_classes))
