@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from . import checks
+
 BATCHES = 3
 """Calls of a loss that are looked at."""
 
@@ -43,10 +45,11 @@ class Watch:
     Args:
         name: of the loss.
         labels: the classes that it knows.
+        refuses: whether rows of the background's class are an error.
     """
 
-    def __init__(self, name: str, labels: range):
-        self.name, self.labels = name, labels
+    def __init__(self, name: str, labels: range, refuses: bool = False):
+        self.name, self.labels, self.refuses = name, labels, refuses
         self.left = BATCHES
         self.pending: list[_Seen] = []
         self.known = np.zeros((0, 6), np.float32)
@@ -68,6 +71,9 @@ class Watch:
             counts: int32 ``[2]``, the second one the number of invalid rows.
             size: (height, width) of the image in pixels, if it is known.
             corners: see ``rows``.
+
+        Raises:
+            ValueError: there are rows of the background's class, and it ``refuses`` them.
         """
         if self.left and _plain(rows, counts):
             self.left -= 1
@@ -97,9 +103,11 @@ class Watch:
         self.rows += len(rows)
         rows = rows[np.isfinite(rows).all(1)]
         self.known = known = np.concatenate((self.known, rows))
+        first, last = self.labels.start, self.labels.stop - 1
+        if self.refuses and (rows[:, 1] < first).any():
+            checks.fail("labels", "0, the background", f"{first} to {last}")
         if len(known) < FEWEST:
             return ""
-        first, last = self.labels.start, self.labels.stop - 1
         low, high = known[:, 1].min(), known[:, 1].max()
         if first == 0 and low == 1 and high == last + 1:
             return (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from .. import checks
 from ..heads import GridHead
@@ -11,6 +12,35 @@ from ..terms import find_term
 from .base import GridLoss, box_arguments, hyper_parameters
 
 FOCAL_ALPHA = 0.25  # fixed in the peers
+
+OF_TRAINING = {
+    "lr0",
+    "lrf",
+    "momentum",
+    "weight_decay",
+    "warmup_epochs",
+    "warmup_momentum",
+    "warmup_bias_lr",
+    "anchors",
+    "iou_t",
+    "hsv_h",
+    "hsv_s",
+    "hsv_v",
+    "degrees",
+    "translate",
+    "scale",
+    "shear",
+    "perspective",
+    "flipud",
+    "fliplr",
+    "mosaic",
+    "mixup",
+    "copy_paste",
+}
+"""What files of the peers' hyper-parameters say beside that, none of which their losses read."""
+
+
+Own = TypeVar("Own", bound="_RatioLoss")
 
 
 class _RatioLoss(GridLoss):
@@ -20,6 +50,7 @@ class _RatioLoss(GridLoss):
     defaults: ClassVar[dict[str, Any]]
     eps: ClassVar[float]
     balances: ClassVar[dict[int, tuple[float, ...]]]  # of objectness, by the number of levels
+    unused: tuple[str, ...] = ()  # of what from_hyp was given
     batch_gains = ("box_gain", "cls_gain")  # objectness is a mean over the batch, which the factor undoes
 
     def __init__(
@@ -83,6 +114,39 @@ class _RatioLoss(GridLoss):
         super().__init__(head, hyp, self.defaults, image_size, backend, batch_power=1, form=form)
         self.iou_loss = iou_loss
 
+    @classmethod
+    def from_hyp(
+        cls: type[Own], hyp: Mapping[str, Any], anchors: Any, strides: Sequence[float], num_classes: int, **options: Any
+    ) -> Own:
+        """The loss of a repository's own hyper-parameters, a ``hyp`` that also holds what is not of the loss.
+
+        Numbers are taken as they are: the peers' training scripts scale gains before they build a loss.
+
+        Args:
+            hyp: names and numbers, as ``yaml.safe_load`` reads them, or ``model.hyp``.
+            anchors: as in the constructor, like the next two.
+            strides: as there.
+            num_classes: as there.
+            **options: all others of the constructor, hyper-parameters included, which come before those of ``hyp``.
+
+        Returns:
+            The loss. Its attribute ``unused`` names what it took no notice of, and a warning those among them that are
+            not of training or augmentation.
+
+        Raises:
+            ValueError: what it takes does not fit.
+        """
+        if not isinstance(hyp, Mapping):
+            checks.fail("hyp", checks.describe(hyp), "a mapping of names to numbers")
+        unused = tuple(name for name in hyp if name not in cls.defaults)
+        strange = [str(name) for name in unused if name not in OF_TRAINING]
+        if strange:
+            warnings.warn(f"{cls.__name__}.from_hyp takes no notice of {', '.join(strange)}", stacklevel=2)
+        taken = {name: value for name, value in hyp.items() if name in cls.defaults}
+        loss = cls(anchors, strides, num_classes, **(taken | options))
+        loss.unused = unused
+        return loss
+
     @staticmethod
     def _scales(levels: int) -> tuple[float, float, float]:
         """What the box, objectness and class gains are multiplied by."""
@@ -140,7 +204,7 @@ class YOLOv5Loss(_RatioLoss):
             ``anchor_t=4``, ``fl_gamma=0`` (above 0, focal losses with alpha 0.25), ``label_smoothing=0``, ``gr=1``, as
             in the peer's ``hyp``; ``iou_alpha=1``, ``iou_gamma=0`` (see :func:`fusedyolo.functional.box_iou_loss`). The
             peer scales ``box``, ``cls`` and ``obj`` by levels, classes and image size before it builds its loss; so
-            must you.
+            must you. :meth:`from_hyp` takes the whole of a repository's ``hyp``.
 
     Shapes:
         - preds: a list of ``[B, A, H, W, 5 + C]`` or ``[B, A * (5 + C), H, W]``, any strides, float16, bfloat16,
