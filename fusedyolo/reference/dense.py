@@ -13,14 +13,13 @@ from torch import Tensor
 from ..heads import DenseHead
 from .overlap import area, corner_areas, corners_of
 from .pairs import PairIoU, chunks
-from .primitives import Places, constants
+from .primitives import Places, at_hand, constants
 from .rows import BoxRows, Rows, read_corners
 from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS
 from .terms.box import boxes_of_sizes
-from .terms.label import cross_entropy
+from .terms.label import LOW, cross_entropy
 
 BACKGROUND, IGNORED = -1, -2
-LOW = -1e4  # a logit of which a label term, and its slope, is 0 for the target 0
 LARGEST_AREA = 1e8  # square pixels; torchvision takes an area from this, and the largest difference wins
 
 
@@ -175,9 +174,12 @@ def _ranked_loss(
     """:func:`_class_loss` of anchors with a row and of the hardest others; ``label`` is 0 where there is no row."""
     # ranks, the hardest first, anchors with a row behind all others; equals by their index
     has = match >= 0
-    hardness = cross_entropy(logits.detach(), label)
+    if at_hand(logits):  # image by image, which a cache holds
+        hardness = torch.stack([cross_entropy(*each) for each in zip(logits.detach(), label, strict=True)])
+    else:
+        hardness = cross_entropy(logits.detach(), label)
     order = torch.where(has, -1.0, hardness).sort(dim=1, descending=True, stable=True).indices
-    rank = order.argsort(1)
+    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     times = (has.to(torch.int64) + (rank < (head.negatives * found)[:, None]).to(torch.int64)).flatten()
     counted = Places(times > 0)
     own = torch.where(counted.used[:, None], counted.of(logits.flatten(0, 1)), 0.0)  # no gradient from a NaN elsewhere

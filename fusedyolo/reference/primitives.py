@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 def safe_div(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 with no gradient where b is 0; the inner where keeps NaN out of the backward."""
     zero = b == 0
-    return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
+    return (a / b.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
 
 
 def pow_pos(q: Tensor, gamma: float, empty: float = 0.0) -> Tensor:
@@ -22,7 +22,7 @@ def pow_pos(q: Tensor, gamma: float, empty: float = 0.0) -> Tensor:
     if gamma >= 1:
         return q**gamma
     zero = q < torch.finfo(q.dtype).tiny
-    return torch.where(zero, empty, torch.where(zero, 1.0, q) ** gamma)
+    return (q.masked_fill(zero, 1.0) ** gamma).masked_fill(zero, empty)
 
 
 def angle(sides: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from ..primitives import pow_pos
 
 Target = Tensor | bool
 
+LOW = -1e4
+"""A logit of which every elementwise term, and its slope, is 0 for the target 0."""
+
 
 def bce(x: Tensor, t: Target, args: Sequence[float] = ()) -> Tensor:
     """-w t log(p) - (1 - t) log(1 - p), p = sigmoid(x), args = () or (w,). The slope is sigmoid(x) - t at 0 too.
