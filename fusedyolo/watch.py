@@ -79,10 +79,10 @@ class Watch:
             self.left -= 1
             event = None
             if _on_gpu(rows):
+                stream, event = torch.cuda.current_stream(rows.device), torch.cuda.Event()
                 rows, counts = rows.to("cpu", non_blocking=True), counts.to("cpu", non_blocking=True)
                 offsets = None if offsets is None else offsets.to("cpu", non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
+                event.record(stream)
             self.pending.append(_Seen(rows, offsets, counts, size, corners, event))
         while self.pending and (self.pending[0].event is None or self.pending[0].event.query()):
             said = self._judge(self.pending.pop(0))

@@ -141,10 +141,14 @@ class Device:
     """Stands for a GPU: copies arrive when it says so."""
 
     def __init__(self, monkeypatch):
-        self.arrived, self.capturing, self.copies = False, False, 0
-        monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=self.query))
+        self.arrived = self.capturing = False
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+        monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=self.record, query=self.query))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(watch, "_on_gpu", lambda tensor: True)
+
+    def record(self, stream):
+        assert stream == "stream"  # that of the device of the loss, whatever the current one is
 
     def query(self):
         return self.arrived
