@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from ..primitives import pow_pos
 
@@ -28,7 +28,7 @@ def bce(x: Tensor, t: Target, args: Sequence[float] = ()) -> Tensor:
     PyTorch's own, (1 - t) x - logsigmoid(x), has no digit left in float32 for a background logit of -17.
     """
     if t is False:
-        return -logsigmoid(-x)
+        return softplus(x, threshold=40)  # beyond which the difference from x is none in float64
     positive = t * args[0] if len(args) == 1 else t
     if t is True:
         return -(positive * logsigmoid(x))
