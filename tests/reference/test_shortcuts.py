@@ -65,6 +65,14 @@ def test_a_cross_entropy_is_that_of_all_classes(dtype):
     assert math.isclose(sure.item(), 2 * math.exp(-30), rel_tol=1e-5)  # log_softmax has 0
 
 
+def test_equal_differences_cost_the_same():
+    """To the bit: hard negatives rank by it, equals by their index."""
+    x = torch.randint(-3, 4, (200, 7)).double()
+    label = torch.randint(0, 7, (200,))
+    for more in (1.0, -5.0, 60.0):
+        assert torch.equal(cross_entropy(x + more, label), cross_entropy(x, label))
+
+
 def test_places():
     mask = torch.tensor((False, True, True, False))
     values = torch.arange(8.0).view(4, 2)

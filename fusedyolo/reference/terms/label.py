@@ -101,7 +101,8 @@ def softmax_ce(x: Tensor, t: Tensor, args: Sequence[float] = ()) -> Tensor:
 def cross_entropy(x: Tensor, label: Tensor) -> Tensor:
     """The sum of :func:`softmax_ce` over the last axis of x, [..., C], towards the class ``label`` [...].
 
-    log(1 + exp(the others' logsumexp - its own logit)), which has all digits at both ends.
+    log(1 + exp(the others' logsumexp - its own logit)), which has all digits at both ends. From the largest logit, so
+    that logits with the same differences cost the same.
     """
-    others = x.scatter(-1, label[..., None], -math.inf).logsumexp(-1)
-    return -logsigmoid(x.gather(-1, label[..., None])[..., 0] - others)
+    z, at = x - x.detach().amax(-1, keepdim=True), label[..., None]
+    return -logsigmoid(z.gather(-1, at)[..., 0] - z.scatter(-1, at, -math.inf).logsumexp(-1))
