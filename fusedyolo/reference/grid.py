@@ -239,7 +239,7 @@ def _split(pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Once, for the gradient of each is put into one that lies as the map does; those of several views would be added up.
     """
     sizes = [4, 1, pred.shape[-1] - 5]
-    if pred.stride(-1) == 1:
+    if not torch.compiler.is_compiling() and pred.stride(-1) == 1:  # to a graph a stride may be a symbol
         return tuple(part.permute(0, 1, 4, 2, 3) for part in pred.split(sizes, -1))
     return pred.permute(0, 1, 4, 2, 3).split(sizes, 2)
 
