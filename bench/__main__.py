@@ -8,13 +8,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusedyolo.tools import terminal
-from fusedyolo.tools.codegen import TARGETS
-from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, SHOWN
-from fusedyolo.tools.terminal import add_loss, existing, positive, side
+try:
+    from fusedyolo.tools import terminal
+    from fusedyolo.tools.codegen import TARGETS
+    from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, SHOWN
+    from fusedyolo.tools.terminal import add_loss, existing, positive, side
 
-from .predict import GPUS
-from .sweep import AXES
+    from .predict import GPUS
+    from .sweep import AXES
+except ModuleNotFoundError as error:
+    if (error.name or "fusedyolo").partition(".")[0] in ("fusedyolo", "bench"):
+        raise
+    sys.exit(f"{error.name} is not installed: pip install 'fusedyolo[bench]'")
+except KeyboardInterrupt:  # PyTorch takes seconds to import
+    sys.exit(130)
 
 FOLDER = "folder for JSON, CSV and pictures"
 LABELS = "YOLO txt folder, COCO json or VOC xml folder"

@@ -9,6 +9,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 
 from . import checks
 
@@ -72,7 +73,11 @@ def resolve(backend: str, device: torch.device) -> str:
     was asked for. Both variables are read at each call; under ``torch.compile``, when the graph is traced.
 
     Raises:
-        ValueError: ``backend`` is no known name, or is ``"triton"`` where Triton cannot run.
+        ValueError: ``backend`` is no known name, or is ``"triton"`` where Triton cannot run; or kernels would run
+            inside a transform of ``torch.func``, of which they know nothing.
     """
     checks.one_of("backend", backend, BACKENDS)
-    return _choose(backend, device.type)
+    chosen = _choose(backend, device.type)
+    if chosen == "triton" and not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+        checks.fail("backend", f"{backend!r}, kernels, in torch.func.vmap, grad or jvp", "'torch', the reference")
+    return chosen

@@ -7,6 +7,7 @@ them. What they find of shapes, types and devices is remembered.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache, wraps
 from numbers import Integral, Real
@@ -18,8 +19,12 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("sum", "mean")
+UNITS = ("relative", "pixel")
+BOXES = ("cxcywh", "xyxy", "xywh")
 
 Pair = tuple[float, float]
+BoxForm = tuple[str | None, str | None] | None
+"""What was said of boxes in targets: their unit and their four numbers, None for what is usual."""
 R = TypeVar("R")
 
 
@@ -29,8 +34,10 @@ def fail(name: str, got: object, want: object) -> NoReturn:
 
 
 def describe(value: object) -> str:
-    """What came, in a few words: the shape of a tensor, otherwise a short value or a type."""
+    """What came, in a few words: the shape of a tensor, or its layout, otherwise a short value or a type."""
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            return f"a tensor of layout {value.layout}, not torch.strided"
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
     return text if len(text) <= 40 else f"a {type(value).__name__}"
@@ -45,8 +52,10 @@ class Form(NamedTuple):
 
 
 def form(value: object) -> Form | str:
-    """Of a tensor; what came instead, in words."""
-    return _form(Form, (value.shape, value.dtype, value.device)) if isinstance(value, Tensor) else describe(value)
+    """Of a strided tensor; what came instead, in words."""
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        return _form(Form, (value.shape, value.dtype, value.device))
+    return describe(value)
 
 
 _form = tuple.__new__  # what a NamedTuple's own constructor, in Python, comes to
@@ -248,6 +257,18 @@ def band(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
+def ascending(levels: Sequence[Sequence[Pair]], strides: Sequence[float]) -> None:
+    """Warn of anchors that shrink from the first level to the last while strides grow, or the other way round."""
+    first, last = (sum(w * h for w, h in level) / len(level) for level in (levels[0], levels[-1]))
+    if (last - first) * (strides[-1] - strides[0]) < 0:
+        order = "small to large" if last > first else "large to small"
+        warnings.warn(
+            f"anchors: from {order}, with strides {tuple(strides)}: the first anchors belong to the first map. Turn "
+            "either round if that is not meant",
+            stacklevel=5,
+        )
+
+
 def strides(value: Any, levels: int) -> tuple[float, ...]:
     """Strides in pixels per cell, one a level."""
     items = _items("strides", value, "a sequence of numbers, one a level")
@@ -267,23 +288,55 @@ def class_counts(value: Any, num_classes: int) -> tuple[float, ...]:
 # The call of an anchor-grid loss.
 
 
+ORDERS: dict[str, tuple[int, ...]] = {
+    "(B, A, H, W, 5 + C)": (0, 1, 2, 3, 4),
+    "(B, A, 5 + C, H, W)": (0, 1, 3, 4, 2),
+    "(B, H, W, A, 5 + C)": (0, 3, 1, 2, 4),
+}
+"""Of maps with an axis for everything, where those of the first order are: that which is meant where sizes fit several."""
+
+
 def grid_predictions(
     preds: Any,
     anchors: tuple[int, ...],
     strides: tuple[float, ...],
     num_classes: int,
     image_size: tuple[float, float] | None,
+    any_order: bool = False,
 ) -> tuple[int, tuple[float, float]]:
     """Check the prediction maps of a grid head; batch size and image (height, width) come back.
 
     ``anchors`` is the number of anchors a level. ``image_size`` is what the maps have to amount to, if it is known.
+    With ``any_order`` maps of five axes, if all are, may have them in each of :data:`ORDERS`, see :func:`grid_views`.
     """
     levels = len(anchors)
     if not isinstance(preds, list | tuple):
-        fail("preds", describe(preds), f"a list of {levels} tensors, one a level")
+        fail("preds", describe(preds), f"a list of {levels} tensors, one a level{_SPLIT * isinstance(preds, dict)}")
     if len(preds) != levels:
         fail("preds", f"{len(preds)} levels", f"{levels}, one for each level of anchors")
-    return _grid_maps(tuple([form(pred) for pred in preds]), anchors, strides, num_classes, image_size)
+    return _grid_maps(tuple([form(pred) for pred in preds]), anchors, strides, num_classes, image_size, any_order)
+
+
+_SPLIT = ": boxes, objectness and classes of a level in one, by torch.cat"
+
+
+def grid_views(preds: Sequence[Tensor], anchors: tuple[int, ...], num_classes: int) -> list[Tensor]:
+    """Views of checked predictions, of which those of five axes have them in the first of :data:`ORDERS`."""
+    if any(pred.dim() != 5 for pred in preds):
+        return list(preds)
+    order = _orders(tuple([pred.shape for pred in preds]), anchors, 5 + num_classes)[0]
+    return [pred.permute(order) for pred in preds]
+
+
+@remembered
+def _orders(shapes: tuple[tuple[int, ...], ...], anchors: tuple[int, ...], channels: int) -> list[tuple[int, ...]]:
+    """In which orders the axes of all these maps may be."""
+    levels = list(zip(shapes, anchors, strict=True))
+    return [
+        order
+        for order in ORDERS.values()
+        if all(shape[order[1]] == count and shape[order[4]] == channels for shape, count in levels)
+    ]
 
 
 @remembered
@@ -293,22 +346,32 @@ def _grid_maps(
     strides: tuple[float, ...],
     num_classes: int,
     image_size: tuple[float, float] | None,
+    any_order: bool,
 ) -> tuple[int, tuple[float, float]]:
     """Of maps, one a level."""
     sizes: list[tuple[float, float]] = []
     first: Any = maps[0]
+    shapes: list[tuple[int, ...]] = []
+    channels, orders = 5 + num_classes, list(ORDERS.values())[:1]
+    any_order = any_order and all(isinstance(pred, str) or len(pred.shape) == 5 for pred in maps)
     for i, pred in enumerate(maps):
         if isinstance(pred, str):
-            fail(f"preds[{i}]", pred, "a tensor")
-        shape, channels = pred.shape, 5 + num_classes
+            several = pred in ("a list", "a tuple") or pred[0] in "[("
+            fail(f"preds[{i}]", pred, "a tensor" + _SPLIT * several)
+        shape = pred.shape
+        shapes.append(shape)
         flat = len(shape) == 4 and shape[1] == anchors[i] * channels
-        if not flat and not (len(shape) == 5 and shape[1] == anchors[i] and shape[4] == channels):
-            fail(
-                f"preds[{i}]",
-                f"shape {tuple(shape)}",
-                f"(B, {anchors[i]} * (5 + {num_classes}), H, W) or (B, {anchors[i]}, H, W, 5 + {num_classes})",
-            )
-        height, width = shape[2], shape[3]
+        if any_order:
+            orders = _orders(tuple(shapes), anchors[: i + 1], channels)
+        elif len(shape) == 5 and not (shape[1] == anchors[i] and shape[4] == channels):
+            orders = []
+        if not flat and not (len(shape) == 5 and orders):
+            names = ["(B, A * (5 + C), H, W)", *list(ORDERS)[: 3 if any_order else 1]]
+            want = " or ".join(names).replace("A", f"{anchors[i]}").replace("5 + C", f"5 + {num_classes}")
+            fail(f"preds[{i}]", f"shape {tuple(shape)}", want)
+    for i, (pred, shape) in enumerate(zip(maps, shapes, strict=True)):
+        assert isinstance(pred, Form)
+        height, width = (shape[2], shape[3]) if len(shape) == 4 else (shape[orders[0][2]], shape[orders[0][3]])
         if shape[0] < 1 or height < 1 or width < 1:
             fail(f"preds[{i}]", f"shape {tuple(shape)}", "no empty dimension")
         if pred.dtype not in FLOATS:
@@ -334,10 +397,25 @@ def _grid_maps(
 # Targets.
 
 
-def target_size(image_size: tuple[float, float] | None, targets: Any) -> tuple[float, float]:
-    """``image_size``, which targets in pixels, a list of dicts, cannot do without; others make do with (1, 1)."""
-    if image_size is None and isinstance(targets, list | tuple):
-        fail("image_size", None, "(height, width) of the images, for targets in pixels")
+def box_form(unit: Any, boxes: Any) -> BoxForm:
+    """The unit of boxes in targets and their four numbers, as far as they are given; None where neither is."""
+    if unit is None and boxes is None:
+        return None
+    return (
+        None if unit is None else one_of("unit", unit, UNITS),
+        None if boxes is None else one_of("boxes", boxes, BOXES),
+    )
+
+
+def target_size(image_size: tuple[float, float] | None, targets: Any, form: BoxForm = None) -> tuple[float, float]:
+    """``image_size``, which targets in pixels cannot do without, as lists of dicts are and others that ``form``, of
+    :func:`box_form`, says it of; others make do with (1, 1).
+    """
+    if image_size is None and isinstance(targets, list | tuple | Tensor):
+        dicts = not isinstance(targets, Tensor) and bool(targets) and isinstance(targets[0], dict)
+        unit = form[0] if form is not None and form[0] else ("pixel" if dicts else "relative")
+        if unit == "pixel":
+            fail("image_size", None, "(height, width) of the images, for targets in pixels")
     return image_size or (1, 1)
 
 
@@ -349,7 +427,7 @@ def same_device(name: str, value: Tensor, device: torch.device | None) -> None:
 
 def rows(name: str, value: Any, columns: int, ndim: int, layout: str) -> Tensor:
     """``value``, a tensor of float32 or float64 of ``ndim`` dimensions and ``columns`` columns."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
         fail(name, describe(value), f"a tensor of shape {layout}")
     if value.dim() != ndim or value.shape[-1] != columns:
         fail(name, f"shape {tuple(value.shape)}", layout)
@@ -368,7 +446,7 @@ def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
     if "boxes" not in item or "labels" not in item:
         fail(name, f"keys {list(item)}", "'boxes' and 'labels'")
     boxes, labels = item["boxes"], item["labels"]
-    if not isinstance(boxes, Tensor) or boxes.dim() != 2 or boxes.shape[1] != 4:
+    if not isinstance(boxes, Tensor) or boxes.layout is not torch.strided or boxes.dim() != 2 or boxes.shape[1] != 4:
         fail(f"{name}['boxes']", describe(boxes), "a tensor of shape (N, 4)")
     if isinstance(labels, Tensor) and labels.numel() == 0 == boxes.shape[0]:
         labels = labels.reshape(0)  # as some loaders leave an empty image
@@ -388,7 +466,7 @@ def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
 def pair(name1: str, value1: Any, name2: str, value2: Any) -> None:
     """Two tensors of real numbers on one device."""
     for name, value in ((name1, value1), (name2, value2)):
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
             fail(name, describe(value), "a tensor")
         if value.is_complex() or value.dtype == torch.bool:
             fail(name, f"dtype {value.dtype}", "a real number type")
@@ -408,7 +486,7 @@ def flag(name: str, value: Any) -> bool:
 
 def cell_predictions(pred: Any, grid_size: int, num_boxes: int, num_classes: int) -> int:
     """Check the predictions of a head of cells, in either layout; the batch size comes back."""
-    if not isinstance(pred, Tensor):
+    if not isinstance(pred, Tensor) or pred.layout is not torch.strided:
         fail("pred", describe(pred), "a tensor")
     S, channels, shape = grid_size, 5 * num_boxes + num_classes, pred.shape
     flat = len(shape) == 2 and shape[1] == S * S * channels

@@ -13,6 +13,15 @@ from . import checks
 SORT_ABOVE = 4096
 """Packed rows beyond this many are sorted by image, so that a kernel reads only those of its own image."""
 
+Boxes = tuple[str, str]
+"""The unit and the four numbers of a box, of :data:`~fusedyolo.checks.UNITS` and :data:`~fusedyolo.checks.BOXES`."""
+
+RELATIVE: Boxes = ("relative", "cxcywh")
+"""What boxes are in every form of targets but one, unless something else is said."""
+
+CORNERS: Boxes = ("pixel", "xyxy")
+"""And in that one: a torchvision list of dicts."""
+
 
 class Targets:
     """The objects of a batch, sorted by image; made once, in ``collate_fn`` for example.
@@ -51,48 +60,96 @@ class Targets:
         self.rows, self.offsets, self.batch_size = rows, offsets, batch_size
 
     @classmethod
-    def from_packed(cls, packed: Tensor, batch_size: int, capacity: int | None = None) -> Targets:
-        """From rows ``[M, 6]`` of image, class, cx, cy, w, h (normalised) in any order.
+    def from_packed(
+        cls,
+        packed: Tensor,
+        batch_size: int,
+        capacity: int | None = None,
+        *,
+        unit: str = "relative",
+        boxes: str = "cxcywh",
+        image_size: int | Sequence[Any] | None = None,
+    ) -> Targets:
+        """From rows ``[M, 6]`` of image, class and a box, in any order; by default cx, cy, w, h relative to the image.
+
+        Args:
+            packed: the rows.
+            batch_size: B.
+            capacity: see the class.
+            unit: ``"relative"`` (the default: the sides of the image are 1) or ``"pixel"``.
+            boxes: ``"cxcywh"`` (the default), ``"xyxy"`` (corners) or ``"xywh"`` (left upper corner, width, height).
+            image_size: (height, width) of the batch, for a ``unit`` of pixels.
 
         Raises:
-            ValueError: another shape or dtype, or more rows than ``capacity``.
+            ValueError: another shape or dtype, pixels of an unknown size, or more rows than ``capacity``.
         """
         batch_size = checks.count("batch_size", batch_size, 0)
         checks.rows("packed", packed, 6, 2, "(M, 6)")
+        form = chosen(checks.box_form(unit, boxes), RELATIVE)
         rows, offsets = _sort(packed.detach().to(torch.float32), batch_size)
+        rows = relative(rows, form, _size_for(form, image_size))
         return cls(_fill("packed", rows, capacity), offsets, batch_size)
 
     @classmethod
     def from_torchvision(
         cls,
         targets: Sequence[dict[str, Tensor]],
-        image_size: int | Sequence[Any],
+        image_size: int | Sequence[Any] | None = None,
         capacity: int | None = None,
+        *,
+        unit: str = "pixel",
+        boxes: str = "xyxy",
     ) -> Targets:
-        """From one dict an image with ``"boxes"`` (``[N, 4]``, x1, y1, x2, y2 in pixels) and ``"labels"`` (``[N]``).
+        """From one dict an image with ``"boxes"`` (``[N, 4]``) and ``"labels"`` (``[N]``); by default x1, y1, x2, y2 in
+        pixels.
 
-        ``image_size`` is the (height, width) of the batch, or one pair for each image. Labels are taken as they are:
-        class 0 is a class, not the background.
+        Labels are taken as they are: class 0 is a class, not the background.
+
+        Args:
+            targets: the dicts.
+            image_size: (height, width) of the batch, or one pair for each image; not needed for relative boxes.
+            capacity: see the class.
+            unit: ``"pixel"`` (the default) or ``"relative"`` (the sides of the image are 1).
+            boxes: ``"xyxy"`` (the default: corners), ``"xywh"`` (left upper corner, width, height) or ``"cxcywh"``.
 
         Raises:
-            ValueError: another layout, or more boxes than ``capacity``.
+            ValueError: another layout, pixels of an unknown size, or more boxes than ``capacity``.
         """
         if not isinstance(targets, list | tuple) or not targets:
             checks.fail("targets", checks.describe(targets), "a list of {'boxes', 'labels'}, one an image")
-        rows, offsets = _from_list(targets, checks.image_sizes(image_size, len(targets)))
+        form = chosen(checks.box_form(unit, boxes), CORNERS)
+        rows, offsets = corner_rows(targets, len(targets))
+        if form[0] == "pixel":
+            sides = zip(*checks.image_sizes(image_size, len(targets)), strict=True)
+            height, width = (_each(side, [len(item["labels"]) for item in targets], rows) for side in sides)
+            rows = relative(rows, form, (height, width))
+        else:
+            rows = relative(rows, form, None)
         return cls(_fill("targets", rows, capacity), offsets, len(targets))
 
     @classmethod
-    def from_padded(cls, padded: Tensor, capacity: int | None = None) -> Targets:
-        """From ``[B, G, 5]`` of class, cx, cy, w, h (normalised).
+    def from_padded(
+        cls,
+        padded: Tensor,
+        capacity: int | None = None,
+        *,
+        unit: str = "relative",
+        boxes: str = "cxcywh",
+        image_size: int | Sequence[Any] | None = None,
+    ) -> Targets:
+        """From ``[B, G, 5]`` of class and a box, by default cx, cy, w, h relative to the image; loaders of YOLOX have
+        pixels: ``unit="pixel"``.
 
-        A row of zeros and a row whose class is below 0 are padding, wherever they stand, and are not counted.
+        A row of zeros and a row whose class is below 0 are padding, wherever they stand, and are not counted. Arguments
+        are otherwise those of :meth:`from_packed`.
 
         Raises:
-            ValueError: another shape or dtype, or a ``capacity`` below ``B * G``.
+            ValueError: another shape or dtype, pixels of an unknown size, or a ``capacity`` below ``B * G``.
         """
         checks.rows("padded", padded, 5, 3, "(B, G, 5)")
+        form = chosen(checks.box_form(unit, boxes), RELATIVE)
         rows, offsets = _from_padded(padded)
+        rows = relative(rows, form, _size_for(form, image_size))
         return cls(_fill("padded", rows, capacity), offsets, padded.shape[0])
 
     def pin_memory(self) -> Targets:
@@ -147,12 +204,17 @@ def as_targets(
     batch_size: int,
     image_size: tuple[float, float],
     device: torch.device | None = None,
+    form: checks.BoxForm = None,
+    as_they_are: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows ``[M, 6]``, and their offsets where they are sorted, from any form of targets a loss accepts.
+    """Rows ``[M, 6]`` of boxes relative to the image, and their offsets where they are sorted, from any form of targets
+    a loss accepts.
 
     The forms: :class:`Targets`; packed ``[M, 6]``, which passes through untouched if it is contiguous float32 of up to
-    ``SORT_ABOVE`` rows; padded ``[B, G, 5]``; a torchvision list of dicts, in pixels of ``image_size`` (height,
-    width). Nothing waits for the device.
+    ``SORT_ABOVE`` rows; padded ``[B, G, 5]``; a list of ``[n, 5]`` of class and box, one an image; a torchvision list
+    of dicts. Boxes are what ``form``, of :func:`fusedyolo.checks.box_form`, says, else :data:`CORNERS` in dicts and
+    :data:`RELATIVE` in all others; pixels are those of ``image_size`` (height, width). With ``as_they_are`` boxes stay
+    what they are. :class:`Targets` have said it themselves. Nothing waits for the device.
 
     Raises:
         ValueError: none of these, or for another batch size, or on another device than ``device``.
@@ -162,6 +224,7 @@ def as_targets(
         if targets.batch_size != batch_size:
             checks.fail("targets", f"Targets of {targets.batch_size} images", f"{batch_size} as preds")
         return targets.rows, targets.offsets
+    usual, offsets = RELATIVE, None
     if isinstance(targets, Tensor):
         checks.same_device("targets", targets, device)
         if targets.dim() == 3:
@@ -170,25 +233,61 @@ def as_targets(
                 checks.fail(
                     "targets", f"shape {tuple(targets.shape)}", f"({batch_size}, G, 5), as many images as preds"
                 )
-            return _from_padded(targets)
-        checks.rows("targets", targets, 6, 2, "(M, 6) or (B, G, 5)")
-        packed = targets.detach() if targets.requires_grad else targets
-        if packed.dtype != torch.float32:
-            packed = packed.to(torch.float32)
-        if packed.shape[0] > SORT_ABOVE:
-            return _sort(packed, batch_size)
-        return packed.contiguous(), None
-    if isinstance(targets, list | tuple):
-        if len(targets) != batch_size:
-            checks.fail("targets", f"a list of {len(targets)}", f"{batch_size} dicts, one an image of preds")
-        rows, offsets = _from_list(targets, [image_size] * batch_size)
-        checks.same_device("targets", rows, device)
+            rows, offsets = _from_padded(targets)
+        else:
+            checks.rows("targets", targets, 6, 2, "(M, 6) or (B, G, 5)")
+            packed = targets.detach() if targets.requires_grad else targets
+            rows = packed if packed.dtype == torch.float32 else packed.to(torch.float32)
+            if rows.shape[0] > SORT_ABOVE:
+                rows, offsets = _sort(rows, batch_size)
+            rows = rows.contiguous()
+    elif isinstance(targets, list | tuple):
+        if targets and isinstance(targets[0], Tensor):
+            rows, offsets = _tensor_rows(targets, batch_size, device)
+        else:
+            usual, (rows, offsets) = CORNERS, corner_rows(targets, batch_size, device)
+    else:
+        checks.fail(
+            "targets",
+            checks.describe(targets),
+            "a tensor (M, 6) or (B, G, 5), a list of {'boxes', 'labels'} or of tensors (n, 5), or fusedyolo.Targets",
+        )
+    if as_they_are or (form is None and usual is RELATIVE):
         return rows, offsets
-    checks.fail(
-        "targets",
-        checks.describe(targets),
-        "a tensor (M, 6) or (B, G, 5), a list of {'boxes', 'labels'}, or fusedyolo.Targets",
-    )
+    return relative(rows, chosen(form, usual), image_size), offsets
+
+
+def in_corners(targets: Any, form: checks.BoxForm) -> bool:
+    """Whether boxes of targets, of which a loss was told ``form``, are corners in pixels."""
+    if isinstance(targets, Targets):
+        return False
+    dicts = isinstance(targets, list | tuple) and bool(targets) and isinstance(targets[0], dict)
+    return chosen(form, CORNERS if dicts else RELATIVE) == CORNERS
+
+
+def chosen(form: checks.BoxForm, usual: Boxes) -> Boxes:
+    """``usual``, with what ``form`` says in its place."""
+    return usual if form is None else (form[0] or usual[0], form[1] or usual[1])
+
+
+def relative(rows: Tensor, form: Boxes, size: tuple[Any, Any] | None) -> Tensor:
+    """``rows``, whose last four columns are boxes of ``form``, with :data:`RELATIVE` ones of an image of ``size``.
+
+    That is (height, width) in pixels, which relative boxes do not need: numbers, or of each row one.
+    """
+    unit, boxes = form
+    if form == RELATIVE:
+        return rows
+    a, b = rows[:, 2:4], rows[:, 4:]
+    sides = b - a if boxes == "xyxy" else b
+    centre = {"xyxy": lambda: (a + b) * 0.5, "xywh": lambda: a + b * 0.5, "cxcywh": lambda: a}[boxes]()
+    if unit == "pixel":
+        assert size is not None
+        # tensors, for a GPU multiplies by the reciprocal of a number, and a centre may leave its cell
+        height, width = (side if isinstance(side, Tensor) else rows.new_full((), side) for side in size)
+        image = torch.stack((width, height), -1)
+        centre, sides = centre / image, sides / image
+    return torch.cat((rows[:, :2], centre, sides), 1)
 
 
 def without_spare(rows: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -244,38 +343,51 @@ def _from_padded(padded: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def corner_rows(targets: Sequence[Any], batch_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Rows ``[M, 6]`` of image, label, x1, y1, x2, y2 and their offsets, from a torchvision list; boxes as they are.
+    """:func:`as_targets`, as they are, of a torchvision list of dicts.
 
     Raises:
         ValueError: no such list, or for another batch size, or on another device than ``device``.
     """
     if len(targets) != batch_size:
         checks.fail("targets", f"a list of {len(targets)}", f"{batch_size} dicts, one an image of preds")
-    pairs = [checks.image_boxes(i, item) for i, item in enumerate(targets)]
+    return _listed([checks.image_boxes(i, item) for i, item in enumerate(targets)], "targets[{}]['boxes']", device)
+
+
+def _tensor_rows(targets: Sequence[Any], batch_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`as_targets`, as they are, of a list of tensors [n, 5]."""
+    if len(targets) != batch_size:
+        checks.fail("targets", f"a list of {len(targets)}", f"{batch_size} tensors (n, 5), one an image of preds")
+    each = [checks.rows(f"targets[{i}]", item, 5, 2, "(n, 5)") for i, item in enumerate(targets)]
+    return _listed([(item[:, 1:], item[:, 0]) for item in each], "targets[{}]", device)
+
+
+def _listed(pairs: list[tuple[Tensor, Tensor]], name: str, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """Rows and offsets of boxes [n, 4] and labels [n], a pair an image; ``name`` is that of a pair's tensors."""
     first = pairs[0][0].device
     for i, (boxes, _) in enumerate(pairs):
         if boxes.device != first:
-            checks.fail(f"targets[{i}]['boxes']", f"device {boxes.device}", f"{first} as targets[0]")
+            checks.fail(name.format(i), f"device {boxes.device}", f"{first} as targets[0]")
     checks.same_device("targets", pairs[0][0], device)
     boxes = torch.cat([boxes.detach().to(torch.float32) for boxes, _ in pairs])
     label = torch.cat([label.detach().to(torch.float32) for _, label in pairs])
     image = torch.cat([boxes.new_full((len(label),), i, dtype=torch.float32) for i, (boxes, label) in enumerate(pairs)])
-    return torch.cat((image[:, None], label[:, None], boxes), 1), _offsets(image.to(torch.int32), batch_size)
+    return torch.cat((image[:, None], label[:, None], boxes), 1), _offsets(image.to(torch.int32), len(pairs))
 
 
-def _from_list(targets: Sequence[Any], sizes: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    rows, offsets = corner_rows(targets, len(targets))
-    image, label, x1, y1, x2, y2 = rows.unbind(1)
-    height, width = (_each(side, targets, rows) for side in zip(*sizes, strict=True))
-    centre = (x1 + x2) * 0.5 / width, (y1 + y2) * 0.5 / height
-    return torch.stack((image, label, *centre, (x2 - x1) / width, (y2 - y1) / height), 1), offsets
-
-
-def _each(values: Sequence[float], targets: Sequence[Any], like: Tensor) -> Tensor | float:
-    """One number for each row of the images of a list; a single one if all are the same."""
+def _each(values: Sequence[float], counts: Sequence[int], like: Tensor) -> Tensor | float:
+    """One number for each row of the images of a list, of so many rows each; a single one if all are the same."""
     if all(value == values[0] for value in values):
         return values[0]
-    return torch.cat([like.new_full((len(item["labels"]),), side) for side, item in zip(values, targets, strict=True)])
+    return torch.cat([like.new_full((count,), side) for side, count in zip(values, counts, strict=True)])
+
+
+def _size_for(form: Boxes, image_size: Any) -> tuple[float, float] | None:
+    """(height, width), where boxes of ``form`` need it."""
+    if form[0] == "relative":
+        return None
+    if image_size is None:
+        checks.fail("image_size", None, "(height, width) of the images, for targets in pixels")
+    return checks.size("image_size", image_size)
 
 
 def _fill(name: str, rows: Tensor, capacity: int | None) -> Tensor:

@@ -54,6 +54,10 @@ class LevelAssignment(NamedTuple):
     pairs: Tensor
     score: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """In a line; numbers are those of the fields."""
+        return f"LevelAssignment(row={list(self.row.shape)}, pairs={self.pairs.shape[1]})"
+
 
 class Assignment(NamedTuple):
     """The result of :func:`fusedyolo.assign`.
@@ -72,6 +76,11 @@ class Assignment(NamedTuple):
     valid: Tensor
     strides: tuple[float, ...]
     anchors: tuple[tuple[tuple[float, float], ...], ...]
+
+    def __repr__(self) -> str:
+        """In a line; numbers are those of the fields."""
+        maps = ", ".join("x".join(map(str, level.row.shape[1:])) for level in self.levels)
+        return f"Assignment(images={self.batch}, maps=[{maps}], rows={len(self.rows)}, strides={self.strides})"
 
     @property
     def batch(self) -> int:
@@ -130,6 +139,10 @@ class AnchorAssignment(NamedTuple):
     valid: Tensor
     true_boxes: Tensor
     anchors: Tensor
+
+    def __repr__(self) -> str:
+        """In a line; numbers are those of the fields."""
+        return f"AnchorAssignment(images={self.batch}, anchors={len(self.anchors)}, rows={len(self.rows)})"
 
     @property
     def batch(self) -> int:

@@ -43,8 +43,8 @@ class CellDriver(Driver):
         shared.refuse(geometry)
         head = criterion.head
         batch = checks.cell_predictions(preds, head.grid_size, head.num_boxes, head.num_classes)
-        size = checks.target_size(criterion.image_size, targets)
-        rows, offsets = as_targets(targets, batch, size, preds.device)
+        size = checks.target_size(criterion.image_size, targets, criterion.form)
+        rows, offsets = as_targets(targets, batch, size, preds.device, criterion.form)
         return CellCall(preds, rows, offsets, size)
 
     def reference_loss(self, head: CellHead, call: CellCall) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,11 +44,10 @@ class GridDriver(Driver):
     def read(self, criterion: Any, preds: Any, targets: Any, **geometry: Any) -> GridCall:
         shared.refuse(geometry)
         head = criterion.head
-        maps = _maps(preds, head)
-        batch, size = checks.grid_predictions(
-            maps, tuple(map(len, head.levels)), head.strides, head.num_classes, criterion.image_size
-        )
-        rows, offsets = as_targets(targets, batch, size, maps[0].device)
+        maps, anchors = _maps(preds, head), tuple(map(len, head.levels))
+        batch, size = checks.grid_predictions(maps, anchors, head.strides, head.num_classes, criterion.image_size, True)
+        maps = checks.grid_views(maps, anchors, head.num_classes)
+        rows, offsets = as_targets(targets, batch, size, maps[0].device, criterion.form)
         return GridCall(maps, rows, offsets, size, criterion.class_weights)
 
     def reference_loss(self, head: GridHead, call: GridCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,8 +84,9 @@ class GridDriver(Driver):
         shared.own_anchors(anchors)
         maps = _maps(preds, head) if len(head.levels) == 1 else preds
         strides = tuple(int(s) if s.is_integer() else s for s in head.strides)
-        checks.grid_predictions(maps, tuple(map(len, head.levels)), strides, head.num_classes, size)
-        return Predictions(list(maps))
+        anchors_of = tuple(map(len, head.levels))
+        checks.grid_predictions(maps, anchors_of, strides, head.num_classes, size, True)
+        return Predictions(checks.grid_views(maps, anchors_of, head.num_classes))
 
     def decode(self, head: GridHead, seen: Predictions) -> tuple[Tensor, Tensor]:
         return decode_grid(seen.preds, head)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matcher, SSDMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
@@ -22,6 +23,7 @@ from torchvision.models.detection.ssd import SSD
 
 from .. import FCOSLoss, RetinaNetLoss, SSDLoss, checks
 from ..anchors import KEPT
+from ..watch import Watch
 
 MODELS = (RetinaNet, SSD, FCOS)
 BOX_LOSSES = ("l1", "smooth_l1", "ciou", "diou", "giou")
@@ -37,7 +39,9 @@ def patch(model: nn.Module) -> nn.Module:
     whatever else the model does stay as they are, and a patched model can be copied and saved.
 
     Thresholds, weights and the kind of box loss are read now: :func:`unpatch` and patch anew after a change to them.
-    The number of classes is that of the logits. Boxes that torchvision stops at because of their label are skipped.
+    The number of classes is that of the logits. Boxes that torchvision stops at because of their label are skipped. An
+    object of SSD with the label 0, the background, whose box torchvision trains, raises a ``ValueError``; on a GPU,
+    where labels are not waited for, a step or two later, and of the first steps alone.
 
     Args:
         model: a ``RetinaNet``, ``SSD`` (also SSDlite) or ``FCOS`` of ``torchvision.models.detection``, or of a class
@@ -96,6 +100,10 @@ class _Loss:
         self.kind, self.settings = kind, settings
         self.criteria: dict[int, Any] = {}
 
+    def made(self, classes: int) -> Any:
+        """The criterion of so many classes."""
+        return self.kind(classes, **self.settings)
+
     def terms(
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor], **more: Any
     ) -> dict[str, Tensor]:
@@ -103,7 +111,7 @@ class _Loss:
         preds = tuple(head_outputs[name] for name in self.outputs)
         classes = preds[0].shape[-1]
         if classes not in self.criteria:
-            self.criteria[classes] = self.kind(classes, **self.settings)
+            self.criteria[classes] = self.made(classes)
         return self.criteria[classes].terms(preds, targets, anchors=anchors[0], **more)
 
 
@@ -115,6 +123,11 @@ class _RetinaNetLoss(_Loss):
 
 
 class _SSDLoss(_Loss):
+    def made(self, classes: int) -> Any:
+        found = super().made(classes)
+        found._watch = Watch("SSDLoss", range(1, classes), refuses=True)
+        return found
+
     def __call__(
         self,
         targets: list[dict[str, Tensor]],
@@ -122,6 +135,10 @@ class _SSDLoss(_Loss):
         anchors: list[Tensor],
         matched_idxs: list[Tensor],
     ) -> dict[str, Tensor]:
+        for i, item in enumerate(targets):
+            if item["labels"].device.type == "cpu" and (item["labels"] == 0).any():
+                classes = head_outputs["cls_logits"].shape[-1]
+                checks.fail(f"targets[{i}]['labels']", "0, the background", f"1 to {classes - 1}")
         return self.terms(targets, head_outputs, anchors)
 
 
@@ -194,6 +211,10 @@ class CachedAnchors(nn.Module):
 
 
 def _checked(model: Any) -> Any:
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        checks.fail("model", f"a {type(model).__name__}", "the model in it, model.module")
+    if hasattr(model, "_orig_mod"):  # an OptimizedModule, which takes an import of seconds to name
+        checks.fail("model", "a compiled model", "the model before torch.compile, or model._orig_mod")
     if not isinstance(model, MODELS):
         checks.fail("model", f"a {type(model).__name__}", "a RetinaNet, SSD or FCOS of torchvision.models.detection")
     return model

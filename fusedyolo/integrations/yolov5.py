@@ -35,8 +35,8 @@ def patch(compute_loss: type | None = None) -> None:
     Raises:
         ImportError: no class was given, and there is no such package.
         ValueError: the class computes something else than :class:`~fusedyolo.YOLOv5Loss`, which is found by trying it,
-            or its ``sort_obj_iou`` is set; nothing is changed. An object made with ``autobalance=True`` raises it when
-            it is called.
+            or its ``sort_obj_iou`` is set, or it is no class; nothing is changed. An object made with
+            ``autobalance=True`` raises it when it is called.
     """
     cls = _class(compute_loss)
     if cls.__call__ is not _call:
@@ -53,7 +53,11 @@ def unpatch(compute_loss: type | None = None) -> None:
 
 
 def _class(given: type | None) -> Any:
-    return import_module("yolov5.utils.loss").ComputeLoss if given is None else given
+    if given is None:
+        return import_module("yolov5.utils.loss").ComputeLoss
+    if not isinstance(given, type):
+        checks.fail("compute_loss", f"a {type(given).__name__}", "the class, ComputeLoss")
+    return given
 
 
 def _call(self: Any, p: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:

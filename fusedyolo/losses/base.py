@@ -15,6 +15,7 @@ from .. import checks, reference
 from ..drivers.grid import GRID, GridCall
 from ..heads import GridHead, head_from_key
 from ..targets import Targets, as_targets
+from ..watch import Watch
 from .output import LossOutput, rounded
 
 PARTS = ("box", "obj", "cls")
@@ -68,9 +69,13 @@ class GridLoss(WeightedLoss):
         backend: str,
         batch_power: int = 0,
         class_weights: tuple[float, ...] | None = None,
+        form: checks.BoxForm = None,
     ):
         super().__init__(class_weights)
+        checks.ascending([[head.anchors[i] for i in level] for level in head.levels], head.strides)
         self.head = rounded(head)
+        self.form = form
+        self._watch: Watch | None = Watch(type(self).__name__, range(head.num_classes))
         self.hyp = hyp
         self._changed = {name: value for name, value in hyp.items() if value != defaults[name]}
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
@@ -86,18 +91,23 @@ class GridLoss(WeightedLoss):
 
         Args:
             preds: raw outputs, one tensor a level in the order of ``anchors``: ``[B, A * (5 + C), H, W]`` with channels
-                anchor by anchor, or ``[B, A, H, W, 5 + C]``; each as x, y, w, h, objectness, classes. Any strides;
-                float16, bfloat16, float32 or float64.
-            targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a torchvision list of dicts, or :class:`Targets`.
+                anchor by anchor, or ``[B, A, H, W, 5 + C]``, ``[B, A, 5 + C, H, W]``, ``[B, H, W, A, 5 + C]``; each as
+                x, y, w, h, objectness, classes. Shapes that may be two of these are refused. Any strides; float16,
+                bfloat16, float32 or float64.
+            targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a list of tensors ``[n, 5]``, of boxes relative to the
+                image unless the constructor was told otherwise; a torchvision list of dicts, in pixels likewise; or
+                :class:`Targets`.
 
         Raises:
             ValueError: names the argument, what came and what was wanted.
         """
         batch, size = checks.grid_predictions(
-            preds, self._anchors, self._strides, self.head.num_classes, self.image_size
+            preds, self._anchors, self._strides, self.head.num_classes, self.image_size, True
         )
+        if preds[0].dim() == 5 == preds[-1].dim():
+            preds = checks.grid_views(preds, self._anchors, self.head.num_classes)
         device = preds[0].device
-        rows, offsets = as_targets(targets, batch, size, device)
+        rows, offsets = as_targets(targets, batch, size, device, self.form)
         weights = self._weights_for(preds[0])
         head, key = self._head_of(len(range(batch)))  # of a symbolic size, range makes a number
         if backends.resolve(self.backend, device) == "triton":
@@ -111,6 +121,8 @@ class GridLoss(WeightedLoss):
         else:
             call = GridCall(preds, rows, offsets, size, weights)
             total, parts, counts = GRID.reference_loss(head, call)
+        if not torch.compiler.is_compiling() and self._watch is not None:
+            self._watch = self._watch.after(rows, offsets, counts, size)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, terms, num_pos, num_invalid)

@@ -14,8 +14,9 @@ from .. import backend as backends
 from .. import checks
 from ..drivers.dense import DENSE, DenseCall
 from ..heads import DenseHead
-from ..targets import Targets, as_targets, corner_rows
+from ..targets import Targets, as_targets, in_corners
 from ..terms import find_term
+from ..watch import Watch
 from .output import LossOutput, detached, rounded
 
 TERMS = ("classification", "bbox_regression", "bbox_ctrness")
@@ -30,8 +31,17 @@ class DenseLoss(nn.Module):
 
     head: DenseHead
 
-    def __init__(self, head: DenseHead, image_size: int | tuple[int, int] | None, backend: str):
+    def __init__(
+        self,
+        head: DenseHead,
+        image_size: int | tuple[int, int] | None,
+        backend: str,
+        form: checks.BoxForm = None,
+    ):
         super().__init__()
+        self.form = form
+        labels = range(1 if head.background else 0, head.num_classes)
+        self._watch: Watch | None = Watch(type(self).__name__, labels)
         # thresholds stay as they are: those of the peer are not rounded where its boxes are float64
         self.head = dataclasses.replace(rounded(head), band=head.band, radius=head.radius)
         self._key = self.head.key
@@ -52,9 +62,10 @@ class DenseLoss(nn.Module):
 
         Args:
             preds: what the network predicts, as the class says, of any strides; float16, bfloat16, float32 or float64.
-            targets: a torchvision list of dicts; or, with the ``image_size``, packed ``[M, 6]``, padded ``[B, G, 5]``
-                or :class:`Targets`.
-            anchors: ``[N, 4]``, x1, y1, x2, y2 in pixels, of all images; see :mod:`fusedyolo.anchors`.
+            targets: a torchvision list of dicts, of corners in pixels unless the constructor was told otherwise; or,
+                with the ``image_size``, packed ``[M, 6]``, padded ``[B, G, 5]``, a list of tensors ``[n, 5]``, relative
+                to the image likewise; or :class:`Targets`.
+            anchors: ``[N, 4]`` or ``[1, N, 4]``, x1, y1, x2, y2 in pixels, of all images; see :mod:`fusedyolo.anchors`.
             num_anchors_per_level: how many of them each level has; maps tell that themselves.
             image_size: (height, width) of this batch, or one side of a square; that of the constructor without it.
 
@@ -86,20 +97,18 @@ class DenseLoss(nn.Module):
     ) -> DenseCall:
         """The arguments of :meth:`forward`, checked, in the form in which they are used."""
         head = self.head
+        if isinstance(anchors, Tensor) and anchors.dim() == 3 and anchors.shape[0] == 1:
+            anchors = anchors[0]
         levels, sizes = checks.dense_predictions(preds, self._names, self._channels, anchors)
         pred: Tensor = levels[0][0]
         batch = pred.shape[0]
         ends = checks.level_sizes(num_anchors_per_level, sizes, pred.dim() == 3, head.matcher == "centre")
         size = self.image_size if image_size is None else checks.size("image_size", image_size)
-        corners = isinstance(targets, list | tuple)
+        corners = (self.form is not None or isinstance(targets, list | tuple)) and in_corners(targets, self.form)
         if size is None and (not corners or find_term("box", head.box, "iou", "delta").needs_extent):
-            what = f"with loss_type={head.box!r}" if corners else "for targets relative to the image"
+            what = f"with loss_type={head.box!r}" if corners else "for targets that are not corners in pixels"
             checks.fail("image_size", None, f"(height, width) of the images, {what}")
-        offsets: Tensor | None
-        if corners:
-            rows, offsets = corner_rows(targets, batch, pred.device)
-        else:
-            rows, offsets = as_targets(targets, batch, size or (1, 1), pred.device)
+        rows, offsets = as_targets(targets, batch, size or (1, 1), pred.device, self.form, corners)
         wide = torch.float64 if pred.dtype == torch.float64 else torch.float32
         if anchors.requires_grad:
             anchors = anchors.detach()
@@ -133,8 +142,12 @@ class DenseLoss(nn.Module):
                 own,
                 outputs=outputs,
             )
-            return total, (cls, box, middle)[: len(call.levels)], counts
-        return DENSE.reference_loss(self.head, call)
+            terms = (cls, box, middle)[: len(call.levels)]
+        else:
+            total, terms, counts = DENSE.reference_loss(self.head, call)
+        if not torch.compiler.is_compiling() and self._watch is not None:
+            self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, call.corners)
+        return total, terms, counts
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""
@@ -189,15 +202,20 @@ class RetinaNetLoss(DenseLoss):
         gamma: exponent of its modulating factor.
         weights: of x, y, w and h, what deltas are multiplied by.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
+        unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
+            of dicts.
+        boxes: in targets: ``"cxcywh"``, ``"xyxy"`` (corners) or ``"xywh"`` (left upper corner, width, height). Centre
+            and sides unless given; corners in a list of dicts.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Shapes:
         - preds: ``(cls_logits, bbox_regression)``, ``[B, N, C]`` and ``[B, N, 4]`` (dx, dy, dw, dh), N counting levels,
           rows, columns and the anchors of a cell; or for each a list of maps ``[B, A * C, H, W]`` and
           ``[B, A * 4, H, W]``.
-        - targets: a list of ``{"boxes": x1 y1 x2 y2 in pixels, "labels"}``; or, with ``image_size``, ``[M, 6]`` of
-          image, class, cx, cy, w, h, normalised, in any order; or ``[B, G, 5]``; or :class:`~fusedyolo.Targets`.
-          Labels are indices of class logits.
+        - targets: a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels unless ``unit`` and ``boxes`` say
+          otherwise; or, with ``image_size``, ``[M, 6]`` of image, class and box, in any order, ``[B, G, 5]`` of class
+          and box, or a list of ``[n, 5]``, one an image, boxes cx, cy, w, h relative to the image, likewise; or
+          :class:`~fusedyolo.Targets`. Labels are indices of class logits.
         - anchors: ``[N, 4]``, x1, y1, x2, y2 in pixels.
         - output: :class:`~fusedyolo.LossOutput` with the parts ``classification`` and ``bbox_regression``; ``num_pos``
           is the number of anchors with an object.
@@ -223,6 +241,8 @@ class RetinaNetLoss(DenseLoss):
         gamma: float = 2.0,
         weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
         backend: str = "auto",
     ):
         high = checks.number("fg_iou_thresh", fg_iou_thresh, 0, 1)
@@ -240,7 +260,7 @@ class RetinaNetLoss(DenseLoss):
             **_box(loss_type, beta, "delta", "iou"),
             **_focal(alpha, gamma),
         )
-        super().__init__(head, image_size, backend)
+        super().__init__(head, image_size, backend, checks.box_form(unit, boxes))
 
 
 class SSDLoss(DenseLoss):
@@ -265,6 +285,8 @@ class SSDLoss(DenseLoss):
         beta: as in :class:`RetinaNetLoss`.
         weights: as in :class:`RetinaNetLoss`.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
+        unit: of boxes in targets, as in :class:`RetinaNetLoss`.
+        boxes: in targets, likewise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Shapes, output and errors are those of :class:`RetinaNetLoss`. Labels are 1 ... C - 1, in every form of targets;
@@ -281,6 +303,8 @@ class SSDLoss(DenseLoss):
         beta: float = 1.0,
         weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
         image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
         backend: str = "auto",
     ):
         thresh = checks.number("iou_thresh", iou_thresh, 0, 1)
@@ -298,7 +322,7 @@ class SSDLoss(DenseLoss):
             mean="batch",
             **_box(loss_type, beta, "delta", "iou"),
         )
-        super().__init__(head, image_size, backend)
+        super().__init__(head, image_size, backend, checks.box_form(unit, boxes))
 
 
 class FCOSLoss(DenseLoss):
@@ -320,6 +344,8 @@ class FCOSLoss(DenseLoss):
         alpha: as in :class:`RetinaNetLoss`.
         gamma: as in :class:`RetinaNetLoss`.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
+        unit: of boxes in targets, as in :class:`RetinaNetLoss`.
+        boxes: in targets, likewise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Shapes:
@@ -340,6 +366,8 @@ class FCOSLoss(DenseLoss):
         alpha: float = 0.25,
         gamma: float = 2.0,
         image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
         backend: str = "auto",
     ):
         head = DenseHead(
@@ -353,4 +381,4 @@ class FCOSLoss(DenseLoss):
             **_box(loss_type, 1.0, "iou"),
             **_focal(alpha, gamma),
         )
-        super().__init__(head, image_size, backend)
+        super().__init__(head, image_size, backend, checks.box_form(unit, boxes))

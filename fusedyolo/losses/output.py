@@ -17,6 +17,10 @@ Head = TypeVar("Head", GridHead, CellHead, DenseHead, PickHead)
 class LossOutput(NamedTuple):
     """What a loss returns.
 
+    Where a framework wants a tensor, or a dictionary of some names, hand it that: ``return out.total`` from Lightning's
+    ``training_step``, or ``{"loss": out.total, **out.parts}``. It is neither itself, for what takes such a thing apart
+    by its type would make something else of it.
+
     Attributes:
         total: the loss, 0-dim; float64 for float64 predictions, else float32.
         parts: the terms that add up to it, gains included, detached, 0-dim.

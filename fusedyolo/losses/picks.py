@@ -13,6 +13,7 @@ from .. import checks
 from ..drivers.picks import PICKS, PickCall, check
 from ..heads import PickHead
 from ..targets import Targets, as_targets
+from ..watch import Watch
 from .base import WeightedLoss
 from .output import LossOutput, detached, rounded
 
@@ -37,9 +38,12 @@ class PickLoss(WeightedLoss):
         image_size: int | tuple[int, int] | None,
         backend: str,
         class_weights: tuple[float, ...] | None = None,
+        form: checks.BoxForm = None,
     ):
         super().__init__(class_weights)
         self.head = rounded(head)
+        self.form = form
+        self._watch: Watch | None = Watch(type(self).__name__, range(head.num_classes))
         self._key = self.head.key
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
@@ -58,7 +62,9 @@ class PickLoss(WeightedLoss):
 
         Args:
             preds: what the network predicts, as the class says, of any strides; float16, bfloat16, float32 or float64.
-            targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a torchvision list of dicts, or :class:`Targets`.
+            targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a list of tensors ``[n, 5]``, of boxes relative to the
+                image unless the constructor was told otherwise; a torchvision list of dicts, in pixels likewise; or
+                :class:`Targets`.
 
         Raises:
             ValueError: names the argument, what came and what was wanted.
@@ -81,7 +87,7 @@ class PickLoss(WeightedLoss):
         """The arguments of :meth:`forward`, checked, in the form in which they are used; gains times ``weight``."""
         form, tensors, maps, size = check(self.head, preds, self.image_size)
         pred = tensors[0]
-        rows, offsets = as_targets(targets, pred.shape[0], size, pred.device)
+        rows, offsets = as_targets(targets, pred.shape[0], size, pred.device, self.form)
         factor = weight * len(range(pred.shape[0])) if self.batch_factor else weight  # range: a number of a symbol
         gains = tuple([gain * factor for gain in self.gains()])
         return PickCall(form, tensors, maps, rows, offsets, size, gains, self._weights_for(pred))
@@ -112,8 +118,12 @@ class PickLoss(WeightedLoss):
                 own,
                 outputs=outputs,
             )
-            return total, tuple(parts), counts
-        return PICKS.reference_loss(self.head, call)
+            terms = tuple(parts)
+        else:
+            total, terms, counts = PICKS.reference_loss(self.head, call)
+        if not torch.compiler.is_compiling() and self._watch is not None:
+            self._watch = self._watch.after(call.rows, call.offsets, counts, call.size)
+        return total, terms, counts
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""

@@ -14,6 +14,7 @@ from .. import checks
 from ..drivers.cells import CELLS, CellCall
 from ..heads import CellHead, cell_head_from_key
 from ..targets import Targets, as_targets
+from ..watch import Watch
 from .base import PARTS, hyper_parameters
 from .output import LossOutput, rounded
 
@@ -97,7 +98,11 @@ class YOLOv1Loss(nn.Module):
         grid_size: S, darknet's ``side``; the image is S x S cells.
         num_boxes: n, the predictors of a cell, darknet's ``num``.
         recipe: ``"paper"`` or ``"darknet"``.
-        image_size: (height, width) in pixels; needed for targets in pixels, a list of dicts, alone.
+        image_size: (height, width) in pixels; needed for targets in pixels alone.
+        unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
+            of dicts.
+        boxes: in targets: ``"cxcywh"``, ``"xyxy"`` (corners) or ``"xywh"`` (left upper corner, width, height). Centre
+            and sides unless given; corners in a list of dicts.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         reduction: ``"sum"`` over the batch, as darknet does, or ``"mean"``, that sum divided by the batch size.
         **hyp: the recipe's hyper-parameters.
@@ -106,8 +111,9 @@ class YOLOv1Loss(nn.Module):
         - pred: ``[B, S, S, 5n + C]``, of each cell n times x, y, sqrt(w), sqrt(h), confidence, then C class scores; or
           darknet's ``[B, S * S * (5n + C)]``, all class scores, then all confidences, then all boxes (x, y, sqrt(w),
           sqrt(h)), each cell by cell, row by row. float16, bfloat16, float32 or float64; no activation is applied.
-        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised, in any order; or ``[B, G, 5]``; or a list of
-          ``{"boxes": x1 y1 x2 y2 in pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
+        - targets: ``[M, 6]`` of image, class and box, in any order; ``[B, G, 5]`` of class and box; or a list of
+          ``[n, 5]``, one an image; boxes cx, cy, w, h relative to it unless ``unit`` and ``boxes`` say otherwise.
+          Or a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels likewise; or :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput`; ``num_pos`` is the number of cells with an object.
 
     Rows that cannot be (class or image out of range, not finite, no area, centre outside the image) are skipped and
@@ -126,6 +132,8 @@ class YOLOv1Loss(nn.Module):
         recipe: str = "paper",
         *,
         image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
         backend: str = "auto",
         reduction: str = "sum",
         **hyp: Any,
@@ -137,6 +145,7 @@ class YOLOv1Loss(nn.Module):
         self.reduction = checks.one_of("reduction", reduction, checks.REDUCTIONS)
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
+        self.form: checks.BoxForm = checks.box_form(unit, boxes)
         gains: dict[str, Any] = {field: checks.number(name, self.hyp[name], 0) for field, name in row.gains.items()}
         flags: dict[str, Any] = {field: checks.flag(name, self.hyp[name]) for field, name in row.flags.items()}
         head = CellHead(
@@ -147,6 +156,7 @@ class YOLOv1Loss(nn.Module):
         )
         self.head = _scaled(dataclasses.replace(head, **gains, **flags), row.factor)
         self._key = self.head.key
+        self._watch: Watch | None = Watch(type(self).__name__, range(head.num_classes))
 
     def forward(self, pred: Tensor, targets: Tensor | list[dict[str, Tensor]] | Targets) -> LossOutput:
         """The loss of one batch.
@@ -154,16 +164,17 @@ class YOLOv1Loss(nn.Module):
         Args:
             pred: raw output, ``[B, S, S, 5n + C]`` or ``[B, S * S * (5n + C)]``; any strides; float16, bfloat16,
                 float32 or float64.
-            targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a torchvision list of dicts (with ``image_size``), or
-                :class:`Targets`.
+            targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a list of tensors ``[n, 5]``, of boxes relative to the
+                image unless the constructor was told otherwise; a torchvision list of dicts, in pixels likewise, which
+                need ``image_size``; or :class:`Targets`.
 
         Raises:
             ValueError: names the argument, what came and what was wanted.
         """
         head = self.head
         batch = checks.cell_predictions(pred, head.grid_size, head.num_boxes, head.num_classes)
-        size = checks.target_size(self.image_size, targets)
-        rows, offsets = as_targets(targets, batch, size, pred.device)
+        size = checks.target_size(self.image_size, targets, self.form)
+        rows, offsets = as_targets(targets, batch, size, pred.device, self.form)
         if self.reduction == "mean":
             head = _mean_head(self._key, len(range(batch)))  # of a symbolic size, range makes a number
         if backends.resolve(self.backend, pred.device) == "triton":
@@ -175,6 +186,8 @@ class YOLOv1Loss(nn.Module):
             total, parts, counts, *_ = ops.call(ops.cell_loss, pred, rows, offsets, head.key, with_grad, own)
         else:
             total, parts, counts = CELLS.reference_loss(head, CellCall(pred, rows, offsets, size))
+        if not torch.compiler.is_compiling() and self._watch is not None:
+            self._watch = self._watch.after(rows, offsets, counts, self.image_size)
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, dict(zip(PARTS, parts.unbind(), strict=True)), num_pos, num_invalid)
 

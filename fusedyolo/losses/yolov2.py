@@ -84,6 +84,8 @@ class YOLOv2Loss(GridLoss):
         recipe: ``"region"``, ``"darknet"`` or ``"lightnet"``.
         reduction: of ``"darknet"``: ``"sum"`` over the batch or ``"mean"``, that sum divided by the batch size.
         image_size: (height, width) in pixels if it is to be checked; map size and stride say it otherwise.
+        unit: of boxes in targets, as in :class:`YOLOv3Loss`.
+        boxes: in targets, likewise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         **hyp: the recipe's hyper-parameters.
 
@@ -96,8 +98,9 @@ class YOLOv2Loss(GridLoss):
     Shapes:
         - pred: ``[B, A * (5 + C), H, W]`` or ``[B, A, H, W, 5 + C]``, any strides, float16, bfloat16, float32 or
           float64; a list of them with several strides.
-        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised; ``[B, G, 5]``; a list of ``{"boxes": corners in
-          pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
+        - targets: ``[M, 6]`` of image, class and box, in any order; ``[B, G, 5]`` of class and box; or a list of
+          ``[n, 5]``, one an image; boxes cx, cy, w, h relative to it unless ``unit`` and ``boxes`` say otherwise.
+          Or a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels likewise; or :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput`.
 
     Raises:
@@ -114,6 +117,8 @@ class YOLOv2Loss(GridLoss):
         *,
         reduction: str | None = None,
         image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
         backend: str = "auto",
         **hyp: Any,
     ):
@@ -147,7 +152,8 @@ class YOLOv2Loss(GridLoss):
         make = {"region": _region, "darknet": _darknet, "lightnet": _lightnet}[recipe]
         head, prior_gain = make(common, hyp)
         power = -1 if recipe == "lightnet" or reduction == "mean" else 0
-        super().__init__(head, hyp, RECIPES[recipe], image_size, backend, batch_power=power)
+        form = checks.box_form(unit, boxes)
+        super().__init__(head, hyp, RECIPES[recipe], image_size, backend, batch_power=power, form=form)
         self.recipe = recipe
         self.seen = 0
         self._several = several

@@ -118,6 +118,8 @@ class _AnchorLoss(GridLoss):
         ignore_thresh: float | None = None,
         reduction: str = "sum",
         image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
         backend: str = "auto",
         **hyp: Any,
     ):
@@ -168,6 +170,7 @@ class _AnchorLoss(GridLoss):
             backend,
             batch_power=-1 if reduction == "mean" else 0,
             class_weights=_class_weights(hyp, num_classes),
+            form=checks.box_form(unit, boxes),
         )
         self.recipe, self.iou_loss, self.reduction = recipe, iou_loss, reduction
 
@@ -279,13 +282,18 @@ class YOLOv3Loss(_AnchorLoss):
         ignore_thresh: see the recipes.
         reduction: ``"sum"`` over the batch, as darknet does, or ``"mean"``, that sum divided by the batch size.
         image_size: (height, width) in pixels if it is to be checked; map sizes and strides say it otherwise.
+        unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
+            of dicts.
+        boxes: in targets: ``"cxcywh"``, ``"xyxy"`` (corners) or ``"xywh"`` (left upper corner, width, height). Centre
+            and sides unless given; corners in a list of dicts.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         **hyp: the recipe's hyper-parameters.
 
     Shapes:
         - preds: a list of ``[B, A * (5 + C), H, W]`` or ``[B, A, H, W, 5 + C]``, float16, bfloat16, float32 or float64.
-        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised, in any order; or ``[B, G, 5]``; or a list of
-          ``{"boxes": x1 y1 x2 y2 in pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
+        - targets: ``[M, 6]`` of image, class and box, in any order; ``[B, G, 5]`` of class and box; or a list of
+          ``[n, 5]``, one an image; boxes cx, cy, w, h relative to it unless ``unit`` and ``boxes`` say otherwise.
+          Or a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels likewise; or :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput`.
 
     Rows that cannot be (class or image out of range, not finite, no area, centre outside the image) are skipped and

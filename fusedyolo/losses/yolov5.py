@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from .. import checks
 from ..heads import GridHead
@@ -11,6 +12,35 @@ from ..terms import find_term
 from .base import GridLoss, box_arguments, hyper_parameters
 
 FOCAL_ALPHA = 0.25  # fixed in the peers
+
+OF_TRAINING = {
+    "lr0",
+    "lrf",
+    "momentum",
+    "weight_decay",
+    "warmup_epochs",
+    "warmup_momentum",
+    "warmup_bias_lr",
+    "anchors",
+    "iou_t",
+    "hsv_h",
+    "hsv_s",
+    "hsv_v",
+    "degrees",
+    "translate",
+    "scale",
+    "shear",
+    "perspective",
+    "flipud",
+    "fliplr",
+    "mosaic",
+    "mixup",
+    "copy_paste",
+}
+"""What files of the peers' hyper-parameters say beside that, none of which their losses read."""
+
+
+Own = TypeVar("Own", bound="_RatioLoss")
 
 
 class _RatioLoss(GridLoss):
@@ -20,6 +50,7 @@ class _RatioLoss(GridLoss):
     defaults: ClassVar[dict[str, Any]]
     eps: ClassVar[float]
     balances: ClassVar[dict[int, tuple[float, ...]]]  # of objectness, by the number of levels
+    unused: tuple[str, ...] = ()  # of what from_hyp was given
     batch_gains = ("box_gain", "cls_gain")  # objectness is a mean over the batch, which the factor undoes
 
     def __init__(
@@ -30,6 +61,8 @@ class _RatioLoss(GridLoss):
         *,
         iou_loss: str = "ciou",
         image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
         backend: str = "auto",
         **hyp: Any,
     ):
@@ -77,8 +110,42 @@ class _RatioLoss(GridLoss):
             obj_args=obj_args,
             quality_args=eps,
         )
-        super().__init__(head, hyp, self.defaults, image_size, backend, batch_power=1)
+        form = checks.box_form(unit, boxes)
+        super().__init__(head, hyp, self.defaults, image_size, backend, batch_power=1, form=form)
         self.iou_loss = iou_loss
+
+    @classmethod
+    def from_hyp(
+        cls: type[Own], hyp: Mapping[str, Any], anchors: Any, strides: Sequence[float], num_classes: int, **options: Any
+    ) -> Own:
+        """The loss of a repository's own hyper-parameters, a ``hyp`` that also holds what is not of the loss.
+
+        Numbers are taken as they are: the peers' training scripts scale gains before they build a loss.
+
+        Args:
+            hyp: names and numbers, as ``yaml.safe_load`` reads them, or ``model.hyp``.
+            anchors: as in the constructor, like the next two.
+            strides: as there.
+            num_classes: as there.
+            **options: all others of the constructor, hyper-parameters included, which come before those of ``hyp``.
+
+        Returns:
+            The loss. Its attribute ``unused`` names what it took no notice of, and a warning those among them that are
+            not of training or augmentation.
+
+        Raises:
+            ValueError: what it takes does not fit.
+        """
+        if not isinstance(hyp, Mapping):
+            checks.fail("hyp", checks.describe(hyp), "a mapping of names to numbers")
+        unused = tuple(name for name in hyp if name not in cls.defaults)
+        strange = [str(name) for name in unused if name not in OF_TRAINING]
+        if strange:
+            warnings.warn(f"{cls.__name__}.from_hyp takes no notice of {', '.join(strange)}", stacklevel=2)
+        taken = {name: value for name, value in hyp.items() if name in cls.defaults}
+        loss = cls(anchors, strides, num_classes, **(taken | options))
+        loss.unused = unused
+        return loss
 
     @staticmethod
     def _scales(levels: int) -> tuple[float, float, float]:
@@ -128,18 +195,23 @@ class YOLOv5Loss(_RatioLoss):
         num_classes: C.
         iou_loss: ``"ciou"``, or another IoU loss, for the box term and the objectness target.
         image_size: (height, width) in pixels if it is to be checked; map sizes and strides say it otherwise.
+        unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
+            of dicts.
+        boxes: in targets: ``"cxcywh"``, ``"xyxy"`` (corners) or ``"xywh"`` (left upper corner, width, height). Centre
+            and sides unless given; corners in a list of dicts.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         **hyp: ``box=0.05``, ``obj=1``, ``cls=0.5``, ``cls_pw=1`` and ``obj_pw=1`` (weights of positives),
             ``anchor_t=4``, ``fl_gamma=0`` (above 0, focal losses with alpha 0.25), ``label_smoothing=0``, ``gr=1``, as
             in the peer's ``hyp``; ``iou_alpha=1``, ``iou_gamma=0`` (see :func:`fusedyolo.functional.box_iou_loss`). The
             peer scales ``box``, ``cls`` and ``obj`` by levels, classes and image size before it builds its loss; so
-            must you.
+            must you. :meth:`from_hyp` takes the whole of a repository's ``hyp``.
 
     Shapes:
         - preds: a list of ``[B, A, H, W, 5 + C]`` or ``[B, A * (5 + C), H, W]``, any strides, float16, bfloat16,
           float32 or float64.
-        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised; ``[B, G, 5]``; a list of ``{"boxes": corners in
-          pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
+        - targets: ``[M, 6]`` of image, class and box, in any order; ``[B, G, 5]`` of class and box; or a list of
+          ``[n, 5]``, one an image; boxes cx, cy, w, h relative to it unless ``unit`` and ``boxes`` say otherwise.
+          Or a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels likewise; or :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput`; ``parts`` have the factor of the batch size too.
 
     Raises:

@@ -57,6 +57,10 @@ class YOLOv8Loss(PickLoss):
         iou_alpha: see :func:`fusedyolo.functional.box_iou_loss`.
         iou_gamma: likewise.
         image_size: (height, width) in pixels that targets are relative to; map sizes and strides say it otherwise.
+        unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
+            of dicts.
+        boxes: in targets: ``"cxcywh"``, ``"xyxy"`` (corners) or ``"xywh"`` (left upper corner, width, height). Centre
+            and sides unless given; corners in a list of dicts.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Shapes:
@@ -65,8 +69,9 @@ class YOLOv8Loss(PickLoss):
           boxes and scores as lists of maps ``[B, 4 * reg_max, H, W]`` and ``[B, C, H, W]``, or a list of maps
           ``[B, 4 * reg_max + C, H, W]`` of both. Boxes are left, upper, right, lower, of each ``reg_max`` numbers. Any
           strides; float16, bfloat16, float32 or float64.
-        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised, in any order; ``[B, G, 5]``; a list of
-          ``{"boxes": corners in pixels, "labels"}``; or :class:`~fusedyolo.Targets`.
+        - targets: ``[M, 6]`` of image, class and box, in any order; ``[B, G, 5]`` of class and box; or a list of
+          ``[n, 5]``, one an image; boxes cx, cy, w, h relative to it unless ``unit`` and ``boxes`` say otherwise.
+          Or a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels likewise; or :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput` with the parts ``box``, ``cls`` and ``dfl``, or ``l1`` with ``reg_max``
           1, the factor of the batch size in them; ``num_pos`` is the number of cells with an object.
 
@@ -103,6 +108,8 @@ class YOLOv8Loss(PickLoss):
         iou_alpha: float = 1.0,
         iou_gamma: float = 0.0,
         image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
         backend: str = "auto",
     ):
         each = checks.own_strides(strides)
@@ -124,7 +131,8 @@ class YOLOv8Loss(PickLoss):
             distance="dfl" if bins else "image",
         )
         self.box, self.cls, self.dfl = box, cls, dfl
-        super().__init__(head, image_size, backend, checks.class_weights(class_weights, num_classes))
+        weights = checks.class_weights(class_weights, num_classes)
+        super().__init__(head, image_size, backend, weights, checks.box_form(unit, boxes))
 
     def gains(self) -> tuple[float, ...]:
         """Of box, classes and distances."""
@@ -193,6 +201,7 @@ class E2ELoss(nn.Module):
         many, one = RECIPES[recipe]
         self.one2many = YOLOv8Loss(num_classes, strides, reg_max, **many, **options)
         self.one2one = YOLOv8Loss(num_classes, strides, reg_max, **one, **options)
+        self.one2one._watch = None  # it has the same targets
         self.epochs = checks.count("epochs", epochs)
         self.updates = 0
         self.o2m, self.o2o = (FIRST, 1 - FIRST) if recipe == "yolo26" else (1.0, 1.0)

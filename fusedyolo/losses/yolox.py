@@ -52,6 +52,10 @@ class YOLOXLoss(PickLoss):
         iou_alpha: power of the IoU in it, see :func:`fusedyolo.functional.box_iou_loss`.
         iou_gamma: power of a constant factor IoU, likewise.
         image_size: (height, width) in pixels that targets are relative to; map sizes and strides say it otherwise.
+        unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``, which the peer's loaders have. Relative
+            unless given; pixels in a list of dicts.
+        boxes: in targets: ``"cxcywh"``, ``"xyxy"`` (corners) or ``"xywh"`` (left upper corner, width, height). Centre
+            and sides unless given; corners in a list of dicts.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Shapes:
@@ -59,9 +63,9 @@ class YOLOXLoss(PickLoss):
           ``{"boxes", "objectness", "scores"}`` (the peer's reg, obj and cls), each a list of maps ``[B, 4, H, W]``,
           ``[B, 1, H, W]``, ``[B, C, H, W]``, or in one piece ``[B, 4, N]`` and so on, with ``"feats"`` as in
           :class:`~fusedyolo.YOLOv8Loss`. Any strides; float16, bfloat16, float32 or float64.
-        - targets: ``[M, 6]`` of image, class, cx, cy, w, h, normalised; ``[B, G, 5]`` of class, cx, cy, w, h, also
-          normalised, where the peer has pixels; a list of ``{"boxes": corners in pixels, "labels"}``; or
-          :class:`~fusedyolo.Targets`.
+        - targets: ``[M, 6]`` of image, class and box, in any order; ``[B, G, 5]`` of class and box; or a list of
+          ``[n, 5]``, one an image; boxes cx, cy, w, h relative to it unless ``unit`` and ``boxes`` say otherwise.
+          Or a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels likewise; or :class:`~fusedyolo.Targets`.
         - output: :class:`~fusedyolo.LossOutput` with the parts ``box``, ``obj``, ``cls``, ``l1``; ``num_pos`` is n.
 
     Rows that cannot be (class or image out of range, not finite, no area, centre outside the image) are skipped and
@@ -85,6 +89,8 @@ class YOLOXLoss(PickLoss):
         iou_alpha: float = 2.0,
         iou_gamma: float = 0.0,
         image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
         backend: str = "auto",
     ):
         self.rule = checks.one_of("rule", rule, RULES)
@@ -107,7 +113,7 @@ class YOLOXLoss(PickLoss):
         )
         self.reg_weight = reg_weight
         self.use_l1 = use_l1
-        super().__init__(head, image_size, backend)
+        super().__init__(head, image_size, backend, form=checks.box_form(unit, boxes))
 
     def gains(self) -> tuple[float, ...]:
         """Of box, objectness, classes and L1."""

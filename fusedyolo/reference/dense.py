@@ -13,10 +13,11 @@ from torch import Tensor
 from ..heads import DenseHead
 from .overlap import area, corner_areas, corners_of
 from .pairs import PairIoU, chunks
-from .primitives import constants
+from .primitives import Places, at_hand, constants
 from .rows import BoxRows, Rows, read_corners
 from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS
 from .terms.box import boxes_of_sizes
+from .terms.label import LOW, cross_entropy
 
 BACKGROUND, IGNORED = -1, -2
 LARGEST_AREA = 1e8  # square pixels; torchvision takes an area from this, and the largest difference wins
@@ -109,26 +110,29 @@ def dense_loss(
     anchors = anchors.detach().to(dtype)
     read = read_corners(rows, head, batch_size, size, corners, dtype)
     match = dense_match(anchors, read, head, batch_size, ends)
-    has = match >= 0
-    found = has.sum(1)
+    found = (match >= 0).sum(1)
     divisor = found.clamp(min=1) * batch_size if head.mean == "image" else found.sum().clamp(min=1).expand(batch_size)
-    label = torch.cat((read.label, read.label.new_full((1,), -1)))[torch.where(has, match, len(read.label))]
-    shift, sides = relative(anchors, read, match)
-    terms = [
-        _class_loss(cls.to(dtype), match, label, found, head) / divisor,
-        _box_loss(box.to(dtype), has, anchors, shift, sides, head, size) / divisor,
-    ]
+    flat_match = match.flatten()
+    taken = Places(flat_match >= 0)
+    label = torch.cat((read.label, read.label.new_full((1,), -1)))[torch.where(match >= 0, match, len(read.label))]
+    cls_loss = _class_loss(cls.to(dtype), match, label, found, divisor, taken, head)
+
+    # what anchors with a row predict of it
+    own, share = anchors[taken.index % len(anchors)], divisor[taken.index // len(anchors)]
+    shift, sides = relative(own, read, taken.of(flat_match))
+    raw = taken.of(box.flatten(0, 1)).to(dtype)
+    terms = [cls_loss, (_box_loss(raw, taken.used, own, shift, sides, head, size) / share).sum()]
     if centre is not None:
-        target = torch.where(has, centreness(shift, sides), 0.5)
-        logit = torch.where(has, centre[..., 0].to(dtype), 0.0)
-        terms.append(torch.where(has, LABEL_TERMS["bce"](logit, target), 0.0).sum(1) / divisor)
+        target = torch.where(taken.used, centreness(shift, sides), 0.5)
+        logit = torch.where(taken.used, taken.of(centre.flatten()).to(dtype), 0.0)
+        terms.append((torch.where(taken.used, LABEL_TERMS["bce"](logit, target), 0.0) / share).sum())
     counts = torch.stack((found.sum(), (~read.valid).sum())).to(torch.int32)
-    return tuple(term.sum() for term in terms), counts
+    return tuple(terms), counts
 
 
 def relative(anchors: Tensor, rows: BoxRows, match: Tensor) -> tuple[Tensor, Tensor]:
-    """For each anchor [B, N] the centre of its row from its own and the row's sides, [B, N, 2] in pixels; where it has
-    no row, of a box like itself.
+    """For each anchor the centre of its row from its own and the row's sides, [B, N, 2] in pixels; where it has no row,
+    of a box like itself. ``match`` is [B, N] of ``anchors`` [N, 4], or [N].
 
     Corners are compared with corners, and centres with centres, in float64: differences keep their digits.
     """
@@ -146,29 +150,46 @@ def relative(anchors: Tensor, rows: BoxRows, match: Tensor) -> tuple[Tensor, Ten
     return torch.where(has, shift, 0.0), torch.where(has, rows.sides[row], own)
 
 
-def _class_loss(logits: Tensor, match: Tensor, label: Tensor, found: Tensor, head: DenseHead) -> Tensor:
-    """[B]: sums over the anchors of an image. A NaN shows in them, whether or not it counts."""
+def _class_loss(
+    logits: Tensor, match: Tensor, label: Tensor, found: Tensor, divisor: Tensor, taken: Places, head: DenseHead
+) -> Tensor:
+    """The sum over anchors, each over the ``divisor`` [B] of its image. A NaN shows in it, whether or not it counts."""
+    if head.negatives:
+        return _ranked_loss(logits, match, label.clamp(min=0), found, divisor, head)
+    term, N = LABEL_TERMS[head.label], logits.shape[1]
     classes = torch.arange(head.num_classes, device=logits.device)
-    if not head.negatives:
-        used = (match != IGNORED)[..., None]
-        one_hot = (classes == label[..., None]).to(logits.dtype)
-        loss = LABEL_TERMS[head.label](torch.where(used, logits, 0.0), one_hot, head.label_args)
-        return torch.where(used, loss, _nans(logits)).sum((1, 2))
-    one_hot = (classes == label.clamp(min=0)[..., None]).to(logits.dtype)
+    other = (classes != label[..., None]) & (match != IGNORED)[..., None]
+    loss = (term(torch.where(other, logits, LOW), False, head.label_args).sum((1, 2)) / divisor).sum()
+    own = taken.of(logits.flatten(0, 1)).gather(1, taken.of(label.flatten()).clamp(min=0)[:, None])[:, 0]
+    own = term(torch.where(taken.used, own, 0.0), True, head.label_args)
+    loss = loss + (torch.where(taken.used, own, 0.0) / divisor[taken.index // N]).sum()
+    ignored = Places((match == IGNORED).flatten())
+    unread = (ignored.of(logits.detach().flatten(0, 1)).isnan() & ignored.used[:, None]).any()
+    return _nan_if(unread, loss)
+
+
+def _ranked_loss(
+    logits: Tensor, match: Tensor, label: Tensor, found: Tensor, divisor: Tensor, head: DenseHead
+) -> Tensor:
+    """:func:`_class_loss` of anchors with a row and of the hardest others; ``label`` is 0 where there is no row."""
     # ranks, the hardest first, anchors with a row behind all others; equals by their index
     has = match >= 0
-    hardness = LABEL_TERMS[head.label](logits.detach(), one_hot, head.label_args).sum(-1)
+    if at_hand(logits):  # image by image, which a cache holds
+        hardness = torch.stack([cross_entropy(*each) for each in zip(logits.detach(), label, strict=True)])
+    else:
+        hardness = cross_entropy(logits.detach(), label)
     order = torch.where(has, -1.0, hardness).sort(dim=1, descending=True, stable=True).indices
-    rank = order.argsort(1)
-    times = has.to(torch.int64) + (rank < (head.negatives * found)[:, None]).to(torch.int64)
-    safe = torch.where((times > 0)[..., None], logits, 0.0)  # no NaN gradient from those that do not count
-    loss = LABEL_TERMS[head.label](safe, one_hot, head.label_args).sum(-1)
-    return (torch.where(times > 0, loss * times, _nans(logits).sum(-1))).sum(1)
+    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    times = (has.to(torch.int64) + (rank < (head.negatives * found)[:, None]).to(torch.int64)).flatten()
+    counted = Places(times > 0)
+    own = torch.where(counted.used[:, None], counted.of(logits.flatten(0, 1)), 0.0)  # no gradient from a NaN elsewhere
+    loss = cross_entropy(own, counted.of(label.flatten())) * counted.of(times)
+    loss = (torch.where(counted.used, loss, 0.0) / divisor[counted.index // logits.shape[1]]).sum()
+    return _nan_if(hardness.isnan().any(), loss)
 
 
-def _nans(values: Tensor) -> Tensor:
-    """NaN where they are, else 0."""
-    return torch.where(values.detach().isnan(), values.detach(), 0.0)
+def _nan_if(unknown: Tensor, loss: Tensor) -> Tensor:
+    return loss + torch.zeros_like(loss.detach()).masked_fill(unknown, math.nan)
 
 
 def _box_loss(
@@ -180,7 +201,7 @@ def _box_loss(
     head: DenseHead,
     size: tuple[float, float] | None,
 ) -> Tensor:
-    """[B]: sums over the anchors of an image; ``shift`` and ``true`` are those of :func:`relative`."""
+    """[K] of K anchors, 0 where they are not ``has``; ``shift`` and ``true`` are those of :func:`relative`."""
     raw = torch.where(has[..., None], raw, 0.0)
     a, b = raw[..., :2], raw[..., 2:]
     sides, weights = anchors[:, 2:] - anchors[:, :2], constants(head.weights, raw)
@@ -191,7 +212,7 @@ def _box_loss(
         centre, p = DECODE[head.decode](a, b, sides, sides / weights[:2], 1 / weights[2:])
         extent = None if size is None else constants((size[1], size[0]), raw)
         loss = BOX_TERMS[head.box](*boxes_of_sizes(p, true, shift - centre), head.box_args, extent)
-    return torch.where(has, loss, 0.0).sum(1)
+    return torch.where(has, loss, 0.0)
 
 
 def encode_anchors(anchors: Tensor, shift: Tensor, true: Tensor, head: DenseHead) -> Tensor:

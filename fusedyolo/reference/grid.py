@@ -176,7 +176,11 @@ def _level_loss(
     assigned = slot < N
     place = torch.where(assigned, slot, 0)
     image, anchor, y, x = place // (A * H * W), place // (H * W) % A, place // W % H, place % W
-    raw = torch.where(assigned[:, None], pred[image, anchor, y, x], 0.0)  # [R, 5 + C], no NaN from elsewhere
+    raw_boxes, raw_obj, raw_classes = _split(pred)
+    boxes, logits = (
+        torch.where(assigned[:, None], each[image, anchor, :, y, x], 0.0)  # [R, .], no NaN from elsewhere
+        for each in (raw_boxes, raw_classes)
+    )
     m = pred.new_ones(R) if weights is None else weights[label]
 
     # candidates that share a prediction: the leader of each group stands for it; slot N is no prediction
@@ -189,9 +193,8 @@ def _level_loss(
     is_last = assigned & (last == order)
 
     # classes, where a candidate leads
-    logits = raw[:, 5:]
-    count = raw.new_zeros(R, C).index_put((group, label), used.to(raw.dtype), accumulate=True)
-    positive, negative = constants(head.class_targets, raw)
+    count = pred.new_zeros(R, C).index_put((group, label), used.to(pred.dtype), accumulate=True)
+    positive, negative = constants(head.class_targets, pred)
     target = torch.where(count > 0, positive, negative)
     loss = LABEL_TERMS[head.label](logits, target, head.label_args)
     if weights is not None:
@@ -200,7 +203,7 @@ def _level_loss(
     cls = head.cls_gain * torch.where(lead[:, None], loss, 0.0).sum()
 
     # boxes, for each candidate in use
-    loss, quality = box_loss(raw, rows, found, level, (H, W), head)
+    loss, quality = box_loss(boxes, rows, found, level, (H, W), head)
     loss = m * loss
     if head.average_box:
         pushed_up = (target > logits.detach().sigmoid()).sum(-1)
@@ -208,17 +211,18 @@ def _level_loss(
     box = head.box_gain * torch.where(used, loss, 0.0).sum()
     answers = objectness_targets(pred.detach(), rows, found, quality, level, head)
     if head.prior_gain > 0:
-        box = box + head.prior_gain * _prior_loss(pred, ~answers.assigned.view(B, A, H, W), level, head)
+        raw = raw_boxes.permute(0, 1, 3, 4, 2)
+        box = box + head.prior_gain * _prior_loss(raw, ~answers.assigned.view(B, A, H, W), level, head)
     if head.mean_rows:
         box, cls = (part / used.sum().clamp(min=1) for part in (box, cls))
 
     # objectness, for each prediction
     used = answers.used
-    gain = raw.new_full((), head.noobj_gain)
+    gain = pred.new_full((), head.noobj_gain)
     if not (head.smooth and head.smooth[level]):
         owner = torch.where(is_last, slot, N)
-        gain = raw.new_full((N + 1,), head.noobj_gain).scatter(0, owner, head.obj_gain * m)[:N]
-    term = LABEL_TERMS[head.objectness](torch.where(used, pred[..., 4].flatten(), 0.0), answers.target, head.obj_args)
+        gain = pred.new_full((N + 1,), head.noobj_gain).scatter(0, owner, head.obj_gain * m)[:N]
+    term = LABEL_TERMS[head.objectness](torch.where(used, raw_obj.flatten(), 0.0), answers.target, head.obj_args)
     obj = torch.where(used, obj_scale * gain * term, 0.0).sum()
     if head.obj_mean == "used":
         obj = obj / used.sum().clamp(min=1)
@@ -227,6 +231,17 @@ def _level_loss(
     unknown = pred[..., read:5].detach().isnan().any()
     obj = obj + torch.zeros_like(obj.detach()).masked_fill(unknown, math.nan)
     return box, obj, cls, answers.assigned.sum()
+
+
+def _split(pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, objectness and classes [B, A, ., H, W] of a map [B, A, H, W, 5 + C].
+
+    Once, for the gradient of each is put into one that lies as the map does; those of several views would be added up.
+    """
+    sizes = [4, 1, pred.shape[-1] - 5]
+    if not torch.compiler.is_compiling() and pred.stride(-1) == 1:  # to a graph a stride may be a symbol
+        return tuple(part.permute(0, 1, 4, 2, 3) for part in pred.split(sizes, -1))
+    return pred.permute(0, 1, 4, 2, 3).split(sizes, 2)
 
 
 @dataclass(frozen=True)
@@ -300,17 +315,21 @@ def _box_term(
         loss = BOX_TERMS[head.box](*pair, head.box_args, image / unit)
     quality = torch.ones_like(loss.detach())
     if head.quality is not None:
-        value = 1 - BOX_TERMS[head.quality](*(side.detach() for side in pair), head.quality_args, image / unit)
+        if (head.quality, head.quality_args) == (head.box, head.box_args):
+            value = 1 - loss.detach()
+        else:
+            value = 1 - BOX_TERMS[head.quality](*(side.detach() for side in pair), head.quality_args, image / unit)
         quality = 1 - head.quality_ratio + head.quality_ratio * value.clamp(min=0)
     return loss, quality
 
 
-def _prior_loss(pred: Tensor, free: Tensor, level: int, head: GridHead) -> Tensor:
-    """Box terms of the predictions ``free`` [B, A, H, W] of an object, towards the middle of their cell.
+def _prior_loss(raw: Tensor, free: Tensor, level: int, head: GridHead) -> Tensor:
+    """Box terms of the predictions ``raw`` [B, A, H, W, 4] that are ``free`` [B, A, H, W] of an object, towards the
+    middle of their cell.
 
     An offset term takes the anchor for the true size, an IoU term a true box without size.
     """
-    raw = torch.where(free[..., None], pred[..., :4], 0.0)
+    raw = torch.where(free[..., None], raw, 0.0)
     middle = torch.full_like(raw[..., :2], 0.5)
     if head.box in OFFSET_TERMS:
         a, b = raw[..., :2], raw[..., 2:]

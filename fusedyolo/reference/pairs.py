@@ -10,7 +10,8 @@ from torch import Tensor
 from .overlap import Corners, iou
 from .rows import Rows
 
-PAIRS_CHUNK = 1 << 18  # (row, box) pairs that are in memory at a time
+PAIRS_CHUNK = 1 << 18  # (row, box) pairs that are computed at a time
+PAIRS_KEPT = 1 << 22  # and of which the overlaps are kept for whoever asks again
 
 
 def chunks(rows: int, boxes: int) -> Iterator[slice]:
@@ -33,14 +34,24 @@ class PairIoU:
         self.true_edges = true_edges[..., None]
         self.true_areas = true_areas[:, None]
         self.rows = rows
+        self.kept: list[tuple[slice, Tensor]] | None = None
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and their IoU [rows, N] with the boxes of their image, 0 for an invalid row."""
+        if self.kept is None:
+            made = self._made()
+            if len(self.true_areas) * self.areas.shape[1] > PAIRS_KEPT:
+                return made
+            self.kept = list(made)
+        return iter(self.kept)
+
+    def _made(self) -> Iterator[tuple[slice, Tensor]]:
         for now in chunks(len(self.true_areas), self.areas.shape[1]):
-            image = self.rows.image[now] if len(self.areas) > 1 else torch.zeros_like(self.rows.image[now])
-            boxes = Corners(*(edge.index_select(0, image) for edge in self.edges))
-            true = Corners(*self.true_edges[now].unbind(1))
-            overlap = iou(boxes, true, self.areas.index_select(0, image), self.true_areas[now])
+            boxes, areas = Corners(*self.edges), self.areas
+            if len(areas) > 1:
+                image = self.rows.image[now]
+                boxes, areas = Corners(*(edge.index_select(0, image) for edge in boxes)), areas.index_select(0, image)
+            overlap = iou(boxes, Corners(*self.true_edges[now].unbind(1)), areas, self.true_areas[now])
             yield now, torch.where(self.rows.valid[now, None], overlap, 0.0)
 
     def best(self, batch_size: int) -> Tensor:

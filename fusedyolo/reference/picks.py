@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 from ..heads import PickHead
 from .overlap import Corners, area, iou
 from .pairs import chunks
-from .primitives import constants, pow_pos
+from .primitives import at_hand, constants, pow_pos
 from .rows import read_rows
 from .terms import BOX_TERMS
 
@@ -199,8 +199,7 @@ def _similarity(boxes: Tensor, off: Tensor, sides: Tensor, head: PickHead) -> Te
 def _overlaps(seen: Seen, objects: Objects, now: slice, off: Tensor, possible: Tensor, head: PickHead) -> Tensor:
     """[rows, N]: of a chunk of rows with all predictions of their images; 0 but where ``possible``."""
     image, sides = objects.image[now], objects.sides[now]
-    # here alone shapes depend on data: on a CPU nothing waits for them, and most pairs need no arithmetic
-    if possible.device.type == "cpu" and not torch.compiler.is_compiling():
+    if at_hand(possible):  # most pairs need no arithmetic
         row, cell = possible.nonzero(as_tuple=True)
         value = _similarity(seen.boxes[image[row], cell], off[row, cell], sides[row], head)
         return torch.zeros_like(off[..., 0]).index_put((row, cell), value)

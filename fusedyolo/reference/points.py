@@ -18,6 +18,7 @@ from .picks import Objects, Picked, Points, Seen, pick, points_of, read_objects
 from .primitives import constants
 from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS
 from .terms.box import boxes_of_sizes
+from .terms.label import LOW
 
 BELOW_LAST = 0.01  # how far a distance that "dfl" is taught stays below the last number
 LOG_EPS = 1e-8  # of the sides that "exp" is taught, ln(side + 1e-8)
@@ -106,13 +107,13 @@ def pick_loss(
     box, distance = _box_losses(planes.box, places, picked, objects, points, head, size)
     weight = torch.where(places.used, weight[places.image, places.cell], 0.0)
     terms = [(box * weight).sum() + _nans(seen.boxes).sum()]
+    found, score = (each[places.image, places.cell] for each in (label, picked.score))
     if planes.obj is None:
-        terms.append(_class_losses(planes.cls, label, picked.score, head, class_weights).sum())
+        terms.append(_class_loss(planes.cls, places, found.clamp(min=0), score, head, class_weights))
     else:
         terms.append(LABEL_TERMS["bce"](planes.obj[:, 0], has.to(dtype)).sum())
         cls = torch.where(places.used[:, None], planes.cls[places.image, :, places.cell], 0.0)
-        found, score = (each[places.image, places.cell, None] for each in (label, picked.score))
-        loss = _class_losses(cls[..., None], found, score, head, class_weights)[:, 0]
+        loss = _class_losses(cls, found, score, head, class_weights)
         terms.append(torch.where(places.used, loss, 0.0).sum() + picked.nans)
     terms.append((distance * weight).sum())
     counts = torch.stack((has.sum(), (~objects.valid).sum())).to(torch.int32)
@@ -172,13 +173,29 @@ def _distance_loss(raw: Tensor, true: Tensor, extent: Tensor, head: PickHead) ->
     return (off / extent).sum(-1) / 4 if head.distance == "image" else off.sum(-1)
 
 
+def _class_loss(
+    logits: Tensor, places: _Places, label: Tensor, score: Tensor, head: PickHead, class_weights: Tensor | None
+) -> Tensor:
+    """The sum over logits [B, C, N], the targets of which are 0 but for the ``score`` of ``label``, both [F], at used
+    ``places``.
+    """
+    term, where = LABEL_TERMS[head.label], (places.image, label, places.cell)
+    own = logits[where]
+    background = term(logits.index_put(where, torch.where(places.used, LOW, own)), False, head.label_args)
+    true = torch.where(places.used, term(torch.where(places.used, own, 0.0), score, head.label_args), 0.0)
+    if class_weights is not None:
+        class_weights = class_weights.to(logits.dtype)
+        background, true = background * class_weights[:, None], true * class_weights[label]
+    return background.sum() + true.sum()
+
+
 def _class_losses(logits: Tensor, label: Tensor, score: Tensor, head: PickHead, class_weights: Tensor | None) -> Tensor:
-    """[B, N]: sums over the classes of logits [B, C, N]; the target of ``label`` [B, N] is the ``score``, which is 0
-    where the label is -1, and that of all others 0.
+    """[F]: sums over the classes of logits [F, C]; the target of ``label`` [F] is the ``score``, which is 0 where the
+    label is -1, and that of all others 0.
     """
     target = torch.zeros_like(logits).scatter(1, label.clamp(min=0)[:, None], score[:, None])
     loss = LABEL_TERMS[head.label](logits, target, head.label_args)
-    return (loss if class_weights is None else loss * class_weights.to(loss.dtype)[:, None]).sum(1)
+    return (loss if class_weights is None else loss * class_weights.to(loss.dtype)).sum(1)
 
 
 def _nans(values: Tensor) -> Tensor:

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def safe_div(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 with no gradient where b is 0; the inner where keeps NaN out of the backward."""
     zero = b == 0
-    return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
+    return (a / b.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
 
 
 def pow_pos(q: Tensor, gamma: float, empty: float = 0.0) -> Tensor:
     """q^gamma of q >= 0; where q underflows, ``empty`` with no gradient: that of q^gamma is inf there for gamma < 1."""
+    if gamma >= 1:
+        return q**gamma
     zero = q < torch.finfo(q.dtype).tiny
-    return torch.where(zero, empty, torch.where(zero, 1.0, q) ** gamma)
+    return (q.masked_fill(zero, 1.0) ** gamma).masked_fill(zero, empty)
 
 
 def angle(sides: Tensor) -> Tensor:
@@ -35,6 +39,34 @@ def distance(d: Tensor) -> Tensor:
     return d * torch.where(d > 0, 1.0, torch.where(d < 0, -1.0, d)).detach()
 
 
+def at_hand(values: Tensor) -> bool:
+    """Whether what a tensor holds may be asked for: on a CPU, where no graph, transform or mode is in between."""
+    return (
+        values.device.type == "cpu"
+        and type(values) is Tensor
+        and not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+        and not is_functorch_wrapped_tensor(values)
+    )
+
+
+class Places:
+    """Of the first axis of tensors the entries that a mask says; all of them where its values are not :func:`at_hand`,
+    so that no shape depends on what a GPU has yet to find.
+    """
+
+    def __init__(self, mask: Tensor):
+        self._every = not at_hand(mask)
+        self.index = torch.arange(len(mask), device=mask.device) if self._every else mask.nonzero()[:, 0]
+        self.used = self.of(mask)
+
+    def of(self, values: Tensor) -> Tensor:
+        """Their entries of ``values`` [as long as the mask, ...]."""
+        return values if self._every else values.index_select(0, self.index)
+
+
 def constants(values: Sequence[float], like: Tensor) -> Tensor:
     """[len(values)] of the dtype and device of ``like``, by fill: torch.tensor(..., device="cuda") would wait."""
+    if at_hand(like):
+        return like.new_tensor(values)
     return torch.stack([like.new_full((), value) for value in values])

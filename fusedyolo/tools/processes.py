@@ -57,9 +57,13 @@ def run_all(
     results: dict[Key, Any] = {}
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(run, call): key for key, call in calls.items()}
-        for future in as_completed(futures):
-            results[futures[future]] = future.result()
-            done(futures[future], future.result())
+        try:
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                done(futures[future], future.result())
+        except BaseException:  # Ctrl-C, above all: what has not begun does not
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for process in idle[True] + idle[False]:
         process.shutdown()
     return {key: results[key] for key in calls}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from rich import box
@@ -55,13 +56,51 @@ def asked() -> Iterator[None]:
         raise RefusedError(str(error)) from error
 
 
-def run(package: str, options: Namespace) -> int:
-    """Call ``run`` of the module ``options.module``: its exit status, or 2 if it refuses."""
+def writable(out: Path) -> None:
+    """See that the folder ``out``, or a file with a suffix, can be written; of what is not there yet nothing is made.
+
+    Raises:
+        RefusedError: it cannot.
+    """
+    if out.suffix and out.is_dir():
+        raise RefusedError(f"--out: {out} is a folder, want a file")
+    folder = out.parent if out.suffix else out
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise RefusedError(f"--out: nothing can be written to {out}: {error.strerror}") from error
+
+
+def run(package: str, options: Namespace) -> int:
+    """Call ``run`` of the module ``options.module``: its exit status, 2 if it refuses or lacks a package of others, 130
+    if it is interrupted. What ``options.out`` names can be written when it begins.
+    """
+    try:
+        if getattr(options, "out", None) is not None:
+            writable(options.out)
         return import_module(f".{options.module}", package).run(options)
     except RefusedError as error:
-        Console().print(f"[red]{escape(str(error))}", highlight=False)
-        return 2
+        said, status = str(error), 2
+    except ModuleNotFoundError as error:
+        said, status = lacking(error), 2
+    except KeyboardInterrupt:
+        said, status = "interrupted", 130
+    Console(stderr=status == 130).print(f"[red]{escape(said)}", highlight=False, soft_wrap=True)
+    return status
+
+
+def lacking(error: ModuleNotFoundError) -> str:
+    """What to say of a package of others that is not installed.
+
+    Raises:
+        ModuleNotFoundError: it is one of ours.
+    """
+    name = (error.name or "").partition(".")[0]
+    if name in ("", "fusedyolo", "bench"):
+        raise error
+    return f"{name} is not installed: pip install 'fusedyolo[bench]'"
 
 
 def table(title: str, names: Sequence[str], numbers: Sequence[str], caption: str = "", **more: Any) -> Table:

@@ -225,7 +225,7 @@ def test_every_operator_launches_on_the_device_of_its_tensors(monkeypatch):
     assert driver.current == 0
     assert {name for name, _ in driver.launched} == {
         "grid_kernel", "grid_grad_kernel", "cell_kernel", "cell_grad_kernel", "overlap_kernel", "match_kernel",
-        "dense_kernel", "rank_kernel", "label_kernel", "box_kernel", "scan_kernel", "nms_kernel",
+        "dense_kernel", "count_kernel", "rank_kernel", "label_kernel", "box_kernel", "scan_kernel", "nms_kernel",
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import DEVICE
 from fusedyolo import (
     ScaledYOLOv4Loss,
     Targets,
+    YOLOv1Loss,
     YOLOv2Loss,
     YOLOv4Loss,
     YOLOv5Loss,
@@ -353,12 +355,74 @@ def test_an_anchor_is_found_only_once():
         loss(anchors=[[(10, 13)], [(10, 13)]], all_anchors=[(10, 13), (16, 30)])
 
 
+@pytest.mark.parametrize("make", [loss, v5, scaled])
+def test_anchors_against_the_order_of_strides(make):
+    several = [[(10, 13), (16, 30)], [(30, 61)], [(100, 90)]][: len(make().head.levels)]
+    strides = (8, 16, 32)[: len(several)]
+    with pytest.warns(UserWarning, match="anchors: from large to small, with strides .8.0, 16.0") as caught:
+        make(anchors=several[::-1], strides=strides)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="anchors: from small to large, with strides .*16.0, 8.0"):
+        make(anchors=several, strides=strides[::-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(anchors=several, strides=strides)
+        make(anchors=several[::-1], strides=strides[::-1])
+        make(anchors=[[(10, 13)]] * len(several), strides=strides)
+
+
+SPARSE = "a tensor of layout torch.sparse_coo, not torch.strided"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: loss()(maps(), x), f"targets: {SPARSE}, want a tensor of shape (M, 6) or (B, G, 5)"),
+        (
+            lambda x: loss()(maps(), [{"boxes": x, "labels": torch.zeros(2)}] * 2),
+            f"targets[0]['boxes']: {SPARSE}, want a tensor of shape (N, 4)",
+        ),
+        (lambda x: Targets.from_packed(x, 2), f"packed: {SPARSE}, want a tensor of shape (M, 6)"),
+        (lambda x: YOLOv1Loss(3)(x, torch.zeros(0, 6)), f"pred: {SPARSE}, want a tensor"),
+        (lambda x: functional.sigmoid_focal_loss(x, x), f"inputs: {SPARSE}, want a tensor"),
+        (lambda x: functional.complete_box_iou_loss(x.to_dense(), x), f"boxes2: {SPARSE}, want a tensor"),
+    ],
+)
+def test_sparse_tensors(call, message):
+    with raises(message):
+        call(torch.ones(2, 6).to_sparse())
+
+
+TRANSFORMS = {
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack((x, x))),
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_kernels_know_nothing_of_transforms(name):
+    """Of a vmap there is no rule, and a jvp would have had a gradient of 0, silently. The reference has all of them."""
+    first, second = [pred.detach() for pred in maps()]
+    calls = {
+        "loss": lambda backend: lambda pred: loss(backend=backend)([pred, second], torch.zeros(0, 6)).total,
+        "function": lambda backend: lambda x: functional.sigmoid_focal_loss(x, x * 0, backend=backend).sum(),
+    }
+    for call in calls.values():
+        TRANSFORMS[name](call("torch"), first)
+        with raises("backend: 'triton', kernels, in torch.func.vmap, grad or jvp, want 'torch', the reference"):
+            TRANSFORMS[name](call("triton"), first)
+
+
 # Predictions.
 
 SHAPES = {
     0: "want (B, 2 * (5 + 3), H, W) or (B, 2, H, W, 5 + 3)",
     1: "want (B, 1 * (5 + 3), H, W) or (B, 1, H, W, 5 + 3)",
 }
+FIVE = "want (B, 1 * (5 + 3), H, W) or (B, 1, H, W, 5 + 3) or (B, 1, 5 + 3, H, W) or (B, H, W, 1, 5 + 3)"
+SPLIT = ": boxes, objectness and classes of a level in one, by torch.cat"
 
 
 @pytest.mark.parametrize(
@@ -374,6 +438,13 @@ SHAPES = {
         (lambda p: [p[0], p[1][:, :7]], f"preds[1]: shape (2, 7, 2, 3), {SHAPES[1]}"),
         (lambda p: [p[0], p[1].permute(0, 2, 3, 1)], f"preds[1]: shape (2, 2, 3, 8), {SHAPES[1]}"),
         (lambda p: [p[0].unflatten(1, (2, 8)), p[1]], f"preds[0]: shape (2, 2, 8, 4, 6), {SHAPES[0]}"),
+        (lambda p: [p[0].unflatten(1, (2, 8)), p[1][:, None, :7]], f"preds[1]: shape (2, 1, 7, 2, 3), {FIVE}"),
+        (lambda p: {"boxes": p, "scores": p}, f"preds: a dict, want a list of 2 tensors, one a level{SPLIT}"),
+        (lambda p: [p, p], f"preds[0]: a list, want a tensor{SPLIT}"),
+        (
+            lambda p: [p[0].to_sparse(), p[1]],
+            "preds[0]: a tensor of layout torch.sparse_coo, not torch.strided, want a tensor",
+        ),
         (lambda p: [p[1], p[0]], f"preds[0]: shape (2, 8, 2, 3), {SHAPES[0]}"),
         (lambda p: [p[0], p[1][:, :, :0]], "preds[1]: shape (2, 8, 0, 3), want no empty dimension"),
         (lambda p: [v[:0] for v in p], "preds[0]: shape (0, 16, 4, 6), want no empty dimension"),
@@ -409,7 +480,7 @@ def test_maps_of_another_image():
 
 # Targets.
 
-FORMS = "a tensor (M, 6) or (B, G, 5), a list of {'boxes', 'labels'}, or fusedyolo.Targets"
+FORMS = "a tensor (M, 6) or (B, G, 5), a list of {'boxes', 'labels'} or of tensors (n, 5), or fusedyolo.Targets"
 
 
 def image(n=2):

@@ -216,3 +216,8 @@ def test_unpatch_leaves_the_package_as_it_was():
     assert changed == {("yolov5.utils.loss", "ComputeLoss", "__call__")}
     unpatch()
     assert snapshot(losses) == before
+
+
+def test_an_object_is_no_class():
+    with pytest.raises(ValueError, match="compute_loss: a ComputeLoss, want the class, ComputeLoss"):
+        patch(ComputeLoss(case(0)[0]))

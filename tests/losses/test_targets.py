@@ -339,3 +339,160 @@ def test_nothing_waits_for_the_device():
         assert Targets.from_padded(torch.rand(3, 4, 5)).rows.shape == (12, 6)
         with pytest.raises(DynamicOutputShapeException):
             torch.rand(3).nonzero().tolist()  # what this test relies on
+
+
+# What boxes are: SORTED and its like, of an image of 128 x 256, in every unit and by every four numbers.
+
+SIZE = (128, 256)
+UNITS, BOXES = ("relative", "pixel"), ("cxcywh", "xyxy", "xywh")
+
+
+def said(rows, unit, boxes, size=SIZE):
+    """Rows [..., 4 or more] of relative centres and sides as another loader has them; dyadic, so exact."""
+    front, centre, sides = rows[..., :-4], rows[..., -4:-2], rows[..., -2:]
+    first = centre if boxes == "cxcywh" else centre - sides / 2
+    second = centre + sides / 2 if boxes == "xyxy" else sides
+    pixels = torch.tensor((size[1], size[0])) if unit == "pixel" else 1
+    return torch.cat((front, first * pixels, second * pixels), -1)
+
+
+def padded_rows(rows):
+    """[3, 4, 5] of PACKED, of which some are padding."""
+    padded = torch.zeros(3, 4, 5)
+    for b in range(3):
+        own = rows[PACKED[:, 0] == b, 1:]
+        padded[b, : len(own)] = own
+    padded[0, 3, 0] = -1
+    return padded
+
+
+@pytest.mark.parametrize("boxes", BOXES)
+@pytest.mark.parametrize("unit", UNITS)
+def test_units_and_boxes_of_targets(unit, boxes):
+    rows, told = said(PACKED, unit, boxes), {"unit": unit, "boxes": boxes, "image_size": SIZE}
+    dicts = [{"boxes": rows[PACKED[:, 0] == b, 2:], "labels": PACKED[PACKED[:, 0] == b, 1]} for b in range(3)]
+    assert torch.equal(Targets.from_packed(rows, 3, **told).rows, SORTED)
+    padded = Targets.from_padded(padded_rows(rows), **told)
+    assert torch.equal(padded.rows[: len(SORTED)], SORTED)
+    assert padded.offsets.tolist() == [0, 3, 3, 5, 5]
+    for size in (SIZE, [SIZE] * 3):
+        assert torch.equal(Targets.from_torchvision(dicts, **(told | {"image_size": size})).rows, SORTED)
+    packed = Targets.from_packed(rows, 3, 7, **told)
+    assert not packed.rows[5:].any()  # what is added stays nothing
+    if unit == "relative":
+        assert torch.equal(Targets.from_packed(rows, 3, unit=unit, boxes=boxes).rows, SORTED)
+        assert torch.equal(Targets.from_torchvision(dicts, unit=unit, boxes=boxes).rows, SORTED)
+
+
+@pytest.mark.parametrize("form", ["packed", "many", "padded", "tensors", "dicts"])
+@pytest.mark.parametrize("boxes", BOXES)
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_loss_is_told_units_and_boxes(form, unit, boxes):
+    rows = said(PACKED, unit, boxes)
+    given = {
+        "packed": rows,
+        "many": torch.cat((rows, torch.full((SORT_ABOVE, 6), -1.0))),
+        "padded": padded_rows(rows),
+        "tensors": [rows[PACKED[:, 0] == b, 1:] for b in range(3)],
+        "dicts": [{"boxes": rows[PACKED[:, 0] == b, 2:], "labels": PACKED[PACKED[:, 0] == b, 1]} for b in range(3)],
+    }[form]
+    found, _ = as_targets(given, 3, SIZE, form=(unit, boxes))
+    assert torch.equal(found[: len(PACKED)], PACKED if form == "packed" else SORTED)
+
+
+def test_targets_have_said_it_themselves():
+    targets = Targets.from_packed(PACKED, 3)
+    assert as_targets(targets, 3, SIZE, form=("pixel", "xyxy"))[0] is targets.rows
+
+
+def test_what_is_usual():
+    """Relative centres and sides; in dicts corners in pixels. A half of what is said leaves the other half as it is."""
+    rows = said(PACKED, "pixel", "xyxy")
+    dicts = [{"boxes": rows[PACKED[:, 0] == b, 2:], "labels": PACKED[PACKED[:, 0] == b, 1]} for b in range(3)]
+    for form in (None, ("pixel", None), (None, "xyxy")):
+        assert torch.equal(as_targets(dicts, 3, SIZE, form=form)[0], SORTED)
+    assert torch.equal(as_targets(said(PACKED, "pixel", "cxcywh"), 3, SIZE, form=("pixel", None))[0], PACKED)
+    assert torch.equal(as_targets(said(PACKED, "relative", "xyxy"), 3, SIZE, form=(None, "xyxy"))[0], PACKED)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Targets.from_packed(PACKED, 3, unit="pixels"), "unit: 'pixels', want one of 'relative', 'pixel'"),
+        (lambda: Targets.from_padded(PACKED[None, :, 1:], boxes="ltrb"), "boxes: 'ltrb', want one of 'cxcywh', "),
+        (lambda: Targets.from_packed(PACKED, 3, unit="pixel"), r"image_size: None, want \(height, width\)"),
+        (lambda: Targets.from_padded(PACKED[None, :, 1:], unit="pixel"), r"image_size: None, want \(height, width\)"),
+        (lambda: Targets.from_torchvision(as_list(PACKED, 3, 8, 8)), r"image_size: None, want \(height, width\)"),
+        (lambda: fusedyolo.YOLOXLoss(3, (8,), unit="px"), "unit: 'px', want one of 'relative', 'pixel'"),
+        (lambda: fusedyolo.SSDLoss(3, boxes="yxyx"), "boxes: 'yxyx', want one of 'cxcywh', 'xyxy', 'xywh'"),
+    ],
+)
+def test_units_and_boxes_that_are_none(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_gpu_divides_pixels_as_a_cpu_does():
+    """By a tensor: PyTorch multiplies by the reciprocal of a number there, and a centre on a border leaves its cell."""
+    with Operators() as operators:
+        as_targets(said(PACKED, "pixel", "cxcywh"), 3, SIZE, form=("pixel", None))
+    assert operators.names.count("div") == 2
+    assert "reciprocal" not in operators.names
+
+
+def yolox(**options):
+    return fusedyolo.YOLOXLoss(4, (8, 16), backend="torch", **options)
+
+
+def test_padded_pixels_of_yolox():
+    """One word makes of its loader's labels what relative ones are."""
+    preds = [torch.rand(3, 9, 16, 32), torch.rand(3, 9, 8, 16)]
+    labels = padded_rows(said(PACKED, "pixel", "cxcywh"))
+    wanted = yolox()(preds, PACKED)
+    for found in (
+        yolox(unit="pixel")(preds, labels),
+        yolox()(preds, Targets.from_padded(labels, unit="pixel", image_size=SIZE)),
+    ):
+        torch.testing.assert_close(found.total, wanted.total)
+        assert found.num_invalid == wanted.num_invalid == 0
+    assert yolox()(preds, labels).num_invalid == 5
+
+
+ANCHORED = {"RetinaNet": fusedyolo.RetinaNetLoss, "FCOS": fusedyolo.FCOSLoss}
+
+
+@pytest.mark.parametrize("name", ANCHORED)
+@pytest.mark.parametrize("boxes", BOXES)
+@pytest.mark.parametrize("unit", UNITS)
+def test_losses_over_anchors_are_told_too(name, unit, boxes):
+    torch.manual_seed(0)
+    anchors = fusedyolo.anchors.fcos_anchors([(16, 32)], SIZE, [32])
+    preds = tuple(torch.rand(3, 512, n) for n in ((4, 4, 1) if name == "FCOS" else (4, 4)))
+    levels = {"num_anchors_per_level": [512]}
+    rows = said(PACKED, unit, boxes)
+    dicts = [{"boxes": rows[PACKED[:, 0] == b, 2:], "labels": PACKED[PACKED[:, 0] == b, 1]} for b in range(3)]
+    wanted = ANCHORED[name](4, backend="torch")(preds, as_list(PACKED, 3, *SIZE), anchors, **levels)
+    assert wanted.num_pos > 0
+    loss = ANCHORED[name](4, image_size=SIZE, unit=unit, boxes=boxes, backend="torch")
+    for targets in (rows, dicts, [rows[PACKED[:, 0] == b, 1:] for b in range(3)], Targets.from_packed(PACKED, 3)):
+        found = loss(preds, targets, anchors, **levels)
+        torch.testing.assert_close(found.total, wanted.total)
+        assert found.num_pos == wanted.num_pos
+    if (unit, boxes) == ("pixel", "xyxy"):  # corners in pixels are taken as they are, of an image of any size
+        loss = ANCHORED[name](4, unit=unit, boxes=boxes, backend="torch")
+        assert loss(preds, rows, anchors, **levels).total == wanted.total
+
+
+def test_yolov1_needs_a_size_for_pixels_alone():
+    pred, dicts = torch.rand(3, 7, 7, 14), as_list(PACKED, 3, *SIZE)
+    loss = fusedyolo.YOLOv1Loss(4, backend="torch")
+    wanted = loss(pred, PACKED)
+    assert loss(pred, [PACKED[PACKED[:, 0] == b, 1:] for b in range(3)]).total == wanted.total
+    with pytest.raises(ValueError, match="image_size: None"):
+        loss(pred, dicts)
+    told = fusedyolo.YOLOv1Loss(4, unit="pixel", backend="torch")
+    with pytest.raises(ValueError, match="image_size: None"):
+        told(pred, said(PACKED, "pixel", "cxcywh"))
+    told(pred, Targets.from_packed(PACKED, 3))
+    told = fusedyolo.YOLOv1Loss(4, unit="pixel", image_size=SIZE, backend="torch")
+    assert told(pred, said(PACKED, "pixel", "cxcywh")).total == wanted.total

@@ -535,6 +535,35 @@ def test_other_models_are_refused(change, model):
 # Training.
 
 
+@pytest.mark.parametrize("wrapped", [nn.DataParallel, torch.compile])
+def test_a_model_in_another_names_the_one_to_patch(wrapped):
+    model = wrapped(make("retinanet"))
+    for call in (patch, unpatch):
+        with pytest.raises(
+            ValueError, match=r"want the model (in it, model.module|before torch.compile, or model._orig_mod)"
+        ):
+            call(model)
+    inside = getattr(model, "module", None) or model._orig_mod
+    assert unpatch(patch(inside)) is inside
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="says what a CPU knows at once")
+@pytest.mark.parametrize("way", ["cpu", "gpu"])
+def test_ssd_refuses_the_label_of_the_background(way, reference, monkeypatch):
+    """torchvision trains such an object's box, and its anchors as negatives."""
+    images, targets = objects("ssd", 0)
+    wrong = [dict(item) for item in targets]
+    wrong[2]["labels"] = wrong[2]["labels"].clone()
+    wrong[2]["labels"][1] = 0
+    model = patch(make("ssd")).train()
+    model(images, targets)
+    if way == "gpu":  # as where labels are elsewhere, and nothing is said but by what comes back
+        monkeypatch.setattr(model.compute_loss.__class__, "__call__", lambda self, t, h, a, m: self.terms(t, h, a))
+    message = r"targets\[2\]\['labels'\]: 0, the background, want 1 to" if way == "cpu" else "labels: 0, the background"
+    with pytest.raises(ValueError, match=message):
+        model(images, wrong)
+
+
 def curve(model, kind, steps, lr):
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     losses = []

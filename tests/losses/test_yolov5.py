@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -369,7 +371,8 @@ def test_every_form_of_targets_gives_the_same_bits(cls, backend):
         assert (out.num_pos, out.num_invalid) == (want.num_pos, 0), name
         torch.testing.assert_close(out.total, want.total, rtol=1e-6, atol=0)
         for a, b in zip(grads, want_grads, strict=True):
-            assert torch.equal(a[..., 4], b[..., 4]), name  # the objectness target is that of the same row
+            mine, theirs = (each[:, 4] if levels == 1 else each[..., 4] for each in (a, b))
+            assert torch.equal(mine, theirs), name  # the objectness target is that of the same row
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
             if backend == "triton":  # the rows of an image in their order are all that a kernel sees
                 assert torch.equal(out.total, want.total)
@@ -488,3 +491,40 @@ def test_repr():
 
 def test_a_checkpoint_holds_nothing():
     assert dict(make_criterion(YOLOv5Loss, 2, 1, 3).state_dict()) == {}
+
+
+# ---- a repository's own hyper-parameters
+
+OWN = [[(10, 13)], [(30, 61)], [(116, 90)]]
+FILE = {
+    "lr0": 0.01, "momentum": 0.937, "hsv_h": 0.015, "mosaic": 1.0, "anchors": 3, "iou_t": 0.2,
+    "obj": 0.7, "cls": 0.3, "cls_pw": 1.5, "obj_pw": 0.75, "anchor_t": 3.0, "fl_gamma": 1.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "gain"), [(YOLOv5Loss, "box"), (ScaledYOLOv4Loss, "giou")])
+def test_a_file_of_hyper_parameters(kind, gain):
+    of_loss = {"obj": 0.7, "cls": 0.3, "cls_pw": 1.5, "obj_pw": 0.75, "anchor_t": 3.0, "fl_gamma": 1.5, gain: 0.04}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = kind.from_hyp({**FILE, gain: 0.04}, OWN, (8, 16, 32), 4, backend="torch")
+        assert found.head == kind(OWN, (8, 16, 32), 4, **of_loss).head
+    assert found.backend == "torch"
+    assert found.unused == ("lr0", "momentum", "hsv_h", "mosaic", "anchors", "iou_t")
+    assert kind(OWN, (8, 16, 32), 4).unused == ()
+
+
+def test_what_may_be_of_the_loss_and_is_not_taken_is_told():
+    file = {**FILE, "giou": 0.05, "loss_ota": 1}
+    with pytest.warns(UserWarning, match=r"YOLOv5Loss\.from_hyp takes no notice of giou, loss_ota$") as caught:
+        found = YOLOv5Loss.from_hyp(file, OWN, (8, 16, 32), 4, label_smoothing=0.1, obj=2.0)
+    assert caught[0].filename == __file__
+    assert found.unused[-2:] == ("giou", "loss_ota")
+    assert (found.hyp["obj"], found.hyp["label_smoothing"]) == (2.0, 0.1)  # what is said beside it comes first
+
+
+def test_a_file_that_is_none():
+    with pytest.raises(ValueError, match=r"hyp: 'hyp.yaml', want a mapping of names to numbers"):
+        YOLOv5Loss.from_hyp("hyp.yaml", OWN, (8, 16, 32), 4)
+    with pytest.raises(ValueError, match=r"anchor_t: 0.5, want a finite number >= 1"):
+        YOLOv5Loss.from_hyp({"anchor_t": 0.5}, OWN, (8, 16, 32), 4)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench import __main__ as entry
 from bench import compare, labels, measure, plots, qualify, report, rows, sweep, work
-from fusedyolo.tools import codegen, processes, registry, timing
+from fusedyolo.tools import codegen, processes, registry, terminal, timing
 from fusedyolo.tools.parity import parity as parity_of
 
 ROOT = Path(__file__).parents[2]
@@ -330,6 +330,7 @@ def test_pictures_show_what_there_is(tmp_path):
         (["--labels", "/does/not/exist"], "does not exist"),
         (["--times", "--predict"], "not allowed with"),
         (["--gpu", "RTX"], "invalid choice: 'RTX'"),
+        (["assign", "--images", "nowhere"], "argument --images: nowhere does not exist"),
     ],
 )
 def test_bad_arguments_say_what_is_wrong(arguments, message, capsys):
@@ -351,6 +352,68 @@ def test_bad_arguments_say_what_is_wrong(arguments, message, capsys):
 def test_what_cannot_be_done_is_refused(arguments, message, capsys):
     assert entry.main(arguments) == 2
     assert message in capsys.readouterr().out
+
+
+def lines(arguments, capsys):
+    """Exit status and what a command says, which is to be one line."""
+    status = entry.main(arguments)
+    said = "".join(capsys.readouterr())
+    assert len(said.splitlines()) == 1
+    return status, said
+
+
+@pytest.mark.parametrize("command", [[], ["sweep"], ["train"], ["assign"], ["qualify"]])
+def test_what_cannot_be_written_is_found_before_the_work(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "import_module", lambda *arguments: pytest.fail("work has begun"))
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/folder", "file/folder/picture.png"):
+        status, said = lines([*command, "--out", str(tmp_path / out)], capsys)
+        assert status == 2
+        assert f"--out: nothing can be written to {tmp_path / out}: Not a directory" in said
+    (tmp_path / "folder.png").mkdir()
+    assert "is a folder, want a file" in lines([*command, "--out", str(tmp_path / "folder.png")], capsys)[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_what_can_be_written_is_not_made_before_the_work(tmp_path):
+    for out in (tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b.png"):
+        terminal.writable(out)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ModuleNotFoundError("", name="PIL.Image"), 2, "PIL is not installed: pip install 'fusedyolo[bench]'"),
+    ],
+)
+def test_what_ends_a_command_is_one_line(error, status, message, tmp_path, monkeypatch, capsys):
+    def ends(*arguments):
+        raise error
+
+    monkeypatch.setattr(terminal, "import_module", ends)
+    found, said = lines(["assign", "--out", str(tmp_path / "a.png")], capsys)
+    assert (found, said.strip()) == (status, message)
+
+
+def test_a_module_of_ours_that_is_not_there_is_no_package_to_install(monkeypatch, tmp_path):
+    def ends(*arguments):
+        raise ModuleNotFoundError("No module named 'bench.nothing'", name="bench.nothing")
+
+    monkeypatch.setattr(terminal, "import_module", ends)
+    with pytest.raises(ModuleNotFoundError, match=r"bench\.nothing"):
+        entry.main(["--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_a_package_that_is_not_installed_is_named(package):
+    code = f"import sys, runpy; sys.modules[{package!r}] = None; runpy.run_module('bench', run_name='__main__')"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1].startswith(f"{package}")
+    assert ran.stderr.count("\n") == 1
+    assert "is not installed: pip install 'fusedyolo[bench]'" in ran.stderr
 
 
 def test_losses_are_chosen_by_name():

@@ -2,66 +2,89 @@
 
 ``label(x, t, args) -> loss`` of logits x and targets t in [0, 1] of one dtype. Elementwise but for :func:`softmax_ce`,
 and smooth but for :func:`qfl` where p = t. A negative alpha means no factor; a pos_weight multiplies the positive half
-of BCE.
+of BCE. The elementwise ones also take a bool, 0 or 1 for all logits, and leave out what that multiplies by 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from ..primitives import pow_pos
 
+Target = Tensor | bool
 
-def bce(x: Tensor, t: Tensor, args: Sequence[float] = ()) -> Tensor:
+LOW = -1e4
+"""A logit of which every elementwise term, and its slope, is 0 for the target 0."""
+
+
+def bce(x: Tensor, t: Target, args: Sequence[float] = ()) -> Tensor:
     """-w t log(p) - (1 - t) log(1 - p), p = sigmoid(x), args = () or (w,). The slope is sigmoid(x) - t at 0 too.
 
     PyTorch's own, (1 - t) x - logsigmoid(x), has no digit left in float32 for a background logit of -17.
     """
+    if t is False:
+        return softplus(x, threshold=40)  # beyond which the difference from x is none in float64
     positive = t * args[0] if len(args) == 1 else t
+    if t is True:
+        return -(positive * logsigmoid(x))
     return -(positive * logsigmoid(x) + (1 - t) * logsigmoid(-x))
 
 
-def _balance(t: Tensor, alpha: float) -> Tensor | float:
-    return alpha * t + (1 - alpha) * (1 - t) if alpha >= 0 else 1.0
+def _mix(t: Target, zero: Callable[[], Tensor], one: Callable[[], Tensor]) -> Tensor:
+    """zero (1 - t) + one t."""
+    if isinstance(t, bool):
+        return one() if t else zero()
+    return zero() * (1 - t) + one() * t
 
 
-def focal(x: Tensor, t: Tensor, args: Sequence[float]) -> Tensor:
+def _balance(t: Target, alpha: float) -> Tensor | float:
+    if alpha < 0:
+        return 1.0
+    if isinstance(t, bool):
+        return alpha if t else 1 - alpha
+    return alpha * t + (1 - alpha) * (1 - t)
+
+
+def focal(x: Tensor, t: Target, args: Sequence[float]) -> Tensor:
     """alpha_t q^gamma BCE, q = 1 - p_t, args = (alpha, gamma[, pos_weight]); RetinaNet eq. 5.
 
     Soft targets as torchvision. q is summed from products, not from 1 - p_t, so that it keeps its digits where the
     prediction is right. Where it underflows, so does the BCE, and the loss is 0.
     """
     alpha, gamma = args[:2]
-    q = x.sigmoid() * (1 - t) + (-x).sigmoid() * t
+    q = _mix(t, x.sigmoid, lambda: (-x).sigmoid())
     return pow_pos(q, gamma) * _balance(t, alpha) * bce(x, t, args[2:])
 
 
-def qfl(x: Tensor, t: Tensor, args: Sequence[float]) -> Tensor:
+def qfl(x: Tensor, t: Target, args: Sequence[float]) -> Tensor:
     """alpha_t |t - p|^gamma BCE, args = (alpha, gamma); quality focal loss, Li et al. 2020. |.| has no slope at 0."""
     alpha, gamma = args
     miss = _miss(x, t).abs()
     return pow_pos(miss, gamma, 0.0**gamma) * _balance(t, alpha) * bce(x, t)
 
 
-def varifocal(x: Tensor, t: Tensor, args: Sequence[float]) -> Tensor:
+def varifocal(x: Tensor, t: Target, args: Sequence[float]) -> Tensor:
     """t BCE where t > 0, else alpha p^gamma BCE, args = (alpha, gamma); Zhang et al. 2021."""
+    if t is True:
+        return bce(x, t)
     alpha, gamma = args
     negative = pow_pos(x.sigmoid(), gamma) * (alpha if alpha >= 0 else 1.0)
-    return torch.where(t > 0, t, negative) * bce(x, t)
+    return (negative if t is False else torch.where(t > 0, t, negative)) * bce(x, t)
 
 
-def sse(x: Tensor, t: Tensor, args: Sequence[float] = ()) -> Tensor:
+def sse(x: Tensor, t: Target, args: Sequence[float] = ()) -> Tensor:
     """(sigmoid(x) - t)^2."""
     return _miss(x, t) ** 2
 
 
-def _miss(x: Tensor, t: Tensor) -> Tensor:
+def _miss(x: Tensor, t: Target) -> Tensor:
     """sigmoid(x) - t, with all its digits where t is 0 or 1, and its slope's too: sigmoid's own is 0 beyond 40."""
-    return logsigmoid(x).exp() * (1 - t) - logsigmoid(-x).exp() * t
+    return _mix(t, lambda: logsigmoid(x).exp(), lambda: -logsigmoid(-x).exp())
 
 
 def softmax_ce(x: Tensor, t: Tensor, args: Sequence[float] = ()) -> Tensor:
@@ -73,3 +96,13 @@ def softmax_ce(x: Tensor, t: Tensor, args: Sequence[float] = ()) -> Tensor:
     z = (x - top).scatter(-1, index, 0.0)  # of the top class 0, with no slope of 1 - 1
     rest = z.exp().scatter(-1, index, 0.0).sum(-1, keepdim=True)
     return -t * (z - rest.log1p())
+
+
+def cross_entropy(x: Tensor, label: Tensor) -> Tensor:
+    """The sum of :func:`softmax_ce` over the last axis of x, [..., C], towards the class ``label`` [...].
+
+    log(1 + exp(the others' logsumexp - its own logit)), which has all digits at both ends. From the largest logit, so
+    that logits with the same differences cost the same.
+    """
+    z, at = x - x.detach().amax(-1, keepdim=True), label[..., None]
+    return -logsigmoid(z.gather(-1, at)[..., 0] - z.scatter(-1, at, -math.inf).logsumexp(-1))

@@ -1,0 +1,168 @@
+"""What is wrong with all targets of a data loader, found in the first batches of a loss without waiting for a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from . import checks
+
+BATCHES = 3
+"""Calls of a loss that are looked at."""
+
+FEWEST = 8
+"""Rows that must have come before anything is said of them."""
+
+SMALLEST = 16
+"""Pixels of an image's side, from which on no data set has all its boxes in the first one."""
+
+ALMOST = 1.001
+"""A pixel, and what a sum of float32 may be too large."""
+
+
+class _Seen(NamedTuple):
+    """A call: its tensors, on the CPU, once ``event`` has passed."""
+
+    rows: Tensor
+    offsets: Tensor | None
+    counts: Tensor
+    size: tuple[float, float] | None
+    corners: bool
+    event: Any
+
+
+class Watch:
+    """Looks at the targets of the first calls of a loss, and warns once of what makes it skip them, or learn nothing.
+
+    On a GPU what it looks at is copied on the stream of the loss, and read in a later call, when it has arrived. What
+    is captured in a graph, or has no values, is not looked at; of what is compiled the caller leaves it out.
+
+    Args:
+        name: of the loss.
+        labels: the classes that it knows.
+        refuses: whether rows of the background's class are an error.
+    """
+
+    def __init__(self, name: str, labels: range, refuses: bool = False):
+        self.name, self.labels, self.refuses = name, labels, refuses
+        self.left = BATCHES
+        self.pending: list[_Seen] = []
+        self.known = np.zeros((0, 6), np.float32)
+        self.rows = self.invalid = 0
+
+    def after(
+        self,
+        rows: Tensor,
+        offsets: Tensor | None,
+        counts: Tensor,
+        size: tuple[float, float] | None = None,
+        corners: bool = False,
+    ) -> Watch | None:
+        """Look at a call; what is to look at the next one, if anything is.
+
+        Args:
+            rows: those of the loss, relative to the image, or ``corners`` in pixels.
+            offsets: theirs.
+            counts: int32 ``[2]``, the second one the number of invalid rows.
+            size: (height, width) of the image in pixels, if it is known.
+            corners: see ``rows``.
+
+        Raises:
+            ValueError: there are rows of the background's class, and it ``refuses`` them.
+        """
+        if self.left and _plain(rows, counts):
+            self.left -= 1
+            event = None
+            if _on_gpu(rows):
+                stream, event = torch.cuda.current_stream(rows.device), torch.cuda.Event()
+                rows, counts = rows.to("cpu", non_blocking=True), counts.to("cpu", non_blocking=True)
+                offsets = None if offsets is None else offsets.to("cpu", non_blocking=True)
+                event.record(stream)
+            self.pending.append(_Seen(rows, offsets, counts, size, corners, event))
+        while self.pending and (self.pending[0].event is None or self.pending[0].event.query()):
+            said = self._judge(self.pending.pop(0))
+            if said:
+                warnings.warn(f"{self.name}: {said}", stacklevel=5)
+                return None
+        return self if self.left or self.pending else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"pending": []}  # events cannot be copied
+
+    def _judge(self, seen: _Seen) -> str:
+        """What is wrong with the rows of a call and those before, if anything is."""
+        rows = seen.rows.numpy()
+        if seen.offsets is not None:
+            rows = rows[: max(int(seen.offsets.numpy()[-1]), 0)]
+        self.invalid += int(seen.counts.numpy()[1])
+        self.rows += len(rows)
+        rows = rows[np.isfinite(rows).all(1)]
+        self.known = known = np.concatenate((self.known, rows))
+        first, last = self.labels.start, self.labels.stop - 1
+        if self.refuses and (rows[:, 1] < first).any():
+            checks.fail("labels", "0, the background", f"{first} to {last}")
+        if len(known) < FEWEST:
+            return ""
+        low, high = known[:, 1].min(), known[:, 1].max()
+        if first == 0 and low == 1 and high == last + 1:
+            return (
+                f"classes of targets run from 1 to {last + 1}, want {first} to {last}: rows of the last one are "
+                f"skipped. Subtract 1, or let num_classes be {last + 2}"
+            )
+        if first == 1 and low == 0:
+            return f"rows of class 0, the background, are skipped, want {first} to {last}"
+        if self.invalid * 2 > self.rows:
+            return f"{self.invalid} of {self.rows} target rows were skipped as invalid. {_cure(known, seen.corners)}"
+        if _in_a_pixel(rows, seen.size, seen.corners):
+            return (
+                "all boxes of the targets lie within the first pixel of their image. If they are relative to it, say "
+                "so: unit='relative', of the loss or of Targets.from_torchvision"
+            )
+        return ""
+
+
+def _cure(rows: Any, corners: bool) -> str:
+    """What may be wrong with rows most of which are skipped."""
+    sides = rows[:, 4:] - rows[:, 2:4] if corners else rows[:, 4:]
+    if np.median(sides) <= 0:
+        return "Sides are not above 0: if boxes are x, y, w, h, say so: boxes='xywh', of the loss or of Targets"
+    centre = np.median(np.abs(rows[:, 2:4]).max(1))
+    if not corners and centre > 1:
+        return (
+            f"Centres are about {centre:.4g}, and the sides of an image 1: if these are pixels, say so: unit='pixel', "
+            "of the loss or of Targets.from_packed or from_padded"
+        )
+    return "Targets.validate() says which and why"
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _plain(rows: Tensor, counts: Tensor) -> bool:
+    """Tensors that hold numbers, and may be read, or copied to be read later; and nobody looks at what a step does."""
+    if _get_current_dispatch_mode() is not None:
+        return False
+    for each in (rows, counts):
+        if type(each) is not Tensor or each.device.type not in ("cpu", "cuda"):
+            return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(each):
+            return False
+    return not (_on_gpu(rows) and torch.cuda.is_current_stream_capturing())
+
+
+def _in_a_pixel(rows: Any, size: tuple[float, float] | None, corners: bool) -> bool:
+    """Whether all boxes lie within the first pixel of an image of ``size``."""
+    if not len(rows) or (size is not None and min(size) < SMALLEST):
+        return False
+    if corners:
+        return bool((np.abs(rows[:, 2:]) <= 1).all())
+    if size is None:
+        return False
+    ends = (rows[:, 2:4] + rows[:, 4:] / 2) * np.array((size[1], size[0]), np.float32)
+    return bool((ends <= ALMOST).all())
