@@ -293,7 +293,7 @@ ORDERS: dict[str, tuple[int, ...]] = {
     "(B, A, 5 + C, H, W)": (0, 1, 3, 4, 2),
     "(B, H, W, A, 5 + C)": (0, 3, 1, 2, 4),
 }
-"""Of maps with an axis for everything, where those of the first order are: that which is meant where sizes fit several."""
+"""Of maps with an axis for everything, where those of the first order are, which is meant where sizes fit several."""
 
 
 def grid_predictions(
