@@ -137,6 +137,7 @@ class _CountKernels:
             plan = self.planned(executor.fn.__name__, self.grid[0], kwargs)
             executor.grid = (len(plan.chosen),)
         self.chosen, self.moved = plan and plan.chosen, []
+        self.adding = plan.adding if plan else 0
         with _disable_current_modes():  # the interpreter's own tensor work is not the package's
             self.launch(executor, *args, **kwargs)
         executor.grid = self.grid
@@ -160,7 +161,7 @@ class _CountKernels:
     def placed(self, builder: Any, *index: int) -> Any:
         if self.chosen is not None:
             if len(self.moved) == len(self.chosen) - 1:
-                pretend_others_finished(len(self.moved), self.grid[0])
+                pretend_others_finished(len(self.moved), self.adding)
             index = (self.chosen[index[0]], 0, 0)
         self.moved.append([0, 0])
         return self.place(builder, *index)

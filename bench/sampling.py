@@ -24,25 +24,37 @@ class Plan:
     ``kinds`` and ``effort`` have an entry for each program. Of each kind at least ``least`` are run, ``most`` in all if
     that allows, whose efforts are spread over those of all, and the one of the largest effort; between two of them what
     a program costs is interpolated by effort. The first and the last program of a launch always run, and stand for
-    themselves. What is left out is not computed, so later launches must not need it. Of programs that share a tile, so
-    many ``together``, all are run or none.
+    themselves, and so does the last of the ``adding`` ones, the first programs of a launch, all of them if None, whose
+    sums the last one of them adds up: it is the last to run. What is left out is not computed, so later launches must
+    not need it. Of programs that share a tile, so many ``together``, all are run or none.
     """
 
-    def __init__(self, kinds: Sequence[Any], effort: Sequence[float], most: int, least: int, together: int = 1):
+    def __init__(
+        self,
+        kinds: Sequence[Any],
+        effort: Sequence[float],
+        most: int,
+        least: int,
+        together: int = 1,
+        adding: int | None = None,
+    ):
+        self.adding = len(kinds) if adding is None else adding
         self.effort = np.asarray(effort, float)
         first, tiles = self.effort[::together], len(kinds) // together
         members: dict[Any, list[int]] = {}
-        for tile in range(1, tiles - 1):
+        alone = {0, tiles - 1, self.adding // together - 1}
+        for tile in sorted(set(range(tiles)) - alone):
             members.setdefault(kinds[tile * together], []).append(tile)
         ordered = [np.array(m)[np.argsort(first[m], kind="stable")] for m in members.values()]
-        chosen = {0, tiles - 1}
+        chosen = set(alone)
         for each in ordered:
             few = min(len(each), max(least, round(most * len(each) / tiles)))
             chosen |= {int(each[int((i + 0.5) * len(each) / few)]) for i in range(few)}
             if first[each[0]] < first[each[-1]]:
                 chosen.add(int(each[-1]))
         self.members = [each * together + part for each in ordered for part in range(together)]
-        self.chosen = [tile * together + part for tile in sorted(chosen) for part in range(together)]
+        chosen_programs = [tile * together + part for tile in sorted(chosen) for part in range(together)]
+        self.chosen = sorted(chosen_programs, key=lambda program: program == self.adding - 1)
 
     def estimate(self, executed: Mapping[int, int]) -> np.ndarray:
         """What every program costs, from what those do that ran."""
@@ -77,7 +89,8 @@ class Sample:
         kinds = self.driver.kinds(kernel, programs, arguments)
         with _disable_current_modes():  # not to be counted
             efforts = self.driver.efforts(kernel, kinds, arguments, self.known)
-            return Plan(*efforts, self.most, self.least, self.driver.together(kernel, arguments))
+            together, adding = self.driver.together(kernel, arguments), self.driver.adding(kernel, arguments)
+            return Plan(*efforts, self.most, self.least, together, adding)
 
     @contextmanager
     def completed(self) -> Iterator[None]:
@@ -95,10 +108,11 @@ class Sample:
             yield
 
 
-def pretend_others_finished(run: int, programs: int) -> None:
-    """Before the last program: those left out never added to the counter of finished programs, where there is one."""
+def pretend_others_finished(run: int, adding: int) -> None:
+    """Before the last program that adds to the counter of finished programs, where there is one, after ``run`` others:
+    those left out never did."""
     from fusedyolo.ops.launch import done_counter
 
     done = done_counter(torch.device("cpu"))
-    if int(done[0]) == run:
-        done[0] = programs - 1
+    if int(done[0]) or not run:
+        done[0] = adding - 1

@@ -20,7 +20,7 @@ _on_cpu = False  # whether something runs compiled kernels on CPU tensors, see k
 
 def _set(name: str) -> bool:
     """Whether an environment variable is on, by the spellings that Triton accepts."""
-    return os.environ.get(name, "").strip().lower() in ("1", "y", "yes", "t", "true", "on")
+    return name in os.environ and os.environ[name].strip().lower() in ("1", "y", "yes", "t", "true", "on")
 
 
 @lru_cache(maxsize=1)

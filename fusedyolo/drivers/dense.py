@@ -185,19 +185,23 @@ class DenseDriver(Driver):
             return kinds, [float(known.rows[program // blocks]) for program in range(len(kinds))]
         if kernel != "dense_kernel" or not arguments["SPEC"].FLAT:
             return super().efforts(kernel, kinds, arguments, known)
-        levels = arguments["levels"]
+        levels, spec = arguments["levels"], arguments["SPEC"]
         sizes = [shared.even(n) * shared.even(a) for n, a in zip(levels.cells, levels.anchors, strict=True)]
+        steps = arguments["steps"] if spec.RANKED else 1  # tiles of boxes a program
         has = known.assignment.row >= 0
-        boxes = _blocks_of(has, sizes, arguments["SPEC"].ANCHORS)
+        boxes = _programs_of(has, sizes, spec.ANCHORS, steps)
         classes = [0] * (len(kinds) - len(boxes))  # logits are read and stored whatever they are of
-        if arguments["SPEC"].RANKED and not arguments["SPEC"].WITH_LOSS:  # but of anchors that do not count
-            steps, counted = arguments["steps"], _counted(arguments["ranked"].ce_ptr, has, known.head.negatives)
-            classes = []
-            for stream in counted.split(sizes, 1):
-                tiles = _blocks_of(stream, [stream.shape[1]], arguments["SPEC"].CELLS)
-                classes += [sum(tiles[i : i + steps]) for i in range(0, len(tiles), steps)]
+        if spec.RANKED and not spec.WITH_LOSS:  # but of anchors that do not count
+            counted = _counted(arguments["ranked"].ce_ptr, has, known.head.negatives)
+            classes = _programs_of(counted, sizes, spec.CELLS, steps)
         counts = boxes + classes
         return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
+
+    def adding(self, kernel: str, arguments: Mapping[str, Any]) -> int | None:
+        """Of a ranked head those of boxes."""
+        if kernel != "dense_kernel" or not arguments["SPEC"].RANKED:
+            return None
+        return sum(map(shared.even, arguments["levels"].box_programs))
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
         """Matches, the cross-entropies that are ranked, both of the reference, and the counters of the ranking."""
@@ -235,9 +239,13 @@ def _blocks(arguments: Mapping[str, Any]) -> int:
     return -(-arguments["N"] // arguments["SPEC"].BLOCK)
 
 
-def _blocks_of(which: Tensor, sizes: Sequence[int], block: int) -> list[int]:
-    """How many of [B, N] are so in each block of anchors, level by level, image by image."""
-    return [int(part.sum()) for level in which.split(list(sizes), 1) for image in level for part in image.split(block)]
+def _programs_of(which: Tensor, sizes: Sequence[int], block: int, steps: int) -> list[int]:
+    """How many of [B, N] are so in each program of so many blocks of anchors, level by level, image by image."""
+    found = []
+    for level in which.split(list(sizes), 1):
+        tiles = [int(part.sum()) for image in level for part in image.split(block)]
+        found += [sum(tiles[i : i + steps]) for i in range(0, len(tiles), steps)]
+    return found
 
 
 def _counted(cross_entropy: Tensor, has: Tensor, ratio: float) -> Tensor:

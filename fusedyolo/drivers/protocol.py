@@ -162,6 +162,10 @@ class Driver(Protocol):
         """How many programs, one after the other, share a tile: all of these are run or none."""
         return 1
 
+    def adding(self, kernel: str, arguments: Mapping[str, Any]) -> int | None:
+        """How many programs, the first ones of a launch, leave sums for the last of them; all of them if None."""
+        return None
+
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
         """After a launch of which some programs did not run: put down what these would have left for later launches."""
         return

@@ -78,7 +78,7 @@ def _criterion(loss: Any, preds: Sequence[Tensor]) -> YOLOv5Loss | None:
     if type(loss) not in _kept:
         return None
     for name in ("autobalance", "sort_obj_iou"):
-        if getattr(loss, name):
+        if getattr(loss, name, False):
             checks.fail(f"compute_loss.{name}", getattr(loss, name), "False, or unpatch() before")
     # what may be exchanged or set after it was made; modules are compared by identity, and held
     strides = tuple(preds[0].shape[2] / pred.shape[2] for pred in preds)
@@ -143,7 +143,7 @@ def _probe(cls: Any) -> None:
     Raises:
         ValueError: it does not; why, as far as that can be told.
     """
-    if cls.sort_obj_iou:
+    if getattr(cls, "sort_obj_iou", False):
         checks.fail("ComputeLoss.sort_obj_iou", cls.sort_obj_iou, False)
     with shared.probing():
         targets, anchors = torch.tensor(OBJECTS), torch.tensor(ANCHORS)
