@@ -161,7 +161,7 @@ class _CountKernels:
     def placed(self, builder: Any, *index: int) -> Any:
         if self.chosen is not None:
             if len(self.moved) == len(self.chosen) - 1:
-                pretend_others_finished(len(self.moved), self.adding)
+                pretend_others_finished(sum(p < self.adding for p in self.chosen[:-1]), self.adding)
             index = (self.chosen[index[0]], 0, 0)
         self.moved.append([0, 0])
         return self.place(builder, *index)

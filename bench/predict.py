@@ -92,7 +92,7 @@ def execute_step(case: Case, work: Workload, target: str, exact: bool = False) -
         # the last program alone, so that the final sum is its own
         for chosen in (ran[:-1], ran[-1:]):
             if len(chosen) == 1:
-                pretend_others_finished(len(ran) - 1, plan.adding)
+                pretend_others_finished(sum(p < plan.adding for p in ran[:-1]), plan.adding)
             if chosen:
                 run(self)
         records = device.launches[begin:]

@@ -109,10 +109,10 @@ class Sample:
 
 
 def pretend_others_finished(run: int, adding: int) -> None:
-    """Before the last program that adds to the counter of finished programs, where there is one, after ``run`` others:
-    those left out never did."""
+    """Before the last of the ``adding`` programs, of which ``run`` others ran: those left out never added to the
+    counter of finished programs, where there is one."""
     from fusedyolo.ops.launch import done_counter
 
     done = done_counter(torch.device("cpu"))
-    if int(done[0]) or not run:
+    if int(done[0]) == run:
         done[0] = adding - 1

@@ -340,7 +340,7 @@ def test_a_ranking_counts_from_zero_where_matches_are_sampled():
 @pytest.mark.interpreter("sectors are counted in the interpreter")
 def test_a_ranking_costs_the_same_however_few_programs_are_run(monkeypatch):
     """Two parts an image, the last of which reads what the others leave."""
-    case, work, found = CASES["SSD"], Workload(batch=2, size=256, classes=2), []
+    case, work, found = CASES["SSD"], Workload(batch=2, size=128, classes=2), []
     for most, least in ((0, 1), (16, 4)):
         monkeypatch.setattr(measure, "MOST", most)
         monkeypatch.setattr(measure, "LEAST", least)
