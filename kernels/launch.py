@@ -147,7 +147,7 @@ def dense_config(
     usual = DenseConfig(
         block=256 * (ACCESS // itemsize),
         group=1,
-        steps=(64 if flat else 32) // 8 if ranked else 32,
+        steps=32 if not ranked else 8 if flat else 4,
         cells=max(1, 128 * warps // width) if ranked else 512,
         planes=4,
         width=width,

@@ -153,7 +153,9 @@ class DenseDriver(Driver):
 
     def candidates(self, head: DenseHead, layout: str) -> Iterable[dict[str, int]]:
         ranked = head.negatives > 0
-        if ranked:
+        if ranked and layout == "rows":
+            yield from shared.products(cells=(4, 8, 16), steps=(4, 8, 16), threads=(32, 64))
+        elif ranked:
             yield from shared.products(cells=(8, 16, 32, 64), steps=(8, 16), threads=(128, 256, 512))
         elif layout == "rows":
             yield from shared.products(block=(1024, 2048, 4096), steps=(4, 8, 16), threads=(128, 256, 512))
@@ -161,7 +163,7 @@ class DenseDriver(Driver):
             yield from shared.products(cells=(256, 512, 1024), planes=(2, 4, 8), threads=(128, 256, 512))
         yield from shared.products(match_threads=(64, 128, 512))
         if ranked:
-            yield from shared.products(rank_threads=(256, 1024))
+            yield from shared.products(rank_threads=(64, 256))
         yield from shared.products(stages=(1, 2, 4))
 
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:

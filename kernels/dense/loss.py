@@ -502,10 +502,10 @@ def _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _ranked_gradient(ptr, by_channel, d_view, site, own, level, label, weight, SPEC: tl.constexpr):
+def _ranked_gradient(ptr, by_channel, view, site, own, level, label, weight, SPEC: tl.constexpr):
     """The gradient by the logits of some anchors, of which those with a weight are looked at."""
     CHUNKS: tl.constexpr = SPEC.CHUNKS
-    d_ptr, d_by_channel = _anchors_at(d_view.ptr, d_view.by, site, level, SPEC.C, SPEC)
+    d_ptr, d_by_channel = _anchors_at(view.d_ptr, view.d_by, site, level, SPEC.C, SPEC)
     lane = tl.arange(0, SPEC.WIDTH)[None, :]
     at = d_ptr[:, None] + lane * d_by_channel
     used = site.mask & (weight != 0)
@@ -519,7 +519,7 @@ def _ranked_gradient(ptr, by_channel, d_view, site, own, level, label, weight, S
             d = tl.where(used[:, None], weight[:, None] * d, 0.0).to(d_ptr.dtype.element_ty)
             tl.store(at + i * SPEC.WIDTH * d_by_channel, d, mask=_chunk_mask(site.mask, i, SPEC))
     elif SPEC.FLAT:
-        _zeros_of_stream(d_view, site.b, own, level, SPEC)
+        _zeros_of_stream(view.d_ptr, site.b, own, level, SPEC)
     else:
         d = tl.zeros_like(label[:, None] + lane).to(d_ptr.dtype.element_ty)
         for i in tl.static_range(CHUNKS):
@@ -527,20 +527,19 @@ def _ranked_gradient(ptr, by_channel, d_view, site, own, level, label, weight, S
 
 
 @triton.jit
-def _zeros_of_stream(d_view, b, own, level, SPEC: tl.constexpr):
+def _zeros_of_stream(d_ptr, b, own, level, SPEC: tl.constexpr):
     """The gradient of a tile of which no anchor counts, as one stretch of a level's stream [B, n, C]."""
     C: tl.constexpr = SPEC.C
     TILE: tl.constexpr = SPEC.CELLS * SPEC.C
-    UNIT: tl.constexpr = (
-        8 if SPEC.CELLS % 8 == 0 else 4 if SPEC.CELLS % 4 == 0 else 1
-    )  # numbers that are all of the tile, or none
+    # numbers that are all of the tile, or none
+    UNIT: tl.constexpr = 8 if SPEC.CELLS % 8 == 0 else 4 if SPEC.CELLS % 4 == 0 else 1
     each = level.anchors * level.cells * C
     if each % UNIT == 0:
         left = (each // UNIT - own * (TILE // UNIT)) * UNIT
         start = (b.to(tl.int64) * (each // UNIT) + own * (TILE // UNIT)) * UNIT
-        _store_zeros(d_view.ptr + start, left, TILE)
+        _store_zeros(d_ptr + start, left, TILE)
     else:
-        _store_zeros(d_view.ptr + (b.to(tl.int64) * each + own * TILE), each - own * TILE, TILE)
+        _store_zeros(d_ptr + (b.to(tl.int64) * each + own * TILE), each - own * TILE, TILE)
 
 
 @triton.jit
@@ -590,9 +589,8 @@ def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.c
             if SPEC.BY_IMAGE:
                 scale = grad * share(matched.found_ptr, site.b, batch.B, True, SPEC.ACC)
             times = _ranked_weight(ce, match, site.n, ranked.picks_ptr + 4 * site.b)
-            d_view = View(view.d_ptr, view.d_by, view.d_ptr, view.d_by)
             weight = times.to(SPEC.ACC) * scale
-            _ranked_gradient(ptr, by_channel, d_view, site, own, level, label, weight=weight, SPEC=SPEC)
+            _ranked_gradient(ptr, by_channel, view, site, own, level, label, weight=weight, SPEC=SPEC)
         else:
             ce_ptr = ranked.ce_ptr + site.b.to(tl.int64) * batch.N
             _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC)

@@ -101,7 +101,7 @@ def test_candidates_are_the_heuristic_first_and_legal(name):
         ("YOLOv1/paper", "flat", [(("cells", 16), ("threads", 128)), (("cells", 64),)]),
         ("RetinaNet", "rows", [(("block", 1024), ("steps", 4)), (("match_threads", 64),)]),
         ("FCOS", "nchw", [(("cells", 256), ("planes", 8))]),
-        ("SSD", "rows", [(("cells", 8), ("steps", 8), ("rank_threads", 256))]),
+        ("SSD", "rows", [(("cells", 4), ("steps", 16), ("rank_threads", 256))]),
     ],
 )
 def test_gradients_are_the_same_bits_in_every_configuration(name, layout, tried):
