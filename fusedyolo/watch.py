@@ -75,7 +75,9 @@ class Watch:
         Raises:
             ValueError: there are rows of the background's class, and it ``refuses`` them.
         """
-        if self.left and _plain(rows, counts):
+        if not _plain(rows, counts):  # a capture is given up, too, if an earlier event is asked for meanwhile
+            return self
+        if self.left:
             self.left -= 1
             event = None
             if _on_gpu(rows):

@@ -92,8 +92,8 @@ class GridLoss(WeightedLoss):
         Args:
             preds: raw outputs, one tensor a level in the order of ``anchors``: ``[B, A * (5 + C), H, W]`` with channels
                 anchor by anchor, or ``[B, A, H, W, 5 + C]``, ``[B, A, 5 + C, H, W]``, ``[B, H, W, A, 5 + C]``; each as
-                x, y, w, h, objectness, classes. Shapes that may be two of these are refused. Any strides; float16,
-                bfloat16, float32 or float64.
+                x, y, w, h, objectness, classes. Of five axes whose sizes fit several orders the first is meant. Any
+                strides; float16, bfloat16, float32 or float64.
             targets: packed ``[M, 6]``, padded ``[B, G, 5]``, a list of tensors ``[n, 5]``, of boxes relative to the
                 image unless the constructor was told otherwise; a torchvision list of dicts, in pixels likewise; or
                 :class:`Targets`.

@@ -175,6 +175,18 @@ def test_captured_calls_are_not_looked_at(monkeypatch):
     assert not looks.pending
 
 
+def test_nothing_is_asked_of_a_gpu_during_a_capture(monkeypatch):
+    device, wrong, counts = Device(monkeypatch), pixels(rows()), torch.tensor((0, 12), dtype=torch.int32)
+    looks = Watch("Loss", range(CLASSES))
+    assert looks.after(wrong, None, counts) is looks
+    device.capturing = device.arrived = True
+    assert looks.after(wrong, None, counts) is looks
+    assert len(looks.pending) == 1
+    device.capturing = False
+    with pytest.warns(UserWarning, match="Loss: 12 of 12 target rows"):
+        assert looks.after(wrong, None, counts) is None
+
+
 def test_nothing_without_values_is_looked_at():
     loss = fusedyolo.YOLOv5Loss(ANCHORS, STRIDES, CLASSES, backend="torch")
     loss([torch.zeros(2, 16, 8, 8, device="meta"), torch.zeros(2, 8, 4, 4, device="meta")], rows().to("meta"))
