@@ -45,7 +45,7 @@ def count_step(case: Case, work: Workload, provider: str, exact: bool = False) -
     kernels run in Triton's interpreter, of a launch some programs of each kind, or with ``exact`` all.
     """
     device = "meta" if provider == EAGER else "cpu"
-    ready(case, replace(work.small(), batch=1, size=max(case.strides)), provider, device)()  # the first
+    ready(case, replace(work.small(), batch=1, size=min(64, max(case.strides))), provider, device)()  # the first
     step = ready(case, work, provider, device)
     if provider != FUSED or exact:
         return count(step)

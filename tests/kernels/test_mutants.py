@@ -669,8 +669,8 @@ def weight_of_positives(ce, taken, position, picks_ptr):
 
 
 @triton.jit
-def cut_one_lower(N, listed, left, scratch, base, SPEC):
-    return real_cut(N, listed, left + 1, scratch, base, SPEC)
+def cut_one_lower(own_bin, own_list, SPEC):
+    return real_cut(rank.Bin(own_bin.number, own_bin.left + 1, own_bin.earlier, own_bin.all), own_list, SPEC)
 
 
 @triton.jit
