@@ -173,7 +173,7 @@ class DenseDriver(Driver):
             return [stream for stream, count in enumerate(streams) for _ in range(count)]
         if kernel in _BY_BLOCK:
             blocks = _blocks(arguments)
-            return [int(p % blocks == blocks - 1) for p in range(programs)]
+            return [int(p % blocks == 0) for p in range(programs)]  # the last block, which begins
         if kernel in ("count_kernel", "rank_kernel"):  # the last reads what all leave, and later launches what it picks
             return range(programs)
         return super().kinds(kernel, programs, arguments)
@@ -206,8 +206,15 @@ class DenseDriver(Driver):
         return sum(map(shared.even, arguments["levels"].box_programs))
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
-        """Matches, the cross-entropies that are ranked, both of the reference, and the counters of the ranking."""
+        """Ranges of rows; matches, the cross-entropies that are ranked, both of the reference, and the counters of the
+        ranking.
+        """
         found = known.assignment
+        if kernel == "overlap_kernel":
+            ranges = arguments["claims"].ranges_ptr
+            for image in range(len(ranges)):
+                at = (found.rows[:, 0] == image).nonzero().flatten().tolist()
+                ranges[image] = torch.tensor([at[0], at[-1] + 1] if at else [len(found.rows), 0])
         if kernel == "match_kernel":
             ignored = torch.where(found.ignored, reference.IGNORED, -1)
             matched = arguments["matched"]

@@ -68,7 +68,7 @@ class DenseOutputs(NamedTuple):
     box: Tensor  # 0-dim
     centre: Tensor  # 0-dim, of no meaning without centreness
     counts: Tensor  # int32 [2]: anchors with a row, invalid rows
-    match: Tensor  # int32 [B, N], by position
+    match: Tensor  # int32 [B, N], by position, see kernels.dense.match.Matched
     found: Tensor  # int32 [B + 1]: anchors with a row, of each image and of all
     ce: Tensor  # [B, N] cross-entropies, of a ranked head
     picks: Tensor  # int64 [B, 4], of a ranked head
@@ -286,14 +286,22 @@ def _match_launches(
     head, layout, batch, N = dense_head_from_key(key), _layout(key, preds, preds), preds[0].shape[0], anchors
     block = min(MATCH_BLOCK, power_of_two(N))
     grid = (batch * _ceil(N, block),)
-    claims = match.Claims(None, None, 3)
+    claims = match.Claims(None, None, 3, None)
     if head.rescue is not None:
-        claims = match.Claims(own.tensor("maxima"), own.scratch(torch.int32, (grid[0] * words,)), 2 * words + 3)
+        bits, ranges = own.scratch(torch.int32, (grid[0] * words,)), own.scratch(torch.int32, (batch, 2))
+        claims = match.Claims(own.tensor("maxima"), bits, 2 * words + 3, ranges)
     common = {
         "anchors_ptr": own.tensor("anchors"),
         "targets": match.Targets(own.tensor("rows"), own.tensor("offsets")),
         "M": own.M,
         "claims": claims,
+        "matched": match.Matched(
+            own.tensor("match"),
+            own.tensor("found"),
+            own.tensor("counts"),
+            own.tensor("tally").after(COUNTERS * torch.int32.itemsize, torch.int32),
+            own.tensor("done"),
+        ),
         "N": N,
         "levels": match.Levels(odd(layout.anchors), odd(layout.cells)),
         "rule": match.Rule(
@@ -313,23 +321,11 @@ def _match_launches(
             BLOCK_G=MATCH_ROWS,
         ),
     }
-    settle = {
-        **common,
-        "B": batch,
-        "picks_ptr": own.tensor("picks") if head.negatives else None,
-        "matched": match.Matched(
-            own.tensor("match"),
-            own.tensor("found"),
-            own.tensor("counts"),
-            own.tensor("tally").after(COUNTERS * torch.int32.itemsize, torch.int32),
-            own.tensor("done"),
-        ),
-    }
+    settle = {**common, "B": batch, "picks_ptr": own.tensor("picks") if head.negatives else None}
     threads = max(32, block * _config(key, preds).match_threads // MATCH_BLOCK)
     launches = [Launch(match.match_kernel, grid, settle, threads, MATCH_REGISTERS, exact=True)]
     if head.rescue is not None:
-        overlap = {**common, "match_ptr": own.tensor("match")}
-        launches.insert(0, Launch(match.overlap_kernel, grid, overlap, threads, MATCH_REGISTERS, exact=True))
+        launches.insert(0, Launch(match.overlap_kernel, grid, common, threads, MATCH_REGISTERS, exact=True))
     return launches
 
 

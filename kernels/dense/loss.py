@@ -33,7 +33,7 @@ from ..sums import column, column_sums, is_last
 from ..terms.decode import chain
 from ..terms.label import exponentials, softmax_slope
 from ..terms.records import axis_of_sizes
-from .match import IGNORED, load_corners
+from .match import IGNORED, is_ignored, load_corners
 
 N_PARTS: tl.constexpr = tl.constexpr(4)  # class, box and centreness loss; one to spare
 
@@ -390,7 +390,7 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SP
         e = i * SPEC.BLOCK + lane
         x, match, weight, k0 = _load_stream(stream, e, SPEC)
         label = _labels(matched.rows_ptr, match) - k0  # from the group's first class on
-        used = (match != IGNORED)[:, None]
+        used = ~is_ignored(match)[:, None]
         loss, d = _class_terms(x.to(SPEC.ACC), label[:, None], k, used, terms.label, numbers.label_args)
         if SPEC.WITH_LOSS:
             total += weight[:, None] * loss
@@ -415,7 +415,7 @@ def _plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPE
     at = matched.match_ptr + site.b.to(tl.int64) * batch.N + site.position
     match = tl.load(at, mask=site.mask, other=IGNORED)
     label = _labels(matched.rows_ptr, match)[None, :]
-    used = (match != IGNORED)[None, :]
+    used = ~is_ignored(match)[None, :]
     weight = share(matched.found_ptr, site.b, batch.B, SPEC.BY_IMAGE, SPEC.ACC)
     total = tl.zeros([PLANES, CELLS], SPEC.ACC)
     for k0 in tl.range(0, SPEC.C, PLANES, loop_unroll_factor=1):

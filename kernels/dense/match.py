@@ -24,13 +24,12 @@ import triton.language as tl
 
 from ..overlap import Corners, iou
 from ..primitives import divide, exact, ordered_bits, plain
-from ..rows import image_rows, in_its_range, load_rows, row_corners, rows_end, wrong_offsets
+from ..rows import held_range, image_rows, in_its_range, load_rows, row_corners, rows_end, wrong_offsets
 from ..sums import is_last
 
 BACKGROUND: tl.constexpr = tl.constexpr(-1)
 IGNORED: tl.constexpr = tl.constexpr(-2)
 LANES: tl.constexpr = tl.constexpr(32)  # rows that a program tests at a time: one a thread of a warp
-TAKEN: tl.constexpr = tl.constexpr(2)  # what a row is followed by where an anchor takes it if nothing else claims it
 
 
 class MatchSpec(NamedTuple):
@@ -81,17 +80,23 @@ class Claims(NamedTuple):
     ``best_ptr`` [M], int64: 0 of an invalid row, 1 of one that meets no anchor, else a key that orders the largest IoU
     of each row; zeros before and after. ``bits_ptr``: of each block of anchors so many ``words``, as :func:`plain`
     takes them, whose bits tell rows of the image that may claim an anchor of the block; rows beyond these may.
+    ``ranges_ptr`` [B, 2]: the range of each image's rows, where they are not told.
     """
 
     best_ptr: Any
     bits_ptr: Any
     words: Any
+    ranges_ptr: Any
 
 
 class Matched(NamedTuple):
-    """What a match leaves."""
+    """What a match leaves.
 
-    match_ptr: Any  # [B, N], int32, by position: a row, BACKGROUND or IGNORED
+    Of an anchor it is the row that it takes, or what is negative: odd, as BACKGROUND, or even, as IGNORED. There
+    :func:`row_below` finds the row that it overlaps most, if any.
+    """
+
+    match_ptr: Any  # [B, N], int32, by position
     found_ptr: Any  # [B + 1], int32: anchors with a row, of each image and of all
     counts_ptr: Any  # int32: those of all; invalid rows
     tally_ptr: Any  # [B + 1], int32, zeros at first and in the end: where programs add them up
@@ -146,9 +151,12 @@ def load_corners(ptr, n, mask, ACC: tl.constexpr):
 
 @triton.jit
 def _place(N, SPEC: tl.constexpr):
-    """The image of a program, the positions of its anchors, and a mask."""
+    """The image of a program, the positions of its anchors, and a mask; those of an image the last first.
+
+    Anchors of coarse maps have the largest IoU with more of the rows, so that few of the others raise it in between.
+    """
     blocks = tl.cdiv(N, SPEC.BLOCK)
-    position = (tl.program_id(0) % blocks) * SPEC.BLOCK + tl.arange(0, SPEC.BLOCK)
+    position = (blocks - 1 - tl.program_id(0) % blocks) * SPEC.BLOCK + tl.arange(0, SPEC.BLOCK)
     return tl.program_id(0) // blocks, position, position < N
 
 
@@ -252,7 +260,7 @@ def best_anchor_of(key):
 
 @triton.jit
 def _most_overlap(own, rows, claims, block, rule, frame, SPEC: tl.constexpr):
-    """The row that each anchor takes by IoU, times 4, and TAKEN, or 1 if it is ignored, or 0; below 0 without a row.
+    """What each anchor takes by IoU, as a :class:`Matched` has it.
 
     With RESCUE leaves what each row overlaps most, see :class:`Claims`. Rows that do not meet the block have an IoU of
     0 with each of its anchors. The first of all valid rows is taken at 0, as far as the band takes any.
@@ -293,14 +301,20 @@ def _most_overlap(own, rows, claims, block, rule, frame, SPEC: tl.constexpr):
     highest = tl.where(any_row, highest, -1.0)
     low = exact(rule.band[0]).to(SPEC.ACC)
     high = exact(rule.band[1]).to(SPEC.ACC)
-    return 4 * taken + tl.where(highest < low, 0, tl.where(highest < high, 1, TAKEN))
+    without = BACKGROUND - 2 * (taken + 1) - ((highest >= low) & (taken >= 0)).to(tl.int32)
+    return tl.where((highest >= high) & (taken >= 0), taken, without)
 
 
 @triton.jit
-def _match_of(code):
-    """What an anchor takes that nothing else claims: see :func:`_most_overlap`."""
-    how = code & 3
-    return tl.where((code < 0) | (how == 0), BACKGROUND, tl.where(how == 1, IGNORED, code >> 2))
+def row_below(match):
+    """The row that an anchor overlaps most, whether it takes it or not; below 0 where there is none."""
+    return tl.where(match >= 0, match, ((BACKGROUND - match) >> 1) - 1)
+
+
+@triton.jit
+def is_ignored(match):
+    """Whether anchors are neither matched nor background."""
+    return (match < 0) & ((match & 1) == 0)
 
 
 @triton.jit
@@ -324,8 +338,8 @@ def _any_claims(rows, claims):
 
 
 @triton.jit
-def _claimed(code, own, rows, claims, frame, SPEC: tl.constexpr):
-    """What each anchor takes, be it that a row claims it whose best anchor it is."""
+def _claimed(match, own, rows, claims, frame, SPEC: tl.constexpr):
+    """The row that claims each anchor, whose best anchor it is; below 0 where none does."""
     BLOCK: tl.constexpr = SPEC.BLOCK
     areas = _area(own.corners)
     saved = tl.zeros([BLOCK], tl.int32) + BACKGROUND
@@ -338,22 +352,67 @@ def _claimed(code, own, rows, claims, frame, SPEC: tl.constexpr):
             if SPEC.RESCUE == "equal":
                 row = _load_corners_of_row(rows, g, frame, SPEC)
                 value = iou(row, own.corners, _area(row), areas, _quotient)
-                saved = tl.where(ordered_bits(value) + MET == best, code >> 2, saved)
+                saved = tl.where(ordered_bits(value) + MET == best, row_below(match), saved)
             else:
                 saved = tl.where(own.n == best_anchor_of(best), tl.maximum(saved, g), saved)
-    return tl.where(saved >= 0, saved, _match_of(code))
+    return saved
+
+
+@triton.jit
+def _tally(matched, b, found):
+    """Adds to the anchors of an image that have a row."""
+    if found != 0:
+        tl.atomic_add(matched.tally_ptr + b, found, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["N", "M"])
-def overlap_kernel(anchors_ptr, targets, N, M, frame, levels, rule, claims, match_ptr, SPEC: tl.constexpr):
+def overlap_kernel(anchors_ptr, targets, N, M, frame, levels, rule, claims, matched, SPEC: tl.constexpr):
     """What each anchor takes by IoU, and the best anchor of every row; the grid and arguments of
     :func:`match_kernel`."""
     b, position, mask = _place(N, SPEC)
+    block = tl.program_id(0) % tl.cdiv(N, SPEC.BLOCK)
     own = _load_block(anchors_ptr, N, levels, SPEC)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
+    if targets.offsets_ptr is None:
+        if block == 0:
+            tl.store(claims.ranges_ptr + 2 * b, first)
+            tl.store(claims.ranges_ptr + 2 * b + 1, last)
+    match = _most_overlap(own, Range(targets.ptr, first, last), claims, block, rule, frame, SPEC)
+    tl.store(matched.match_ptr + b.to(tl.int64) * N + position, match, mask=mask)
+    _tally(matched, b, tl.sum((mask & (match >= 0)).to(tl.int32), axis=0))
+
+
+@triton.jit
+def _settle_claims(anchors_ptr, targets, N, M, frame, levels, claims, matched, SPEC: tl.constexpr):
+    """Gives anchors to the rows that claim them: few, so that of most programs nothing is read but who may."""
+    b, position, mask = _place(N, SPEC)
+    if targets.offsets_ptr is None:
+        first, last = tl.split(tl.load(claims.ranges_ptr + 2 * b + tl.arange(0, 2)))
+    else:
+        first, last = held_range(targets.offsets_ptr, M, b)
     rows = Range(targets.ptr, first, last)
-    code = _most_overlap(own, rows, claims, tl.program_id(0) % tl.cdiv(N, SPEC.BLOCK), rule, frame, SPEC)
-    tl.store(match_ptr + b.to(tl.int64) * N + position, code, mask=mask)
+    if _any_claims(rows, claims):
+        at = matched.match_ptr + b.to(tl.int64) * N + position
+        match = tl.load(at, mask=mask, other=IGNORED)
+        saved = _claimed(match, _load_block(anchors_ptr, N, levels, SPEC), rows, claims, frame, SPEC)
+        tl.debug_barrier()  # threads that hold the same anchor have all read what one of them overwrites
+        tl.store(at, saved, mask=mask & (saved >= 0))
+        _tally(matched, b, tl.sum((mask & (saved >= 0) & (match < 0)).to(tl.int32), axis=0))
+
+
+@triton.jit
+def _match_alone(anchors_ptr, targets, N, M, frame, levels, rule, claims, matched, SPEC: tl.constexpr):
+    """What each anchor takes where no row claims one."""
+    b, position, mask = _place(N, SPEC)
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
+    rows = Range(targets.ptr, first, last)
+    own = _load_block(anchors_ptr, N, levels, SPEC)
+    if SPEC.CENTRE:
+        match = _smallest_around(own, rows, rule, frame, N, SPEC)
+    else:
+        match = _most_overlap(own, rows, claims, 0, rule, frame, SPEC)
+    tl.store(matched.match_ptr + b.to(tl.int64) * N + position, match, mask=mask)
+    _tally(matched, b, tl.sum((mask & (match >= 0)).to(tl.int32), axis=0))
 
 
 @triton.jit
@@ -452,33 +511,15 @@ def match_kernel(anchors_ptr, targets, N, M, B, frame, levels, rule, claims, pic
     ranked head: a counter of each image is set to 0, see :mod:`.rank`.
     """
     pid = tl.program_id(0)
-    BLOCK: tl.constexpr = SPEC.BLOCK
-    b, position, mask = _place(N, SPEC)
-    at = matched.match_ptr + b.to(tl.int64) * N + position
-    code = tl.zeros([BLOCK], tl.int32)
-    if SPEC.RESCUE is not None:  # on its way while rows are looked for
-        code = tl.load(at, mask=mask, other=-1)
-    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
-    rows = Range(targets.ptr, first, last)
-    if SPEC.CENTRE:
-        match = _smallest_around(_load_block(anchors_ptr, N, levels, SPEC), rows, rule, frame, N, SPEC)
-    elif SPEC.RESCUE is None:
-        own = _load_block(anchors_ptr, N, levels, SPEC)
-        match = _match_of(_most_overlap(own, rows, claims, 0, rule, frame, SPEC))
+    if SPEC.RESCUE is None:
+        _match_alone(anchors_ptr, targets, N, M, frame, levels, rule, claims=claims, matched=matched, SPEC=SPEC)
     else:
-        match = _match_of(code)
-        if _any_claims(rows, claims):
-            match = _claimed(code, _load_block(anchors_ptr, N, levels, SPEC), rows, claims, frame, SPEC)
-        tl.debug_barrier()  # threads that hold the same anchor have all read what one of them overwrites
-    tl.store(at, match, mask=mask)
-    found = tl.sum((mask & (match >= 0)).to(tl.int32), axis=0)
-    if found > 0:
-        tl.atomic_add(matched.tally_ptr + b, found, sem="relaxed")
+        _settle_claims(anchors_ptr, targets, N, M, frame, levels, claims=claims, matched=matched, SPEC=SPEC)
     invalid = _count_invalid(targets, M, B, frame, SPEC)
     if invalid > 0:
         tl.atomic_add(matched.tally_ptr + B, invalid, sem="relaxed")
     if picks_ptr is not None:
         if pid % tl.cdiv(N, SPEC.BLOCK) == 0:
-            tl.store(picks_ptr + 4 * b + 3, 0)
+            tl.store(picks_ptr + 4 * (pid // tl.cdiv(N, SPEC.BLOCK)) + 3, 0)
     if is_last(matched.done_ptr, tl.num_programs(0)):
         _finish(matched, M, B, claims, SPEC)
