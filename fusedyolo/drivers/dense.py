@@ -211,10 +211,7 @@ class DenseDriver(Driver):
         """
         found = known.assignment
         if kernel == "overlap_kernel":
-            ranges = arguments["claims"].ranges_ptr
-            for image in range(len(ranges)):
-                at = (found.rows[:, 0] == image).nonzero().flatten().tolist()
-                ranges[image] = torch.tensor([at[0], at[-1] + 1] if at else [len(found.rows), 0])
+            arguments["claims"].ranges_ptr.copy_(_ranges(found.rows[:, 0], len(known.rows)))
         if kernel == "match_kernel":
             ignored = torch.where(found.ignored, reference.IGNORED, -1)
             matched = arguments["matched"]
@@ -229,6 +226,14 @@ class DenseDriver(Driver):
             for image, (logits, classes) in enumerate(zip(known.preds[0].float(), label, strict=True)):
                 one_hot = torch.nn.functional.one_hot(classes, logits.shape[1]).float()
                 arguments["ranked"].ce_ptr[image] = cross_entropy(logits, one_hot, ()).sum(1)
+
+
+def _ranges(image: Tensor, batch: int) -> Tensor:
+    """First and last row of each image, [B, 2], as ``image_rows`` of the kernels has them."""
+    end = len(image)
+    image = torch.nn.functional.pad(image, (0, 1), value=-1.0)  # of no image, so that there is one
+    here, at = image == torch.arange(batch)[:, None], torch.arange(end + 1)
+    return torch.stack((torch.where(here, at, end).amin(1), torch.where(here, at + 1, 0).amax(1)), 1)
 
 
 DENSE = DenseDriver()

@@ -11,7 +11,7 @@ from importlib import import_module
 import peers
 import pytest
 import torch
-from swaps import MODES, assert_near, objects, run_without_us, slopes, snapshot
+from swaps import assert_near, decoupled_case, labels_of, objects, run_without_us, slopes, snapshot
 from torch import nn
 
 models = peers.module("yolox.models")
@@ -45,34 +45,8 @@ def wide():
     torch.set_default_dtype(before)
 
 
-def labels_of(rows, batch, height, width):
-    """[B, G, 5] in pixels, of zeros where there is none."""
-    most = max([int((rows[:, 0] == image).sum()) for image in range(batch)]) + 2
-    found = torch.zeros(batch, most, 5)
-    for image in range(batch):
-        own = rows[rows[:, 0] == image, 1:] * torch.tensor((1, width, height, width, height))
-        found[image, : len(own)] = own
-    return found
-
-
 def case(seed):
-    """A head, its features and labels; ``exp`` of a side is such that boxes are of the size of objects."""
-    gen, mode = torch.Generator().manual_seed(seed), MODES[seed % len(MODES)]
-    classes = (3, 1, 7)[seed // 6 % 3]
-    height, width = ((64, 64), (96, 64), (64, 128))[seed // 2 % 3]
-    torch.manual_seed(seed)
-    head = YOLOXHead(classes, 1 / 32, in_channels=[256] * 3)
-    head.use_l1 = seed % 4 == 1
-    with torch.no_grad():
-        for level in range(3):
-            head.reg_preds[level].weight.mul_(4)
-            head.cls_preds[level].weight.mul_(4)
-            head.obj_preds[level].weight.mul_(4)
-    shapes = [(3, 8, height // s, width // s) for s in head.strides]
-    dtype = torch.get_default_dtype()
-    features = [torch.randn(shape, generator=gen, dtype=torch.float32).to(dtype).requires_grad_() for shape in shapes]
-    rows = objects(mode, seed, 3, classes)
-    return head.to(dtype), features, labels_of(rows, 3, height, width).to(dtype)
+    return decoupled_case(YOLOXHead, seed)
 
 
 def both(head, features, labels, rtol):

@@ -28,7 +28,13 @@ from fusedyolo.terms import TERMS, Term
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-FOREIGN = ("ultralytics", "yolox", "yolov5")  # not installed everywhere; tests/losses/test_swap_*.py try more
+FOREIGN = (
+    "ultralytics",
+    "yolox",
+    "yolov5",
+    "libreyolo",
+)  # not installed everywhere; tests/losses/test_swap_*.py try more
+NEEDED = {"yolov5": "yolov5.utils.loss", "yolox": "yolox.models", "libreyolo": "libreyolo.models.yolox.nn"}
 ELSEWHERE = ("fusedyolo.emulator",)  # in a process without Triton's interpreter
 WIDE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -117,7 +123,7 @@ def test_the_blocks_of_a_page_run(page, names, monkeypatch):
 
 @pytest.mark.parametrize(("page", "package"), pages_with(FOREIGN), ids=lambda value: getattr(value, "name", value))
 def test_the_blocks_that_swap_a_loss_run(page, package, names, monkeypatch):
-    peers.module({"yolov5": "yolov5.utils.loss", "yolox": "yolox.models"}.get(package, package))
+    peers.module(NEEDED.get(package, package))
     monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")
     globals()[f"_{package}"](names, monkeypatch)
     run(page, names, package)
@@ -150,7 +156,16 @@ def _yolox(names, monkeypatch):
     models = peers.module("yolox.models")
     head = models.YOLOXHead(80, 0.25, depthwise=True)
     names["yolox_model"] = models.YOLOX(models.YOLOPAFPN(0.33, 0.25, depthwise=True), head).train()
-    names["labels"] = torch.tensor(ROWS)[:, 1:].view(2, 1, 5) * torch.tensor([1.0, 64, 64, 64, 64])
+    names["labels"] = _in_pixels()
+
+
+def _libreyolo(names, monkeypatch):
+    names["libre_model"] = peers.module(NEEDED["libreyolo"]).LibreYOLOXModel("n", 80).train()
+    names["labels"] = _in_pixels()
+
+
+def _in_pixels():
+    return torch.tensor(ROWS)[:, 1:].view(2, 1, 5) * torch.tensor([1.0, 64, 64, 64, 64])
 
 
 EMULATED = """

@@ -19,8 +19,8 @@ EXECUTED = {
     "YOLOv1/paper": {"cell_kernel": 21904, "cell_grad_kernel": 112},
     "YOLOv2/region": {"grid_kernel": 56042, "grid_grad_kernel": 17824},
     "SSD": {
-        "overlap_kernel": 12450,
-        "match_kernel": 4745,
+        "overlap_kernel": 13110,
+        "match_kernel": 2479,
         "dense_kernel": 138353,
         "count_kernel": 11736,
         "rank_kernel": 20964,

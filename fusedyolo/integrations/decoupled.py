@@ -1,0 +1,116 @@
+"""What the swaps of YOLOX's head share: it is in more packages than one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import YOLOXLoss, checks
+from . import shared
+
+
+class Losses(NamedTuple):
+    """Of a batch; what follows the total are its parts. ``l1`` is 0.0 where it is not used."""
+
+    total: Tensor
+    box: Tensor
+    objectness: Tensor
+    classes: Tensor
+    l1: Tensor | float
+    assigned: Tensor  # cells with an object
+    objects: Tensor  # at least 1
+
+
+def maps(head: Any, features: Any) -> dict[str, list[Tensor]]:
+    """What a head predicts in training, level by level."""
+    boxes, objectness, scores = [], [], []
+    for level, feature in enumerate(features):
+        stem = head.stems[level](feature)
+        box = head.reg_convs[level](stem)
+        scores.append(head.cls_preds[level](head.cls_convs[level](stem)))
+        boxes.append(head.reg_preds[level](box))
+        objectness.append(head.obj_preds[level](box))
+    return {"boxes": boxes, "objectness": objectness, "scores": scores}
+
+
+def losses(criterion: YOLOXLoss, preds: dict[str, list[Tensor]], labels: Tensor) -> Losses:
+    """Of ``labels`` [B, G, 5]: class, cx, cy, w, h in pixels, of zeros where there is none."""
+    height, width = preds["boxes"][0].shape[2:]
+    # Centres and sides are relative to a power of two, so that pixels come back as they were.
+    side = 2.0 ** math.ceil(math.log2(max(height, width) * criterion.head.strides[0]))
+    labels = labels.detach().float()
+    rows = torch.cat((labels[..., :1], labels[..., 1:5] / side), 2)
+    call = criterion.read(preds, rows)._replace(size=(side, side))
+    total, (box, objectness, classes, l1), counts = criterion.compute(call)
+    objects = (labels.sum(2) > 0).sum().clamp(min=1)
+    return Losses(total, box, objectness, classes, l1 if criterion.use_l1 else 0.0, counts[0], objects)
+
+
+def criterion_of(head: Any, kind: type, iou: type, backend: str = "auto") -> YOLOXLoss:
+    """The criterion with the settings of a head, of the class ``kind`` with a box loss of the class ``iou``.
+
+    Raises:
+        ValueError: it computes something else.
+    """
+    shared.plain("head", head, kind)
+    shared.plain("head.iou_loss", head.iou_loss, iou)
+    shared.bce("head.bcewithlog_loss", head.bcewithlog_loss, "none")
+    shared.plain("head.l1_loss", head.l1_loss, nn.L1Loss)
+    for name, part, field, want in (
+        ("iou_loss", head.iou_loss, "loss_type", "iou"),
+        ("iou_loss", head.iou_loss, "reduction", "none"),
+        ("l1_loss", head.l1_loss, "reduction", "none"),
+    ):
+        if getattr(part, field) != want:
+            checks.fail(f"head.{name}.{field}", repr(getattr(part, field)), repr(want))
+    if getattr(head, "n_anchors", 1) != 1:
+        checks.fail("head.n_anchors", head.n_anchors, 1)
+    rule = "main" if hasattr(head, "get_geometry_constraint") else "0.3.0"
+    return YOLOXLoss(head.num_classes, head.strides, rule=rule, backend=backend)
+
+
+def settings_of(head: Any) -> tuple[Any, ...]:
+    """What a criterion hangs on: modules are compared by identity, and held."""
+    return head.num_classes, tuple(head.strides), head.iou_loss, head.bcewithlog_loss, head.l1_loss
+
+
+# ---- a probe
+
+CLASSES, WIDTH, SIDE = 3, 1 / 32, 64
+LABELS = (
+    ((1, 30, 32, 40, 44), (2, 20, 45, 7, 9), (0, 46, 19, 11, 20)),
+    ((0, 0, 0, 0, 0),) * 3,
+    ((0, 33, 26, 60, 33), (1, 34, 27, 9, 9), (0, 0, 0, 0, 0)),
+)  # of three images: class, cx, cy, w, h in pixels
+
+
+class Probe(NamedTuple):
+    """A small head, with L1, and what it is given."""
+
+    head: Any
+    features: list[Tensor]
+    labels: Tensor
+    images: Tensor
+
+
+def probe(kind: type) -> Probe:
+    """Of a head of this class; under :func:`~.shared.probing`."""
+    head: Any = kind(CLASSES, WIDTH, in_channels=[8 / WIDTH] * 3)
+    head.use_l1 = True
+    features = [torch.randn(3, 8, SIDE // stride, SIDE // stride, requires_grad=True) for stride in head.strides]
+    return Probe(head, features, torch.tensor(LABELS, dtype=torch.float32), torch.zeros(3, 3, SIDE, SIDE))
+
+
+def apart(probe: Probe, theirs: Any, criterion: YOLOXLoss) -> str:
+    """How their total and parts, and the gradients of the total, differ from ours; empty if they do not."""
+    criterion.use_l1 = True
+    own = losses(criterion, maps(probe.head, probe.features), probe.labels)
+    ours = (*own[:5], own.assigned.clamp(min=1) / own.objects)
+    values = (
+        [torch.as_tensor(each).detach() for each in found] + list(torch.autograd.grad(found[0], probe.features))
+        for found in (theirs, ours)
+    )
+    return shared.apart(*values)

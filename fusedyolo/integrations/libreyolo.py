@@ -1,0 +1,94 @@
+"""LibreYOLO's YOLOX, with the loss of this package in place of that of its ``YOLOXHead``."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import libreyolo
+from libreyolo.models.yolox.nn import IoULoss, YOLOXHead
+from libreyolo.training.distributed import all_reduce_avg_scalar_tensor
+from torch import Tensor
+
+from .. import YOLOXLoss
+from . import decoupled, shared
+
+WANT = "the loss of LibreYOLO 1.6's YOLOX"
+NAMES = ("total_loss", "iou_loss", "obj_loss", "cls_loss", "l1_loss", "num_fg")
+
+_kept: dict[type, Any] = {}  # the methods that were replaced
+_criteria: shared.Criteria[YOLOXLoss] = shared.Criteria()
+
+
+def patch() -> None:
+    """Replace the loss of every ``YOLOXHead`` of LibreYOLO; training stays what it was.
+
+    The method ``forward`` of the class is replaced, and nothing else; models that are there already take part. In
+    training with labels it hands the maps of its convolutions to :class:`~fusedyolo.YOLOXLoss` as they are, and returns
+    the dictionary that it returned, ``num_fg`` as a tensor, so that nothing waits. ``use_l1`` is read at each call;
+    under DDP losses are divided by the assigned cells of all processes, as LibreYOLO divides them. In evaluation, for a
+    validation loss, and where LibreYOLO captures its training as a CUDA graph, which leaves the loss out, it does what
+    it did.
+
+    Heads of derived classes stay as they are, so does one with another loss of boxes, classes or L1: then a warning
+    says why. Nothing is stored in a model, so that it can be saved and loaded where this package is not installed.
+    Boxes whose centre is left of or above the image are skipped. Other families keep their losses: that of its YOLOv9
+    picks by another rule than Ultralytics' does.
+
+    Raises:
+        ValueError: the installed LibreYOLO computes something else than :class:`~fusedyolo.YOLOXLoss`, which is found
+            by trying it; nothing is changed.
+    """
+    if YOLOXHead.forward is _forward:
+        return
+    _probe()
+    _kept[YOLOXHead] = YOLOXHead.forward
+    YOLOXHead.forward = _forward
+
+
+def unpatch() -> None:
+    """Give ``YOLOXHead`` its own ``forward`` back; nothing happens if that is not :func:`patch`'s."""
+    if YOLOXHead.forward is _forward:
+        YOLOXHead.forward = _kept.pop(YOLOXHead)
+
+
+def _forward(self: Any, xin: Any, labels: Tensor | None = None, imgs: Tensor | None = None) -> Any:
+    """In place of ``YOLOXHead.forward``."""
+    criterion = _criterion(self) if self.training and labels is not None else None
+    if criterion is None or labels is None:
+        return _kept[YOLOXHead](self, xin, labels, imgs)
+    criterion.use_l1 = self.use_l1
+    found = decoupled.losses(criterion, decoupled.maps(self, xin), labels)
+    divided = all_reduce_avg_scalar_tensor(found.assigned)
+    share = found.assigned.clamp(min=1) / divided  # 1 in a process alone
+    return dict(zip(NAMES, (*[share * each for each in found[:5]], divided / found.objects), strict=True))
+
+
+def _criterion(head: Any) -> YOLOXLoss | None:
+    """What stands in for the loss of a head, as this is now; None if it keeps its own."""
+    if type(head) is not YOLOXHead:
+        return None
+    return _criteria.find(head, decoupled.settings_of(head), lambda: decoupled.criterion_of(head, YOLOXHead, IoULoss))
+
+
+def _probe() -> None:
+    """LibreYOLO computes what we do, whatever its version.
+
+    Raises:
+        ValueError: it does not; why, as far as that can be told.
+    """
+    with shared.probing():
+        try:
+            probe = decoupled.probe(YOLOXHead)
+            found = probe.head(probe.features, probe.labels, probe.images)
+        except Exception as error:  # whatever other code does with what it does not know
+            _refuse(f"YOLOXHead stops in training: {type(error).__name__}: {error}".splitlines()[0])
+        if not isinstance(found, dict) or tuple(found) != NAMES:
+            _refuse("YOLOXHead returns something else than six losses in training")
+        values = tuple(found.values())
+        why = decoupled.apart(probe, values, decoupled.criterion_of(probe.head, YOLOXHead, IoULoss, "torch"))
+        if why:
+            _refuse(f"YOLOXHead computes something else: {why}")
+
+
+def _refuse(got: str) -> NoReturn:
+    shared.refuse("libreyolo", getattr(libreyolo, "__version__", "of no version"), got, WANT)
