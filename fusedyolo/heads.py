@@ -38,11 +38,13 @@ class GridHead(_Row):
     ``scale_x_y`` is the grid sensitivity, one a level. ``unit`` is the length that box terms take for 1: a ``"pixel"``,
     a ``"cell"`` of the level, or the ``"image"`` (both sides 1); only eps and aspect ratios tell them apart.
 
-    Assignment. ``assigner`` is ``"best_anchor"`` (with ``iou_thresh``), ``"ratio"`` (with ``anchor_t``) or
-    ``"iou_band"`` (with ``band``, the IoU below which a prediction is negative and that above which it is positive).
-    ``per_level``: the anchors of each level compete among themselves. ``shared`` says what becomes of a prediction that
-    several rows want: ``"sum"``, ``"last"`` or ``"each"``. ``edge``: a centre on the right or lower border of the image
-    belongs to its last cell.
+    Assignment. ``assigner`` is ``"best_anchor"`` (with ``iou_thresh``), ``"shape_iou"`` (every anchor whose IoU of
+    widths and heights exceeds ``iou_thresh``, and no other), ``"ratio"`` (with ``anchor_t`` and ``neighbours``: of a
+    cell the 2 nearest, all 4, or 0 for its own cell alone) or ``"iou_band"`` (with ``band``, the IoU below which a
+    prediction is negative and that above which it is positive). ``per_level``: the anchors of each level compete among
+    themselves. ``shared`` says what becomes of a prediction that several rows want: ``"sum"``, ``"last"``, ``"each"``
+    or ``"merge"`` (the box of the last, the classes of all). ``edge``: a centre on the right or lower border of the
+    image belongs to its last cell.
 
     Structure. ``box`` names an IoU term (on decoded boxes) or an offset term (on raw logits), ``label`` the class term,
     ``objectness`` the label term of objectness. The objectness target of an assigned prediction is 1, or, where
@@ -52,7 +54,9 @@ class GridHead(_Row):
     instead, assigned or not. ``average_box`` divides the box term of a prediction with several objects by its number of
     pushed-up classes. ``mean_rows``: box and class terms of a level are divided by its number of assignments.
     ``obj_mean``: objectness of a level is divided by its ``"cells"`` times anchors (a sum over images remains), or by
-    the number of its ``"used"`` predictions in the batch. ``"each"`` knows no class weights and no ``average_box``.
+    the number of its ``"used"`` predictions in the batch. ``weigh_classes``: class weights multiply the terms of their
+    classes, whether these are there or not, and nothing else. ``"each"`` knows no other class weights and no
+    ``average_box``.
 
     Numbers. ``area_weight`` w turns the offset term's weight into ``1 + w * (1 - min(gw * gh, area_cap))``, gw and gh
     relative to the image. ``prior_gain`` weighs the box term of predictions without an object, towards the middle of
@@ -70,6 +74,7 @@ class GridHead(_Row):
     assigner: str = "best_anchor"
     iou_thresh: float = 1.0
     anchor_t: float = 4.0
+    neighbours: int = 2
     band: tuple[float, float] = (0.3, 0.7)
     per_level: bool = False
     shared: str = "sum"
@@ -86,6 +91,7 @@ class GridHead(_Row):
     average_box: bool = False
     mean_rows: bool = False
     obj_mean: str | None = None
+    weigh_classes: bool = False
     box_gain: float = 1.0
     obj_gain: float = 1.0
     noobj_gain: float = 1.0
@@ -125,7 +131,9 @@ class GridHead(_Row):
         """At most this many predictions are assigned to one row."""
         own = [t for level in self.levels for t in level]
         if self.assigner == "ratio":
-            return 5 * len(own)
+            return 5 * len(own) if self.neighbours else len(own)
+        if self.assigner == "shape_iou":
+            return len(own)
         if self.assigner == "best_anchor":
             if self.iou_thresh < 1:
                 return len(own)

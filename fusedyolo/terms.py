@@ -86,6 +86,7 @@ _ROWS = (
     _iou("eiou", "Zhang et al. 2021, arXiv 2101.08158"),
     _iou("siou", "Gevorgyan 2022, arXiv 2205.12740"),
     _iou("mpdiou", "Ma & Xu 2023, arXiv 2307.07662", needs_extent=True),
+    _iou("ciou_whole", "bubbliiiing/yolov4-pytorch", users=False),
     _iou("ciou_plus", "lightnet 4.0", optional={}, users=False),
     _offset("mse", "offset", "Redmon & Farhadi 2018, arXiv 1804.02767", numbers={"sensitivity": 1.0}),
     _offset("bce_mse", "offset", "AlexeyAB/darknet", numbers={"sensitivity": 1.0}, users=False),

@@ -17,14 +17,16 @@ from ..kernels.grid import gradient, loss, records
 from ..kernels.launch import SMALLEST_TILE, grad_parts, grid_config, power_of_two
 from ..kernels.levels import Strides
 from ..operator import call, differentiable, fake, operator
-from ..reference.grid import NEIGHBOURS
+from ..reference.grid import NEIGHBOURS, neighbour_reach
 from ..terms import TERMS
 from ..tuned import wishes
 from .launch import Launch, Layout, accumulator, done_counter, layouts, odd, planned, refuse_double_backward
 from .steps import Outline, Steps
 from .strides import map_strides
 
-_MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
+_MATCH = {
+    "best_anchor": assign.best_anchor, "shape_iou": assign.shape_iou, "ratio": assign.ratio, "iou_band": None,
+}  # fmt: skip
 
 
 class _Parts(NamedTuple):
@@ -81,7 +83,8 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         quality_args=head.quality_args,
     )
     spec = {
-        "KINDS": len(NEIGHBOURS) if head.assigner == "ratio" else 1,
+        "KINDS": len(NEIGHBOURS) if neighbour_reach(head) else 1,
+        "REACH": neighbour_reach(head),
         "SHARING": "one" if is_band else head.shared,
         "APART": label.elementwise,
         "HARD": head.class_targets == (1.0, 0.0),
@@ -233,9 +236,10 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
     def loss_steps(with_state: bool) -> Steps:
         own = Outline()
         partial = own.scratch(acc, lambda M: (numbers + spread * M,))
+        weights = (own.tensor("class_weights"), None)[:: -1 if head.weigh_classes else 1]
         given = {
             "maps": own.tensors("preds", len(preds)),
-            "targets": records.Targets(own.tensor("rows"), own.tensor("offsets"), own.tensor("class_weights")),
+            "targets": records.Targets(own.tensor("rows"), own.tensor("offsets"), *weights),
             "M": own.M,
             "lists_ptr": own.scratch(torch.int32, listed),
             "saved": _saved(own, room, head) if with_state else records.Saved(None, None, None, None),

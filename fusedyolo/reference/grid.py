@@ -14,11 +14,18 @@ from .overlap import area, corners_of, iou_of_areas
 from .pairs import PairIoU
 from .primitives import constants
 from .rows import Rows, read_rows
-from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS
+from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, label_term
 from .terms.box import boxes_of_sizes
 
-NEIGHBOURS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (-0.5, 0.0), (0.0, -0.5))
-"""Of the ratio assigner: what is taken off a centre, in cells, for its own cell and the left, upper, right, lower."""
+NEIGHBOURS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))
+"""Of the ratio assigner: what is taken off a centre, times its reach, for its own cell and the left, upper, right,
+lower.
+"""
+
+
+def neighbour_reach(head: GridHead) -> float:
+    """Cells within which a centre is from the neighbours that it takes; 0 where it takes none."""
+    return {0: 0.0, 2: 0.5, 4: 1.0}[head.neighbours] if head.assigner == "ratio" else 0.0
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,19 @@ def assign(
     if head.assigner == "ratio":
         ratio = size / _anchors(head, own, size)
         fits = torch.maximum(ratio, 1 / ratio).amax(-1) < head.anchor_t  # [M, A]
+    elif head.assigner == "shape_iou":
+        fits = _shape_iou(size, _anchors(head, own, size)) > head.iou_thresh
     else:
         fits = _best_anchor(size, head, own)
     fits = fits & rows.valid[:, None]
 
     centre = rows.boxes[:, :2] * constants((W, H), rows.boxes)  # in float32, as every peer does
-    kinds = NEIGHBOURS if head.assigner == "ratio" else NEIGHBOURS[:1]
+    reach = neighbour_reach(head)
+    kinds = NEIGHBOURS if reach else NEIGHBOURS[:1]
     far = constants((W, H), rows.boxes) - centre
-    before, behind = (centre % 1 < 0.5) & (centre > 1), (far % 1 < 0.5) & (far > 1)
+    before, behind = (centre % 1 < reach) & (centre > 1), (far % 1 < reach) & (far > 1)
     emitted = torch.stack((torch.ones_like(rows.valid), *before.unbind(1), *behind.unbind(1)), 0)[: len(kinds)]
-    off = torch.stack([constants(kind, rows.boxes) for kind in kinds])
+    off = torch.stack([constants(kind, rows.boxes) for kind in kinds]) * reach
     x, y = (centre - off[:, None]).long().unbind(-1)  # [K, M]
     x, y = x.clamp(0, W - 1), y.clamp(0, H - 1)
 
@@ -79,11 +89,15 @@ def _anchors(head: GridHead, own: Sequence[int], like: Tensor) -> Tensor:
     return torch.stack([constants(head.anchors[t], like) for t in own])
 
 
+def _shape_iou(size: Tensor, anchors: Tensor) -> Tensor:
+    """[M, A] of rows of ``size`` [M, 1, 2] and ``anchors`` [A, 2] that share a centre."""
+    return iou_of_areas(area(torch.minimum(size, anchors)), area(size), area(anchors))[0]
+
+
 def _best_anchor(size: Tensor, head: GridHead, own: Sequence[int]) -> Tensor:
     """[M, A]: whether an anchor of the level is the best for a row of ``size`` [M, 1, 2], or good enough."""
     pool = own if head.per_level else range(len(head.anchors))
-    anchors = _anchors(head, pool, size)
-    shape_iou, _ = iou_of_areas(area(torch.minimum(size, anchors)), area(size), area(anchors))
+    shape_iou = _shape_iou(size, _anchors(head, pool, size))
     best = shape_iou.argmax(1, keepdim=True)
     fits = (torch.arange(len(pool), device=size.device) == best) & (shape_iou > 0)
     if head.iou_thresh < 1:
@@ -181,23 +195,25 @@ def _level_loss(
         torch.where(assigned[:, None], each[image, anchor, :, y, x], 0.0)  # [R, .], no NaN from elsewhere
         for each in (raw_boxes, raw_classes)
     )
-    m = pred.new_ones(R) if weights is None else weights[label]
+    m = pred.new_ones(R) if weights is None or head.weigh_classes else weights[label]
 
     # candidates that share a prediction: the leader of each group stands for it; slot N is no prediction
     order = torch.arange(R, device=pred.device)
     first = order.new_full((N + 1,), R).scatter_reduce(0, slot, order, "amin")[slot]
     last = order.new_full((N + 1,), -1).scatter_reduce(0, slot, order, "amax")[slot]
-    group = {"sum": first, "last": last, "each": order}[head.shared]
+    group = {"sum": first, "last": last, "each": order, "merge": first}[head.shared]
     lead = assigned & (group == order)
-    used = lead if head.shared == "last" else assigned
     is_last = assigned & (last == order)
+    names = is_last if head.shared == "last" else assigned  # a class
+    used = is_last if head.shared in ("last", "merge") else assigned
 
     # classes, where a candidate leads
-    count = pred.new_zeros(R, C).index_put((group, label), used.to(pred.dtype), accumulate=True)
+    count = pred.new_zeros(R, C).index_put((group, label), names.to(pred.dtype), accumulate=True)
     positive, negative = constants(head.class_targets, pred)
     target = torch.where(count > 0, positive, negative)
-    loss = LABEL_TERMS[head.label](logits, target, head.label_args)
-    if weights is not None:
+    columns = weights if head.weigh_classes else None
+    loss = label_term(head.label, logits, target, head.label_args, columns)
+    if weights is not None and not head.weigh_classes:
         only = (torch.arange(C, device=pred.device) == label[:, None]) & (count == 1)
         loss = loss * torch.where(count > 0, torch.where(only, head.first_weight * weights, weights), 1.0)
     cls = head.cls_gain * torch.where(lead[:, None], loss, 0.0).sum()

@@ -185,7 +185,7 @@ def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     logits, logit = load_logits(plane, site, cells, site.HW, SPEC.IGNORES or SPEC.PRIOR, SPEC)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, site.b, SPEC.ROWS)
-    rows = Rows(targets.ptr, first, last, targets.weights_ptr)
+    rows = Rows(targets.ptr, first, last, targets.weights_ptr, targets.columns_ptr)
     lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, plain(levels.near_places), SPEC)
     _tile(View(plane, logits, logit), site, rows, lists, saved, outputs, head, terms, SPEC)
     if pid == 0:

@@ -24,7 +24,8 @@ class Spec(NamedTuple):
     """The structure of a head and of a launch."""
 
     KINDS: int  # cells that a row may take on a level
-    SHARING: str  # of rows on one prediction: "sum", "last", "each", or "one", where there is but one
+    REACH: float  # to neighbours, in cells; 0 where it has none
+    SHARING: str  # of rows on one prediction: "sum", "last", "each", "merge", or "one", where there is but one
     APART: bool  # the label term judges each logit by itself
     HARD: bool  # its targets are 1 and 0
     UNIT: str
@@ -97,11 +98,12 @@ class Levels(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The rows of a batch, and the class weights."""
+    """The rows of a batch, and class weights: of rows, with their box and objectness, or of terms, ``columns_ptr``."""
 
     ptr: Any
     offsets_ptr: Any
     weights_ptr: Any
+    columns_ptr: Any
 
 
 class Rows(NamedTuple):
@@ -111,6 +113,7 @@ class Rows(NamedTuple):
     first: Any
     last: Any
     weights_ptr: Any
+    columns_ptr: Any
 
 
 class Saved(NamedTuple):

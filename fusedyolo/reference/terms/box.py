@@ -110,6 +110,14 @@ def ciou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = No
     return _compose(value, [_spread(b), alpha * v], args)
 
 
+def ciou_whole(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
+    """CIoU, alpha not held constant: DIoU + v^2 / (1 - IoU + v + eps_alpha), which pulls at the IoU too."""
+    b = _pair(p, g, args[0])
+    value = _overlap_share(b)
+    v = 4 / math.pi**2 * (angle(b.g) - angle(b.p)) ** 2
+    return _compose(value, [_spread(b), safe_div(v, 1 - value + v + args[1]) * v], args)
+
+
 def ciou_plus(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
     """DIoU - alpha v, lightnet's sign: v of heights + eps, eps = args[0], alpha = v / (1 - IoU + v) held constant.
 
