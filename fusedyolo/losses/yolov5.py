@@ -205,8 +205,9 @@ class YOLOv5Loss(_RatioLoss):
             in the peer's ``hyp``; ``smoothing="binary"`` (targets ``1 - eps / 2`` and ``eps / 2``) or ``"uniform"``
             (``1 - eps + eps / C`` and ``eps / C``); ``neighbours=2``, 0 for an object's own cell alone, or 4 for all
             beside it (as YOLOv7's auxiliary head); ``iou_alpha=1``, ``iou_gamma=0`` (see
-            :func:`fusedyolo.functional.box_iou_loss`). The peer scales ``box``, ``cls`` and ``obj`` by levels, classes and image size before it builds its loss; so
-            must you. :meth:`from_hyp` takes the whole of a repository's ``hyp``.
+            :func:`fusedyolo.functional.box_iou_loss`). The peer scales ``box``, ``cls`` and ``obj`` by levels, classes
+            and image size before it builds its loss; so must you. :meth:`from_hyp` takes the whole of a repository's
+            ``hyp``.
 
     Shapes:
         - preds: a list of ``[B, A, H, W, 5 + C]`` or ``[B, A * (5 + C), H, W]``, any strides, float16, bfloat16,
