@@ -187,7 +187,8 @@ class CellHead(_Row):
     first. ``rescore``: the confidence of the box that answers is trained towards its IoU, else towards 1.
 
     Numbers. Each gain multiplies the plain square of an error: ``box_gain`` and ``obj_gain`` of the boxes that answer
-    for an object, ``noobj_gain`` the confidences of all others, ``cls_gain`` the class scores of cells with an object.
+    for an object, ``other_gain`` the confidences of the others of their cells (None: as all others), ``noobj_gain``
+    those of all others, ``cls_gain`` the class scores of cells with an object, each times its class weight.
     """
 
     num_classes: int
@@ -198,6 +199,7 @@ class CellHead(_Row):
     rescore: bool = True
     box_gain: float = 1.0
     obj_gain: float = 1.0
+    other_gain: float | None = None
     noobj_gain: float = 1.0
     cls_gain: float = 1.0
 
@@ -220,11 +222,11 @@ class DenseHead(_Row):
     Matching. ``"iou"``: an anchor takes the row that it overlaps most (the first of equals) if their IoU is at least
     ``band[1]``, and is ignored from ``band[0]`` to there. ``rescue`` says what becomes of rows that are left out:
     with ``"equal"`` every anchor whose IoU with a row equals the largest that this row has takes the row that it
-    overlaps most itself, whatever their IoU; with ``"best"`` the best anchor of each row (the first of equals) takes
-    that row, the last one of several; with None, nothing. ``"centre"``: an anchor takes the smallest row (the first of
-    equals) among those that hold its centre, have their own less than ``radius`` anchors from it on both axes, and
-    whose farthest side is between ``scale_range`` anchors away; on the first level that range has no lower, on the
-    last no upper end.
+    overlaps most itself, whatever their IoU, with ``"own"`` that row, the last one of several; with ``"best"`` the best
+    anchor of each row (the first of equals) takes that row, the last one of several; with None, nothing. ``"centre"``:
+    an anchor takes the smallest row (the first of equals) among those that hold its centre, have their own less than
+    ``radius`` anchors from it on both axes, and whose farthest side is between ``scale_range`` anchors away; on the
+    first level that range has no lower, on the last no upper end.
 
     Structure. With ``background`` logit 0 is that of no object, and rows are of the classes from 1 on. ``decode`` is
     ``"delta"`` (with ``weights`` of x, y, w, h) or ``"ltrb"``; ``box`` an IoU term on decoded boxes, or a term of
@@ -233,7 +235,10 @@ class DenseHead(_Row):
     one count, an image's hardest; 0 for all of them. ``centreness``: a third prediction, of the square root of min(l,
     r) / max(l, r) * min(t, b) / max(t, b), distances of an anchor's centre from the sides of its row. ``mean``: sums
     are divided by the anchors with a row of their own ``"image"``, and averaged over images, or by those of the
-    ``"batch"``; a count of 0 divides by 1.
+    ``"batch"``; a count of 0 divides by 1. With ``"images"`` each image without any counts as one, with ``"one more"``
+    the batch's number is one larger. ``box_weight``: None, or ``"centreness"``, by which the boxes are weighed; they
+    are divided by the sum of these weights, at least 1e-6. ``box_gain`` multiplies them. Class weights multiply the
+    class terms, of a softmax those of the true class.
     """
 
     num_classes: int
@@ -251,13 +256,15 @@ class DenseHead(_Row):
     negatives: float = 0.0
     centreness: bool = False
     mean: str = "image"
+    box_weight: str | None = None
+    box_gain: float = 1.0
     box_args: tuple[float, ...] = (1e-7, 1e-7)
     label_args: tuple[float, ...] = (0.25, 2.0)
 
     def __post_init__(self):
         super().__post_init__()
         find_term("decode", self.decode, "anchor")
-        check_term("box", self.box, self.box_args, "iou", "delta")
+        check_term("box", self.box, self.box_args, "iou", "boxes", "delta")
         check_term("label", self.label, self.label_args, "class")
 
 

@@ -82,6 +82,16 @@ class PairIoU:
             )
         return found > 0
 
+    def last_row_of_equals(self, batch_size: int) -> Tensor:
+        """[B, N]: the last row that has no larger IoU than with this box, which may be 0; -1 where there is none."""
+        wanted = torch.full((batch_size, self.areas.shape[1]), -1, device=self.areas.device)
+        for now, overlap in self._chunks():
+            equal = (overlap == overlap.amax(1, keepdim=True)) & self.rows.valid[now, None]
+            row = torch.arange(now.start, now.start + len(overlap), device=wanted.device)[:, None]
+            row = torch.where(equal, row, -1)
+            wanted.scatter_reduce_(0, self.rows.image[now, None].expand_as(row), row, "amax")
+        return wanted
+
     def last_row_that_wants(self, batch_size: int) -> Tensor:
         """[B, N]: the last row whose first best box this is; -1 where there is none."""
         N = self.areas.shape[1]

@@ -25,7 +25,8 @@ import triton.language as tl
 from ..overlap import Corners, iou
 from ..primitives import divide, exact, ordered_bits, plain
 from ..rows import image_rows, in_its_range, load_rows, row_corners, rows_end, wrong_offsets
-from ..sums import is_last
+from ..sums import column, column_sums, is_last
+from .place import centreness, relative
 
 BACKGROUND: tl.constexpr = tl.constexpr(-1)
 IGNORED: tl.constexpr = tl.constexpr(-2)
@@ -37,7 +38,8 @@ class MatchSpec(NamedTuple):
     """The structure of a match: kernels are compiled for each."""
 
     CENTRE: Any  # by centres, else by IoU
-    RESCUE: Any  # None, "equal" or "best"
+    RESCUE: Any  # None, "equal", "own" or "best"
+    MEAN: Any  # what sums are divided by, see DenseHead
     PLANES: Any
     CORNERS: Any  # rows hold corners in pixels
     ACC: Any
@@ -92,10 +94,12 @@ class Matched(NamedTuple):
     """What a match leaves."""
 
     match_ptr: Any  # [B, N], int32, by position: a row, BACKGROUND or IGNORED
-    found_ptr: Any  # [B + 1], int32: anchors with a row, of each image and of all
+    found_ptr: Any  # [B + 1], int32: anchors with a row, of each image; and what sums over the batch are divided by
     counts_ptr: Any  # int32: those of all; invalid rows
     tally_ptr: Any  # [B + 1], int32, zeros at first and in the end: where programs add them up
     done_ptr: Any
+    weights_ptr: Any  # [programs]: sums of centreness, None where boxes are not weighed by it
+    norm_ptr: Any  # that of all, at least 1e-6
 
 
 class Block(NamedTuple):
@@ -335,10 +339,13 @@ def _claimed(code, own, rows, claims, frame, SPEC: tl.constexpr):
             g = g0 + _lowest(bits)
             bits = bits & (bits - 1)
             best = tl.load(claims.best_ptr + g)
-            if SPEC.RESCUE == "equal":
+            if SPEC.RESCUE != "best":
                 row = _load_corners_of_row(rows, g, frame, SPEC)
                 value = iou(row, own.corners, _area(row), areas, _quotient)
-                saved = tl.where(ordered_bits(value) + MET == best, code >> 2, saved)
+                taken = code >> 2
+                if SPEC.RESCUE == "own":
+                    taken = code * 0 + g
+                saved = tl.where(ordered_bits(value) + MET == best, taken, saved)
             else:
                 saved = tl.where(own.n == best_anchor_of(best), tl.maximum(saved, g), saved)
     return tl.where(saved >= 0, saved, _match_of(code))
@@ -406,6 +413,16 @@ def _smallest_around(own, rows, rule, frame, N, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _weights(match, own, rows, frame, SPEC: tl.constexpr):
+    """The sum of the centreness of a program's anchors in the rows that they have taken."""
+    BLOCK: tl.constexpr = SPEC.BLOCK
+    has = own.mask & (match >= 0)
+    row = load_rows(rows.ptr, match, has, BLOCK)
+    place = relative(own.corners, row, has, frame.size, SPEC.CORNERS, SPEC.ACC)
+    return tl.sum(tl.where(has, centreness(place.shift, place.true), 0.0), axis=0)
+
+
+@triton.jit
 def _count_invalid(targets, M, B, frame, SPEC: tl.constexpr):
     """Of the rows that this program looks at those that no image will use, padding behind the last row is none; and, by
     the first program, offsets that are wrong."""
@@ -427,13 +444,21 @@ def _finish(matched, M, B, claims, SPEC: tl.constexpr):
     """What the last program does: counts go where they are read, and shared memory is cleared for the next call."""
     lane = tl.arange(0, LANES)
     total = tl.zeros([LANES], tl.int32)
+    least = total
     for b0 in range(0, B, LANES):
         mask = b0 + lane < B
         found = tl.load(matched.tally_ptr + b0 + lane, mask=mask, other=0, cache_modifier=".cg")
         tl.store(matched.found_ptr + b0 + lane, found, mask=mask)
         tl.store(matched.tally_ptr + b0 + lane, lane * 0, mask=mask)
         total += found
-    tl.store(matched.found_ptr + B, tl.sum(total, axis=0))
+        if SPEC.MEAN == "images":
+            least += (mask & (found == 0)).to(tl.int32)
+    divisor = tl.sum(total, axis=0)
+    if SPEC.MEAN == "images":
+        divisor += tl.sum(least, axis=0)
+    elif SPEC.MEAN == "one more":
+        divisor += 1
+    tl.store(matched.found_ptr + B, divisor)
     tl.store(matched.counts_ptr, tl.sum(total, axis=0))
     tl.store(matched.counts_ptr + 1, tl.load(matched.tally_ptr + B, cache_modifier=".cg"))
     tl.debug_barrier()  # every thread has read what one of them overwrites
@@ -441,6 +466,9 @@ def _finish(matched, M, B, claims, SPEC: tl.constexpr):
     if SPEC.RESCUE is not None:
         for g0 in range(0, M, LANES):
             tl.store(claims.best_ptr + g0 + lane, tl.zeros([LANES], tl.int64), mask=g0 + lane < M)
+    if matched.weights_ptr is not None:
+        weights = column(column_sums(matched.weights_ptr, tl.num_programs(0), 1, SPEC.ACC), 0)
+        tl.store(matched.norm_ptr, tl.maximum(weights, 1e-6))
     tl.store(matched.done_ptr, 0)
 
 
@@ -461,7 +489,10 @@ def match_kernel(anchors_ptr, targets, N, M, B, frame, levels, rule, claims, pic
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
     rows = Range(targets.ptr, first, last)
     if SPEC.CENTRE:
-        match = _smallest_around(_load_block(anchors_ptr, N, levels, SPEC), rows, rule, frame, N, SPEC)
+        own = _load_block(anchors_ptr, N, levels, SPEC)
+        match = _smallest_around(own, rows, rule, frame, N, SPEC)
+        if matched.weights_ptr is not None:
+            tl.store(matched.weights_ptr + pid, _weights(match, own, rows, frame, SPEC))
     elif SPEC.RESCUE is None:
         own = _load_block(anchors_ptr, N, levels, SPEC)
         match = _match_of(_most_overlap(own, rows, claims, 0, rule, frame, SPEC))

@@ -233,6 +233,21 @@ def iou(x, y, args, extent):
 
 
 @triton.jit
+def iou_log(x, y, args, extent):
+    """-ln(max(IoU, floor)), without a slope below the floor; ``args = (floor,)`` (Yu et al. 2016; FCOS)."""
+    takes(args, 1, 1)
+    x, y, inv = _normalise(x, y)
+    common = _overlap(x, y, 0.0)
+    floor = tl.cast(args[0], common.iou.dtype)
+    low = common.iou < floor
+    value = tl.where(low, floor, common.iou)
+    k = tl.where(low, 0.0, -1.0 / value)
+    by_x = _span(_Ends(k * common.iou_x.first, k * common.iou_x.last), inv)
+    by_y = _span(_Ends(k * common.iou_y.first, k * common.iou_y.last), inv)
+    return -tl.log(value), by_x, by_y
+
+
+@triton.jit
 def giou(x, y, args, extent):
     """1 - IoU + (C - U) / C, C the area of the enclosing box (Rezatofighi et al. 2019)."""
     takes(args, 2, 4)

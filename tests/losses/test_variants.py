@@ -8,9 +8,21 @@ import pytest
 import torch
 from conftest import DEVICE
 from formulas import box_term, label_term
-from test_goldens import check_torch_golden, on_both_backends
+from test_goldens import check_torch_golden, close, on_both_backends
 
-from fusedyolo import ScaledYOLOv4Loss, YOLOv3Loss, YOLOv4Loss, YOLOv5Loss
+import fusedyolo
+from fusedyolo import (
+    FCOSLoss,
+    RetinaNetLoss,
+    ScaledYOLOv4Loss,
+    SSDLoss,
+    YOLOv1Loss,
+    YOLOv2Loss,
+    YOLOv3Loss,
+    YOLOv4Loss,
+    YOLOv5Loss,
+    YOLOXLoss,
+)
 
 ARCHIVE = golden.names("torch", "yolov3_archive_*")
 BUBBLIIIING = golden.names("torch", "bubb_*")
@@ -212,3 +224,218 @@ def test_smoothing(loss):
     assert total(loss(smoothing="uniform")).parts["cls"] != total(loss()).parts["cls"]
     with pytest.raises(ValueError, match=r"^smoothing: 'both', want one of 'binary', 'uniform'$"):
         loss(smoothing="both")
+
+
+# -------------------------------------------------------------------------------------------------- mmdet's losses
+
+
+@on_both_backends
+@pytest.mark.parametrize("name", golden.names("torch", "mmdet_*"))
+def test_mmdet(name, dtype, backend):
+    data = golden.arrays(name)
+    meta, counts = data["meta"], data["gt_count"].tolist()
+    boxes, labels = data["gt_boxes_xyxy"].split(counts), data["gt_labels"].split(counts)
+    targets = [{"boxes": b.to(DEVICE), "labels": k.to(DEVICE)} for b, k in zip(boxes, labels, strict=True)]
+    names = [key for key in ("cls_logits", "bbox_regression", "bbox_ctrness") if key in data]
+    leaves = [data[key].to(DEVICE, dtype).requires_grad_() for key in names]
+    preds, anchors = list(leaves), data["anchors"].to(DEVICE)
+    if meta["loss"] == "RetinaHead":
+        loss = RetinaNetLoss(meta["nc"], "mmdet", backend=backend)
+    else:
+        radius = meta["center_sample_radius"] if meta["center_sampling"] else None
+        low, high = (end / meta["strides"][1] for end in meta["regress_ranges"][1])
+        loss_type = None if meta["reg_loss"] == "iou_log" else meta["reg_loss"]
+        loss = FCOSLoss(
+            meta["nc"], "mmdet", center_sampling_radius=radius, scale_range=(low, high), loss_type=loss_type,
+            backend=backend,
+        )  # fmt: skip
+        preds[1] = preds[1] / (anchors[:, 2] - anchors[:, 0])[:, None].to(dtype)
+    sizes = data["num_anchors_per_level"].tolist()
+    out = loss(preds, targets, anchors=anchors, num_anchors_per_level=sizes)
+    close(out.total, data["total"], data["total"].item())
+    for part, value in out.parts.items():
+        close(value, data[f"loss_{part}"], data["total"].item())
+    for key, grad in zip(names, torch.autograd.grad(out.total, leaves), strict=True):
+        close(grad, data[f"grad_{key}"], data[f"grad_{key}"].abs().max().item())
+    found = fusedyolo.assign(loss, preds, targets, anchors=anchors, num_anchors_per_level=sizes)
+    first = torch.tensor([0, *counts[:-1]], device=DEVICE).cumsum(0)[:, None]
+    row = torch.where(found.row >= 0, found.row - first, torch.where(found.ignored, -2, -1))
+    assert torch.equal(row.cpu(), data["matched_idxs"])
+
+
+def test_what_sums_are_divided_by():
+    """Of two images with objects and one without."""
+    preds, targets = anchored(3)
+    kinds = ("image", "images", "batch")
+    outs = [RetinaNetLoss(3, normalizer=kind, backend="torch")(preds, targets, ANCHOR_BOXES) for kind in kinds]
+    found = fusedyolo.assign(RetinaNetLoss(3, backend="torch"), preds, targets, anchors=ANCHOR_BOXES).row
+    counts = (found >= 0).sum(1).tolist()
+    assert counts[2] == 0 < min(counts[:2])
+    box = float(outs[2].parts["bbox_regression"]) * sum(counts)  # the sum
+    assert float(outs[1].parts["bbox_regression"]) * (sum(counts) + 1) == pytest.approx(box, rel=1e-12)
+    for backend in BACKENDS:
+        other = [RetinaNetLoss(3, normalizer=kind, backend=backend)(preds, targets, ANCHOR_BOXES) for kind in kinds]
+        assert [float(a.total) for a in other] == pytest.approx([float(a.total) for a in outs], rel=1e-12)
+    with pytest.raises(ValueError, match=r"^normalizer: 'sum', want one of 'image', 'images', 'batch'$"):
+        RetinaNetLoss(3, normalizer="sum")
+    with pytest.raises(ValueError, match=r"^recipe: 'detectron2', want one of 'torchvision', 'mmdet'$"):
+        FCOSLoss(3, "detectron2")
+    with pytest.raises(ValueError, match=r"^scale_range: \(8, 4\), want \(low, high\), 0 <= low <= high$"):
+        FCOSLoss(3, scale_range=(8, 4))
+
+
+# ---------------------------------------------------------------------------------------------------- class weights
+
+SIZE, MAPS = (48, 64), ((6, 8), (3, 4))
+ANCHOR_BOXES = fusedyolo.anchors.retinanet_anchors(MAPS, SIZE, (12, 24), device=DEVICE)
+POINT_BOXES = fusedyolo.anchors.fcos_anchors(MAPS, SIZE, (8, 16), device=DEVICE)
+
+
+def leaf(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE).requires_grad_()
+
+
+def anchored(images=2, anchors=ANCHOR_BOXES, centres=False):
+    """Predictions, and corners in pixels: of classes 1 and 2, the last image of three without an object."""
+    n = len(anchors)
+    preds = [leaf(images, n, 3), leaf(images, n, 4, seed=1), *([leaf(images, n, 1, seed=2)] if centres else [])]
+    boxes = torch.tensor([[4.0, 4, 28, 30], [20, 10, 60, 44], [30, 8, 48, 24]], device=DEVICE)
+    labels = torch.tensor([1, 2, 1], device=DEVICE)
+    objects = [{"boxes": boxes[i:], "labels": labels[i:]} for i in (0, 1, 3)]
+    return preds, objects[:images]
+
+
+def of_anchors(cls, boxes, centres=False):
+    preds, targets = anchored(2, boxes, centres)
+    if centres:
+        preds[1] = preds[1].detach().abs().requires_grad_()
+    sizes = {"num_anchors_per_level": [len(boxes) * 4 // 5, len(boxes) // 5]} if centres else {}
+    return lambda backend, w: cls(3, backend=backend, class_weights=w)(preds, targets, boxes, **sizes), preds
+
+
+def weighable(name):
+    """The loss as a function of backend and class weights, its predictions, and where in them class c is."""
+    grids = small_maps()
+    if name == "YOLOv1":
+        pred = leaf(2, 4, 4, 13)
+        return (lambda backend, w: YOLOv1Loss(3, 4, backend=backend, class_weights=w)(pred, ROWS)), [pred], -3
+    if name.startswith("YOLOv2"):
+        pred, sides = leaf(2, 2, 4, 6, 8), [(1.5, 2.0), (4.0, 4.0)]
+        make = (
+            lambda backend, w: YOLOv2Loss(  # noqa: E731
+                sides, 3, 8, recipe=name[7:], backend=backend, class_weights=w, **({} if name[7:] == "region" else SEEN)
+            )
+        )
+        return (lambda backend, w: make(backend, w)(pred, ROWS)), [pred], -3
+    if name == "YOLOX":
+        maps = [leaf(2, 8, 32 // s, 48 // s) for s in STRIDES]
+        return (lambda backend, w: YOLOXLoss(3, STRIDES, backend=backend, class_weights=w)(maps, ROWS)), maps, None
+    if name in ("RetinaNet", "SSD"):
+        run, preds = of_anchors({"RetinaNet": RetinaNetLoss, "SSD": SSDLoss}[name], ANCHOR_BOXES)
+        return run, preds, 0
+    if name == "FCOS":
+        run, preds = of_anchors(FCOSLoss, POINT_BOXES, centres=True)
+        return run, preds, 0
+    cls = {"YOLOv3": YOLOv3Loss, "YOLOv4": YOLOv4Loss, "YOLOv5": YOLOv5Loss}[name.split("/")[0]]
+    more = {"recipe": name.split("/")[1]} if "/" in name else {}
+    return (
+        (lambda backend, w: cls(ANCHORS, STRIDES, 3, backend=backend, class_weights=w, **more)(grids, ROWS)),
+        grids,
+        -3,
+    )
+
+
+SEEN = {"coord_prefill": 0}
+WEIGHABLE = [
+    "YOLOv1", "YOLOv2/region", "YOLOv2/lightnet", "YOLOv3", "YOLOv3/darknet", "YOLOv4", "YOLOv5", "YOLOX", "RetinaNet",
+    "SSD", "FCOS",
+]  # fmt: skip
+CLASS_PARTS = ("cls", "classification")
+
+
+def outcome(run, preds, backend, weights):
+    out = run(backend, weights)
+    part = next(name for name in out.parts if name in CLASS_PARTS)
+    rest = [float(value) for name, value in out.parts.items() if name != part]
+    return float(out.parts[part]), rest, torch.autograd.grad(out.total, preds)
+
+
+@pytest.mark.parametrize("name", WEIGHABLE)
+def test_class_weights_are_of_their_class_alone(name):
+    run, preds, at = weighable(name)
+    plain, rest, grads = outcome(run, preds, "torch", None)
+    each = [outcome(run, preds, "torch", [float(c == k) for c in range(3)]) for k in range(3)]
+    assert sum(one for one, _, _ in each) == pytest.approx(plain, rel=1e-12)
+    weights = torch.tensor([0.5, 2.0, 3.0])
+    value, same, weighed = outcome(run, preds, "torch", weights)
+    assert value == pytest.approx(
+        sum(w * one for w, (one, _, _) in zip(weights.tolist(), each, strict=True)), rel=1e-12
+    )
+    assert same == rest
+    none = outcome(run, preds, "torch", [0.0, 0.0, 0.0])[2]
+    for i, grad in enumerate(weighed):
+        want = none[i] + sum(w * (one[2][i] - none[i]) for w, one in zip(weights.tolist(), each, strict=True))
+        torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-12)
+    if at is not None and name not in ("SSD", "YOLOv2/region", "YOLOv2/lightnet"):  # not of a softmax
+        for k in range(3):
+            classes = (each[k][2][0] - none[0])[..., -3:] if at < 0 else (each[k][2][0] - none[0])
+            assert classes[..., k].any() or not plain
+            assert not classes[..., [c for c in range(3) if c != k]].any()
+
+
+@pytest.mark.parametrize("name", WEIGHABLE)
+def test_class_weights_by_the_kernels(name):
+    run, preds, _ = weighable(name)
+    weights = [0.5, 0.0, 3.0]
+    value, rest, grads = outcome(run, preds, "torch", weights)
+    found, others, got = outcome(run, preds, "triton", weights)
+    assert [found, *others] == pytest.approx([value, *rest], rel=1e-11)
+    for a, b in zip(got, grads, strict=True):
+        assert (a - b).abs().max() <= 1e-11 * max(b.abs().max().item(), 1e-3)
+
+
+def test_class_weights_that_do_not_fit():
+    for make in (
+        lambda **o: YOLOv1Loss(3, **o),
+        lambda **o: RetinaNetLoss(3, **o),
+        lambda **o: v3(**o),
+        lambda **o: YOLOXLoss(3, STRIDES, **o),
+    ):
+        with pytest.raises(ValueError, match=r"^class_weights: 2 numbers, want 3, one a class$"):
+            make(class_weights=[1, 2])
+        assert make(class_weights=torch.tensor([1.0, 2, 3])).bfloat16().class_weights.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"^class_weights: beside counters_per_class, want one of the two$"):
+        v3(recipe="darknet", counters_per_class=[1, 2, 3], class_weights=[1, 2, 3])
+
+
+# ------------------------------------------------------------------------------------------------------------ YOLOv1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_boxes_of_a_cell_and_plain_sizes(backend):
+    """The port of xiongzihua counts the other boxes of a cell with an object by themselves."""
+    pred = leaf(2, 4, 4, 13)
+    options = {"lambda_coord": 0, "lambda_class": 0}
+    own, other, rest = (
+        float(YOLOv1Loss(3, 4, backend=backend, **options, **gains)(pred, ROWS).parts["obj"])
+        for gains in (
+            {"lambda_obj": 1, "lambda_other": 0, "lambda_noobj": 0},
+            {"lambda_obj": 0, "lambda_other": 1, "lambda_noobj": 0},
+            {"lambda_obj": 0, "lambda_other": 0, "lambda_noobj": 1},
+        )
+    )
+    taken = fusedyolo.assign(YOLOv1Loss(3, 4, backend="torch"), pred, ROWS).levels[0].row >= 0  # [B, n, S, S]
+    held = taken.any(1, keepdim=True)
+    confidence = pred.detach()[..., [4, 9]].permute(0, 3, 1, 2)
+    assert other == pytest.approx(float(confidence[held & ~taken].square().sum()), rel=1e-12)
+    assert rest == pytest.approx(float(confidence[~held.expand_as(taken)].square().sum()), rel=1e-12)
+    loss = YOLOv1Loss(3, 4, backend=backend, lambda_obj=2, lambda_other=1, lambda_noobj=0.5, **options)
+    out = loss(pred, ROWS)
+    assert float(out.parts["obj"]) == pytest.approx(2 * own + other + 0.5 * rest, rel=1e-12)
+    (grad,) = torch.autograd.grad(out.total, pred)
+    want = confidence * torch.where(held, 1.0, 0.5) * 2
+    torch.testing.assert_close(grad[..., [4, 9]].permute(0, 3, 1, 2)[~taken], want[~taken], rtol=1e-12, atol=0)
+    plain, root = (YOLOv1Loss(3, 4, sqrt=kind, backend=backend) for kind in (0, 1))
+    assert (plain.head.root, root.head.root) == (False, True)
+    assert plain(pred, ROWS).parts["box"] != root(pred, ROWS).parts["box"]

@@ -83,6 +83,11 @@ def iou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = Non
     return _compose(_overlap_share(_pair(p, g, args[0])), (), args)
 
 
+def iou_log(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
+    """-ln(max(IoU, floor)), ``args = (floor,)`` (Yu et al. 2016; FCOS)."""
+    return -_overlap_share(_pair(p, g, 0.0)).clamp(min=args[0]).log()
+
+
 def giou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
     """1 - IoU + (C - U) / (C + eps), C the area of the enclosing box (Rezatofighi et al. 2019)."""
     b = _pair(p, g, args[0])
