@@ -139,8 +139,8 @@ def _grad_steps(
     grad_total: Tensor,
     skip_one: bool,
 ) -> tuple[Steps, dict[str, Any]]:
-    given = {"pred": pred, "rows": rows, "taken": taken, "grad": grad, "grad_total": grad_total}
-    given = {**given, "class_weights": class_weights}
+    given: dict[str, Any] = {"pred": pred, "rows": rows, "taken": taken, "grad": grad, "grad_total": grad_total}
+    given |= {"class_weights": class_weights}
     return _plan(key, layout(pred), layout(grad), skip_one), given
 
 

@@ -322,12 +322,12 @@ def weighable(name):
         return (lambda backend, w: YOLOv1Loss(3, 4, backend=backend, class_weights=w)(pred, ROWS)), [pred], -3
     if name.startswith("YOLOv2"):
         pred, sides = leaf(2, 2, 4, 6, 8), [(1.5, 2.0), (4.0, 4.0)]
-        make = (
-            lambda backend, w: YOLOv2Loss(  # noqa: E731
-                sides, 3, 8, recipe=name[7:], backend=backend, class_weights=w, **({} if name[7:] == "region" else SEEN)
-            )
+        options = {"recipe": name[7:], **({} if name[7:] == "region" else SEEN)}
+        return (
+            (lambda backend, w: YOLOv2Loss(sides, 3, 8, backend=backend, class_weights=w, **options)(pred, ROWS)),
+            [pred],
+            -3,
         )
-        return (lambda backend, w: make(backend, w)(pred, ROWS)), [pred], -3
     if name == "YOLOX":
         maps = [leaf(2, 8, 32 // s, 48 // s) for s in STRIDES]
         return (lambda backend, w: YOLOXLoss(3, STRIDES, backend=backend, class_weights=w)(maps, ROWS)), maps, None
@@ -364,7 +364,7 @@ def outcome(run, preds, backend, weights):
 @pytest.mark.parametrize("name", WEIGHABLE)
 def test_class_weights_are_of_their_class_alone(name):
     run, preds, at = weighable(name)
-    plain, rest, grads = outcome(run, preds, "torch", None)
+    plain, rest, _ = outcome(run, preds, "torch", None)
     each = [outcome(run, preds, "torch", [float(c == k) for c in range(3)]) for k in range(3)]
     assert sum(one for one, _, _ in each) == pytest.approx(plain, rel=1e-12)
     weights = torch.tensor([0.5, 2.0, 3.0])
