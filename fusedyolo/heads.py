@@ -220,13 +220,13 @@ class DenseHead(_Row):
     """One loss over anchors that each predict a box and the logits of all classes.
 
     Matching. ``"iou"``: an anchor takes the row that it overlaps most (the first of equals) if their IoU is at least
-    ``band[1]``, and is ignored from ``band[0]`` to there. ``rescue`` says what becomes of rows that are left out:
-    with ``"equal"`` every anchor whose IoU with a row equals the largest that this row has takes the row that it
-    overlaps most itself, whatever their IoU, with ``"own"`` that row, the last one of several; with ``"best"`` the best
-    anchor of each row (the first of equals) takes that row, the last one of several; with None, nothing. ``"centre"``:
-    an anchor takes the smallest row (the first of equals) among those that hold its centre, have their own less than
-    ``radius`` anchors from it on both axes, and whose farthest side is between ``scale_range`` anchors away; on the
-    first level that range has no lower, on the last no upper end.
+    ``band[1]``, and is ignored from ``band[0]`` to there. ``rescue`` says what becomes of rows that are left out: with
+    ``"equal"`` every anchor whose IoU with a row equals the largest that this row has takes the row that it overlaps
+    most itself, whatever their IoU, with ``"own"`` that row, the last one of several; with ``"best"`` the best anchor
+    of each row (the first of equals) takes that row, the last one of several, with ``"best_first"`` the first one; with
+    None, nothing. ``"centre"``: an anchor takes the smallest row (the first of equals) among those that hold its
+    centre, have their own less than ``radius`` anchors from it on both axes, and whose farthest side is between
+    ``scale_range`` anchors away; on the first level that range has no lower, on the last no upper end.
 
     Structure. With ``background`` logit 0 is that of no object, and rows are of the classes from 1 on. ``decode`` is
     ``"delta"`` (with ``weights`` of x, y, w, h) or ``"ltrb"``; ``box`` an IoU term on decoded boxes, or a term of

@@ -1,7 +1,7 @@
 """The losses, as modules."""
 
 from .anchor_recipes import RECIPES
-from .dense import FCOSLoss, RetinaNetLoss, SSDLoss
+from .dense import EfficientDetLoss, FCOSLoss, RetinaNetLoss, SSDLoss
 from .output import LossOutput, rounded
 from .yolov1 import CELL_RECIPES, YOLOv1Loss
 from .yolov2 import YOLOv2Loss
@@ -14,6 +14,7 @@ __all__ = [
     "CELL_RECIPES",
     "RECIPES",
     "E2ELoss",
+    "EfficientDetLoss",
     "FCOSLoss",
     "LossOutput",
     "RetinaNetLoss",

@@ -1,4 +1,4 @@
-"""RetinaNet, SSD and FCOS: losses over anchors that each predict a box and the logits of all classes."""
+"""RetinaNet, EfficientDet, SSD and FCOS: losses over anchors that each predict a box and the logits of all classes."""
 
 from __future__ import annotations
 
@@ -282,6 +282,72 @@ class RetinaNetLoss(DenseLoss):
             weights=_weights(weights),
             mean=checks.one_of("normalizer", normalizer, ("image", "images", "batch")),
             **_box(loss_type, beta, "delta", "iou", "boxes"),
+            **_focal(alpha, gamma),
+        )
+        of_classes = checks.class_weights(class_weights, num_classes)
+        super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)
+
+
+class EfficientDetLoss(DenseLoss):
+    """Training loss of EfficientDet (Tan et al. 2020, arXiv 1911.09070), that of automl and of effdet.
+
+    An anchor with an IoU of ``match_threshold`` or more takes the object that it overlaps most; beside that, the best
+    anchor of every object takes that object, the first one of several. With n the anchors of the batch that have an
+    object, and one more,
+
+        sum over anchors of focal(class logits, one-hot) / n
+        + box_loss_weight * sum over anchors with an object of huber(box deltas) / (4 n)
+
+    huber(d) is d^2 / 2 for |d| below ``delta``, beyond it ``delta * (|d| - delta / 2)``. The peer leaves out deltas
+    whose target is exactly 0, which count here as all others.
+
+    Args:
+        num_classes: C, without the background.
+        match_threshold: IoU of a match, from there on.
+        alpha: weight of positives in the focal loss, -1 for no weights.
+        gamma: exponent of its modulating factor.
+        delta: see above; above 0.
+        box_loss_weight: see above.
+        class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
+        image_size: (height, width) in pixels; needed where targets are relative to the image.
+        unit: of boxes in targets, as in :class:`RetinaNetLoss`.
+        boxes: in targets, likewise.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Shapes, output and errors are those of :class:`RetinaNetLoss`; box deltas are dx, dy, dw, dh, where the peer has dy,
+    dx, dh, dw, and anchors y1, x1, y2, x2: hand in ``[..., [1, 0, 3, 2]]`` of both. Part ``bbox_regression`` has the
+    ``box_loss_weight`` in it. Labels are indices of class logits; in the peer's files they count from 1.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        match_threshold: float = 0.5,
+        alpha: float = 0.25,
+        gamma: float = 1.5,
+        delta: float = 0.1,
+        box_loss_weight: float = 50.0,
+        class_weights: Any = None,
+        image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
+        backend: str = "auto",
+    ):
+        num_classes = checks.count("num_classes", num_classes)
+        thresh = checks.number("match_threshold", match_threshold, 0, 1)
+        delta = checks.number("delta", delta, 0, open_low=True)
+        head = DenseHead(
+            num_classes=num_classes,
+            matcher="iou",
+            band=(thresh, thresh),
+            rescue="best_first",
+            decode="delta",
+            mean="one more",
+            box="smooth_l1",  # which times delta is the other's huber
+            beta=delta,
+            box_args=(1e-7, 1e-7),
+            box_gain=checks.number("box_loss_weight", box_loss_weight, 0) * delta / 4,
             **_focal(alpha, gamma),
         )
         of_classes = checks.class_weights(class_weights, num_classes)

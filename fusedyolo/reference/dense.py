@@ -52,8 +52,8 @@ def dense_match(
     if head.rescue == "own":
         wanted = pairs.last_row_of_equals(batch_size)
         match = torch.where(wanted >= 0, wanted, match)
-    if head.rescue == "best":
-        wanted = pairs.last_row_that_wants(batch_size)
+    if head.rescue in ("best", "best_first"):
+        wanted = pairs.row_that_wants(batch_size, head.rescue == "best_first")
         match = torch.where(wanted >= 0, wanted, match)
     return match
 

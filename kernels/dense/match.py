@@ -38,7 +38,7 @@ class MatchSpec(NamedTuple):
     """The structure of a match: kernels are compiled for each."""
 
     CENTRE: Any  # by centres, else by IoU
-    RESCUE: Any  # None, "equal", "own" or "best"
+    RESCUE: Any  # None, "equal", "own", "best" or "best_first"
     MEAN: Any  # what sums are divided by, see DenseHead
     PLANES: Any
     CORNERS: Any  # rows hold corners in pixels
@@ -240,9 +240,9 @@ def _largest(value):
 
 @triton.jit
 def _key(best, value, n, SPEC: tl.constexpr):
-    """Of the largest IoU in a block; with RESCUE "best" also of its first anchor, and the IoU is rounded to float32."""
+    """Of the largest IoU in a block; where rows claim one anchor also of that, and the IoU is rounded to float32."""
     key = ordered_bits(best) + MET
-    if SPEC.RESCUE == "best":
+    if (SPEC.RESCUE == "best") | (SPEC.RESCUE == "best_first"):
         at = tl.min(tl.where(value == best, n, LOWEST), axis=0)
         key = (ordered_bits(best.to(tl.float32)) << 32) | (LOWEST.value - at).to(tl.int64)
     return key
@@ -339,7 +339,7 @@ def _claimed(code, own, rows, claims, frame, SPEC: tl.constexpr):
             g = g0 + _lowest(bits)
             bits = bits & (bits - 1)
             best = tl.load(claims.best_ptr + g)
-            if SPEC.RESCUE != "best":
+            if (SPEC.RESCUE == "equal") | (SPEC.RESCUE == "own"):
                 row = _load_corners_of_row(rows, g, frame, SPEC)
                 value = iou(row, own.corners, _area(row), areas, _quotient)
                 taken = code >> 2
@@ -347,7 +347,10 @@ def _claimed(code, own, rows, claims, frame, SPEC: tl.constexpr):
                     taken = code * 0 + g
                 saved = tl.where(ordered_bits(value) + MET == best, taken, saved)
             else:
-                saved = tl.where(own.n == best_anchor_of(best), tl.maximum(saved, g), saved)
+                claim = own.n == best_anchor_of(best)
+                if SPEC.RESCUE == "best_first":
+                    claim = claim & (saved < 0)
+                saved = tl.where(claim, tl.maximum(saved, g), saved)
     return tl.where(saved >= 0, saved, _match_of(code))
 
 

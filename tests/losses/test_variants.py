@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
-from formulas import box_term, label_term
+from formulas import box_term, label_term, plain_iou
 from test_goldens import check_torch_golden, close, on_both_backends
 
 import fusedyolo
 from fusedyolo import (
+    EfficientDetLoss,
     FCOSLoss,
     RetinaNetLoss,
     ScaledYOLOv4Loss,
@@ -439,3 +440,66 @@ def test_other_boxes_of_a_cell_and_plain_sizes(backend):
     plain, root = (YOLOv1Loss(3, 4, sqrt=kind, backend=backend) for kind in (0, 1))
     assert (plain.head.root, root.head.root) == (False, True)
     assert plain(pred, ROWS).parts["box"] != root(pred, ROWS).parts["box"]
+
+
+# ------------------------------------------------------------------------------------------------------ EfficientDet
+
+
+def efficientdet_matches(boxes, targets):
+    """[B, N]: by IoU, and the best anchor of each object, of several objects the first."""
+    found = []
+    for objects in targets:
+        overlaps = [[plain_iou(centred(anchor), centred(box)) for anchor in boxes] for box in objects["boxes"].tolist()]
+        match = [-1] * len(boxes)
+        for n in range(len(boxes)):
+            best = max(range(len(overlaps)), key=lambda row: overlaps[row][n], default=-1)
+            if best >= 0 and overlaps[best][n] >= 0.5:
+                match[n] = best
+        for row in reversed(range(len(overlaps))):
+            match[overlaps[row].index(max(overlaps[row]))] = row
+        found.append(match)
+    return found
+
+
+def centred(box):
+    return [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], box[3] - box[1]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"gamma": 2.0, "delta": 0.5, "box_loss_weight": 10.0, "alpha": -1}])
+def test_efficientdet(options, backend):
+    preds, targets = anchored(3)
+    one = targets[0]["boxes"][:1] + torch.tensor([[0.25, 0, 0.25, 0]], device=DEVICE)  # its best anchor is another's
+    targets[0] = {
+        "boxes": torch.cat((targets[0]["boxes"], one)),
+        "labels": torch.cat((targets[0]["labels"], torch.tensor([2], device=DEVICE))),
+    }
+    matches = efficientdet_matches(ANCHOR_BOXES.tolist(), targets)
+    count = sum(row >= 0 for match in matches for row in match) + 1
+    alpha, gamma, delta = (
+        options.get(name, usual) for name, usual in (("alpha", 0.25), ("gamma", 1.5), ("delta", 0.1))
+    )
+    logits, deltas = (pred.detach().cpu().requires_grad_() for pred in preds[:2])
+    cls = box = torch.zeros((), dtype=torch.float64)
+    for b, match in enumerate(matches):
+        wanted = torch.zeros(len(match), 3, dtype=torch.float64)
+        for n, row in enumerate(match):
+            if row >= 0:
+                wanted[n, int(targets[b]["labels"][row])] = 1
+                a, g = centred(ANCHOR_BOXES[n].tolist()), centred(targets[b]["boxes"][row].tolist())
+                true = [(g[0] - a[0]) / a[2], (g[1] - a[1]) / a[3], np.log(g[2] / a[2]), np.log(g[3] / a[3])]
+                err = (deltas[b, n] - torch.tensor(true, dtype=torch.float64)).abs()
+                near = err.clamp(max=f32(delta))
+                box = box + (near**2 / 2 + f32(delta) * (err - near)).sum()
+        cls = cls + label_term("focal", logits[b], wanted, (alpha, gamma)).sum()
+    parts = {"classification": cls / count, "bbox_regression": options.get("box_loss_weight", 50.0) * box / (4 * count)}
+    want = torch.autograd.grad(sum(parts.values()), (logits, deltas))
+    out = EfficientDetLoss(3, backend=backend, **options)(preds, targets, ANCHOR_BOXES)
+    assert out.num_pos == count - 1
+    for name, value in parts.items():
+        torch.testing.assert_close(out.parts[name].cpu(), value.detach(), rtol=1e-6, atol=0)
+    for got, expected in zip(torch.autograd.grad(out.total, preds[:2]), want, strict=True):
+        assert (got.cpu() - expected).abs().max() <= 1e-6 * expected.abs().max()
+    found = fusedyolo.assign(EfficientDetLoss(3), preds, targets, anchors=ANCHOR_BOXES).row
+    first = torch.tensor([0, len(targets[0]["boxes"]), len(targets[0]["boxes"]) + len(targets[1]["boxes"])])[:, None]
+    assert torch.equal(torch.where(found.cpu() >= 0, found.cpu() - first, -1), torch.tensor(matches))
