@@ -48,15 +48,15 @@ class GridHead(_Row):
 
     Structure. ``box`` names an IoU term (on decoded boxes) or an offset term (on raw logits), ``label`` the class term,
     ``objectness`` the label term of objectness. The objectness target of an assigned prediction is 1, or, where
-    ``quality`` names an IoU term, ``1 - quality_ratio`` plus ``quality_ratio`` times that similarity.
-    ``ignore_thresh`` is the IoU above which a background prediction is left out (None: none is), ``class_gate`` limits
-    that to predictions with some class logit above it. ``smooth``, one a level: objectness is trained towards that IoU
-    instead, assigned or not. ``average_box`` divides the box term of a prediction with several objects by its number of
+    ``quality`` names an IoU term, ``1 - quality_ratio`` plus ``quality_ratio`` times that similarity. ``ignore_thresh``
+    is the IoU above which a background prediction is left out (None: none is), ``class_gate`` limits that to
+    predictions with some class logit above it. ``smooth``, one a level: objectness is trained towards that IoU instead,
+    assigned or not. ``average_box`` divides the box term of a prediction with several objects by its number of
     pushed-up classes. ``mean_rows``: box and class terms of a level are divided by its number of assignments.
     ``obj_mean``: objectness of a level is divided by its ``"cells"`` times anchors (a sum over images remains), or by
     the number of its ``"used"`` predictions in the batch. ``weigh_classes``: class weights multiply the terms of their
     classes, whether these are there or not, and nothing else. ``"each"`` knows no other class weights and no
-    ``average_box``.
+    ``average_box``. ``by_image``: the loss is one of each image, which add up to what it is without.
 
     Numbers. ``area_weight`` w turns the offset term's weight into ``1 + w * (1 - min(gw * gh, area_cap))``, gw and gh
     relative to the image. ``prior_gain`` weighs the box term of predictions without an object, towards the middle of
@@ -92,6 +92,7 @@ class GridHead(_Row):
     mean_rows: bool = False
     obj_mean: str | None = None
     weigh_classes: bool = False
+    by_image: bool = False
     box_gain: float = 1.0
     obj_gain: float = 1.0
     noobj_gain: float = 1.0

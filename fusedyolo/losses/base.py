@@ -123,6 +123,8 @@ class GridLoss(WeightedLoss):
             total, parts, counts = GRID.reference_loss(head, call)
         if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(rows, offsets, counts, size)
+        if head.by_image:
+            parts = parts.flatten()[: 3 * len(range(batch))].view(3, -1)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, terms, num_pos, num_invalid)

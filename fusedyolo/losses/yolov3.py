@@ -12,7 +12,7 @@ from .anchor_recipes import RECIPES, Given, counted_weights
 from .base import GridLoss, hyper_parameters
 
 ASSIGNERS = ("best_anchor", "shape_iou", "ratio", "iou_band")
-REDUCTIONS = ("sum", "mean", "level")
+REDUCTIONS = ("sum", "mean", "level", "none")
 
 
 class _AnchorLoss(GridLoss):
@@ -64,7 +64,7 @@ class _AnchorLoss(GridLoss):
         of_rows = counted_weights(hyp, num_classes)
         if weights is not None and of_rows is not None:
             checks.fail("class_weights", "beside counters_per_class", "one of the two")
-        by_level = reduction == "level"
+        by_level = "level" in (reduction, row.reduction if reduction == "none" else None)
         fields: dict[str, Any] = {
             "num_classes": num_classes,
             "anchors": pool,
@@ -81,6 +81,7 @@ class _AnchorLoss(GridLoss):
             "mean_rows": by_level,
             "obj_mean": "used" if by_level else None,
             "weigh_classes": weights is not None,
+            "by_image": reduction == "none",
         }
         fields |= row.fixed | row.make(hyp, Given(box, num_classes, strides, iou_thresh, size))
         super().__init__(
@@ -188,7 +189,8 @@ class YOLOv3Loss(_AnchorLoss):
         reduction: ``"sum"`` over the batch, as darknet does; ``"mean"``, that sum divided by the batch size; or
             ``"level"``, a sum of means over each level: box and class terms are divided by the objects assigned there,
             of the whole batch (with ``shared="last"`` or ``"merge"`` the predictions), objectness by the predictions
-            that are not ignored.
+            that are not ignored. With ``"none"``, total and parts are ``[B]``, one of each image, which add up to those
+            of the recipe's own reduction.
         image_size: (height, width) in pixels if it is to be checked; map sizes and strides say it otherwise.
         unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
             of dicts.

@@ -58,6 +58,7 @@ class _RatioLoss(GridLoss):
         num_classes: int,
         *,
         iou_loss: str = "ciou",
+        reduction: str = "mean",
         balance: Sequence[float] | None = None,
         class_weights: Any = None,
         image_size: int | tuple[int, int] | None = None,
@@ -103,6 +104,7 @@ class _RatioLoss(GridLoss):
             mean_rows=True,
             obj_mean="cells",
             weigh_classes=weights is not None,
+            by_image=checks.one_of("reduction", reduction, ("mean", "none")) == "none",
             box_gain=box * box_scale,
             obj_gain=obj * obj_scale,
             noobj_gain=obj * obj_scale,
@@ -192,6 +194,8 @@ class YOLOv5Loss(_RatioLoss):
         strides: pixels per cell, one a level; 1 to 5 levels, or more with a ``balance``.
         num_classes: C.
         iou_loss: ``"ciou"``, or another IoU loss, for the box term and the objectness target.
+        reduction: ``"mean"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
         balance: weight of each level's objectness, in place of those above; then there may be any number of levels.
         class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
         image_size: (height, width) in pixels if it is to be checked; map sizes and strides say it otherwise.

@@ -37,6 +37,7 @@ class Spec(NamedTuple):
     PRIOR: bool
     MEAN_ROWS: bool
     MEAN_USED: bool
+    BY_IMAGE: bool  # a loss of each image
     PER_LEVEL: bool  # the anchors of a level compete among themselves
     OWN: Any  # the anchor of each plane among all, level by level; None: as they come
     ANCHORS: tuple[int, ...]  # of each level
@@ -166,9 +167,9 @@ class Lists(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """``parts_ptr`` takes the parts and behind them, a level, what box and class terms and what objectness are
-    multiplied by for their means. ``done_ptr`` counts finished programs, places taken in ``row_ptr``, and in
-    ``kept_ptr`` and ``order_ptr``: 0 before and after every launch.
+    """``parts_ptr`` takes the parts (with BY_IMAGE of all images, part by part) and behind them, a level, what box and
+    class terms and what objectness are multiplied by for their means. ``done_ptr`` counts finished programs, places
+    taken in ``row_ptr``, and in ``kept_ptr`` and ``order_ptr``: 0 before and after every launch.
     """
 
     total_ptr: Any

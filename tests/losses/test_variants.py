@@ -213,6 +213,35 @@ def test_assigners_of_yolov3():
         v3(recipe="archive", iou_thresh=0.3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_neighbours_begin(backend):
+    """One object of 8 x 8 pixels on a map of 4 x 4 cells: the cells that it takes, by hand."""
+    for (gx, gy), (own, others) in {
+        (1.5, 1.5): ((1, 1), {(0, 1), (1, 0), (2, 1), (1, 2)}),
+        (2.0, 1.5): ((2, 1), {(1, 1), (2, 0), (3, 1), (2, 2)}),
+        (1.0, 2.5): ((1, 2), {(1, 1), (2, 2), (1, 3)}),  # 1 > 1 is false: nothing left of it
+        (0.75, 0.25): ((0, 0), {(1, 0), (0, 1)}),
+        (3.75, 3.25): ((3, 3), {(2, 3), (3, 2)}),
+        (3.0, 3.0): ((3, 3), {(2, 3), (3, 2)}),  # 4 - 3 > 1 is false, too
+        (4.0, 4.0): ((3, 3), set()),  # a cell left of the border is its own
+    }.items():
+        rows = torch.tensor([[0, 0, gx / 4, gy / 4, 0.25, 0.25]], device=DEVICE)
+        for neighbours, cells in ((0, {own}), (4, {own, *others})):
+            loss = YOLOv5Loss([[(8, 8)]], (8,), 1, neighbours=neighbours, backend=backend)
+            pred = leaf(1, 1, 4, 4, 6)
+            (grad,) = torch.autograd.grad(loss([pred], rows).total, pred)
+            assert {(int(x), int(y)) for y, x in grad[0, 0, :, :, :4].any(-1).nonzero()} == cells, (gx, gy, neighbours)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shape_that_is_just_like_enough(backend):
+    """An IoU of widths and heights of exactly a half, and one above it."""
+    loss = YOLOv3Loss([[(8, 8)]], (8,), 1, assigner="shape_iou", iou_thresh=0.5, backend=backend)
+    for width, count in ((4, 0), (4.125, 1), (16, 0), (15.75, 1)):
+        rows = torch.tensor([[0, 0, 0.4, 0.4, width / 32, 8 / 32]], device=DEVICE)
+        assert int(loss([leaf(1, 1, 4, 4, 6)], rows).num_pos) == count
+
+
 @pytest.mark.parametrize("loss", [
     lambda **hyp: v3(label_smooth_eps=0.25, **hyp),
     lambda **hyp: v3(recipe="darknet", label_smooth_eps=0.25, **hyp),
@@ -503,3 +532,59 @@ def test_efficientdet(options, backend):
     found = fusedyolo.assign(EfficientDetLoss(3), preds, targets, anchors=ANCHOR_BOXES).row
     first = torch.tensor([0, len(targets[0]["boxes"]), len(targets[0]["boxes"]) + len(targets[1]["boxes"])])[:, None]
     assert torch.equal(torch.where(found.cpu() >= 0, found.cpu() - first, -1), torch.tensor(matches))
+
+
+# ------------------------------------------------------------------------------------------------------ by the image
+
+BY_IMAGE = {
+    "YOLOv2/region": lambda **o: YOLOv2Loss([(1.5, 2.0), (4.0, 4.0)], 3, 8, **o),
+    "YOLOv2/lightnet": lambda **o: YOLOv2Loss([(1.5, 2.0), (4.0, 4.0)], 3, 8, "lightnet", **o),  # with its warm-up
+    "YOLOv3": lambda **o: YOLOv3Loss(ANCHORS, STRIDES, 3, **o),
+    "YOLOv3/archive": lambda **o: YOLOv3Loss(ANCHORS, STRIDES, 3, "archive", **o),
+    "YOLOv4/darknet": lambda **o: YOLOv4Loss(ANCHORS, STRIDES, 3, "darknet", **o),
+    "YOLOv5": lambda **o: YOLOv5Loss(ANCHORS, STRIDES, 3, balance=(4, 1), **o),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", BY_IMAGE)
+def test_a_loss_of_each_image(name, backend):
+    """Those of all add up to what the loss is, and each has the gradient of its own predictions alone."""
+    preds = [leaf(2, 2, 4, 6, 8)] if "YOLOv2" in name else small_maps()
+    of = (
+        (lambda loss: loss(preds[0], ROWS.to(DEVICE)))
+        if "YOLOv2" in name
+        else lambda loss: loss(preds, ROWS.to(DEVICE))
+    )
+    whole, each = (of(BY_IMAGE[name](backend=backend, **o)) for o in ({}, {"reduction": "none"}))
+    assert each.total.shape == (2,)
+    assert each.num_pos == whole.num_pos > 0
+    torch.testing.assert_close(each.total.sum(), whole.total, rtol=1e-12, atol=0)
+    for part, value in each.parts.items():
+        assert value.shape == (2,)
+        torch.testing.assert_close(value.sum(), whole.parts[part], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(sum(each.parts.values()), each.total.detach(), rtol=1e-12, atol=0)
+    want = torch.autograd.grad(whole.total, preds)
+    summed = torch.autograd.grad(each.total.sum(), preds, retain_graph=True)
+    weighed = torch.autograd.grad((torch.tensor([0.5, -2.0], device=DEVICE) * each.total).sum(), preds)
+    for a, b, w in zip(summed, want, weighed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(w[0], 0.5 * b[0], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(w[1], -2.0 * b[1], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_of_one_image_leaves_the_loss_of_the_other(backend):
+    preds = [pred.detach().clone() for pred in small_maps()]
+    preds[1][1, 0, 1, 1, 4] = float("nan")
+    out = YOLOv5Loss(ANCHORS, STRIDES, 3, reduction="none", backend=backend)(preds, ROWS.to(DEVICE))
+    assert out.total.isnan().tolist() == [False, True]
+
+
+def test_a_sum_over_nothing_is_where_there_are_no_images_to_tell_apart():
+    with pytest.raises(ValueError, match=r"^reduction: 'sum', want one of 'mean', 'none'$"):
+        YOLOv5Loss(ANCHORS, STRIDES, 3, reduction="sum")
+    with pytest.raises(ValueError, match=r"^reduction: 'mean', want 'none', or nothing with recipe 'region'"):
+        YOLOv2Loss([(1, 2)], 3, reduction="mean")
+    assert YOLOv3Loss(ANCHORS, STRIDES, 3, "archive", reduction="none").head.mean_rows
+    assert not YOLOv3Loss(ANCHORS, STRIDES, 3, reduction="none").head.mean_rows
