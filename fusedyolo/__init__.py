@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .detections import Detections, decode, select
     from .losses import (
         E2ELoss,
+        EfficientDetLoss,
         FCOSLoss,
         LossOutput,
         RetinaNetLoss,
@@ -37,6 +38,7 @@ _HOMES = {
     "Assignment": "assignment",
     "Detections": "detections",
     "E2ELoss": "losses",
+    "EfficientDetLoss": "losses",
     "FCOSLoss": "losses",
     "LossOutput": "losses",
     "RetinaNetLoss": "losses",
@@ -60,6 +62,7 @@ __all__ = [
     "Assignment",
     "Detections",
     "E2ELoss",
+    "EfficientDetLoss",
     "FCOSLoss",
     "LossOutput",
     "RetinaNetLoss",

@@ -234,6 +234,23 @@ def per_level(name: str, value: Any, levels: int, open_low: bool = True) -> tupl
     return tuple(number(f"{name}[{i}]", item, 0, open_low=open_low) for i, item in enumerate(items))
 
 
+def ascending_pair(name: str, value: Any) -> Pair:
+    """Two numbers of 0 or more, the second not below the first."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        fail(name, describe(value), "(low, high), 0 <= low <= high")
+    low, high = (number(f"{name}[{i}]", item, 0) for i, item in enumerate(value))
+    if low > high:
+        fail(name, describe(value), "(low, high), 0 <= low <= high")
+    return low, high
+
+
+def neighbours(value: Any) -> int:
+    """Neighbours of its own cell that an object takes: 0, 2 (the nearest), or 4."""
+    if isinstance(value, bool) or value not in (0, 2, 4):
+        fail("neighbours", describe(value), "0, 2 or 4")
+    return int(value)
+
+
 def flags(name: str, value: Any, levels: int) -> tuple[bool, ...]:
     """``value`` as one flag (0, 1, or a bool) a level; a single one stands for all of them."""
     items = [value] * levels if isinstance(value, int) else _items(name, value, f"0 or 1, or one a level of {levels}")

@@ -38,21 +38,25 @@ class GridHead(_Row):
     ``scale_x_y`` is the grid sensitivity, one a level. ``unit`` is the length that box terms take for 1: a ``"pixel"``,
     a ``"cell"`` of the level, or the ``"image"`` (both sides 1); only eps and aspect ratios tell them apart.
 
-    Assignment. ``assigner`` is ``"best_anchor"`` (with ``iou_thresh``), ``"ratio"`` (with ``anchor_t``) or
-    ``"iou_band"`` (with ``band``, the IoU below which a prediction is negative and that above which it is positive).
-    ``per_level``: the anchors of each level compete among themselves. ``shared`` says what becomes of a prediction that
-    several rows want: ``"sum"``, ``"last"`` or ``"each"``. ``edge``: a centre on the right or lower border of the image
-    belongs to its last cell.
+    Assignment. ``assigner`` is ``"best_anchor"`` (with ``iou_thresh``), ``"shape_iou"`` (every anchor whose IoU of
+    widths and heights exceeds ``iou_thresh``, and no other), ``"ratio"`` (with ``anchor_t`` and ``neighbours``: of a
+    cell the 2 nearest, all 4, or 0 for its own cell alone) or ``"iou_band"`` (with ``band``, the IoU below which a
+    prediction is negative and that above which it is positive). ``per_level``: the anchors of each level compete among
+    themselves. ``shared`` says what becomes of a prediction that several rows want: ``"sum"``, ``"last"``, ``"each"``
+    or ``"merge"`` (the box of the last, the classes of all). ``edge``: a centre on the right or lower border of the
+    image belongs to its last cell.
 
     Structure. ``box`` names an IoU term (on decoded boxes) or an offset term (on raw logits), ``label`` the class term,
     ``objectness`` the label term of objectness. The objectness target of an assigned prediction is 1, or, where
-    ``quality`` names an IoU term, ``1 - quality_ratio`` plus ``quality_ratio`` times that similarity.
-    ``ignore_thresh`` is the IoU above which a background prediction is left out (None: none is), ``class_gate`` limits
-    that to predictions with some class logit above it. ``smooth``, one a level: objectness is trained towards that IoU
-    instead, assigned or not. ``average_box`` divides the box term of a prediction with several objects by its number of
+    ``quality`` names an IoU term, ``1 - quality_ratio`` plus ``quality_ratio`` times that similarity. ``ignore_thresh``
+    is the IoU above which a background prediction is left out (None: none is), ``class_gate`` limits that to
+    predictions with some class logit above it. ``smooth``, one a level: objectness is trained towards that IoU instead,
+    assigned or not. ``average_box`` divides the box term of a prediction with several objects by its number of
     pushed-up classes. ``mean_rows``: box and class terms of a level are divided by its number of assignments.
     ``obj_mean``: objectness of a level is divided by its ``"cells"`` times anchors (a sum over images remains), or by
-    the number of its ``"used"`` predictions in the batch. ``"each"`` knows no class weights and no ``average_box``.
+    the number of its ``"used"`` predictions in the batch. ``weigh_classes``: class weights multiply the terms of their
+    classes, whether these are there or not, and nothing else. ``"each"`` knows no other class weights and no
+    ``average_box``. ``by_image``: the loss is one of each image, which add up to what it is without.
 
     Numbers. ``area_weight`` w turns the offset term's weight into ``1 + w * (1 - min(gw * gh, area_cap))``, gw and gh
     relative to the image. ``prior_gain`` weighs the box term of predictions without an object, towards the middle of
@@ -70,6 +74,7 @@ class GridHead(_Row):
     assigner: str = "best_anchor"
     iou_thresh: float = 1.0
     anchor_t: float = 4.0
+    neighbours: int = 2
     band: tuple[float, float] = (0.3, 0.7)
     per_level: bool = False
     shared: str = "sum"
@@ -86,6 +91,8 @@ class GridHead(_Row):
     average_box: bool = False
     mean_rows: bool = False
     obj_mean: str | None = None
+    weigh_classes: bool = False
+    by_image: bool = False
     box_gain: float = 1.0
     obj_gain: float = 1.0
     noobj_gain: float = 1.0
@@ -125,7 +132,9 @@ class GridHead(_Row):
         """At most this many predictions are assigned to one row."""
         own = [t for level in self.levels for t in level]
         if self.assigner == "ratio":
-            return 5 * len(own)
+            return 5 * len(own) if self.neighbours else len(own)
+        if self.assigner == "shape_iou":
+            return len(own)
         if self.assigner == "best_anchor":
             if self.iou_thresh < 1:
                 return len(own)
@@ -179,7 +188,8 @@ class CellHead(_Row):
     first. ``rescore``: the confidence of the box that answers is trained towards its IoU, else towards 1.
 
     Numbers. Each gain multiplies the plain square of an error: ``box_gain`` and ``obj_gain`` of the boxes that answer
-    for an object, ``noobj_gain`` the confidences of all others, ``cls_gain`` the class scores of cells with an object.
+    for an object, ``other_gain`` the confidences of the others of their cells (None: as all others), ``noobj_gain``
+    those of all others, ``cls_gain`` the class scores of cells with an object, each times its class weight.
     """
 
     num_classes: int
@@ -190,6 +200,7 @@ class CellHead(_Row):
     rescore: bool = True
     box_gain: float = 1.0
     obj_gain: float = 1.0
+    other_gain: float | None = None
     noobj_gain: float = 1.0
     cls_gain: float = 1.0
 
@@ -210,13 +221,13 @@ class DenseHead(_Row):
     """One loss over anchors that each predict a box and the logits of all classes.
 
     Matching. ``"iou"``: an anchor takes the row that it overlaps most (the first of equals) if their IoU is at least
-    ``band[1]``, and is ignored from ``band[0]`` to there. ``rescue`` says what becomes of rows that are left out:
-    with ``"equal"`` every anchor whose IoU with a row equals the largest that this row has takes the row that it
-    overlaps most itself, whatever their IoU; with ``"best"`` the best anchor of each row (the first of equals) takes
-    that row, the last one of several; with None, nothing. ``"centre"``: an anchor takes the smallest row (the first of
-    equals) among those that hold its centre, have their own less than ``radius`` anchors from it on both axes, and
-    whose farthest side is between ``scale_range`` anchors away; on the first level that range has no lower, on the
-    last no upper end.
+    ``band[1]``, and is ignored from ``band[0]`` to there. ``rescue`` says what becomes of rows that are left out: with
+    ``"equal"`` every anchor whose IoU with a row equals the largest that this row has takes the row that it overlaps
+    most itself, whatever their IoU, with ``"own"`` that row, the last one of several; with ``"best"`` the best anchor
+    of each row (the first of equals) takes that row, the last one of several, with ``"best_first"`` the first one; with
+    None, nothing. ``"centre"``: an anchor takes the smallest row (the first of equals) among those that hold its
+    centre, have their own less than ``radius`` anchors from it on both axes, and whose farthest side is between
+    ``scale_range`` anchors away; on the first level that range has no lower, on the last no upper end.
 
     Structure. With ``background`` logit 0 is that of no object, and rows are of the classes from 1 on. ``decode`` is
     ``"delta"`` (with ``weights`` of x, y, w, h) or ``"ltrb"``; ``box`` an IoU term on decoded boxes, or a term of
@@ -225,7 +236,10 @@ class DenseHead(_Row):
     one count, an image's hardest; 0 for all of them. ``centreness``: a third prediction, of the square root of min(l,
     r) / max(l, r) * min(t, b) / max(t, b), distances of an anchor's centre from the sides of its row. ``mean``: sums
     are divided by the anchors with a row of their own ``"image"``, and averaged over images, or by those of the
-    ``"batch"``; a count of 0 divides by 1.
+    ``"batch"``; a count of 0 divides by 1. With ``"images"`` each image without any counts as one, with ``"one more"``
+    the batch's number is one larger. ``box_weight``: None, or ``"centreness"``, by which the boxes are weighed; they
+    are divided by the sum of these weights, at least 1e-6. ``box_gain`` multiplies them. Class weights multiply the
+    class terms, of a softmax those of the true class.
     """
 
     num_classes: int
@@ -243,13 +257,15 @@ class DenseHead(_Row):
     negatives: float = 0.0
     centreness: bool = False
     mean: str = "image"
+    box_weight: str | None = None
+    box_gain: float = 1.0
     box_args: tuple[float, ...] = (1e-7, 1e-7)
     label_args: tuple[float, ...] = (0.25, 2.0)
 
     def __post_init__(self):
         super().__post_init__()
         find_term("decode", self.decode, "anchor")
-        check_term("box", self.box, self.box_args, "iou", "delta")
+        check_term("box", self.box, self.box_args, "iou", "boxes", "delta")
         check_term("label", self.label, self.label_args, "class")
 
 

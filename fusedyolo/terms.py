@@ -18,9 +18,10 @@ from . import checks
 class Term:
     """A term, and what is to be known of it outside its formula.
 
-    Roles: ``"iou"``, of decoded boxes, and the similarity that objectness is trained towards; ``"offset"``, of a grid's
-    logits; ``"delta"``, of the raw outputs of an anchor that has a place; ``"class"`` and ``"objectness"``, of logits;
-    ``"grid"`` and ``"anchor"``, decoding. ``source`` is where the formula is from.
+    Roles: ``"iou"``, of decoded boxes, and the similarity that objectness is trained towards; ``"boxes"``, of decoded
+    boxes and no similarity; ``"offset"``, of a grid's logits; ``"delta"``, of the raw outputs of an anchor that has a
+    place; ``"class"`` and ``"objectness"``, of logits; ``"grid"`` and ``"anchor"``, decoding. ``source`` is where the
+    formula is from.
 
     ``numbers`` are those that it takes, in their order, with usual values; ``optional`` those that may follow, all or
     none, with values that change nothing. An offset term and a decoding take one number, whether they read it or not.
@@ -86,7 +87,9 @@ _ROWS = (
     _iou("eiou", "Zhang et al. 2021, arXiv 2101.08158"),
     _iou("siou", "Gevorgyan 2022, arXiv 2205.12740"),
     _iou("mpdiou", "Ma & Xu 2023, arXiv 2307.07662", needs_extent=True),
+    _iou("ciou_whole", "bubbliiiing/yolov4-pytorch", users=False),
     _iou("ciou_plus", "lightnet 4.0", optional={}, users=False),
+    Term("iou_log", "box", ("boxes",), "Yu et al. 2016, arXiv 1608.01471", {"floor": 1e-6}),
     _offset("mse", "offset", "Redmon & Farhadi 2018, arXiv 1804.02767", numbers={"sensitivity": 1.0}),
     _offset("bce_mse", "offset", "AlexeyAB/darknet", numbers={"sensitivity": 1.0}, users=False),
     _offset("l1", "delta", "torchvision"),

@@ -25,23 +25,24 @@ def row_valid(row, first_image, last_image, classes, limit):
 
 
 @triton.jit
-def row_cell(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
+def row_cell(row, kind, image, W, H, classes, limit, REACH: tl.constexpr):
     """Flat index of the cell that holds the centre of a valid row of this image, -1 for any other row.
 
-    With NEIGHBOURS, of one of five cells: by ``kind`` its own, or that left, above, right, below, -1 unless the centre
-    lies in the half of its cell that is next to it. A centre at the far border belongs to the last cell. Centres are
-    multiplied in float32 as the peers do, whatever the compute type.
+    With a REACH above 0, of one of five cells: by ``kind`` its own, or that left, above, right, below, -1 unless the
+    centre is less than REACH cells from it: with 0.5 in the half of its cell that is next to it, with 1 anywhere. A
+    centre at the far border belongs to the last cell. Centres are multiplied in float32 as the peers do, whatever the
+    compute type.
     """
     valid = row_valid(row, image, image + 1, classes, limit)
     gx = tl.where(valid, row[2], 0.0) * W
     gy = tl.where(valid, row[3], 0.0) * H
-    if NEIGHBOURS:
+    if REACH > 0:
         along = tl.where((kind == 1) | (kind == 3), gx, gy)
         far = tl.where(kind == 3, W - gx, H - gy)
         along = tl.where(kind >= 3, far, along)  # distance from the border on the neighbour's side
-        valid = valid & ((kind == 0) | ((along - tl.floor(along) < 0.5) & (along > 1.0)))
-        gx -= tl.where(kind == 1, 0.5, tl.where(kind == 3, -0.5, 0.0))
-        gy -= tl.where(kind == 2, 0.5, tl.where(kind == 4, -0.5, 0.0))
+        valid = valid & ((kind == 0) | ((along - tl.floor(along) < REACH) & (along > 1.0)))
+        gx -= tl.where(kind == 1, REACH, tl.where(kind == 3, -REACH, 0.0))
+        gy -= tl.where(kind == 2, REACH, tl.where(kind == 4, -REACH, 0.0))
     i = tl.minimum(gx.to(tl.int32), W - 1)
     j = tl.minimum(gy.to(tl.int32), H - 1)
     return tl.where(valid, j * W + i, -1)
@@ -67,6 +68,13 @@ def best_anchor(w, h, site, thresh, PER_LEVEL: tl.constexpr):
         best = tl.maximum(best, value)
         own_iou = tl.where(site.own == t, value, own_iou)
     return (best_index == site.own) | (own_iou > thresh)
+
+
+@triton.jit
+def shape_iou(w, h, site, thresh, PER_LEVEL: tl.constexpr):
+    """The IoU of two boxes with one centre exceeds ``thresh``, whatever that of other anchors."""
+    inter = tl.minimum(w, site.own_w) * tl.minimum(h, site.own_h)
+    return near_divide(inter, w * h + site.own_w * site.own_h - inter) > thresh
 
 
 @triton.jit

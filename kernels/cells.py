@@ -58,13 +58,16 @@ class Map(NamedTuple):
 
 
 class Gains(NamedTuple):
-    """What squared errors are multiplied by: of boxes that answer for an object, their confidences, all others, and
-    the class scores of cells with an object."""
+    """What squared errors are multiplied by: of boxes that answer for an object, their confidences, those of the other
+    boxes of their cells (None: as all others), all others, and the class scores of cells with an object, with weights
+    of classes where there are some."""
 
     box: Any
     obj: Any
+    other: Any
     noobj: Any
     cls: Any
+    columns_ptr: Any
 
 
 class Targets(NamedTuple):
@@ -174,7 +177,7 @@ def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
         g = g0 + tl.arange(0, BLOCK_G)
         row = load_rows(targets.ptr, g, g < last, BLOCK_G)
         b = tl.where((row.image >= 0) & (row.image < B), row.image, -1.0).to(tl.int32)
-        cell = row_cell(row, 0, b, SPEC.S, SPEC.S, SPEC.C, 1.0, False)
+        cell = row_cell(row, 0, b, SPEC.S, SPEC.S, SPEC.C, 1.0, 0.0)
         at = b * AREA + cell - c0
         here = (b >= 0) & (cell >= 0) & (at >= 0) & (at < CELLS)
         here = in_its_range(b, g, here, targets.offsets_ptr)
@@ -294,8 +297,15 @@ def _squares(tile, k, held, gains, SPEC: tl.constexpr):
     target = tl.where(is_conf, tl.where(mine, held.confidence[None, :, None], 0.0), target)
     target = tl.where(is_cls, one_hot, target)
     gain = tl.where(mine, tl.cast(gains.obj, SPEC.ACC), tl.cast(gains.noobj, SPEC.ACC))
+    if gains.other is not None:
+        has = (held.chosen >= 0)[None, :, None]
+        gain = tl.where(has & (mine == 0), tl.cast(gains.other, SPEC.ACC), gain)
     gain = tl.where(is_conf, gain, tl.cast(gains.box, SPEC.ACC))
     gain = tl.where(is_cls, tl.cast(gains.cls, SPEC.ACC), gain)
+    if gains.columns_ptr is not None:
+        own = (k >= 5 * N) & (k < 5 * N + SPEC.C)
+        column = tl.load(gains.columns_ptr + (k - 5 * N), mask=own, other=1.0).to(SPEC.ACC)
+        gain *= column[:, None, :]
     used = tl.where(is_cls, (held.chosen >= 0)[None, :, None], is_conf | mine)
     error = tile - target
     loss = tl.where(used, gain * (error * error), 0.0)

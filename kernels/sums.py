@@ -46,5 +46,11 @@ def finish(box, obj, cls, assigned, outputs):
     tl.store(outputs.parts_ptr + 1, obj)
     tl.store(outputs.parts_ptr + 2, cls)
     tl.store(outputs.total_ptr, box + obj + cls)
+    leave_counts(assigned, outputs)
+
+
+@triton.jit
+def leave_counts(assigned, outputs):
+    """The count of assigned predictions; counters are 0 again."""
     tl.store(outputs.counts_ptr, assigned.to(tl.int32))
     tl.store(outputs.done_ptr + tl.arange(0, 4), tl.zeros([4], tl.int32))  # ready for the next launch

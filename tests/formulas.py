@@ -129,11 +129,12 @@ class Pair:
         squared = (self.p[0] - self.g[0]) ** 2 + (self.p[1] - self.g[1]) ** 2
         return over(squared, self.hull[0] ** 2 + self.hull[1] ** 2 + self.eps)
 
-    def aspect(self, taller: float, eps_alpha: float) -> Tensor:
-        """alpha v of CIoU, alpha constant."""
+    def aspect(self, taller: float, eps_alpha: float, constant: bool = True) -> Tensor:
+        """alpha v of CIoU, alpha constant or not."""
         p, g = self.p, self.g
         v = 4 * (torch.atan2(g[2], g[3] + taller) - torch.atan2(p[2], p[3] + taller)) ** 2 / math.pi**2
-        return over(v, 1 - self.iou + v + eps_alpha).detach() * v
+        alpha = over(v, 1 - self.iou + v + eps_alpha)
+        return (alpha.detach() if constant else alpha) * v
 
 
 def _giou(b: Pair) -> list[Tensor]:
@@ -167,6 +168,7 @@ PENALTIES: dict[str, Callable[[Pair], list[Tensor]]] = {
     "giou": _giou,
     "diou": lambda b: [b.away],
     "ciou": lambda b: [b.away, b.aspect(0.0, b.eps_alpha)],
+    "ciou_whole": lambda b: [b.away, b.aspect(0.0, b.eps_alpha, constant=False)],
     "eiou": _eiou,
     "siou": _siou,
     "mpdiou": _mpdiou,

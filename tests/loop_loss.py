@@ -51,12 +51,14 @@ def winners(w: float, h: float, head: GridHead, level: int) -> list[int]:
     if head.assigner == "ratio":
         sides = [(w / head.anchors[t][0], h / head.anchors[t][1]) for t in own]
         return [a for a, ratios in enumerate(sides) if all(max(r, 1 / r) < head.anchor_t for r in ratios)]
-    pool = list(own) if head.per_level else list(range(len(head.anchors)))
+    pool = list(own) if head.per_level or head.assigner == "shape_iou" else list(range(len(head.anchors)))
     ious = []
     for t in pool:
         aw, ah = head.anchors[t]
         inter = min(w, aw) * min(h, ah)
         ious.append(inter / (w * h + aw * ah - inter))
+    if head.assigner == "shape_iou":
+        return [a for a, value in enumerate(ious) if value > head.iou_thresh]
     best = ious.index(max(ious))
     taken = [pool[best]] if ious[best] > 0 else []
     if head.iou_thresh < 1:
@@ -64,23 +66,24 @@ def winners(w: float, h: float, head: GridHead, level: int) -> list[int]:
     return [a for a, t in enumerate(own) if t in taken]
 
 
-def cells_of(row: list[float], W: int, H: int, neighbours: bool) -> list[tuple[int, int] | None]:
-    """(y, x) of the cell of a centre and, if asked for, of the left, upper, right and lower one where it is near these.
+def cells_of(row: list[float], W: int, H: int, neighbours: int) -> list[tuple[int, int] | None]:
+    """(y, x) of the cell of a centre and, with 2 or 4 neighbours, of the left, upper, right and lower one, with 2 where
+    it is near these.
 
     All in float32, as the peers have it.
     """
     gx, gy = np.float32(row[2]) * np.float32(W), np.float32(row[3]) * np.float32(H)
-    half = np.float32(0.5)
+    off = np.float32(0.5 if neighbours == 2 else 1)
 
     def near(border: np.float32) -> bool:
-        return bool(border % 1 < half and border > 1)
+        return bool((border % 1 < 0.5 or neighbours == 4) and border > 1)
 
     kinds = [(gx, gy, True)]
     if neighbours:
-        kinds.append((gx - half, gy, near(gx)))
-        kinds.append((gx, gy - half, near(gy)))
-        kinds.append((gx + half, gy, near(np.float32(W) - gx)))
-        kinds.append((gx, gy + half, near(np.float32(H) - gy)))
+        kinds.append((gx - off, gy, near(gx)))
+        kinds.append((gx, gy - off, near(gy)))
+        kinds.append((gx + off, gy, near(np.float32(W) - gx)))
+        kinds.append((gx, gy + off, near(np.float32(H) - gy)))
     return [(min(int(y), H - 1), min(int(x), W - 1)) if emitted else None for x, y, emitted in kinds]
 
 
@@ -111,9 +114,10 @@ def owners_by_place(
                 left_out.add((b, a, j, i))
         return owned, left_out
 
-    cells = {r: cells_of(listed[r], W, H, head.assigner == "ratio") for r in rows}
+    neighbours = head.neighbours if head.assigner == "ratio" else 0
+    cells = {r: cells_of(listed[r], W, H, neighbours) for r in rows}
     fits = {r: winners(listed[r][4] * (W * stride), listed[r][5] * (H * stride), head, level) for r in rows}
-    for kind in range(5 if head.assigner == "ratio" else 1):
+    for kind in range(5 if neighbours else 1):
         for a in range(anchors):
             for r in rows:
                 cell = cells[r][kind]
@@ -160,14 +164,16 @@ def _level(
         seen["shared"] += len(owners) > 1
         if head.shared == "last":
             owners = owners[-1:]
+        named, owners = owners, owners[-1:] if head.shared == "merge" else owners
         rows_used += len(owners)
 
         gain, target = head.noobj_gain, 0.0
         if owners:
-            m = [1.0 if class_weights is None else float(class_weights[int(listed[r][1])]) for r in owners]
-            out.cls = out.cls + one.class_loss([int(listed[r][1]) for r in owners], class_weights)
+            weighed = class_weights is not None and not head.weigh_classes
+            m = [float(class_weights[int(listed[r][1])]) if weighed else 1.0 for r in owners]
+            out.cls = out.cls + one.class_loss([int(listed[r][1]) for r in named], class_weights)
             boxes = [one.box_loss(listed[r]) for r in owners]
-            out.box = out.box + sum(w * box for w, box in zip(m, boxes, strict=True)) / one.pushed_up(listed, owners)
+            out.box = out.box + sum(w * box for w, box in zip(m, boxes, strict=True)) / one.pushed_up(listed, named)
             gain, target = head.obj_gain * m[-1], one.quality(listed[owners[-1]])
         elif head.prior_gain > 0:
             seen["prior"] += 1
@@ -295,10 +301,18 @@ class _Prediction:
         total = ZERO
         for group in [[label] for label in labels] if head.shared == "each" else [labels]:
             targets = torch.tensor(self.class_targets(group), dtype=torch.float64)
-            terms = class_terms(head.label, torch.stack(self.raw[5:]), targets, head.label_args)
+            logits = torch.stack(self.raw[5:])
+            if class_weights is not None and head.weigh_classes:
+                weights = class_weights.double()
+                if head.label == "softmax_ce":
+                    terms = class_terms(head.label, logits, weights * targets, head.label_args)
+                else:
+                    terms = weights * class_terms(head.label, logits, targets, head.label_args)
+            else:
+                terms = class_terms(head.label, logits, targets, head.label_args)
             for c, term in enumerate(terms):
                 w = 1.0
-                if class_weights is not None and c in group:
+                if class_weights is not None and not head.weigh_classes and c in group:
                     w = float(class_weights[c]) * (head.first_weight if c == group[0] and group.count(c) == 1 else 1.0)
                 total = total + head.cls_gain * w * term
         return total

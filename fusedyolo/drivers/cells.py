@@ -27,6 +27,7 @@ class CellCall(NamedTuple):
     rows: Tensor  # [M, 6]
     offsets: Tensor | None
     size: tuple[float, float]  # (height, width) of the image, in pixels if they are known, else 1 each
+    class_weights: Tensor | None  # [C] float32
 
 
 class CellDriver(Driver):
@@ -45,21 +46,21 @@ class CellDriver(Driver):
         batch = checks.cell_predictions(preds, head.grid_size, head.num_boxes, head.num_classes)
         size = checks.target_size(criterion.image_size, targets, criterion.form)
         rows, offsets = as_targets(targets, batch, size, preds.device, criterion.form)
-        return CellCall(preds, rows, offsets, size)
+        return CellCall(preds, rows, offsets, size, criterion.class_weights)
 
     def reference_loss(self, head: CellHead, call: CellCall) -> tuple[Tensor, Tensor, Tensor]:
         rows, spare = without_spare(call.rows, call.offsets)
-        total, parts, counts = reference.cell_loss(call.pred, rows, head)
+        total, parts, counts = reference.cell_loss(call.pred, rows, head, call.class_weights)
         return total, parts, shared.counts_without_spare(counts, spare)
 
     def launches(self, head: CellHead, call: CellCall) -> dict[str, Launch]:
         from .. import ops
 
         pred, rows, key, one = call.pred, call.rows, head.key, torch.ones((), device=call.pred.device)
-        left = ops.cell_outputs(pred, key, True)
+        left, weights = ops.cell_outputs(pred, key, True), call.class_weights
         return {
-            "loss": ops.cell_launch(pred, rows, call.offsets, key, left, True),
-            "grad": ops.cell_grad_launch(pred, rows, left.taken, key, left.grad, one, True),
+            "loss": ops.cell_launch(pred, rows, call.offsets, key, left, True, weights),
+            "grad": ops.cell_grad_launch(pred, rows, left.taken, key, left.grad, one, True, weights),
         }
 
     def assign(self, head: CellHead, call: CellCall) -> Assignment:

@@ -33,6 +33,7 @@ class DenseCall(NamedTuple):
     size: tuple[float, float] | None  # (height, width) of the images, if known
     corners: bool  # rows hold corners in pixels, not centre and size relative to the image
     ends: tuple[int, int]  # anchors of the first and the last level
+    class_weights: Tensor | None  # [C] float32
 
 
 class DenseDriver(Driver):
@@ -54,7 +55,7 @@ class DenseDriver(Driver):
         maps = [reference.flat_maps(each, width) for each, width in zip(call.levels, call.channels, strict=True)]
         centre = maps[2] if head.centreness else None
         terms, counts = reference.dense_loss(
-            maps[0], maps[1], centre, call.anchors, rows, head, call.size, call.corners, call.ends
+            maps[0], maps[1], centre, call.anchors, rows, head, call.size, call.corners, call.ends, call.class_weights
         )
         return torch.stack(terms).sum(), terms, shared.counts_without_spare(counts, spare)
 
@@ -65,11 +66,12 @@ class DenseDriver(Driver):
         height, width = (math.inf, math.inf) if call.size is None else call.size
         geometry = ops.Geometry((float(width), float(height)), call.corners, call.ends)
         outputs = ops.dense_outputs(preds, anchors, head, True)
-        forward = ops.loss_launches(preds, anchors, call.rows, call.offsets, head, geometry, outputs)
+        weights = call.class_weights
+        forward = ops.loss_launches(preds, anchors, call.rows, call.offsets, head, geometry, outputs, weights)
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=anchors.device)
         ones, skip = (one, None, None, None), head.negatives == 0
         saved = (anchors, call.rows, outputs.match, outputs.found, outputs.ce, outputs.picks)
-        backward = ops.grad_launch(preds, saved, head, geometry, grads, ones, skip)
+        backward = ops.grad_launch(preds, saved, head, geometry, grads, ones, skip, weights)
         return {_LAUNCHES[launch.kernel.__name__]: launch for launch in forward} | {"grad": backward}
 
     def assign(self, head: DenseHead, call: DenseCall) -> AnchorAssignment:
@@ -217,7 +219,10 @@ class DenseDriver(Driver):
             matched = arguments["matched"]
             matched.match_ptr.copy_(torch.where(found.row >= 0, found.row, ignored))
             counts = (found.row >= 0).sum(1)
-            matched.found_ptr.copy_(torch.cat((counts, counts.sum(0, keepdim=True))))
+            of_batch = reference.normaliser(counts, known.head)[:1] if known.head.mean != "image" else counts[:1]
+            matched.found_ptr.copy_(torch.cat((counts, of_batch)))
+            if matched.norm_ptr is not None:
+                matched.norm_ptr.fill_(found.objectness.sum().clamp(min=1e-6))
             if arguments["picks_ptr"] is not None:
                 arguments["picks_ptr"][:, 3] = 0  # programs of the ranking that have finished
         elif kernel == "dense_kernel" and arguments["SPEC"].RANKED and arguments["SPEC"].WITH_LOSS:

@@ -1,10 +1,11 @@
 """The losses, as modules."""
 
-from .dense import FCOSLoss, RetinaNetLoss, SSDLoss
+from .anchor_recipes import RECIPES
+from .dense import EfficientDetLoss, FCOSLoss, RetinaNetLoss, SSDLoss
 from .output import LossOutput, rounded
 from .yolov1 import CELL_RECIPES, YOLOv1Loss
 from .yolov2 import YOLOv2Loss
-from .yolov3 import RECIPES, YOLOv3Loss, YOLOv4Loss
+from .yolov3 import YOLOv3Loss, YOLOv4Loss
 from .yolov5 import ScaledYOLOv4Loss, YOLOv5Loss
 from .yolov8 import E2ELoss, YOLOv8Loss
 from .yolox import YOLOXLoss
@@ -13,6 +14,7 @@ __all__ = [
     "CELL_RECIPES",
     "RECIPES",
     "E2ELoss",
+    "EfficientDetLoss",
     "FCOSLoss",
     "LossOutput",
     "RetinaNetLoss",

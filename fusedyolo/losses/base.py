@@ -123,6 +123,8 @@ class GridLoss(WeightedLoss):
             total, parts, counts = GRID.reference_loss(head, call)
         if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(rows, offsets, counts, size)
+        if head.by_image:
+            parts = parts.flatten()[: 3 * len(range(batch))].view(3, -1)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, terms, num_pos, num_invalid)
@@ -160,6 +162,19 @@ def box_arguments(eps: tuple[float, float], alpha: Any, gamma: Any) -> tuple[flo
     alpha = checks.number("iou_alpha", alpha, 0, open_low=True)
     gamma = checks.number("iou_gamma", gamma, 0)
     return eps if (alpha, gamma) == (1.0, 0.0) else (*eps, alpha, gamma)
+
+
+def class_targets(hyp: dict[str, Any], name: str, num_classes: int) -> tuple[float, float]:
+    """The targets of a class that is there and of one that is not, smoothed by ``hyp[name]`` as ``smoothing`` says."""
+    eps = checks.number(name, hyp.get(name, 0.0), 0, 1)
+    kind = checks.one_of("smoothing", hyp.get("smoothing", "binary"), ("binary", "uniform"))
+    among = 2 if kind == "binary" else num_classes
+    return 1.0 - eps + eps / among, eps / among
+
+
+def focal_bce(positive_weight: float, gamma: float) -> tuple[str, tuple[float, ...]]:
+    """Binary cross-entropy with a weight of positives, or the focal loss made of it with alpha 0.25; its arguments."""
+    return ("bce", (positive_weight,)) if gamma == 0 else ("focal", (0.25, gamma, positive_weight))
 
 
 @torch.compiler.assume_constant_result

@@ -1,4 +1,4 @@
-"""RetinaNet, SSD and FCOS: losses over anchors that each predict a box and the logits of all classes."""
+"""RetinaNet, EfficientDet, SSD and FCOS: losses over anchors that each predict a box and the logits of all classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backend as backends
 from .. import checks
@@ -17,16 +17,20 @@ from ..heads import DenseHead
 from ..targets import Targets, as_targets, in_corners
 from ..terms import find_term
 from ..watch import Watch
+from .base import WeightedLoss
 from .output import LossOutput, detached, rounded
 
 TERMS = ("classification", "bbox_regression", "bbox_ctrness")
 """Names of the parts, torchvision's."""
 
+RECIPES = ("torchvision", "mmdet")
+ANYWHERE = 1e30  # a radius beyond any anchor
+
 Maps = Tensor | Sequence[Tensor]
 AnyTargets = Tensor | Sequence[dict[str, Tensor]] | Targets
 
 
-class DenseLoss(nn.Module):
+class DenseLoss(WeightedLoss):
     """A module around a :class:`~fusedyolo.heads.DenseHead`; a subclass makes the head of its arguments."""
 
     head: DenseHead
@@ -37,8 +41,9 @@ class DenseLoss(nn.Module):
         image_size: int | tuple[int, int] | None,
         backend: str,
         form: checks.BoxForm = None,
+        class_weights: tuple[float, ...] | None = None,
     ):
-        super().__init__()
+        super().__init__(class_weights)
         self.form = form
         labels = range(1 if head.background else 0, head.num_classes)
         self._watch: Watch | None = Watch(type(self).__name__, labels)
@@ -105,7 +110,7 @@ class DenseLoss(nn.Module):
         ends = checks.level_sizes(num_anchors_per_level, sizes, pred.dim() == 3, head.matcher == "centre")
         size = self.image_size if image_size is None else checks.size("image_size", image_size)
         corners = (self.form is not None or isinstance(targets, list | tuple)) and in_corners(targets, self.form)
-        if size is None and (not corners or find_term("box", head.box, "iou", "delta").needs_extent):
+        if size is None and (not corners or find_term("box", head.box, "iou", "boxes", "delta").needs_extent):
             what = f"with loss_type={head.box!r}" if corners else "for targets that are not corners in pixels"
             checks.fail("image_size", None, f"(height, width) of the images, {what}")
         rows, offsets = as_targets(targets, batch, size or (1, 1), pred.device, self.form, corners)
@@ -113,7 +118,8 @@ class DenseLoss(nn.Module):
         if anchors.requires_grad:
             anchors = anchors.detach()
         anchors = anchors if anchors.dtype == wide else anchors.to(wide)
-        return DenseCall(levels, self._channels, anchors, rows, offsets, size, corners, ends)
+        weights = self._weights_for(pred)
+        return DenseCall(levels, self._channels, anchors, rows, offsets, size, corners, ends, weights)
 
     def _compute(self, call: DenseCall, outputs: int | None = None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Total, parts and counts; with ``outputs`` 1 the parts need have no gradient."""
@@ -140,6 +146,7 @@ class DenseLoss(nn.Module):
                 list(call.ends),
                 with_grad,
                 own,
+                call.class_weights,
                 outputs=outputs,
             )
             terms = (cls, box, middle)[: len(call.levels)]
@@ -156,10 +163,11 @@ class DenseLoss(nn.Module):
 
 def _box(loss_type: Any, beta: Any, *roles: str) -> dict[str, Any]:
     """Fields of the head that say what boxes cost."""
+    box = find_term("loss_type", loss_type, *roles, users=True)
     return {
-        "box": find_term("loss_type", loss_type, *roles, users=True).name,
+        "box": box.name,
         "beta": checks.number("beta", beta, 0),
-        "box_args": (1e-7, 1e-7),
+        "box_args": tuple(box.numbers.values()) if "boxes" in box.roles else (1e-7, 1e-7),
     }
 
 
@@ -190,17 +198,25 @@ class RetinaNetLoss(DenseLoss):
         mean over images of sum over anchors not ignored of focal(class logits, one-hot) / n
         + mean over images of sum over anchors with an object of loss_type(box) / n
 
+    With ``recipe="mmdet"`` (``RetinaHead`` of mmdet 3) an anchor that overlaps some object as much as any anchor does
+    takes that object, of several the last one; and sums over the batch are divided by the sum of n.
+
     Args:
         num_classes: C.
+        recipe: ``"torchvision"`` or ``"mmdet"``.
+        normalizer: that of the recipe unless given. ``"image"``, see above, of torchvision; ``"images"``, the sum of n,
+            in which an image without an object counts as one, of mmdet; ``"batch"``, the anchors of the batch that have
+            an object, not below 1.
         fg_iou_thresh: IoU of a match, from there on.
         bg_iou_thresh: IoU below which an anchor is background.
         allow_low_quality_matches: see above.
-        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or on decoded boxes ``"iou"``, ``"giou"``, ``"ciou"``
-            or another IoU term for users in the table of ``fusedyolo/terms.py``.
+        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or on decoded boxes ``"iou"``, ``"giou"``, ``"ciou"``,
+            ``"iou_log"`` (-ln IoU) or another IoU term for users in the table of ``fusedyolo/terms.py``.
         beta: of ``"smooth_l1"``, the difference below which it is quadratic.
         alpha: weight of positives in the focal loss, -1 for no weights.
         gamma: exponent of its modulating factor.
         weights: of x, y, w and h, what deltas are multiplied by.
+        class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
         unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
             of dicts.
@@ -231,7 +247,9 @@ class RetinaNetLoss(DenseLoss):
     def __init__(
         self,
         num_classes: int,
+        recipe: str = "torchvision",
         *,
+        normalizer: str | None = None,
         fg_iou_thresh: float = 0.5,
         bg_iou_thresh: float = 0.4,
         allow_low_quality_matches: bool = True,
@@ -240,6 +258,7 @@ class RetinaNetLoss(DenseLoss):
         alpha: float = 0.25,
         gamma: float = 2.0,
         weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        class_weights: Any = None,
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -249,18 +268,90 @@ class RetinaNetLoss(DenseLoss):
         low = checks.number("bg_iou_thresh", bg_iou_thresh, 0, 1)
         if low > high:
             checks.fail("bg_iou_thresh", bg_iou_thresh, f"at most fg_iou_thresh, {fg_iou_thresh}")
+        is_mmdet = checks.one_of("recipe", recipe, RECIPES) == "mmdet"
+        if normalizer is None:
+            normalizer = "images" if is_mmdet else "image"
+        num_classes = checks.count("num_classes", num_classes)
+        low_quality = checks.flag("allow_low_quality_matches", allow_low_quality_matches)
         head = DenseHead(
-            num_classes=checks.count("num_classes", num_classes),
+            num_classes=num_classes,
             matcher="iou",
             band=(low, high),
-            rescue="equal" if checks.flag("allow_low_quality_matches", allow_low_quality_matches) else None,
+            rescue=("own" if is_mmdet else "equal") if low_quality else None,
             decode="delta",
             weights=_weights(weights),
-            mean="image",
-            **_box(loss_type, beta, "delta", "iou"),
+            mean=checks.one_of("normalizer", normalizer, ("image", "images", "batch")),
+            **_box(loss_type, beta, "delta", "iou", "boxes"),
             **_focal(alpha, gamma),
         )
-        super().__init__(head, image_size, backend, checks.box_form(unit, boxes))
+        of_classes = checks.class_weights(class_weights, num_classes)
+        super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)
+
+
+class EfficientDetLoss(DenseLoss):
+    """Training loss of EfficientDet (Tan et al. 2020, arXiv 1911.09070), that of automl and of effdet.
+
+    An anchor with an IoU of ``match_threshold`` or more takes the object that it overlaps most; beside that, the best
+    anchor of every object takes that object, the first one of several. With n the anchors of the batch that have an
+    object, and one more,
+
+        sum over anchors of focal(class logits, one-hot) / n
+        + box_loss_weight * sum over anchors with an object of huber(box deltas) / (4 n)
+
+    huber(d) is d^2 / 2 for |d| below ``delta``, beyond it ``delta * (|d| - delta / 2)``. The peer leaves out deltas
+    whose target is exactly 0, which count here as all others.
+
+    Args:
+        num_classes: C, without the background.
+        match_threshold: IoU of a match, from there on.
+        alpha: weight of positives in the focal loss, -1 for no weights.
+        gamma: exponent of its modulating factor.
+        delta: see above; above 0.
+        box_loss_weight: see above.
+        class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
+        image_size: (height, width) in pixels; needed where targets are relative to the image.
+        unit: of boxes in targets, as in :class:`RetinaNetLoss`.
+        boxes: in targets, likewise.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Shapes, output and errors are those of :class:`RetinaNetLoss`; box deltas are dx, dy, dw, dh, where the peer has dy,
+    dx, dh, dw, and anchors y1, x1, y2, x2: hand in ``[..., [1, 0, 3, 2]]`` of both. Part ``bbox_regression`` has the
+    ``box_loss_weight`` in it. Labels are indices of class logits; in the peer's files they count from 1.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        match_threshold: float = 0.5,
+        alpha: float = 0.25,
+        gamma: float = 1.5,
+        delta: float = 0.1,
+        box_loss_weight: float = 50.0,
+        class_weights: Any = None,
+        image_size: int | tuple[int, int] | None = None,
+        unit: str | None = None,
+        boxes: str | None = None,
+        backend: str = "auto",
+    ):
+        num_classes = checks.count("num_classes", num_classes)
+        thresh = checks.number("match_threshold", match_threshold, 0, 1)
+        delta = checks.number("delta", delta, 0, open_low=True)
+        head = DenseHead(
+            num_classes=num_classes,
+            matcher="iou",
+            band=(thresh, thresh),
+            rescue="best_first",
+            decode="delta",
+            mean="one more",
+            box="smooth_l1",  # which times delta is the other's huber
+            beta=delta,
+            box_args=(1e-7, 1e-7),
+            box_gain=checks.number("box_loss_weight", box_loss_weight, 0) * delta / 4,
+            **_focal(alpha, gamma),
+        )
+        of_classes = checks.class_weights(class_weights, num_classes)
+        super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)
 
 
 class SSDLoss(DenseLoss):
@@ -284,6 +375,8 @@ class SSDLoss(DenseLoss):
         loss_type: as in :class:`RetinaNetLoss`.
         beta: as in :class:`RetinaNetLoss`.
         weights: as in :class:`RetinaNetLoss`.
+        class_weights: C numbers, one a class, the background the first: what the cross-entropy of an anchor of that
+            class is multiplied by.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
         unit: of boxes in targets, as in :class:`RetinaNetLoss`.
         boxes: in targets, likewise.
@@ -302,14 +395,16 @@ class SSDLoss(DenseLoss):
         loss_type: str = "smooth_l1",
         beta: float = 1.0,
         weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+        class_weights: Any = None,
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
         backend: str = "auto",
     ):
         thresh = checks.number("iou_thresh", iou_thresh, 0, 1)
+        num_classes = checks.count("num_classes", num_classes, 2)
         head = DenseHead(
-            num_classes=checks.count("num_classes", num_classes, 2),
+            num_classes=num_classes,
             background=True,
             matcher="iou",
             band=(thresh, thresh),
@@ -320,9 +415,10 @@ class SSDLoss(DenseLoss):
             label_args=(),
             negatives=checks.number("neg_to_pos_ratio", neg_to_pos_ratio, 0, open_low=True),
             mean="batch",
-            **_box(loss_type, beta, "delta", "iou"),
+            **_box(loss_type, beta, "delta", "iou", "boxes"),
         )
-        super().__init__(head, image_size, backend, checks.box_form(unit, boxes))
+        of_classes = checks.class_weights(class_weights, num_classes)
+        super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)
 
 
 class FCOSLoss(DenseLoss):
@@ -337,12 +433,22 @@ class FCOSLoss(DenseLoss):
 
     Areas are compared as torchvision does: in float32 those closer than 8 square pixels are equal.
 
+    With ``recipe="mmdet"`` (``FCOSHead`` of mmdet 3, and of its authors) every anchor whose centre is in an object's
+    box may take it, boxes cost ``-ln IoU``, each is weighed by the target of its centreness, and they are divided by
+    the sum of these weights. Anchors are squares of the level's stride around the middles of cells; predicted distances
+    in pixels are to be divided by it.
+
     Args:
         num_classes: C.
-        center_sampling_radius: see above.
-        loss_type: ``"iou"``, ``"giou"``, ``"ciou"`` or another IoU term for users of ``fusedyolo/terms.py``.
+        recipe: ``"torchvision"`` or ``"mmdet"``.
+        center_sampling_radius: see above; ``math.inf`` for any distance. Unless given 1.5, of mmdet ``math.inf``.
+        scale_range: in anchor sides, see above; ``(4, 8)`` are the usual ``regress_ranges`` of mmdet.
+        loss_type: ``"iou"``, ``"giou"``, ``"ciou"``, ``"iou_log"`` (-ln IoU, of an IoU of at least 1e-6) or another IoU
+            term for users of ``fusedyolo/terms.py``. ``"giou"`` or ``"iou_log"`` unless given.
+        box_weight: ``"none"``, or ``"centreness"``, as the recipe says unless given.
         alpha: as in :class:`RetinaNetLoss`.
         gamma: as in :class:`RetinaNetLoss`.
+        class_weights: as in :class:`RetinaNetLoss`.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
         unit: of boxes in targets, as in :class:`RetinaNetLoss`.
         boxes: in targets, likewise.
@@ -360,25 +466,40 @@ class FCOSLoss(DenseLoss):
     def __init__(
         self,
         num_classes: int,
+        recipe: str = "torchvision",
         *,
-        center_sampling_radius: float = 1.5,
-        loss_type: str = "giou",
+        center_sampling_radius: float | None = None,
+        scale_range: tuple[float, float] = (4.0, 8.0),
+        loss_type: str | None = None,
+        box_weight: str | None = None,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        class_weights: Any = None,
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
         backend: str = "auto",
     ):
+        is_mmdet = checks.one_of("recipe", recipe, RECIPES) == "mmdet"
+        num_classes = checks.count("num_classes", num_classes)
+        if center_sampling_radius is None:
+            center_sampling_radius = math.inf if is_mmdet else 1.5
+        radius = ANYWHERE if center_sampling_radius == math.inf else center_sampling_radius
+        if box_weight is None:
+            box_weight = "centreness" if is_mmdet else "none"
+        weighed = checks.one_of("box_weight", box_weight, ("none", "centreness")) == "centreness"
         head = DenseHead(
-            num_classes=checks.count("num_classes", num_classes),
+            num_classes=num_classes,
             matcher="centre",
             rescue=None,
-            radius=checks.number("center_sampling_radius", center_sampling_radius, 0, open_low=True),
+            radius=checks.number("center_sampling_radius", radius, 0, open_low=True),
+            scale_range=checks.ascending_pair("scale_range", scale_range),
             decode="ltrb",
             mean="batch",
             centreness=True,
-            **_box(loss_type, 1.0, "iou"),
+            box_weight="centreness" if weighed else None,
+            **_box(("iou_log" if is_mmdet else "giou") if loss_type is None else loss_type, 1.0, "iou", "boxes"),
             **_focal(alpha, gamma),
         )
-        super().__init__(head, image_size, backend, checks.box_form(unit, boxes))
+        of_classes = checks.class_weights(class_weights, num_classes)
+        super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)

@@ -22,8 +22,9 @@ class LossOutput(NamedTuple):
     by its type would make something else of it.
 
     Attributes:
-        total: the loss, 0-dim; float64 for float64 predictions, else float32.
-        parts: the terms that add up to it, gains included, detached, 0-dim.
+        total: the loss, 0-dim, or with ``reduction="none"`` ``[B]``, one of each image; float64 for float64
+            predictions, else float32.
+        parts: the terms that add up to it, gains included, detached, of the same shape.
         num_pos: predictions that were assigned an object, 0-dim.
         num_invalid: target rows that were skipped, 0-dim; :meth:`Targets.validate` says which and why.
     """

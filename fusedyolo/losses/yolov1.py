@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backend as backends
 from .. import checks
@@ -15,10 +15,10 @@ from ..drivers.cells import CELLS, CellCall
 from ..heads import CellHead, cell_head_from_key
 from ..targets import Targets, as_targets
 from ..watch import Watch
-from .base import PARTS, hyper_parameters
+from .base import PARTS, WeightedLoss, hyper_parameters
 from .output import LossOutput, rounded
 
-GAINS = ("box_gain", "obj_gain", "noobj_gain", "cls_gain")
+GAINS = ("box_gain", "obj_gain", "other_gain", "noobj_gain", "cls_gain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CellRecipe:
     those that are 0 or 1; ``factor`` multiplies all terms.
     """
 
-    hyp: dict[str, float]
+    hyp: dict[str, float | None]
     gains: dict[str, str]
     flags: dict[str, str]
     factor: float
@@ -38,9 +38,22 @@ class CellRecipe:
 
 CELL_RECIPES = {
     "paper": CellRecipe(
-        hyp={"lambda_coord": 5.0, "lambda_noobj": 0.5},
-        gains={"box_gain": "lambda_coord", "noobj_gain": "lambda_noobj"},
-        flags={},
+        hyp={
+            "lambda_coord": 5.0,
+            "lambda_noobj": 0.5,
+            "lambda_obj": 1.0,
+            "lambda_other": None,
+            "lambda_class": 1.0,
+            "sqrt": 1,
+        },
+        gains={
+            "box_gain": "lambda_coord",
+            "obj_gain": "lambda_obj",
+            "other_gain": "lambda_other",
+            "noobj_gain": "lambda_noobj",
+            "cls_gain": "lambda_class",
+        },
+        flags={"root": "sqrt"},
         factor=1.0,
         nearest=False,
     ),
@@ -67,7 +80,7 @@ CELL_RECIPES = {
 """A row for each recipe; the first one is the default."""
 
 
-class YOLOv1Loss(nn.Module):
+class YOLOv1Loss(WeightedLoss):
     """Training loss of YOLOv1: squared errors on a grid whose cells hold one object each.
 
     Recipes:
@@ -80,7 +93,10 @@ class YOLOv1Loss(nn.Module):
             + lambda_noobj * sum over all other predictors of confidence^2
             + sum over cells with an object of (class scores - one-hot)^2
 
-        ``lambda_coord=5``, ``lambda_noobj=0.5``. sqrt(w) and sqrt(h) are what is predicted. Responsible is, of the
+        ``lambda_coord=5``, ``lambda_noobj=0.5``; ``lambda_obj=1`` and ``lambda_class=1`` weigh the other terms,
+        ``lambda_other=None`` the confidences of those predictors of a cell with an object that are not responsible,
+        unless None apart from all others (in xiongzihua/pytorch-YOLO-v1 ``lambda_obj=2``, ``lambda_other=1``). sqrt(w)
+        and sqrt(h) are what is predicted, with ``sqrt=0`` w and h themselves. Responsible is, of the
         predictors of an object's cell, the one with the highest IoU with the object, the first of equals; that IoU is a
         constant.
 
@@ -105,6 +121,7 @@ class YOLOv1Loss(nn.Module):
             and sides unless given; corners in a list of dicts.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         reduction: ``"sum"`` over the batch, as darknet does, or ``"mean"``, that sum divided by the batch size.
+        class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
         **hyp: the recipe's hyper-parameters.
 
     Shapes:
@@ -136,9 +153,11 @@ class YOLOv1Loss(nn.Module):
         boxes: str | None = None,
         backend: str = "auto",
         reduction: str = "sum",
+        class_weights: Any = None,
         **hyp: Any,
     ):
-        super().__init__()
+        num_classes = checks.count("num_classes", num_classes)
+        super().__init__(checks.class_weights(class_weights, num_classes))
         self.recipe = checks.one_of("recipe", recipe, tuple(CELL_RECIPES))
         row = CELL_RECIPES[self.recipe]
         self.hyp = hyper_parameters(hyp, row.hyp, f"recipe {recipe!r}")
@@ -146,10 +165,13 @@ class YOLOv1Loss(nn.Module):
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
         self.form: checks.BoxForm = checks.box_form(unit, boxes)
-        gains: dict[str, Any] = {field: checks.number(name, self.hyp[name], 0) for field, name in row.gains.items()}
+        gains: dict[str, Any] = {
+            field: None if self.hyp[name] is row.hyp[name] is None else checks.number(name, self.hyp[name], 0)
+            for field, name in row.gains.items()
+        }
         flags: dict[str, Any] = {field: checks.flag(name, self.hyp[name]) for field, name in row.flags.items()}
         head = CellHead(
-            num_classes=checks.count("num_classes", num_classes),
+            num_classes=num_classes,
             grid_size=checks.count("grid_size", grid_size),
             num_boxes=checks.count("num_boxes", num_boxes),
             nearest=row.nearest,
@@ -175,6 +197,7 @@ class YOLOv1Loss(nn.Module):
         batch = checks.cell_predictions(pred, head.grid_size, head.num_boxes, head.num_classes)
         size = checks.target_size(self.image_size, targets, self.form)
         rows, offsets = as_targets(targets, batch, size, pred.device, self.form)
+        weights = self._weights_for(pred)
         if self.reduction == "mean":
             head = _mean_head(self._key, len(range(batch)))  # of a symbolic size, range makes a number
         if backends.resolve(self.backend, pred.device) == "triton":
@@ -183,9 +206,9 @@ class YOLOv1Loss(nn.Module):
             # The first backward changes the gradient that the loss leaves. A compiled graph is better off without.
             own = ops.workspace(pred.device)
             with_grad = torch.is_grad_enabled() and pred.requires_grad and own is None
-            total, parts, counts, *_ = ops.call(ops.cell_loss, pred, rows, offsets, head.key, with_grad, own)
+            total, parts, counts, *_ = ops.call(ops.cell_loss, pred, rows, offsets, head.key, with_grad, own, weights)
         else:
-            total, parts, counts = CELLS.reference_loss(head, CellCall(pred, rows, offsets, size))
+            total, parts, counts = CELLS.reference_loss(head, CellCall(pred, rows, offsets, size, weights))
         if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(rows, offsets, counts, self.image_size)
         num_pos, num_invalid = counts.unbind()
@@ -214,5 +237,5 @@ def _scaled_head(key: str, batch: int) -> CellHead:
 
 def _scaled(head: CellHead, factor: float) -> CellHead:
     """The head with all gains times ``factor``."""
-    gains: dict[str, Any] = {gain: getattr(head, gain) * factor for gain in GAINS}
+    gains: dict[str, Any] = {name: gain * factor for name in GAINS if (gain := getattr(head, name)) is not None}
     return rounded(dataclasses.replace(head, **gains))

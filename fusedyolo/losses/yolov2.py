@@ -82,7 +82,9 @@ class YOLOv2Loss(GridLoss):
         num_classes: C.
         stride: pixels per cell, or (``"lightnet"``) one number a scale.
         recipe: ``"region"``, ``"darknet"`` or ``"lightnet"``.
-        reduction: of ``"darknet"``: ``"sum"`` over the batch or ``"mean"``, that sum divided by the batch size.
+        reduction: of ``"darknet"``: ``"sum"`` over the batch or ``"mean"``, that sum divided by the batch size. Of all:
+            ``"none"``, by which total and parts are ``[B]``, one of each image, which add up to what they are without.
+        class_weights: C numbers that the targets of the softmax are multiplied by, as torch.nn.CrossEntropyLoss does.
         image_size: (height, width) in pixels if it is to be checked; map size and stride say it otherwise.
         unit: of boxes in targets, as in :class:`YOLOv3Loss`.
         boxes: in targets, likewise.
@@ -116,6 +118,7 @@ class YOLOv2Loss(GridLoss):
         recipe: str = "region",
         *,
         reduction: str | None = None,
+        class_weights: Any = None,
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -134,9 +137,10 @@ class YOLOv2Loss(GridLoss):
         pixels = tuple(
             tuple((w * step, h * step) for w, h in level) for level, step in zip(levels, strides, strict=True)
         )
-        if reduction is not None and recipe != "darknet":
-            checks.fail("reduction", checks.describe(reduction), f"none with recipe {recipe!r}, which has its own")
-        reduction = checks.one_of("reduction", reduction or "sum", checks.REDUCTIONS)
+        if reduction not in (None, "none") and recipe != "darknet":
+            want = f"'none', or nothing with recipe {recipe!r}, which has its own"
+            checks.fail("reduction", checks.describe(reduction), want)
+        reduction = checks.one_of("reduction", reduction or "sum", (*checks.REDUCTIONS, "none"))
         pool = sum(pixels, ())
         common = {
             "num_classes": checks.count("num_classes", num_classes),
@@ -148,12 +152,17 @@ class YOLOv2Loss(GridLoss):
             "label": "softmax_ce",
             "objectness": "sse",
             "box": "mse",
+            "weigh_classes": class_weights is not None,
+            "by_image": reduction == "none",
         }
         make = {"region": _region, "darknet": _darknet, "lightnet": _lightnet}[recipe]
         head, prior_gain = make(common, hyp)
         power = -1 if recipe == "lightnet" or reduction == "mean" else 0
         form = checks.box_form(unit, boxes)
-        super().__init__(head, hyp, RECIPES[recipe], image_size, backend, batch_power=power, form=form)
+        weights = checks.class_weights(class_weights, head.num_classes)
+        super().__init__(
+            head, hyp, RECIPES[recipe], image_size, backend, batch_power=power, class_weights=weights, form=form
+        )
         self.recipe = recipe
         self.seen = 0
         self._several = several

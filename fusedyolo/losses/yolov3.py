@@ -2,100 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from .. import checks
 from ..heads import GridHead
-from ..terms import TERMS, find_term, term_names
-from .base import GridLoss, box_arguments, hyper_parameters
+from ..terms import TERMS, find_term
+from .anchor_recipes import RECIPES, Given, counted_weights
+from .base import GridLoss, hyper_parameters
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The defaults of one variant of a detector.
-
-    ``hyp`` are the hyper-parameters that it takes beside the named arguments, ``gains`` the fields of the head that
-    hyper-parameters go to unchanged, and ``offset`` the box term that ``iou_loss="mse"`` stands for.
-    """
-
-    iou_loss: str
-    scale_x_y: float
-    iou_thresh: float
-    ignore_thresh: float
-    hyp: dict[str, Any]
-    gains: dict[str, str]
-    offset: str
-    area_weight: float
-    box_args: tuple[float, float]
-    unit: str
-    class_gate: float | None
-    averages: bool
-
-
-_COMMON_HYP: dict[str, Any] = {
-    "label_smooth_eps": 0.0,
-    "cls_loss": None,
-    "focal_alpha": None,
-    "focal_gamma": None,
-    "iou_alpha": 1.0,
-    "iou_gamma": 0.0,
-    "iou_band": (0.3, 0.7),
-}
-
-_V3_PAPER = Recipe(
-    iou_loss="mse",
-    scale_x_y=1.0,
-    iou_thresh=1.0,
-    ignore_thresh=0.5,
-    hyp={"lambda_coord": 5.0, "lambda_noobj": 0.5, **_COMMON_HYP},
-    gains={"box_gain": "lambda_coord", "noobj_gain": "lambda_noobj"},
-    offset="mse",
-    area_weight=0.0,
-    box_args=(0.0, 1e-7),
-    unit="pixel",
-    class_gate=None,
-    averages=False,
-)
-_V3_DARKNET = Recipe(
-    iou_loss="mse",
-    scale_x_y=1.0,
-    iou_thresh=1.0,
-    ignore_thresh=0.7,
-    hyp={
-        "iou_normalizer": 0.75,
-        "obj_normalizer": 1.0,
-        "cls_normalizer": 1.0,
-        "counters_per_class": None,
-        "max_delta": None,
-        "objectness_smooth": 0,
-        "new_coords": 0,
-        **_COMMON_HYP,
-    },
-    gains={
-        "box_gain": "iou_normalizer",
-        "first_weight": "cls_normalizer",
-    },
-    offset="bce_mse",
-    area_weight=1.0,
-    box_args=(0.0, 1e-6),
-    unit="image",
-    class_gate=math.log(0.25 / 0.75),  # the logit of a probability of .25
-    averages=True,
-)
-_V4: dict[str, Any] = {"iou_loss": "ciou", "scale_x_y": 1.1, "iou_thresh": 0.213}
-
-RECIPES = {
-    ("YOLOv3Loss", "paper"): _V3_PAPER,
-    ("YOLOv3Loss", "darknet"): _V3_DARKNET,
-    ("YOLOv4Loss", "paper"): dataclasses.replace(_V3_PAPER, **_V4),
-    ("YOLOv4Loss", "darknet"): dataclasses.replace(
-        _V3_DARKNET, **_V4, hyp={**_V3_DARKNET.hyp, "iou_normalizer": 0.07, "max_delta": 5.0}
-    ),
-}
-"""A row for each detector and recipe; the first recipe of a detector is its default."""
+ASSIGNERS = ("best_anchor", "shape_iou", "ratio", "iou_band")
+REDUCTIONS = ("sum", "mean", "level", "none")
 
 
 class _AnchorLoss(GridLoss):
@@ -111,12 +28,13 @@ class _AnchorLoss(GridLoss):
         recipe: str = "paper",
         *,
         all_anchors: Any = None,
-        assigner: str = "best_anchor",
+        assigner: str | None = None,
         iou_loss: str | None = None,
         scale_x_y: float | Sequence[float] | None = None,
         iou_thresh: float | None = None,
         ignore_thresh: float | None = None,
-        reduction: str = "sum",
+        class_weights: Any = None,
+        reduction: str | None = None,
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -127,109 +45,61 @@ class _AnchorLoss(GridLoss):
         recipe = checks.one_of("recipe", recipe, names)
         row = RECIPES[self.detector, recipe]
         hyp = hyper_parameters(hyp, row.hyp, f"recipe {recipe!r}")
-        reduction = checks.one_of("reduction", reduction, checks.REDUCTIONS)
+        reduction = checks.one_of("reduction", row.reduction if reduction is None else reduction, REDUCTIONS)
         levels = checks.level_anchors(anchors)
         pool = sum(levels, ()) if all_anchors is None else checks.all_anchors(all_anchors)
         num_classes = checks.count("num_classes", num_classes)
-        iou_loss = row.iou_loss if iou_loss is None else iou_loss
-        box = find_term("iou_loss", iou_loss, "iou", "offset", users=True)
+        usual = iou_loss is None
+        box = TERMS[row.iou_loss] if usual else find_term("iou_loss", iou_loss, "iou", "offset", users=True)
+        if "iou_t" in hyp and iou_thresh is not None:
+            checks.fail("iou_thresh", f"{iou_thresh} with recipe {recipe!r}", "iou_t in its place")
         iou_thresh = checks.number("iou_thresh", row.iou_thresh if iou_thresh is None else iou_thresh, 0, 1)
-        ignore_thresh = checks.number(
-            "ignore_thresh", row.ignore_thresh if ignore_thresh is None else ignore_thresh, 0, 1
-        )
-        smooth = checks.number("label_smooth_eps", hyp["label_smooth_eps"], 0, 1)
-        label, label_args = _label(hyp)
-        gains: dict[str, Any] = {field: checks.number(name, hyp[name], 0) for field, name in row.gains.items()}
-        head = GridHead(
-            num_classes=num_classes,
-            anchors=pool,
-            levels=checks.locate(levels, pool),
-            strides=checks.strides(strides, len(levels)),
-            scale_x_y=checks.per_level("scale_x_y", row.scale_x_y if scale_x_y is None else scale_x_y, len(levels)),
-            unit=row.unit,
-            assigner=checks.one_of("assigner", assigner, ("best_anchor", "iou_band")),
-            iou_thresh=iou_thresh,
-            band=checks.band("iou_band", hyp["iou_band"]),
-            box=row.offset if box.is_offset else box.name,
-            label=label,
-            class_gate=row.class_gate,
-            average_box=row.averages and iou_thresh < 1,
-            ignore_thresh=ignore_thresh,
-            area_weight=row.area_weight,
-            area_cap=1.0,  # beyond an image there is no box in darknet; a weight below 0 would push it away
-            class_targets=(1.0 - smooth / 2, smooth / 2),
-            box_args=box_arguments(row.box_args, hyp["iou_alpha"], hyp["iou_gamma"]),
-            label_args=label_args,
-            **gains,
-        )
+        if ignore_thresh is None:
+            ignore_thresh = row.ignore_thresh
+        if ignore_thresh is not None:
+            ignore_thresh = checks.number("ignore_thresh", ignore_thresh, 0, 1)
+        size = None if image_size is None else checks.size("image_size", image_size)
+        strides = checks.strides(strides, len(levels))
+        weights = checks.class_weights(class_weights, num_classes)
+        of_rows = counted_weights(hyp, num_classes)
+        if weights is not None and of_rows is not None:
+            checks.fail("class_weights", "beside counters_per_class", "one of the two")
+        by_level = "level" in (reduction, row.reduction if reduction == "none" else None)
+        fields: dict[str, Any] = {
+            "num_classes": num_classes,
+            "anchors": pool,
+            "levels": checks.locate(levels, pool),
+            "strides": strides,
+            "scale_x_y": checks.per_level("scale_x_y", row.scale_x_y if scale_x_y is None else scale_x_y, len(levels)),
+            "assigner": checks.one_of("assigner", row.assigner if assigner is None else assigner, ASSIGNERS),
+            "iou_thresh": iou_thresh,
+            "band": checks.band("iou_band", hyp["iou_band"]),
+            "anchor_t": checks.number("anchor_t", hyp["anchor_t"], 1),
+            "neighbours": checks.neighbours(hyp["neighbours"]),
+            "box": row.offset if box.is_offset else box.name,
+            "ignore_thresh": ignore_thresh,
+            "mean_rows": by_level,
+            "obj_mean": "used" if by_level else None,
+            "weigh_classes": weights is not None,
+            "by_image": reduction == "none",
+        }
+        fields |= row.fixed | row.make(hyp, Given(box, num_classes, strides, iou_thresh, size))
         super().__init__(
-            _darknet(head, hyp) if recipe == "darknet" else head,
+            GridHead(**fields),
             hyp,
             row.hyp,
             image_size,
             backend,
             batch_power=-1 if reduction == "mean" else 0,
-            class_weights=_class_weights(hyp, num_classes),
+            class_weights=of_rows if weights is None else weights,
             form=checks.box_form(unit, boxes),
         )
-        self.recipe, self.iou_loss, self.reduction = recipe, iou_loss, reduction
+        self.recipe, self.iou_loss, self.reduction = recipe, row.iou_loss if usual else box.name, reduction
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""
         own = {"recipe": self.recipe, "iou_loss": self.iou_loss, "reduction": self.reduction}
         return super().extra_repr() + "".join(f", {name}={value!r}" for name, value in own.items())
-
-
-def _label(hyp: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
-    """The class term and its arguments."""
-    kind, alpha, gamma = hyp["cls_loss"], hyp["focal_alpha"], hyp["focal_gamma"]
-    if gamma is None:
-        gamma = 0.0 if kind is None else 2.0
-    gamma = checks.number("focal_gamma", gamma, 0)
-    if kind is None:
-        kind = "bce" if alpha is None and gamma == 0 else "focal"
-    usual = find_term("cls_loss", kind, "class", users=True).numbers
-    if "alpha" not in usual:
-        return kind, tuple({**usual, "gamma": gamma}[name] for name in usual)
-    if alpha is None:
-        alpha = -1.0 if kind == "focal" else usual["alpha"]
-    if alpha != -1.0:
-        alpha = checks.number("focal_alpha", alpha, 0, 1)
-    return kind, tuple({**usual, "alpha": alpha, "gamma": gamma}[name] for name in usual)
-
-
-def _class_weights(hyp: dict[str, Any], num_classes: int) -> tuple[float, ...] | None:
-    if hyp.get("max_delta") is not None:
-        limit = checks.number("max_delta", hyp["max_delta"], 0, open_low=True)
-    else:
-        limit = math.inf
-    if hyp.get("counters_per_class") is None:
-        return None
-    if hyp["cls_loss"] is not None and not TERMS[hyp["cls_loss"]].elementwise:
-        checks.fail(
-            "cls_loss", f"{hyp['cls_loss']!r} with counters_per_class", "a term that judges each class by itself"
-        )
-    counts = checks.class_counts(hyp["counters_per_class"], num_classes)
-    return tuple(min(max(counts) / count, limit) for count in counts)
-
-
-def _darknet(head: GridHead, hyp: dict[str, Any]) -> GridHead:
-    """With darknet's ``new_coords`` and what it sets for each level."""
-    levels = len(head.levels)
-    smooth = checks.flags("objectness_smooth", hyp["objectness_smooth"], levels)
-    balance = checks.per_level("obj_normalizer", hyp["obj_normalizer"], levels, open_low=False)
-    head = dataclasses.replace(head, smooth=smooth if any(smooth) else (), obj_balance=balance)
-    (new_coords,) = checks.flags("new_coords", hyp["new_coords"], 1)
-    if not new_coords:
-        return head
-    if TERMS[head.box].is_offset:
-        ious = term_names("iou", users=True)
-        checks.fail("iou_loss", "'mse' with new_coords", "one of " + ", ".join(map(repr, ious)))
-    if head.label != "bce":
-        checks.fail("new_coords", "a class term of its own", "no cls_loss, focal_alpha or focal_gamma beside it")
-    # the derivative of half a squared error
-    halves = {gain: 0.5 * getattr(head, gain) for gain in ("obj_gain", "noobj_gain", "cls_gain")}
-    return dataclasses.replace(head, decode="sigmoid_square", objectness="sse", label="sse", **halves)
 
 
 class YOLOv3Loss(_AnchorLoss):
@@ -244,7 +114,13 @@ class YOLOv3Loss(_AnchorLoss):
             + lambda_noobj * sum over the rest of BCE(objectness, 0), but for boxes of an IoU > ignore_thresh
             + sum over assigned of BCE(classes, one-hot)
 
-        ``lambda_coord=5``, ``lambda_noobj=0.5``, ``ignore_thresh=0.5``.
+        ``lambda_coord=5``, ``lambda_noobj=0.5``, ``ignore_thresh=0.5``. ``lambda_obj=1`` and ``lambda_class=1`` weigh
+        the other two terms, ``balance=None`` (a number a level) the objectness of each level. ``gr=0``: an assigned
+        prediction's objectness is trained towards ``1 - gr + gr * similarity``, that of ``iou_loss`` (of squared errors
+        the IoU), not below 0 and held constant. ``obj_loss=None``, ``obj_alpha=None``, ``obj_gamma=None``: the term of
+        objectness, as ``cls_loss`` and its numbers are that of classes. ``shared="sum"``: of several objects on one
+        prediction box losses are added up and all classes are trained at once; with ``"each"`` the classes of each by
+        themselves, with ``"merge"`` all classes and the box of the last alone, with ``"last"`` that one alone.
 
         ``"darknet"`` (the yolo layer of AlexeyAB/darknet): x and y by BCE against their fractional targets, w and h by
         half their squared errors, the box term times ``2 - w * h`` of the object and ``iou_normalizer=0.75``;
@@ -258,29 +134,63 @@ class YOLOv3Loss(_AnchorLoss):
         ``anchor * (2 sigmoid)^2``, half squared errors of sigmoids for objectness and classes; predictions are still
         logits.
 
-    Both take ``label_smooth_eps=0`` (targets ``1 - eps / 2`` and ``eps / 2``); ``cls_loss=None``, or ``"bce"``,
-    ``"focal"`` or another class term for users in the table of ``fusedyolo/terms.py``, with ``focal_alpha=None`` (0.75
-    for varifocal) and ``focal_gamma=None`` (2 for a named ``cls_loss``; either of them alone asks for a focal loss);
+        ``"archive"`` (the loss of ultralytics/yolov3 before its yolov5 days, kept in WongKinYiu/PyTorch_YOLOv4): every
+        anchor of a level whose IoU of widths and heights with an object exceeds ``iou_t=0.2`` takes it, in the object's
+        cell. With n the assignments of a level, sums over levels of
+
+            giou * sum over assignments of (1 - GIoU) / n + cls * sum over these of mean over classes of BCE / n
+            + obj * mean over all predictions of the batch of BCE(objectness, 1 - gr + gr * GIoU, or 0)
+
+        ``giou=3.54``, ``obj=64.3``, ``cls=37.4`` (its training script multiplies ``cls`` by C / 80; so must you),
+        ``gr=1``, ``cls_pw=1``, ``obj_pw=1``, ``fl_gamma=0``, ``label_smoothing=0`` as in :class:`YOLOv5Loss`. Where
+        assignments meet on one prediction each counts, and the last one says its objectness. Nothing is ignored, and
+        there is no class term for a single class.
+
+        ``"eriklindernoren"`` (eriklindernoren/PyTorch-YOLOv3): likewise, with the CIoU, and anchors of which no side
+        differs from the object's by a factor of ``anchor_t=4`` or more; ``box=0.05``, ``obj=1``, ``cls=0.5``.
+
+        ``"bubbliiiing"`` (bubbliiiing/yolo3-pytorch): one anchor for each object, as in the paper; sums over levels of
+
+            box_ratio * mean over assigned of (1 - GIoU) + cls_ratio * mean over assigned and classes of BCE
+            + obj_ratio * balance * mean over predictions that are not ignored of BCE(objectness)
+
+        ``box_ratio=0.05``; ``obj_ratio`` and ``cls_ratio`` unless given ``5 * H * W / 416^2`` of ``image_size``, and
+        ``C / 80``; ``balance`` 0.4 for the coarsest level, 1 for the next, 4 for finer ones; ``ignore_thresh=0.5``.
+        ``focal_loss=0``: with 1, objectness is a focal loss of ``alpha=0.25`` and ``gamma=2``, times 10. Probabilities
+        are not clipped to [1e-7, 1 - 1e-7], as they are there.
+
+    The first two take ``label_smooth_eps=0``, with ``smoothing="binary"`` for targets ``1 - eps / 2`` and ``eps / 2``,
+    or with ``"uniform"`` ``1 - eps + eps / C`` and ``eps / C``; and ``cls_loss=None``, or ``"bce"``, ``"focal"`` or
+    another class term for users in the table of ``fusedyolo/terms.py``, with ``focal_alpha=None`` (0.75 for varifocal)
+    and ``focal_gamma=None`` (2 for a named ``cls_loss``; either of them alone asks for a focal loss). All of them take
     ``iou_alpha=1`` and ``iou_gamma=0``, the powers of :func:`fusedyolo.functional.box_iou_loss`; and
-    ``iou_band=(0.3, 0.7)``.
+    ``iou_band=(0.3, 0.7)``, ``anchor_t=4`` and ``neighbours=0``, the numbers of assigners.
 
     Args:
         anchors: for each level its (width, height) pairs, in pixels.
         strides: pixels per cell, one a level.
         num_classes: C.
-        recipe: ``"paper"`` or ``"darknet"``.
+        recipe: see above.
         all_anchors: the anchors among which the best one of an object is chosen, if more than those of the levels given
             (darknet's ``mask``): an object whose best anchor is on a level not given is not learnt here.
-        assigner: ``"best_anchor"``, or ``"iou_band"``: an anchor in the middle of its cell is positive, for the object
-            that it overlaps most, where that IoU exceeds the upper end of ``iou_band``; negative where it is below the
-            lower end; and left out between. An object that no anchor overlaps so well is not learnt.
-        iou_loss: ``"mse"`` (the default), or of decoded boxes ``"iou"``, ``"giou"``, ``"ciou"`` or another IoU term for
-            users in the table of ``fusedyolo/terms.py``.
+        assigner: that of the recipe unless given. ``"best_anchor"``, of paper, darknet and bubbliiiing;
+            ``"shape_iou"``: every anchor whose IoU of widths and heights exceeds ``iou_thresh``, and no other;
+            ``"ratio"``, that of :class:`YOLOv5Loss`, with ``anchor_t`` and ``neighbours``; or ``"iou_band"``: an anchor
+            in the middle of its cell is positive, for the object that it overlaps most, where that IoU exceeds the
+            upper end of ``iou_band``; negative where it is below the lower end; and left out between. An object that no
+            anchor overlaps so well is not learnt.
+        iou_loss: ``"mse"`` (the default of paper and darknet), or of decoded boxes ``"iou"``, ``"giou"``, ``"ciou"`` or
+            another IoU term for users in the table of ``fusedyolo/terms.py``.
         scale_x_y: grid sensitivity, ``x = s * sigmoid - (s - 1) / 2``; a number, or one a level. 1 by default.
         iou_thresh: every anchor whose IoU of widths and heights with the object exceeds it is assigned too. 1 (none) by
             default.
         ignore_thresh: see the recipes.
-        reduction: ``"sum"`` over the batch, as darknet does, or ``"mean"``, that sum divided by the batch size.
+        class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
+        reduction: ``"sum"`` over the batch, as darknet does; ``"mean"``, that sum divided by the batch size; or
+            ``"level"``, a sum of means over each level: box and class terms are divided by the objects assigned there,
+            of the whole batch (with ``shared="last"`` or ``"merge"`` the predictions), objectness by the predictions
+            that are not ignored. With ``"none"``, total and parts are ``[B]``, one of each image, which add up to those
+            of the recipe's own reduction.
         image_size: (height, width) in pixels if it is to be checked; map sizes and strides say it otherwise.
         unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
             of dicts.
@@ -318,6 +228,9 @@ class YOLOv4Loss(_AnchorLoss):
         ``iou_normalizer * (1 - CIoU)`` and its gradient the true one: darknet's box update is the gradient of no
         function, and its clip of that update to ``max_delta`` has no counterpart here. ``iou_normalizer=0.07``,
         ``max_delta=5`` (for class weights). A prediction with objects of K classes divides its box term by K.
+
+        ``"bubbliiiing"`` (bubbliiiing/yolov4-pytorch): that of :class:`YOLOv3Loss`, with a CIoU whose alpha is not held
+        constant, a grid sensitivity of 1 and one anchor for each object.
 
     Defaults that differ from :class:`YOLOv3Loss`: ``iou_loss="ciou"``, ``scale_x_y=1.1``, ``iou_thresh=0.213``.
     Arguments, shapes and errors are those of :class:`YOLOv3Loss`.

@@ -9,9 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from .. import checks
 from ..heads import GridHead
 from ..terms import find_term
-from .base import GridLoss, box_arguments, hyper_parameters
-
-FOCAL_ALPHA = 0.25  # fixed in the peers
+from .base import GridLoss, box_arguments, class_targets, focal_bce, hyper_parameters
 
 OF_TRAINING = {
     "lr0",
@@ -60,6 +58,9 @@ class _RatioLoss(GridLoss):
         num_classes: int,
         *,
         iou_loss: str = "ciou",
+        reduction: str = "mean",
+        balance: Sequence[float] | None = None,
+        class_weights: Any = None,
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -68,14 +69,16 @@ class _RatioLoss(GridLoss):
     ):
         hyp = hyper_parameters(hyp, self.defaults, type(self).__name__)
         levels = checks.level_anchors(anchors)
-        if len(levels) not in self.balances:
-            checks.fail("anchors", f"{len(levels)} levels", f"one of {sorted(self.balances)}")
+        if balance is not None:
+            balance = checks.per_level("balance", balance, len(levels), open_low=False)
+        elif len(levels) not in self.balances:
+            checks.fail("anchors", f"{len(levels)} levels", f"one of {sorted(self.balances)}, or a balance")
         num_classes = checks.count("num_classes", num_classes)
         iou_loss = find_term("iou_loss", iou_loss, "iou", users=True).name
-        smooth = checks.number("label_smoothing", hyp.get("label_smoothing", 0.0), 0, 1)
+        weights = checks.class_weights(class_weights, num_classes)
         gamma = checks.number("fl_gamma", hyp["fl_gamma"], 0)
-        label, label_args = _term(checks.number("cls_pw", hyp["cls_pw"], 0, open_low=True), gamma)
-        _, obj_args = _term(checks.number("obj_pw", hyp["obj_pw"], 0, open_low=True), gamma)
+        label, label_args = focal_bce(checks.number("cls_pw", hyp["cls_pw"], 0, open_low=True), gamma)
+        _, obj_args = focal_bce(checks.number("obj_pw", hyp["obj_pw"], 0, open_low=True), gamma)
         box, obj, cls = (checks.number(name, hyp[name], 0) for name in (self.gain, "obj", "cls"))
         box_scale, obj_scale, cls_scale = self._scales(len(levels))
         eps = (self.eps, self.eps)
@@ -88,6 +91,7 @@ class _RatioLoss(GridLoss):
             unit="cell",
             assigner="ratio",
             anchor_t=checks.number("anchor_t", hyp["anchor_t"], 1),
+            neighbours=checks.neighbours(hyp["neighbours"]),
             shared="each",
             edge=True,
             decode="sigmoid_square",
@@ -99,19 +103,21 @@ class _RatioLoss(GridLoss):
             ignore_thresh=None,
             mean_rows=True,
             obj_mean="cells",
+            weigh_classes=weights is not None,
+            by_image=checks.one_of("reduction", reduction, ("mean", "none")) == "none",
             box_gain=box * box_scale,
             obj_gain=obj * obj_scale,
             noobj_gain=obj * obj_scale,
             cls_gain=cls * cls_scale / num_classes if num_classes > 1 else 0.0,
-            obj_balance=self.balances[len(levels)],
-            class_targets=(1.0 - smooth / 2, smooth / 2),
+            obj_balance=self.balances[len(levels)] if balance is None else balance,
+            class_targets=class_targets(hyp, "label_smoothing", num_classes),
             box_args=box_arguments(eps, hyp["iou_alpha"], hyp["iou_gamma"]),
             label_args=label_args,
             obj_args=obj_args,
             quality_args=eps,
         )
         form = checks.box_form(unit, boxes)
-        super().__init__(head, hyp, self.defaults, image_size, backend, batch_power=1, form=form)
+        super().__init__(head, hyp, self.defaults, image_size, backend, batch_power=1, class_weights=weights, form=form)
         self.iou_loss = iou_loss
 
     @classmethod
@@ -153,19 +159,13 @@ class _RatioLoss(GridLoss):
         return 1.0, 1.0, 1.0
 
 
-def _term(positive_weight: float, gamma: float) -> tuple[str, tuple[float, ...]]:
-    """Binary cross-entropy, or the focal loss made of it, and its arguments."""
-    if gamma == 0:
-        return "bce", (positive_weight,)
-    return "focal", (FOCAL_ALPHA, gamma, positive_weight)
-
-
 _HYP: dict[str, Any] = {
     "obj": 1.0,
     "cls": 0.5,
     "cls_pw": 1.0,
     "obj_pw": 1.0,
     "anchor_t": 4.0,
+    "neighbours": 2,
     "fl_gamma": 0.0,
     "gr": 1.0,
     "iou_alpha": 1.0,
@@ -191,9 +191,13 @@ class YOLOv5Loss(_RatioLoss):
 
     Args:
         anchors: for each level its (width, height) pairs, in pixels; any number of them.
-        strides: pixels per cell, one a level; 1 to 5 levels.
+        strides: pixels per cell, one a level; 1 to 5 levels, or more with a ``balance``.
         num_classes: C.
         iou_loss: ``"ciou"``, or another IoU loss, for the box term and the objectness target.
+        reduction: ``"mean"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
+        balance: weight of each level's objectness, in place of those above; then there may be any number of levels.
+        class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
         image_size: (height, width) in pixels if it is to be checked; map sizes and strides say it otherwise.
         unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
             of dicts.
@@ -202,9 +206,12 @@ class YOLOv5Loss(_RatioLoss):
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         **hyp: ``box=0.05``, ``obj=1``, ``cls=0.5``, ``cls_pw=1`` and ``obj_pw=1`` (weights of positives),
             ``anchor_t=4``, ``fl_gamma=0`` (above 0, focal losses with alpha 0.25), ``label_smoothing=0``, ``gr=1``, as
-            in the peer's ``hyp``; ``iou_alpha=1``, ``iou_gamma=0`` (see :func:`fusedyolo.functional.box_iou_loss`). The
-            peer scales ``box``, ``cls`` and ``obj`` by levels, classes and image size before it builds its loss; so
-            must you. :meth:`from_hyp` takes the whole of a repository's ``hyp``.
+            in the peer's ``hyp``; ``smoothing="binary"`` (targets ``1 - eps / 2`` and ``eps / 2``) or ``"uniform"``
+            (``1 - eps + eps / C`` and ``eps / C``); ``neighbours=2``, 0 for an object's own cell alone, or 4 for all
+            beside it (as YOLOv7's auxiliary head); ``iou_alpha=1``, ``iou_gamma=0`` (see
+            :func:`fusedyolo.functional.box_iou_loss`). The peer scales ``box``, ``cls`` and ``obj`` by levels, classes
+            and image size before it builds its loss; so must you. :meth:`from_hyp` takes the whole of a repository's
+            ``hyp``.
 
     Shapes:
         - preds: a list of ``[B, A, H, W, 5 + C]`` or ``[B, A * (5 + C), H, W]``, any strides, float16, bfloat16,
@@ -223,7 +230,7 @@ class YOLOv5Loss(_RatioLoss):
     """
 
     gain = "box"
-    defaults: ClassVar[dict[str, Any]] = {"box": 0.05, **_HYP, "label_smoothing": 0.0}
+    defaults: ClassVar[dict[str, Any]] = {"box": 0.05, **_HYP, "label_smoothing": 0.0, "smoothing": "binary"}
     eps = 1e-7
     balances: ClassVar[dict[int, tuple[float, ...]]] = {
         n: (4.0, 1.0, 0.4) if n == 3 else (4.0, 1.0, 0.25, 0.06, 0.02)[:n] for n in range(1, 6)

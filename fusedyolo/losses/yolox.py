@@ -51,6 +51,8 @@ class YOLOXLoss(PickLoss):
         iou_loss: ``"iou"``, or another IoU loss, for the box term alone.
         iou_alpha: power of the IoU in it, see :func:`fusedyolo.functional.box_iou_loss`.
         iou_gamma: power of a constant factor IoU, likewise.
+        class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not;
+            they have no part in the cost.
         image_size: (height, width) in pixels that targets are relative to; map sizes and strides say it otherwise.
         unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``, which the peer's loaders have. Relative
             unless given; pixels in a list of dicts.
@@ -88,17 +90,19 @@ class YOLOXLoss(PickLoss):
         iou_loss: str = "iou",
         iou_alpha: float = 2.0,
         iou_gamma: float = 0.0,
+        class_weights: Any = None,
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
         backend: str = "auto",
     ):
         self.rule = checks.one_of("rule", rule, RULES)
+        num_classes = checks.count("num_classes", num_classes)
         fields = dict(RULES[rule])
         if center_radius is not None:
             fields["radius"] = checks.number("center_radius", center_radius, 0, open_low=True)
         head = PickHead(
-            num_classes=checks.count("num_classes", num_classes),
+            num_classes=num_classes,
             strides=checks.own_strides(strides),
             decode="exp",
             reg_max=1,
@@ -113,7 +117,8 @@ class YOLOXLoss(PickLoss):
         )
         self.reg_weight = reg_weight
         self.use_l1 = use_l1
-        super().__init__(head, image_size, backend, form=checks.box_form(unit, boxes))
+        weights = checks.class_weights(class_weights, num_classes)
+        super().__init__(head, image_size, backend, weights, checks.box_form(unit, boxes))
 
     def gains(self) -> tuple[float, ...]:
         """Of box, objectness, classes and L1."""

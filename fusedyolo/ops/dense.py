@@ -69,8 +69,8 @@ class DenseOutputs(NamedTuple):
     centre: Tensor  # 0-dim, of no meaning without centreness
     counts: Tensor  # int32 [2]: anchors with a row, invalid rows
     match: Tensor  # int32 [B, N], by position, see kernels.dense.match.Matched
-    found: Tensor  # int32 [B + 1]: anchors with a row, of each image and of all
-    ce: Tensor  # [B, N] cross-entropies, of a ranked head
+    found: Tensor  # int32 [B + 1]: anchors with a row, of each image; and what sums over the batch are divided by
+    ce: Tensor  # [B, N] cross-entropies, of a ranked head; of one that weighs boxes [1, 1], the sum of their weights
     picks: Tensor  # int64 [B, 4], of a ranked head
     grads: list[Tensor]  # as the predictions
 
@@ -81,6 +81,7 @@ class _Row(NamedTuple):
     terms: loss.Terms
     weights: tuple[float, ...]
     beta: float
+    box_gain: float | None
     box_args: tuple[float, ...]
     label_args: tuple[Any, ...]
 
@@ -96,7 +97,8 @@ def _row(key: str) -> _Row:
         label=label.kernel,
         centre=TERMS["bce"].kernel if head.centreness else None,
     )
-    return _Row(terms, head.weights, head.beta, head.box_args, label.kernel_args(head.label_args))
+    gain = None if head.box_gain == 1 else head.box_gain
+    return _Row(terms, head.weights, head.beta, gain, head.box_args, label.kernel_args(head.label_args))
 
 
 def _split(preds: Sequence[T], head: DenseHead) -> list[Sequence[T]]:
@@ -262,7 +264,14 @@ def _dense_launch(
         )
     arguments = {
         "predictions": _maps(own, layout, len(preds), grads is not None, head),
-        "matched": loss.Matched(own.tensor("anchors"), own.tensor("rows"), own.tensor("match"), own.tensor("found")),
+        "matched": loss.Matched(
+            own.tensor("anchors"),
+            own.tensor("rows"),
+            own.tensor("match"),
+            own.tensor("found"),
+            own.tensor("class_weights"),
+            own.tensor("ce") if head.box_weight else None,
+        ),
         "grads": (None,) * 4 if with_loss else own.tensors("grad_outs", 4),
         "ranked": loss.Ranked(own.tensor("ce"), own.tensor("picks")) if ranked else loss.Ranked(None, None),
         "sums": sums,
@@ -273,7 +282,7 @@ def _dense_launch(
         "B": batch,
         "steps": config.steps,
         "terms": row.terms,
-        "numbers": loss.Numbers(row.weights, row.beta, row.box_args, row.label_args, geometry.size),
+        "numbers": loss.Numbers(row.weights, row.beta, row.box_gain, row.box_args, row.label_args, geometry.size),
         "SPEC": spec,
     }
     return Launch(loss.dense_kernel, (programs,), arguments, config.threads, config.max_registers, stages=config.stages)
@@ -301,6 +310,8 @@ def _match_launches(
             own.tensor("counts"),
             own.tensor("tally").after(COUNTERS * torch.int32.itemsize, torch.int32),
             own.tensor("done"),
+            own.scratch(accumulator(preds[0].dtype)[1], grid) if head.box_weight else None,
+            own.tensor("ce") if head.box_weight else None,
         ),
         "N": N,
         "levels": match.Levels(odd(layout.anchors), odd(layout.cells)),
@@ -314,6 +325,7 @@ def _match_launches(
         "SPEC": match.MatchSpec(
             CENTRE=head.matcher == "centre",
             RESCUE=head.rescue,
+            MEAN=head.mean,
             PLANES=not layout.flat and not head.negatives,
             CORNERS=geometry.corners,
             ACC=accumulator(preds[0].dtype)[0],
@@ -409,6 +421,7 @@ def _loss_steps(
     geometry: Geometry,
     outputs: DenseOutputs,
     workspace: Tensor | None = None,
+    class_weights: Tensor | None = None,
 ) -> tuple[Steps, dict[str, Any]]:
     """The plan of a loss, and of its gradient where ``outputs`` has room for that, and what a call brings to it."""
     (batch, N), M = outputs.match.shape, rows.shape[0]
@@ -417,7 +430,7 @@ def _loss_steps(
     # a counter for each image and one more, behind two others: of a workspace, which these come last in, a maximum
     tally = done if workspace is None else workspace[COUNTERS + M - 1 :].view(torch.int32)
     given = {"preds": preds, "anchors": anchors, "rows": rows, "offsets": offsets, "done": done, "maxima": maxima}
-    return plan, given | {"tally": tally} | outputs._asdict()
+    return plan, given | {"tally": tally, "class_weights": class_weights} | outputs._asdict()
 
 
 def loss_launches(
@@ -428,9 +441,10 @@ def loss_launches(
     head: DenseHead,
     geometry: Geometry,
     outputs: DenseOutputs,
+    class_weights: Tensor | None = None,
 ) -> list[Launch]:
     """All launches of a loss, and of its gradient where ``outputs`` has room for that."""
-    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs)
+    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, class_weights=class_weights)
     return plan.launches(rows.device, rows.shape[0], **given)
 
 
@@ -442,10 +456,12 @@ def _grad_steps(
     grads: Sequence[Tensor],
     grad_outs: Sequence[Tensor | None],
     skip_one: bool,
+    class_weights: Tensor | None,
 ) -> tuple[Steps, dict[str, Any]]:
     """The plan of a gradient, see :func:`grad_launch`, and what a call brings to it."""
     names = ("anchors", "rows", "match", "found", "ce", "picks")
-    given = dict(zip(names, saved, strict=True)) | {"preds": preds, "grads": grads, "grad_outs": grad_outs}
+    given: dict[str, Any] = dict(zip(names, saved, strict=True))
+    given |= {"preds": preds, "grads": grads, "grad_outs": grad_outs, "class_weights": class_weights}
     return _grad_plan(head.key, layouts(preds), layouts(grads), geometry, saved[0].shape[0], skip_one), given
 
 
@@ -457,11 +473,12 @@ def grad_launch(
     grads: Sequence[Tensor],
     grad_outs: Sequence[Tensor | None],
     skip_one: bool = False,
+    class_weights: Tensor | None = None,
 ) -> Launch:
     """The launch of the gradient alone, times ``grad_outs``, of the total and of the parts; if ``skip_one`` it is left
     as it is where that is 1. ``saved`` as :func:`dense_loss_grad` takes it.
     """
-    plan, given = _grad_steps(preds, saved, head, geometry, grads, grad_outs, skip_one)
+    plan, given = _grad_steps(preds, saved, head, geometry, grads, grad_outs, skip_one, class_weights)
     return plan.launches(saved[1].device, saved[1].shape[0], **given)[0]
 
 
@@ -470,6 +487,7 @@ def dense_outputs(preds: Sequence[Tensor], anchors: Tensor, head: DenseHead, wit
     pred, N = preds[0], anchors.shape[0]
     batch, acc = pred.shape[0], accumulator(pred.dtype)[1]
     ranked = batch if head.negatives else 0
+    ce = (batch, N) if head.negatives else (1, 1) if head.box_weight else (0, N)
     total, cls, box, centre = (pred.new_empty((), dtype=acc) for _ in range(4))
     return DenseOutputs(
         total,
@@ -479,7 +497,7 @@ def dense_outputs(preds: Sequence[Tensor], anchors: Tensor, head: DenseHead, wit
         pred.new_empty(2, dtype=torch.int32),
         pred.new_empty((batch, N), dtype=torch.int32),
         pred.new_empty(batch + 1, dtype=torch.int32),
-        pred.new_empty((ranked, N), dtype=acc),
+        pred.new_empty(ce, dtype=acc),
         pred.new_empty((ranked, 4), dtype=torch.int64),
         [torch.empty_like(p) for p in preds] if with_grad and not ranked else [],
     )
@@ -497,6 +515,7 @@ def dense_loss(
     ends: list[int],
     with_grad: bool,
     workspace: Tensor | None = None,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss of a dense head; returns :class:`DenseOutputs`.
 
@@ -507,13 +526,13 @@ def dense_loss(
     head = dense_head_from_key(key)
     geometry = Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
     outputs = dense_outputs(preds, anchors, head, with_grad)
-    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, workspace)
+    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, workspace, class_weights)
     plan.run(rows.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(dense_loss)
-def _(preds, anchors, rows, offsets, key, size, corners, ends, with_grad, workspace=None):
+def _(preds, anchors, rows, offsets, key, size, corners, ends, with_grad, workspace=None, class_weights=None):
     return tuple(dense_outputs(preds, anchors, dense_head_from_key(key), with_grad))
 
 
@@ -525,10 +544,11 @@ def _gradient(
     key: str,
     geometry: tuple[list[float], bool, list[int]],
     skip_one: bool,
+    class_weights: Tensor | None,
 ) -> None:
     size, corners, ends = geometry
     head, at = dense_head_from_key(key), Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
-    plan, given = _grad_steps(preds, saved, head, at, grads, grad_outs, skip_one)
+    plan, given = _grad_steps(preds, saved, head, at, grads, grad_outs, skip_one, class_weights)
     plan.run(saved[1].device, saved[1].shape[0], **given)
 
 
@@ -544,6 +564,7 @@ def dense_loss_grad(
     size: list[float],
     corners: bool,
     ends: list[int],
+    class_weights: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradient of :func:`dense_loss`'s total and parts by every prediction, times those given (0-dim), in one launch.
 
@@ -551,12 +572,12 @@ def dense_loss_grad(
     """
     grads = [torch.empty_like(pred) for pred in preds]
     grad_outs = [grad_total, grad_cls, grad_box, grad_centre]
-    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), False)
+    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), False, class_weights)
     return grads
 
 
 @fake(dense_loss_grad)
-def _(grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends):
+def _(grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends, class_weights=None):
     return [torch.empty_like(pred) for pred in preds]
 
 
@@ -573,40 +594,42 @@ def dense_loss_rescale(
     size: list[float],
     corners: bool,
     ends: list[int],
+    class_weights: Tensor | None = None,
 ) -> None:
     """Turns ``grads``, the gradients for a total multiplied by 1, into those of :func:`dense_loss_grad`: a launch whose
     programs are over at once where nothing changes, which only the device knows.
     """
     grad_outs = [grad_total, grad_cls, grad_box, grad_centre]
-    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), True)
+    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), True, class_weights)
 
 
 @fake(dense_loss_rescale)
-def _(grads, grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends):
+def _(grads, grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends, class_weights=None):
     return None
 
 
 def _save(ctx, inputs, output):
-    preds, anchors, rows, _offsets, *ctx.settings, _with_grad, _workspace = inputs
+    preds, anchors, rows, _offsets, *ctx.settings, _with_grad, _workspace, class_weights = inputs
     outputs = DenseOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(anchors, rows, outputs.match, outputs.found, outputs.ce, outputs.picks, *preds)
+    kept = anchors, rows, outputs.match, outputs.found, outputs.ce, outputs.picks
+    ctx.save_for_backward(*kept, class_weights, *preds)
     # Not among the saved tensors, which must not change: the first backward changes them and gives them away. Tensors
     # of another type belong to a tracer, and a traced graph must not change what its forward returns.
     ctx.stored = outputs.grads if outputs.grads and type(outputs.grads[0]) is Tensor else None
 
 
 def _backward(ctx, grad_total, grad_cls=None, grad_box=None, grad_centre=None):
-    anchors, rows, match, found, ce, picks, *preds = ctx.saved_tensors
+    anchors, rows, match, found, ce, picks, class_weights, *preds = ctx.saved_tensors
     saved = [anchors, rows, match, found, ce, picks]
     grad_outs = (grad_total, grad_cls, grad_box, grad_centre)
     if all([grad is None for grad in grad_outs]):
         return [None] * len(preds)
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
-        grads = call(dense_loss_grad, *grad_outs, preds, saved, *ctx.settings)
+        grads = call(dense_loss_grad, *grad_outs, preds, saved, *ctx.settings, class_weights)
     else:
-        call(dense_loss_rescale, grads, *grad_outs, preds, saved, *ctx.settings)
+        call(dense_loss_rescale, grads, *grad_outs, preds, saved, *ctx.settings, class_weights)
     return list(grads)
 
 

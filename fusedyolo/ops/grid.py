@@ -17,14 +17,16 @@ from ..kernels.grid import gradient, loss, records
 from ..kernels.launch import SMALLEST_TILE, grad_parts, grid_config, power_of_two
 from ..kernels.levels import Strides
 from ..operator import call, differentiable, fake, operator
-from ..reference.grid import NEIGHBOURS
+from ..reference.grid import NEIGHBOURS, neighbour_reach
 from ..terms import TERMS
 from ..tuned import wishes
 from .launch import Launch, Layout, accumulator, done_counter, layouts, odd, planned, refuse_double_backward
 from .steps import Outline, Steps
 from .strides import map_strides
 
-_MATCH = {"best_anchor": assign.best_anchor, "ratio": assign.ratio, "iou_band": None}
+_MATCH = {
+    "best_anchor": assign.best_anchor, "shape_iou": assign.shape_iou, "ratio": assign.ratio, "iou_band": None,
+}  # fmt: skip
 
 
 class _Parts(NamedTuple):
@@ -81,7 +83,8 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         quality_args=head.quality_args,
     )
     spec = {
-        "KINDS": len(NEIGHBOURS) if head.assigner == "ratio" else 1,
+        "KINDS": len(NEIGHBOURS) if neighbour_reach(head) else 1,
+        "REACH": neighbour_reach(head),
         "SHARING": "one" if is_band else head.shared,
         "APART": label.elementwise,
         "HARD": head.class_targets == (1.0, 0.0),
@@ -94,6 +97,7 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         "PRIOR": head.prior_gain > 0,
         "MEAN_ROWS": head.mean_rows,
         "MEAN_USED": head.obj_mean == "used",
+        "BY_IMAGE": head.by_image,
         "PER_LEVEL": head.per_level,
         "OWN": None if head.per_level or own == tuple(range(len(own))) else own,
         "ANCHORS": tuple(map(len, head.levels)),
@@ -123,8 +127,8 @@ class GridOutputs(NamedTuple):
     launch reads of them is ever written.
     """
 
-    total: Tensor  # 0-dim
-    parts: Tensor  # [3], and where the row asks for means two numbers a level that the gradient takes
+    total: Tensor  # 0-dim, or [B] of each image
+    parts: Tensor  # [3], or of images [3 B], and where the row asks for means two numbers a level for the gradient
     counts: Tensor  # int32 [2]: assigned predictions, invalid rows
     state: Tensor  # int32: two bits a prediction, planes from multiples of 16 on, then an integer for each program
     kept: Tensor  # [places, 5 + C, rounded up to a multiple of 8]: gradients of assigned predictions
@@ -160,9 +164,10 @@ def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> 
         # no more assignments than predictions, nor than rows can make; in a compiled graph both are symbols
         places = torch.sym_min(room.predictions, rows.shape[0] * head.places_per_row)
         targets = room.padded if any(head.smooth) else 0
+    images = pred.shape[0] if head.by_image else 1
     return GridOutputs(
-        pred.new_empty((), dtype=acc),
-        pred.new_empty(3 + means, dtype=acc),
+        pred.new_empty((images,) if head.by_image else (), dtype=acc),
+        pred.new_empty(3 * images + means, dtype=acc),
         pred.new_empty(2, dtype=torch.int32),
         pred.new_empty(size, dtype=torch.int32),
         pred.new_empty((places, -(-channels // 8) * 8), dtype=acc),
@@ -233,9 +238,10 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
     def loss_steps(with_state: bool) -> Steps:
         own = Outline()
         partial = own.scratch(acc, lambda M: (numbers + spread * M,))
+        weights = (own.tensor("class_weights"), None)[:: -1 if head.weigh_classes else 1]
         given = {
             "maps": own.tensors("preds", len(preds)),
-            "targets": records.Targets(own.tensor("rows"), own.tensor("offsets"), own.tensor("class_weights")),
+            "targets": records.Targets(own.tensor("rows"), own.tensor("offsets"), *weights),
             "M": own.M,
             "lists_ptr": own.scratch(torch.int32, listed),
             "saved": _saved(own, room, head) if with_state else records.Saved(None, None, None, None),
@@ -369,7 +375,7 @@ def grid_loss_grad(
     true_obj: Tensor,
     key: str,
 ) -> list[Tensor]:
-    """Gradient of :func:`grid_loss`'s total by every map, times ``grad_total`` (0-dim), in one launch."""
+    """Gradient of :func:`grid_loss`'s total by every map, times ``grad_total`` (as the total), in one launch."""
     grads = [torch.empty_like(pred) for pred in preds]
     saved = {"parts": parts, "state": state, "kept": kept, "true_obj": true_obj}
     plan = _grad_plan(key, layouts(preds), layouts(grads))
@@ -395,6 +401,8 @@ def _grid_backward(ctx, grad_total):
         return [None] * len(preds)
     if state.numel() == 0:
         raise RuntimeError("grid_loss: no gradient was prepared, with_state was False")
+    if grad_total.dim():  # that of a sum is one number many times
+        grad_total = grad_total.contiguous()
     return call(grid_loss_grad, grad_total, preds, parts, state, kept, true_obj, ctx.key)
 
 

@@ -83,7 +83,7 @@ def _label(kind: str, args: list[float]) -> pointwise.Term:
 
 
 def _box(kind: str, args: list[float], extent: list[float] | None) -> pointwise.Term:
-    term = find_term("kind", kind, "iou")
+    term = find_term("kind", kind, "iou", "boxes")
     return pointwise.Term(term.kernel, term.kernel_args(args), None if extent is None else tuple(extent))
 
 

@@ -5,7 +5,7 @@ host, so nothing here waits for a device.
 """
 
 from .cells import cell_assign, cell_loss, cell_views
-from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, relative
+from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, normaliser, relative
 from .dense import flat as flat_maps
 from .grid import Candidates, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets
 from .picks import NONE, Objects, Picked, Points, Seen, best, pick, points_of, read_objects, wishes
@@ -47,6 +47,7 @@ __all__ = [
     "grid_loss",
     "grid_view",
     "level_anchors",
+    "normaliser",
     "objectness_targets",
     "pick",
     "pick_loss",

@@ -33,13 +33,16 @@ def cell_views(pred: Tensor, head: CellHead) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def cell_loss(pred: Tensor, rows: Tensor, head: CellHead) -> tuple[Tensor, Tensor, Tensor]:
+def cell_loss(
+    pred: Tensor, rows: Tensor, head: CellHead, class_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of predictions, in either form of :func:`cell_views`, against target rows [M, 6]; computed in float64 for
     float64 predictions, else in float32.
 
-    Of the rows in one cell the first counts. Every term is a gain times a squared error; which box answers for an
-    object, and its IoU where that is a target, are constants. Returns the total, differentiable by ``pred``; its parts
-    (box, confidence, class), detached; and counts, int32, of cells with an object and of invalid rows.
+    ``class_weights`` [C] multiply the class terms. Of the rows in one cell the first counts. Every term is a gain times
+    a squared error; which box answers for an object, and its IoU where that is a target, are constants. Returns the
+    total, differentiable by ``pred``; its parts (box, confidence, class), detached; and counts, int32, of cells with an
+    object and of invalid rows.
     """
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     boxes, confidence, scores = cell_views(pred.to(dtype), head)
@@ -50,9 +53,12 @@ def cell_loss(pred: Tensor, rows: Tensor, head: CellHead) -> tuple[Tensor, Tenso
     target = torch.cat((offset, size.sqrt() if head.root else size), -1)[..., None, :]
     box = head.box_gain * torch.where(mine[..., None], boxes, target).sub(target).square().sum()
     gain = torch.where(mine, torch.full_like(found.answer, head.obj_gain), head.noobj_gain)
+    if head.other_gain is not None:
+        gain = torch.where(has[..., None] & ~mine, head.other_gain, gain)
     obj = (gain * (confidence - found.answer).square()).sum()
     one_hot = (torch.arange(head.num_classes, device=pred.device) == found.label[..., None]).to(dtype)
-    cls = head.cls_gain * torch.where(has[..., None], scores, one_hot).sub(one_hot).square().sum()
+    squares = torch.where(has[..., None], scores, one_hot).sub(one_hot).square()
+    cls = head.cls_gain * (squares if class_weights is None else class_weights.to(dtype) * squares).sum()
 
     # a NaN among the boxes that were compared shows in the total, whether or not that box answers
     box = box + torch.zeros_like(box.detach()).masked_fill(boxes.detach().isnan().any(), math.nan)

@@ -49,10 +49,22 @@ def dense_match(
     match = torch.where(low, BACKGROUND, torch.where(best < head.band[1], IGNORED, taken))
     if head.rescue == "equal":
         match = torch.where(pairs.best_of_a_row(batch_size), taken, match)
-    if head.rescue == "best":
-        wanted = pairs.last_row_that_wants(batch_size)
+    if head.rescue == "own":
+        wanted = pairs.last_row_of_equals(batch_size)
+        match = torch.where(wanted >= 0, wanted, match)
+    if head.rescue in ("best", "best_first"):
+        wanted = pairs.row_that_wants(batch_size, head.rescue == "best_first")
         match = torch.where(wanted >= 0, wanted, match)
     return match
+
+
+def normaliser(found: Tensor, head: DenseHead) -> Tensor:
+    """[B]: what the sums over each image are divided by, of the numbers ``found`` [B] of anchors with a row."""
+    batch_size, least = found.shape[0], found.clamp(min=1)
+    if head.mean == "image":
+        return least * batch_size
+    of_batch = {"batch": found.sum().clamp(min=1), "images": least.sum(), "one more": found.sum() + 1}[head.mean]
+    return of_batch.expand(batch_size)
 
 
 def _smallest_around(anchors: Tensor, rows: Rows, head: DenseHead, batch_size: int, ends: tuple[int, int]) -> Tensor:
@@ -97,13 +109,14 @@ def dense_loss(
     size: tuple[float, float] | None,
     corners: bool,
     ends: tuple[int, int] = (0, 0),
+    class_weights: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Loss of class logits [B, N, C], raw boxes [B, N, 4] and centreness [B, N, 1] against target rows [M, 6]; in
     float64 for float64 predictions, else in float32.
 
     Returns its terms (class, box, and centreness if there is one), differentiable, and counts, int32, of anchors with a
     row and of invalid rows. ``size`` and ``corners`` are those of :func:`read_corners`, ``ends`` that of
-    :func:`dense_match`.
+    :func:`dense_match`, ``class_weights`` [C] what class terms are multiplied by.
     """
     dtype = torch.float64 if cls.dtype == torch.float64 else torch.float32
     batch_size = cls.shape[0]
@@ -111,17 +124,24 @@ def dense_loss(
     read = read_corners(rows, head, batch_size, size, corners, dtype)
     match = dense_match(anchors, read, head, batch_size, ends)
     found = (match >= 0).sum(1)
-    divisor = found.clamp(min=1) * batch_size if head.mean == "image" else found.sum().clamp(min=1).expand(batch_size)
+    divisor = normaliser(found, head)
+    weights = None if class_weights is None else class_weights.detach().to(dtype)
     flat_match = match.flatten()
     taken = Places(flat_match >= 0)
     label = torch.cat((read.label, read.label.new_full((1,), -1)))[torch.where(match >= 0, match, len(read.label))]
-    cls_loss = _class_loss(cls.to(dtype), match, label, found, divisor, taken, head)
+    cls_loss = _class_loss(cls.to(dtype), match, label, found, divisor, taken, head, weights)
 
     # what anchors with a row predict of it
     own, share = anchors[taken.index % len(anchors)], divisor[taken.index // len(anchors)]
     shift, sides = relative(own, read, taken.of(flat_match))
     raw = taken.of(box.flatten(0, 1)).to(dtype)
-    terms = [cls_loss, (_box_loss(raw, taken.used, own, shift, sides, head, size) / share).sum()]
+    boxes = _box_loss(raw, taken.used, own, shift, sides, head, size)
+    if head.box_weight is None:
+        box_loss = (boxes / share).sum()
+    else:
+        middle = torch.where(taken.used, centreness(shift, sides), 0.0)
+        box_loss = (middle * boxes).sum() / middle.sum().clamp(min=1e-6)
+    terms = [cls_loss, box_loss if head.box_gain == 1 else head.box_gain * box_loss]
     if centre is not None:
         target = torch.where(taken.used, centreness(shift, sides), 0.5)
         logit = torch.where(taken.used, taken.of(centre.flatten()).to(dtype), 0.0)
@@ -151,17 +171,27 @@ def relative(anchors: Tensor, rows: BoxRows, match: Tensor) -> tuple[Tensor, Ten
 
 
 def _class_loss(
-    logits: Tensor, match: Tensor, label: Tensor, found: Tensor, divisor: Tensor, taken: Places, head: DenseHead
+    logits: Tensor,
+    match: Tensor,
+    label: Tensor,
+    found: Tensor,
+    divisor: Tensor,
+    taken: Places,
+    head: DenseHead,
+    weights: Tensor | None,
 ) -> Tensor:
     """The sum over anchors, each over the ``divisor`` [B] of its image. A NaN shows in it, whether or not it counts."""
     if head.negatives:
-        return _ranked_loss(logits, match, label.clamp(min=0), found, divisor, head)
+        return _ranked_loss(logits, match, label.clamp(min=0), found, divisor, head, weights)
     term, N = LABEL_TERMS[head.label], logits.shape[1]
     classes = torch.arange(head.num_classes, device=logits.device)
     other = (classes != label[..., None]) & (match != IGNORED)[..., None]
-    loss = (term(torch.where(other, logits, LOW), False, head.label_args).sum((1, 2)) / divisor).sum()
+    each = term(torch.where(other, logits, LOW), False, head.label_args)
+    loss = ((each if weights is None else weights * each).sum((1, 2)) / divisor).sum()
     own = taken.of(logits.flatten(0, 1)).gather(1, taken.of(label.flatten()).clamp(min=0)[:, None])[:, 0]
     own = term(torch.where(taken.used, own, 0.0), True, head.label_args)
+    if weights is not None:
+        own = weights[taken.of(label.flatten()).clamp(min=0)] * own
     loss = loss + (torch.where(taken.used, own, 0.0) / divisor[taken.index // N]).sum()
     ignored = Places((match == IGNORED).flatten())
     unread = (ignored.of(logits.detach().flatten(0, 1)).isnan() & ignored.used[:, None]).any()
@@ -169,7 +199,13 @@ def _class_loss(
 
 
 def _ranked_loss(
-    logits: Tensor, match: Tensor, label: Tensor, found: Tensor, divisor: Tensor, head: DenseHead
+    logits: Tensor,
+    match: Tensor,
+    label: Tensor,
+    found: Tensor,
+    divisor: Tensor,
+    head: DenseHead,
+    weights: Tensor | None,
 ) -> Tensor:
     """:func:`_class_loss` of anchors with a row and of the hardest others; ``label`` is 0 where there is no row."""
     # ranks, the hardest first, anchors with a row behind all others; equals by their index
@@ -178,12 +214,16 @@ def _ranked_loss(
         hardness = torch.stack([cross_entropy(*each) for each in zip(logits.detach(), label, strict=True)])
     else:
         hardness = cross_entropy(logits.detach(), label)
+    if weights is not None:
+        hardness = weights[label] * hardness
     order = torch.where(has, -1.0, hardness).sort(dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     times = (has.to(torch.int64) + (rank < (head.negatives * found)[:, None]).to(torch.int64)).flatten()
     counted = Places(times > 0)
     own = torch.where(counted.used[:, None], counted.of(logits.flatten(0, 1)), 0.0)  # no gradient from a NaN elsewhere
     loss = cross_entropy(own, counted.of(label.flatten())) * counted.of(times)
+    if weights is not None:
+        loss = weights[counted.of(label.flatten())] * loss
     loss = (torch.where(counted.used, loss, 0.0) / divisor[counted.index // logits.shape[1]]).sum()
     return _nan_if(hardness.isnan().any(), loss)
 

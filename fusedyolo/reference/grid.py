@@ -14,11 +14,18 @@ from .overlap import area, corners_of, iou_of_areas
 from .pairs import PairIoU
 from .primitives import constants
 from .rows import Rows, read_rows
-from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS
+from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, label_term
 from .terms.box import boxes_of_sizes
 
-NEIGHBOURS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (-0.5, 0.0), (0.0, -0.5))
-"""Of the ratio assigner: what is taken off a centre, in cells, for its own cell and the left, upper, right, lower."""
+NEIGHBOURS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))
+"""Of the ratio assigner: what is taken off a centre, times its reach, for its own cell and the left, upper, right,
+lower.
+"""
+
+
+def neighbour_reach(head: GridHead) -> float:
+    """Cells within which a centre is from the neighbours that it takes; 0 where it takes none."""
+    return {0: 0.0, 2: 0.5, 4: 1.0}[head.neighbours] if head.assigner == "ratio" else 0.0
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,19 @@ def assign(
     if head.assigner == "ratio":
         ratio = size / _anchors(head, own, size)
         fits = torch.maximum(ratio, 1 / ratio).amax(-1) < head.anchor_t  # [M, A]
+    elif head.assigner == "shape_iou":
+        fits = _shape_iou(size, _anchors(head, own, size)) > head.iou_thresh
     else:
         fits = _best_anchor(size, head, own)
     fits = fits & rows.valid[:, None]
 
     centre = rows.boxes[:, :2] * constants((W, H), rows.boxes)  # in float32, as every peer does
-    kinds = NEIGHBOURS if head.assigner == "ratio" else NEIGHBOURS[:1]
+    reach = neighbour_reach(head)
+    kinds = NEIGHBOURS if reach else NEIGHBOURS[:1]
     far = constants((W, H), rows.boxes) - centre
-    before, behind = (centre % 1 < 0.5) & (centre > 1), (far % 1 < 0.5) & (far > 1)
+    before, behind = (centre % 1 < reach) & (centre > 1), (far % 1 < reach) & (far > 1)
     emitted = torch.stack((torch.ones_like(rows.valid), *before.unbind(1), *behind.unbind(1)), 0)[: len(kinds)]
-    off = torch.stack([constants(kind, rows.boxes) for kind in kinds])
+    off = torch.stack([constants(kind, rows.boxes) for kind in kinds]) * reach
     x, y = (centre - off[:, None]).long().unbind(-1)  # [K, M]
     x, y = x.clamp(0, W - 1), y.clamp(0, H - 1)
 
@@ -79,11 +89,15 @@ def _anchors(head: GridHead, own: Sequence[int], like: Tensor) -> Tensor:
     return torch.stack([constants(head.anchors[t], like) for t in own])
 
 
+def _shape_iou(size: Tensor, anchors: Tensor) -> Tensor:
+    """[M, A] of rows of ``size`` [M, 1, 2] and ``anchors`` [A, 2] that share a centre."""
+    return iou_of_areas(area(torch.minimum(size, anchors)), area(size), area(anchors))[0]
+
+
 def _best_anchor(size: Tensor, head: GridHead, own: Sequence[int]) -> Tensor:
     """[M, A]: whether an anchor of the level is the best for a row of ``size`` [M, 1, 2], or good enough."""
     pool = own if head.per_level else range(len(head.anchors))
-    anchors = _anchors(head, pool, size)
-    shape_iou, _ = iou_of_areas(area(torch.minimum(size, anchors)), area(size), area(anchors))
+    shape_iou = _shape_iou(size, _anchors(head, pool, size))
     best = shape_iou.argmax(1, keepdim=True)
     fits = (torch.arange(len(pool), device=size.device) == best) & (shape_iou > 0)
     if head.iou_thresh < 1:
@@ -143,7 +157,8 @@ def grid_loss(
     else in float32.
 
     Returns the total, differentiable by ``preds``; its parts (box, objectness, classes), detached; and counts, int32,
-    of assigned predictions and of invalid rows. ``class_weights`` [C] are the m of the contract.
+    of assigned predictions and of invalid rows. Total and parts are [B] each where the head asks for a loss of each
+    image. ``class_weights`` [C] are the m of the contract, or weights of the class terms.
     """
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in preds) else torch.float32
     batch_size = preds[0].shape[0]
@@ -157,10 +172,10 @@ def grid_loss(
     for level, pred in enumerate(preds):
         found = assign(read, head, level, maps, batch_size, dtype)
         levels.append(_level_loss(pred.to(dtype), level, read, found, head, weights, scales[level]))
-    parts = torch.stack([torch.stack(part).sum() for part in list(zip(*levels, strict=True))[:3]])
+    parts = torch.stack([torch.stack(part).sum(0) for part in list(zip(*levels, strict=True))[:3]])
     positives = torch.stack([level[3] for level in levels]).sum()
     counts = torch.stack([positives, (~read.valid).sum()]).to(torch.int32)
-    return parts.sum(), parts.detach(), counts
+    return parts.sum(0), parts.detach(), counts
 
 
 _obj_scales = torch.compiler.assume_constant_result(obj_scales)
@@ -181,26 +196,28 @@ def _level_loss(
         torch.where(assigned[:, None], each[image, anchor, :, y, x], 0.0)  # [R, .], no NaN from elsewhere
         for each in (raw_boxes, raw_classes)
     )
-    m = pred.new_ones(R) if weights is None else weights[label]
+    m = pred.new_ones(R) if weights is None or head.weigh_classes else weights[label]
 
     # candidates that share a prediction: the leader of each group stands for it; slot N is no prediction
     order = torch.arange(R, device=pred.device)
     first = order.new_full((N + 1,), R).scatter_reduce(0, slot, order, "amin")[slot]
     last = order.new_full((N + 1,), -1).scatter_reduce(0, slot, order, "amax")[slot]
-    group = {"sum": first, "last": last, "each": order}[head.shared]
+    group = {"sum": first, "last": last, "each": order, "merge": first}[head.shared]
     lead = assigned & (group == order)
-    used = lead if head.shared == "last" else assigned
     is_last = assigned & (last == order)
+    names = is_last if head.shared == "last" else assigned  # a class
+    used = is_last if head.shared in ("last", "merge") else assigned
 
     # classes, where a candidate leads
-    count = pred.new_zeros(R, C).index_put((group, label), used.to(pred.dtype), accumulate=True)
+    count = pred.new_zeros(R, C).index_put((group, label), names.to(pred.dtype), accumulate=True)
     positive, negative = constants(head.class_targets, pred)
     target = torch.where(count > 0, positive, negative)
-    loss = LABEL_TERMS[head.label](logits, target, head.label_args)
-    if weights is not None:
+    columns = weights if head.weigh_classes else None
+    loss = label_term(head.label, logits, target, head.label_args, columns)
+    if weights is not None and not head.weigh_classes:
         only = (torch.arange(C, device=pred.device) == label[:, None]) & (count == 1)
         loss = loss * torch.where(count > 0, torch.where(only, head.first_weight * weights, weights), 1.0)
-    cls = head.cls_gain * torch.where(lead[:, None], loss, 0.0).sum()
+    cls = head.cls_gain * _total(torch.where(lead[:, None], loss, 0.0), image, B, head)
 
     # boxes, for each candidate in use
     loss, quality = box_loss(boxes, rows, found, level, (H, W), head)
@@ -208,11 +225,12 @@ def _level_loss(
     if head.average_box:
         pushed_up = (target > logits.detach().sigmoid()).sum(-1)
         loss = loss / pushed_up.clamp(min=1)[group.clamp(max=R - 1)]
-    box = head.box_gain * torch.where(used, loss, 0.0).sum()
+    box = head.box_gain * _total(torch.where(used, loss, 0.0), image, B, head)
     answers = objectness_targets(pred.detach(), rows, found, quality, level, head)
     if head.prior_gain > 0:
         raw = raw_boxes.permute(0, 1, 3, 4, 2)
-        box = box + head.prior_gain * _prior_loss(raw, ~answers.assigned.view(B, A, H, W), level, head)
+        prior = _prior_loss(raw, ~answers.assigned.view(B, A, H, W), level, head)
+        box = box + head.prior_gain * _total(prior, None, B, head)
     if head.mean_rows:
         box, cls = (part / used.sum().clamp(min=1) for part in (box, cls))
 
@@ -223,14 +241,26 @@ def _level_loss(
         owner = torch.where(is_last, slot, N)
         gain = pred.new_full((N + 1,), head.noobj_gain).scatter(0, owner, head.obj_gain * m)[:N]
     term = LABEL_TERMS[head.objectness](torch.where(used, raw_obj.flatten(), 0.0), answers.target, head.obj_args)
-    obj = torch.where(used, obj_scale * gain * term, 0.0).sum()
+    obj = _total(torch.where(used, obj_scale * gain * term, 0.0), None, B, head)
     if head.obj_mean == "used":
         obj = obj / used.sum().clamp(min=1)
     # a NaN that is read shows, used or not: of a box it cannot be told whether it is ignored
     read = 0 if head.ignore_thresh is not None or head.prior_gain > 0 else 4
-    unknown = pred[..., read:5].detach().isnan().any()
+    unknown = pred[..., read:5].detach().isnan()
+    unknown = unknown.flatten(1).any(1) if head.by_image else unknown.any()
     obj = obj + torch.zeros_like(obj.detach()).masked_fill(unknown, math.nan)
     return box, obj, cls, answers.assigned.sum()
+
+
+def _total(values: Tensor, image: Tensor | None, batch_size: int, head: GridHead) -> Tensor:
+    """The sum of values [R, ...], or [B] those of the images that they are of: ``image`` [R], None for one after the
+    other.
+    """
+    if not head.by_image:
+        return values.sum()
+    if image is None:
+        return values.reshape(batch_size, -1).sum(1)
+    return values.new_zeros(batch_size).index_add(0, image, values.flatten(1).sum(1) if values.ndim > 1 else values)
 
 
 def _split(pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -324,8 +354,8 @@ def _box_term(
 
 
 def _prior_loss(raw: Tensor, free: Tensor, level: int, head: GridHead) -> Tensor:
-    """Box terms of the predictions ``raw`` [B, A, H, W, 4] that are ``free`` [B, A, H, W] of an object, towards the
-    middle of their cell.
+    """Box terms [B, A, H, W] of the predictions ``raw`` [B, A, H, W, 4] that are ``free`` [B, A, H, W] of an object,
+    towards the middle of their cell; 0 of others.
 
     An offset term takes the anchor for the true size, an IoU term a true box without size.
     """
@@ -338,7 +368,7 @@ def _prior_loss(raw: Tensor, free: Tensor, level: int, head: GridHead) -> Tensor
         anchors = _anchors(head, head.levels[level], raw)[:, None, None].expand_as(middle)
         size = (raw.shape[2], raw.shape[3])
         loss, _ = _box_term(raw, middle, torch.zeros_like(middle), anchors, level, size, head)
-    return torch.where(free, loss, 0.0).sum()
+    return torch.where(free, loss, 0.0)
 
 
 def _overlap(pred: Tensor, rows: Rows, level: int, head: GridHead) -> Tensor:

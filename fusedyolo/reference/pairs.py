@@ -82,14 +82,25 @@ class PairIoU:
             )
         return found > 0
 
-    def last_row_that_wants(self, batch_size: int) -> Tensor:
-        """[B, N]: the last row whose first best box this is; -1 where there is none."""
-        N = self.areas.shape[1]
-        wanted = torch.full((batch_size * N + 1,), -1, device=self.areas.device)
+    def last_row_of_equals(self, batch_size: int) -> Tensor:
+        """[B, N]: the last row that has no larger IoU than with this box, which may be 0; -1 where there is none."""
+        wanted = torch.full((batch_size, self.areas.shape[1]), -1, device=self.areas.device)
+        for now, overlap in self._chunks():
+            equal = (overlap == overlap.amax(1, keepdim=True)) & self.rows.valid[now, None]
+            row = torch.arange(now.start, now.start + len(overlap), device=wanted.device)[:, None]
+            row = torch.where(equal, row, -1)
+            wanted.scatter_reduce_(0, self.rows.image[now, None].expand_as(row), row, "amax")
+        return wanted
+
+    def row_that_wants(self, batch_size: int, first: bool = False) -> Tensor:
+        """[B, N]: the last row, or the ``first``, whose first best box this is; -1 where there is none."""
+        N, M = self.areas.shape[1], len(self.true_areas)
+        wanted = torch.full((batch_size * N + 1,), M if first else -1, device=self.areas.device)
         index = torch.arange(N, device=self.areas.device)
         for now, overlap in self._chunks():
             box = torch.where(overlap == overlap.amax(1, keepdim=True), index, N).amin(1)
             slot = torch.where(self.rows.valid[now], self.rows.image[now] * N + box, batch_size * N)
             row = torch.arange(now.start, now.start + len(slot), device=slot.device)
-            wanted.scatter_reduce_(0, slot, row, "amax")
-        return wanted[:-1].view(batch_size, N)
+            wanted.scatter_reduce_(0, slot, row, "amin" if first else "amax")
+        wanted = wanted[:-1].view(batch_size, N)
+        return torch.where(wanted < M, wanted, -1) if first else wanted

@@ -27,13 +27,14 @@ import triton
 import triton.language as tl
 
 from ..levels import are_wide, as_wide, integer_of, pointer_of, strides_of
-from ..primitives import log1p, near_divide, ordered_bits, plain, safe_div, scaled_less
+from ..primitives import log1p, near_divide, ordered_bits, plain
 from ..rows import load_rows
 from ..sums import column, column_sums, is_last
 from ..terms.decode import chain
 from ..terms.label import exponentials, softmax_slope
 from ..terms.records import axis_of_sizes
 from .match import IGNORED, is_ignored, load_corners
+from .place import Pair, centreness, relative
 
 N_PARTS: tl.constexpr = tl.constexpr(4)  # class, box and centreness loss; one to spare
 
@@ -76,22 +77,25 @@ class Terms(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The numbers of a head, and width and height of the images."""
+    """The numbers of a head, and width and height of the images; ``box_gain`` is None where it is 1."""
 
     weights: Any
     beta: Any
+    box_gain: Any
     box_args: Any
     label_args: Any
     size: Any
 
 
 class Matched(NamedTuple):
-    """Anchors, rows and which of these each anchor has taken."""
+    """Anchors, rows and which of these each anchor has taken; what may be missing is None."""
 
     anchors_ptr: Any
     rows_ptr: Any
     match_ptr: Any
-    found_ptr: Any  # [B + 1]: anchors with a row, of each image and of all
+    found_ptr: Any  # [B + 1]: anchors with a row, of each image; and what sums over the batch are divided by
+    columns_ptr: Any  # [C]: what class terms are multiplied by
+    norm_ptr: Any  # what the sum of boxes is divided by that are weighed by their centreness
 
 
 class Ranked(NamedTuple):
@@ -176,21 +180,6 @@ class Grads(NamedTuple):
     classes: Any
     boxes: Any
     centres: Any
-
-
-class Pair(NamedTuple):
-    """A number of each axis."""
-
-    x: Any
-    y: Any
-
-
-class Relative(NamedTuple):
-    """Sides of anchors and, of their rows, the centre from theirs and the sides; see :func:`_relative`."""
-
-    sides: Pair
-    shift: Pair
-    true: Pair
 
 
 class Raw(NamedTuple):
@@ -324,9 +313,13 @@ def _labels(rows_ptr, match):
 
 
 @triton.jit
-def _class_terms(x, label, k, used, label_term, label_args):
+def _class_terms(x, is_label, columns_ptr, k, keep, used, terms, numbers):
     """Loss of some logits of the classes k, 0 where they are not used, and its derivative by them."""
-    loss, d = label_term(x, label == k, label_args)
+    loss, d = terms.label(x, is_label, numbers.label_args)
+    if columns_ptr is not None:
+        column = tl.load(columns_ptr + k, mask=keep, other=0.0).to(x.dtype)
+        loss *= column
+        d *= column
     return tl.where(used | (x != x), loss, 0.0), tl.where(used, d, 0.0)  # a NaN shows, used or not
 
 
@@ -391,7 +384,11 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SP
         x, match, weight, k0 = _load_stream(stream, e, SPEC)
         label = _labels(matched.rows_ptr, match) - k0  # from the group's first class on
         used = ~is_ignored(match)[:, None]
-        loss, d = _class_terms(x.to(SPEC.ACC), label[:, None], k, used, terms.label, numbers.label_args)
+        keep = (e < stream.left)[:, None]
+        is_label = label[:, None] == k
+        loss, d = _class_terms(
+            x.to(SPEC.ACC), is_label, matched.columns_ptr, k0[:, None] + k, keep, used, terms, numbers=numbers
+        )
         if SPEC.WITH_LOSS:
             total += weight[:, None] * loss
         if SPEC.WITH_GRAD:
@@ -422,7 +419,7 @@ def _plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPE
         k = k0 + tl.arange(0, PLANES)[:, None]
         keep = site.mask[None, :] & (k < SPEC.C)
         x = tl.load(x_ptr[None, :] + k * view.by.channel, mask=keep, other=0.0).to(SPEC.ACC)
-        loss, d = _class_terms(x, label, k, used & keep, terms.label, numbers.label_args)
+        loss, d = _class_terms(x, label == k, matched.columns_ptr, k, k < SPEC.C, used & keep, terms, numbers=numbers)
         if SPEC.WITH_LOSS:
             total += loss
         if SPEC.WITH_GRAD:
@@ -489,7 +486,7 @@ def _rest(chunks, largest, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC: tl.constexpr):
+def _ranked_loss(ptr, by_channel, site, label, columns_ptr, ce_ptr, SPEC: tl.constexpr):
     """Leaves the cross-entropies of some anchors."""
     chunks, largest = _load_chunks(ptr, by_channel, site.mask, SPEC)
     rest = _rest(chunks, largest, SPEC)
@@ -497,6 +494,8 @@ def _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC: tl.constexpr):
     x = tl.load(ptr + label * by_channel, mask=site.mask & (label > 0), other=0.0).to(SPEC.ACC)
     x = tl.where(label > 0, x, tl.sum(background, axis=1))
     ce = log1p(tl.sum(rest, axis=1)) - (x - tl.sum(largest, axis=1))
+    if columns_ptr is not None:
+        ce *= tl.load(columns_ptr + label).to(SPEC.ACC)
     ce = ce + 0.0  # of -0, too, the bits are to be those of 0
     tl.store(ce_ptr + site.n, ce, mask=site.mask)
 
@@ -590,10 +589,12 @@ def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.c
                 scale = grad * share(matched.found_ptr, site.b, batch.B, True, SPEC.ACC)
             times = _ranked_weight(ce, match, site.n, ranked.picks_ptr + 4 * site.b)
             weight = times.to(SPEC.ACC) * scale
+            if matched.columns_ptr is not None:
+                weight *= tl.load(matched.columns_ptr + label).to(SPEC.ACC)
             _ranked_gradient(ptr, by_channel, view, site, own, level, label, weight=weight, SPEC=SPEC)
         else:
             ce_ptr = ranked.ce_ptr + site.b.to(tl.int64) * batch.N
-            _ranked_loss(ptr, by_channel, site, label, ce_ptr, SPEC)
+            _ranked_loss(ptr, by_channel, site, label, matched.columns_ptr, ce_ptr, SPEC)
         match = next_match
         ce = next_ce
         label = tl.maximum(_labels(matched.rows_ptr, match), 0)
@@ -637,30 +638,6 @@ def _load_raw(at, by_channel, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _relative(anchor, row, has, size, CORNERS: tl.constexpr, ACC: tl.constexpr):
-    """Anchors and their rows, sides of 1 where there is none.
-
-    Corners of a row are compared with those of the anchor, its centre with the middle of that, and its size is taken as
-    it is: of nearby numbers the differences keep their digits, while a size made of corners would not.
-    """
-    _image, _label, c0, c1, c2, c3 = row
-    if CORNERS:
-        cx = 0.5 * ((c0.to(ACC) - anchor.x1) + (c2.to(ACC) - anchor.x2))
-        cy = 0.5 * ((c1.to(ACC) - anchor.y1) + (c3.to(ACC) - anchor.y2))
-        gw = c2.to(ACC) - c0.to(ACC)
-        gh = c3.to(ACC) - c1.to(ACC)
-    else:
-        width = tl.cast(size[0], ACC)
-        height = tl.cast(size[1], ACC)
-        cx = scaled_less(c0, width, anchor.x1, ACC) - 0.5 * (anchor.x2 - anchor.x1)
-        cy = scaled_less(c1, height, anchor.y1, ACC) - 0.5 * (anchor.y2 - anchor.y1)
-        gw = c2.to(ACC) * width
-        gh = c3.to(ACC) * height
-    sides = Pair(tl.where(has, anchor.x2 - anchor.x1, 1.0), tl.where(has, anchor.y2 - anchor.y1, 1.0))
-    return Relative(sides, Pair(cx, cy), Pair(tl.where(has, gw, 1.0), tl.where(has, gh, 1.0)))
-
-
-@triton.jit
 def _box_term(raw, place, terms, numbers):
     """Box loss of anchors, and its gradient by the four raw numbers."""
     weights = numbers.weights
@@ -681,17 +658,6 @@ def _box_term(raw, place, terms, numbers):
         dx, dw = chain(by_x.centre, by_x.size, jx)
         dy, dh = chain(by_y.centre, by_y.size, jy)
     return loss, Raw(dx, dy, dw, dh)
-
-
-@triton.jit
-def _centreness(shift, true):
-    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of anchors' centres in boxes that hold them."""
-    dx = tl.abs(shift.x)
-    dy = tl.abs(shift.y)
-    hx = 0.5 * true.x
-    hy = 0.5 * true.y
-    quotient = safe_div(hx - dx, hx + dx) * safe_div(hy - dy, hy + dy)
-    return tl.sqrt(tl.maximum(quotient, 0.0))
 
 
 @triton.jit
@@ -730,21 +696,30 @@ def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads
     d_centre = tl.zeros([ANCHORS], SPEC.ACC)
     if tl.max(has.to(tl.int32), axis=0) > 0:
         weight = share(matched.found_ptr, site.b, batch.B, SPEC.BY_IMAGE, SPEC.ACC)
+        of_box = weight
+        if matched.norm_ptr is not None:
+            of_box = 1.0 / tl.load(matched.norm_ptr).to(SPEC.ACC)
+        if numbers.box_gain is not None:
+            of_box *= numbers.box_gain
         anchor = load_corners(matched.anchors_ptr, site.n, has, SPEC.ACC)
         row = load_rows(matched.rows_ptr, match, has, ANCHORS)
-        place = _relative(anchor, row, has, numbers.size, SPEC.CORNERS, SPEC.ACC)
+        place = relative(anchor, row, has, numbers.size, SPEC.CORNERS, SPEC.ACC)
         at, by_channel = _anchors_at(boxes.ptr, boxes.by, site, level, 4, SPEC)
         loss, d_raw = _box_term(_load_raw(at, by_channel, has, SPEC.ACC), place, terms, numbers)
-        box = weight * tl.sum(tl.where(has, loss, 0.0), axis=0)
+        if matched.norm_ptr is not None:
+            own = centreness(place.shift, place.true)
+            loss *= own
+            d_raw = Raw(own * d_raw.x, own * d_raw.y, own * d_raw.w, own * d_raw.h)
+        box = of_box * tl.sum(tl.where(has, loss, 0.0), axis=0)
         if SPEC.WITH_GRAD:
             even = tl.join(d_raw.x, d_raw.w)
             odd = tl.join(d_raw.y, d_raw.h)
-            d = grads.boxes * weight * tl.reshape(tl.join(even, odd), (ANCHORS, 4))
+            d = grads.boxes * of_box * tl.reshape(tl.join(even, odd), (ANCHORS, 4))
             d = tl.where(has[:, None], d, 0.0)
         if terms.centre is not None:
             at, _by_channel = _anchors_at(centres.ptr, centres.by, site, level, 1, SPEC)
             x = tl.load(at, mask=has, other=0.0).to(SPEC.ACC)
-            loss, d_x = terms.centre(x, _centreness(place.shift, place.true), ())
+            loss, d_x = terms.centre(x, centreness(place.shift, place.true), ())
             centre = weight * tl.sum(tl.where(has, loss, 0.0), axis=0)
             if SPEC.WITH_GRAD:
                 d_centre = tl.where(has, grads.centres * weight * d_x, 0.0)

@@ -25,7 +25,8 @@ import triton.language as tl
 from ..overlap import Corners, iou
 from ..primitives import divide, exact, ordered_bits, plain
 from ..rows import held_range, image_rows, in_its_range, load_rows, row_corners, rows_end, wrong_offsets
-from ..sums import is_last
+from ..sums import column, column_sums, is_last
+from .place import centreness, relative
 
 BACKGROUND: tl.constexpr = tl.constexpr(-1)
 IGNORED: tl.constexpr = tl.constexpr(-2)
@@ -36,7 +37,8 @@ class MatchSpec(NamedTuple):
     """The structure of a match: kernels are compiled for each."""
 
     CENTRE: Any  # by centres, else by IoU
-    RESCUE: Any  # None, "equal" or "best"
+    RESCUE: Any  # None, "equal", "own", "best" or "best_first"
+    MEAN: Any  # what sums are divided by, see DenseHead
     PLANES: Any
     CORNERS: Any  # rows hold corners in pixels
     ACC: Any
@@ -97,10 +99,12 @@ class Matched(NamedTuple):
     """
 
     match_ptr: Any  # [B, N], int32, by position
-    found_ptr: Any  # [B + 1], int32: anchors with a row, of each image and of all
+    found_ptr: Any  # [B + 1], int32: anchors with a row, of each image; and what sums over the batch are divided by
     counts_ptr: Any  # int32: those of all; invalid rows
     tally_ptr: Any  # [B + 1], int32, zeros at first and in the end: where programs add them up
     done_ptr: Any
+    weights_ptr: Any  # [programs]: sums of centreness, None where boxes are not weighed by it
+    norm_ptr: Any  # that of all, at least 1e-6
 
 
 class Block(NamedTuple):
@@ -244,9 +248,9 @@ def _largest(value):
 
 @triton.jit
 def _key(best, value, n, SPEC: tl.constexpr):
-    """Of the largest IoU in a block; with RESCUE "best" also of its first anchor, and the IoU is rounded to float32."""
+    """Of the largest IoU in a block; where rows claim one anchor also of that, and the IoU is rounded to float32."""
     key = ordered_bits(best) + MET
-    if SPEC.RESCUE == "best":
+    if (SPEC.RESCUE == "best") | (SPEC.RESCUE == "best_first"):
         at = tl.min(tl.where(value == best, n, LOWEST), axis=0)
         key = (ordered_bits(best.to(tl.float32)) << 32) | (LOWEST.value - at).to(tl.int64)
     return key
@@ -349,12 +353,18 @@ def _claimed(match, own, rows, claims, frame, SPEC: tl.constexpr):
             g = g0 + _lowest(bits)
             bits = bits & (bits - 1)
             best = tl.load(claims.best_ptr + g)
-            if SPEC.RESCUE == "equal":
+            if (SPEC.RESCUE == "equal") | (SPEC.RESCUE == "own"):
                 row = _load_corners_of_row(rows, g, frame, SPEC)
                 value = iou(row, own.corners, _area(row), areas, _quotient)
-                saved = tl.where(ordered_bits(value) + MET == best, row_below(match), saved)
+                taken = row_below(match)
+                if SPEC.RESCUE == "own":
+                    taken = match * 0 + g
+                saved = tl.where(ordered_bits(value) + MET == best, taken, saved)
             else:
-                saved = tl.where(own.n == best_anchor_of(best), tl.maximum(saved, g), saved)
+                claim = own.n == best_anchor_of(best)
+                if SPEC.RESCUE == "best_first":
+                    claim = claim & (saved < 0)
+                saved = tl.where(claim, tl.maximum(saved, g), saved)
     return saved
 
 
@@ -409,6 +419,8 @@ def _match_alone(anchors_ptr, targets, N, M, frame, levels, rule, claims, matche
     own = _load_block(anchors_ptr, N, levels, SPEC)
     if SPEC.CENTRE:
         match = _smallest_around(own, rows, rule, frame, N, SPEC)
+        if matched.weights_ptr is not None:
+            tl.store(matched.weights_ptr + tl.program_id(0), _weights(match, own, rows, frame, SPEC))
     else:
         match = _most_overlap(own, rows, claims, 0, rule, frame, SPEC)
     tl.store(matched.match_ptr + b.to(tl.int64) * N + position, match, mask=mask)
@@ -465,6 +477,16 @@ def _smallest_around(own, rows, rule, frame, N, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _weights(match, own, rows, frame, SPEC: tl.constexpr):
+    """The sum of the centreness of a program's anchors in the rows that they have taken."""
+    BLOCK: tl.constexpr = SPEC.BLOCK
+    has = own.mask & (match >= 0)
+    row = load_rows(rows.ptr, match, has, BLOCK)
+    place = relative(own.corners, row, has, frame.size, SPEC.CORNERS, SPEC.ACC)
+    return tl.sum(tl.where(has, centreness(place.shift, place.true), 0.0), axis=0)
+
+
+@triton.jit
 def _count_invalid(targets, M, B, frame, SPEC: tl.constexpr):
     """Of the rows that this program looks at those that no image will use, padding behind the last row is none; and, by
     the first program, offsets that are wrong."""
@@ -486,13 +508,21 @@ def _finish(matched, M, B, claims, SPEC: tl.constexpr):
     """What the last program does: counts go where they are read, and shared memory is cleared for the next call."""
     lane = tl.arange(0, LANES)
     total = tl.zeros([LANES], tl.int32)
+    least = total
     for b0 in range(0, B, LANES):
         mask = b0 + lane < B
         found = tl.load(matched.tally_ptr + b0 + lane, mask=mask, other=0, cache_modifier=".cg")
         tl.store(matched.found_ptr + b0 + lane, found, mask=mask)
         tl.store(matched.tally_ptr + b0 + lane, lane * 0, mask=mask)
         total += found
-    tl.store(matched.found_ptr + B, tl.sum(total, axis=0))
+        if SPEC.MEAN == "images":
+            least += (mask & (found == 0)).to(tl.int32)
+    divisor = tl.sum(total, axis=0)
+    if SPEC.MEAN == "images":
+        divisor += tl.sum(least, axis=0)
+    elif SPEC.MEAN == "one more":
+        divisor += 1
+    tl.store(matched.found_ptr + B, divisor)
     tl.store(matched.counts_ptr, tl.sum(total, axis=0))
     tl.store(matched.counts_ptr + 1, tl.load(matched.tally_ptr + B, cache_modifier=".cg"))
     tl.debug_barrier()  # every thread has read what one of them overwrites
@@ -500,6 +530,9 @@ def _finish(matched, M, B, claims, SPEC: tl.constexpr):
     if SPEC.RESCUE is not None:
         for g0 in range(0, M, LANES):
             tl.store(claims.best_ptr + g0 + lane, tl.zeros([LANES], tl.int64), mask=g0 + lane < M)
+    if matched.weights_ptr is not None:
+        weights = column(column_sums(matched.weights_ptr, tl.num_programs(0), 1, SPEC.ACC), 0)
+        tl.store(matched.norm_ptr, tl.maximum(weights, 1e-6))
     tl.store(matched.done_ptr, 0)
 
 

@@ -72,9 +72,13 @@ def _list_near(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     for g0 in range(rows.first, rows.last, SPEC.ROWS):
         g = g0 + tl.arange(0, SPEC.ROWS)
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
-        # lines from half a cell above the centre to half a cell below it, and some more: what is taken is decided later
+        # lines from REACH above the centre to REACH below it, and some more: what is taken is decided later
         y = row.cy * site.H
-        taken = (last_line > y - 1.6) & (first_line < y + 0.6) & row_valid(row, site.b, site.b + 1, head.C, head.limit)
+        taken = (
+            (last_line > y - (1.1 + SPEC.REACH))
+            & (first_line < y + (0.1 + SPEC.REACH))
+            & row_valid(row, site.b, site.b + 1, head.C, head.limit)
+        )
         taken = taken & _matches(row, site, head, terms, SPEC)
         taken = taken.to(tl.int32)
         amount = tl.sum(taken, axis=0)
@@ -95,12 +99,12 @@ def _candidates(q, near, rows, site, lists, head, terms, SPEC: tl.constexpr):
         block = tl.load(lists.near_ptr + i // SPEC.ROWS, mask=mask & (i >= SPEC.ROWS), other=lists.near)
         g = tl.load(lists.row_ptr + block + i % SPEC.ROWS, mask=mask, other=0)
         row = load_rows(rows.ptr, g, mask, SPEC.ROWS)
-        cell = row_cell(row, kind, site.b, site.W, site.H, head.C, head.limit, True)
+        cell = row_cell(row, kind, site.b, site.W, site.H, head.C, head.limit, SPEC.REACH)
         taken = mask
     else:
         g = rows.first + q
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
-        cell = row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, False)
+        cell = row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, 0.0)
         taken = _matches(row, site, head, terms, SPEC)
     return cell, g, taken & (cell >= site.first_cell) & (cell < site.first_cell + SPEC.CELLS)
 
@@ -236,7 +240,7 @@ def _nearest_rows(rows, site, cells, head, SPEC: tl.constexpr):
     nearest = tl.zeros([CELLS], SPEC.ACC)
     for g in range(rows.first, rows.last):
         row = load_row(rows.ptr, g)
-        if row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, False) >= 0:
+        if row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, 0.0) >= 0:
             true, area = true_corners(row, site, SPEC.ACC)
             value = iou(anchor, true, site.own_w * site.own_h, area, near_divide)
             taken = tl.where(value > nearest, g, taken)

@@ -9,7 +9,18 @@ from ..levels import are_wide, pointer_of, strides_of
 from .box import prior_term
 from .loss import ASSIGNED, BACKGROUND
 from .records import Plane
-from .site import as_wide_plane, cells_at, channel_step, kept_stride, load_logits, load_plane, load_state, site_of, wide
+from .site import (
+    as_wide_plane,
+    cells_at,
+    channel_step,
+    kept_stride,
+    load_logits,
+    load_plane,
+    load_state,
+    means_of,
+    site_of,
+    wide,
+)
 
 
 class Known(NamedTuple):
@@ -84,11 +95,14 @@ def grid_grad_kernel(
     channels.
     """
     site = site_of(tl.program_id(0) // SPEC.PARTS, levels, SPEC)
+    if SPEC.BY_IMAGE:
+        grad_out_ptr += site.b
     per_row = tl.load(grad_out_ptr).to(SPEC.ACC)
     per_used = per_row
     if SPEC.MEAN_ROWS or SPEC.MEAN_USED:
-        per_row *= tl.load(parts_ptr + 3 + 2 * site.level)
-        per_used *= tl.load(parts_ptr + 4 + 2 * site.level)
+        means_ptr = means_of(site.level, levels, parts_ptr, SPEC)
+        per_row *= tl.load(means_ptr)
+        per_used *= tl.load(means_ptr + 1)
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     plane = Plane(pointer_of(maps, site.level), strides_of(levels.by, site.level))
     first, _end = _share(head, SPEC)

@@ -7,13 +7,13 @@ from ..assign import row_valid
 from ..levels import pointer_of, strides_of
 from ..primitives import plain
 from ..rows import image_rows, in_its_range, load_rows, rows_end, wrong_offsets
-from ..sums import column, column_sums, finish, is_last
+from ..sums import column, column_sums, finish, is_last, leave_counts
 from .assign import assigned
 from .box import prior_term
 from .ignore import ignored
 from .positives import box_losses, class_losses
 from .records import Lists, Plane, Rows, View
-from .site import load_logits, programs_of, site_of, store_plane, store_state
+from .site import load_logits, means_of, programs_of, site_of, store_plane, store_state
 
 BACKGROUND: tl.constexpr = tl.constexpr(0)
 IGNORED: tl.constexpr = tl.constexpr(1)
@@ -158,12 +158,39 @@ def _sum_up(levels, outputs, SPEC: tl.constexpr):
             if SPEC.MEAN_USED:
                 per_used = 1.0 / tl.maximum(column(sums, 5), 1.0)
             total += tl.where(k == 1, per_used, tl.where(k == 3, 1.0, per_row)) * sums
-            tl.store(outputs.parts_ptr + 3 + 2 * level, per_row)
-            tl.store(outputs.parts_ptr + 4 + 2 * level, per_used)
+            means_ptr = means_of(level, levels, outputs.parts_ptr, SPEC)
+            tl.store(means_ptr, per_row)
+            tl.store(means_ptr + 1, per_used)
             at += programs * N_PARTS
     else:
         total = column_sums(outputs.partial_ptr, tl.num_programs(0), N_PARTS, SPEC.ACC)
-    finish(column(total, 0), column(total, 1), column(total, 2), column(total, 3), outputs)
+    if SPEC.BY_IMAGE:
+        tl.debug_barrier()  # means have been left
+        for b in range(0, plain(levels.batch)):
+            _sum_up_image(b, levels, outputs, SPEC)
+        leave_counts(column(total, 3), outputs)
+    else:
+        finish(column(total, 0), column(total, 1), column(total, 2), column(total, 3), outputs)
+
+
+@triton.jit
+def _sum_up_image(b, levels, outputs, SPEC: tl.constexpr):
+    """The parts and the total of an image, whose programs follow each other on each level."""
+    B = plain(levels.batch)
+    k = tl.arange(0, N_PARTS)
+    total = tl.zeros([N_PARTS], SPEC.ACC)
+    at = outputs.partial_ptr
+    for i in tl.range(0, len(SPEC.ANCHORS), loop_unroll_factor=1):
+        level = len(SPEC.ANCHORS) - 1 - i
+        own = _programs(level, levels, SPEC) // B
+        sums = column_sums(at + b * own * N_PARTS, own, N_PARTS, SPEC.ACC)
+        if SPEC.MEAN_ROWS or SPEC.MEAN_USED:
+            means_ptr = means_of(level, levels, outputs.parts_ptr, SPEC)
+            sums *= tl.where(k == 1, tl.load(means_ptr + 1), tl.load(means_ptr))
+        total += sums
+        at += B * own * N_PARTS
+    tl.store(outputs.parts_ptr + b + k * B, total, mask=k < 3)
+    tl.store(outputs.total_ptr + b, column(total, 0) + column(total, 1) + column(total, 2))
 
 
 @triton.jit
@@ -185,7 +212,7 @@ def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     logits, logit = load_logits(plane, site, cells, site.HW, SPEC.IGNORES or SPEC.PRIOR, SPEC)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, site.b, SPEC.ROWS)
-    rows = Rows(targets.ptr, first, last, targets.weights_ptr)
+    rows = Rows(targets.ptr, first, last, targets.weights_ptr, targets.columns_ptr)
     lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, plain(levels.near_places), SPEC)
     _tile(View(plane, logits, logit), site, rows, lists, saved, outputs, head, terms, SPEC)
     if pid == 0:

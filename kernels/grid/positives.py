@@ -1,8 +1,8 @@
 """Box, objectness and class loss of the predictions listed for a tile, many at a time.
 
 Of several rows on a prediction SHARING takes the "last", or the box and class loss of "each", or the "sum" of their box
-losses and all their classes at once; with "one" there are no others. Of classes lanes are predictions, which meet their
-rows in order, round by round, all in step; of boxes lanes are rows.
+losses and all their classes at once, or with "merge" the last one's box and these; with "one" there are no others. Of
+classes lanes are predictions, which meet their rows in order, round by round, all in step; of boxes lanes are rows.
 """
 
 import triton
@@ -57,18 +57,32 @@ def _label_across(z, y, head, terms):
 
 
 @triton.jit
-def _label(z, named, is_class, head, terms, SPEC: tl.constexpr):
+def _column_weights(rows, k, is_class, ACC: tl.constexpr):
+    """What the terms of classes are multiplied by."""
+    return tl.load(rows.columns_ptr + (k - 5), mask=is_class, other=0.0).to(ACC)
+
+
+@triton.jit
+def _weighed(y, rows, k, is_class):
+    """Targets of a term that is linear in them, times the weights of their classes."""
+    if rows.columns_ptr is not None:
+        y = y * _column_weights(rows, k, is_class, y.dtype)
+    return y
+
+
+@triton.jit
+def _label(z, named, is_class, rows, k, head, terms, SPEC: tl.constexpr):
     """The label term of logits [channels, predictions] of classes that are ``named``, or not."""
     if SPEC.APART:
         loss, d = terms.label(z, _targets(named, head, SPEC), head.label_args)
     else:
         y = tl.where(is_class, tl.where(named, head.positive, head.negative), 0.0).to(SPEC.ACC)
-        loss, d = _label_across(z, y, head, terms)
+        loss, d = _label_across(z, _weighed(y, rows, k, is_class), head, terms)
     return loss, d
 
 
 @triton.jit
-def _label_of_each(z, times, is_class, count, head, terms, SPEC: tl.constexpr):
+def _label_of_each(z, times, is_class, count, rows, k, head, terms, SPEC: tl.constexpr):
     """The label term added up over the rows of predictions, ``times`` of which name a class."""
     rest = count.to(SPEC.ACC)[None, :] - times
     if SPEC.APART:  # there are but two targets: each logit is judged by both
@@ -78,7 +92,7 @@ def _label_of_each(z, times, is_class, count, head, terms, SPEC: tl.constexpr):
         d = times * d_named + rest * d_other
     else:  # linear in its targets
         y = tl.where(is_class, times * head.positive + rest * head.negative, 0.0)
-        loss, d = _label_across(z, y, head, terms)
+        loss, d = _label_across(z, _weighed(y, rows, k, is_class), head, terms)
     return loss, d
 
 
@@ -106,7 +120,7 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
         times = tl.zeros([K_PAD, PICKS], SPEC.ACC)
         weight = times + 1.0
         turns = slot0 * 0 + 1
-        if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
+        if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum") | (SPEC.SHARING == "merge"):
             turns = tl.max(count, axis=0)
         for i in range(0, turns):
             active = i < count
@@ -121,9 +135,12 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
             else:
                 times = tl.where(own, 1.0, times)
         if SPEC.SHARING == "each":
-            loss, d = _label_of_each(z, times, is_class, count, head, terms, SPEC)
+            loss, d = _label_of_each(z, times, is_class, count, rows, k, head, terms, SPEC=SPEC)
         else:
-            loss, d = _label(z, times > 0, is_class, head, terms, SPEC)
+            loss, d = _label(z, times > 0, is_class, rows, k, head, terms, SPEC)
+        if rows.columns_ptr is not None:
+            if SPEC.APART:
+                weight *= _column_weights(rows, k, is_class, SPEC.ACC)
         total += tl.where(here, weight * loss, 0.0)
         if SPEC.AVERAGE:
             p, _q, _e = logistic(z)
@@ -201,14 +218,14 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
     obj = tl.zeros([ROWS], SPEC.ACC)
     slots = site.pid * 0
     in_use = found.picks
-    if SPEC.SHARING != "last":
+    if (SPEC.SHARING != "last") & (SPEC.SHARING != "merge"):
         in_use = found.rows
     for r0 in range(0, found.rows, SPEC.ROWS):
         r = r0 + tl.arange(0, SPEC.ROWS)
         local, slot, opens, closes, slots = _in_order(r, slots, found, lists, SPEC)
         used = r < found.rows
         alone = opens & closes
-        if SPEC.SHARING == "last":
+        if (SPEC.SHARING == "last") | (SPEC.SHARING == "merge"):
             used = closes
             alone = closes
         g = tl.load(lists.order_ptr + found.base + r, mask=used, other=0)

@@ -24,7 +24,8 @@ class Spec(NamedTuple):
     """The structure of a head and of a launch."""
 
     KINDS: int  # cells that a row may take on a level
-    SHARING: str  # of rows on one prediction: "sum", "last", "each", or "one", where there is but one
+    REACH: float  # to neighbours, in cells; 0 where it has none
+    SHARING: str  # of rows on one prediction: "sum", "last", "each", "merge", or "one", where there is but one
     APART: bool  # the label term judges each logit by itself
     HARD: bool  # its targets are 1 and 0
     UNIT: str
@@ -36,6 +37,7 @@ class Spec(NamedTuple):
     PRIOR: bool
     MEAN_ROWS: bool
     MEAN_USED: bool
+    BY_IMAGE: bool  # a loss of each image
     PER_LEVEL: bool  # the anchors of a level compete among themselves
     OWN: Any  # the anchor of each plane among all, level by level; None: as they come
     ANCHORS: tuple[int, ...]  # of each level
@@ -97,11 +99,12 @@ class Levels(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The rows of a batch, and the class weights."""
+    """The rows of a batch, and class weights: of rows, with their box and objectness, or of terms, ``columns_ptr``."""
 
     ptr: Any
     offsets_ptr: Any
     weights_ptr: Any
+    columns_ptr: Any
 
 
 class Rows(NamedTuple):
@@ -111,6 +114,7 @@ class Rows(NamedTuple):
     first: Any
     last: Any
     weights_ptr: Any
+    columns_ptr: Any
 
 
 class Saved(NamedTuple):
@@ -163,9 +167,9 @@ class Lists(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """``parts_ptr`` takes the parts and behind them, a level, what box and class terms and what objectness are
-    multiplied by for their means. ``done_ptr`` counts finished programs, places taken in ``row_ptr``, and in
-    ``kept_ptr`` and ``order_ptr``: 0 before and after every launch.
+    """``parts_ptr`` takes the parts (with BY_IMAGE of all images, part by part) and behind them, a level, what box and
+    class terms and what objectness are multiplied by for their means. ``done_ptr`` counts finished programs, places
+    taken in ``row_ptr``, and in ``kept_ptr`` and ``order_ptr``: 0 before and after every launch.
     """
 
     total_ptr: Any

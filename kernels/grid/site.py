@@ -204,3 +204,12 @@ def load_plane(ptr, cells, site):
 def kept_stride(C):
     """Numbers between the kept gradients of two predictions: 5 + C, and what makes them begin with a sector."""
     return (5 + C + 7) // 8 * 8
+
+
+@triton.jit
+def means_of(level, levels, parts_ptr, SPEC: tl.constexpr):
+    """Where it stands what box and class terms of a level, and its objectness, are multiplied by for their means."""
+    at = parts_ptr + 3 + 2 * level
+    if SPEC.BY_IMAGE:
+        at += 3 * (plain(levels.batch) - 1)
+    return at

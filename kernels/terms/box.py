@@ -233,6 +233,21 @@ def iou(x, y, args, extent):
 
 
 @triton.jit
+def iou_log(x, y, args, extent):
+    """-ln(max(IoU, floor)), without a slope below the floor; ``args = (floor,)`` (Yu et al. 2016; FCOS)."""
+    takes(args, 1, 1)
+    x, y, inv = _normalise(x, y)
+    common = _overlap(x, y, 0.0)
+    floor = tl.cast(args[0], common.iou.dtype)
+    low = common.iou < floor
+    value = tl.where(low, floor, common.iou)
+    k = tl.where(low, 0.0, -1.0 / value)
+    by_x = _span(_Ends(k * common.iou_x.first, k * common.iou_x.last), inv)
+    by_y = _span(_Ends(k * common.iou_y.first, k * common.iou_y.last), inv)
+    return -tl.log(value), by_x, by_y
+
+
+@triton.jit
 def giou(x, y, args, extent):
     """1 - IoU + (C - U) / C, C the area of the enclosing box (Rezatofighi et al. 2019)."""
     takes(args, 2, 4)
@@ -282,6 +297,28 @@ def ciou(x, y, args, extent):
     common = _overlap(x, y, eps)
     value, width, height = _aspect(pw, ph, turn, safe_div(v, 1.0 - common.iou + v + numbers.eps_alpha))
     aspect = _Penalty(value, width=width, height=height)
+    return _compose(common, (_Penalty(*_spread(x, y, eps)), aspect), 2, inv, numbers)
+
+
+@triton.jit
+def ciou_whole(x, y, args, extent):
+    """CIoU, alpha not held constant: DIoU + v^2 / (1 - IoU + v), which pulls at the IoU too."""
+    takes(args, 2, 4)
+    numbers = _Numbers(*args)
+    pw = x.size
+    ph = y.size
+    turn = angle(x.true_size, y.true_size) - angle(pw, ph)
+    v = 0.4052847345693511 * turn * turn
+    x, y, inv = _normalise(x, y)
+    eps = _scaled_eps(numbers.eps, inv)
+    common = _overlap(x, y, eps)
+    alpha = safe_div(v, 1.0 - common.iou + v + numbers.eps_alpha)
+    # d (alpha v) = (2 alpha - alpha^2) dv + alpha^2 d iou
+    _value, width, height = _aspect(pw, ph, turn, alpha * (2.0 - alpha))
+    k = alpha * alpha
+    by_x = _Ends(k * common.iou_x.first, k * common.iou_x.last)
+    by_y = _Ends(k * common.iou_y.first, k * common.iou_y.last)
+    aspect = _Penalty(alpha * v, by_x, by_y, width, height)
     return _compose(common, (_Penalty(*_spread(x, y, eps)), aspect), 2, inv, numbers)
 
 

@@ -163,9 +163,21 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         *({"loss_type": name, "beta": 0.3} for name in BOX_TERMS),
         {"loss_type": "ciou", "alpha": -1, "gamma": 1.5},
         {"loss_type": "giou", **LOOSE},
+        {"recipe": "mmdet", "loss_type": "iou_log"},
+        {"normalizer": "batch", "class_weights": [0.5, 2.0, 0.0]},
     ],
-    "ssd": [{}, {"loss_type": "l1", "neg_to_pos_ratio": 0.6}, {"neg_to_pos_ratio": 500.0, "iou_thresh": 0.2}],
-    "fcos": [{}, {"loss_type": "ciou", "center_sampling_radius": 0.7, "gamma": 0.0}],
+    "ssd": [
+        {},
+        {"loss_type": "l1", "neg_to_pos_ratio": 0.6},
+        {"neg_to_pos_ratio": 500.0, "iou_thresh": 0.2},
+        {"class_weights": [0.75, 2.0, 0.5]},
+    ],
+    "fcos": [
+        {},
+        {"loss_type": "ciou", "center_sampling_radius": 0.7, "gamma": 0.0},
+        {"recipe": "mmdet", "class_weights": [0.5, 2.0, 0.0]},
+        {"box_weight": "centreness", "scale_range": (1.0, 3.0)},
+    ],
 }
 
 
@@ -173,6 +185,30 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 def test_kernels_equal_the_reference(kind, options):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         check(kind, make_preds(kind, 3, dtype), make_targets(kind, 3), tolerance, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_weights_of_maps(kind):
+    """Planes of classes are read otherwise than rows of them."""
+    options = {"class_weights": [0.75, 2.0, 0.5], **({"recipe": "mmdet"} if kind == "fcos" else {})}
+    preds, targets = make_preds(kind, 2, torch.float64), make_targets(kind)
+    want, true = run(kind, "torch", preds, targets, **options)
+    maps = [
+        [
+            part.reshape(2, h, w, -1).permute(0, 3, 1, 2).contiguous().detach().requires_grad_()
+            for part, (h, w) in zip(pred.split(sizes(kind), 1), MAPS, strict=True)
+        ]
+        for pred in preds
+    ]
+    out = criterion(kind, "triton", **options)(maps, targets, make_anchors(kind))
+    out.total.backward()
+    assert float(out.total) == pytest.approx(float(want.total), rel=1e-12)
+    grads = [
+        torch.cat([each.grad.permute(0, 2, 3, 1).reshape(2, -1, pred.shape[2]) for each in kinds], 1)
+        for kinds, pred in zip(maps, preds, strict=True)
+    ]
+    found = torch.cat([grad.flatten() for grad in grads])
+    assert (found - true).abs().max() <= 1e-12 * true.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)

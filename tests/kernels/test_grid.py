@@ -112,6 +112,16 @@ HEADS = {
     "band": BAND,
     "band, smooth": replace(BAND, smooth=(True, False), objectness="qfl", obj_args=(-1.0, 2.0), class_gate=0.5),
     "band, means": replace(BAND, ignore_thresh=None, mean_rows=True, obj_mean="used", box="mse", shared="last"),
+    "shape iou": replace(
+        RATIO, assigner="shape_iou", iou_thresh=0.25, decode="exp", scale_x_y=(1.0, 1.0), box="giou", quality="giou",
+    ),
+    "own cell": replace(RATIO, neighbours=0, obj_mean="used"),
+    "all neighbours": replace(RATIO, neighbours=4),
+    "merge": replace(HEAD, shared="merge", mean_rows=True, obj_mean="used", obj_balance=(4.0, 0.5)),
+    "merge, class weights": replace(HEAD, shared="merge", weigh_classes=True, class_targets=(0.875, 0.125)),
+    "each, class weights": replace(RATIO, weigh_classes=True),
+    "softmax, class weights": replace(LIGHTNET, weigh_classes=True),
+    "softmax of each, class weights": replace(RATIO, weigh_classes=True, label="softmax_ce", label_args=()),
     "per level": replace(DARKNET, per_level=True, shared="last", label="varifocal", label_args=(0.75, 2.0)),
 }  # fmt: skip
 
@@ -136,7 +146,8 @@ def bordering_rows() -> Tensor:
 )
 def test_every_kind_of_head(name, dtype):
     head = HEADS[name]
-    weights = torch.tensor([1.0, 2.5, 0.75], device=DEVICE) if name in ("new coords", "per level") else None
+    weighed = head.weigh_classes or name in ("new coords", "per level")
+    weights = torch.tensor([1.0, 2.5, 0.75], device=DEVICE) if weighed else None
     rows = torch.cat((bordering_rows(), make_rows(n=3, invalid=1)))
     check_grid(make_preds(dtype, size=(32, 48)), rows, head, weights)
 

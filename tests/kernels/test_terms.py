@@ -47,7 +47,7 @@ def test_a_term_has_both_twins_and_its_name_once(name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", BOX_KINDS)
+@pytest.mark.parametrize("kind", [*BOX_KINDS, *term_names("boxes")])
 def test_box_term(kind, dtype):
     check_box_term(kind, dtype)
 
@@ -133,6 +133,19 @@ def test_box_formula(kind, fused):
         got = run(box_loss(kind, args, fused), p, g)
         for a, b in zip(got, run(loss, p, g), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("fused", BACKENDS)
+def test_logarithm_of_the_iou(fused):
+    """By hand: halves and thirds of boxes; one of no overlap, and one of so little that it counts as none."""
+    p = torch.tensor([[0, 0, 2, 2], [0, 0, 2, 2], [0, 0, 2, 2], [0, 0, 1e4, 1]], dtype=torch.float64, device=DEVICE)
+    g = torch.tensor([[0, 0, 2, 2], [1, 0, 3, 2], [5, 0, 6, 2], [0, 0, 1e-4, 1]], dtype=torch.float64, device=DEVICE)
+    loss, d_p, d_g = run(box_loss("iou_log", [1e-6], fused), p, g)
+    want = torch.tensor([0.0, math.log(3), -math.log(1e-6), -math.log(1e-6)], dtype=torch.float64)
+    torch.testing.assert_close(loss.cpu(), want, rtol=1e-7, atol=1e-15)  # floor in float32
+    assert not d_p[2:].any()
+    assert not d_g[2:].any()
+    assert d_p[1, ::2].abs().min() > 0
 
 
 @pytest.mark.parametrize("fused", BACKENDS)

@@ -47,17 +47,21 @@ def raises(message):
 # The constructor.
 
 KINDS, CLASS_TERMS = (", ".join(map(repr, term_names(role, users=True))) for role in ("iou", "class"))
-COMMON = "label_smooth_eps, cls_loss, focal_alpha, focal_gamma, iou_alpha, iou_gamma, iou_band"
-PAPER = f"lambda_coord, lambda_noobj, {COMMON}"
+POWERS = "iou_alpha, iou_gamma, iou_band, anchor_t, neighbours"
+COMMON = f"label_smooth_eps, smoothing, cls_loss, focal_alpha, focal_gamma, {POWERS}"
+PAPER = (
+    "lambda_coord, lambda_noobj, lambda_obj, lambda_class, obj_loss, obj_alpha, obj_gamma, gr, balance, shared, "
+    f"{COMMON}"
+)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"recipe": "tiny"}, "recipe: 'tiny', want one of 'paper', 'darknet'"),
-        ({"recipe": None}, "recipe: None, want one of 'paper', 'darknet'"),
+        ({"recipe": "tiny"}, "recipe: 'tiny', want one of 'paper', 'darknet', 'bubbliiiing'"),
+        ({"recipe": None}, "recipe: None, want one of 'paper', 'darknet', 'bubbliiiing'"),
         ({"backend": "cuda"}, "backend: 'cuda', want one of 'auto', 'triton', 'torch'"),
-        ({"reduction": "none"}, "reduction: 'none', want one of 'sum', 'mean'"),
+        ({"reduction": "batch"}, "reduction: 'batch', want one of 'sum', 'mean', 'level', 'none'"),
         ({"iou_loss": "l2"}, f"iou_loss: 'l2', want one of {KINDS}, 'mse'"),
         ({"num_classes": 0}, "num_classes: 0, want an integer >= 1"),
         ({"num_classes": 2.0}, "num_classes: 2.0, want an integer >= 1"),
@@ -91,7 +95,7 @@ PAPER = f"lambda_coord, lambda_noobj, {COMMON}"
         ({"lambda_noobj": None}, "lambda_noobj: None, want a finite number >= 0"),
         (
             {"iou_normalizer": 0.07},
-            f"iou_normalizer: no hyper-parameter of recipe 'paper', want one of lambda_coord, lambda_noobj, {COMMON}",
+            f"iou_normalizer: no hyper-parameter of recipe 'paper', want one of {PAPER}",
         ),
         (
             {"recipe": "darknet", "lambda_coord": 5},
@@ -108,7 +112,10 @@ PAPER = f"lambda_coord, lambda_noobj, {COMMON}"
             {"recipe": "darknet", "counters_per_class": [1, 0, 2]},
             "counters_per_class[1]: 0, want a finite number > 0",
         ),
-        ({"assigner": "ratio"}, "assigner: 'ratio', want one of 'best_anchor', 'iou_band'"),
+        ({"assigner": "tal"}, "assigner: 'tal', want one of 'best_anchor', 'shape_iou', 'ratio', 'iou_band'"),
+        ({"assigner": "ratio", "neighbours": 1}, "neighbours: 1, want 0, 2 or 4"),
+        ({"smoothing": True}, "smoothing: True, want one of 'binary', 'uniform'"),
+        ({"shared": "all"}, "shared: 'all', want one of 'sum', 'last', 'each', 'merge'"),
         ({"iou_band": 0.5}, "iou_band: 0.5, want (low, high), 0 <= low <= high <= 1"),
         ({"iou_band": (0.5,)}, "iou_band: (0.5,), want (low, high), 0 <= low <= high <= 1"),
         ({"iou_band": (0.7, 0.3)}, "iou_band: (0.7, 0.3), want (low, high), 0 <= low <= high <= 1"),
@@ -185,8 +192,8 @@ DARKNET_V2 = "coord_scale, object_scale, noobject_scale, class_scale"
         ({**SEVERAL, "stride": (8,)}, "strides: 1 numbers, want 2, one for each level of anchors"),
         ({**SEVERAL, "stride": (8,), "anchors": [[(1, 2)]]}, "stride: (8,), want a number, or at least two"),
         ({**SEVERAL, "stride": (8, -1)}, "strides[1]: -1, want a finite number > 0"),
-        ({"reduction": "mean"}, "reduction: 'mean', want none with recipe 'region', which has its own"),
-        ({"recipe": "darknet", "reduction": "none"}, "reduction: 'none', want one of 'sum', 'mean'"),
+        ({"reduction": "mean"}, "reduction: 'mean', want 'none', or nothing with recipe 'region', which has its own"),
+        ({"recipe": "darknet", "reduction": "max"}, "reduction: 'max', want one of 'sum', 'mean', 'none'"),
         ({"image_size": 0}, "image_size: 0, want a finite number > 0"),
         (
             {"coord_scale": 1},
@@ -251,15 +258,19 @@ def scaled(**kwargs):
     return ScaledYOLOv4Loss(**arguments | kwargs)
 
 
-RATIO = "obj, cls, cls_pw, obj_pw, anchor_t, fl_gamma, gr, iou_alpha, iou_gamma"
+RATIO = "obj, cls, cls_pw, obj_pw, anchor_t, neighbours, fl_gamma, gr, iou_alpha, iou_gamma"
 
 
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (v5, {"anchors": [ANCHORS[0]] * 6}, "anchors: 6 levels, want one of [1, 2, 3, 4, 5]"),
-        (scaled, {"anchors": ANCHORS}, "anchors: 2 levels, want one of [3, 4, 5]"),
-        (v5, {"giou": 1}, f"giou: no hyper-parameter of YOLOv5Loss, want one of box, {RATIO}, label_smoothing"),
+        (v5, {"anchors": [ANCHORS[0]] * 6}, "anchors: 6 levels, want one of [1, 2, 3, 4, 5], or a balance"),
+        (scaled, {"anchors": ANCHORS}, "anchors: 2 levels, want one of [3, 4, 5], or a balance"),
+        (
+            v5,
+            {"giou": 1},
+            f"giou: no hyper-parameter of YOLOv5Loss, want one of box, {RATIO}, label_smoothing, smoothing",
+        ),
         (scaled, {"box": 1}, f"box: no hyper-parameter of ScaledYOLOv4Loss, want one of giou, {RATIO}"),
         (
             scaled,

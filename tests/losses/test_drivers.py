@@ -25,6 +25,7 @@ FLOORS = {  # bytes over those of the predictions at 5 classes: the gradient, an
     "ScaledYOLOv4": 1 + 1 / 10,
     "YOLOv5": 1 + 1 / 10,
     "RetinaNet": 1 + 5 / 9,
+    "EfficientDet": 1 + 5 / 9,
     "SSD": 1 + 6 / 10,
     "FCOS": 1 + 6 / 10,
     "YOLOX": 1 + 5 / 10,

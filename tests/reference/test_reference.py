@@ -589,6 +589,30 @@ def test_grid_loss_is_the_loop(seed, levels, tails, dyadic):
     compare_with_loop(*random_case(seed, levels, tails, dyadic))
 
 
+def variant(head: GridHead, seed: int) -> GridHead:
+    """Rules that most losses do not have."""
+    changes = [
+        {"assigner": "shape_iou", "iou_thresh": (0.2, 0.45)[seed % 2]},
+        {"assigner": "ratio", "anchor_t": 4.0, "neighbours": (0, 4)[seed % 2]},
+        {"shared": "merge"},
+        {"weigh_classes": True},
+    ]
+    if head.assigner == "iou_band":
+        head = replace(head, assigner="best_anchor")
+    for i in (seed % 4, (seed // 4 + 2) % 4):
+        head = replace(head, **changes[i])
+    return replace(head, average_box=False, smooth=()) if head.shared == "each" else head
+
+
+@pytest.mark.parametrize(("seed", "levels", "tails", "dyadic"), CASES[::3])
+def test_variants_are_the_loop(seed, levels, tails, dyadic):
+    preds, rows, head, weights = random_case(seed, levels, tails, dyadic)
+    head = variant(head, seed)
+    if head.weigh_classes:
+        weights = torch.linspace(0.5, 2.0, head.num_classes, dtype=F64)
+    compare_with_loop(preds, rows, head, weights)
+
+
 def test_the_cases_meet_every_situation():
     seen = Counter()
     for seed, levels, tails, dyadic in CASES:

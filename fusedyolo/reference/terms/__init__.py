@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,3 +22,15 @@ OFFSET_TERMS: dict[str, Callable[..., Tensor]] = _room(offset)
 LABEL_TERMS: dict[str, Callable[..., Tensor]] = _room(label)
 DECODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = _room(decode)
 ENCODE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = _room(decode, "encode_")
+
+
+def label_term(name: str, x: Tensor, t: Tensor, args: Sequence[float], weights: Tensor | None = None) -> Tensor:
+    """A term of logits x [..., C] and targets t, multiplied by ``weights`` [C] of the classes.
+
+    Of a softmax it is the targets that are, of which it is a sum (``torch.nn.CrossEntropyLoss(weight=...)``, summed).
+    """
+    if weights is None:
+        return LABEL_TERMS[name](x, t, args)
+    if TERMS[name].elementwise:
+        return weights * LABEL_TERMS[name](x, t, args)
+    return LABEL_TERMS[name](x, weights * t, args)

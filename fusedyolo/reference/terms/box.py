@@ -83,6 +83,11 @@ def iou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = Non
     return _compose(_overlap_share(_pair(p, g, args[0])), (), args)
 
 
+def iou_log(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
+    """-ln(max(IoU, floor)), ``args = (floor,)`` (Yu et al. 2016; FCOS)."""
+    return -_overlap_share(_pair(p, g, 0.0)).clamp(min=args[0]).log()
+
+
 def giou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
     """1 - IoU + (C - U) / (C + eps), C the area of the enclosing box (Rezatofighi et al. 2019)."""
     b = _pair(p, g, args[0])
@@ -108,6 +113,14 @@ def ciou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = No
     v = 4 / math.pi**2 * (angle(b.g) - angle(b.p)) ** 2
     alpha = safe_div(v, 1 - value + v + args[1]).detach()
     return _compose(value, [_spread(b), alpha * v], args)
+
+
+def ciou_whole(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
+    """CIoU, alpha not held constant: DIoU + v^2 / (1 - IoU + v + eps_alpha), which pulls at the IoU too."""
+    b = _pair(p, g, args[0])
+    value = _overlap_share(b)
+    v = 4 / math.pi**2 * (angle(b.g) - angle(b.p)) ** 2
+    return _compose(value, [_spread(b), safe_div(v, 1 - value + v + args[1]) * v], args)
 
 
 def ciou_plus(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
