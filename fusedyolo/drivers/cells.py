@@ -27,6 +27,7 @@ class CellCall(NamedTuple):
     rows: Tensor  # [M, 6]
     offsets: Tensor | None
     size: tuple[float, float]  # (height, width) of the image, in pixels if they are known, else 1 each
+    weights: Tensor | None = None  # [M], of the rows
 
 
 class CellDriver(Driver):
@@ -44,12 +45,12 @@ class CellDriver(Driver):
         head = criterion.head
         batch = checks.cell_predictions(preds, head.grid_size, head.num_boxes, head.num_classes)
         size = checks.target_size(criterion.image_size, targets, criterion.form)
-        rows, offsets = as_targets(targets, batch, size, preds.device, criterion.form)
-        return CellCall(preds, rows, offsets, size)
+        rows, offsets, weights = as_targets(targets, batch, size, preds.device, criterion.form)
+        return CellCall(preds, rows, offsets, size, weights)
 
     def reference_loss(self, head: CellHead, call: CellCall) -> tuple[Tensor, Tensor, Tensor]:
         rows, spare = without_spare(call.rows, call.offsets)
-        total, parts, counts = reference.cell_loss(call.pred, rows, head)
+        total, parts, counts = reference.cell_loss(call.pred, rows, head, call.weights)
         return total, parts, shared.counts_without_spare(counts, spare)
 
     def launches(self, head: CellHead, call: CellCall) -> dict[str, Launch]:
@@ -67,7 +68,7 @@ class CellDriver(Driver):
         (height, width), S, n = call.size, head.grid_size, head.num_boxes
         with torch.no_grad():
             pred = call.pred.to(shared.wide(call.pred.dtype))
-            found = reference.cell_assign(reference.cell_views(pred, head)[0], rows, head)
+            found = reference.cell_assign(reference.cell_views(pred, head)[0], rows, head, call.weights)
         image = torch.stack([pred.new_full((), side) for side in (width, height)])
         cell = torch.arange(S, device=pred.device)
         origin = torch.stack(torch.meshgrid(cell, cell, indexing="xy"), -1)
@@ -89,10 +90,11 @@ class CellDriver(Driver):
             everywhere(torch.cat((centre - half, centre + half), -1)),
             everywhere(encoded),
             found.answer.permute(0, 3, 1, 2),
-            torch.zeros_like(mine),
+            torch.zeros_like(mine) if found.hidden is None else found.hidden[:, None] & ~mine,
             torch.stack((row.clamp(min=0).flatten(), slot)),
         )
-        return Assignment((level,), rows, found.valid, (width / S,), (((width / S, height / S),) * n,))
+        cells = (((width / S, height / S),) * n,)
+        return Assignment((level,), rows, found.valid, (width / S,), cells, call.weights)
 
     # ---- predictions alone
 

@@ -33,6 +33,7 @@ class DenseCall(NamedTuple):
     size: tuple[float, float] | None  # (height, width) of the images, if known
     corners: bool  # rows hold corners in pixels, not centre and size relative to the image
     ends: tuple[int, int]  # anchors of the first and the last level
+    weights: Tensor | None = None  # [M], of the rows
 
 
 class DenseDriver(Driver):
@@ -54,7 +55,7 @@ class DenseDriver(Driver):
         maps = [reference.flat_maps(each, width) for each, width in zip(call.levels, call.channels, strict=True)]
         centre = maps[2] if head.centreness else None
         terms, counts = reference.dense_loss(
-            maps[0], maps[1], centre, call.anchors, rows, head, call.size, call.corners, call.ends
+            maps[0], maps[1], centre, call.anchors, rows, head, call.size, call.corners, call.ends, call.weights
         )
         return torch.stack(terms).sum(), terms, shared.counts_without_spare(counts, spare)
 
@@ -76,7 +77,7 @@ class DenseDriver(Driver):
         rows, _ = without_spare(call.rows, call.offsets)
         anchors, batch = call.anchors, len(call.levels[0][0])
         with torch.no_grad():
-            read = reference.read_corners(rows, head, batch, call.size, call.corners, anchors.dtype)
+            read = reference.read_corners(rows, head, batch, call.size, call.corners, anchors.dtype, call.weights)
             match = reference.dense_match(anchors, read, head, batch, call.ends)
             has = match >= 0
             taken = torch.where(has, match, len(read.label))  # a row of nothing behind them
@@ -95,6 +96,7 @@ class DenseDriver(Driver):
             read.valid,
             read.boxes,
             anchors,
+            call.weights,
         )
 
     # ---- predictions alone

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..assign import row_cell, row_valid
 from ..overlap import Corners, iou
 from ..primitives import near_divide
-from ..rows import load_row, load_rows
+from ..rows import load_row, load_rows, of_kind
 from .records import Found
 
 
@@ -72,6 +72,7 @@ def _list_near(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     for g0 in range(rows.first, rows.last, SPEC.ROWS):
         g = g0 + tl.arange(0, SPEC.ROWS)
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
+        row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
         # lines from half a cell above the centre to half a cell below it, and some more: what is taken is decided later
         y = row.cy * site.H
         taken = (last_line > y - 1.6) & (first_line < y + 0.6) & row_valid(row, site.b, site.b + 1, head.C, head.limit)
@@ -100,6 +101,7 @@ def _candidates(q, near, rows, site, lists, head, terms, SPEC: tl.constexpr):
     else:
         g = rows.first + q
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
+        row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
         cell = row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, False)
         taken = _matches(row, site, head, terms, SPEC)
     return cell, g, taken & (cell >= site.first_cell) & (cell < site.first_cell + SPEC.CELLS)
@@ -235,7 +237,7 @@ def _nearest_rows(rows, site, cells, head, SPEC: tl.constexpr):
     taken = tl.zeros([CELLS], tl.int32) - 1
     nearest = tl.zeros([CELLS], SPEC.ACC)
     for g in range(rows.first, rows.last):
-        row = load_row(rows.ptr, g)
+        row = of_kind(load_row(rows.ptr, g), g, g < rows.last, rows.row_weights_ptr, "object")
         if row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, False) >= 0:
             true, area = true_corners(row, site, SPEC.ACC)
             value = iou(anchor, true, site.own_w * site.own_h, area, near_divide)
