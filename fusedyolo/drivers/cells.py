@@ -59,8 +59,8 @@ class CellDriver(Driver):
         pred, rows, key, one = call.pred, call.rows, head.key, torch.ones((), device=call.pred.device)
         left = ops.cell_outputs(pred, key, True)
         return {
-            "loss": ops.cell_launch(pred, rows, call.offsets, key, left, True),
-            "grad": ops.cell_grad_launch(pred, rows, left.taken, key, left.grad, one, True),
+            "loss": ops.cell_launch(pred, rows, call.offsets, key, left, True, call.weights),
+            "grad": ops.cell_grad_launch(pred, rows, left.taken, key, left.grad, one, True, call.weights),
         }
 
     def assign(self, head: CellHead, call: CellCall) -> Assignment:

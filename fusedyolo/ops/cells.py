@@ -24,7 +24,7 @@ class CellOutputs(NamedTuple):
     total: Tensor  # 0-dim
     parts: Tensor  # [3]: box, confidence, class
     counts: Tensor  # int32 [2]: cells with an object, invalid rows
-    taken: Tensor  # int32 [B * S * S]: of each cell its row times N and the box that answers for it, or -1
+    taken: Tensor  # int32 [B * S * S]: of each cell its row times N and the box that answers for it, or -1; or hidden
     grad: Tensor  # as the predictions, for a total multiplied by 1; empty unless asked for
 
 
@@ -79,12 +79,13 @@ def _plan(key: str, pred: Layout, grad: Layout | None, skip_one: bool | None) ->
     settings = config.threads, config.max_registers
     if skip_one is not None:
         ends = {"rows_ptr": rows, "taken_ptr": own.tensor("taken"), "grad_out_ptr": own.tensor("grad_total")}
+        ends["row_weights_ptr"] = own.tensor("weights")
         arguments |= ends | {"SKIP_ONE": skip_one}
         return own.steps(Launch(cells.cell_grad_kernel, grid, arguments, *settings, stages=config.stages))
     sums = own.scratch(accumulator(pred.dtype)[1], (grid[0] * cells.N_PARTS.value,))
     left = [own.tensor(name) for name in ("total", "parts", "counts", "taken")]
     arguments |= {
-        "targets": cells.Targets(rows, own.tensor("offsets")),
+        "targets": cells.Targets(rows, own.tensor("offsets"), own.tensor("weights")),
         "outputs": cells.Outputs(*left, sums, own.tensor("done")),
         "M": own.M,
     }
@@ -100,36 +101,57 @@ def _loss_steps(
     outputs: CellOutputs,
     with_grad: bool,
     workspace: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Steps, dict[str, Any]]:
-    """The plan of a loss, and of the gradient, and what a call brings to it."""
+    """The plan of a loss, and of the gradient, and what a call brings to it; ``weights`` are those of the rows."""
     plan = _plan(key, layout(pred), layout(outputs.grad) if with_grad else None, None)
-    given = {"pred": pred, "rows": rows, "offsets": offsets, "done": done_counter(pred.device, workspace)}
-    return plan, given | outputs._asdict()
+    given = {"pred": pred, "rows": rows, "offsets": offsets, "weights": weights}
+    return plan, given | {"done": done_counter(pred.device, workspace)} | outputs._asdict()
 
 
 def cell_launch(
-    pred: Tensor, rows: Tensor, offsets: Tensor | None, key: str, outputs: CellOutputs, with_grad: bool
+    pred: Tensor,
+    rows: Tensor,
+    offsets: Tensor | None,
+    key: str,
+    outputs: CellOutputs,
+    with_grad: bool,
+    weights: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the loss, and ``with_grad`` the gradient."""
-    plan, given = _loss_steps(pred, rows, offsets, key, outputs, with_grad)
+    plan, given = _loss_steps(pred, rows, offsets, key, outputs, with_grad, None, weights)
     return plan.launches(pred.device, rows.shape[0], **given)[0]
 
 
 def _grad_steps(
-    pred: Tensor, rows: Tensor, taken: Tensor, key: str, grad: Tensor, grad_total: Tensor, skip_one: bool
+    pred: Tensor,
+    rows: Tensor,
+    taken: Tensor,
+    key: str,
+    grad: Tensor,
+    grad_total: Tensor,
+    skip_one: bool,
+    weights: Tensor | None,
 ) -> tuple[Steps, dict[str, Any]]:
-    given = {"pred": pred, "rows": rows, "taken": taken, "grad": grad, "grad_total": grad_total}
+    given = {"pred": pred, "rows": rows, "taken": taken, "grad": grad, "grad_total": grad_total, "weights": weights}
     return _plan(key, layout(pred), layout(grad), skip_one), given
 
 
 def cell_grad_launch(
-    pred: Tensor, rows: Tensor, taken: Tensor, key: str, grad: Tensor, grad_total: Tensor, skip_one: bool = False
+    pred: Tensor,
+    rows: Tensor,
+    taken: Tensor,
+    key: str,
+    grad: Tensor,
+    grad_total: Tensor,
+    skip_one: bool = False,
+    weights: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the gradient times ``grad_total``, of what a loss launch has decided (``taken``).
 
     If ``skip_one``, ``grad`` is left as it is where that is 1.
     """
-    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, skip_one)
+    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, skip_one, weights)
     return plan.launches(pred.device, rows.shape[0], **given)[0]
 
 
@@ -147,57 +169,73 @@ def cell_outputs(pred: Tensor, key: str, with_grad: bool) -> CellOutputs:
 
 @operator
 def cell_loss(
-    pred: Tensor, rows: Tensor, offsets: Tensor | None, key: str, with_grad: bool, workspace: Tensor | None = None
+    pred: Tensor,
+    rows: Tensor,
+    offsets: Tensor | None,
+    key: str,
+    with_grad: bool,
+    workspace: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss of a head of cells in one launch; returns :class:`CellOutputs`.
 
     The gradient is that of the total by ``pred``, which the first backward takes. A compiled graph brings its
-    ``workspace``.
+    ``workspace``; ``weights`` are those of the rows.
     """
     outputs = cell_outputs(pred, key, with_grad)
-    plan, given = _loss_steps(pred, rows, offsets, key, outputs, with_grad, workspace)
+    plan, given = _loss_steps(pred, rows, offsets, key, outputs, with_grad, workspace, weights)
     plan.run(pred.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(cell_loss)
-def _(pred, rows, offsets, key, with_grad, workspace=None):
+def _(pred, rows, offsets, key, with_grad, workspace=None, weights=None):
     return tuple(cell_outputs(pred, key, with_grad))
 
 
 @operator
-def cell_loss_grad(grad_total: Tensor, pred: Tensor, rows: Tensor, taken: Tensor, key: str) -> Tensor:
+def cell_loss_grad(
+    grad_total: Tensor, pred: Tensor, rows: Tensor, taken: Tensor, key: str, weights: Tensor | None = None
+) -> Tensor:
     """Gradient of :func:`cell_loss`'s total by ``pred``, times ``grad_total`` (0-dim), in one launch."""
     grad = torch.empty_like(pred)
-    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, False)
+    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, False, weights)
     plan.run(pred.device, rows.shape[0], **given)
     return grad
 
 
 @fake(cell_loss_grad)
-def _(grad_total, pred, rows, taken, key):
+def _(grad_total, pred, rows, taken, key, weights=None):
     return torch.empty_like(pred)
 
 
 @partial(operator, mutates=("grad",))
-def cell_loss_rescale(grad: Tensor, grad_total: Tensor, pred: Tensor, rows: Tensor, taken: Tensor, key: str) -> None:
+def cell_loss_rescale(
+    grad: Tensor,
+    grad_total: Tensor,
+    pred: Tensor,
+    rows: Tensor,
+    taken: Tensor,
+    key: str,
+    weights: Tensor | None = None,
+) -> None:
     """Turns ``grad``, the gradient for a ``grad_total`` of 1, into that for this one: a launch that is over at once if
     it is 1, which only the device knows.
     """
-    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, True)
+    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, True, weights)
     plan.run(pred.device, rows.shape[0], **given)
 
 
 @fake(cell_loss_rescale)
-def _(grad, grad_total, pred, rows, taken, key):
+def _(grad, grad_total, pred, rows, taken, key, weights=None):
     return None
 
 
 def _save(ctx, inputs, output):
-    pred, rows, _offsets, ctx.key, with_grad, _workspace = inputs
+    pred, rows, _offsets, ctx.key, with_grad, _workspace, weights = inputs
     outputs = CellOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(pred, rows, outputs.taken)
+    ctx.save_for_backward(pred, rows, outputs.taken, weights)
     # Not among the saved tensors, which must not change: the first backward changes it and gives it away. A tensor of
     # another type belongs to a tracer, and a traced graph must not change what its forward returns.
     ctx.stored = outputs.grad if with_grad and type(outputs.grad) is Tensor else None
@@ -206,11 +244,11 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_total):
     if grad_total is None:
         return None
-    saved = ctx.saved_tensors
+    *saved, weights = ctx.saved_tensors
     grad, ctx.stored = ctx.stored, None
     if grad is None or torch.is_grad_enabled():  # with create_graph, the gradient is to know that it has none itself
-        return call(cell_loss_grad, grad_total, *saved, ctx.key)
-    call(cell_loss_rescale, grad, grad_total, *saved, ctx.key)
+        return call(cell_loss_grad, grad_total, *saved, ctx.key, weights)
+    call(cell_loss_rescale, grad, grad_total, *saved, ctx.key, weights)
     return grad
 
 
