@@ -66,11 +66,11 @@ class DenseDriver(Driver):
         height, width = (math.inf, math.inf) if call.size is None else call.size
         geometry = ops.Geometry((float(width), float(height)), call.corners, call.ends)
         outputs = ops.dense_outputs(preds, anchors, head, True)
-        forward = ops.loss_launches(preds, anchors, call.rows, call.offsets, head, geometry, outputs)
+        forward = ops.loss_launches(preds, anchors, call.rows, call.offsets, head, geometry, outputs, call.weights)
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=anchors.device)
         ones, skip = (one, None, None, None), head.negatives == 0
         saved = (anchors, call.rows, outputs.match, outputs.found, outputs.ce, outputs.picks)
-        backward = ops.grad_launch(preds, saved, head, geometry, grads, ones, skip)
+        backward = ops.grad_launch(preds, saved, head, geometry, grads, ones, skip, call.weights)
         return {_LAUNCHES[launch.kernel.__name__]: launch for launch in forward} | {"grad": backward}
 
     def assign(self, head: DenseHead, call: DenseCall) -> AnchorAssignment:

@@ -262,7 +262,7 @@ def _dense_launch(
         )
     arguments = {
         "predictions": _maps(own, layout, len(preds), grads is not None, head),
-        "matched": loss.Matched(own.tensor("anchors"), own.tensor("rows"), own.tensor("match"), own.tensor("found")),
+        "matched": loss.Matched(*[own.tensor(name) for name in ("anchors", "rows", "weights", "match", "found")]),
         "grads": (None,) * 4 if with_loss else own.tensors("grad_outs", 4),
         "ranked": loss.Ranked(own.tensor("ce"), own.tensor("picks")) if ranked else loss.Ranked(None, None),
         "sums": sums,
@@ -291,7 +291,7 @@ def _match_launches(
         claims = match.Claims(own.tensor("maxima"), own.scratch(torch.int32, (grid[0] * words,)), 2 * words + 3)
     common = {
         "anchors_ptr": own.tensor("anchors"),
-        "targets": match.Targets(own.tensor("rows"), own.tensor("offsets")),
+        "targets": match.Targets(own.tensor("rows"), own.tensor("offsets"), own.tensor("weights")),
         "M": own.M,
         "claims": claims,
         "N": N,
@@ -413,15 +413,18 @@ def _loss_steps(
     geometry: Geometry,
     outputs: DenseOutputs,
     workspace: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Steps, dict[str, Any]]:
-    """The plan of a loss, and of its gradient where ``outputs`` has room for that, and what a call brings to it."""
+    """The plan of a loss, and of its gradient where ``outputs`` has room for that, and what a call brings to it;
+    ``weights`` are those of the rows.
+    """
     (batch, N), M = outputs.match.shape, rows.shape[0]
     plan = _plan(head.key, layouts(preds), geometry, N, bool(outputs.grads), _words(head, M))
     done, maxima = counters_and_maxima(rows.device, M, workspace, COUNTERS + batch + 1)
     # a counter for each image and one more, behind two others: of a workspace, which these come last in, a maximum
     tally = done if workspace is None else workspace[COUNTERS + M - 1 :].view(torch.int32)
     given = {"preds": preds, "anchors": anchors, "rows": rows, "offsets": offsets, "done": done, "maxima": maxima}
-    return plan, given | {"tally": tally} | outputs._asdict()
+    return plan, given | {"tally": tally, "weights": weights} | outputs._asdict()
 
 
 def loss_launches(
@@ -432,9 +435,10 @@ def loss_launches(
     head: DenseHead,
     geometry: Geometry,
     outputs: DenseOutputs,
+    weights: Tensor | None = None,
 ) -> list[Launch]:
     """All launches of a loss, and of its gradient where ``outputs`` has room for that."""
-    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs)
+    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, None, weights)
     return plan.launches(rows.device, rows.shape[0], **given)
 
 
@@ -446,10 +450,12 @@ def _grad_steps(
     grads: Sequence[Tensor],
     grad_outs: Sequence[Tensor | None],
     skip_one: bool,
+    weights: Tensor | None,
 ) -> tuple[Steps, dict[str, Any]]:
     """The plan of a gradient, see :func:`grad_launch`, and what a call brings to it."""
     names = ("anchors", "rows", "match", "found", "ce", "picks")
     given = dict(zip(names, saved, strict=True)) | {"preds": preds, "grads": grads, "grad_outs": grad_outs}
+    given["weights"] = weights
     return _grad_plan(head.key, layouts(preds), layouts(grads), geometry, saved[0].shape[0], skip_one), given
 
 
@@ -461,11 +467,12 @@ def grad_launch(
     grads: Sequence[Tensor],
     grad_outs: Sequence[Tensor | None],
     skip_one: bool = False,
+    weights: Tensor | None = None,
 ) -> Launch:
     """The launch of the gradient alone, times ``grad_outs``, of the total and of the parts; if ``skip_one`` it is left
     as it is where that is 1. ``saved`` as :func:`dense_loss_grad` takes it.
     """
-    plan, given = _grad_steps(preds, saved, head, geometry, grads, grad_outs, skip_one)
+    plan, given = _grad_steps(preds, saved, head, geometry, grads, grad_outs, skip_one, weights)
     return plan.launches(saved[1].device, saved[1].shape[0], **given)[0]
 
 
@@ -501,23 +508,25 @@ def dense_loss(
     ends: list[int],
     with_grad: bool,
     workspace: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss of a dense head; returns :class:`DenseOutputs`.
 
     ``preds`` are class logits, boxes and centreness, each a tensor a level; ``size``, ``corners`` and ``ends`` what
     :class:`Geometry` says. The gradients, if asked for and not ranked, are those of the total; the first backward
     takes them. A compiled graph brings its ``workspace``, with a place for each row, each image and one more.
+    ``weights`` are those of the rows.
     """
     head = dense_head_from_key(key)
     geometry = Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
     outputs = dense_outputs(preds, anchors, head, with_grad)
-    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, workspace)
+    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, workspace, weights)
     plan.run(rows.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(dense_loss)
-def _(preds, anchors, rows, offsets, key, size, corners, ends, with_grad, workspace=None):
+def _(preds, anchors, rows, offsets, key, size, corners, ends, with_grad, workspace=None, weights=None):
     return tuple(dense_outputs(preds, anchors, dense_head_from_key(key), with_grad))
 
 
@@ -529,10 +538,11 @@ def _gradient(
     key: str,
     geometry: tuple[list[float], bool, list[int]],
     skip_one: bool,
+    weights: Tensor | None,
 ) -> None:
     size, corners, ends = geometry
     head, at = dense_head_from_key(key), Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
-    plan, given = _grad_steps(preds, saved, head, at, grads, grad_outs, skip_one)
+    plan, given = _grad_steps(preds, saved, head, at, grads, grad_outs, skip_one, weights)
     plan.run(saved[1].device, saved[1].shape[0], **given)
 
 
@@ -548,6 +558,7 @@ def dense_loss_grad(
     size: list[float],
     corners: bool,
     ends: list[int],
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradient of :func:`dense_loss`'s total and parts by every prediction, times those given (0-dim), in one launch.
 
@@ -555,12 +566,12 @@ def dense_loss_grad(
     """
     grads = [torch.empty_like(pred) for pred in preds]
     grad_outs = [grad_total, grad_cls, grad_box, grad_centre]
-    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), False)
+    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), False, weights)
     return grads
 
 
 @fake(dense_loss_grad)
-def _(grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends):
+def _(grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends, weights=None):
     return [torch.empty_like(pred) for pred in preds]
 
 
@@ -577,40 +588,41 @@ def dense_loss_rescale(
     size: list[float],
     corners: bool,
     ends: list[int],
+    weights: Tensor | None = None,
 ) -> None:
     """Turns ``grads``, the gradients for a total multiplied by 1, into those of :func:`dense_loss_grad`: a launch whose
     programs are over at once where nothing changes, which only the device knows.
     """
     grad_outs = [grad_total, grad_cls, grad_box, grad_centre]
-    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), True)
+    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), True, weights)
 
 
 @fake(dense_loss_rescale)
-def _(grads, grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends):
+def _(grads, grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends, weights=None):
     return None
 
 
 def _save(ctx, inputs, output):
-    preds, anchors, rows, _offsets, *ctx.settings, _with_grad, _workspace = inputs
+    preds, anchors, rows, _offsets, *ctx.settings, _with_grad, _workspace, weights = inputs
     outputs = DenseOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(anchors, rows, outputs.match, outputs.found, outputs.ce, outputs.picks, *preds)
+    ctx.save_for_backward(weights, anchors, rows, outputs.match, outputs.found, outputs.ce, outputs.picks, *preds)
     # Not among the saved tensors, which must not change: the first backward changes them and gives them away. Tensors
     # of another type belong to a tracer, and a traced graph must not change what its forward returns.
     ctx.stored = outputs.grads if outputs.grads and type(outputs.grads[0]) is Tensor else None
 
 
 def _backward(ctx, grad_total, grad_cls=None, grad_box=None, grad_centre=None):
-    anchors, rows, match, found, ce, picks, *preds = ctx.saved_tensors
+    weights, anchors, rows, match, found, ce, picks, *preds = ctx.saved_tensors
     saved = [anchors, rows, match, found, ce, picks]
     grad_outs = (grad_total, grad_cls, grad_box, grad_centre)
     if all([grad is None for grad in grad_outs]):
         return [None] * len(preds)
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
-        grads = call(dense_loss_grad, *grad_outs, preds, saved, *ctx.settings)
+        grads = call(dense_loss_grad, *grad_outs, preds, saved, *ctx.settings, weights)
     else:
-        call(dense_loss_rescale, grads, *grad_outs, preds, saved, *ctx.settings)
+        call(dense_loss_rescale, grads, *grad_outs, preds, saved, *ctx.settings, weights)
     return list(grads)
 
 

@@ -24,7 +24,8 @@ import triton.language as tl
 
 from ..overlap import Corners, iou
 from ..primitives import divide, exact, ordered_bits, plain
-from ..rows import image_rows, in_its_range, load_rows, row_corners, rows_end, wrong_offsets
+from ..regions import around, meets, within
+from ..rows import image_rows, in_its_range, load_rows, of_kind, row_corners, rows_end, wrong_offsets
 from ..sums import is_last
 
 BACKGROUND: tl.constexpr = tl.constexpr(-1)
@@ -53,10 +54,11 @@ class Frame(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The rows of a batch and, if known, where those of each image begin."""
+    """The rows of a batch and, if known, where those of each image begin, and their weights."""
 
     ptr: Any
     offsets_ptr: Any
+    row_weights_ptr: Any
 
 
 class Rule(NamedTuple):
@@ -114,6 +116,7 @@ class Range(NamedTuple):
     ptr: Any
     first: Any
     last: Any
+    row_weights_ptr: Any
 
 
 @triton.jit
@@ -175,10 +178,10 @@ def _area(box):
 
 
 @triton.jit
-def _lanes(rows, g0, b, frame, SPEC: tl.constexpr):
+def _lanes(rows, g0, b, frame, SPEC: tl.constexpr, KIND: tl.constexpr = "object"):
     """The indices of LANES rows from ``g0`` on, whether they are valid ones of image b, and their corners."""
     g = g0 + tl.arange(0, LANES)
-    row = load_rows(rows.ptr, g, g < rows.last, LANES)
+    row = of_kind(load_rows(rows.ptr, g, g < rows.last, LANES), g, g < rows.last, rows.row_weights_ptr, KIND)
     valid, _label, box = row_corners(row, b, b + 1, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
     return g, valid, Corners(box[0], box[1], box[2], box[3])
 
@@ -351,7 +354,7 @@ def overlap_kernel(anchors_ptr, targets, N, M, frame, levels, rule, claims, matc
     b, position, mask = _place(N, SPEC)
     own = _load_block(anchors_ptr, N, levels, SPEC)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
-    rows = Range(targets.ptr, first, last)
+    rows = Range(targets.ptr, first, last, targets.row_weights_ptr)
     code = _most_overlap(own, rows, claims, tl.program_id(0) % tl.cdiv(N, SPEC.BLOCK), rule, frame, SPEC)
     tl.store(match_ptr + b.to(tl.int64) * N + position, code, mask=mask)
 
@@ -406,6 +409,24 @@ def _smallest_around(own, rows, rule, frame, N, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _in_regions(own, rows, frame, SPEC: tl.constexpr):
+    """Which anchors have their centre in an ignored region."""
+    x = 0.5 * (own.corners.x1 + own.corners.x2)
+    y = 0.5 * (own.corners.y1 + own.corners.y2)
+    across = around(x, own.mask)
+    along = around(y, own.mask)
+    found = own.mask & (x != x)
+    for g0 in range(rows.first, rows.last, LANES):
+        _lane, valid, box = _lanes(rows, g0, own.b, frame, SPEC, "region")
+        bits = _bits(valid & meets(box, across, along))
+        while bits != 0:
+            g = g0 + _lowest(bits)
+            bits = bits & (bits - 1)
+            found = found | within(_load_corners_of_row(rows, g, frame, SPEC), x, y)
+    return found
+
+
+@triton.jit
 def _count_invalid(targets, M, B, frame, SPEC: tl.constexpr):
     """Of the rows that this program looks at those that no image will use, padding behind the last row is none; and, by
     the first program, offsets that are wrong."""
@@ -413,7 +434,7 @@ def _count_invalid(targets, M, B, frame, SPEC: tl.constexpr):
     invalid = tl.zeros([LANES], tl.int32)
     for g0 in range(tl.program_id(0) * LANES, end, tl.num_programs(0) * LANES):
         g = g0 + tl.arange(0, LANES)
-        row = load_rows(targets.ptr, g, g < end, LANES)
+        row = of_kind(load_rows(targets.ptr, g, g < end, LANES), g, g < end, targets.row_weights_ptr, "any")
         valid, _label, _box = row_corners(row, 0, B, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
         invalid += ((g < end) & ~in_its_range(row[0], g, valid, targets.offsets_ptr)).to(tl.int32)
     count = tl.sum(invalid, axis=0)
@@ -459,7 +480,7 @@ def match_kernel(anchors_ptr, targets, N, M, B, frame, levels, rule, claims, pic
     if SPEC.RESCUE is not None:  # on its way while rows are looked for
         code = tl.load(at, mask=mask, other=-1)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
-    rows = Range(targets.ptr, first, last)
+    rows = Range(targets.ptr, first, last, targets.row_weights_ptr)
     if SPEC.CENTRE:
         match = _smallest_around(_load_block(anchors_ptr, N, levels, SPEC), rows, rule, frame, N, SPEC)
     elif SPEC.RESCUE is None:
@@ -470,6 +491,9 @@ def match_kernel(anchors_ptr, targets, N, M, B, frame, levels, rule, claims, pic
         if _any_claims(rows, claims):
             match = _claimed(code, _load_block(anchors_ptr, N, levels, SPEC), rows, claims, frame, SPEC)
         tl.debug_barrier()  # threads that hold the same anchor have all read what one of them overwrites
+    if targets.row_weights_ptr is not None:
+        hidden = _in_regions(_load_block(anchors_ptr, N, levels, SPEC), rows, frame, SPEC)
+        match = tl.where(hidden & (match < 0), IGNORED, match)
     tl.store(at, match, mask=mask)
     found = tl.sum((mask & (match >= 0)).to(tl.int32), axis=0)
     if found > 0:
