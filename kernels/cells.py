@@ -78,7 +78,8 @@ class Targets(NamedTuple):
 
 class Outputs(NamedTuple):
     """What the loss launch leaves; ``taken_ptr``, a number a cell: its row times N and the box that answers, or -1; of
-    a cell in an ignored region, -3 less this. ``done_ptr`` counts finished programs: 0 before and after every launch."""
+    a cell in an ignored region, -3 less this. ``done_ptr`` counts finished programs: 0 before and after every launch.
+    """
 
     total_ptr: Any
     parts_ptr: Any

@@ -68,11 +68,15 @@ class PickDriver(Driver):
 
         preds, geometry = call.preds, ops.Geometry(call.form, call.maps, call.size)
         weights, gains = call.class_weights, call.gains
-        forward, found = ops.loss_launches(preds, call.rows, call.offsets, weights, head, geometry, gains, True)
+        forward, found = ops.loss_launches(
+            preds, call.rows, call.offsets, weights, head, geometry, gains, True, call.weights
+        )
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=call.rows.device)
         ones = (one, *(None,) * len(head.parts))
         assigned = ops.Assignment(found.row, found.score, found.norm, None)
-        backward = ops.head_launch(preds, call.rows, weights, head, geometry, gains, assigned, None, grads, ones, True)
+        backward = ops.head_launch(
+            preds, call.rows, weights, head, geometry, gains, assigned, None, grads, ones, True, call.weights
+        )
         return {_LAUNCHES[launch.kernel.__name__]: launch for launch in forward} | {"grad": backward}
 
     def assign(self, head: PickHead, call: PickCall) -> Assignment:

@@ -454,8 +454,8 @@ def _grad_steps(
 ) -> tuple[Steps, dict[str, Any]]:
     """The plan of a gradient, see :func:`grad_launch`, and what a call brings to it."""
     names = ("anchors", "rows", "match", "found", "ce", "picks")
-    given = dict(zip(names, saved, strict=True)) | {"preds": preds, "grads": grads, "grad_outs": grad_outs}
-    given["weights"] = weights
+    given: dict[str, Any] = dict(zip(names, saved, strict=True))
+    given |= {"preds": preds, "grads": grads, "grad_outs": grad_outs, "weights": weights}
     return _grad_plan(head.key, layouts(preds), layouts(grads), geometry, saved[0].shape[0], skip_one), given
 
 
