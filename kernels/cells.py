@@ -161,7 +161,7 @@ def _box(tile, k, j):
 @triton.jit
 def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
     """The first object in each of the cells, M where there is none; how many rows that can be lie in them all; and
-    which cells have their middle in an ignored region, where there are weights."""
+    which cells have their middle in an ignored region."""
     CELLS: tl.constexpr = SPEC.CELLS
     BLOCK_G: tl.constexpr = SPEC.BLOCK_G
     AREA: tl.constexpr = SPEC.S * SPEC.S
@@ -194,10 +194,7 @@ def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
             covered |= (there[None, :] & _covers(region, b, cells, SPEC)).to(tl.int32)
         hit = tl.where(here, at, -1)[None, :] == lane
         owner = tl.minimum(owner, tl.where(hit, g[None, :], M))
-    hidden = None
-    if targets.row_weights_ptr is not None:
-        hidden = tl.max(covered, axis=1) > 0
-    return tl.min(owner, axis=1), tl.sum(valid, axis=0), hidden
+    return tl.min(owner, axis=1), tl.sum(valid, axis=0), tl.max(covered, axis=1) > 0
 
 
 @triton.jit
@@ -424,9 +421,8 @@ def cell_grad_kernel(
     cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     inside = cells < B * (SPEC.S * SPEC.S)
     taken = tl.load(taken_ptr + cells, mask=inside, other=-1)
-    hidden = None
+    hidden = taken < -1
     if row_weights_ptr is not None:
-        hidden = taken < -1
         taken = tl.where(hidden, -3 - taken, taken)
     has = taken >= 0
     weight = None

@@ -62,8 +62,8 @@ def in_regions(x, y, mask, rows_ptr, weights_ptr, first, last, b, size, classes,
         lowest = tl.min(tl.where(left, g, LAST), axis=0)
         while lowest < LAST:
             at = rows_ptr + lowest.to(tl.int64) * 6
-            edges = edges_of(tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), width, height)
-            found = found | (mask & within(edges, x, y))
+            one = edges_of(tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), width, height)
+            found = found | (mask & within(one, x, y))
             left = left & (g > lowest)
             lowest = tl.min(tl.where(left, g, LAST), axis=0)
     return found
