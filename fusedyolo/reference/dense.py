@@ -43,8 +43,8 @@ def dense_match(
     match = _match(anchors, rows, head, batch_size, ends)
     if rows.regions is None:
         return match
-    x1, y1, x2, y2 = anchors.unbind(1)
-    centres = torch.stack(((x1 + x2) * 0.5, (y1 + y2) * 0.5), 1)
+    low, high = anchors.float().split(2, 1)
+    centres = (low + high) * 0.5
     return torch.where((match < 0) & rows.regions.of_points(centres, batch_size), IGNORED, match)
 
 

@@ -30,7 +30,7 @@ class Rows:
 @dataclass(frozen=True)
 class Regions:
     """Rows that are ignored regions, among all: ``valid`` [M] bool and ``image`` [M]; ``edges`` [M, 4], x1, y1, x2, y2
-    in the unit of the points that are asked of.
+    float32, in the unit of the points that are asked of.
     """
 
     valid: Tensor
@@ -42,7 +42,7 @@ class Regions:
         return replace(self, edges=self.edges * constants((width, height) * 2, self.edges))
 
     def of_points(self, points: Tensor, batch_size: int) -> Tensor:
-        """[B, N] bool: which of points [N, 2] lie in a region of an image, left and upper edges included."""
+        """[B, N] bool: which of points [N, 2], float32, lie in a region of an image, left and upper edges included."""
         N = len(points)
         found = torch.zeros(batch_size, N, dtype=torch.uint8, device=points.device)
         for now in chunks(len(self.valid), N):
@@ -135,5 +135,8 @@ def read_corners(
         pixels = constants((width, height) * 2, boxes)
         centres = safe[:, 2:4].double() * constants((width, height), safe.double())
         edges, sides = corners_of(boxes[:, :2], boxes[:, 2:]) * pixels, (boxes * pixels)[:, 2:]
-    regions = None if ignored is None else Regions(ignored, image, edges)
+    regions = None
+    if ignored is not None:  # in float32, whatever the dtype
+        own = safe[:, 2:] if corners else corners_of(safe[:, 2:4], safe[:, 4:]) * constants((width, height) * 2, safe)
+        regions = Regions(ignored, image, own)
     return BoxRows(valid, image, label, edges, (~known).sum(), weight, regions, centres, sides)

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from ..overlap import Corners, iou
 from ..primitives import divide, exact, ordered_bits, plain
-from ..regions import around, meets, within
+from ..regions import around, edges_of, meets, within
 from ..rows import image_rows, in_its_range, load_rows, of_kind, row_corners, rows_end, wrong_offsets
 from ..sums import is_last
 
@@ -178,10 +178,10 @@ def _area(box):
 
 
 @triton.jit
-def _lanes(rows, g0, b, frame, SPEC: tl.constexpr, KIND: tl.constexpr = "object"):
+def _lanes(rows, g0, b, frame, SPEC: tl.constexpr):
     """The indices of LANES rows from ``g0`` on, whether they are valid ones of image b, and their corners."""
     g = g0 + tl.arange(0, LANES)
-    row = of_kind(load_rows(rows.ptr, g, g < rows.last, LANES), g, g < rows.last, rows.row_weights_ptr, KIND)
+    row = of_kind(load_rows(rows.ptr, g, g < rows.last, LANES), g, g < rows.last, rows.row_weights_ptr, "object")
     valid, _label, box = row_corners(row, b, b + 1, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
     return g, valid, Corners(box[0], box[1], box[2], box[3])
 
@@ -409,20 +409,33 @@ def _smallest_around(own, rows, rule, frame, N, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _edges(c0, c1, c2, c3, frame, SPEC: tl.constexpr):
+    """Those of rows, by the four numbers of their boxes, in pixels, as :func:`edges_of` has them."""
+    edges = (c0, c1, c2, c3)
+    if not SPEC.CORNERS:
+        edges = edges_of(c0, c1, c2, c3, frame.size[0], frame.size[1])
+    return edges
+
+
+@triton.jit
 def _in_regions(own, rows, frame, SPEC: tl.constexpr):
-    """Which anchors have their centre in an ignored region."""
-    x = 0.5 * (own.corners.x1 + own.corners.x2)
-    y = 0.5 * (own.corners.y1 + own.corners.y2)
+    """Which anchors have their centre in an ignored region, in float32 whatever the compute type."""
+    x = 0.5 * (own.corners.x1.to(tl.float32) + own.corners.x2.to(tl.float32))
+    y = 0.5 * (own.corners.y1.to(tl.float32) + own.corners.y2.to(tl.float32))
     across = around(x, own.mask)
     along = around(y, own.mask)
     found = own.mask & (x != x)
     for g0 in range(rows.first, rows.last, LANES):
-        _lane, valid, box = _lanes(rows, g0, own.b, frame, SPEC, "region")
-        bits = _bits(valid & meets(box, across, along))
+        g = g0 + tl.arange(0, LANES)
+        row = of_kind(load_rows(rows.ptr, g, g < rows.last, LANES), g, g < rows.last, rows.row_weights_ptr, "region")
+        valid, _label, _box = row_corners(row, own.b, own.b + 1, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
+        edges = _edges(row.cx, row.cy, row.w, row.h, frame, SPEC)
+        bits = _bits(valid & meets(edges, across, along))
         while bits != 0:
-            g = g0 + _lowest(bits)
+            at = rows.ptr + (g0 + _lowest(bits)) * 6
             bits = bits & (bits - 1)
-            found = found | within(_load_corners_of_row(rows, g, frame, SPEC), x, y)
+            one = _edges(tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), frame, SPEC)
+            found = found | (own.mask & within(one, x, y))
     return found
 
 
