@@ -442,12 +442,14 @@ def same_device(name: str, value: Tensor, device: torch.device | None) -> None:
         fail(name, f"device {value.device}", f"{device} as preds")
 
 
-def rows(name: str, value: Any, columns: int, ndim: int, layout: str) -> Tensor:
-    """``value``, a tensor of float32 or float64 of ``ndim`` dimensions and ``columns`` columns."""
+def rows(name: str, value: Any, columns: int, ndim: int, layout: str, weights: bool = False) -> Tensor:
+    """``value``, a tensor of float32 or float64 of ``ndim`` dimensions and ``columns`` columns, or with ``weights`` one
+    more.
+    """
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         fail(name, describe(value), f"a tensor of shape {layout}")
-    if value.dim() != ndim or value.shape[-1] != columns:
-        fail(name, f"shape {tuple(value.shape)}", layout)
+    if value.dim() != ndim or value.shape[-1] not in (columns, columns + weights):
+        fail(name, f"shape {tuple(value.shape)}", layout + ", or a column more, of weights" * weights)
     if value.dtype not in (torch.float32, torch.float64):
         halved = value.dtype in FLOATS
         why = ": halves hold no class above 256 or 2048, and move centres; keep targets out of casts" * halved
@@ -475,6 +477,26 @@ def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
     if labels.device != boxes.device:
         fail(f"{name}['labels']", f"device {labels.device}", f"{boxes.device} as the boxes")
     return boxes, labels
+
+
+def row_weights(name: str, value: Any, of: Tensor) -> Tensor:
+    """``value``, a real number for each of the rows, or boxes, ``of``, on their device."""
+    row_flags(name, value, of)
+    if value.dtype == torch.bool:
+        fail(name, "dtype torch.bool", "a real number type")
+    return value
+
+
+def row_flags(name: str, value: Any, of: Tensor) -> Tensor:
+    """``value``, a bool, or a number that is 0 or not, for each of the rows, or boxes, ``of``, on their device."""
+    count = of.shape[0]
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.shape != (count,):
+        fail(name, describe(value), f"a tensor of shape ({count},), one a row")
+    if value.is_complex():
+        fail(name, f"dtype {value.dtype}", "a real number type")
+    if value.device != of.device:
+        fail(name, f"device {value.device}", f"{of.device} as the rows")
+    return value
 
 
 # Pairs of tensors, for fusedyolo.functional.

@@ -22,6 +22,12 @@ RELATIVE: Boxes = ("relative", "cxcywh")
 CORNERS: Boxes = ("pixel", "xyxy")
 """And in that one: a torchvision list of dicts."""
 
+REGION = -1.0
+"""The weight of what a list of dicts says is to be ignored."""
+
+Read = tuple[Tensor, Tensor | None, Tensor | None]
+"""Rows, their offsets and their weights, None where there are none."""
+
 
 class Targets:
     """The objects of a batch, sorted by image; made once, in ``collate_fn`` for example.
@@ -34,6 +40,18 @@ class Targets:
             capacity, and no row at all. An offset that is negative, beyond the rows or below the one before is cut to
             the rows and counted as invalid, like each row that lies outside the range of its image.
         batch_size: B, the number of images.
+        weights: float32 ``[M]``, one a row, or None where all are 1.
+
+    A weight of 0 or more multiplies every term of a loss that its row causes, the class weight with it, at the
+    predictions that answer for it: box, objectness, centreness, and all class terms of such a prediction. Where several
+    rows share a prediction, each has its own terms, and objectness is that of the row that trains it. With a weight of
+    0 these predictions take no part (VOC's "difficult", a pseudo-label not to be trusted). What a loss divides by, and
+    how many negatives count, is what it is without weights, so that all gradients are linear in them.
+
+    A weight below 0 makes a row an *ignored region* (COCO's crowds): it is assigned to nothing, and predictions whose
+    anchor point lies in its box, the left and upper edge included, are not background. Those that answer for an object
+    are trained as ever. The anchor point is the middle of the cell, or of the anchor where a loss is over anchors. A
+    weight that is not finite makes a row invalid.
 
     Code that casts a batch, as Lightning's ``precision="bf16-true"`` does, leaves these as they are: half precision
     holds no class above 256 or 2048, and moves centres.
@@ -45,7 +63,7 @@ class Targets:
         ValueError: a tensor of another shape, dtype or device.
     """
 
-    def __init__(self, rows: Tensor, offsets: Tensor, batch_size: int):
+    def __init__(self, rows: Tensor, offsets: Tensor, batch_size: int, weights: Tensor | None = None):
         checks.count("batch_size", batch_size, 0)
         checks.rows("rows", rows, 6, 2, "(M, 6)")
         if rows.dtype != torch.float32 or not rows.is_contiguous():
@@ -57,7 +75,12 @@ class Targets:
             checks.fail("offsets", f"dtype {offsets.dtype}", "torch.int32")
         if offsets.device != rows.device:
             checks.fail("offsets", f"device {offsets.device}", f"{rows.device} as rows")
-        self.rows, self.offsets, self.batch_size = rows, offsets, batch_size
+        if weights is not None:
+            checks.row_weights("weights", weights, rows)
+            if weights.dtype != torch.float32 or not weights.is_contiguous():
+                got = f"dtype {weights.dtype}" if weights.dtype != torch.float32 else "a strided view"
+                checks.fail("weights", got, "a contiguous tensor of torch.float32")
+        self.rows, self.offsets, self.batch_size, self.weights = rows, offsets, batch_size, weights
 
     @classmethod
     def from_packed(
@@ -71,6 +94,7 @@ class Targets:
         image_size: int | Sequence[Any] | None = None,
     ) -> Targets:
         """From rows ``[M, 6]`` of image, class and a box, in any order; by default cx, cy, w, h relative to the image.
+        A seventh column holds weights, see the class.
 
         Args:
             packed: the rows.
@@ -84,11 +108,12 @@ class Targets:
             ValueError: another shape or dtype, pixels of an unknown size, or more rows than ``capacity``.
         """
         batch_size = checks.count("batch_size", batch_size, 0)
-        checks.rows("packed", packed, 6, 2, "(M, 6)")
+        checks.rows("packed", packed, 6, 2, "(M, 6)", weights=True)
         form = chosen(checks.box_form(unit, boxes), RELATIVE)
         rows, offsets = _sort(packed.detach().to(torch.float32), batch_size)
+        rows, weights = _apart(rows)
         rows = relative(rows, form, _size_for(form, image_size))
-        return cls(_fill("packed", rows, capacity), offsets, batch_size)
+        return cls(_fill("packed", rows, capacity), offsets, batch_size, _fill_weights(weights, capacity))
 
     @classmethod
     def from_torchvision(
@@ -103,7 +128,9 @@ class Targets:
         """From one dict an image with ``"boxes"`` (``[N, 4]``) and ``"labels"`` (``[N]``); by default x1, y1, x2, y2 in
         pixels.
 
-        Labels are taken as they are: class 0 is a class, not the background.
+        Labels are taken as they are: class 0 is a class, not the background. An image may have ``"weights"`` (``[N]``,
+        see the class), and ``"iscrowd"`` or ``"ignore"`` (``[N]``, true or 1 for an ignored region, whatever its
+        weight).
 
         Args:
             targets: the dicts.
@@ -118,14 +145,14 @@ class Targets:
         if not isinstance(targets, list | tuple) or not targets:
             checks.fail("targets", checks.describe(targets), "a list of {'boxes', 'labels'}, one an image")
         form = chosen(checks.box_form(unit, boxes), CORNERS)
-        rows, offsets = corner_rows(targets, len(targets))
+        rows, offsets, weights = corner_rows(targets, len(targets))
         if form[0] == "pixel":
             sides = zip(*checks.image_sizes(image_size, len(targets)), strict=True)
             height, width = (_each(side, [len(item["labels"]) for item in targets], rows) for side in sides)
             rows = relative(rows, form, (height, width))
         else:
             rows = relative(rows, form, None)
-        return cls(_fill("targets", rows, capacity), offsets, len(targets))
+        return cls(_fill("targets", rows, capacity), offsets, len(targets), _fill_weights(weights, capacity))
 
     @classmethod
     def from_padded(
@@ -140,27 +167,31 @@ class Targets:
         """From ``[B, G, 5]`` of class and a box, by default cx, cy, w, h relative to the image; loaders of YOLOX have
         pixels: ``unit="pixel"``.
 
-        A row of zeros and a row whose class is below 0 are padding, wherever they stand, and are not counted. Arguments
-        are otherwise those of :meth:`from_packed`.
+        A row of zeros and a row whose class is below 0 are padding, wherever they stand, and are not counted. A sixth
+        column holds weights, see the class. Arguments are otherwise those of :meth:`from_packed`.
 
         Raises:
             ValueError: another shape or dtype, pixels of an unknown size, or a ``capacity`` below ``B * G``.
         """
-        checks.rows("padded", padded, 5, 3, "(B, G, 5)")
+        checks.rows("padded", padded, 5, 3, "(B, G, 5)", weights=True)
         form = chosen(checks.box_form(unit, boxes), RELATIVE)
-        rows, offsets = _from_padded(padded)
+        rows, offsets, weights = _from_padded(padded)
         rows = relative(rows, form, _size_for(form, image_size))
-        return cls(_fill("padded", rows, capacity), offsets, padded.shape[0])
+        return cls(_fill("padded", rows, capacity), offsets, padded.shape[0], _fill_weights(weights, capacity))
 
     def pin_memory(self) -> Targets:
         """A copy in page-locked memory; a ``DataLoader`` with ``pin_memory=True`` calls it."""
-        return Targets(self.rows.pin_memory(), self.offsets.pin_memory(), self.batch_size)
+        weights = None if self.weights is None else self.weights.pin_memory()
+        return Targets(self.rows.pin_memory(), self.offsets.pin_memory(), self.batch_size, weights)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Targets:
         """The same targets on ``device``."""
         rows = self.rows.to(device, non_blocking=non_blocking)
         offsets = self.offsets.to(device, non_blocking=non_blocking)
-        return self if rows is self.rows and offsets is self.offsets else Targets(rows, offsets, self.batch_size)
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=non_blocking)
+        if rows is self.rows and offsets is self.offsets and weights is self.weights:
+            return self
+        return Targets(rows, offsets, self.batch_size, weights)
 
     def validate(self, num_classes: int) -> Targets:
         """These targets, if every row is one that a loss would use; free in ``collate_fn``, a host sync on a GPU.
@@ -181,8 +212,10 @@ class Targets:
         image, label, cx, cy, w, h = rows.unbind(1)
         emptied, _ = without_spare(rows, self.offsets.cpu())
         misplaced = (emptied == 0).all(1) & (rows != 0).any(1)
+        weights = torch.ones(end) if self.weights is None else self.weights[:end].cpu()
         faults = (
             (~rows.isfinite().all(1), "not finite", "six finite numbers"),
+            (~weights.isfinite(), "its weight is not finite", "a finite weight"),
             ((image < 0) | (image >= self.batch_size), "no such image", f"0 <= image < {self.batch_size}"),
             (misplaced, "not in the range of its image", "offsets[image] <= row < offsets[image + 1]"),
             ((label < 0) | (label >= num_classes), "class out of range", f"0 <= class < {num_classes}"),
@@ -196,7 +229,10 @@ class Targets:
         return self
 
     def __repr__(self) -> str:
-        return f"Targets(rows={list(self.rows.shape)}, batch_size={self.batch_size}, device={self.rows.device})"
+        weighed = "" if self.weights is None else ", weighed"
+        return (
+            f"Targets(rows={list(self.rows.shape)}, batch_size={self.batch_size}, device={self.rows.device}{weighed})"
+        )
 
 
 def as_targets(
@@ -206,15 +242,16 @@ def as_targets(
     device: torch.device | None = None,
     form: checks.BoxForm = None,
     as_they_are: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Rows ``[M, 6]`` of boxes relative to the image, and their offsets where they are sorted, from any form of targets
-    a loss accepts.
+) -> Read:
+    """Rows ``[M, 6]`` of boxes relative to the image, their offsets where they are sorted, and their weights where they
+    have some, from any form of targets a loss accepts.
 
     The forms: :class:`Targets`; packed ``[M, 6]``, which passes through untouched if it is contiguous float32 of up to
-    ``SORT_ABOVE`` rows; padded ``[B, G, 5]``; a list of ``[n, 5]`` of class and box, one an image; a torchvision list
-    of dicts. Boxes are what ``form``, of :func:`fusedyolo.checks.box_form`, says, else :data:`CORNERS` in dicts and
-    :data:`RELATIVE` in all others; pixels are those of ``image_size`` (height, width). With ``as_they_are`` boxes stay
-    what they are. :class:`Targets` have said it themselves. Nothing waits for the device.
+    ``SORT_ABOVE`` rows; padded ``[B, G, 5]``; a list of ``[n, 5]`` of class and box, one an image; each of these with a
+    column of weights behind the others; a torchvision list of dicts. Boxes are what ``form``, of
+    :func:`fusedyolo.checks.box_form`, says, else :data:`CORNERS` in dicts and :data:`RELATIVE` in all others; pixels
+    are those of ``image_size`` (height, width). With ``as_they_are`` boxes stay what they are. :class:`Targets` have
+    said it themselves. Nothing waits for the device.
 
     Raises:
         ValueError: none of these, or for another batch size, or on another device than ``device``.
@@ -223,29 +260,30 @@ def as_targets(
         checks.same_device("targets", targets.rows, device)
         if targets.batch_size != batch_size:
             checks.fail("targets", f"Targets of {targets.batch_size} images", f"{batch_size} as preds")
-        return targets.rows, targets.offsets
+        return targets.rows, targets.offsets, targets.weights
     usual, offsets = RELATIVE, None
     if isinstance(targets, Tensor):
         checks.same_device("targets", targets, device)
         if targets.dim() == 3:
-            checks.rows("targets", targets, 5, 3, "(M, 6) or (B, G, 5)")
+            checks.rows("targets", targets, 5, 3, "(M, 6) or (B, G, 5)", weights=True)
             if targets.shape[0] != batch_size:
                 checks.fail(
                     "targets", f"shape {tuple(targets.shape)}", f"({batch_size}, G, 5), as many images as preds"
                 )
-            rows, offsets = _from_padded(targets)
+            rows, offsets, weights = _from_padded(targets)
         else:
-            checks.rows("targets", targets, 6, 2, "(M, 6) or (B, G, 5)")
+            checks.rows("targets", targets, 6, 2, "(M, 6) or (B, G, 5)", weights=True)
             packed = targets.detach() if targets.requires_grad else targets
             rows = packed if packed.dtype == torch.float32 else packed.to(torch.float32)
             if rows.shape[0] > SORT_ABOVE:
                 rows, offsets = _sort(rows, batch_size)
+            rows, weights = _apart(rows)
             rows = rows.contiguous()
     elif isinstance(targets, list | tuple):
         if targets and isinstance(targets[0], Tensor):
-            rows, offsets = _tensor_rows(targets, batch_size, device)
+            rows, offsets, weights = _tensor_rows(targets, batch_size, device)
         else:
-            usual, (rows, offsets) = CORNERS, corner_rows(targets, batch_size, device)
+            usual, (rows, offsets, weights) = CORNERS, corner_rows(targets, batch_size, device)
     else:
         checks.fail(
             "targets",
@@ -253,8 +291,8 @@ def as_targets(
             "a tensor (M, 6) or (B, G, 5), a list of {'boxes', 'labels'} or of tensors (n, 5), or fusedyolo.Targets",
         )
     if as_they_are or (form is None and usual is RELATIVE):
-        return rows, offsets
-    return relative(rows, chosen(form, usual), image_size), offsets
+        return rows, offsets, weights
+    return relative(rows, chosen(form, usual), image_size), offsets, weights
 
 
 def in_corners(targets: Any, form: checks.BoxForm) -> bool:
@@ -333,16 +371,25 @@ def _offsets(key: Tensor, batch_size: int) -> Tensor:
     return torch.searchsorted(key, bounds, out_int32=True)
 
 
-def _from_padded(padded: Tensor) -> tuple[Tensor, Tensor]:
+def _apart(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows and their weights, of rows that may have a column of these."""
+    return (rows, None) if rows.shape[1] == 6 else (rows[:, :6].contiguous(), rows[:, 6].contiguous())
+
+
+def _from_padded(padded: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     batch_size, per_image, _ = padded.shape
     padded = padded.detach().to(torch.float32)
     image = torch.arange(batch_size, dtype=torch.float32, device=padded.device)[:, None, None]
     packed = torch.cat([image.expand(-1, per_image, -1), padded], 2).flatten(0, 1)
-    absent = ((padded[..., 0] < 0) | (padded == 0).all(-1)).flatten()
-    return _sort(packed, batch_size, torch.where(absent, batch_size + 1, packed[:, 0]).to(torch.int32))
+    absent = ((padded[..., 0] < 0) | (padded[..., :5] == 0).all(-1)).flatten()
+    rows, offsets = _sort(packed, batch_size, torch.where(absent, batch_size + 1, packed[:, 0]).to(torch.int32))
+    rows, weights = _apart(rows)
+    return rows, offsets, weights
 
 
-def corner_rows(targets: Sequence[Any], batch_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def corner_rows(
+    targets: Sequence[Any], batch_size: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`as_targets`, as they are, of a torchvision list of dicts.
 
     Raises:
@@ -350,28 +397,56 @@ def corner_rows(targets: Sequence[Any], batch_size: int, device: torch.device | 
     """
     if len(targets) != batch_size:
         checks.fail("targets", f"a list of {len(targets)}", f"{batch_size} dicts, one an image of preds")
-    return _listed([checks.image_boxes(i, item) for i, item in enumerate(targets)], "targets[{}]['boxes']", device)
+    items = [(*checks.image_boxes(i, item), _weights_of(i, item)) for i, item in enumerate(targets)]
+    return _listed(items, "targets[{}]['boxes']", device)
 
 
-def _tensor_rows(targets: Sequence[Any], batch_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`as_targets`, as they are, of a list of tensors [n, 5]."""
+def _weights_of(i: int, item: dict[str, Any]) -> Tensor | None:
+    """The weights of the ``i``-th image of a torchvision list that :func:`checks.image_boxes` has seen."""
+    boxes = item["boxes"]
+    found: Tensor | None = None
+    if "weights" in item:
+        found = checks.row_weights(f"targets[{i}]['weights']", item["weights"], boxes).detach().to(torch.float32)
+    for key in ("iscrowd", "ignore"):
+        if key in item:
+            flags = checks.row_flags(f"targets[{i}]['{key}']", item[key], boxes)
+            found = boxes.new_ones(len(boxes), dtype=torch.float32) if found is None else found
+            found = found.masked_fill(flags != 0, REGION)
+    return found
+
+
+def _tensor_rows(
+    targets: Sequence[Any], batch_size: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`as_targets`, as they are, of a list of tensors [n, 5], or [n, 6] with weights."""
     if len(targets) != batch_size:
         checks.fail("targets", f"a list of {len(targets)}", f"{batch_size} tensors (n, 5), one an image of preds")
-    each = [checks.rows(f"targets[{i}]", item, 5, 2, "(n, 5)") for i, item in enumerate(targets)]
-    return _listed([(item[:, 1:], item[:, 0]) for item in each], "targets[{}]", device)
+    each = [checks.rows(f"targets[{i}]", item, 5, 2, "(n, 5)", weights=True) for i, item in enumerate(targets)]
+    items = [(item[:, 1:5], item[:, 0], item[:, 5] if item.shape[1] > 5 else None) for item in each]
+    return _listed(items, "targets[{}]", device)
 
 
-def _listed(pairs: list[tuple[Tensor, Tensor]], name: str, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    """Rows and offsets of boxes [n, 4] and labels [n], a pair an image; ``name`` is that of a pair's tensors."""
-    first = pairs[0][0].device
-    for i, (boxes, _) in enumerate(pairs):
+def _listed(
+    items: list[tuple[Tensor, Tensor, Tensor | None]], name: str, device: torch.device | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows, offsets and weights of boxes [n, 4], labels [n] and perhaps weights [n] of each image, which are 1 where
+    only others have some; ``name`` is that of an image's tensors.
+    """
+    first = items[0][0].device
+    for i, (boxes, _, _) in enumerate(items):
         if boxes.device != first:
             checks.fail(name.format(i), f"device {boxes.device}", f"{first} as targets[0]")
-    checks.same_device("targets", pairs[0][0], device)
-    boxes = torch.cat([boxes.detach().to(torch.float32) for boxes, _ in pairs])
-    label = torch.cat([label.detach().to(torch.float32) for _, label in pairs])
-    image = torch.cat([boxes.new_full((len(label),), i, dtype=torch.float32) for i, (boxes, label) in enumerate(pairs)])
-    return torch.cat((image[:, None], label[:, None], boxes), 1), _offsets(image.to(torch.int32), len(pairs))
+    checks.same_device("targets", items[0][0], device)
+    boxes = torch.cat([boxes.detach().to(torch.float32) for boxes, _, _ in items])
+    label = torch.cat([label.detach().to(torch.float32) for _, label, _ in items])
+    image = torch.cat([boxes.new_full((len(label),), i) for i, (_, label, _) in enumerate(items)])
+    weights = None
+    if any([own is not None for *_, own in items]):
+        weights = torch.cat(
+            [boxes.new_ones(len(label)) if own is None else own.detach().to(torch.float32) for _, label, own in items]
+        )
+    rows = torch.cat((image[:, None], label[:, None], boxes), 1)
+    return rows, _offsets(image.to(torch.int32), len(items)), weights
 
 
 def _each(values: Sequence[float], counts: Sequence[int], like: Tensor) -> Tensor | float:
@@ -398,3 +473,10 @@ def _fill(name: str, rows: Tensor, capacity: int | None) -> Tensor:
     if spare < 0:
         checks.fail(name, f"{rows.shape[0]} rows", f"at most {capacity}, the capacity")
     return torch.nn.functional.pad(rows, (0, 0, 0, spare))
+
+
+def _fill_weights(weights: Tensor | None, capacity: int | None) -> Tensor | None:
+    """The same of their weights."""
+    if weights is None or capacity is None:
+        return weights
+    return torch.nn.functional.pad(weights, (0, capacity - weights.shape[0]))

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .assign import row_cell
+from .assign import row_cell, row_valid
 from .primitives import larger, smaller
-from .rows import in_its_range, load_rows, rows_end, wrong_offsets
+from .regions import edges_of, within
+from .rows import in_its_range, load_rows, of_kind, row_weights, rows_end, wrong_offsets
 from .sums import column, column_sums, finish, is_last
 from .terms.box import similarity
 from .terms.records import axis_of_sizes
@@ -71,15 +72,17 @@ class Gains(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The rows of a batch."""
+    """The rows of a batch, and their weights."""
 
     ptr: Any
     offsets_ptr: Any
+    row_weights_ptr: Any
 
 
 class Outputs(NamedTuple):
-    """What the loss launch leaves; ``taken_ptr``, a number a cell: its row times N and the box that answers, or -1.
-    ``done_ptr`` counts finished programs: 0 before and after every launch."""
+    """What the loss launch leaves; ``taken_ptr``, a number a cell: its row times N and the box that answers, or -1; of
+    a cell in an ignored region, -3 less this. ``done_ptr`` counts finished programs: 0 before and after every launch.
+    """
 
     total_ptr: Any
     parts_ptr: Any
@@ -117,12 +120,15 @@ class Box(NamedTuple):
 
 class Held(NamedTuple):
     """The objects of some cells: which box answers for it, -1 where there is none, and the target of that one's
-    confidence, the true box, the class."""
+    confidence, the true box, the class; where rows have weights, that of its row, and whether its other boxes are
+    hidden by a region."""
 
     chosen: Any
     confidence: Any
     truth: Box
     label: Any
+    weight: Any
+    hidden: Any
 
 
 @triton.jit
@@ -157,7 +163,8 @@ def _box(tile, k, j):
 
 @triton.jit
 def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
-    """The first valid row in each of the cells, M where there is none; and how many lie in them all."""
+    """The first object in each of the cells, M where there is none; how many rows that can be lie in them all; and
+    which cells have their middle in an ignored region."""
     CELLS: tl.constexpr = SPEC.CELLS
     BLOCK_G: tl.constexpr = SPEC.BLOCK_G
     AREA: tl.constexpr = SPEC.S * SPEC.S
@@ -166,6 +173,7 @@ def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
     # of each cell is found once, after the loop.
     owner = tl.zeros([CELLS, BLOCK_G], tl.int32) + M
     valid = tl.zeros([BLOCK_G], tl.int32)
+    covered = tl.zeros([CELLS, BLOCK_G], tl.int32)
     first = M * 0
     last = M
     if targets.offsets_ptr is not None:  # from the first row of any of their images to the last
@@ -175,16 +183,31 @@ def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
     c0 = tl.program_id(0) * CELLS
     for g0 in range(first, last, BLOCK_G):
         g = g0 + tl.arange(0, BLOCK_G)
-        row = load_rows(targets.ptr, g, g < last, BLOCK_G)
+        row = of_kind(load_rows(targets.ptr, g, g < last, BLOCK_G), g, g < last, targets.row_weights_ptr, "any")
         b = tl.where((row.image >= 0) & (row.image < B), row.image, -1.0).to(tl.int32)
         cell = row_cell(row, 0, b, SPEC.S, SPEC.S, SPEC.C, 1.0, 0.0)
         at = b * AREA + cell - c0
         here = (b >= 0) & (cell >= 0) & (at >= 0) & (at < CELLS)
         here = in_its_range(b, g, here, targets.offsets_ptr)
         valid += here.to(tl.int32)
+        if targets.row_weights_ptr is not None:
+            here = here & (of_kind(row, g, g < last, targets.row_weights_ptr, "object").image >= 0)
+            region = of_kind(row, g, g < last, targets.row_weights_ptr, "region")
+            there = in_its_range(b, g, row_valid(region, 0, B, SPEC.C, 1.0), targets.offsets_ptr)
+            covered |= (there[None, :] & _covers(region, b, cells, SPEC)).to(tl.int32)
         hit = tl.where(here, at, -1)[None, :] == lane
         owner = tl.minimum(owner, tl.where(hit, g[None, :], M))
-    return tl.min(owner, axis=1), tl.sum(valid, axis=0)
+    return tl.min(owner, axis=1), tl.sum(valid, axis=0), tl.max(covered, axis=1) > 0
+
+
+@triton.jit
+def _covers(rows, b, cells, SPEC: tl.constexpr):
+    """[cells, rows]: which rows of the images b have the middles of cells in their box, lengths in cells."""
+    x1, y1, x2, y2 = edges_of(rows.cx, rows.cy, rows.w, rows.h, SPEC.S, SPEC.S)
+    x = (cells % SPEC.S).to(tl.float32) + 0.5
+    y = ((cells % (SPEC.S * SPEC.S)) // SPEC.S).to(tl.float32) + 0.5
+    inside = within((x1[None, :], y1[None, :], x2[None, :], y2[None, :]), x[:, None], y[:, None])
+    return inside & (b[None, :] == (cells // (SPEC.S * SPEC.S))[:, None])
 
 
 @triton.jit
@@ -306,6 +329,9 @@ def _squares(tile, k, held, gains, SPEC: tl.constexpr):
         own = (k >= 5 * N) & (k < 5 * N + SPEC.C)
         column = tl.load(gains.columns_ptr + (k - 5 * N), mask=own, other=1.0).to(SPEC.ACC)
         gain *= column[:, None, :]
+    if held.weight is not None:
+        free = tl.where(held.hidden, 0.0, 1.0).to(SPEC.ACC)[None, :, None]
+        gain *= tl.where(is_conf & ~mine, free, held.weight[None, :, None])
     used = tl.where(is_cls, (held.chosen >= 0)[None, :, None], is_conf | mine)
     error = tile - target
     loss = tl.where(used, gain * (error * error), 0.0)
@@ -350,7 +376,7 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
     CELLS: tl.constexpr = SPEC.CELLS
     cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     inside = cells < B * (SPEC.S * SPEC.S)
-    owner, valid = _first_rows(targets, M, B, cells, SPEC)
+    owner, valid, hidden = _first_rows(targets, M, B, cells, SPEC)
     invalid = -valid  # of the whole batch, once all programs are added up
     if tl.program_id(0) == 0:
         invalid += rows_end(targets.offsets_ptr, M, B) + wrong_offsets(targets.offsets_ptr, M, B, SPEC.BLOCK_G)
@@ -360,12 +386,17 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
     pred = Map(pred_ptr, pred_at)
     tile = _load_tile(pred, k, cells, inside, has, SPEC)
     chosen, iou = _responsible(tile, k, truth, SPEC)
-    tl.store(outputs.taken_ptr + cells, tl.where(has, owner * SPEC.N + chosen, -1), mask=inside)
+    taken = tl.where(has, owner * SPEC.N + chosen, -1)
+    weight = None
+    if targets.row_weights_ptr is not None:
+        taken = tl.where(hidden, -3 - taken, taken)
+        weight = row_weights(targets.row_weights_ptr, owner, has, SPEC.ACC)
+    tl.store(outputs.taken_ptr + cells, taken, mask=inside)
     confidence = iou
     if not SPEC.RESCORE:
         confidence = tl.full([CELLS], 1.0, SPEC.ACC)
     chosen = tl.where(has, chosen, -1)
-    held = Held(chosen, confidence, truth, label)
+    held = Held(chosen, confidence, truth, label, weight, hidden)
     grad = _like(pred, grad_ptr, grad_at)
     one = tl.cast(1.0, SPEC.ACC)
     box, obj, cls = _terms(tile, k, cells, inside, held, gains, grad, one, SPEC)
@@ -385,7 +416,7 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
 
 @triton.jit(do_not_specialize=["B"])
 def cell_grad_kernel(
-    pred_ptr, pred_at, grad_ptr, grad_at, rows_ptr, taken_ptr, gains, grad_out_ptr, B,
+    pred_ptr, pred_at, grad_ptr, grad_at, rows_ptr, row_weights_ptr, taken_ptr, gains, grad_out_ptr, B,
     SPEC: tl.constexpr, SKIP_ONE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the loss times ``grad_out``, of what the loss launch has decided; grid and tile as there.
@@ -400,7 +431,13 @@ def cell_grad_kernel(
     cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     inside = cells < B * (SPEC.S * SPEC.S)
     taken = tl.load(taken_ptr + cells, mask=inside, other=-1)
+    hidden = taken < -1
+    if row_weights_ptr is not None:
+        taken = tl.where(hidden, -3 - taken, taken)
     has = taken >= 0
+    weight = None
+    if row_weights_ptr is not None:
+        weight = row_weights(row_weights_ptr, taken // SPEC.N, has, SPEC.ACC)
     truth, label = _truth(rows_ptr, taken // SPEC.N, has, cells, SPEC)
     chosen = tl.where(has, taken % SPEC.N, -1)
     k = _channels(0, SPEC.CHANNELS)
@@ -410,7 +447,7 @@ def cell_grad_kernel(
     if SPEC.RESCORE:
         iou, _distance = _overlap(_box(tile, k, chosen), truth, SPEC)
         confidence = tl.where(iou > 0, iou, 0.0)  # a NaN does not answer for an object
-    held = Held(chosen, confidence, truth, label)
+    held = Held(chosen, confidence, truth, label, weight, hidden)
     grad = _like(pred, grad_ptr, grad_at)
     _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC)
     _other_scores(pred, cells, inside, held, gains, grad, grad_out, SPEC)

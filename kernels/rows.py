@@ -50,6 +50,29 @@ def load_rows(rows_ptr, g, mask, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
+def of_kind(row, g, mask, weights_ptr, KIND: tl.constexpr):
+    """Rows, those of another kind of no image: by their weights "object" (0 or more), "region" (below 0), or "any" that
+    is finite. Without weights all are objects.
+    """
+    image = row.image
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + g, mask=mask, other=float("nan"))
+        known = tl.abs(weight) < float("inf")
+        if KIND == "object":
+            known = known & (weight >= 0)
+        elif KIND == "region":
+            known = known & (weight < 0)
+        image = tl.where(known, image, -1.0)
+    return Row(image, row.label, row.cx, row.cy, row.w, row.h)
+
+
+@triton.jit
+def row_weights(weights_ptr, g, mask, ACC: tl.constexpr):
+    """The weights of objects, 1 where masked out."""
+    return tl.load(weights_ptr + g, mask=mask, other=1.0).to(ACC)
+
+
+@triton.jit
 def _held(offset, M):
     """An offset, as far as there are rows."""
     return tl.minimum(tl.maximum(offset, 0), M)

@@ -69,6 +69,7 @@ class Assignment(NamedTuple):
         valid: bool ``[M]``; the other rows are assigned to nothing.
         strides: pixels per cell, one a level.
         anchors: (width, height) in pixels, a tuple a level; of heads without anchors those of a cell.
+        weights: float32 ``[M]``, of the rows, or None, see :class:`~fusedyolo.Targets`; regions are not ``valid``.
     """
 
     levels: tuple[LevelAssignment, ...]
@@ -76,6 +77,7 @@ class Assignment(NamedTuple):
     valid: Tensor
     strides: tuple[float, ...]
     anchors: tuple[tuple[tuple[float, float], ...], ...]
+    weights: Tensor | None = None
 
     def __repr__(self) -> str:
         """In a line; numbers are those of the fields."""
@@ -127,6 +129,7 @@ class AnchorAssignment(NamedTuple):
         valid: bool ``[M]``; the other rows are assigned to nothing.
         true_boxes: ``[M, 4]``, the boxes of the rows, x1, y1, x2, y2 in pixels; of no meaning for invalid ones.
         anchors: ``[N, 4]``, x1, y1, x2, y2 in pixels.
+        weights: float32 ``[M]``, of the rows, or None, see :class:`~fusedyolo.Targets`; regions are not ``valid``.
     """
 
     row: Tensor
@@ -139,6 +142,7 @@ class AnchorAssignment(NamedTuple):
     valid: Tensor
     true_boxes: Tensor
     anchors: Tensor
+    weights: Tensor | None = None
 
     def __repr__(self) -> str:
         """In a line; numbers are those of the fields."""

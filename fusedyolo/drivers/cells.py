@@ -28,6 +28,7 @@ class CellCall(NamedTuple):
     offsets: Tensor | None
     size: tuple[float, float]  # (height, width) of the image, in pixels if they are known, else 1 each
     class_weights: Tensor | None  # [C] float32
+    weights: Tensor | None = None  # [M], of the rows
 
 
 class CellDriver(Driver):
@@ -45,22 +46,22 @@ class CellDriver(Driver):
         head = criterion.head
         batch = checks.cell_predictions(preds, head.grid_size, head.num_boxes, head.num_classes)
         size = checks.target_size(criterion.image_size, targets, criterion.form)
-        rows, offsets = as_targets(targets, batch, size, preds.device, criterion.form)
-        return CellCall(preds, rows, offsets, size, criterion.class_weights)
+        rows, offsets, weights = as_targets(targets, batch, size, preds.device, criterion.form)
+        return CellCall(preds, rows, offsets, size, criterion.class_weights, weights)
 
     def reference_loss(self, head: CellHead, call: CellCall) -> tuple[Tensor, Tensor, Tensor]:
         rows, spare = without_spare(call.rows, call.offsets)
-        total, parts, counts = reference.cell_loss(call.pred, rows, head, call.class_weights)
+        total, parts, counts = reference.cell_loss(call.pred, rows, head, call.class_weights, call.weights)
         return total, parts, shared.counts_without_spare(counts, spare)
 
     def launches(self, head: CellHead, call: CellCall) -> dict[str, Launch]:
         from .. import ops
 
         pred, rows, key, one = call.pred, call.rows, head.key, torch.ones((), device=call.pred.device)
-        left, weights = ops.cell_outputs(pred, key, True), call.class_weights
+        left, weights = ops.cell_outputs(pred, key, True), (call.class_weights, call.weights)
         return {
-            "loss": ops.cell_launch(pred, rows, call.offsets, key, left, True, weights),
-            "grad": ops.cell_grad_launch(pred, rows, left.taken, key, left.grad, one, True, weights),
+            "loss": ops.cell_launch(pred, rows, call.offsets, key, left, True, *weights),
+            "grad": ops.cell_grad_launch(pred, rows, left.taken, key, left.grad, one, True, *weights),
         }
 
     def assign(self, head: CellHead, call: CellCall) -> Assignment:
@@ -68,7 +69,7 @@ class CellDriver(Driver):
         (height, width), S, n = call.size, head.grid_size, head.num_boxes
         with torch.no_grad():
             pred = call.pred.to(shared.wide(call.pred.dtype))
-            found = reference.cell_assign(reference.cell_views(pred, head)[0], rows, head)
+            found = reference.cell_assign(reference.cell_views(pred, head)[0], rows, head, call.weights)
         image = torch.stack([pred.new_full((), side) for side in (width, height)])
         cell = torch.arange(S, device=pred.device)
         origin = torch.stack(torch.meshgrid(cell, cell, indexing="xy"), -1)
@@ -90,10 +91,11 @@ class CellDriver(Driver):
             everywhere(torch.cat((centre - half, centre + half), -1)),
             everywhere(encoded),
             found.answer.permute(0, 3, 1, 2),
-            torch.zeros_like(mine),
+            torch.zeros_like(mine) if found.hidden is None else found.hidden[:, None] & ~mine,
             torch.stack((row.clamp(min=0).flatten(), slot)),
         )
-        return Assignment((level,), rows, found.valid, (width / S,), (((width / S, height / S),) * n,))
+        cells = (((width / S, height / S),) * n,)
+        return Assignment((level,), rows, found.valid, (width / S,), cells, call.weights)
 
     # ---- predictions alone
 

@@ -34,6 +34,7 @@ class DenseCall(NamedTuple):
     corners: bool  # rows hold corners in pixels, not centre and size relative to the image
     ends: tuple[int, int]  # anchors of the first and the last level
     class_weights: Tensor | None  # [C] float32
+    weights: Tensor | None = None  # [M], of the rows
 
 
 class DenseDriver(Driver):
@@ -55,7 +56,17 @@ class DenseDriver(Driver):
         maps = [reference.flat_maps(each, width) for each, width in zip(call.levels, call.channels, strict=True)]
         centre = maps[2] if head.centreness else None
         terms, counts = reference.dense_loss(
-            maps[0], maps[1], centre, call.anchors, rows, head, call.size, call.corners, call.ends, call.class_weights
+            maps[0],
+            maps[1],
+            centre,
+            call.anchors,
+            rows,
+            head,
+            call.size,
+            call.corners,
+            call.ends,
+            call.class_weights,
+            call.weights,
         )
         return torch.stack(terms).sum(), terms, shared.counts_without_spare(counts, spare)
 
@@ -66,19 +77,19 @@ class DenseDriver(Driver):
         height, width = (math.inf, math.inf) if call.size is None else call.size
         geometry = ops.Geometry((float(width), float(height)), call.corners, call.ends)
         outputs = ops.dense_outputs(preds, anchors, head, True)
-        weights = call.class_weights
-        forward = ops.loss_launches(preds, anchors, call.rows, call.offsets, head, geometry, outputs, weights)
+        weights = call.class_weights, call.weights
+        forward = ops.loss_launches(preds, anchors, call.rows, call.offsets, head, geometry, outputs, *weights)
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=anchors.device)
         ones, skip = (one, None, None, None), head.negatives == 0
         saved = (anchors, call.rows, outputs.match, outputs.found, outputs.ce, outputs.picks)
-        backward = ops.grad_launch(preds, saved, head, geometry, grads, ones, skip, weights)
+        backward = ops.grad_launch(preds, saved, head, geometry, grads, ones, skip, *weights)
         return {_LAUNCHES[launch.kernel.__name__]: launch for launch in forward} | {"grad": backward}
 
     def assign(self, head: DenseHead, call: DenseCall) -> AnchorAssignment:
         rows, _ = without_spare(call.rows, call.offsets)
         anchors, batch = call.anchors, len(call.levels[0][0])
         with torch.no_grad():
-            read = reference.read_corners(rows, head, batch, call.size, call.corners, anchors.dtype)
+            read = reference.read_corners(rows, head, batch, call.size, call.corners, anchors.dtype, call.weights)
             match = reference.dense_match(anchors, read, head, batch, call.ends)
             has = match >= 0
             taken = torch.where(has, match, len(read.label))  # a row of nothing behind them
@@ -97,6 +108,7 @@ class DenseDriver(Driver):
             read.valid,
             read.boxes,
             anchors,
+            call.weights,
         )
 
     # ---- predictions alone

@@ -29,6 +29,7 @@ class GridCall(NamedTuple):
     offsets: Tensor | None
     size: tuple[float, float]  # (height, width) of the image
     class_weights: Tensor | None
+    weights: Tensor | None = None  # [M], of the rows
 
 
 class GridDriver(Driver):
@@ -47,13 +48,13 @@ class GridDriver(Driver):
         maps, anchors = _maps(preds, head), tuple(map(len, head.levels))
         batch, size = checks.grid_predictions(maps, anchors, head.strides, head.num_classes, criterion.image_size, True)
         maps = checks.grid_views(maps, anchors, head.num_classes)
-        rows, offsets = as_targets(targets, batch, size, maps[0].device, criterion.form)
-        return GridCall(maps, rows, offsets, size, criterion.class_weights)
+        rows, offsets, weights = as_targets(targets, batch, size, maps[0].device, criterion.form)
+        return GridCall(maps, rows, offsets, size, criterion.class_weights, weights)
 
     def reference_loss(self, head: GridHead, call: GridCall) -> tuple[Tensor, Tensor, Tensor]:
         views = [reference.grid_view(pred, len(level)) for pred, level in zip(call.preds, head.levels, strict=True)]
         rows, spare = without_spare(call.rows, call.offsets)
-        total, parts, counts = reference.grid_loss(views, rows, head, call.class_weights)
+        total, parts, counts = reference.grid_loss(views, rows, head, call.class_weights, call.weights)
         return total, parts, shared.counts_without_spare(counts, spare)
 
     def launches(self, head: GridHead, call: GridCall) -> dict[str, Launch]:
@@ -63,18 +64,20 @@ class GridDriver(Driver):
         outputs = ops.grid_outputs(preds, call.rows, head, True)
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=preds[0].device)
         return {
-            "loss": ops.grid_launch(preds, call.rows, call.offsets, call.class_weights, head, outputs, True),
-            "grad": ops.grid_grad_launch(preds, grads, one, head, outputs),
+            "loss": ops.grid_launch(
+                preds, call.rows, call.offsets, call.class_weights, head, outputs, True, call.weights
+            ),
+            "grad": ops.grid_grad_launch(preds, grads, one, head, outputs, call.weights),
         }
 
     def assign(self, head: GridHead, call: GridCall) -> Assignment:
         rows, _ = without_spare(call.rows, call.offsets)
         with torch.no_grad():
             views = [reference.grid_view(pred, len(own)) for pred, own in zip(call.preds, head.levels, strict=True)]
-            read = reference.read_rows(rows, head, len(views[0]))
+            read = reference.read_rows(rows, head, len(views[0]), call.weights)
             levels = tuple(_level(views, level, read, head) for level in range(len(views)))
         anchors = tuple(tuple(head.anchors[t] for t in own) for own in head.levels)
-        return Assignment(levels, rows, read.valid, head.strides, anchors)
+        return Assignment(levels, rows, read.valid, head.strides, anchors, call.weights)
 
     # ---- predictions alone
 

@@ -33,6 +33,7 @@ class PickCall(NamedTuple):
     size: tuple[float, float]  # (height, width) of the image
     gains: tuple[float, ...]  # of head.parts, the factor of the batch in them
     class_weights: Tensor | None  # [C] float32
+    weights: Tensor | None = None  # [M], of the rows
 
 
 class PickDriver(Driver):
@@ -51,7 +52,14 @@ class PickDriver(Driver):
     def reference_loss(self, head: PickHead, call: PickCall) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         rows, spare = without_spare(call.rows, call.offsets)
         parts, counts = reference.pick_loss(
-            planes(call.form, call.preds, head), rows, head, call.gains, call.maps, call.size, call.class_weights
+            planes(call.form, call.preds, head),
+            rows,
+            head,
+            call.gains,
+            call.maps,
+            call.size,
+            call.class_weights,
+            call.weights,
         )
         return torch.stack(parts).sum(), parts, shared.counts_without_spare(counts, spare)
 
@@ -60,11 +68,15 @@ class PickDriver(Driver):
 
         preds, geometry = call.preds, ops.Geometry(call.form, call.maps, call.size)
         weights, gains = call.class_weights, call.gains
-        forward, found = ops.loss_launches(preds, call.rows, call.offsets, weights, head, geometry, gains, True)
+        forward, found = ops.loss_launches(
+            preds, call.rows, call.offsets, weights, head, geometry, gains, True, call.weights
+        )
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=call.rows.device)
         ones = (one, *(None,) * len(head.parts))
         assigned = ops.Assignment(found.row, found.score, found.norm, None)
-        backward = ops.head_launch(preds, call.rows, weights, head, geometry, gains, assigned, None, grads, ones, True)
+        backward = ops.head_launch(
+            preds, call.rows, weights, head, geometry, gains, assigned, None, grads, ones, True, call.weights
+        )
         return {_LAUNCHES[launch.kernel.__name__]: launch for launch in forward} | {"grad": backward}
 
     def assign(self, head: PickHead, call: PickCall) -> Assignment:
@@ -73,7 +85,7 @@ class PickDriver(Driver):
             dtype = shared.wide(call.preds[0].dtype)
             seen_planes = planes(call.form, [pred.detach() for pred in call.preds], head).to(dtype)
             points = reference.points_of(call.maps, head.strides, rows.device)
-            objects = reference.read_objects(rows, head, len(seen_planes.cls), call.size, dtype)
+            objects = reference.read_objects(rows, head, len(seen_planes.cls), call.size, dtype, call.weights)
             picked = reference.pick(reference.see(seen_planes, points, head), objects, head)
             has, centre, sides = picked.row >= 0, objects.centre[picked.row], objects.sides[picked.row]
             boxes = torch.cat((centre - sides / 2, centre + sides / 2), -1).to(dtype)
@@ -86,11 +98,12 @@ class PickDriver(Driver):
                 torch.where(has[..., None], encoded.to(dtype), 0.0),
                 has.to(dtype) if head.objectness else picked.score,
                 picked.score,
+                torch.zeros_like(has) if picked.hidden is None else picked.hidden,
             )
             areas = [height * width for height, width in call.maps]
             levels = tuple(map(_level, zip(*(field.split(areas, 1) for field in fields), strict=True), call.maps))
         cells = tuple(((stride, stride),) for stride in head.strides)
-        return Assignment(levels, rows, objects.valid, head.strides, cells)
+        return Assignment(levels, rows, objects.valid, head.strides, cells, call.weights)
 
     # ---- predictions alone
 
@@ -320,10 +333,8 @@ def planes(form: str, preds: Sequence[Tensor], head: PickHead) -> reference.Plan
 
 def _level(fields: Sequence[Tensor], sides: tuple[int, int]) -> LevelAssignment:
     """Of one level, fields ``[B, H * W, ...]``."""
-    row, label, boxes, encoded, objectness, score = (field.unflatten(1, (1, *sides)) for field in fields)
+    row, label, boxes, encoded, objectness, score, ignored = (field.unflatten(1, (1, *sides)) for field in fields)
     has = (row >= 0).flatten()
     place = torch.where(has, torch.arange(row.numel(), device=row.device), row.numel())
     pairs = torch.stack((row.flatten().clamp(min=0), place))
-    return LevelAssignment(
-        row, label, boxes, encoded, objectness, torch.zeros_like(row, dtype=torch.bool), pairs, score
-    )
+    return LevelAssignment(row, label, boxes, encoded, objectness, ignored, pairs, score)

@@ -107,8 +107,8 @@ class GridLoss(WeightedLoss):
         if preds[0].dim() == 5 == preds[-1].dim():
             preds = checks.grid_views(preds, self._anchors, self.head.num_classes)
         device = preds[0].device
-        rows, offsets = as_targets(targets, batch, size, device, self.form)
-        weights = self._weights_for(preds[0])
+        rows, offsets, weights = as_targets(targets, batch, size, device, self.form)
+        class_weights = self._weights_for(preds[0])
         head, key = self._head_of(len(range(batch)))  # of a symbolic size, range makes a number
         if backends.resolve(self.backend, device) == "triton":
             from .. import ops
@@ -116,10 +116,10 @@ class GridLoss(WeightedLoss):
             with_state = torch.is_grad_enabled() and any([pred.requires_grad for pred in preds])
             own = ops.workspace(device)
             total, parts, counts, *_ = ops.call(
-                ops.grid_loss, list(preds), rows, offsets, weights, key, with_state, own
+                ops.grid_loss, list(preds), rows, offsets, class_weights, key, with_state, own, weights
             )
         else:
-            call = GridCall(preds, rows, offsets, size, weights)
+            call = GridCall(preds, rows, offsets, size, class_weights, weights)
             total, parts, counts = GRID.reference_loss(head, call)
         if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(rows, offsets, counts, size)

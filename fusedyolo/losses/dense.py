@@ -113,13 +113,13 @@ class DenseLoss(WeightedLoss):
         if size is None and (not corners or find_term("box", head.box, "iou", "boxes", "delta").needs_extent):
             what = f"with loss_type={head.box!r}" if corners else "for targets that are not corners in pixels"
             checks.fail("image_size", None, f"(height, width) of the images, {what}")
-        rows, offsets = as_targets(targets, batch, size or (1, 1), pred.device, self.form, corners)
+        rows, offsets, weights = as_targets(targets, batch, size or (1, 1), pred.device, self.form, corners)
         wide = torch.float64 if pred.dtype == torch.float64 else torch.float32
         if anchors.requires_grad:
             anchors = anchors.detach()
         anchors = anchors if anchors.dtype == wide else anchors.to(wide)
-        weights = self._weights_for(pred)
-        return DenseCall(levels, self._channels, anchors, rows, offsets, size, corners, ends, weights)
+        class_weights = self._weights_for(pred)
+        return DenseCall(levels, self._channels, anchors, rows, offsets, size, corners, ends, class_weights, weights)
 
     def _compute(self, call: DenseCall, outputs: int | None = None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Total, parts and counts; with ``outputs`` 1 the parts need have no gradient."""
@@ -147,6 +147,7 @@ class DenseLoss(WeightedLoss):
                 with_grad,
                 own,
                 call.class_weights,
+                call.weights,
                 outputs=outputs,
             )
             terms = (cls, box, middle)[: len(call.levels)]

@@ -87,10 +87,10 @@ class PickLoss(WeightedLoss):
         """The arguments of :meth:`forward`, checked, in the form in which they are used; gains times ``weight``."""
         form, tensors, maps, size = check(self.head, preds, self.image_size)
         pred = tensors[0]
-        rows, offsets = as_targets(targets, pred.shape[0], size, pred.device, self.form)
+        rows, offsets, weights = as_targets(targets, pred.shape[0], size, pred.device, self.form)
         factor = weight * len(range(pred.shape[0])) if self.batch_factor else weight  # range: a number of a symbol
         gains = tuple([gain * factor for gain in self.gains()])
-        return PickCall(form, tensors, maps, rows, offsets, size, gains, self._weights_for(pred))
+        return PickCall(form, tensors, maps, rows, offsets, size, gains, self._weights_for(pred), weights)
 
     def compute(self, call: PickCall, outputs: int | None = None) -> Computed:
         """Total, parts and counts; with ``outputs`` 1 the parts need have no gradient."""
@@ -116,6 +116,7 @@ class PickLoss(WeightedLoss):
                 list(call.gains),
                 with_grad,
                 own,
+                call.weights,
                 outputs=outputs,
             )
             terms = tuple(parts)

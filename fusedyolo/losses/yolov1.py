@@ -196,8 +196,8 @@ class YOLOv1Loss(WeightedLoss):
         head = self.head
         batch = checks.cell_predictions(pred, head.grid_size, head.num_boxes, head.num_classes)
         size = checks.target_size(self.image_size, targets, self.form)
-        rows, offsets = as_targets(targets, batch, size, pred.device, self.form)
-        weights = self._weights_for(pred)
+        rows, offsets, weights = as_targets(targets, batch, size, pred.device, self.form)
+        class_weights = self._weights_for(pred)
         if self.reduction == "mean":
             head = _mean_head(self._key, len(range(batch)))  # of a symbolic size, range makes a number
         if backends.resolve(self.backend, pred.device) == "triton":
@@ -206,9 +206,13 @@ class YOLOv1Loss(WeightedLoss):
             # The first backward changes the gradient that the loss leaves. A compiled graph is better off without.
             own = ops.workspace(pred.device)
             with_grad = torch.is_grad_enabled() and pred.requires_grad and own is None
-            total, parts, counts, *_ = ops.call(ops.cell_loss, pred, rows, offsets, head.key, with_grad, own, weights)
+            total, parts, counts, *_ = ops.call(
+                ops.cell_loss, pred, rows, offsets, head.key, with_grad, own, class_weights, weights
+            )
         else:
-            total, parts, counts = CELLS.reference_loss(head, CellCall(pred, rows, offsets, size, weights))
+            total, parts, counts = CELLS.reference_loss(
+                head, CellCall(pred, rows, offsets, size, class_weights, weights)
+            )
         if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(rows, offsets, counts, self.image_size)
         num_pos, num_invalid = counts.unbind()

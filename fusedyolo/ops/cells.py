@@ -24,7 +24,7 @@ class CellOutputs(NamedTuple):
     total: Tensor  # 0-dim
     parts: Tensor  # [3]: box, confidence, class
     counts: Tensor  # int32 [2]: cells with an object, invalid rows
-    taken: Tensor  # int32 [B * S * S]: of each cell its row times N and the box that answers for it, or -1
+    taken: Tensor  # int32 [B * S * S]: of each cell its row times N and the box that answers for it, or -1; or hidden
     grad: Tensor  # as the predictions, for a total multiplied by 1; empty unless asked for
 
 
@@ -86,12 +86,13 @@ def _plan(key: str, pred: Layout, grad: Layout | None, skip_one: bool | None) ->
     settings = config.threads, config.max_registers
     if skip_one is not None:
         ends = {"rows_ptr": rows, "taken_ptr": own.tensor("taken"), "grad_out_ptr": own.tensor("grad_total")}
+        ends["row_weights_ptr"] = own.tensor("weights")
         arguments |= ends | {"SKIP_ONE": skip_one}
         return own.steps(Launch(cells.cell_grad_kernel, grid, arguments, *settings, stages=config.stages))
     sums = own.scratch(accumulator(pred.dtype)[1], (grid[0] * cells.N_PARTS.value,))
     left = [own.tensor(name) for name in ("total", "parts", "counts", "taken")]
     arguments |= {
-        "targets": cells.Targets(rows, own.tensor("offsets")),
+        "targets": cells.Targets(rows, own.tensor("offsets"), own.tensor("weights")),
         "outputs": cells.Outputs(*left, sums, own.tensor("done")),
         "M": own.M,
     }
@@ -108,10 +109,12 @@ def _loss_steps(
     with_grad: bool,
     workspace: Tensor | None = None,
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Steps, dict[str, Any]]:
-    """The plan of a loss, and of the gradient, and what a call brings to it."""
+    """The plan of a loss, and of the gradient, and what a call brings to it; ``weights`` are those of the rows."""
     plan = _plan(key, layout(pred), layout(outputs.grad) if with_grad else None, None)
     given = {"pred": pred, "rows": rows, "offsets": offsets, "class_weights": class_weights}
+    given |= {"weights": weights}
     return plan, given | {"done": done_counter(pred.device, workspace)} | outputs._asdict()
 
 
@@ -123,9 +126,10 @@ def cell_launch(
     outputs: CellOutputs,
     with_grad: bool,
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the loss, and ``with_grad`` the gradient."""
-    plan, given = _loss_steps(pred, rows, offsets, key, outputs, with_grad, class_weights=class_weights)
+    plan, given = _loss_steps(pred, rows, offsets, key, outputs, with_grad, None, class_weights, weights)
     return plan.launches(pred.device, rows.shape[0], **given)[0]
 
 
@@ -133,14 +137,15 @@ def _grad_steps(
     pred: Tensor,
     rows: Tensor,
     taken: Tensor,
-    class_weights: Tensor | None,
     key: str,
     grad: Tensor,
     grad_total: Tensor,
     skip_one: bool,
+    class_weights: Tensor | None,
+    weights: Tensor | None,
 ) -> tuple[Steps, dict[str, Any]]:
     given: dict[str, Any] = {"pred": pred, "rows": rows, "taken": taken, "grad": grad, "grad_total": grad_total}
-    given |= {"class_weights": class_weights}
+    given |= {"class_weights": class_weights, "weights": weights}
     return _plan(key, layout(pred), layout(grad), skip_one), given
 
 
@@ -153,12 +158,13 @@ def cell_grad_launch(
     grad_total: Tensor,
     skip_one: bool = False,
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the gradient times ``grad_total``, of what a loss launch has decided (``taken``).
 
     If ``skip_one``, ``grad`` is left as it is where that is 1.
     """
-    plan, given = _grad_steps(pred, rows, taken, class_weights, key, grad, grad_total, skip_one)
+    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, skip_one, class_weights, weights)
     return plan.launches(pred.device, rows.shape[0], **given)[0]
 
 
@@ -183,36 +189,43 @@ def cell_loss(
     with_grad: bool,
     workspace: Tensor | None = None,
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss of a head of cells in one launch; returns :class:`CellOutputs`.
 
     The gradient is that of the total by ``pred``, which the first backward takes. A compiled graph brings its
-    ``workspace``.
+    ``workspace``; ``weights`` are those of the rows.
     """
     outputs = cell_outputs(pred, key, with_grad)
-    plan, given = _loss_steps(pred, rows, offsets, key, outputs, with_grad, workspace, class_weights)
+    plan, given = _loss_steps(pred, rows, offsets, key, outputs, with_grad, workspace, class_weights, weights)
     plan.run(pred.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(cell_loss)
-def _(pred, rows, offsets, key, with_grad, workspace=None, class_weights=None):
+def _(pred, rows, offsets, key, with_grad, workspace=None, class_weights=None, weights=None):
     return tuple(cell_outputs(pred, key, with_grad))
 
 
 @operator
 def cell_loss_grad(
-    grad_total: Tensor, pred: Tensor, rows: Tensor, taken: Tensor, key: str, class_weights: Tensor | None = None
+    grad_total: Tensor,
+    pred: Tensor,
+    rows: Tensor,
+    taken: Tensor,
+    key: str,
+    class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Gradient of :func:`cell_loss`'s total by ``pred``, times ``grad_total`` (0-dim), in one launch."""
     grad = torch.empty_like(pred)
-    plan, given = _grad_steps(pred, rows, taken, class_weights, key, grad, grad_total, False)
+    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, False, class_weights, weights)
     plan.run(pred.device, rows.shape[0], **given)
     return grad
 
 
 @fake(cell_loss_grad)
-def _(grad_total, pred, rows, taken, key, class_weights=None):
+def _(grad_total, pred, rows, taken, key, class_weights=None, weights=None):
     return torch.empty_like(pred)
 
 
@@ -225,24 +238,25 @@ def cell_loss_rescale(
     taken: Tensor,
     key: str,
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """Turns ``grad``, the gradient for a ``grad_total`` of 1, into that for this one: a launch that is over at once if
     it is 1, which only the device knows.
     """
-    plan, given = _grad_steps(pred, rows, taken, class_weights, key, grad, grad_total, True)
+    plan, given = _grad_steps(pred, rows, taken, key, grad, grad_total, True, class_weights, weights)
     plan.run(pred.device, rows.shape[0], **given)
 
 
 @fake(cell_loss_rescale)
-def _(grad, grad_total, pred, rows, taken, key, class_weights=None):
+def _(grad, grad_total, pred, rows, taken, key, class_weights=None, weights=None):
     return None
 
 
 def _save(ctx, inputs, output):
-    pred, rows, _offsets, ctx.key, with_grad, _workspace, class_weights = inputs
+    pred, rows, _offsets, ctx.key, with_grad, _workspace, class_weights, weights = inputs
     outputs = CellOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(pred, rows, outputs.taken, class_weights)
+    ctx.save_for_backward(pred, rows, outputs.taken, class_weights, weights)
     # Not among the saved tensors, which must not change: the first backward changes it and gives it away. A tensor of
     # another type belongs to a tracer, and a traced graph must not change what its forward returns.
     ctx.stored = outputs.grad if with_grad and type(outputs.grad) is Tensor else None
@@ -251,11 +265,11 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_total):
     if grad_total is None:
         return None
-    *saved, class_weights = ctx.saved_tensors
+    *saved, class_weights, weights = ctx.saved_tensors
     grad, ctx.stored = ctx.stored, None
     if grad is None or torch.is_grad_enabled():  # with create_graph, the gradient is to know that it has none itself
-        return call(cell_loss_grad, grad_total, *saved, ctx.key, class_weights)
-    call(cell_loss_rescale, grad, grad_total, *saved, ctx.key, class_weights)
+        return call(cell_loss_grad, grad_total, *saved, ctx.key, class_weights, weights)
+    call(cell_loss_rescale, grad, grad_total, *saved, ctx.key, class_weights, weights)
     return grad
 
 

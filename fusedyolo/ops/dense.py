@@ -265,11 +265,7 @@ def _dense_launch(
     arguments = {
         "predictions": _maps(own, layout, len(preds), grads is not None, head),
         "matched": loss.Matched(
-            own.tensor("anchors"),
-            own.tensor("rows"),
-            own.tensor("match"),
-            own.tensor("found"),
-            own.tensor("class_weights"),
+            *[own.tensor(name) for name in ("anchors", "rows", "weights", "match", "found", "class_weights")],
             own.tensor("ce") if head.box_weight else None,
         ),
         "grads": (None,) * 4 if with_loss else own.tensors("grad_outs", 4),
@@ -301,7 +297,7 @@ def _match_launches(
         claims = match.Claims(own.tensor("maxima"), bits, 2 * words + 3, ranges)
     common = {
         "anchors_ptr": own.tensor("anchors"),
-        "targets": match.Targets(own.tensor("rows"), own.tensor("offsets")),
+        "targets": match.Targets(own.tensor("rows"), own.tensor("offsets"), own.tensor("weights")),
         "M": own.M,
         "claims": claims,
         "matched": match.Matched(
@@ -422,15 +418,18 @@ def _loss_steps(
     outputs: DenseOutputs,
     workspace: Tensor | None = None,
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Steps, dict[str, Any]]:
-    """The plan of a loss, and of its gradient where ``outputs`` has room for that, and what a call brings to it."""
+    """The plan of a loss, and of its gradient where ``outputs`` has room for that, and what a call brings to it;
+    ``weights`` are those of the rows.
+    """
     (batch, N), M = outputs.match.shape, rows.shape[0]
     plan = _plan(head.key, layouts(preds), geometry, N, bool(outputs.grads), _words(head, M))
     done, maxima = counters_and_maxima(rows.device, M, workspace, COUNTERS + batch + 1)
     # a counter for each image and one more, behind two others: of a workspace, which these come last in, a maximum
     tally = done if workspace is None else workspace[COUNTERS + M - 1 :].view(torch.int32)
     given = {"preds": preds, "anchors": anchors, "rows": rows, "offsets": offsets, "done": done, "maxima": maxima}
-    return plan, given | {"tally": tally, "class_weights": class_weights} | outputs._asdict()
+    return plan, given | {"tally": tally, "class_weights": class_weights, "weights": weights} | outputs._asdict()
 
 
 def loss_launches(
@@ -442,9 +441,10 @@ def loss_launches(
     geometry: Geometry,
     outputs: DenseOutputs,
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> list[Launch]:
     """All launches of a loss, and of its gradient where ``outputs`` has room for that."""
-    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, class_weights=class_weights)
+    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, None, class_weights, weights)
     return plan.launches(rows.device, rows.shape[0], **given)
 
 
@@ -457,11 +457,13 @@ def _grad_steps(
     grad_outs: Sequence[Tensor | None],
     skip_one: bool,
     class_weights: Tensor | None,
+    weights: Tensor | None,
 ) -> tuple[Steps, dict[str, Any]]:
     """The plan of a gradient, see :func:`grad_launch`, and what a call brings to it."""
     names = ("anchors", "rows", "match", "found", "ce", "picks")
     given: dict[str, Any] = dict(zip(names, saved, strict=True))
-    given |= {"preds": preds, "grads": grads, "grad_outs": grad_outs, "class_weights": class_weights}
+    given |= {"preds": preds, "grads": grads, "grad_outs": grad_outs}
+    given |= {"class_weights": class_weights, "weights": weights}
     return _grad_plan(head.key, layouts(preds), layouts(grads), geometry, saved[0].shape[0], skip_one), given
 
 
@@ -474,11 +476,12 @@ def grad_launch(
     grad_outs: Sequence[Tensor | None],
     skip_one: bool = False,
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Launch:
     """The launch of the gradient alone, times ``grad_outs``, of the total and of the parts; if ``skip_one`` it is left
     as it is where that is 1. ``saved`` as :func:`dense_loss_grad` takes it.
     """
-    plan, given = _grad_steps(preds, saved, head, geometry, grads, grad_outs, skip_one, class_weights)
+    plan, given = _grad_steps(preds, saved, head, geometry, grads, grad_outs, skip_one, class_weights, weights)
     return plan.launches(saved[1].device, saved[1].shape[0], **given)[0]
 
 
@@ -516,23 +519,28 @@ def dense_loss(
     with_grad: bool,
     workspace: Tensor | None = None,
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss of a dense head; returns :class:`DenseOutputs`.
 
     ``preds`` are class logits, boxes and centreness, each a tensor a level; ``size``, ``corners`` and ``ends`` what
     :class:`Geometry` says. The gradients, if asked for and not ranked, are those of the total; the first backward
     takes them. A compiled graph brings its ``workspace``, with a place for each row, each image and one more.
+    ``weights`` are those of the rows.
     """
     head = dense_head_from_key(key)
     geometry = Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
     outputs = dense_outputs(preds, anchors, head, with_grad)
-    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, workspace, class_weights)
+    own = class_weights, weights
+    plan, given = _loss_steps(preds, anchors, rows, offsets, head, geometry, outputs, workspace, *own)
     plan.run(rows.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(dense_loss)
-def _(preds, anchors, rows, offsets, key, size, corners, ends, with_grad, workspace=None, class_weights=None):
+def _(
+    preds, anchors, rows, offsets, key, size, corners, ends, with_grad, workspace=None, class_weights=None, weights=None
+):
     return tuple(dense_outputs(preds, anchors, dense_head_from_key(key), with_grad))
 
 
@@ -545,10 +553,11 @@ def _gradient(
     geometry: tuple[list[float], bool, list[int]],
     skip_one: bool,
     class_weights: Tensor | None,
+    weights: Tensor | None,
 ) -> None:
     size, corners, ends = geometry
     head, at = dense_head_from_key(key), Geometry((size[0], size[1]), corners, (ends[0], ends[1]))
-    plan, given = _grad_steps(preds, saved, head, at, grads, grad_outs, skip_one, class_weights)
+    plan, given = _grad_steps(preds, saved, head, at, grads, grad_outs, skip_one, class_weights, weights)
     plan.run(saved[1].device, saved[1].shape[0], **given)
 
 
@@ -565,6 +574,7 @@ def dense_loss_grad(
     corners: bool,
     ends: list[int],
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradient of :func:`dense_loss`'s total and parts by every prediction, times those given (0-dim), in one launch.
 
@@ -572,12 +582,25 @@ def dense_loss_grad(
     """
     grads = [torch.empty_like(pred) for pred in preds]
     grad_outs = [grad_total, grad_cls, grad_box, grad_centre]
-    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), False, class_weights)
+    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), False, class_weights, weights)
     return grads
 
 
 @fake(dense_loss_grad)
-def _(grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends, class_weights=None):
+def _(
+    grad_total,
+    grad_cls,
+    grad_box,
+    grad_centre,
+    preds,
+    saved,
+    key,
+    size,
+    corners,
+    ends,
+    class_weights=None,
+    weights=None,
+):
     return [torch.empty_like(pred) for pred in preds]
 
 
@@ -595,41 +618,56 @@ def dense_loss_rescale(
     corners: bool,
     ends: list[int],
     class_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """Turns ``grads``, the gradients for a total multiplied by 1, into those of :func:`dense_loss_grad`: a launch whose
     programs are over at once where nothing changes, which only the device knows.
     """
     grad_outs = [grad_total, grad_cls, grad_box, grad_centre]
-    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), True, class_weights)
+    _gradient(grads, grad_outs, preds, saved, key, (size, corners, ends), True, class_weights, weights)
 
 
 @fake(dense_loss_rescale)
-def _(grads, grad_total, grad_cls, grad_box, grad_centre, preds, saved, key, size, corners, ends, class_weights=None):
+def _(
+    grads,
+    grad_total,
+    grad_cls,
+    grad_box,
+    grad_centre,
+    preds,
+    saved,
+    key,
+    size,
+    corners,
+    ends,
+    class_weights=None,
+    weights=None,
+):
     return None
 
 
 def _save(ctx, inputs, output):
-    preds, anchors, rows, _offsets, *ctx.settings, _with_grad, _workspace, class_weights = inputs
+    preds, anchors, rows, _offsets, *ctx.settings, _with_grad, _workspace, class_weights, weights = inputs
     outputs = DenseOutputs(*output)
     ctx.set_materialize_grads(False)
     kept = anchors, rows, outputs.match, outputs.found, outputs.ce, outputs.picks
-    ctx.save_for_backward(*kept, class_weights, *preds)
+    ctx.save_for_backward(*kept, class_weights, weights, *preds)
     # Not among the saved tensors, which must not change: the first backward changes them and gives them away. Tensors
     # of another type belong to a tracer, and a traced graph must not change what its forward returns.
     ctx.stored = outputs.grads if outputs.grads and type(outputs.grads[0]) is Tensor else None
 
 
 def _backward(ctx, grad_total, grad_cls=None, grad_box=None, grad_centre=None):
-    anchors, rows, match, found, ce, picks, class_weights, *preds = ctx.saved_tensors
+    anchors, rows, match, found, ce, picks, class_weights, weights, *preds = ctx.saved_tensors
     saved = [anchors, rows, match, found, ce, picks]
     grad_outs = (grad_total, grad_cls, grad_box, grad_centre)
     if all([grad is None for grad in grad_outs]):
         return [None] * len(preds)
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
-        grads = call(dense_loss_grad, *grad_outs, preds, saved, *ctx.settings, class_weights)
+        grads = call(dense_loss_grad, *grad_outs, preds, saved, *ctx.settings, class_weights, weights)
     else:
-        call(dense_loss_rescale, grads, *grad_outs, preds, saved, *ctx.settings, class_weights)
+        call(dense_loss_rescale, grads, *grad_outs, preds, saved, *ctx.settings, class_weights, weights)
     return list(grads)
 
 

@@ -241,10 +241,10 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         weights = (own.tensor("class_weights"), None)[:: -1 if head.weigh_classes else 1]
         given = {
             "maps": own.tensors("preds", len(preds)),
-            "targets": records.Targets(own.tensor("rows"), own.tensor("offsets"), *weights),
+            "targets": records.Targets(own.tensor("rows"), own.tensor("offsets"), *weights, own.tensor("weights")),
             "M": own.M,
             "lists_ptr": own.scratch(torch.int32, listed),
-            "saved": _saved(own, room, head) if with_state else records.Saved(None, None, None, None),
+            "saved": _saved(own, room, head) if with_state else records.Saved(*(None,) * 5),
             "outputs": records.Outputs(
                 own.tensor("total"), own.tensor("parts"), own.tensor("counts"), partial, own.tensor("done")
             ),
@@ -300,7 +300,9 @@ def _saved(own: Outline, room: _Room, head: GridHead) -> records.Saved:
     """What a loss launch leaves, as the kernels take it."""
     state, true_obj = own.tensor("state"), own.tensor("true_obj") if any(head.smooth) else None
     bases = state.after(room.states * torch.int32.itemsize, torch.int32)
-    return records.Saved(state, true_obj, own.tensor("kept"), bases)
+    return records.Saved(
+        state, true_obj, own.tensor("kept"), bases, own.tensor("weights") if any(head.smooth) else None
+    )
 
 
 def _loss_given(
@@ -310,9 +312,10 @@ def _loss_given(
     class_weights: Tensor | None,
     outputs: GridOutputs,
     workspace: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What a call brings to a loss launch."""
-    given = {"preds": preds, "rows": rows, "offsets": offsets, "class_weights": class_weights}
+    """What a call brings to a loss launch; ``weights`` are those of the rows."""
+    given = {"preds": preds, "rows": rows, "offsets": offsets, "class_weights": class_weights, "weights": weights}
     return given | outputs._asdict() | {"done": done_counter(rows.device, workspace)}
 
 
@@ -324,18 +327,25 @@ def grid_launch(
     head: GridHead,
     outputs: GridOutputs,
     with_state: bool,
+    weights: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
-    plan, given = _plan(head.key, layouts(preds)), _loss_given(preds, rows, offsets, class_weights, outputs)
+    plan = _plan(head.key, layouts(preds))
+    given = _loss_given(preds, rows, offsets, class_weights, outputs, None, weights)
     steps = plan.loss if with_state else plan.loss_alone
     return steps.launches(rows.device, rows.shape[0], **given)[0]
 
 
 def grid_grad_launch(
-    preds: list[Tensor], grads: list[Tensor], grad_total: Tensor, head: GridHead, outputs: GridOutputs
+    preds: list[Tensor],
+    grads: list[Tensor],
+    grad_total: Tensor,
+    head: GridHead,
+    outputs: GridOutputs,
+    weights: Tensor | None = None,
 ) -> Launch:
     """The launch that leaves the gradient, times ``grad_total``, after a loss launch with state."""
-    given = outputs._asdict() | {"preds": preds, "grads": grads, "grad_total": grad_total}
+    given = outputs._asdict() | {"preds": preds, "grads": grads, "grad_total": grad_total, "weights": weights}
     return _grad_plan(head.key, layouts(preds), layouts(grads)).launches(grad_total.device, 0, **given)[0]
 
 
@@ -348,20 +358,21 @@ def grid_loss(
     key: str,
     with_state: bool,
     workspace: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss of an anchor-grid head in one launch; returns :class:`GridOutputs`, of use to a gradient ``with_state``.
 
-    A compiled graph brings its ``workspace``.
+    A compiled graph brings its ``workspace``; ``weights`` are those of the rows.
     """
     plan = _plan(key, layouts(preds))
     outputs = _outputs(preds[0], rows, head_from_key(key), plan.room if with_state else None)
-    given = _loss_given(preds, rows, offsets, class_weights, outputs, workspace)
+    given = _loss_given(preds, rows, offsets, class_weights, outputs, workspace, weights)
     (plan.loss if with_state else plan.loss_alone).run(rows.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(grid_loss)
-def _(preds, rows, offsets, class_weights, key, with_state, workspace=None):
+def _(preds, rows, offsets, class_weights, key, with_state, workspace=None, weights=None):
     return tuple(grid_outputs(preds, rows, head_from_key(key), with_state))
 
 
@@ -374,36 +385,37 @@ def grid_loss_grad(
     kept: Tensor,
     true_obj: Tensor,
     key: str,
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradient of :func:`grid_loss`'s total by every map, times ``grad_total`` (as the total), in one launch."""
     grads = [torch.empty_like(pred) for pred in preds]
-    saved = {"parts": parts, "state": state, "kept": kept, "true_obj": true_obj}
+    saved = {"parts": parts, "state": state, "kept": kept, "true_obj": true_obj, "weights": weights}
     plan = _grad_plan(key, layouts(preds), layouts(grads))
     plan.run(grad_total.device, 0, preds=preds, grads=grads, grad_total=grad_total, **saved)
     return grads
 
 
 @fake(grid_loss_grad)
-def _(grad_total, preds, parts, state, kept, true_obj, key):
+def _(grad_total, preds, parts, state, kept, true_obj, key, weights=None):
     return [torch.empty_like(pred) for pred in preds]
 
 
 def _save_grid(ctx, inputs, output):
-    preds, ctx.key = inputs[0], inputs[4]
+    preds, ctx.key, weights = inputs[0], inputs[4], inputs[7]
     outputs = GridOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(outputs.parts, outputs.state, outputs.kept, outputs.true_obj, *preds)
+    ctx.save_for_backward(outputs.parts, outputs.state, outputs.kept, outputs.true_obj, weights, *preds)
 
 
 def _grid_backward(ctx, grad_total):
-    parts, state, kept, true_obj, *preds = ctx.saved_tensors
+    parts, state, kept, true_obj, weights, *preds = ctx.saved_tensors
     if grad_total is None:
         return [None] * len(preds)
     if state.numel() == 0:
         raise RuntimeError("grid_loss: no gradient was prepared, with_state was False")
     if grad_total.dim():  # that of a sum is one number many times
         grad_total = grad_total.contiguous()
-    return call(grid_loss_grad, grad_total, preds, parts, state, kept, true_obj, ctx.key)
+    return call(grid_loss_grad, grad_total, preds, parts, state, kept, true_obj, ctx.key, weights)
 
 
 differentiable(grid_loss, _grid_backward, _save_grid, outputs=1)

@@ -171,7 +171,7 @@ def picking(
     settled = records.Settled(own.tensor("norm"), own.tensor("counts"), own.scratch(acc, (2,)))
     sums = own.tensor("sums")
     tally = records.Tally(own.tensor("done"), sums, sums.after(torch.int64.itemsize, torch.int32))
-    targets = records.Targets(own.tensor("rows"), own.tensor("offsets"), None)
+    targets = records.Targets(own.tensor("rows"), own.tensor("offsets"), None, own.tensor("weights"))
     common = {
         "problem": problem,
         "targets": targets,
@@ -217,11 +217,17 @@ def shift_for(head: PickHead, rows: int) -> int:
 
 
 def brought(
-    preds: Sequence[Tensor], rows: Tensor, offsets: Tensor | None, workspace: Tensor | None = None
+    preds: Sequence[Tensor],
+    rows: Tensor,
+    offsets: Tensor | None,
+    workspace: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What calls bring to :func:`picking`; a ``workspace`` has a place for each of :func:`workspace_rows`."""
+    """What calls bring to :func:`picking`; a ``workspace`` has a place for each of :func:`workspace_rows`, ``weights``
+    are those of the rows.
+    """
     done, sums = counters_and_maxima(rows.device, workspace_rows(preds[0].shape[0]), workspace)
-    return {"preds": preds, "rows": rows, "offsets": offsets, "done": done, "sums": sums}
+    return {"preds": preds, "rows": rows, "offsets": offsets, "weights": weights, "done": done, "sums": sums}
 
 
 def spec_of(head: PickHead, dtype: torch.dtype) -> records.Spec:

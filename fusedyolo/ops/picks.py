@@ -72,8 +72,8 @@ def _head_launch(
 ) -> Launch:
     """What comes after the assignment: the loss, the gradient where there are ``grads``, or both.
 
-    Calls bring ``preds``, ``rows``, ``class_weights`` and ``gains``; ``total``, ``parts`` and ``done`` for the loss;
-    ``grads`` for the gradient, and ``grad_outs`` for that alone.
+    Calls bring ``preds``, ``rows``, their ``weights``, ``class_weights`` and ``gains``; ``total``, ``parts`` and
+    ``done`` for the loss; ``grads`` for the gradient, and ``grad_outs`` for that alone.
     """
     head, batch = pick_head_from_key(key), preds[0].shape[0]
     form, maps, (height, width) = geometry
@@ -118,7 +118,7 @@ def _head_launch(
         "B": batch,
         "task": loss.Task(
             _head(key, float(width), float(height)),
-            records.Targets(own.tensor("rows"), None, own.tensor("class_weights")),
+            records.Targets(own.tensor("rows"), None, own.tensor("class_weights"), own.tensor("weights")),
             assigned,
         ),
         "weights": loss.Weights(own.numbers("gains", parts), grad_outs),
@@ -168,6 +168,7 @@ def head_launch(
     grads: Sequence[Tensor] | None = None,
     grad_outs: Sequence[Tensor | None] | None = None,
     skip_one: bool = False,
+    weights: Tensor | None = None,
 ) -> Launch:
     """A launch of what comes after the assignment: the loss where there are ``results``, total and parts, for it; the
     gradient with ``grads``; or both.
@@ -176,7 +177,7 @@ def head_launch(
     where that is 1.
     """
     given = assignment._asdict() | {"preds": preds, "rows": rows, "class_weights": class_weights, "gains": gains}
-    given |= {"grads": grads, "grad_outs": grad_outs}
+    given |= {"grads": grads, "grad_outs": grad_outs, "weights": weights}
     if results is not None:
         given |= {"total": results[0], "parts": results[1], "done": done_counter(rows.device)}
     d_layouts = None if grads is None else layouts(grads)
@@ -194,11 +195,12 @@ def _loss_steps(
     gains: Sequence[float],
     with_grad: bool,
     workspace: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Steps, dict[str, Any], PickOutputs]:
     """The plan of a loss, what a call brings to it, and what its launches will leave."""
     plan = _plan(head.key, layouts(preds), geometry, with_grad, shift_for(head, rows.shape[0]))
     outputs = _outputs(preds, geometry.maps, len(head.parts), with_grad)
-    given = brought(preds, rows, offsets, workspace) | outputs._asdict()
+    given = brought(preds, rows, offsets, workspace, weights) | outputs._asdict()
     given["class_weights"], given["gains"] = class_weights, gains
     return plan, given, outputs
 
@@ -212,9 +214,12 @@ def loss_launches(
     geometry: Geometry,
     gains: tuple[float, ...],
     with_grad: bool,
+    weights: Tensor | None = None,
 ) -> tuple[list[Launch], PickOutputs]:
     """All launches of a loss, and what they will leave."""
-    plan, given, outputs = _loss_steps(preds, rows, offsets, class_weights, head, geometry, gains, with_grad)
+    plan, given, outputs = _loss_steps(
+        preds, rows, offsets, class_weights, head, geometry, gains, with_grad, weights=weights
+    )
     return plan.launches(rows.device, rows.shape[0], **given), outputs
 
 
@@ -251,21 +256,25 @@ def pick_loss(
     gains: list[float],
     with_grad: bool,
     workspace: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss of cells that objects pick; returns :class:`PickOutputs`.
 
     ``preds`` and ``form`` are as :func:`fusedyolo.checks.point_predictions` gives them, ``maps`` height and width of
     each level, ``size`` those of the image. The gradients, if asked for, are those of the total; the first backward
-    takes them. A compiled graph brings its ``workspace``, see :func:`.picking.workspace_rows`.
+    takes them. A compiled graph brings its ``workspace``, see :func:`.picking.workspace_rows`; ``weights`` are those of
+    the rows.
     """
     head, geometry = pick_head_from_key(key), _geometry(form, maps, size)
-    plan, given, outputs = _loss_steps(preds, rows, offsets, class_weights, head, geometry, gains, with_grad, workspace)
+    plan, given, outputs = _loss_steps(
+        preds, rows, offsets, class_weights, head, geometry, gains, with_grad, workspace, weights
+    )
     plan.run(rows.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(pick_loss)
-def _(preds, rows, offsets, class_weights, key, form, maps, size, gains, with_grad, workspace=None):
+def _(preds, rows, offsets, class_weights, key, form, maps, size, gains, with_grad, workspace=None, weights=None):
     levels = list(zip(maps[::2], maps[1::2], strict=True))
     return tuple(_outputs(preds, levels, len(pick_head_from_key(key).parts), with_grad))
 
@@ -280,6 +289,7 @@ def _gradient(
     geometry: Geometry,
     gains: Sequence[float],
     skip_one: bool,
+    weights: Tensor | None,
 ) -> None:
     rows, row, score, norm = saved
     plan = _last_plan(key, layouts(preds), layouts(grads), geometry, False, skip_one)
@@ -288,6 +298,7 @@ def _gradient(
         rows.shape[0],
         preds=preds,
         rows=rows,
+        weights=weights,
         class_weights=class_weights,
         gains=gains,
         row=row,
@@ -313,6 +324,7 @@ def pick_loss_grad(
     maps: list[int],
     size: list[float],
     gains: list[float],
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradient of :func:`pick_loss`'s total and parts by every prediction, times those given (0-dim), in one launch.
 
@@ -320,12 +332,14 @@ def pick_loss_grad(
     """
     grads = [torch.empty_like(pred) for pred in preds]
     grad_outs, geometry = (grad_total, grad_0, grad_1, grad_2, grad_3), _geometry(form, maps, size)
-    _gradient(grads, grad_outs, preds, saved, class_weights, key, geometry, gains, False)
+    _gradient(grads, grad_outs, preds, saved, class_weights, key, geometry, gains, False, weights)
     return grads
 
 
 @fake(pick_loss_grad)
-def _(grad_total, grad_0, grad_1, grad_2, grad_3, preds, saved, class_weights, key, form, maps, size, gains):
+def _(
+    grad_total, grad_0, grad_1, grad_2, grad_3, preds, saved, class_weights, key, form, maps, size, gains, weights=None
+):
     return [torch.empty_like(pred) for pred in preds]
 
 
@@ -345,40 +359,57 @@ def pick_loss_rescale(
     maps: list[int],
     size: list[float],
     gains: list[float],
+    weights: Tensor | None = None,
 ) -> None:
     """Turns ``grads``, the gradients for a total multiplied by 1, into those of :func:`pick_loss_grad`: a launch whose
     programs are over at once where nothing changes, which only the device knows.
     """
     grad_outs, geometry = (grad_total, grad_0, grad_1, grad_2, grad_3), _geometry(form, maps, size)
-    _gradient(grads, grad_outs, preds, saved, class_weights, key, geometry, gains, True)
+    _gradient(grads, grad_outs, preds, saved, class_weights, key, geometry, gains, True, weights)
 
 
 @fake(pick_loss_rescale)
-def _(grads, grad_total, grad_0, grad_1, grad_2, grad_3, preds, saved, class_weights, key, form, maps, size, gains):
+def _(
+    grads,
+    grad_total,
+    grad_0,
+    grad_1,
+    grad_2,
+    grad_3,
+    preds,
+    saved,
+    class_weights,
+    key,
+    form,
+    maps,
+    size,
+    gains,
+    weights=None,
+):
     return None
 
 
 def _save(ctx, inputs, output):
-    preds, rows, _offsets, class_weights, *ctx.settings, _with_grad, _workspace = inputs
+    preds, rows, _offsets, class_weights, *ctx.settings, _with_grad, _workspace, weights = inputs
     outputs = PickOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(rows, outputs.row, outputs.score, outputs.norm, class_weights, *preds)
+    ctx.save_for_backward(rows, outputs.row, outputs.score, outputs.norm, class_weights, weights, *preds)
     # Not among the saved tensors, which must not change: the first backward changes them and gives them away. Tensors
     # of another type belong to a tracer, and a traced graph must not change what its forward returns.
     ctx.stored = outputs.grads if outputs.grads and type(outputs.grads[0]) is Tensor else None
 
 
 def _backward(ctx, grad_total, grad_parts=()):
-    rows, row, score, norm, class_weights, *preds = ctx.saved_tensors
+    rows, row, score, norm, class_weights, weights, *preds = ctx.saved_tensors
     saved = [rows, row, score, norm]
     grad_outs = (grad_total, *grad_parts, *(None,) * (loss.N_PARTS.value - len(grad_parts)))
     if all([grad is None for grad in grad_outs]):
         return [None] * len(preds)
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
-        grads = call(pick_loss_grad, *grad_outs, preds, saved, class_weights, *ctx.settings)
+        grads = call(pick_loss_grad, *grad_outs, preds, saved, class_weights, *ctx.settings, weights)
     else:
-        call(pick_loss_rescale, grads, *grad_outs, preds, saved, class_weights, *ctx.settings)
+        call(pick_loss_rescale, grads, *grad_outs, preds, saved, class_weights, *ctx.settings, weights)
     return list(grads)
 
 

@@ -34,44 +34,59 @@ def cell_views(pred: Tensor, head: CellHead) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cell_loss(
-    pred: Tensor, rows: Tensor, head: CellHead, class_weights: Tensor | None = None
+    pred: Tensor,
+    rows: Tensor,
+    head: CellHead,
+    class_weights: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of predictions, in either form of :func:`cell_views`, against target rows [M, 6]; computed in float64 for
     float64 predictions, else in float32.
 
     ``class_weights`` [C] multiply the class terms. Of the rows in one cell the first counts. Every term is a gain times
-    a squared error; which box answers for an object, and its IoU where that is a target, are constants. Returns the
-    total, differentiable by ``pred``; its parts (box, confidence, class), detached; and counts, int32, of cells with an
-    object and of invalid rows.
+    a squared error; which box answers for an object, and its IoU where that is a target, are constants.
+    ``row_weights`` [M] are those of the rows: the terms of the box that answers and of the classes are multiplied by
+    them. Returns the total, differentiable by ``pred``; its parts (box, confidence, class), detached; and counts,
+    int32, of cells with an object and of invalid rows.
     """
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     boxes, confidence, scores = cell_views(pred.to(dtype), head)
-    found = cell_assign(boxes.detach(), rows, head)
+    found = cell_assign(boxes.detach(), rows, head, row_weights)
     has, mine, offset, size = found.has, found.mine, found.offset, found.size
     boxes = torch.where(has[..., None, None], boxes, 0.0)  # no NaN from cells that are not asked
 
     target = torch.cat((offset, size.sqrt() if head.root else size), -1)[..., None, :]
-    box = head.box_gain * torch.where(mine[..., None], boxes, target).sub(target).square().sum()
-    gain = torch.where(mine, torch.full_like(found.answer, head.obj_gain), head.noobj_gain)
+    boxes_off = torch.where(mine[..., None], boxes, target).sub(target).square()
+    box = head.box_gain * _weighed(boxes_off, found.weight).sum()
+    gain = torch.where(mine, _weighed(torch.full_like(found.answer, head.obj_gain), found.weight), head.noobj_gain)
     if head.other_gain is not None:
         gain = torch.where(has[..., None] & ~mine, head.other_gain, gain)
+    if found.hidden is not None:
+        gain = torch.where(found.hidden[..., None] & ~mine, 0.0, gain)
     obj = (gain * (confidence - found.answer).square()).sum()
     one_hot = (torch.arange(head.num_classes, device=pred.device) == found.label[..., None]).to(dtype)
-    squares = torch.where(has[..., None], scores, one_hot).sub(one_hot).square()
-    cls = head.cls_gain * (squares if class_weights is None else class_weights.to(dtype) * squares).sum()
+    scores_off = torch.where(has[..., None], scores, one_hot).sub(one_hot).square()
+    scores_off = scores_off if class_weights is None else class_weights.to(dtype) * scores_off
+    cls = head.cls_gain * _weighed(scores_off, found.weight).sum()
 
     # a NaN among the boxes that were compared shows in the total, whether or not that box answers
     box = box + torch.zeros_like(box.detach()).masked_fill(boxes.detach().isnan().any(), math.nan)
     parts = torch.stack((box, obj, cls))
-    counts = torch.stack((has.sum(), (~found.valid).sum())).to(torch.int32)
+    counts = torch.stack((has.sum(), found.invalid)).to(torch.int32)
     return parts.sum(), parts.detach(), counts
+
+
+def _weighed(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Values [B, S, S, ...] of cells, times their weight [B, S, S]."""
+    return values if weight is None else values * weight.view(*weight.shape, *[1] * (values.ndim - 3))
 
 
 @dataclass(frozen=True)
 class CellAnswers:
     """Which box of which cell answers for which row; what a cell without an object holds is of no use."""
 
-    valid: Tensor  # [M] bool: rows that can be
+    valid: Tensor  # [M] bool: objects
+    invalid: Tensor  # 0-dim int64: rows that are neither objects nor regions
     row: Tensor  # [B, S, S] int64: the first valid row in the cell, M where there is none
     has: Tensor  # [B, S, S] bool
     label: Tensor  # [B, S, S] int64
@@ -79,12 +94,14 @@ class CellAnswers:
     size: Tensor  # [B, S, S, 2]: relative to the image
     mine: Tensor  # [B, S, S, n] bool: the box that answers for it
     answer: Tensor  # [B, S, S, n]: the target of confidence
+    weight: Tensor | None  # [B, S, S] of its row, None where rows have none
+    hidden: Tensor | None  # [B, S, S] bool: the middle lies in an ignored region; likewise
 
 
-def cell_assign(boxes: Tensor, rows: Tensor, head: CellHead) -> CellAnswers:
+def cell_assign(boxes: Tensor, rows: Tensor, head: CellHead, row_weights: Tensor | None = None) -> CellAnswers:
     """The boxes [B, S, S, n, 4] of a prediction, which take no gradient, against target rows [M, 6]."""
     batch_size, S, M = boxes.shape[0], head.grid_size, rows.shape[0]
-    read = read_rows(rows, head, batch_size)
+    read = read_rows(rows, head, batch_size, row_weights)
     x, y = (read.boxes[:, :2] * S).long().unbind(1)  # in float32: below 1 times S is below S
     slot = torch.where(read.valid, (read.image * S + y) * S + x, batch_size * S * S)
     order = torch.arange(M, device=rows.device)
@@ -102,7 +119,13 @@ def cell_assign(boxes: Tensor, rows: Tensor, head: CellHead) -> CellAnswers:
         chosen = torch.where(overlap.amax(-1) > 0, chosen, distance.argmin(-1))
     mine = (torch.arange(head.num_boxes, device=rows.device) == chosen[..., None]) & has[..., None]
     answer = torch.where(mine, overlap if head.rescore else torch.ones_like(overlap), 0.0)
-    return CellAnswers(read.valid, row, has, label, offset, size, mine, answer)
+    weight = hidden = None
+    if read.weight is not None and read.regions is not None:
+        weight = torch.cat((read.weight, read.weight.new_zeros(1))).to(boxes.dtype)[row]
+        middle = torch.arange(S, device=rows.device, dtype=torch.float32) + 0.5
+        middles = torch.stack(torch.meshgrid(middle, middle, indexing="xy"), -1).flatten(0, 1)
+        hidden = read.regions.scaled(S, S).of_points(middles, batch_size).view(batch_size, S, S)
+    return CellAnswers(read.valid, read.invalid, row, has, label, offset, size, mine, answer, weight, hidden)
 
 
 def _overlap(boxes: Tensor, offset: Tensor, size: Tensor, head: CellHead) -> tuple[Tensor, Tensor]:

@@ -34,11 +34,22 @@ def flat(maps: Sequence[Tensor], channels: int) -> Tensor:
 def dense_match(
     anchors: Tensor, rows: Rows, head: DenseHead, batch_size: int, ends: tuple[int, int] = (0, 0)
 ) -> Tensor:
-    """[B, N] int64: the row that each of anchors [N, 4] takes, or BACKGROUND, or IGNORED.
+    """[B, N] int64: the row that each of anchors [N, 4] takes, or BACKGROUND, or IGNORED, as it is, too, where it takes
+    none and its centre lies in an ignored region.
 
     ``ends`` are the numbers of anchors of the first and the last level, which the matcher ``"centre"`` asks for. In the
     dtype of the anchors, step by step as torchvision computes, so that decisions are the same bits.
     """
+    match = _match(anchors, rows, head, batch_size, ends)
+    if rows.regions is None:
+        return match
+    low, high = anchors.float().split(2, 1)
+    centres = (low + high) * 0.5
+    return torch.where((match < 0) & rows.regions.of_points(centres, batch_size), IGNORED, match)
+
+
+def _match(anchors: Tensor, rows: Rows, head: DenseHead, batch_size: int, ends: tuple[int, int]) -> Tensor:
+    """:func:`dense_match` without regions."""
     if head.matcher == "centre":
         return _smallest_around(anchors, rows, head, batch_size, ends)
     pairs = PairIoU(anchors[None], corner_areas(anchors)[None], rows.boxes, corner_areas(rows.boxes), rows)
@@ -110,32 +121,39 @@ def dense_loss(
     corners: bool,
     ends: tuple[int, int] = (0, 0),
     class_weights: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Loss of class logits [B, N, C], raw boxes [B, N, 4] and centreness [B, N, 1] against target rows [M, 6]; in
     float64 for float64 predictions, else in float32.
 
     Returns its terms (class, box, and centreness if there is one), differentiable, and counts, int32, of anchors with a
     row and of invalid rows. ``size`` and ``corners`` are those of :func:`read_corners`, ``ends`` that of
-    :func:`dense_match`, ``class_weights`` [C] what class terms are multiplied by.
+    :func:`dense_match`; ``class_weights`` [C] are what class terms are multiplied by, ``row_weights`` [M] what all
+    terms of an anchor with a row are.
     """
     dtype = torch.float64 if cls.dtype == torch.float64 else torch.float32
     batch_size = cls.shape[0]
     anchors = anchors.detach().to(dtype)
-    read = read_corners(rows, head, batch_size, size, corners, dtype)
+    read = read_corners(rows, head, batch_size, size, corners, dtype, row_weights)
     match = dense_match(anchors, read, head, batch_size, ends)
     found = (match >= 0).sum(1)
     divisor = normaliser(found, head)
     weights = None if class_weights is None else class_weights.detach().to(dtype)
     flat_match = match.flatten()
     taken = Places(flat_match >= 0)
-    label = torch.cat((read.label, read.label.new_full((1,), -1)))[torch.where(match >= 0, match, len(read.label))]
-    cls_loss = _class_loss(cls.to(dtype), match, label, found, divisor, taken, head, weights)
+    row = torch.where(match >= 0, match, len(read.label))  # a row of nothing behind them
+    label = torch.cat((read.label, read.label.new_full((1,), -1)))[row]
+    weight = None
+    if read.weight is not None:  # 1 where there is no row
+        weight = torch.cat((read.weight, read.weight.new_ones(1))).to(dtype)[row]
+    cls_loss = _class_loss(cls.to(dtype), match, label, found, divisor, taken, head, weights, weight)
 
     # what anchors with a row predict of it
     own, share = anchors[taken.index % len(anchors)], divisor[taken.index // len(anchors)]
     shift, sides = relative(own, read, taken.of(flat_match))
     raw = taken.of(box.flatten(0, 1)).to(dtype)
-    boxes = _box_loss(raw, taken.used, own, shift, sides, head, size)
+    weight = None if weight is None else taken.of(weight.flatten())
+    boxes = _weighed(_box_loss(raw, taken.used, own, shift, sides, head, size), weight)
     if head.box_weight is None:
         box_loss = (boxes / share).sum()
     else:
@@ -145,9 +163,14 @@ def dense_loss(
     if centre is not None:
         target = torch.where(taken.used, centreness(shift, sides), 0.5)
         logit = torch.where(taken.used, taken.of(centre.flatten()).to(dtype), 0.0)
-        terms.append((torch.where(taken.used, LABEL_TERMS["bce"](logit, target), 0.0) / share).sum())
-    counts = torch.stack((found.sum(), (~read.valid).sum())).to(torch.int32)
+        loss = torch.where(taken.used, LABEL_TERMS["bce"](logit, target), 0.0)
+        terms.append((_weighed(loss, weight) / share).sum())
+    counts = torch.stack((found.sum(), read.invalid)).to(torch.int32)
     return tuple(terms), counts
+
+
+def _weighed(loss: Tensor, weight: Tensor | None) -> Tensor:
+    return loss if weight is None else loss * weight
 
 
 def relative(anchors: Tensor, rows: BoxRows, match: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,20 +201,25 @@ def _class_loss(
     divisor: Tensor,
     taken: Places,
     head: DenseHead,
-    weights: Tensor | None,
+    class_weights: Tensor | None,
+    weight: Tensor | None,
 ) -> Tensor:
-    """The sum over anchors, each over the ``divisor`` [B] of its image. A NaN shows in it, whether or not it counts."""
+    """The sum over anchors, each over the ``divisor`` [B] of its image and times its ``weight`` [B, N]. A NaN shows in
+    it, whether or not it counts.
+    """
     if head.negatives:
-        return _ranked_loss(logits, match, label.clamp(min=0), found, divisor, head, weights)
+        return _ranked_loss(logits, match, label.clamp(min=0), found, divisor, head, class_weights, weight)
     term, N = LABEL_TERMS[head.label], logits.shape[1]
     classes = torch.arange(head.num_classes, device=logits.device)
     other = (classes != label[..., None]) & (match != IGNORED)[..., None]
-    each = term(torch.where(other, logits, LOW), False, head.label_args)
-    loss = ((each if weights is None else weights * each).sum((1, 2)) / divisor).sum()
-    own = taken.of(logits.flatten(0, 1)).gather(1, taken.of(label.flatten()).clamp(min=0)[:, None])[:, 0]
+    loss = _weighed(term(torch.where(other, logits, LOW), False, head.label_args), class_weights)
+    loss = _weighed(loss, None if weight is None else weight[..., None])
+    loss = (loss.sum((1, 2)) / divisor).sum()
+    label = taken.of(label.flatten()).clamp(min=0)
+    own = taken.of(logits.flatten(0, 1)).gather(1, label[:, None])[:, 0]
     own = term(torch.where(taken.used, own, 0.0), True, head.label_args)
-    if weights is not None:
-        own = weights[taken.of(label.flatten()).clamp(min=0)] * own
+    own = _weighed(own, None if class_weights is None else class_weights[label])
+    own = _weighed(own, None if weight is None else taken.of(weight.flatten()))
     loss = loss + (torch.where(taken.used, own, 0.0) / divisor[taken.index // N]).sum()
     ignored = Places((match == IGNORED).flatten())
     unread = (ignored.of(logits.detach().flatten(0, 1)).isnan() & ignored.used[:, None]).any()
@@ -205,25 +233,30 @@ def _ranked_loss(
     found: Tensor,
     divisor: Tensor,
     head: DenseHead,
-    weights: Tensor | None,
+    class_weights: Tensor | None,
+    weight: Tensor | None,
 ) -> Tensor:
-    """:func:`_class_loss` of anchors with a row and of the hardest others; ``label`` is 0 where there is no row."""
+    """:func:`_class_loss` of anchors with a row and of the hardest others; ``label`` is 0 where there is no row.
+    Anchors that are ignored cost nothing, and are the least hard.
+    """
     # ranks, the hardest first, anchors with a row behind all others; equals by their index
     has = match >= 0
     if at_hand(logits):  # image by image, which a cache holds
         hardness = torch.stack([cross_entropy(*each) for each in zip(logits.detach(), label, strict=True)])
     else:
         hardness = cross_entropy(logits.detach(), label)
-    if weights is not None:
-        hardness = weights[label] * hardness
-    order = torch.where(has, -1.0, hardness).sort(dim=1, descending=True, stable=True).indices
+    free = None if weight is None else (match == IGNORED) & ~hardness.isnan()
+    hardness = _weighed(hardness, None if class_weights is None else class_weights[label])
+    order = hardness if free is None else torch.where(free, 0.0, hardness)
+    order = torch.where(has, -1.0, order).sort(dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    times = (has.to(torch.int64) + (rank < (head.negatives * found)[:, None]).to(torch.int64)).flatten()
+    times = has.to(torch.int64) + (rank < (head.negatives * found)[:, None]).to(torch.int64)
+    times = (times if free is None else torch.where(free, 0, times)).flatten()
     counted = Places(times > 0)
     own = torch.where(counted.used[:, None], counted.of(logits.flatten(0, 1)), 0.0)  # no gradient from a NaN elsewhere
     loss = cross_entropy(own, counted.of(label.flatten())) * counted.of(times)
-    if weights is not None:
-        loss = weights[counted.of(label.flatten())] * loss
+    loss = _weighed(loss, None if class_weights is None else class_weights[counted.of(label.flatten())])
+    loss = _weighed(loss, None if weight is None else counted.of(weight.flatten()))
     loss = (torch.where(counted.used, loss, 0.0) / divisor[counted.index // logits.shape[1]]).sum()
     return _nan_if(hardness.isnan().any(), loss)
 

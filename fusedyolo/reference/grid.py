@@ -151,18 +151,23 @@ def decode_map(raw: Tensor, level: int, head: GridHead) -> tuple[Tensor, Tensor]
 
 
 def grid_loss(
-    preds: Sequence[Tensor], rows: Tensor, head: GridHead, class_weights: Tensor | None = None
+    preds: Sequence[Tensor],
+    rows: Tensor,
+    head: GridHead,
+    class_weights: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of prediction maps [B, A, H, W, 5 + C] against target rows [M, 6]; computed in float64 for float64 maps,
     else in float32.
 
     Returns the total, differentiable by ``preds``; its parts (box, objectness, classes), detached; and counts, int32,
     of assigned predictions and of invalid rows. Total and parts are [B] each where the head asks for a loss of each
-    image. ``class_weights`` [C] are the m of the contract, or weights of the class terms.
+    image. ``class_weights`` [C] are the m of the contract, or weights of the class terms, ``row_weights`` [M] the
+    weights of the rows.
     """
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in preds) else torch.float32
     batch_size = preds[0].shape[0]
-    read = read_rows(rows, head, batch_size)
+    read = read_rows(rows, head, batch_size, row_weights)
     weights = None if class_weights is None else class_weights.detach().to(dtype)
     maps = [(p.shape[2], p.shape[3]) for p in preds]
     # of a symbolic size, range makes a number
@@ -174,7 +179,7 @@ def grid_loss(
         levels.append(_level_loss(pred.to(dtype), level, read, found, head, weights, scales[level]))
     parts = torch.stack([torch.stack(part).sum(0) for part in list(zip(*levels, strict=True))[:3]])
     positives = torch.stack([level[3] for level in levels]).sum()
-    counts = torch.stack([positives, (~read.valid).sum()]).to(torch.int32)
+    counts = torch.stack([positives, read.invalid]).to(torch.int32)
     return parts.sum(0), parts.detach(), counts
 
 
@@ -197,6 +202,9 @@ def _level_loss(
         for each in (raw_boxes, raw_classes)
     )
     m = pred.new_ones(R) if weights is None or head.weigh_classes else weights[label]
+    own = None if rows.weight is None else rows.weight.to(pred.dtype)[found.row]
+    if own is not None:
+        m = m * own
 
     # candidates that share a prediction: the leader of each group stands for it; slot N is no prediction
     order = torch.arange(R, device=pred.device)
@@ -217,6 +225,8 @@ def _level_loss(
     if weights is not None and not head.weigh_classes:
         only = (torch.arange(C, device=pred.device) == label[:, None]) & (count == 1)
         loss = loss * torch.where(count > 0, torch.where(only, head.first_weight * weights, weights), 1.0)
+    if own is not None:
+        loss = loss * _class_shares(own, count, group, order if head.shared == "each" else last, label, names)
     cls = head.cls_gain * _total(torch.where(lead[:, None], loss, 0.0), image, B, head)
 
     # boxes, for each candidate in use
@@ -263,6 +273,19 @@ def _total(values: Tensor, image: Tensor | None, batch_size: int, head: GridHead
     return values.new_zeros(batch_size).index_add(0, image, values.flatten(1).sum(1) if values.ndim > 1 else values)
 
 
+def _class_shares(own: Tensor, count: Tensor, group: Tensor, trains: Tensor, label: Tensor, used: Tensor) -> Tensor:
+    """[R, C]: what the class terms are multiplied by where a candidate leads its ``group``: those of a class that rows
+    name by the weight of the last of these, all others by that of the candidate that ``trains`` the prediction.
+
+    ``own`` [R] are weights, ``count`` [R, C] is how many rows of a group that are ``used`` name a class.
+    """
+    R, C = count.shape
+    order = torch.arange(R, device=own.device)
+    place = torch.where(used, group * C + label, R * C)
+    naming = order.new_full((R * C + 1,), 0).scatter_reduce(0, place, order, "amax")[:-1].view(R, C)
+    return torch.where(count > 0, own[naming], own[trains][:, None])
+
+
 def _split(pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes, objectness and classes [B, A, ., H, W] of a map [B, A, H, W, 5 + C].
 
@@ -298,11 +321,27 @@ def objectness_targets(
     place = last.clamp(min=0)
     row = torch.where(assigned, found.row[place] if M else M, M)
     overlap = _overlap(pred, rows, level, head)
+    hidden = _in_regions(pred, rows)
     if head.smooth and head.smooth[level]:
-        return Answers(row, assigned, overlap, torch.ones_like(assigned))
+        return Answers(row, assigned, overlap, torch.ones_like(assigned) if hidden is None else assigned | ~hidden)
     target = torch.where(assigned, quality[place] if M else 0.0, 0.0)
     left_out = overlap > 0 if found.ignored is None else (overlap > 0) | found.ignored
+    if hidden is not None:
+        left_out = left_out | hidden
     return Answers(row, assigned, target, assigned | ~left_out)
+
+
+def _in_regions(pred: Tensor, rows: Rows) -> Tensor | None:
+    """[N] bool: predictions whose cell has its middle in an ignored region, in cells and float32; None where there are
+    no weights.
+    """
+    B, A, H, W, _ = pred.shape
+    if rows.regions is None:
+        return None
+    x, y = (torch.arange(n, device=pred.device, dtype=torch.float32) + 0.5 for n in (W, H))
+    middles = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).flatten(0, 1)
+    hidden = rows.regions.scaled(W, H).of_points(middles, B)
+    return hidden[:, None].expand(B, A, H * W).flatten()
 
 
 def box_loss(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .overlap import Corners, iou
-from .rows import Rows
+
+if TYPE_CHECKING:
+    from .rows import Rows
 
 PAIRS_CHUNK = 1 << 18  # (row, box) pairs that are computed at a time
 PAIRS_KEPT = 1 << 22  # and of which the overlaps are kept for whoever asks again

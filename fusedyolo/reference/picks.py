@@ -22,7 +22,7 @@ from ..heads import PickHead
 from .overlap import Corners, area, iou
 from .pairs import chunks
 from .primitives import at_hand, constants, pow_pos
-from .rows import read_rows
+from .rows import Regions, read_rows
 from .terms import BOX_TERMS
 
 NONE = -float("inf")  # what a row wants a prediction that it cannot have
@@ -41,11 +41,13 @@ class Points(NamedTuple):
 class Objects(NamedTuple):
     """Target rows, made safe; behind the M rows one of nothing, for predictions that have none."""
 
-    valid: Tensor  # [M] bool
+    valid: Tensor  # [M] bool: no regions, nor rows that cannot be
     image: Tensor  # [M] int64
     label: Tensor  # [M + 1] int64; -1 of nothing
     centre: Tensor  # [M + 1, 2] in pixels, float64
     sides: Tensor  # [M + 1, 2] in pixels
+    weight: Tensor | None = None  # [M + 1], 1 of nothing; None where all are
+    regions: Regions | None = None  # in pixels; likewise
 
 
 class Seen(NamedTuple):
@@ -63,6 +65,7 @@ class Picked(NamedTuple):
     row: Tensor  # [B, N] int64; -1 for none
     score: Tensor  # [B, N] in [0, 1], the target of the logit of its class; 0 where there is none
     nans: Tensor  # 0-dim, see Assigner
+    hidden: Tensor | None  # [B, N] bool: has no row, and its cell has its middle in an ignored region; None: none has
 
 
 class Wish(NamedTuple):
@@ -94,14 +97,21 @@ def points_of(maps: Sequence[tuple[int, int]], strides: Sequence[float], device:
 
 
 def read_objects(
-    rows: Tensor, head: PickHead, batch_size: int, size: tuple[float, float], dtype: torch.dtype
+    rows: Tensor,
+    head: PickHead,
+    batch_size: int,
+    size: tuple[float, float],
+    dtype: torch.dtype,
+    weights: Tensor | None = None,
 ) -> Objects:
-    """Target rows [M, 6] of centres and sides relative to an image of ``size`` (height, width)."""
-    read = read_rows(rows, head, batch_size)
+    """Target rows [M, 6] of centres and sides relative to an image of ``size`` (height, width), and their weights."""
+    read = read_rows(rows, head, batch_size, weights)
     boxes = torch.cat((read.boxes.double(), read.boxes.new_full((1, 4), 0.5, dtype=torch.float64)))
     boxes = boxes * constants((size[1], size[0]) * 2, boxes)
     label = torch.cat((read.label, read.label.new_full((1,), -1)))
-    return Objects(read.valid, read.image, label, boxes[:, :2], boxes[:, 2:].to(dtype))
+    weight = None if read.weight is None else torch.cat((read.weight, read.weight.new_ones(1))).to(dtype)
+    regions = None if read.regions is None else read.regions.scaled(size[1], size[0])
+    return Objects(read.valid, read.image, label, boxes[:, :2], boxes[:, 2:].to(dtype), weight, regions)
 
 
 def offsets(centre: Tensor, points: Points, dtype: torch.dtype) -> Tensor:
@@ -115,7 +125,10 @@ def pick(seen: Seen, objects: Objects, head: PickHead) -> Picked:
     with torch.no_grad():
         assigner = _ASSIGNERS[head.assigner](seen, objects, head)
         row, soft = assigner.score(_settle(assigner, objects, seen.boxes.shape[:2], head))
-        return Picked(torch.where(row < M, row, -1), torch.where(row < M, soft, 0.0), assigner.nans)
+        hidden = None
+        if objects.regions is not None:
+            hidden = (row == M) & objects.regions.of_points(seen.points.middle.float(), len(row))
+        return Picked(torch.where(row < M, row, -1), torch.where(row < M, soft, 0.0), assigner.nans, hidden)
 
 
 def wishes(seen: Seen, objects: Objects, head: PickHead) -> Iterator[tuple[slice, Wish]]:

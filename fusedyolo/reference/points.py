@@ -83,11 +83,13 @@ def pick_loss(
     maps: Sequence[tuple[int, int]],
     size: tuple[float, float],
     class_weights: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Loss of predictions against target rows [M, 6]; in float64 for float64 predictions, else in float32.
 
     ``gains`` are those of ``head.parts``, ``maps`` the (height, width) of each level, ``size`` that of the image in
-    pixels, ``class_weights`` [C] what the class terms of every prediction are multiplied by.
+    pixels, ``class_weights`` [C] what the class terms of every prediction are multiplied by, ``row_weights`` [M] all
+    terms of predictions with a row.
 
     Returns the parts, in the order of ``head.parts``, differentiable by ``planes``, and counts, int32, of predictions
     with a row and of invalid rows. A NaN shows in them, but for a class logit of heads with objectness that no row
@@ -96,7 +98,7 @@ def pick_loss(
     dtype = torch.float64 if planes.box.dtype == torch.float64 else torch.float32
     planes = planes.to(dtype)
     points = points_of(maps, head.strides, planes.box.device)
-    objects = read_objects(rows, head, len(planes.box), size, dtype)
+    objects = read_objects(rows, head, len(planes.box), size, dtype, row_weights)
     seen = see(planes, points, head)
     picked = pick(seen, objects, head)
     has = picked.row >= 0
@@ -106,17 +108,25 @@ def pick_loss(
     places = _places(has, min(has.numel(), len(rows) * head.topk))
     box, distance = _box_losses(planes.box, places, picked, objects, points, head, size)
     weight = torch.where(places.used, weight[places.image, places.cell], 0.0)
+    share = None  # [B, N]: what terms of predictions are multiplied by
+    if objects.weight is not None:
+        share = objects.weight[picked.row]
+        share = share if picked.hidden is None else torch.where(picked.hidden, 0.0, share)
+        weight = weight * share[places.image, places.cell]
     terms = [(box * weight).sum() + _nans(seen.boxes).sum()]
     found, score = (each[places.image, places.cell] for each in (label, picked.score))
     if planes.obj is None:
-        terms.append(_class_loss(planes.cls, places, found.clamp(min=0), score, head, class_weights))
+        terms.append(_class_loss(planes.cls, places, found.clamp(min=0), score, head, class_weights, share))
     else:
-        terms.append(LABEL_TERMS["bce"](planes.obj[:, 0], has.to(dtype)).sum())
+        obj = LABEL_TERMS["bce"](planes.obj[:, 0], has.to(dtype))
+        terms.append((obj if share is None else obj * share).sum())
         cls = torch.where(places.used[:, None], planes.cls[places.image, :, places.cell], 0.0)
         loss = _class_losses(cls, found, score, head, class_weights)
+        loss = loss if share is None else loss * share[places.image, places.cell]
         terms.append(torch.where(places.used, loss, 0.0).sum() + picked.nans)
     terms.append((distance * weight).sum())
-    counts = torch.stack((has.sum(), (~objects.valid).sum())).to(torch.int32)
+    known = objects.valid if objects.regions is None else objects.valid | objects.regions.valid
+    counts = torch.stack((has.sum(), (~known).sum())).to(torch.int32)
     return tuple(gain * (term / divisor) for gain, term in zip(gains, terms, strict=True)), counts
 
 
@@ -174,10 +184,16 @@ def _distance_loss(raw: Tensor, true: Tensor, extent: Tensor, head: PickHead) ->
 
 
 def _class_loss(
-    logits: Tensor, places: _Places, label: Tensor, score: Tensor, head: PickHead, class_weights: Tensor | None
+    logits: Tensor,
+    places: _Places,
+    label: Tensor,
+    score: Tensor,
+    head: PickHead,
+    class_weights: Tensor | None,
+    share: Tensor | None,
 ) -> Tensor:
     """The sum over logits [B, C, N], the targets of which are 0 but for the ``score`` of ``label``, both [F], at used
-    ``places``.
+    ``places``; those of a prediction are multiplied by its ``share`` [B, N].
     """
     term, where = LABEL_TERMS[head.label], (places.image, label, places.cell)
     own = logits[where]
@@ -186,6 +202,8 @@ def _class_loss(
     if class_weights is not None:
         class_weights = class_weights.to(logits.dtype)
         background, true = background * class_weights[:, None], true * class_weights[label]
+    if share is not None:
+        background, true = background * share[:, None], true * share[places.image, places.cell]
     return background.sum() + true.sum()
 
 

@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..heads import CENTRE_LIMIT, EDGE_LIMIT, CellHead, DenseHead, GridHead, PickHead
 from .overlap import corners_of
+from .pairs import chunks
 from .primitives import constants
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Target rows, made safe: an invalid one holds a legal row, and is False in ``valid``."""
+    """Target rows, made safe: one that cannot be holds a legal row. Regions are not ``valid``, either."""
 
-    valid: Tensor  # [M] bool
+    valid: Tensor  # [M] bool: objects
     image: Tensor  # [M] int64
     label: Tensor  # [M] int64
     boxes: Tensor  # [M, 4]: of grids cx, cy, w, h, relative to the image, float32; else x1, y1, x2, y2 in pixels
+    invalid: Tensor  # 0-dim int64: how many are neither objects nor regions
+    weight: Tensor | None  # [M] float32, of objects; None where all are 1
+    regions: Regions | None  # as boxes; None where there are no weights
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Rows that are ignored regions, among all: ``valid`` [M] bool and ``image`` [M]; ``edges`` [M, 4], x1, y1, x2, y2
+    float32, in the unit of the points that are asked of.
+    """
+
+    valid: Tensor
+    image: Tensor
+    edges: Tensor
+
+    def scaled(self, width: float, height: float) -> Regions:
+        """Those relative to the image, of one of this size."""
+        return replace(self, edges=self.edges * constants((width, height) * 2, self.edges))
+
+    def of_points(self, points: Tensor, batch_size: int) -> Tensor:
+        """[B, N] bool: which of points [N, 2], float32, lie in a region of an image, left and upper edges included."""
+        N = len(points)
+        found = torch.zeros(batch_size, N, dtype=torch.uint8, device=points.device)
+        for now in chunks(len(self.valid), N):
+            low, high = self.edges[now, None].split(2, -1)
+            inside = ((low <= points) & (points < high)).all(-1) & self.valid[now, None]
+            found.scatter_reduce_(0, self.image[now, None].expand_as(inside), inside.to(torch.uint8), "amax")
+        return found > 0
 
 
 @dataclass(frozen=True)
@@ -45,20 +74,45 @@ def _valid(
     return possible & known & (cx >= 0) & (cx < limit) & (cy >= 0) & (cy < limit)
 
 
-def read_rows(rows: Tensor, head: GridHead | CellHead | PickHead, batch_size: int) -> Rows:
-    """Target rows [M, 6] of centres and sizes relative to the image."""
+def _kinds(possible: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[M] bool, of rows that are ``possible`` as such, which are objects, and which ignored regions; and the weights of
+    objects. Without weights the last two are None.
+    """
+    if weights is None:
+        return possible, None, None
+    possible = possible & weights.isfinite()
+    valid = possible & (weights >= 0)
+    return valid, possible & ~valid, torch.where(valid, weights, 0.0)
+
+
+def read_rows(
+    rows: Tensor, head: GridHead | CellHead | PickHead, batch_size: int, weights: Tensor | None = None
+) -> Rows:
+    """Target rows [M, 6] of centres and sizes relative to the image, and their weights [M]; edges of regions, too, are
+    relative to the image.
+    """
     cx, cy, w, h = rows[:, 2:].unbind(1)
     edge = head.edge if isinstance(head, GridHead) else isinstance(head, PickHead)
     limit = EDGE_LIMIT if edge else CENTRE_LIMIT  # Dynamo knows no property of a head
-    valid = _valid(rows, (cx, cy, w, h), batch_size, range(head.num_classes), limit)
-    safe = torch.where(valid[:, None], rows, 0.5)
-    return Rows(valid, safe[:, 0].long(), safe[:, 1].long(), safe[:, 2:])
+    possible = _valid(rows, (cx, cy, w, h), batch_size, range(head.num_classes), limit)
+    valid, ignored, weight = _kinds(possible, weights)
+    known = valid if ignored is None else valid | ignored
+    safe = torch.where(known[:, None], rows, 0.5)
+    image, label, boxes = safe[:, 0].long(), safe[:, 1].long(), safe[:, 2:]
+    regions = None if ignored is None else Regions(ignored, image, corners_of(boxes[:, :2], boxes[:, 2:]))
+    return Rows(valid, image, label, boxes, (~known).sum(), weight, regions)
 
 
 def read_corners(
-    rows: Tensor, head: DenseHead, batch_size: int, size: tuple[float, float] | None, corners: bool, dtype: torch.dtype
+    rows: Tensor,
+    head: DenseHead,
+    batch_size: int,
+    size: tuple[float, float] | None,
+    corners: bool,
+    dtype: torch.dtype,
+    weights: Tensor | None = None,
 ) -> BoxRows:
-    """Target rows [M, 6] as boxes in pixels.
+    """Target rows [M, 6] as boxes in pixels, and their weights [M].
 
     They are their ``corners`` in pixels, or centre and size relative to an image of ``size`` (height, width), which for
     corners may be None: unknown.
@@ -70,13 +124,19 @@ def read_corners(
     else:
         cx, cy, w, h = rows[:, 2:].unbind(1)
     labels = range(1 if head.background else 0, head.num_classes)
-    valid = _valid(rows, (cx, cy, w, h), batch_size, labels, CENTRE_LIMIT)
-    safe = torch.where(valid[:, None], rows, 0.5)
+    possible = _valid(rows, (cx, cy, w, h), batch_size, labels, CENTRE_LIMIT)
+    valid, ignored, weight = _kinds(possible, weights)
+    known = valid if ignored is None else valid | ignored
+    safe = torch.where(known[:, None], rows, 0.5)
     boxes = safe[:, 2:].to(dtype)
     image, label = safe[:, 0].long(), safe[:, 1].long()
-    if corners:
-        return BoxRows(valid, image, label, boxes, None, boxes[:, 2:] - boxes[:, :2])
-    pixels = constants((width, height) * 2, boxes)
-    centres = safe[:, 2:4].double() * constants((width, height), safe.double())
-    edges = corners_of(boxes[:, :2], boxes[:, 2:]) * pixels
-    return BoxRows(valid, image, label, edges, centres, (boxes * pixels)[:, 2:])
+    centres, edges, sides = None, boxes, boxes[:, 2:] - boxes[:, :2]
+    if not corners:
+        pixels = constants((width, height) * 2, boxes)
+        centres = safe[:, 2:4].double() * constants((width, height), safe.double())
+        edges, sides = corners_of(boxes[:, :2], boxes[:, 2:]) * pixels, (boxes * pixels)[:, 2:]
+    regions = None
+    if ignored is not None:  # in float32, whatever the dtype
+        own = safe[:, 2:] if corners else corners_of(safe[:, 2:4], safe[:, 4:]) * constants((width, height) * 2, safe)
+        regions = Regions(ignored, image, own)
+    return BoxRows(valid, image, label, edges, (~known).sum(), weight, regions, centres, sides)

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from ..levels import are_wide, as_wide, integer_of, pointer_of, strides_of
 from ..primitives import log1p, near_divide, ordered_bits, plain
-from ..rows import load_rows
+from ..rows import load_rows, row_weights
 from ..sums import column, column_sums, is_last
 from ..terms.decode import chain
 from ..terms.label import exponentials, softmax_slope
@@ -88,10 +88,11 @@ class Numbers(NamedTuple):
 
 
 class Matched(NamedTuple):
-    """Anchors, rows and which of these each anchor has taken; what may be missing is None."""
+    """Anchors, rows, the weights of these, and which of them each anchor has taken; what may be missing is None."""
 
     anchors_ptr: Any
     rows_ptr: Any
+    row_weights_ptr: Any
     match_ptr: Any
     found_ptr: Any  # [B + 1]: anchors with a row, of each image; and what sums over the batch are divided by
     columns_ptr: Any  # [C]: what class terms are multiplied by
@@ -99,7 +100,7 @@ class Matched(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """What a ranked head leaves between its launches, see ``rank.py``."""
+    """What a ranked head leaves between its launches, see ``rank.py``; cross-entropies times what they count."""
 
     ce_ptr: Any
     picks_ptr: Any
@@ -313,6 +314,12 @@ def _labels(rows_ptr, match):
 
 
 @triton.jit
+def _own_weights(matched, match, ACC: tl.constexpr):
+    """Weights of the rows that anchors have taken, 1 where they have none."""
+    return row_weights(matched.row_weights_ptr, match, match >= 0, ACC)
+
+
+@triton.jit
 def _class_terms(x, is_label, columns_ptr, k, keep, used, terms, numbers):
     """Loss of some logits of the classes k, 0 where they are not used, and its derivative by them."""
     loss, d = terms.label(x, is_label, numbers.label_args)
@@ -384,6 +391,8 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SP
         x, match, weight, k0 = _load_stream(stream, e, SPEC)
         label = _labels(matched.rows_ptr, match) - k0  # from the group's first class on
         used = ~is_ignored(match)[:, None]
+        if matched.row_weights_ptr is not None:
+            weight *= _own_weights(matched, match, SPEC.ACC)
         keep = (e < stream.left)[:, None]
         is_label = label[:, None] == k
         loss, d = _class_terms(
@@ -420,6 +429,10 @@ def _plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPE
         keep = site.mask[None, :] & (k < SPEC.C)
         x = tl.load(x_ptr[None, :] + k * view.by.channel, mask=keep, other=0.0).to(SPEC.ACC)
         loss, d = _class_terms(x, label == k, matched.columns_ptr, k, k < SPEC.C, used & keep, terms, numbers=numbers)
+        if matched.row_weights_ptr is not None:
+            own = _own_weights(matched, match, SPEC.ACC)[None, :]
+            loss *= own
+            d *= own
         if SPEC.WITH_LOSS:
             total += loss
         if SPEC.WITH_GRAD:
@@ -486,7 +499,16 @@ def _rest(chunks, largest, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _ranked_loss(ptr, by_channel, site, label, columns_ptr, ce_ptr, SPEC: tl.constexpr):
+def _ranked_share(matched, match, ce, ACC: tl.constexpr):
+    """What cross-entropies are multiplied by where rows have weights: by these, and by 0 in an ignored region, where
+    none but a NaN is hard.
+    """
+    hidden = is_ignored(match) & (ce == ce)
+    return tl.where(hidden, 0.0, _own_weights(matched, match, ACC))
+
+
+@triton.jit
+def _ranked_loss(ptr, by_channel, site, label, match, matched, ce_ptr, SPEC: tl.constexpr):
     """Leaves the cross-entropies of some anchors."""
     chunks, largest = _load_chunks(ptr, by_channel, site.mask, SPEC)
     rest = _rest(chunks, largest, SPEC)
@@ -494,8 +516,10 @@ def _ranked_loss(ptr, by_channel, site, label, columns_ptr, ce_ptr, SPEC: tl.con
     x = tl.load(ptr + label * by_channel, mask=site.mask & (label > 0), other=0.0).to(SPEC.ACC)
     x = tl.where(label > 0, x, tl.sum(background, axis=1))
     ce = log1p(tl.sum(rest, axis=1)) - (x - tl.sum(largest, axis=1))
-    if columns_ptr is not None:
-        ce *= tl.load(columns_ptr + label).to(SPEC.ACC)
+    if matched.columns_ptr is not None:
+        ce *= tl.load(matched.columns_ptr + label).to(SPEC.ACC)
+    if matched.row_weights_ptr is not None:
+        ce *= _ranked_share(matched, match, ce, SPEC.ACC)
     ce = ce + 0.0  # of -0, too, the bits are to be those of 0
     tl.store(ce_ptr + site.n, ce, mask=site.mask)
 
@@ -591,10 +615,12 @@ def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.c
             weight = times.to(SPEC.ACC) * scale
             if matched.columns_ptr is not None:
                 weight *= tl.load(matched.columns_ptr + label).to(SPEC.ACC)
+            if matched.row_weights_ptr is not None:
+                weight *= _ranked_share(matched, match, ce, SPEC.ACC)
             _ranked_gradient(ptr, by_channel, view, site, own, level, label, weight=weight, SPEC=SPEC)
         else:
             ce_ptr = ranked.ce_ptr + site.b.to(tl.int64) * batch.N
-            _ranked_loss(ptr, by_channel, site, label, matched.columns_ptr, ce_ptr, SPEC)
+            _ranked_loss(ptr, by_channel, site, label, match, matched, ce_ptr, SPEC)
         match = next_match
         ce = next_ce
         label = tl.maximum(_labels(matched.rows_ptr, match), 0)
@@ -706,10 +732,15 @@ def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads
         place = relative(anchor, row, has, numbers.size, SPEC.CORNERS, SPEC.ACC)
         at, by_channel = _anchors_at(boxes.ptr, boxes.by, site, level, 4, SPEC)
         loss, d_raw = _box_term(_load_raw(at, by_channel, has, SPEC.ACC), place, terms, numbers)
+        own = tl.full([ANCHORS], 1.0, SPEC.ACC)
+        if matched.row_weights_ptr is not None:
+            own = _own_weights(matched, match, SPEC.ACC)
+        own_box = own
         if matched.norm_ptr is not None:
-            own = centreness(place.shift, place.true)
-            loss *= own
-            d_raw = Raw(own * d_raw.x, own * d_raw.y, own * d_raw.w, own * d_raw.h)
+            own_box *= centreness(place.shift, place.true)
+        if matched.norm_ptr is not None or matched.row_weights_ptr is not None:
+            loss *= own_box
+            d_raw = Raw(own_box * d_raw.x, own_box * d_raw.y, own_box * d_raw.w, own_box * d_raw.h)
         box = of_box * tl.sum(tl.where(has, loss, 0.0), axis=0)
         if SPEC.WITH_GRAD:
             even = tl.join(d_raw.x, d_raw.w)
@@ -720,6 +751,9 @@ def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads
             at, _by_channel = _anchors_at(centres.ptr, centres.by, site, level, 1, SPEC)
             x = tl.load(at, mask=has, other=0.0).to(SPEC.ACC)
             loss, d_x = terms.centre(x, centreness(place.shift, place.true), ())
+            if matched.row_weights_ptr is not None:
+                loss *= own
+                d_x *= own
             centre = weight * tl.sum(tl.where(has, loss, 0.0), axis=0)
             if SPEC.WITH_GRAD:
                 d_centre = tl.where(has, grads.centres * weight * d_x, 0.0)

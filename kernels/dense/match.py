@@ -24,7 +24,8 @@ import triton.language as tl
 
 from ..overlap import Corners, iou
 from ..primitives import divide, exact, ordered_bits, plain
-from ..rows import held_range, image_rows, in_its_range, load_rows, row_corners, rows_end, wrong_offsets
+from ..regions import around, edges_of, meets, within
+from ..rows import held_range, image_rows, in_its_range, load_rows, of_kind, row_corners, rows_end, wrong_offsets
 from ..sums import column, column_sums, is_last
 from .place import centreness, relative
 
@@ -54,10 +55,11 @@ class Frame(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The rows of a batch and, if known, where those of each image begin."""
+    """The rows of a batch and, if known, where those of each image begin, and their weights."""
 
     ptr: Any
     offsets_ptr: Any
+    row_weights_ptr: Any
 
 
 class Rule(NamedTuple):
@@ -123,6 +125,7 @@ class Range(NamedTuple):
     ptr: Any
     first: Any
     last: Any
+    row_weights_ptr: Any
 
 
 @triton.jit
@@ -190,7 +193,7 @@ def _area(box):
 def _lanes(rows, g0, b, frame, SPEC: tl.constexpr):
     """The indices of LANES rows from ``g0`` on, whether they are valid ones of image b, and their corners."""
     g = g0 + tl.arange(0, LANES)
-    row = load_rows(rows.ptr, g, g < rows.last, LANES)
+    row = of_kind(load_rows(rows.ptr, g, g < rows.last, LANES), g, g < rows.last, rows.row_weights_ptr, "object")
     valid, _label, box = row_corners(row, b, b + 1, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
     return g, valid, Corners(box[0], box[1], box[2], box[3])
 
@@ -387,7 +390,9 @@ def overlap_kernel(anchors_ptr, targets, N, M, frame, levels, rule, claims, matc
         if block == 0:
             tl.store(claims.ranges_ptr + 2 * b, first)
             tl.store(claims.ranges_ptr + 2 * b + 1, last)
-    match = _most_overlap(own, Range(targets.ptr, first, last), claims, block, rule, frame, SPEC)
+    rows = Range(targets.ptr, first, last, targets.row_weights_ptr)
+    match = _most_overlap(own, rows, claims, block, rule, frame, SPEC)
+    match = _hide(match, own, rows, frame, SPEC)
     tl.store(matched.match_ptr + b.to(tl.int64) * N + position, match, mask=mask)
     _tally(matched, b, tl.sum((mask & (match >= 0)).to(tl.int32), axis=0))
 
@@ -400,7 +405,7 @@ def _settle_claims(anchors_ptr, targets, N, M, frame, levels, claims, matched, S
         first, last = tl.split(tl.load(claims.ranges_ptr + 2 * b + tl.arange(0, 2)))
     else:
         first, last = held_range(targets.offsets_ptr, M, b)
-    rows = Range(targets.ptr, first, last)
+    rows = Range(targets.ptr, first, last, targets.row_weights_ptr)
     if _any_claims(rows, claims):
         at = matched.match_ptr + b.to(tl.int64) * N + position
         match = tl.load(at, mask=mask, other=IGNORED)
@@ -415,7 +420,7 @@ def _match_alone(anchors_ptr, targets, N, M, frame, levels, rule, claims, matche
     """What each anchor takes where no row claims one."""
     b, position, mask = _place(N, SPEC)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SPEC.BLOCK_G)
-    rows = Range(targets.ptr, first, last)
+    rows = Range(targets.ptr, first, last, targets.row_weights_ptr)
     own = _load_block(anchors_ptr, N, levels, SPEC)
     if SPEC.CENTRE:
         match = _smallest_around(own, rows, rule, frame, N, SPEC)
@@ -423,6 +428,7 @@ def _match_alone(anchors_ptr, targets, N, M, frame, levels, rule, claims, matche
             tl.store(matched.weights_ptr + tl.program_id(0), _weights(match, own, rows, frame, SPEC))
     else:
         match = _most_overlap(own, rows, claims, 0, rule, frame, SPEC)
+    match = _hide(match, own, rows, frame, SPEC)
     tl.store(matched.match_ptr + b.to(tl.int64) * N + position, match, mask=mask)
     _tally(matched, b, tl.sum((mask & (match >= 0)).to(tl.int32), axis=0))
 
@@ -487,6 +493,46 @@ def _weights(match, own, rows, frame, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _edges(c0, c1, c2, c3, frame, SPEC: tl.constexpr):
+    """Those of rows, by the four numbers of their boxes, in pixels, as :func:`edges_of` has them."""
+    edges = (c0, c1, c2, c3)
+    if not SPEC.CORNERS:
+        edges = edges_of(c0, c1, c2, c3, frame.size[0], frame.size[1])
+    return edges
+
+
+@triton.jit
+def _in_regions(own, rows, frame, SPEC: tl.constexpr):
+    """Which anchors have their centre in an ignored region, in float32 whatever the compute type."""
+    x = 0.5 * (own.corners.x1.to(tl.float32) + own.corners.x2.to(tl.float32))
+    y = 0.5 * (own.corners.y1.to(tl.float32) + own.corners.y2.to(tl.float32))
+    across = around(x, own.mask)
+    along = around(y, own.mask)
+    found = own.mask & (x != x)
+    for g0 in range(rows.first, rows.last, LANES):
+        g = g0 + tl.arange(0, LANES)
+        row = of_kind(load_rows(rows.ptr, g, g < rows.last, LANES), g, g < rows.last, rows.row_weights_ptr, "region")
+        valid, _label, _box = row_corners(row, own.b, own.b + 1, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
+        edges = _edges(row.cx, row.cy, row.w, row.h, frame, SPEC)
+        bits = _bits(valid & meets(edges, across, along))
+        while bits != 0:
+            at = rows.ptr + (g0 + _lowest(bits)) * 6
+            bits = bits & (bits - 1)
+            one = _edges(tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), frame, SPEC)
+            found = found | (own.mask & within(one, x, y))
+    return found
+
+
+@triton.jit
+def _hide(match, own, rows, frame, SPEC: tl.constexpr):
+    """Anchors without a row that have their centre in an ignored region are ignored."""
+    if rows.row_weights_ptr is not None:
+        hidden = _in_regions(own, rows, frame, SPEC)
+        match = tl.where(hidden & (match < 0) & ((match & 1) != 0), match - 1, match)
+    return match
+
+
+@triton.jit
 def _count_invalid(targets, M, B, frame, SPEC: tl.constexpr):
     """Of the rows that this program looks at those that no image will use, padding behind the last row is none; and, by
     the first program, offsets that are wrong."""
@@ -494,7 +540,7 @@ def _count_invalid(targets, M, B, frame, SPEC: tl.constexpr):
     invalid = tl.zeros([LANES], tl.int32)
     for g0 in range(tl.program_id(0) * LANES, end, tl.num_programs(0) * LANES):
         g = g0 + tl.arange(0, LANES)
-        row = load_rows(targets.ptr, g, g < end, LANES)
+        row = of_kind(load_rows(targets.ptr, g, g < end, LANES), g, g < end, targets.row_weights_ptr, "any")
         valid, _label, _box = row_corners(row, 0, B, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
         invalid += ((g < end) & ~in_its_range(row[0], g, valid, targets.offsets_ptr)).to(tl.int32)
     count = tl.sum(invalid, axis=0)

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..assign import row_cell, row_valid
 from ..overlap import Corners, iou
 from ..primitives import near_divide
-from ..rows import load_row, load_rows
+from ..rows import load_row, load_rows, of_kind
 from .records import Found
 
 
@@ -72,6 +72,7 @@ def _list_near(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     for g0 in range(rows.first, rows.last, SPEC.ROWS):
         g = g0 + tl.arange(0, SPEC.ROWS)
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
+        row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
         # lines from REACH above the centre to REACH below it, and some more: what is taken is decided later
         y = row.cy * site.H
         taken = (
@@ -104,6 +105,7 @@ def _candidates(q, near, rows, site, lists, head, terms, SPEC: tl.constexpr):
     else:
         g = rows.first + q
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
+        row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
         cell = row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, 0.0)
         taken = _matches(row, site, head, terms, SPEC)
     return cell, g, taken & (cell >= site.first_cell) & (cell < site.first_cell + SPEC.CELLS)
@@ -239,7 +241,7 @@ def _nearest_rows(rows, site, cells, head, SPEC: tl.constexpr):
     taken = tl.zeros([CELLS], tl.int32) - 1
     nearest = tl.zeros([CELLS], SPEC.ACC)
     for g in range(rows.first, rows.last):
-        row = load_row(rows.ptr, g)
+        row = of_kind(load_row(rows.ptr, g), g, g < rows.last, rows.row_weights_ptr, "object")
         if row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, 0.0) >= 0:
             true, area = true_corners(row, site, SPEC.ACC)
             value = iou(anchor, true, site.own_w * site.own_h, area, near_divide)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..levels import are_wide, pointer_of, strides_of
 from .box import prior_term
-from .loss import ASSIGNED, BACKGROUND
+from .loss import ASSIGNED, BACKGROUND, HIDDEN
 from .records import Plane
 from .site import (
     as_wide_plane,
@@ -113,7 +113,10 @@ def grid_grad_kernel(
     counts = state == BACKGROUND
     if SPEC.SMOOTH:
         true_obj = load_plane(saved.true_obj_ptr, cells, site)
-        counts = counts | site.smooth
+        if saved.row_weights_ptr is not None:
+            counts = counts | (site.smooth & (state != HIDDEN))
+        else:
+            counts = counts | site.smooth
     _loss, d_obj = terms.objectness(logit, true_obj, head.obj_args)
     d_obj = tl.where(counts, per_used * (site.obj_scale * head.noobj_gain) * d_obj, 0.0)
     d_prior = (d_obj, d_obj, d_obj, d_obj)

@@ -8,7 +8,7 @@ import triton.language as tl
 from ..assign import row_valid
 from ..overlap import Corners, intersection, iou
 from ..primitives import near_divide
-from ..rows import load_rows
+from ..rows import load_rows, of_kind
 from .assign import true_corners
 from .site import cells_at, channel_step
 
@@ -167,6 +167,7 @@ def ignored(plane, logits, rows, lists, site, head, terms, SPEC: tl.constexpr):
     for g0 in range(rows.first, rows.last, SPEC.ROWS):
         g = g0 + tl.arange(0, SPEC.ROWS)
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
+        row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
         true, area = true_corners(row, site, SPEC.ACC)
         window = _window(row, true, site, head, SPEC)
         these = (window.cells > 0).to(tl.int32)

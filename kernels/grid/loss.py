@@ -6,7 +6,8 @@ import triton.language as tl
 from ..assign import row_valid
 from ..levels import pointer_of, strides_of
 from ..primitives import plain
-from ..rows import image_rows, in_its_range, load_rows, rows_end, wrong_offsets
+from ..regions import in_regions
+from ..rows import image_rows, in_its_range, load_rows, of_kind, rows_end, wrong_offsets
 from ..sums import column, column_sums, finish, is_last, leave_counts
 from .assign import assigned
 from .box import prior_term
@@ -18,6 +19,7 @@ from .site import load_logits, means_of, programs_of, site_of, store_plane, stor
 BACKGROUND: tl.constexpr = tl.constexpr(0)
 IGNORED: tl.constexpr = tl.constexpr(1)
 ASSIGNED: tl.constexpr = tl.constexpr(2)
+HIDDEN: tl.constexpr = tl.constexpr(3)  # by a region, of heads with a smooth level: on others they are IGNORED
 # columns of the partial sums: box, objectness, class, assigned predictions; what means are divided by: rows in use, and
 # predictions whose objectness counts where that is asked for; two to spare
 N_PARTS: tl.constexpr = tl.constexpr(8)
@@ -31,7 +33,7 @@ def _count_invalid(targets, M, B, head, SPEC: tl.constexpr):
     n = tl.zeros([ROWS], tl.int32)
     for g0 in range(0, end, SPEC.ROWS):
         g = g0 + tl.arange(0, SPEC.ROWS)
-        row = load_rows(targets.ptr, g, g < end, SPEC.ROWS)
+        row = of_kind(load_rows(targets.ptr, g, g < end, SPEC.ROWS), g, g < end, targets.row_weights_ptr, "any")
         used = in_its_range(row.image, g, row_valid(row, 0, B, head.C, head.limit), targets.offsets_ptr)
         n += tl.where((g < end) & ~used, 1, 0)
     return tl.sum(n, axis=0) + wrong_offsets(targets.offsets_ptr, M, B, SPEC.ROWS)
@@ -86,6 +88,17 @@ def _store_partial(at, box, obj, cls, assigned_to, in_use, counted):
 
 
 @triton.jit
+def _hidden(cells, mask, site, rows, head):
+    """Which cells of the tile have their middle in an ignored region, in cells."""
+    x = (cells % site.W).to(tl.float32) + 0.5
+    y = (cells // site.W).to(tl.float32) + 0.5
+    size = (site.W, site.H)
+    return in_regions(
+        x, y, mask, rows.ptr, rows.row_weights_ptr, rows.first, rows.last, site.b, size, head.C, head.limit
+    )
+
+
+@triton.jit
 def _tile(view, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constexpr):
     """The tile of a program: its partial sums, and what the gradient needs."""
     CELLS: tl.constexpr = SPEC.CELLS
@@ -104,6 +117,9 @@ def _tile(view, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constex
         state = tl.where(over & (state == BACKGROUND), IGNORED, state)
         if SPEC.SMOOTH:
             true_obj = tl.where(site.smooth, best, 0.0)
+    if rows.row_weights_ptr is not None:
+        hidden = _hidden(cells, mask, site, rows, head) & (state < ASSIGNED)
+        state = tl.where(hidden, HIDDEN if SPEC.SMOOTH else IGNORED, state)
     if saved.true_obj_ptr is not None:
         store_plane(saved.true_obj_ptr, true_obj, cells, site)
     if saved.state_ptr is not None:
@@ -111,6 +127,8 @@ def _tile(view, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constex
     counts = mask & (state == BACKGROUND)
     if SPEC.SMOOTH:
         counts = mask & (site.smooth | (state == BACKGROUND))
+        if rows.row_weights_ptr is not None:
+            counts = counts & (state != HIDDEN)
     loss_obj, _d_obj = terms.objectness(logit, true_obj, head.obj_args)
     loss_obj = tl.where(bad, float("nan"), tl.where(counts, site.obj_scale * head.noobj_gain * loss_obj, 0.0))
     obj = tl.sum(tl.where(mask, loss_obj, 0.0), axis=0)
@@ -122,7 +140,7 @@ def _tile(view, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constex
         counted += tl.sum(counts.to(tl.int32), axis=0)
     if SPEC.PRIOR:
         prior, _d_prior = prior_term(logits, site, head, terms, SPEC)
-        box += head.prior_gain * tl.sum(tl.where(mask & (state < ASSIGNED), prior, 0.0), axis=0)
+        box += head.prior_gain * tl.sum(tl.where(mask & (state != ASSIGNED), prior, 0.0), axis=0)
     if found.picks > 0:
         if saved.bases_ptr is not None:
             tl.store(saved.bases_ptr + site.pid, found.pick)
@@ -212,7 +230,7 @@ def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     logits, logit = load_logits(plane, site, cells, site.HW, SPEC.IGNORES or SPEC.PRIOR, SPEC)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, site.b, SPEC.ROWS)
-    rows = Rows(targets.ptr, first, last, targets.weights_ptr, targets.columns_ptr)
+    rows = Rows(targets.ptr, first, last, targets.weights_ptr, targets.columns_ptr, targets.row_weights_ptr)
     lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, plain(levels.near_places), SPEC)
     _tile(View(plane, logits, logit), site, rows, lists, saved, outputs, head, terms, SPEC)
     if pid == 0:

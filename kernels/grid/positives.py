@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..primitives import logistic
-from ..rows import load_rows
+from ..rows import load_rows, row_weights
 from .box import box_term, true_box
 from .site import cells_at, channel_step, kept_stride
 
@@ -82,9 +82,9 @@ def _label(z, named, is_class, rows, k, head, terms, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _label_of_each(z, times, is_class, count, rows, k, head, terms, SPEC: tl.constexpr):
-    """The label term added up over the rows of predictions, ``times`` of which name a class."""
-    rest = count.to(SPEC.ACC)[None, :] - times
+def _label_of_each(z, times, is_class, amount, rows, k, head, terms, SPEC: tl.constexpr):
+    """The label term added up over the rows of predictions, ``times`` of whose ``amount`` name a class."""
+    rest = amount[None, :] - times
     if SPEC.APART:  # there are but two targets: each logit is judged by both
         named, d_named = terms.label(z, _targets(tl.full(z.shape, True, tl.int1), head, SPEC), head.label_args)
         other, d_other = terms.label(z, _targets(tl.full(z.shape, False, tl.int1), head, SPEC), head.label_args)
@@ -119,6 +119,8 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
         z = tl.where(is_class, z, -1e30)  # adds nothing to a softmax
         times = tl.zeros([K_PAD, PICKS], SPEC.ACC)
         weight = times + 1.0
+        amount = tl.zeros([PICKS], SPEC.ACC)  # of rows, by their weights
+        other = amount + 1.0  # the weight of classes that no row names
         turns = slot0 * 0 + 1
         if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum") | (SPEC.SHARING == "merge"):
             turns = tl.max(count, axis=0)
@@ -127,17 +129,29 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
             g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
             label, m = _labels(g, rows, active, SPEC.ACC)
             own = k == 5 + label[None, :]
+            share = tl.full([PICKS], 1.0, SPEC.ACC)
+            if rows.row_weights_ptr is not None:
+                share = tl.where(active, row_weights(rows.row_weights_ptr, g, active, SPEC.ACC), 0.0)
+                amount += share
+                other = tl.where(active, share, other)
+                if SPEC.SHARING != "each":
+                    m *= share
             if rows.weights_ptr is not None:
                 m *= tl.where(i == 0, head.first_weight, 1.0)
+            if rows.weights_ptr is not None or (rows.row_weights_ptr is not None and SPEC.SHARING != "each"):
                 weight = tl.where(own, m[None, :], weight)
             if SPEC.SHARING == "each":
-                times += tl.where(own, 1.0, 0.0)
+                times += tl.where(own, share[None, :], 0.0)
             else:
                 times = tl.where(own, 1.0, times)
         if SPEC.SHARING == "each":
-            loss, d = _label_of_each(z, times, is_class, count, rows, k, head, terms, SPEC=SPEC)
+            if rows.row_weights_ptr is None:
+                amount = count.to(SPEC.ACC)
+            loss, d = _label_of_each(z, times, is_class, amount, rows, k, head, terms, SPEC=SPEC)
         else:
             loss, d = _label(z, times > 0, is_class, rows, k, head, terms, SPEC)
+            if rows.row_weights_ptr is not None:
+                weight = tl.where(times > 0, weight, other[None, :])
         if rows.columns_ptr is not None:
             if SPEC.APART:
                 weight *= _column_weights(rows, k, is_class, SPEC.ACC)
@@ -242,6 +256,8 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
         m = tl.zeros([ROWS], SPEC.ACC) + 1.0
         if rows.weights_ptr is not None:
             _label, m = _labels(g, rows, used, SPEC.ACC)
+        if rows.row_weights_ptr is not None:
+            m *= row_weights(rows.row_weights_ptr, g, used, SPEC.ACC)
         scale = tl.zeros([ROWS], SPEC.ACC) + head.box_gain
         if SPEC.AVERAGE:
             pushed = tl.load(lists.pushed_ptr + found.pick + slot, mask=used, other=1)

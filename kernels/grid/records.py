@@ -99,12 +99,15 @@ class Levels(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The rows of a batch, and class weights: of rows, with their box and objectness, or of terms, ``columns_ptr``."""
+    """The rows of a batch, and weights: of classes, for rows with their box and objectness or for terms in
+    ``columns_ptr``, and of rows.
+    """
 
     ptr: Any
     offsets_ptr: Any
     weights_ptr: Any
     columns_ptr: Any
+    row_weights_ptr: Any
 
 
 class Rows(NamedTuple):
@@ -115,6 +118,7 @@ class Rows(NamedTuple):
     last: Any
     weights_ptr: Any
     columns_ptr: Any
+    row_weights_ptr: Any
 
 
 class Saved(NamedTuple):
@@ -123,13 +127,15 @@ class Saved(NamedTuple):
     ``state_ptr`` (two bits a prediction) and ``true_obj_ptr`` hold a plane of every level, image and anchor, from
     multiples of 16 on.
     ``kept_ptr`` takes :func:`kept_stride` numbers for each assigned prediction: those of one program lie in the order
-    of their cells, from the place that it stores at ``bases_ptr``.
+    of their cells, from the place that it stores at ``bases_ptr``. With SMOOTH ``row_weights_ptr`` is not None where
+    predictions may be hidden by a region.
     """
 
     state_ptr: Any
     true_obj_ptr: Any
     kept_ptr: Any
     bases_ptr: Any
+    row_weights_ptr: Any
 
 
 class Lists(NamedTuple):

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ..overlap import Corners
 from ..primitives import logistic, plain
+from ..regions import in_regions
 from ..rows import image_rows, load_rows
 from ..terms.decode import exp, ltrb
 from .region import reach
@@ -219,6 +220,20 @@ def _store_candidates(predictions, tile, cells, boxes, found, tiles, decoded, fr
 # ------------------------------------------------------------------------------------------------------------- all
 
 
+@triton.jit
+def _hidden(tile, stride, targets, M, frame, SPEC: tl.constexpr):
+    """Which cells of the tile have their middle in an ignored region, in pixels."""
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, tile.b, SEARCHED)
+    line = tile.cells // tile.W
+    side = stride.to(tl.float32)
+    x = ((tile.cells - line * tile.W).to(tl.float32) + 0.5) * side
+    y = (line.to(tl.float32) + 0.5) * side
+    size = (frame.width, frame.height)
+    return in_regions(
+        x, y, tile.mask, targets.ptr, targets.row_weights_ptr, first, last, tile.b, size, SPEC.C, frame.limit
+    )
+
+
 @triton.jit(do_not_specialize=["M"])
 def decode_kernel(
     predictions, levels, targets, M, frame, numbers, decoded, tally, SPEC: tl.constexpr, CELLS: tl.constexpr,
@@ -250,7 +265,10 @@ def decode_kernel(
     tl.store(decoded.row_ptr + at, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
     tl.store(decoded.picker_ptr + at, tl.zeros([CELLS], tl.int32) + M, mask=tile.mask)
     tl.store(decoded.claim_ptr + at, tl.zeros([CELLS], tl.int64), mask=tile.mask)
-    tl.store(decoded.score_ptr + at, tl.zeros([CELLS], SPEC.ACC), mask=tile.mask)
+    score = tl.zeros([CELLS], SPEC.ACC)
+    if targets.row_weights_ptr is not None:
+        score = tl.where(_hidden(tile, stride, targets, M, frame, SPEC), -1.0, score)
+    tl.store(decoded.score_ptr + at, score, mask=tile.mask)
     if SPEC.ASSIGNER == "simota":
         line = tile.cells // tile.W
         cells = Cells(tile.first + tile.cells, tile.level, line, tile.cells - line * tile.W, stride)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..levels import number_of
 from ..primitives import log1p
-from ..rows import load_rows
+from ..rows import load_rows, row_weights
 from ..sums import column, column_sums, is_last
 from ..terms.decode import chain, exp, ltrb
 from ..terms.label import bce, exponentials, softmax_slope
@@ -218,6 +218,17 @@ def _class_weight(weights_ptr, k, mask, ACC: tl.constexpr):
 
 
 @triton.jit
+def _shares(site, task, ACC: tl.constexpr):
+    """What the terms of the cells of a tile are multiplied by where rows have weights: by that of their row, or by 0 in
+    an ignored region.
+    """
+    at = task.assigned.score_ptr + site.first + site.tile.cells
+    score = tl.load(at, mask=site.tile.mask & ~site.has, other=0.0)
+    own = row_weights(task.targets.row_weights_ptr, site.row, site.has, ACC)
+    return tl.where(score < 0, 0.0, own)
+
+
+@triton.jit
 def _background(
     view,
     d_view,
@@ -240,6 +251,9 @@ def _background(
     if SPEC.WITH_GRAD:
         d_at = cells_in(d_view, site.tile.cells, site.tile, LAYOUT)
     nothing = tl.zeros([PLANES, CELLS], tl.int1)
+    share = tl.full([CELLS], 1.0, SPEC.ACC)
+    if task.targets.row_weights_ptr is not None:
+        share = _shares(site, task, SPEC.ACC)
     total = tl.zeros([PLANES, CELLS], SPEC.ACC)
     for k0 in tl.range(first, last, PLANES, loop_unroll_factor=1):
         k = k0 + tl.arange(0, PLANES)[:, None]
@@ -251,6 +265,9 @@ def _background(
             weight = _class_weight(task.targets.weights_ptr, k, k < last, SPEC.ACC)
             loss = weight * loss
             factor = scale * weight
+        if task.targets.row_weights_ptr is not None:
+            loss *= share[None, :]
+            d *= share[None, :]
         if SPEC.WITH_LOSS:
             total += tl.where(label[None, :] == k, 0.0, loss)
         if SPEC.WITH_GRAD:
@@ -317,6 +334,10 @@ def _true_classes(view, d_view, site, label, first, last, task, scale, SPEC):
         weight = _class_weight(task.targets.weights_ptr, label, own, SPEC.ACC)
         loss = weight * loss
         d = weight * d
+    if task.targets.row_weights_ptr is not None:
+        weight = row_weights(task.targets.row_weights_ptr, site.row, own, SPEC.ACC)
+        loss *= weight
+        d *= weight
     if SPEC.WITH_GRAD:
         at = cells_in(d_view, site.tile.cells, site.tile, LAYOUT) + label * step_of(d_view, LAYOUT)
         tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=own)
@@ -343,6 +364,10 @@ def _listed_classes(view, d_view, site, list_ptr, count, first, last, task, scal
             weight = _class_weight(task.targets.weights_ptr, k, k < last, SPEC.ACC)
             loss = weight * loss
             d = weight * d
+        if task.targets.row_weights_ptr is not None:
+            weight = row_weights(task.targets.row_weights_ptr, picks.row, picks.mask, SPEC.ACC)[:, None]
+            loss *= weight
+            d *= weight
         total += tl.where(keep, loss, 0.0)
         if SPEC.WITH_GRAD:
             at = cells_in(d_view, picks.cells, site.tile, LAYOUT)[:, None] + k * step_of(d_view, LAYOUT)
@@ -561,6 +586,8 @@ def _box_program(view, d_view, site, list_ptr, stride, task, scales, SPEC: tl.co
             weight = picks.mask.to(SPEC.ACC)
             if SPEC.SOFT:
                 weight = tl.load(task.assigned.score_ptr + picks.index, mask=picks.mask, other=0.0)
+            if task.targets.row_weights_ptr is not None:
+                weight *= row_weights(task.targets.row_weights_ptr, picks.row, picks.mask, SPEC.ACC)
             if SPEC.DECODE == "dfl":
                 more_box, more_distance = _picked_bins(
                     view, d_view, site, picks, place, task.head, weight, scales, SPEC=SPEC
@@ -575,12 +602,16 @@ def _box_program(view, d_view, site, list_ptr, stride, task, scales, SPEC: tl.co
 
 
 @triton.jit
-def _objectness(view, d_view, site, scale, SPEC: tl.constexpr):
+def _objectness(view, d_view, site, task, scale, SPEC: tl.constexpr):
     """Loss of the objectness of a tile, and its gradient."""
     LAYOUT: tl.constexpr = SPEC.LAYOUT
     at = cells_in(view, site.tile.cells, site.tile, LAYOUT)
     x = tl.load(at, mask=site.tile.mask, other=LOW).to(SPEC.ACC)
     loss, d = bce(x, site.has, ())
+    if task.targets.row_weights_ptr is not None:
+        share = _shares(site, task, SPEC.ACC)
+        loss *= share
+        d *= share
     if SPEC.WITH_GRAD:
         at = cells_in(d_view, site.tile.cells, site.tile, LAYOUT)
         tl.store(at, (scale * d).to(d_view.ptr.dtype.element_ty), mask=site.tile.mask)
@@ -681,7 +712,7 @@ def pick_loss_kernel(
             d_view = view
             if SPEC.WITH_GRAD:
                 d_view = view_of(gradient.obj, site.tile.level)
-            obj = _objectness(view, d_view, site, scales.obj, SPEC)
+            obj = _objectness(view, d_view, site, task, scales.obj, SPEC)
     else:
         view = view_of(predictions.cls, site.tile.level)
         d_view = view

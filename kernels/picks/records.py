@@ -36,11 +36,12 @@ class Levels(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The rows of a batch, and if known where those of each image begin, and class weights [C]."""
+    """The rows of a batch, and if known where those of each image begin, class weights [C], and weights of the rows."""
 
     ptr: Any
     offsets_ptr: Any
     weights_ptr: Any
+    row_weights_ptr: Any
 
 
 class Numbers(NamedTuple):
@@ -84,7 +85,8 @@ class Decoded(NamedTuple):
     after ``pick`` the row that picked it, or -1 where several did. ``claim_ptr`` [B, N] int64: at first 0, after
     ``pick`` the largest claim of all rows that may have it. ``row_ptr`` [B, N] int32: at first M, none, after
     ``settle`` the row that it goes to. ``score_ptr`` [B, N] ACC: soft scores, 0 where there is no
-    row. ``done_ptr`` [M] int32: programs of a row that are done, 0 at first and after ``pick``.
+    row, and there -1 in an ignored region. ``done_ptr`` [M] int32: programs of a row that are done, 0 at first and
+    after ``pick``.
     ``cost_ptr`` [B, N] ACC, of SimOTA: what costs share, infinite where the cell is no candidate, or a logit is NaN.
     ``list_ptr`` [B, N] int32, of SimOTA: the cells n of an image that are candidates, those of a tile in their order,
     tiles in any; -1 - n where they are no object's own. ``tiles_ptr`` int32 [B, tiles, 2]: where in the list those of

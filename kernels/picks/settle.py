@@ -280,7 +280,10 @@ def settle_kernel(
     g = tl.program_id(0)
     batch = plain(problem.frame.batch)
     one = load_object(targets, g, M, problem.frame, SPEC)
-    invalid = ((g < rows_end(targets.offsets_ptr, M, batch)) & ~one.valid).to(tl.int32)
+    known = one.valid
+    if targets.row_weights_ptr is not None:
+        known = load_object(targets, g, M, problem.frame, SPEC, "any").valid
+    invalid = ((g < rows_end(targets.offsets_ptr, M, batch)) & ~known).to(tl.int32)
     if g == 0:
         invalid += wrong_offsets(targets.offsets_ptr, M, batch, ROWS)
     if invalid > 0:

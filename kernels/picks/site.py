@@ -9,7 +9,7 @@ from ..assign import row_valid
 from ..levels import integer_of, number_of
 from ..overlap import Corners
 from ..primitives import plain
-from ..rows import Row, in_its_range, rows_end
+from ..rows import Row, in_its_range, of_kind, rows_end
 
 
 class Frame(NamedTuple):
@@ -44,8 +44,9 @@ class Object(NamedTuple):
 
 
 @triton.jit
-def object_of(row, g, mask, targets, frame, SPEC: tl.constexpr):
-    """Rows as objects; those masked out are not valid, nor those that no image will use."""
+def object_of(row, g, mask, targets, frame, SPEC: tl.constexpr, KIND: tl.constexpr = "object"):
+    """Rows as objects; those masked out are not valid, nor those that no image will use, nor those of another kind."""
+    row = of_kind(row, g, mask, targets.row_weights_ptr, KIND)
     valid = mask & row_valid(row, 0, plain(frame.batch), SPEC.C, frame.limit)
     valid = in_its_range(row.image, g, valid, targets.offsets_ptr)
     return Object(
@@ -60,7 +61,7 @@ def object_of(row, g, mask, targets, frame, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_object(targets, g, M, frame, SPEC: tl.constexpr):
+def load_object(targets, g, M, frame, SPEC: tl.constexpr, KIND: tl.constexpr = "object"):
     """Row g; not valid where there is none."""
     mask = g < rows_end(targets.offsets_ptr, M, plain(frame.batch))
     at = targets.ptr + tl.cast(g, tl.int64) * 6
@@ -72,7 +73,7 @@ def load_object(targets, g, M, frame, SPEC: tl.constexpr):
         tl.load(at + 4, mask=mask, other=-1.0),
         tl.load(at + 5, mask=mask, other=-1.0),
     )
-    return object_of(row, g, mask, targets, frame, SPEC)
+    return object_of(row, g, mask, targets, frame, SPEC, KIND)
 
 
 @triton.jit

@@ -417,7 +417,7 @@ def test_float32_decisions_are_those_of_float32():
     for kind in KINDS:
         targets, preds = make_targets(kind, 1, n=150, side=60.0), make_preds(kind, 1)
         head, boxes = criterion(kind, "triton").head, make_anchors(kind)
-        rows, offsets = corner_rows(targets, 1)
+        rows, offsets, _ = corner_rows(targets, 1)
         ends = [sizes(kind)[0], sizes(kind)[-1]]
         outputs = ops.dense_loss(preds, boxes, rows, offsets, head.key, [math.inf] * 2, True, ends, False)
         read = reference.read_corners(rows, head, 1, None, True, torch.float32)
@@ -485,7 +485,7 @@ def test_rows_that_meet_no_anchor_of_a_block(kind):
     """Objects far from each other and from most anchors, and more than are tested at a time: each as if all were."""
     targets, preds = make_targets(kind, 1, n=70, side=3.0), make_preds(kind, 1)
     head, boxes = criterion(kind, "triton").head, make_anchors(kind)
-    rows, offsets = corner_rows(targets, 1)
+    rows, offsets, _ = corner_rows(targets, 1)
     ends = [sizes(kind)[0], sizes(kind)[-1]]
     read = reference.read_corners(rows, head, 1, None, True, torch.float32)
     want = reference.dense_match(boxes, read, head, 1, tuple(ends))

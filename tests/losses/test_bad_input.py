@@ -305,7 +305,7 @@ def test_constructor_of_v5_and_scaled_v4(make, arguments, message):
 def test_calls_of_v5():
     with raises("preds: a tensor of shape (2, 16, 4, 6), want a list of 2 tensors, one a level"):
         v5()(maps()[0], torch.zeros(0, 6))
-    with raises("targets: shape (3, 5), want (M, 6) or (B, G, 5)"):
+    with raises("targets: shape (3, 5), want (M, 6) or (B, G, 5), or a column more, of weights"):
         v5()(maps(), torch.zeros(3, 5))
 
 
@@ -503,9 +503,9 @@ def image(n=2):
     [
         (None, f"targets: None, want {FORMS}"),
         (np.zeros((2, 6)), f"targets: a ndarray, want {FORMS}"),
-        (torch.zeros(6), "targets: shape (6,), want (M, 6) or (B, G, 5)"),
-        (torch.zeros(3, 5), "targets: shape (3, 5), want (M, 6) or (B, G, 5)"),
-        (torch.zeros(2, 3, 6), "targets: shape (2, 3, 6), want (M, 6) or (B, G, 5)"),
+        (torch.zeros(6), "targets: shape (6,), want (M, 6) or (B, G, 5), or a column more, of weights"),
+        (torch.zeros(3, 5), "targets: shape (3, 5), want (M, 6) or (B, G, 5), or a column more, of weights"),
+        (torch.zeros(2, 3, 7), "targets: shape (2, 3, 7), want (M, 6) or (B, G, 5), or a column more, of weights"),
         (torch.zeros(3, 6, dtype=torch.long), "targets: dtype torch.int64, want torch.float32"),
         (torch.zeros(2, 3, 5, dtype=torch.int32), "targets: dtype torch.int32, want torch.float32"),
         (torch.zeros(3, 6, device="meta"), "targets: device meta, want cpu as preds"),
@@ -563,13 +563,19 @@ def test_targets(targets, message):
             lambda: Targets.from_packed([[0.0] * 6], 1),
             "packed: [[0.0, 0.0, 0.0, 0.0, 0.0, 0.0]], want a tensor of shape (M, 6)",
         ),
-        (lambda: Targets.from_packed(torch.zeros(3, 5), 1), "packed: shape (3, 5), want (M, 6)"),
+        (
+            lambda: Targets.from_packed(torch.zeros(3, 5), 1),
+            "packed: shape (3, 5), want (M, 6), or a column more, of weights",
+        ),
         (lambda: Targets.from_packed(torch.zeros(3, 6).long(), 1), "packed: dtype torch.int64, want torch.float32"),
         (lambda: Targets.from_packed(torch.zeros(3, 6), -1), "batch_size: -1, want an integer >= 0"),
         (lambda: Targets.from_packed(torch.zeros(3, 6), 1.5), "batch_size: 1.5, want an integer >= 0"),
         (lambda: Targets.from_packed(torch.zeros(3, 6), 1, capacity=2), "packed: 3 rows, want at most 2, the capacity"),
         (lambda: Targets.from_packed(torch.zeros(3, 6), 1, capacity=-1), "capacity: -1, want an integer >= 0"),
-        (lambda: Targets.from_padded(torch.zeros(2, 3, 6)), "padded: shape (2, 3, 6), want (B, G, 5)"),
+        (
+            lambda: Targets.from_padded(torch.zeros(2, 3, 7)),
+            "padded: shape (2, 3, 7), want (B, G, 5), or a column more, of weights",
+        ),
         (lambda: Targets.from_padded(torch.zeros(2, 3, 5), capacity=5), "padded: 6 rows, want at most 5, the capacity"),
         (lambda: Targets.from_torchvision([], 64), "targets: [], want a list of {'boxes', 'labels'}, one an image"),
         (

@@ -280,7 +280,7 @@ def test_validate_names_the_first_fault():
 
 def test_packed_rows_pass_through_without_any_work():
     with Operators() as ran:
-        rows, offsets = as_targets(PACKED, 3, (64, 64))
+        rows, offsets, _ = as_targets(PACKED, 3, (64, 64))
     assert ran.names == []
     assert rows is PACKED
     assert offsets is None
@@ -289,14 +289,14 @@ def test_packed_rows_pass_through_without_any_work():
 def test_targets_pass_through_without_any_work():
     targets = Targets.from_packed(PACKED, 3)
     with Operators() as ran:
-        rows, offsets = as_targets(targets, 3, (64, 64), torch.device("cpu"))
+        rows, offsets, _ = as_targets(targets, 3, (64, 64), torch.device("cpu"))
     assert ran.names == []
     assert rows is targets.rows
     assert offsets is targets.offsets
 
 
 def test_packed_rows_of_another_kind_are_converted():
-    rows, offsets = as_targets(PACKED.double().t().contiguous().t().requires_grad_(), 3, (64, 64))
+    rows, offsets, _ = as_targets(PACKED.double().t().contiguous().t().requires_grad_(), 3, (64, 64))
     assert rows.dtype == torch.float32
     assert rows.is_contiguous()
     assert not rows.requires_grad
@@ -308,7 +308,7 @@ def test_packed_rows_of_another_kind_are_converted():
 def test_many_packed_rows_are_sorted(extra):
     packed = torch.rand(SORT_ABOVE + extra, 6)
     packed[:, 0] = torch.arange(len(packed)) % 3
-    rows, offsets = as_targets(packed, 3, (64, 64))
+    rows, offsets, _ = as_targets(packed, 3, (64, 64))
     if extra:
         assert offsets is not None
         assert torch.equal(rows, packed[packed[:, 0].sort(stable=True).indices])
@@ -320,7 +320,7 @@ def test_many_packed_rows_are_sorted(extra):
 
 def test_padded_rows_and_lists_become_the_same_rows():
     for form in (padded(), as_list(PACKED, 3, 64, 96), tuple(as_list(PACKED, 3, 64, 96))):
-        rows, offsets = as_targets(form, 3, (64, 96))
+        rows, offsets, _ = as_targets(form, 3, (64, 96))
         assert offsets is not None
         assert offsets.tolist() == [0, 3, 3, 5, 5]
         torch.testing.assert_close(rows[:5], SORTED, rtol=1e-6, atol=0)
@@ -332,7 +332,7 @@ def test_nothing_waits_for_the_device():
         packed = torch.rand(7, 6)
         images = [{"boxes": torch.rand(n, 4), "labels": torch.zeros(n, dtype=torch.long)} for n in (2, 0, 3)]
         for form in (packed, torch.rand(SORT_ABOVE + 1, 6), torch.rand(3, 4, 5), images):
-            rows, _ = as_targets(form, 3, (64, 64), packed.device)
+            rows, *_ = as_targets(form, 3, (64, 64), packed.device)
             assert rows.shape[1] == 6
         assert Targets.from_packed(packed, 3, capacity=9).rows.shape == (9, 6)
         assert Targets.from_torchvision(images, [(64, 64)] * 3, capacity=9).offsets.shape == (5,)
@@ -396,7 +396,7 @@ def test_a_loss_is_told_units_and_boxes(form, unit, boxes):
         "tensors": [rows[PACKED[:, 0] == b, 1:] for b in range(3)],
         "dicts": [{"boxes": rows[PACKED[:, 0] == b, 2:], "labels": PACKED[PACKED[:, 0] == b, 1]} for b in range(3)],
     }[form]
-    found, _ = as_targets(given, 3, SIZE, form=(unit, boxes))
+    found, *_ = as_targets(given, 3, SIZE, form=(unit, boxes))
     assert torch.equal(found[: len(PACKED)], PACKED if form == "packed" else SORTED)
 
 
