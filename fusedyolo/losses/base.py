@@ -122,7 +122,7 @@ class GridLoss(WeightedLoss):
             call = GridCall(preds, rows, offsets, size, class_weights, weights)
             total, parts, counts = GRID.reference_loss(head, call)
         if not torch.compiler.is_compiling() and self._watch is not None:
-            self._watch = self._watch.after(rows, offsets, counts, size)
+            self._watch = self._watch.after(rows, offsets, counts, size, weights=weights)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, terms, num_pos, num_invalid)
