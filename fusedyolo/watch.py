@@ -126,8 +126,8 @@ class Watch:
             return f"rows of class 0, the background, are skipped, want {first} to {last}"
         if not self.counting:
             return (
-                "no target row has a weight above 0, so no object is learnt. A weight multiplies what a row costs; below "
-                "0 the row is a region to be ignored"
+                "no target row has a weight above 0, so no object is learnt. A weight multiplies what a row costs, "
+                "below 0 the row is a region to be ignored"
             )
         if self.invalid * 2 > self.rows:
             return f"{self.invalid} of {self.rows} target rows were skipped as invalid. {_cure(known, seen.corners)}"

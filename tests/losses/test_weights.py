@@ -69,6 +69,7 @@ def test_a_weight_of_1_changes_no_bit(case):
     assert (plain.num_pos, plain.num_invalid) == (weighed.num_pos, weighed.num_invalid)
 
 
+@pytest.mark.filterwarnings("ignore:.*no target row has a weight above 0")
 @ALL
 def test_gradients_are_linear_in_the_weights(case):
     count = len(case.targets(WORK))
