@@ -33,6 +33,7 @@ class _Seen(NamedTuple):
     counts: Tensor
     size: tuple[float, float] | None
     corners: bool
+    weights: Tensor | None
     event: Any
 
 
@@ -53,7 +54,7 @@ class Watch:
         self.left = BATCHES
         self.pending: list[_Seen] = []
         self.known = np.zeros((0, 6), np.float32)
-        self.rows = self.invalid = 0
+        self.rows = self.invalid = self.counting = 0
 
     def after(
         self,
@@ -62,6 +63,7 @@ class Watch:
         counts: Tensor,
         size: tuple[float, float] | None = None,
         corners: bool = False,
+        weights: Tensor | None = None,
     ) -> Watch | None:
         """Look at a call; what is to look at the next one, if anything is.
 
@@ -71,6 +73,7 @@ class Watch:
             counts: int32 ``[2]``, the second one the number of invalid rows.
             size: (height, width) of the image in pixels, if it is known.
             corners: see ``rows``.
+            weights: of the rows, if they have some.
 
         Raises:
             ValueError: there are rows of the background's class, and it ``refuses`` them.
@@ -83,9 +86,11 @@ class Watch:
             if _on_gpu(rows):
                 stream, event = torch.cuda.current_stream(rows.device), torch.cuda.Event()
                 rows, counts = rows.to("cpu", non_blocking=True), counts.to("cpu", non_blocking=True)
-                offsets = None if offsets is None else offsets.to("cpu", non_blocking=True)
+                offsets, weights = (
+                    None if each is None else each.to("cpu", non_blocking=True) for each in (offsets, weights)
+                )
                 event.record(stream)
-            self.pending.append(_Seen(rows, offsets, counts, size, corners, event))
+            self.pending.append(_Seen(rows, offsets, counts, size, corners, weights, event))
         while self.pending and (self.pending[0].event is None or self.pending[0].event.query()):
             said = self._judge(self.pending.pop(0))
             if said:
@@ -103,6 +108,7 @@ class Watch:
             rows = rows[: max(int(seen.offsets.numpy()[-1]), 0)]
         self.invalid += int(seen.counts.numpy()[1])
         self.rows += len(rows)
+        self.counting += len(rows) if seen.weights is None else int((seen.weights.numpy()[: len(rows)] > 0).sum())
         rows = rows[np.isfinite(rows).all(1)]
         self.known = known = np.concatenate((self.known, rows))
         first, last = self.labels.start, self.labels.stop - 1
@@ -118,6 +124,11 @@ class Watch:
             )
         if first == 1 and low == 0:
             return f"rows of class 0, the background, are skipped, want {first} to {last}"
+        if not self.counting:
+            return (
+                "no target row has a weight above 0, so no object is learnt. A weight multiplies what a row costs, "
+                "below 0 the row is a region to be ignored"
+            )
         if self.invalid * 2 > self.rows:
             return f"{self.invalid} of {self.rows} target rows were skipped as invalid. {_cure(known, seen.corners)}"
         if _in_a_pixel(rows, seen.size, seen.corners):

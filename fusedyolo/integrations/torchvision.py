@@ -41,7 +41,8 @@ def patch(model: nn.Module) -> nn.Module:
     Thresholds, weights and the kind of box loss are read now: :func:`unpatch` and patch anew after a change to them.
     The number of classes is that of the logits. Boxes that torchvision stops at because of their label are skipped. An
     object of SSD with the label 0, the background, whose box torchvision trains, raises a ``ValueError``; on a GPU,
-    where labels are not waited for, a step or two later, and of the first steps alone.
+    where labels are not waited for, a step or two later, and of the first steps alone. Of targets boxes and labels are
+    read, as torchvision does: no weights, and nothing of crowds.
 
     Args:
         model: a ``RetinaNet``, ``SSD`` (also SSDlite) or ``FCOS`` of ``torchvision.models.detection``, or of a class
@@ -109,6 +110,7 @@ class _Loss:
     ) -> dict[str, Tensor]:
         """The losses of a batch all of whose images have the same anchors."""
         preds = tuple(head_outputs[name] for name in self.outputs)
+        targets = [{"boxes": item["boxes"], "labels": item["labels"]} for item in targets]
         classes = preds[0].shape[-1]
         if classes not in self.criteria:
             self.criteria[classes] = self.made(classes)

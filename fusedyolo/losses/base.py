@@ -122,7 +122,7 @@ class GridLoss(WeightedLoss):
             call = GridCall(preds, rows, offsets, size, class_weights, weights)
             total, parts, counts = GRID.reference_loss(head, call)
         if not torch.compiler.is_compiling() and self._watch is not None:
-            self._watch = self._watch.after(rows, offsets, counts, size)
+            self._watch = self._watch.after(rows, offsets, counts, size, weights=weights)
         if head.by_image:
             parts = parts.flatten()[: 3 * len(range(batch))].view(3, -1)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))

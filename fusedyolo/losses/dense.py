@@ -154,7 +154,7 @@ class DenseLoss(WeightedLoss):
         else:
             total, terms, counts = DENSE.reference_loss(self.head, call)
         if not torch.compiler.is_compiling() and self._watch is not None:
-            self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, call.corners)
+            self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, call.corners, call.weights)
         return total, terms, counts
 
     def extra_repr(self) -> str:

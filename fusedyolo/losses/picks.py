@@ -123,7 +123,7 @@ class PickLoss(WeightedLoss):
         else:
             total, terms, counts = PICKS.reference_loss(self.head, call)
         if not torch.compiler.is_compiling() and self._watch is not None:
-            self._watch = self._watch.after(call.rows, call.offsets, counts, call.size)
+            self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, weights=call.weights)
         return total, terms, counts
 
     def extra_repr(self) -> str:

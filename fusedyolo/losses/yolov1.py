@@ -214,7 +214,7 @@ class YOLOv1Loss(WeightedLoss):
                 head, CellCall(pred, rows, offsets, size, class_weights, weights)
             )
         if not torch.compiler.is_compiling() and self._watch is not None:
-            self._watch = self._watch.after(rows, offsets, counts, self.image_size)
+            self._watch = self._watch.after(rows, offsets, counts, self.image_size, weights=weights)
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, dict(zip(PARTS, parts.unbind(), strict=True)), num_pos, num_invalid)
 
