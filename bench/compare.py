@@ -76,10 +76,10 @@ def run(options: argparse.Namespace) -> int:
     results |= session.run([task for task in tasks if task.device == "cpu"], "counting and compiling")
 
     def keep(found: dict[Task, Any]) -> None:
-        session.write(rows(results | found, work, session.host, options.gpu))
+        session.write(rows(results | found, session.host, options.gpu))
 
-    results |= session.time_alone([task for task in tasks if task.device == "cuda"], keep)
-    found = rows(results, work, session.host, options.gpu)
+    results |= session.run([task for task in tasks if task.device == "cuda"], "timing", keep)
+    found = rows(results, session.host, options.gpu)
     report.print_tables(session.console, found, cases, options.gpu)
     for path in [*session.write(found), *plots.plot(options.out, found, cases, options.gpu)]:
         session.console.print(f"wrote {path}", highlight=False)

@@ -33,13 +33,6 @@ Bound = Callable[[list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
-class Total:
-    """What a peer's loss returns."""
-
-    total: Tensor
-
-
-@dataclass(frozen=True)
 class Peer:
     """A library, by the name that it is installed as, and what it computes."""
 
@@ -69,9 +62,9 @@ class Peer:
             raise ImportError(f"{self.name}: {self.missing()}")
         bound, dtype, kind = self.bind(case, work, device), DTYPES[work.dtype], torch.device(device).type
 
-        def loss(preds: list[Tensor], targets: Any) -> Total:
+        def loss(preds: list[Tensor], targets: Any) -> SimpleNamespace:
             with torch.autocast(kind, dtype) if dtype.itemsize == 2 else nullcontext():
-                return Total(bound(preds))
+                return SimpleNamespace(total=bound(preds))
 
         return loss
 
@@ -101,16 +94,9 @@ def torchvision() -> ModuleType:
             raise
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # what the first attempt has left
-    library = _library()
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return import_module("torchvision")
-
-
-@lru_cache
-def _library() -> torch.library.Library:
-    """What the declarations live as long as."""
-    return torch.library.Library("torchvision", "DEF")
 
 
 def _load(name: str) -> ModuleType:

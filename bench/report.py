@@ -14,7 +14,7 @@ from fusedyolo.tools.terminal import table
 
 from .measure import FULL
 from .peers import PEERS
-from .rows import Row, Values, index, launches, slower
+from .rows import Row, index, launches, slower
 
 # Formats of metrics, which are called as in the CSV.
 COST = {"triton_launches": "", "other_launches": "", "loads_per_P": ".2f", "stores_per_P": ".2f", "bytes_per_P": ".3f"}
@@ -39,7 +39,9 @@ def headline(work: Workload, host: Mapping[str, Any]) -> str:
 
 
 def print_tables(console: Console, found: Sequence[Row], cases: Sequence[Case], gpu: str) -> None:
-    """Cost, time, compiled resources and time predicted for ``gpu``, and what is to be said of them."""
+    """Cost, time, compiled resources and time predicted for ``gpu``, what counts of peers do not say, and where
+    another provider is faster than the fused loss.
+    """
     values = index(found)
     cases = [case for case in cases if case.name in values]
     by_provider = [((case.name, who), each) for case in cases for who, each in values[case.name].items()]
@@ -68,11 +70,6 @@ def print_tables(console: Console, found: Sequence[Row], cases: Sequence[Case], 
         _table(*predicted, ("loss", "of", "launch"), PREDICTED, by_launch(f"predicted.{gpu}")),
     ):
         console.print(made)
-    print_remarks(console, values, cases)
-
-
-def print_remarks(console: Console, values: Values, cases: Sequence[Case]) -> None:
-    """What counts of a peer do not say, and where another provider is faster."""
     for name in dict.fromkeys(provider for case in cases for provider in values[case.name]):
         if name in PEERS and PEERS[name].note:
             console.print(f"{name}: {PEERS[name].note}", highlight=False)
@@ -88,10 +85,8 @@ def _table(
     lines: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]],
 ) -> Table:
     """A line of metrics for each of ``lines``: its names, that of a loss first, and its values."""
-    made, last = (
-        table(title, names, [metric.replace("_per_", "/").replace("_", " ") for metric in formats], caption),
-        "",
-    )
+    made = table(title, names, [metric.replace("_per_", "/").replace("_", " ") for metric in formats], caption)
+    last = ""
     for (loss, *more), found in lines:
         if loss != last and last:
             made.add_section()

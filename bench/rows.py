@@ -21,24 +21,26 @@ Values = dict[str, dict[str, dict[str, Any]]]
 """By ``loss/recipe``, provider and metric: peers first, ours last."""
 
 
-def rows(results: Mapping[Task, Any], work: Workload, host: Mapping[str, Any], gpu: str = "H100") -> list[Row]:
+def rows(results: Mapping[Task, Any], host: Mapping[str, Any], gpu: str = "H100") -> list[Row]:
     """One row a number, from the results of tasks.
 
     What is predicted for ``gpu``, one of :data:`bench.predict.GPUS`, has metrics ``predicted.{gpu}.{launch}.{metric}``.
     """
-    by_case: dict[str, dict[tuple[str, str], Any]] = {}
+    found: list[Row] = []
+    by_case: dict[tuple[str, Workload], dict[tuple[str, str], Any]] = {}
     for task, result in results.items():
-        by_case.setdefault(task.case, {})[task.kind, task.provider] = result
-    ceiling = by_case.pop("", {}).get(("bandwidth", ""))
+        by_case.setdefault((task.case, task.work), {})[task.kind, task.provider] = result
+    ceiling = next((result for task, result in results.items() if task.kind == "bandwidth"), None)
     versions = {name: host[name] for name in ("torch", "triton", "fusedyolo", "commit")}
-    found = []
-    for case, of in ((CASES[name], of) for name, of in by_case.items()):
-        shared = {name: getattr(work, name) for name in ("batch", "size", "classes", "dtype")}
+    for (name, work), of in by_case.items():
+        if not name:
+            continue
+        case, shared = CASES[name], {key: getattr(work, key) for key in ("batch", "size", "classes", "dtype")}
         shared |= {"layout": case.layout(work), "objects": work.objects, "form": work.form, "seed": work.seed}
         for provider, metrics in _metrics(case, of, work, gpu, ceiling):
+            key = {"loss": case.loss, "recipe": case.recipe, "provider": provider}
             peer = f"{provider} {version(provider)}" if provider in PEERS else ""
             where = {"device": host["gpu"] or "cpu", "peer": peer, **versions}
-            key = {"loss": case.loss, "recipe": case.recipe, "provider": provider}
             found += [{**key, "metric": name, "value": value, **shared, **where} for name, value in metrics.items()]
     return found
 

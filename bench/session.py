@@ -88,10 +88,13 @@ class Session:
         if not self.console.is_terminal:
             self.console = Console(width=120)
 
-    def run(
-        self, tasks: Sequence[Task], title: str, jobs: int = 0, keep: Keep = lambda results: None
-    ) -> dict[Task, Any]:
-        """The results that tasks have, ``jobs`` of them at a time, or as many as the session's."""
+    def run(self, tasks: Sequence[Task], title: str, keep: Keep = lambda results: None) -> dict[Task, Any]:
+        """The results that tasks have, ``jobs`` of them at a time. Those that are timed are one at a time, with nothing
+        beside them: what they compile is compiled before.
+        """
+        timed = any(task.kind == "time" for task in tasks)
+        if timed:
+            self.run([replace(task, kind="warm") for task in tasks if task.provider in (COMPILE, FUSED)], "compiling")
         results: dict[Task, Any] = {}
         start = time.monotonic()
         with Progress(console=self.console, transient=True) as progress:
@@ -111,7 +114,7 @@ class Session:
 
             interpreted = {task: task.kind in ("parity", "count") and task.device == "cpu" for task in tasks}
             calls = {task: processes.Call(partial(do, task), each) for task, each in interpreted.items()}
-            processes.run_all(calls, jobs or self.jobs, done)
+            processes.run_all(calls, 1 if timed else self.jobs, done)
         return results
 
     def gate(self, tasks: Sequence[Task]) -> tuple[dict[Task, Any], set[tuple[str, str]]]:
@@ -128,15 +131,6 @@ class Session:
             self.write([])
             return {}, set()
         return found, {(task.case, name) for task, result in found.items() for name in result["failed"]}
-
-    def time_alone(
-        self, tasks: Sequence[Task], keep: Callable[[dict[Task, Any]], Any] = lambda results: None
-    ) -> dict[Task, Any]:
-        """The results of tasks on a GPU, one at a time, with nothing beside them: what they compile has been compiled
-        before, in many processes at a time.
-        """
-        self.run([replace(task, kind="warm") for task in tasks if task.provider in (COMPILE, FUSED)], "compiling")
-        return self.run(tasks, "timing", 1, keep)
 
     def write(self, rows: Sequence[dict[str, Any]]) -> list[Path]:
         """Write this run's JSON and CSV, and, if tasks broke, what they had to say."""

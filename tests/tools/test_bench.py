@@ -176,6 +176,7 @@ def test_a_step_is_timed_on_a_gpu(provider):
 
 # ------------------------------------------------------------------------------------------------------------- reports
 
+
 def session_of(out):
     """One that says nothing."""
     own = session.Session(Namespace(out=out, jobs=1), "bench")
@@ -253,7 +254,7 @@ def fake_results(gpu=False):
 
 def test_rows_are_keyed_and_what_was_not_measured_is_unknown():
     results, load, case = fake_results()
-    found = rows.rows(results, load, HOST)
+    found = rows.rows(results, HOST)
     assert len({tuple(v for k, v in row.items() if k != "value") for row in found}) == len(found)
     values = rows.index(found)[case.name]
     assert list(values) == ["eager", "fused"]
@@ -271,7 +272,7 @@ def test_rows_are_keyed_and_what_was_not_measured_is_unknown():
 
 def test_what_is_predicted_says_so_and_for_which_gpu():
     results, load, case = fake_results()
-    found = rows.rows(results, load, HOST)
+    found = rows.rows(results, HOST)
     values = {row["metric"]: row["value"] for row in found if "_us" in row["metric"]}
     assert all(name.startswith("predicted.H100.") for name in values)
     assert values["predicted.H100.loss.memory_us"] == pytest.approx(1.0)
@@ -285,14 +286,14 @@ def test_what_is_predicted_says_so_and_for_which_gpu():
     (step,) = [line for line in text.splitlines() if " step " in line]
     assert step.split()[1:7] == ["step", "9", "11.0", "41.0", "50.0", "4.0"]
     for gpu, target in (("H200", "sm_90"), ("A100", "sm_80")):  # of another target nothing was executed
-        of_another = [row for row in rows.rows(results, load, HOST, gpu) if row["metric"].startswith("predicted.")]
+        of_another = [row for row in rows.rows(results, HOST, gpu) if row["metric"].startswith("predicted.")]
         assert bool(of_another) == (target == "sm_90")
         assert all(row["metric"].startswith(f"predicted.{gpu}.") for row in of_another)
 
 
 def test_a_gpu_gives_bandwidth_and_the_distance_from_the_floor():
     results, load, case = fake_results(gpu=True)
-    found = rows.rows(results, load, {**HOST, "gpu": "a GPU"})
+    found = rows.rows(results, {**HOST, "gpu": "a GPU"})
     fused = rows.index(found)[case.name]["fused"]
     rate = 2 * case.prediction_bytes(load) / 0.5e-3 / 1e9
     assert fused["gb_per_s"] == pytest.approx(rate)
@@ -305,8 +306,8 @@ def test_a_gpu_gives_bandwidth_and_the_distance_from_the_floor():
 
 
 def test_a_run_is_kept_with_its_versions(tmp_path):
-    results, load, _ = fake_results()
-    found = rows.rows(results, load, HOST)
+    results, *_ = fake_results()
+    found = rows.rows(results, HOST)
     own = session_of(tmp_path)
     own.failures.append("what broke")
     own.write(found)
@@ -322,7 +323,7 @@ def test_pictures_show_what_there_is(tmp_path):
     image = pytest.importorskip("PIL.Image")
     for gpu, names in ((False, ["cost.png", "issue_time.png"]), (True, ["cost.png", "time.png", "issue_time.png"])):
         results, load, case = fake_results(gpu)
-        paths = plots.plot(tmp_path, rows.rows(results, load, HOST), [case])
+        paths = plots.plot(tmp_path, rows.rows(results, HOST), [case])
         assert [path.name for path in paths] == names
         for path in paths:
             colours = image.open(path).convert("RGB").getcolors(1 << 16)
@@ -593,7 +594,7 @@ def test_where_another_is_faster_is_said():
     results, load, case = fake_results(gpu=True)
     results[session.Task("time", case.name, load, "compile", "cuda")] = {"full_ms_p50": 0.4, "peak_bytes": 1}
     results[session.Task("time", case.name, load, "torchvision", "cuda")] = {"full_ms_p50": 0.3, "peak_bytes": 1}
-    found = rows.slower(rows.index(rows.rows(results, load, {**HOST, "gpu": "a GPU"})), [case])
+    found = rows.slower(rows.index(rows.rows(results, {**HOST, "gpu": "a GPU"})), [case])
     assert sorted(found) == [
         "YOLOv4/paper: 0.500 ms, compile 0.400 ms",
         "YOLOv4/paper: 0.500 ms, torchvision 0.300 ms",
