@@ -87,8 +87,7 @@ def load_labels(path: Path, images: Path | None = None) -> tuple[list[Annotation
         files, names = _yolo(folder, found)
     else:
         raise FileNotFoundError(f"labels: nothing in {path}; looked for *.xml (VOC) and *.txt (YOLO)")
-    in_own_folder = home.name in ("Annotations", "annotations", "labels")
-    known = _images(images or (home.parent if in_own_folder else home))
+    known = _images(images or (home.parent if home.name in ("Annotations", "annotations", "labels") else home))
     return [_annotation(file, known) for file in files], names
 
 
@@ -113,14 +112,10 @@ def _voc(paths: Sequence[Path]) -> Read:
         width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
         if width <= 0 or height <= 0:
             raise ValueError(f"labels: {path} has no image size")
-        objects = [
-            (
-                names.index(found.findtext("name", "")),
-                *(float(found.findtext(f"bndbox/{each}", "nan")) for each in ("xmin", "ymin", "xmax", "ymax")),
-            )
-            for found in root.iter("object")
-        ]
-        files.append(File(Path(root.findtext("filename") or path), (width, height), objects))
+        files.append(File(Path(root.findtext("filename") or path), (width, height), []))
+        for found in root.iter("object"):
+            corners = (float(found.findtext(f"bndbox/{each}", "nan")) for each in ("xmin", "ymin", "xmax", "ymax"))
+            files[-1].objects.append((names.index(found.findtext("name", "")), *corners))
     return files, names
 
 

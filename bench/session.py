@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import track
 
 from fusedyolo.tools import codegen, processes, timing
 from fusedyolo.tools.env import environment
@@ -95,26 +95,20 @@ class Session:
         timed = any(task.kind == "time" for task in tasks)
         if timed:
             self.run([replace(task, kind="warm") for task in tasks if task.provider in (COMPILE, FUSED)], "compiling")
+        interpreted = {task: task.kind in ("parity", "count") and task.device == "cpu" for task in tasks}
+        calls = {task: processes.Call(partial(do, task), each) for task, each in interpreted.items()}
         results: dict[Task, Any] = {}
-        start = time.monotonic()
-        with Progress(console=self.console, transient=True) as progress:
-            bar = progress.add_task(title, total=len(tasks))
-
-            def done(task: Task, result: Any) -> None:
-                progress.advance(bar)
-                if isinstance(result, processes.Failed):
-                    causes = [line for line in result.why.splitlines() if "Error" in line] or result.why.splitlines()
-                    self.console.print(f"[yellow]no {task.label}:[/] {escape(causes[-1])}", highlight=False)
-                    self.failures.append(f"{task.label}\n\n{result.why}\n")
-                elif task.kind != "warm":
-                    results[task] = result
-                    keep(results)
-                    if not self.console.is_terminal:
-                        self.console.print(f"{time.monotonic() - start:.0f} s: {task.label}", highlight=False)
-
-            interpreted = {task: task.kind in ("parity", "count") and task.device == "cpu" for task in tasks}
-            calls = {task: processes.Call(partial(do, task), each) for task, each in interpreted.items()}
-            processes.run_all(calls, 1 if timed else self.jobs, done)
+        start, found = time.monotonic(), processes.run_all(calls, 1 if timed else self.jobs)
+        for task, result in track(found, title, len(calls), console=self.console, transient=True):
+            if isinstance(result, processes.Failed):
+                causes = [line for line in result.why.splitlines() if "Error" in line] or result.why.splitlines()
+                self.console.print(f"[yellow]no {task.label}:[/] {escape(causes[-1])}", highlight=False)
+                self.failures.append(f"{task.label}\n\n{result.why}\n")
+            elif task.kind != "warm":
+                results[task] = result
+                keep(results)
+                if not self.console.is_terminal:
+                    self.console.print(f"{time.monotonic() - start:.0f} s: {task.label}", highlight=False)
         return results
 
     def gate(self, tasks: Sequence[Task]) -> tuple[dict[Task, Any], set[tuple[str, str]]]:

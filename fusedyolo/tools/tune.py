@@ -117,13 +117,15 @@ def inspect_all(
 ) -> dict[Wishes, Resources | str]:
     """The same for many, in ``jobs`` processes; of what does not compile, that it does not."""
     calls = {wishes: Call(partial(inspect, point, wishes, target)) for wishes in wanted}
-    found = run_all(calls, jobs, lambda wishes, result: done())
-    for wishes, result in found.items():
+    found: dict[Wishes, Resources | str] = {}
+    for wishes, result in run_all(calls, jobs):
+        done()
         if isinstance(result, Failed):
             if not (wishes and result.error):  # a process that died says nothing of the configuration
                 raise RuntimeError(result.why)
-            found[wishes] = f"does not compile: {result.error}"
-    return found
+            result = f"does not compile: {result.error}"
+        found[wishes] = result
+    return {wishes: found[wishes] for wishes in wanted}
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring

@@ -253,7 +253,7 @@ def fake_results(gpu=False):
 
 
 def test_rows_are_keyed_and_what_was_not_measured_is_unknown():
-    results, load, case = fake_results()
+    results, _, case = fake_results()
     found = rows.rows(results, HOST)
     assert len({tuple(v for k, v in row.items() if k != "value") for row in found}) == len(found)
     values = rows.index(found)[case.name]
@@ -271,7 +271,7 @@ def test_rows_are_keyed_and_what_was_not_measured_is_unknown():
 
 
 def test_what_is_predicted_says_so_and_for_which_gpu():
-    results, load, case = fake_results()
+    results, _, case = fake_results()
     found = rows.rows(results, HOST)
     values = {row["metric"]: row["value"] for row in found if "_us" in row["metric"]}
     assert all(name.startswith("predicted.H100.") for name in values)
@@ -322,7 +322,7 @@ def test_a_run_is_kept_with_its_versions(tmp_path):
 def test_pictures_show_what_there_is(tmp_path):
     image = pytest.importorskip("PIL.Image")
     for gpu, names in ((False, ["cost.png", "issue_time.png"]), (True, ["cost.png", "time.png", "issue_time.png"])):
-        results, load, case = fake_results(gpu)
+        results, _, case = fake_results(gpu)
         paths = plots.plot(tmp_path, rows.rows(results, HOST), [case])
         assert [path.name for path in paths] == names
         for path in paths:
@@ -423,10 +423,10 @@ def answer(monkeypatch, given):
     """In place of processes: what is ``given`` for a kind of task; the tasks there are."""
     tasks = []
 
-    def run_all(calls, jobs, done):
+    def run_all(calls, jobs):
         for task in calls:
             tasks.append(task)
-            done(task, given[task.kind])
+            yield task, given[task.kind]
 
     monkeypatch.setattr(processes, "run_all", run_all)
     return tasks
@@ -516,9 +516,7 @@ def test_work_is_done_in_processes_that_may_die(tmp_path):
         "again": processes.Call(os.getpid),
         "once more": processes.Call(os.getpid),
     }
-    told = {}
-    results = processes.run_all(calls, 1, told.__setitem__)
-    assert results == told
+    results = dict(processes.run_all(calls, 1))
     assert results["dies"] == processes.Failed("the process died")
     assert (results["plain"], results["interpreted"]) == (None, "1")
     assert results["again"] == results["once more"]

@@ -418,4 +418,4 @@ def test_what_a_run_shows(gpu):
 def test_nothing_to_train_on(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("0 0.5 0.25 0.5 0.5\n")
     assert entry.main(["train", "--images", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "0 of 1 annotated images" in " ".join(capsys.readouterr().out.split())
+    assert "0 of 1 annotated ones" in " ".join(capsys.readouterr().out.split())
