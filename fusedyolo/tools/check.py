@@ -84,7 +84,7 @@ def _run_compiled(options: argparse.Namespace, dtypes: Sequence[str], console: C
     results = {}
     for (name, case), dtype, arch in track(wanted, "executing", console=console, transient=True):
         try:
-            found = compiled.compare(case(replace(SMALL, dtype=dtype)), replace(settings, arch=arch))
+            found = compiled.compare(case(replace(SMALL, dtype=dtype)), settings._replace(arch=arch))
         except Exception as error:  # what a compiler may raise is not known; the others are still checked
             found = Found(wrong=[f"{type(error).__name__}: {error}".splitlines()[0]])
         results[name, dtype, f"sm_{arch}"] = found
