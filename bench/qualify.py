@@ -26,7 +26,6 @@ from fusedyolo.tools.registry import SHOWN, RefusedError
 MINUTES = 7.5  # in all
 PYTHON = (sys.executable, "-W", "ignore", "-m")
 REQUIRED = {"environment", "check", "tests", "bench"}
-KERNELS = "regex:(grid|grid_grad|cell|cell_grad|overlap|match|dense|count|rank|decode|pick|settle|pick_loss)_kernel"
 PROFILED = f"from bench.measure import run_fused; run_fused({SHOWN[0].name!r})"
 COLOURS = {"passed": "green", "failed": "bold red", "cut": "yellow", "left out": "yellow"}
 
@@ -55,7 +54,7 @@ def plan(out: Path) -> list[Step]:
     check = (*PYTHON, "fusedyolo", "check")
     memcheck = ("compute-sanitizer", "--error-exitcode", "1", "--tool", "memcheck", *check, *losses)
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a cached block hides what lies beyond its tensor
-    ncu = ("ncu", "-k", KERNELS, "--launch-count", "4", "--set", "full", "-f", "-o", str(out / "profile"))
+    ncu = ("ncu", "-k", "regex:.*_kernel$", "--launch-count", "4", "--set", "full", "-f", "-o", str(out / "profile"))
     return [
         Step("environment", 15, (*PYTHON, "fusedyolo", "env", "--json")),
         Step("check", 60, (*check, "--dtype", "float32", "--dtype", "bfloat16")),
