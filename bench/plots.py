@@ -34,7 +34,6 @@ class Bar(NamedTuple):
     value: float | None
     colour: str
     note: str
-    bold: bool = False
 
 
 Panel = tuple[str, Mapping[str, Sequence[Bar]]]
@@ -70,10 +69,7 @@ def plot(out: Path, found: Sequence[Row], cases: Sequence[Case], gpu: str = "H10
         ]
         paths.append(_bars(out / "time.png", title, time, keys))
     predicted = {
-        f"{case.name}  {launch}": [
-            Bar(each[part], colour, f"{each[part]:.3g}", each[part] == each["predicted_us"])
-            for part, (_, colour) in PARTS.items()
-        ]
+        f"{case.name}  {launch}": [Bar(each[part], colour, f"{each[part]:.3g}") for part, (_, colour) in PARTS.items()]
         for case in cases
         for launch, each in launches(values, case, f"predicted.{gpu}").items()
         if launch != "step"
@@ -95,29 +91,26 @@ def _providers(values: Mapping[str, Mapping[str, Any]], metric: str, form: str) 
         if provider == FUSED and value and best:
             ratio, word = (best / value, "less") if best >= value else (value / best, "MORE")
             note += f"  ({ratio:.{0 if ratio > 10 else 1}f}x {word})"
-        bars.append(Bar(value, STYLES.get(provider, STYLES[PEER])[1], note, provider == FUSED))
+        bars.append(Bar(value, STYLES.get(provider, STYLES[PEER])[1], note))
     return bars
 
 
 def _bars(path: Path, title: str, panels: Sequence[Panel], keys: Keys, width: float = 5.2) -> Path:
     """Groups of horizontal bars on a logarithmic scale, each with its note behind it."""
-    groups = panels[0][1]
-    height = 1.6 + 0.19 * sum(map(len, groups.values())) + 0.1 * len(groups)
-    figure = Figure(figsize=(width * len(panels), height), dpi=160, layout="constrained")
+    sizes = [len(bars) for bars in panels[0][1].values()]
+    places = [[sum(sizes[:g]) + 0.7 * g + i for i in range(size)] for g, size in enumerate(sizes)]
+    flat = [place for own in places for place in own]
+    figure = Figure(figsize=(width * len(panels), 1.6 + 0.2 * flat[-1]), dpi=160, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (label, groups) in zip(axes, panels, strict=True):
-        known = [bar.value for bars in groups.values() for bar in bars if bar.value]
+        bars = [bar for of in groups.values() for bar in of]
+        known = [bar.value for bar in bars if bar.value]
         low, high = (min(0.5, min(known) / 2), max(known)) if known else (1, 10)
-        y, ticks = 0.0, []
-        for bars in groups.values():
-            ticks.append(y + (len(bars) - 1) / 2)
-            for bar in bars:
-                axis.barh(y, (bar.value or low) - low, 0.85, left=low, color=bar.colour)
-                axis.text(bar.value or low, y, f" {bar.note}", va="center", size=7.5, weight=700 if bar.bold else 400)
-                y += 1
-            y += 0.7
-        axis.set_yticks(ticks, list(groups))
-        axis.set_ylim(y - 0.7, -0.7)
+        lengths = [(bar.value or low) - low for bar in bars]
+        drawn = axis.barh(flat, lengths, 0.85, left=low, color=[bar.colour for bar in bars])
+        axis.bar_label(drawn, [bar.note for bar in bars], padding=5, size=7.5)
+        axis.set_yticks([sum(own) / len(own) for own in places], list(groups))
+        axis.set_ylim(flat[-1] + 0.7, -0.7)
         axis.set_xscale("log")
         axis.set_xlim(low, high * (high / low) ** 0.35)
         axis.set_xlabel(f"{label} (log scale)", size=9)

@@ -6,11 +6,12 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from .tools import terminal
 from .tools.compiled import ARCHS, FUSION
 from .tools.registry import DTYPES, LAYOUTS
-from .tools.terminal import add_loss, existing, folder, positive, side
+from .tools.terminal import add_loss, folder, positive, side
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
@@ -34,7 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     group.add_argument("--fusion", choices=list(FUSION), help="of products and sums (as-shipped)")
     group.add_argument("--noise", action="store_true", help="approximate instructions are off by what is documented")
     group.add_argument("--fine", action="store_true", help="other threads come in before every access")
-    group.add_argument("--markdown", type=existing, metavar="PATH", help="also write the table into this file")
+    group.add_argument("--markdown", type=Path, metavar="PATH", help="also write the table into this file")
 
     tune = command("tune", "Measure block sizes, warps and stages on this GPU, for each loss, and keep the best.")
     add_loss(tune, "each loss in its default recipe")

@@ -23,7 +23,7 @@ from .compiled import SMALL, Found, Settings
 from .env import kernels_digest, version
 from .parity import parity, parity_table
 from .registry import CASES, RefusedError, Workload, choose, select
-from .terminal import PASSES, table
+from .terminal import PASSES, asked, table
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,7 +77,9 @@ def _run_compiled(options: argparse.Namespace, dtypes: Sequence[str], console: C
         seeds=options.seeds or 2, fusion=options.fusion or "as-shipped", noise=options.noise, fine=options.fine
     )
     cases = choose(options.loss, compiled.cases())
-    if options.markdown and not PLACE.search(options.markdown.read_text()):
+    with asked():
+        page = options.markdown.read_text() if options.markdown else ""
+    if options.markdown and not PLACE.search(page):
         raise RefusedError(f"--markdown: {options.markdown} has no line {BEGIN}, or no line {END} after it")
     compiled.ready()
     wanted = list(itertools.product(cases.items(), dtypes, options.arch or [90]))
@@ -91,8 +93,7 @@ def _run_compiled(options: argparse.Namespace, dtypes: Sequence[str], console: C
     _print(console, results, settings)
     if options.markdown:
         lines = "".join(f"{line}\n" for line in _markdown(results, settings))
-        page = PLACE.sub(lambda place: place[1] + lines + place[2], options.markdown.read_text())
-        options.markdown.write_text(page)
+        options.markdown.write_text(PLACE.sub(lambda place: place[1] + lines + place[2], page))
     return int(any(found.wrong for found in results.values()))
 
 
