@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from torch.profiler import ProfilerActivity, profile
 
@@ -163,5 +164,6 @@ def run(options: argparse.Namespace) -> int:
     names = ["background"] * case.background + names
     outcome.draw_detections(out / "predictions.png", *detect(runs[0], pictures), names)
     fault = outcome.fault(result)
-    console.print(outcome.table(result), f"Curves, traces and numbers are in {out}. [red]{fault}", highlight=False)
+    console.print(outcome.table(result))
+    console.print(f"Curves, traces and numbers are in {escape(str(out))}. [red]{fault}", highlight=False)
     return int(bool(fault))

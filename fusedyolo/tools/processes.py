@@ -62,7 +62,7 @@ def run_all(calls: Mapping[Key, Call], jobs: int) -> Iterator[tuple[Key, Any]]:
     finally:  # on Ctrl-C, too: what has not begun does not
         pool.shutdown(wait=False, cancel_futures=True)
         for process in idle[True] + idle[False]:
-            process.shutdown(wait=False)
+            process.shutdown()
 
 
 def _begin(interpreted: bool, threads: int) -> None:
