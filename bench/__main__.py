@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
 
-try:
-    from fusedyolo.tools import terminal
-    from fusedyolo.tools.codegen import TARGETS
-    from fusedyolo.tools.registry import DTYPES, FORMS, LAYOUTS, SHOWN
-    from fusedyolo.tools.terminal import add_loss, existing, positive, side
+from fusedyolo.tools import terminal
+from fusedyolo.tools.codegen import TARGETS
+from fusedyolo.tools.registry import AXES, DTYPES, FORMS, LAYOUTS, SHOWN
+from fusedyolo.tools.terminal import add_loss, existing, file, folder, positive, side
 
-    from .predict import GPUS
-    from .sweep import AXES
-except ModuleNotFoundError as error:
-    if (error.name or "fusedyolo").partition(".")[0] in ("fusedyolo", "bench"):
-        raise
-    sys.exit(f"{error.name} is not installed: pip install 'fusedyolo[bench]'")
-except KeyboardInterrupt:  # PyTorch takes seconds to import
-    sys.exit(130)
+from .predict import GPUS
 
 FOLDER = "folder for JSON, CSV and pictures"
 LABELS = "YOLO txt folder, COCO json or VOC xml folder"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ArgumentParser:
     """Of every command; each has its module, whose ``run`` takes the options."""
-    main = argparse.ArgumentParser(
+    main = ArgumentParser(
         "python -m bench",
         description="Parity first, then launches, bytes, host waits, compiled code, predicted and, on a GPU, time.",
     )
@@ -50,11 +41,9 @@ def parser() -> argparse.ArgumentParser:
     only = main.add_mutually_exclusive_group()
     only.add_argument("--times", action="store_true", help="on a GPU, parity and times alone")
     only.add_argument("--predict", action="store_true", help="parity and predicted times alone")
-    main.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes at a time")
-    main.add_argument("--out", type=Path, default=Path("runs/bench"), help=FOLDER)
     commands = main.add_subparsers(metavar="COMMAND", title="other commands; COMMAND --help says more")
 
-    def command(name: str, about: str) -> argparse.ArgumentParser:
+    def command(name: str, about: str) -> ArgumentParser:
         added = commands.add_parser(name, help=about, description=about)
         added.set_defaults(module=name)
         return added
@@ -62,8 +51,6 @@ def parser() -> argparse.ArgumentParser:
     sweep = command("sweep", "how the cost of a step grows with objects, batch, classes, type and layout")
     add_loss(sweep, ", ".join(case.name for case in SHOWN))
     sweep.add_argument("--axis", action="append", choices=AXES, help="what is varied; repeat for more (all)")
-    sweep.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes at a time, without a GPU")
-    sweep.add_argument("--out", type=Path, default=Path("runs/sweep"), help=FOLDER)
 
     train = command("train", "where a training step goes, with the fused loss and with the one that it replaces")
     add_loss(train, f"{SHOWN[0].name}; the first recipe that is meant")
@@ -72,22 +59,22 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--batch", type=positive, default=8)
     train.add_argument("--size", type=side, default=192, help="side that images are fitted into, a multiple of 32")
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--out", type=Path, default=Path("runs/train"), help=FOLDER)
 
     assign = command("assign", "which predictions a loss assigns to the objects of an image, drawn")
     add_loss(assign, SHOWN[1].name)
     assign.add_argument("--index", type=int, default=0, help="which of the images")
     assign.add_argument("--size", type=side, default=416, help="side the image is fitted into, a multiple of 32")
-    assign.add_argument(
-        "--steps", type=int, default=0, help="of training a small detector first; of an untrained one (0)"
-    )
-    assign.add_argument("--out", type=Path, default=Path("runs/assignment.png"))
+    assign.add_argument("--steps", type=int, default=0, help="that a small detector is trained first (0)")
+    assign.add_argument("--out", type=file, default="runs/assignment.png")
+
+    qualify = command("qualify", "everything that wants a GPU, in one command of under eight minutes and one folder")
+    for each in (main, sweep):
+        each.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes at a time")
     for each in (train, assign):
         each.add_argument("--images", type=existing, help="folder of images; drawn ones if left out")
         each.add_argument("--labels", type=existing, help=f"{LABELS}; found beside --images")
-
-    qualify = command("qualify", "everything that wants a GPU, in one command of under eight minutes and one folder")
-    qualify.add_argument("--out", type=Path, default=Path("runs/qualify"), help="folder of all results")
+    for each, name in ((main, "bench"), (sweep, "sweep"), (train, "train"), (qualify, "qualify")):
+        each.add_argument("--out", type=folder, default=f"runs/{name}", help=FOLDER)
     return main
 
 

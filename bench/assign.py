@@ -13,7 +13,6 @@ from rich.progress import track
 
 import fusedyolo
 from fusedyolo.tools.registry import SHOWN, Case, RefusedError, Workload, select
-from fusedyolo.tools.terminal import asked
 
 from . import labels, pictures
 from .detector import Detector
@@ -26,9 +25,8 @@ CALM = -4.0  # logits of predictions that are sure of nothing
 def run(options: argparse.Namespace) -> int:
     """Draw it."""
     case, index = select(options.loss, SHOWN[1:])[0], options.index
-    with asked():
-        count, drawn = max(index + 1, DRAWN * (options.steps > 0)), options.out.parent / "drawn"
-        annotations, names = pictures.annotated(options, drawn, count, options.size, 0)
+    drawn = max(index + 1, DRAWN * (options.steps > 0))
+    annotations, names = pictures.annotated(options, options.out.parent / "drawn", drawn, options.size)
     if not 0 <= index < len(annotations):
         raise RefusedError(f"--index: {index}, want less than {len(annotations)}, the images there are")
     shown = pictures.load([annotations[index]], options.size)
@@ -40,7 +38,6 @@ def run(options: argparse.Namespace) -> int:
     rows[:, 1] += case.background
     criterion = case.build(work.classes, "torch")
     found = fusedyolo.assign(criterion, case.pack(preds, work), rows, **case.geometry(work))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     names = ["background"] * case.background + names
     figure = fusedyolo.draw_assignment(shown.pixels[0], found, names=names)
     figure.suptitle(f"{case.name}, objects: {len(shown.annotations[0].boxes)}", fontsize=11)
@@ -54,5 +51,5 @@ def _trained(case: Case, work: Workload, images: pictures.Pictures, steps: int) 
     work = replace(work, batch=min(8, len(images.annotations)))
     run = Run(EAGER, case, work, 0, torch.device("cpu"))
     for number in track(range(steps), "training", transient=True):
-        run.step(number, run.loss, images, False)
+        run.step(number, run.loss, images)
     return run.model.requires_grad_(False)

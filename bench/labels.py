@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import torch
@@ -16,8 +16,6 @@ from fusedyolo.tools.registry import Workload
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 OTHER_TEXT = re.compile(r"(classes|train|val|test|trainval|readme.*)\.txt", re.I)  # beside labels, but not labels
-
-Find = Callable[[Path], "Path | None"]
 
 
 class Annotation(NamedTuple):
@@ -30,7 +28,15 @@ class Annotation(NamedTuple):
     classes: torch.Tensor
 
 
-Labels = tuple[list[Annotation], list[str]]
+class File(NamedTuple):
+    """What a label file says of an image: its name, its width and height, and class, x1, y1, x2, y2 of each object."""
+
+    name: Path
+    size: tuple[int, int]
+    objects: list[tuple[float, ...]]
+
+
+Read = tuple[list[File], list[str]]
 """Of each image, and the names of the classes."""
 
 
@@ -58,7 +64,7 @@ def sample_labels(annotations: Sequence[Annotation], batch: int, seed: int) -> t
     return pack([annotations[i] for i in picks.tolist()])
 
 
-def load_labels(path: Path, images: Path | None = None) -> Labels:
+def load_labels(path: Path, images: Path | None = None) -> tuple[list[Annotation], list[str]]:
     """Read a COCO json, a VOC folder or a YOLO folder: the annotation of each image, and the names of the classes.
 
     ``images`` is the folder searched for image files, by default the one the labels lie in. Boxes are clipped to the
@@ -71,88 +77,81 @@ def load_labels(path: Path, images: Path | None = None) -> Labels:
     if not path.exists():
         raise FileNotFoundError(f"labels: {path} does not exist")
     home = path if path.is_dir() else path.parent
-    find = _image_finder(images or (home.parent if home.name in ("Annotations", "annotations", "labels") else home))
-    if path.is_file():
-        return _coco(path, find)
-    if files := sorted(path.rglob("*.xml")):
-        return _voc(files, find)
     beside = path.parent / "labels" if path.name == "images" else path / "labels"
     folder = beside if beside.is_dir() else path
-    if files := sorted(f for f in folder.rglob("*.txt") if not OTHER_TEXT.fullmatch(f.name)):
-        return _yolo(folder, files, find)
-    raise FileNotFoundError(f"labels: nothing in {path}; looked for *.xml (VOC) and *.txt (YOLO)")
+    if path.is_file():
+        files, names = _coco(path)
+    elif found := sorted(path.rglob("*.xml")):
+        files, names = _voc(found)
+    elif found := sorted(file for file in folder.rglob("*.txt") if not OTHER_TEXT.fullmatch(file.name)):
+        files, names = _yolo(folder, found)
+    else:
+        raise FileNotFoundError(f"labels: nothing in {path}; looked for *.xml (VOC) and *.txt (YOLO)")
+    known = _images(images or (home.parent if home.name in ("Annotations", "annotations", "labels") else home))
+    return [_annotation(file, known) for file in files], names
 
 
-def _coco(path: Path, find: Find) -> Labels:
+def _coco(path: Path) -> Read:
     data = json.loads(path.read_text())
     if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= data.keys():
         raise ValueError(f"labels: {path} is no COCO file, it has no images, annotations and categories")
-    categories = sorted(data["categories"], key=lambda category: category["id"])
-    index = {category["id"]: i for i, category in enumerate(categories)}
-    objects: dict[Any, list[Any]] = {image["id"]: [] for image in data["images"]}
+    names = {each["id"]: each["name"] for each in sorted(data["categories"], key=lambda each: each["id"])}
+    files = {each["id"]: File(Path(each["file_name"]), (each["width"], each["height"]), []) for each in data["images"]}
     for entry in data["annotations"]:
         if not entry.get("iscrowd", 0):
             x, y, w, h = entry["bbox"]
-            objects[entry["image_id"]].append((index[entry["category_id"]], x, y, x + w, y + h))
-    annotations = [
-        _annotation(find(Path(image["file_name"])), objects[image["id"]], image["width"], image["height"])
-        for image in data["images"]
-    ]
-    return annotations, [category["name"] for category in categories]
+            files[entry["image_id"]].objects.append((list(names).index(entry["category_id"]), x, y, x + w, y + h))
+    return list(files.values()), list(names.values())
 
 
-def _voc(files: Sequence[Path], find: Find) -> Labels:
-    roots = [ElementTree.parse(file).getroot() for file in files]
+def _voc(paths: Sequence[Path]) -> Read:
+    roots = [ElementTree.parse(path).getroot() for path in paths]
     names = sorted({found.findtext("name", "") for root in roots for found in root.iter("object")})
-    corners = [f"bndbox/{corner}" for corner in ("xmin", "ymin", "xmax", "ymax")]
-    annotations = []
-    for file, root in zip(files, roots, strict=True):
+    files = []
+    for path, root in zip(paths, roots, strict=True):
         width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
         if width <= 0 or height <= 0:
-            raise ValueError(f"labels: {file} has no image size")
-        objects = [
-            (names.index(found.findtext("name", "")), *(float(found.findtext(each, "nan")) for each in corners))
-            for found in root.iter("object")
-        ]
-        annotations.append(_annotation(find(Path(root.findtext("filename") or file)), objects, width, height))
-    return annotations, names
+            raise ValueError(f"labels: {path} has no image size")
+        files.append(File(Path(root.findtext("filename") or path), (width, height), []))
+        for found in root.iter("object"):
+            corners = (float(found.findtext(f"bndbox/{each}", "nan")) for each in ("xmin", "ymin", "xmax", "ymax"))
+            files[-1].objects.append((names.index(found.findtext("name", "")), *corners))
+    return files, names
 
 
-def _yolo(folder: Path, files: Sequence[Path], find: Find) -> Labels:
-    annotations = []
-    for file in files:
-        objects = []
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+def _yolo(folder: Path, paths: Sequence[Path]) -> Read:
+    files = []
+    for path in paths:
+        files.append(File(path.relative_to(folder), (1, 1), []))
+        for number, line in enumerate(path.read_text().splitlines(), 1):
             if line.strip():
                 try:
                     label, cx, cy, w, h = map(float, line.split())
                 except ValueError:
-                    raise ValueError(f"labels: {file}:{number}: {line[:60]!r}, want class cx cy w h") from None
-                objects.append((label, cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
-        annotations.append(_annotation(find(file.relative_to(folder)), objects))
+                    raise ValueError(f"labels: {path}:{number}: {line[:60]!r}, want class cx cy w h") from None
+                files[-1].objects.append((label, cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
     listed = next((each for each in (folder / "classes.txt", folder.parent / "classes.txt") if each.is_file()), None)
     names = listed.read_text().splitlines() if listed else []
-    most = max((int(a.classes.max()) for a in annotations if len(a.classes)), default=0)
-    return annotations, names + [f"class {i}" for i in range(len(names), most + 1)]
+    most = max((int(label) for file in files for label, *_ in file.objects), default=0)
+    return files, names + [f"class {i}" for i in range(len(names), most + 1)]
 
 
-def _annotation(image: Path | None, objects: Sequence[Any], width: int = 1, height: int = 1) -> Annotation:
-    """From (class, x1, y1, x2, y2) of each object of an image of this size."""
-    rows = torch.tensor(objects, dtype=torch.float64).reshape(-1, 5)
-    low, high = (rows[:, 1:] / torch.tensor([width, height, width, height])).clamp(0, 1).split(2, dim=1)
+def _annotation(file: File, images: dict[tuple[str, ...], Path]) -> Annotation:
+    rows = torch.tensor(file.objects, dtype=torch.float64).reshape(-1, 5)
+    low, high = (rows[:, 1:] / torch.tensor([*file.size, *file.size])).clamp(0, 1).split(2, dim=1)
     keep = (high > low).all(1)  # false for NaN too
     boxes = torch.cat([(low + high) / 2, high - low], 1)[keep].float()
+    image = images.get(file.name.with_suffix("").parts) or images.get((file.name.stem,))
     return Annotation(image, boxes, rows[keep, 0].long())
 
 
-def _image_finder(folder: Path) -> Find:
-    """A function from a file's path to the image of the same name below ``folder``, or None."""
-    known: dict[tuple[str, ...], Path] = {}
+def _images(folder: Path) -> dict[tuple[str, ...], Path]:
+    """The image files below a folder; a/b/c is found as c, b/c and a/b/c."""
     if not folder.is_dir():
         raise FileNotFoundError(f"images: {folder} is not a folder")
+    known: dict[tuple[str, ...], Path] = {}
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() in IMAGE_SUFFIXES:
             parts = file.relative_to(folder).with_suffix("").parts
-            for depth in range(len(parts)):  # a/b/c is found as c, b/c and a/b/c
-                known.setdefault(parts[depth:], file)
-    return lambda name: known.get(name.with_suffix("").parts) or known.get((name.stem,))
+            known |= {parts[depth:]: file for depth in range(len(parts)) if parts[depth:] not in known}
+    return known

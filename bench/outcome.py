@@ -1,4 +1,4 @@
-"""What a training run has shown: whether its curves agree, a table and a picture."""
+"""What a training run has shown: whether its curves agree, a table and pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fault(result: Result) -> str:
 
 
 def table(result: Result) -> Table:
-    """Where a step goes, how fast it is, and where its loss waits."""
+    """Where a step goes, how fast it is, and how far the curves lie apart."""
     config, runs = result["config"], result["runs"]
     made = terminal.table(
         f"{config['loss']}, batches of {config['batch']} images of {config['size']} x {config['size']}",
@@ -42,25 +42,20 @@ def table(result: Result) -> Table:
         "?: the fused loss ran in Triton's interpreter" * result["interpreted"],
     )
 
-    def line(name: str, cells: Mapping[str, str], **style: Any) -> None:
-        made.add_row(name, *(cells[provider] for provider in runs), **style)
+    def cell(provider: str, phase: str) -> str:
+        unknown, seconds = provider == FUSED and result["interpreted"], runs[provider]["seconds"]
+        shown = "?" if unknown and phase in ("loss", "step") else f"{1e3 * seconds[phase]:.2f}"
+        return f"{shown}  {'?' if unknown else format(seconds[phase] / seconds['step'], '.1%')}"
 
-    unknown = {FUSED: "?"} if result["interpreted"] else {}  # its loss, and what that is a part of
-    seconds = {provider: run["seconds"] for provider, run in runs.items()}
-    for phase in PHASES:
-        times = {p: f"{1e3 * each[phase]:.2f}" for p, each in seconds.items()} | (unknown if phase == "loss" else {})
-        shares = {p: f"{each[phase] / each['step']:.1%}" for p, each in seconds.items()} | unknown
-        line(phase, {p: f"{times[p]}  {shares[p]}" for p in runs}, end_section=phase == PHASES[-1])
-    line("ms of a step", {p: f"{1e3 * each['step']:.2f}" for p, each in seconds.items()} | unknown)
-    line("images/s", {p: f"{config['batch'] / each['step']:.1f}" for p, each in seconds.items()} | unknown)
-    line("loss at the last step", {p: f"{run['steps'][-1]['total']:.4f}" for p, run in runs.items()})
+    for phase in (*PHASES, "step"):
+        made.add_row(phase, *(cell(provider, phase) for provider in runs), end_section=phase in (PHASES[-1], "step"))
+    rates = {provider: config["batch"] / run["seconds"]["step"] for provider, run in runs.items()}
+    shown = ("?" if p == FUSED and result["interpreted"] else f"{rate:.1f}" for p, rate in rates.items())
+    made.add_row("images/s", *shown)
+    made.add_row("loss at the last step", *(f"{run['steps'][-1]['total']:.4f}" for run in runs.values()))
     shared = len(result["difference"])
     for number in sorted({min(COMPARED, shared), shared}):
         made.add_row(f"largest difference, {number} steps", "", f"{max(result['difference'][:number]):.1e}")
-    waits = {p: run["waits"] for p, run in runs.items()}
-    line("host waits of the loss", {p: "?" if w is None else f"{sum(w.values()):g}" for p, w in waits.items()})
-    for place in dict.fromkeys(place for each in waits.values() for place in each or ()):
-        line(f"  {place}", {p: f"{(each or {}).get(place, 0):g}" for p, each in waits.items()})
     return made
 
 

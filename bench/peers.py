@@ -33,13 +33,6 @@ Bound = Callable[[list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
-class Total:
-    """What a peer's loss returns."""
-
-    total: Tensor
-
-
-@dataclass(frozen=True)
 class Peer:
     """A library, by the name that it is installed as, and what it computes."""
 
@@ -69,9 +62,9 @@ class Peer:
             raise ImportError(f"{self.name}: {self.missing()}")
         bound, dtype, kind = self.bind(case, work, device), DTYPES[work.dtype], torch.device(device).type
 
-        def loss(preds: list[Tensor], targets: Any) -> Total:
+        def loss(preds: list[Tensor], targets: Any) -> SimpleNamespace:
             with torch.autocast(kind, dtype) if dtype.itemsize == 2 else nullcontext():
-                return Total(bound(preds))
+                return SimpleNamespace(total=bound(preds))
 
         return loss
 
@@ -101,16 +94,9 @@ def torchvision() -> ModuleType:
             raise
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # what the first attempt has left
-    library = _library()
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return import_module("torchvision")
-
-
-@lru_cache
-def _library() -> torch.library.Library:
-    """What the declarations live as long as."""
-    return torch.library.Library("torchvision", "DEF")
 
 
 def _load(name: str) -> ModuleType:
@@ -256,11 +242,8 @@ def _lightnet(case: Case, work: Workload, device: str) -> Bound:
     region = _load("lightnet.network.loss").RegionLoss
     hyp = case.build(work.classes, "torch").hyp
     criterion = region(work.classes, anchors, case.strides[0], seen=WARMED_UP, **hyp)
-    images = _by_image(case, work)
-    padded = torch.zeros(work.batch, max(map(len, images)), 5)  # on the host, where it looks for them
-    padded[..., 0] = -1
-    for image, rows in zip(padded, images, strict=True):
-        image[: len(rows)] = rows
+    # on the host, where it looks for them
+    padded = nn.utils.rnn.pad_sequence(_by_image(case, work), batch_first=True, padding_value=-1)
     match = criterion.build_targets
 
     def on_host(*args: Any) -> Any:
@@ -304,11 +287,9 @@ def _in_one_piece(maps: Any) -> Tensor:
 
 def _yolox(case: Case, work: Workload, device: str) -> Bound:
     head = _load("yolox.models").YOLOXHead(work.classes, 1 / 32, in_channels=[256] * len(case.strides)).to(device)
-    images = _by_image(case, work)
-    labels = torch.zeros(work.batch, max(map(len, images)), 5)
-    for image, rows in zip(labels, images, strict=True):
-        image[: len(rows)] = torch.cat((rows[:, :1], rows[:, 1:] * work.size), 1)
-    labels, maps = labels.to(device), case.maps(work)
+    pixels = torch.tensor([1.0] + [work.size] * 4)  # labels, and boxes
+    images = [rows * pixels for rows in _by_image(case, work)]
+    labels, maps = nn.utils.rnn.pad_sequence(images, batch_first=True).to(device), case.maps(work)
     areas = [height * width for height, width in maps]
 
     def by_level(values: Any) -> list[Tensor]:

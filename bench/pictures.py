@@ -12,18 +12,22 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from fusedyolo.tools.registry import RefusedError
+from fusedyolo.tools.terminal import asked
+
 from .labels import Annotation, load_labels, pack
 
 COLOURS = ("#d1495b", "#2e86ab", "#edae49", "#66a182", "#8d5a97")
+SHAPES = ("circle", "square", "triangle")
 GREY = (114, 114, 114)  # of what an image does not fill
 
 
-def generate(folder: Path, count: int, size: int, seed: int) -> None:
+def generate(folder: Path, count: int, size: int) -> None:
     """Write ``count`` images of coloured shapes, three classes of them, as a YOLO data set."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     for part in ("images", "labels"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    (folder / "classes.txt").write_text("circle\nsquare\ntriangle\n")
+    (folder / "classes.txt").write_text("\n".join(SHAPES))
     for number in range(count):
         grain = random.integers(150, 230, (size // 4, size // 4, 3), dtype=np.uint8)
         image = Image.fromarray(grain).resize((size, size))
@@ -34,11 +38,12 @@ def generate(folder: Path, count: int, size: int, seed: int) -> None:
             if any(max(abs(x - a), abs(y - b)) < 0.8 * (half + other) for a, b, other in placed):
                 continue  # would hide it
             placed.append((x, y, half))
-            label, colour = random.integers(3), str(random.choice(COLOURS))
-            if label == 0:
-                draw.ellipse((x - half, y - half, x + half, y + half), colour)
-            elif label == 1:
-                draw.rectangle((x - half, y - half, x + half, y + half), colour)
+            label, colour = int(random.integers(len(SHAPES))), str(random.choice(COLOURS))
+            box = x - half, y - half, x + half, y + half
+            if SHAPES[label] == "circle":
+                draw.ellipse(box, colour)
+            elif SHAPES[label] == "square":
+                draw.rectangle(box, colour)
             else:
                 draw.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], colour)
             lines.append(f"{label} {x / size:.6f} {y / size:.6f} {2 * half / size:.6f} {2 * half / size:.6f}\n")
@@ -46,16 +51,22 @@ def generate(folder: Path, count: int, size: int, seed: int) -> None:
         (folder / f"labels/{number:04d}.txt").write_text("".join(lines))
 
 
-def annotated(
-    options: argparse.Namespace, drawn: Path, count: int, size: int, seed: int
-) -> tuple[list[Annotation], list[str]]:
-    """The annotations of a command's ``--images`` and ``--labels`` and the names of their classes; of images
-    :func:`generate` draws in ``drawn`` where there are none.
+def annotated(options: argparse.Namespace, drawn: Path, count: int, size: int) -> tuple[list[Annotation], list[str]]:
+    """What is annotated of a command's ``--images`` by its ``--labels``, and the names of the classes; of ``count``
+    images drawn in the folder ``drawn`` where there are none.
+
+    Raises:
+        RefusedError: labels that cannot be read, or no box in any image.
     """
     images = options.images or drawn
-    if options.images is None:
-        generate(images, count, size, seed)
-    return load_labels(options.labels or images, images)
+    with asked():
+        if options.images is None:
+            generate(images, count, size)
+        annotations, names = load_labels(options.labels or images, images)
+    found = [annotation for annotation in annotations if annotation.image]
+    if not any(len(annotation.boxes) for annotation in found):
+        raise RefusedError(f"images: {len(found)} of {len(annotations)} annotated ones are in {images}, with no boxes")
+    return found, names
 
 
 @dataclass

@@ -8,22 +8,20 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullLocator
 
-from fusedyolo.tools.registry import CASES, Case, Workload
+from fusedyolo.tools.registry import Case, Workload
 
 from .measure import COMPILE, EAGER, FUSED
 from .rows import Row, index, launches
 
 PEER = "peer"
-COLOURS = {PEER: "#d08c60", EAGER: "#c3c9d2", COMPILE: "#8fa3bf", FUSED: "#1f7a5c"}
-NAMES = {
-    PEER: "the loss that it replaces",
-    EAGER: "eager PyTorch reference",
-    COMPILE: "torch.compile of it",
-    FUSED: "fusedyolo",
+STYLES = {
+    PEER: ("the loss that it replaces", "#d08c60"),
+    EAGER: ("eager PyTorch reference", "#c3c9d2"),
+    COMPILE: ("torch.compile of it", "#8fa3bf"),
+    FUSED: ("fusedyolo", "#1f7a5c"),
 }
-PARTS = {  # of a prediction: its metric, what it is, its colour
+PARTS = {  # of a prediction, by metric
     "memory_us": ("bytes / bandwidth", "#8fa3bf"),
     "issue_us": ("instructions / issue rate", "#1f7a5c"),
     "longest_us": ("issue of the longest program with a multiprocessor to itself", "#c2410c"),
@@ -36,44 +34,42 @@ class Bar(NamedTuple):
     value: float | None
     colour: str
     note: str
-    bold: bool = False
 
 
 Panel = tuple[str, Mapping[str, Sequence[Bar]]]
 """What is shown, and bars by the name of their group."""
+Keys = Sequence[tuple[str, str]]
+"""What colours mean: words, and a colour each."""
 
 
 def plot(out: Path, found: Sequence[Row], cases: Sequence[Case], gpu: str = "H100") -> list[Path]:
     """``cost.png``: bytes and launches; where there are any, ``time.png``: milliseconds and memory, and
     ``issue_time.png``: what is predicted for ``gpu``.
     """
-    values, first = index(found), found[0]
-    cases = [case for case in cases if case.name in CASES]
+    values, first, keys = index(found), found[0], list(STYLES.values())
     title = (
         f"One training step of the loss, forward + backward: batch {first['batch']}, {first['size']} px, "
         f"{first['classes']} classes, {first['dtype']}"
     )
-    for case in cases:
-        for each in values[case.name].values():
-            if "other_launches" in each:
-                each["launches"] = each.get("triton_launches", 0) + each["other_launches"]
+    for each in (each for case in cases for each in values[case.name].values() if "other_launches" in each):
+        each["launches"] = each.get("triton_launches", 0) + each["other_launches"]
 
     def panel(metric: str, label: str, form: str) -> Panel:
         return label, {case.name.replace("/", "\n"): _providers(values[case.name], metric, form) for case in cases}
 
-    keys = {NAMES[name]: colour for name, colour in COLOURS.items()}
-    cost = [panel("bytes_per_P", "memory traffic, multiples of the predictions", ".2f")]
-    cost.append(panel("launches", "launches", ".0f"))
+    cost = [
+        panel("bytes_per_P", "memory traffic, multiples of the predictions", ".2f"),
+        panel("launches", "launches", ".0f"),
+    ]
     paths = [_bars(out / "cost.png", title, cost, keys)]
     if any("full_ms_p50" in values[case.name].get(FUSED, {}) for case in cases):
-        time = [panel("full_ms_p50", f"milliseconds on {first['device']}", ".2f")]
-        time.append(panel("peak_per_P", "peak memory, multiples of the predictions", ".2f"))
+        time = [
+            panel("full_ms_p50", f"milliseconds on {first['device']}", ".2f"),
+            panel("peak_per_P", "peak memory, multiples of the predictions", ".2f"),
+        ]
         paths.append(_bars(out / "time.png", title, time, keys))
     predicted = {
-        f"{case.name}  {launch}": [
-            Bar(each[part], colour, f"{each[part]:.3g}", each[part] == each["predicted_us"])
-            for part, (_, colour) in PARTS.items()
-        ]
+        f"{case.name}  {launch}": [Bar(each[part], colour, f"{each[part]:.3g}") for part, (_, colour) in PARTS.items()]
         for case in cases
         for launch, each in launches(values, case, f"predicted.{gpu}").items()
         if launch != "step"
@@ -81,13 +77,13 @@ def plot(out: Path, found: Sequence[Row], cases: Sequence[Case], gpu: str = "H10
     if predicted:
         panels = [(f"microseconds predicted for {gpu}, not measured", predicted)]
         title = f"{title}\nEach launch on {gpu}: predicted, not measured"
-        paths.append(_bars(out / "issue_time.png", title, panels, dict(PARTS.values()), 8.4))
+        paths.append(_bars(out / "issue_time.png", title, panels, list(PARTS.values()), 8.4))
     return paths
 
 
 def _providers(values: Mapping[str, Mapping[str, Any]], metric: str, form: str) -> list[Bar]:
     """Of each provider of a case, the fused loss compared with its peer, else with the reference."""
-    peer = next((name for name in values if name not in NAMES), EAGER)
+    peer = next((name for name in values if name not in STYLES), EAGER)
     best, bars = values.get(peer, {}).get(metric), []
     for provider, each in values.items():
         value = each.get(metric)
@@ -95,39 +91,34 @@ def _providers(values: Mapping[str, Mapping[str, Any]], metric: str, form: str) 
         if provider == FUSED and value and best:
             ratio, word = (best / value, "less") if best >= value else (value / best, "MORE")
             note += f"  ({ratio:.{0 if ratio > 10 else 1}f}x {word})"
-        bars.append(Bar(value, COLOURS.get(provider, COLOURS[PEER]), note, provider == FUSED))
+        bars.append(Bar(value, STYLES.get(provider, STYLES[PEER])[1], note))
     return bars
 
 
-def _bars(path: Path, title: str, panels: Sequence[Panel], keys: Mapping[str, str], width: float = 5.2) -> Path:
+def _bars(path: Path, title: str, panels: Sequence[Panel], keys: Keys, width: float = 5.2) -> Path:
     """Groups of horizontal bars on a logarithmic scale, each with its note behind it."""
-    groups = panels[0][1]
-    height = 1.6 + 0.19 * sum(map(len, groups.values())) + 0.1 * len(groups)
-    figure = Figure(figsize=(width * len(panels), height), dpi=160, layout="constrained")
-    for axis, (label, groups) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
-    ):
-        known = [bar.value for bars in groups.values() for bar in bars if bar.value]
+    sizes = [len(bars) for bars in panels[0][1].values()]
+    places = [[sum(sizes[:g]) + 0.7 * g + i for i in range(size)] for g, size in enumerate(sizes)]
+    flat = [place for own in places for place in own]
+    figure = Figure(figsize=(width * len(panels), 1.6 + 0.2 * flat[-1]), dpi=160, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (label, groups) in zip(axes, panels, strict=True):
+        bars = [bar for of in groups.values() for bar in of]
+        known = [bar.value for bar in bars if bar.value]
         low, high = (min(0.5, min(known) / 2), max(known)) if known else (1, 10)
-        y, ticks = 0.0, []
-        for bars in groups.values():
-            ticks.append(y + (len(bars) - 1) / 2)
-            for bar in bars:
-                axis.barh(y, (bar.value or low) - low, 0.85, left=low, color=bar.colour)
-                place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "size": 7.5}
-                axis.annotate(bar.note, (bar.value or low, y), weight="bold" if bar.bold else "normal", **place)
-                y += 1
-            y += 0.7
-        axis.set_yticks(ticks, list(groups))
-        axis.set_ylim(y - 0.7, -0.7)
+        lengths = [(bar.value or low) - low for bar in bars]
+        drawn = axis.barh(flat, lengths, 0.85, left=low, color=[bar.colour for bar in bars])
+        axis.bar_label(drawn, [bar.note for bar in bars], padding=5, size=7.5)
+        axis.set_yticks([sum(own) / len(own) for own in places], list(groups))
+        axis.set_ylim(flat[-1] + 0.7, -0.7)
         axis.set_xscale("log")
         axis.set_xlim(low, high * (high / low) ** 0.35)
         axis.set_xlabel(f"{label} (log scale)", size=9)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
-        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right", "left"]].set_visible(False)
-    return _save(figure, path, title, [Patch(color=colour, label=name) for name, colour in keys.items()])
+    return _save(figure, path, title, [Patch(color=colour, label=words) for words, colour in keys])
 
 
 Curves = Mapping[tuple[str, str, str], Mapping[Any, Mapping[str, Any] | None]]
@@ -152,9 +143,9 @@ def _curves(path: Path, curves: Curves, summed: Sequence[str], unit: float, labe
     keys: dict[str, Any] = {}
     for (case, axis, provider), results in curves.items():
         panel = panels[cases.index(case)][axes.index(axis)]
-        kind = provider if provider in NAMES else PEER
+        words, colour = STYLES.get(provider, STYLES[PEER])
         known = {str(value): sum(r[name] for name in summed) / unit for value, r in results.items() if r}
-        (keys[kind],) = panel.semilogy(list(known), list(known.values()), ".-", color=COLOURS[kind], label=NAMES[kind])
+        (keys[words],) = panel.semilogy(list(known), list(known.values()), ".-", color=colour, label=words)
         panel.set_ylabel(case.replace("/", "\n") if axis == axes[0] else "", size=8)
         panel.set_xlabel(axis + " of an image" * (axis == "objects") if case == cases[-1] else "", size=8)
         panel.tick_params(labelsize=7)

@@ -26,18 +26,16 @@ from fusedyolo.tools.registry import SHOWN, RefusedError
 MINUTES = 7.5  # in all
 PYTHON = (sys.executable, "-W", "ignore", "-m")
 REQUIRED = {"environment", "check", "tests", "bench"}
-KERNELS = "regex:(grid|grid_grad|cell|cell_grad|overlap|match|dense|count|rank|decode|pick|settle|pick_loss)_kernel"
 PROFILED = f"from bench.measure import run_fused; run_fused({SHOWN[0].name!r})"
 COLOURS = {"passed": "green", "failed": "bold red", "cut": "yellow", "left out": "yellow"}
 
 
 class Step(NamedTuple):
-    """A command, and the seconds it may take; ``needs`` is a program that not every machine has."""
+    """A command, and the seconds it may take."""
 
     name: str
-    command: tuple[str, ...]
     seconds: float
-    needs: str = ""
+    command: tuple[str, ...]
     variables: Mapping[str, str] = {}
 
 
@@ -56,29 +54,32 @@ def plan(out: Path) -> list[Step]:
     check = (*PYTHON, "fusedyolo", "check")
     memcheck = ("compute-sanitizer", "--error-exitcode", "1", "--tool", "memcheck", *check, *losses)
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a cached block hides what lies beyond its tensor
-    ncu = ("ncu", "-k", KERNELS, "--launch-count", "4", "--set", "full", "-f", "-o", str(out / "profile"))
+    ncu = ("ncu", "-k", "regex:.*_kernel$", "--launch-count", "4", "--set", "full", "-f", "-o", str(out / "profile"))
     return [
-        Step("environment", (*PYTHON, "fusedyolo", "env", "--json"), 15),
-        Step("check", (*check, "--dtype", "float32", "--dtype", "bfloat16"), 60),
-        Step("tests", (*PYTHON, "pytest", "-q", "-n", "8"), 100),
-        Step("memcheck", memcheck, 45, "compute-sanitizer", uncached),
-        Step("tune", (*PYTHON, "fusedyolo", "tune", *losses[:4], "--out", str(out / "configs")), 60),
-        Step("bench", (*PYTHON, "bench", "--times", *losses, "--out", str(out / "bench")), 110),
-        Step("sweep", (*PYTHON, "bench", "sweep", "--axis", "objects", *losses[:4], "--out", str(out / "sweep")), 35),
-        Step("profile", (*ncu, sys.executable, "-c", PROFILED), 20, "ncu"),
+        Step("environment", 15, (*PYTHON, "fusedyolo", "env", "--json")),
+        Step("check", 60, (*check, "--dtype", "float32", "--dtype", "bfloat16")),
+        Step("tests", 100, (*PYTHON, "pytest", "-q", "-n", "8")),
+        Step("memcheck", 45, memcheck, uncached),
+        Step("tune", 60, (*PYTHON, "fusedyolo", "tune", *losses[:4], "--out", str(out / "configs"))),
+        Step("bench", 110, (*PYTHON, "bench", "--times", *losses, "--out", str(out / "bench"))),
+        Step("sweep", 35, (*PYTHON, "bench", "sweep", "--axis", "objects", *losses[:4], "--out", str(out / "sweep"))),
+        Step("profile", 20, (*ncu, sys.executable, "-c", PROFILED)),
     ]
 
 
-def run_step(step: Step, log: Path, variables: Mapping[str, str], left: float) -> Outcome:
-    """Run a command, its output in ``log``, for as many seconds as it may take and are ``left``."""
-    if step.needs and shutil.which(step.needs) is None:
-        return Outcome(step.name, "left out", 0.0, f"{step.needs} is not installed")
+def run_step(step: Step, log: Path, left: float) -> Outcome:
+    """Run a command, its output in ``log``, for as many seconds as it may take and are ``left``; launches are
+    configured by what was tuned beside the log.
+    """
+    if shutil.which(step.command[0]) is None:
+        return Outcome(step.name, "left out", 0.0, f"{step.command[0]} is not installed")
     if left < 5:
         return Outcome(step.name, "left out", 0.0, "no time was left")
     start, most = time.monotonic(), min(step.seconds, left)
     command = ("timeout", "--kill-after=2", str(most), *step.command)  # ends its own workers too
+    variables = os.environ | {"FUSEDYOLO_CONFIG_DIR": str(log.resolve().parent / "configs"), **step.variables}
     with log.open("w") as file:
-        status = subprocess.call(command, cwd=ROOT, env=os.environ | variables, stdout=file, stderr=file)
+        status = subprocess.call(command, cwd=ROOT, env=variables, stdout=file, stderr=file)
     seconds = time.monotonic() - start
     said = (log.read_text().strip() or " ").splitlines()[-1]
     ended = "cut" if seconds >= most else "failed"
@@ -87,14 +88,12 @@ def run_step(step: Step, log: Path, variables: Mapping[str, str], left: float) -
 
 def qualify(steps: Sequence[Step], out: Path, minutes: float, console: Console) -> list[Outcome]:
     """Run the steps while there is time."""
-    out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
-    configs = {"FUSEDYOLO_CONFIG_DIR": str((out / "configs").resolve())}
     outcomes = []
     for number, step in enumerate(steps, 1):
-        log, left = out / f"{number}-{step.name}.log", end - time.monotonic()
+        left = end - time.monotonic()
         with console.status(f"{step.name}, {left:.0f} s left"):
-            outcomes.append(run_step(step, log, {**configs, **step.variables}, left))
+            outcomes.append(run_step(step, out / f"{number}-{step.name}.log", left))
         name, ended, seconds, said = outcomes[-1]
         console.print(f"{name}: [{COLOURS[ended]}]{ended}[/], {seconds:.0f} s  {escape(said[:100])}", highlight=False)
     return outcomes

@@ -1,21 +1,18 @@
-"""Keyed rows of what was measured, and the files they are kept in. What was not measured has no row."""
+"""Keyed rows of what was measured. What was not measured has no row."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fusedyolo.tools.codegen import widths
 from fusedyolo.tools.env import version
 from fusedyolo.tools.registry import CASES, Case, Workload
 
-from . import peers
 from .measure import COMPILE, EAGER, FUSED
+from .peers import PEERS
 from .predict import GPUS, predict
-from .work import Task
+from .session import Task
 
 RESOURCES = ("registers", "stack", "spills", "scalar_spills", "instructions")
 
@@ -24,32 +21,33 @@ Values = dict[str, dict[str, dict[str, Any]]]
 """By ``loss/recipe``, provider and metric: peers first, ours last."""
 
 
-def rows(results: Mapping[Task, Any], work: Workload, host: Mapping[str, Any], gpu: str = "H100") -> list[Row]:
+def rows(results: Mapping[Task, Any], host: Mapping[str, Any], gpu: str = "H100") -> list[Row]:
     """One row a number, from the results of tasks.
 
     What is predicted for ``gpu``, one of :data:`bench.predict.GPUS`, has metrics ``predicted.{gpu}.{launch}.{metric}``.
     """
-    found: dict[str, dict[tuple[str, str], Any]] = {}
+    found: list[Row] = []
+    by_case: dict[tuple[str, Workload], dict[tuple[str, str], Any]] = {}
     for task, result in results.items():
-        found.setdefault(task.case, {})[task.kind, task.provider] = result
-    ceiling = found.pop("", {}).get(("bandwidth", ""))
+        by_case.setdefault((task.case, task.work), {})[task.kind, task.provider] = result
+    ceiling = next((result for task, result in results.items() if task.kind == "bandwidth"), None)
     versions = {name: host[name] for name in ("torch", "triton", "fusedyolo", "commit")}
-    listed = []
-    for name, of in found.items():
-        case = CASES[name]
-        for provider, metrics in _values(case, of, work, gpu, ceiling):
-            peer = f"{provider} {version(provider)}" if provider in peers.PEERS else ""
-            for metric, value in metrics.items():
-                row = {"loss": case.loss, "recipe": case.recipe, "provider": provider, "metric": metric, "value": value}
-                row |= {name: getattr(work, name) for name in ("batch", "size", "classes", "dtype")}
-                row |= {"layout": case.layout(work), "objects": work.objects, "form": work.form, "seed": work.seed}
-                listed.append(row | {"device": host["gpu"] or "cpu", "peer": peer} | versions)
-    return listed
+    for (name, work), of in by_case.items():
+        if not name:
+            continue
+        case, shared = CASES[name], {key: getattr(work, key) for key in ("batch", "size", "classes", "dtype")}
+        shared |= {"layout": case.layout(work), "objects": work.objects, "form": work.form, "seed": work.seed}
+        for provider, metrics in _metrics(case, of, work, gpu, ceiling):
+            key = {"loss": case.loss, "recipe": case.recipe, "provider": provider}
+            peer = f"{provider} {version(provider)}" if provider in PEERS else ""
+            where = {"device": host["gpu"] or "cpu", "peer": peer, **versions}
+            found += [{**key, "metric": name, "value": value, **shared, **where} for name, value in metrics.items()]
+    return found
 
 
-def _values(case: Case, of: Mapping, work: Workload, gpu: str, ceiling: float | None) -> Iterator[tuple[str, Row]]:
+def _metrics(case: Case, of: Mapping, work: Workload, gpu: str, ceiling: float | None) -> Iterator[tuple[str, Row]]:
     """Provider and values by metric, from results by kind of task and provider."""
-    size = case.prediction_bytes(work)
+    size, floor = case.prediction_bytes(work), case.floor(work)
     for (kind, provider), result in of.items():
         if kind == "parity":
             for name, errors in result["errors"].items():
@@ -71,18 +69,15 @@ def _values(case: Case, of: Mapping, work: Workload, gpu: str, ceiling: float | 
                 shown = {metric: resources[metric] for metric in RESOURCES}
                 shown |= {metric: widths(resources[metric]) for metric in ("loads", "stores")}
                 yield FUSED, {f"{provider}.{launch}.{metric}": value for metric, value in shown.items()}
-    floor = case.floor(work)
     yield FUSED, {"floor_per_P": floor}
     if ceiling and ("time", FUSED) in of:  # how near copying what it moves, and what it must move
         milliseconds, counted = of["time", FUSED]["full_ms_p50"], of.get(("count", FUSED))
         if counted:
-            moved = counted["bytes_loaded"] + counted["bytes_stored"]
-            yield FUSED, {"gb_per_s": moved / milliseconds / 1e6}
+            yield FUSED, {"gb_per_s": (counted["bytes_loaded"] + counted["bytes_stored"]) / milliseconds / 1e6}
         yield FUSED, {"copy_gb_per_s": ceiling, "time_over_floor": milliseconds * ceiling * 1e6 / (floor * size)}
     target = GPUS[gpu].target
-    needed = ("count", FUSED), ("execute", target), ("codegen", target)
-    if all(key in of for key in needed):
-        counted, executed, compiled = (of[key] for key in needed)
+    counted, executed, compiled = (of.get(key) for key in (("count", FUSED), ("execute", target), ("codegen", target)))
+    if counted and executed and compiled:
         for launch, predicted in predict(GPUS[gpu], counted["kernels"], executed, compiled).items():
             yield FUSED, {f"predicted.{gpu}.{launch}.{metric}": value for metric, value in predicted.items()}
 
@@ -118,21 +113,3 @@ def slower(values: Values, cases: Iterable[Case]) -> list[str]:
         ours = times.get(FUSED, 0.0)
         found += [f"{case.name}: {ours:.3f} ms, {name} {ms:.3f} ms" for name, ms in times.items() if ms < ours]
     return found
-
-
-def write(
-    out: Path, found: Sequence[Row], host: Mapping[str, Any], failures: Sequence[str], name: str = "bench"
-) -> list[Path]:
-    """Write this run's ``{name}.json`` and ``{name}.csv``, and, if tasks broke, what they had to say."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{name}.json", out / f"{name}.csv", out / "failed.txt"]
-    paths[0].write_text(json.dumps({"environment": host, "rows": list(found)}, indent=1) + "\n")
-    if found:
-        with paths[1].open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
-    paths[2].unlink(missing_ok=True)
-    if failures:
-        paths[2].write_text("\n".join(failures))
-    return [path for path in paths if path.exists()]

@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from fusedyolo.tools.env import environment
-from fusedyolo.tools.registry import DTYPES, SHOWN, Case, Workload, select
+from fusedyolo.tools.registry import AXES, DTYPES, SHOWN, Case, Workload, select
 
 from . import peers, plots, report
-from .compare import gate, warm
 from .measure import COMPILE, EAGER, FUSED
-from .rows import Row, index, rows, write
-from .work import Task, run_all
+from .rows import rows
+from .session import Session, Task
 
-NUMBERS: dict[str, tuple[int, ...]] = {
-    "objects": (1, 8, 64, 512),  # an image
-    "batch": (1, 4, 16, 64, 128),
-    "classes": (1, 20, 80, 365),
-}
+NUMBERS = {"objects": (1, 8, 64, 512), "batch": (1, 4, 16, 64, 128), "classes": (1, 20, 80, 365)}
 INTERPRETED = {**NUMBERS, "objects": (1, 8, 64), "batch": (1, 4, 16)}  # more takes Triton's interpreter too long
-AXES = (*NUMBERS, "dtype", "layout")
 BASE = {True: Workload(), False: Workload(batch=4, size=320)}  # on a GPU, without one
 
 
 def workloads(case: Case, axis: str, gpu: bool) -> dict[Any, Workload]:
-    """What is measured along an axis, by the value there."""
+    """What is measured along an axis, by the value there; ``objects`` are those of an image."""
     found: dict[str, Any] = {**(NUMBERS if gpu else INTERPRETED), "layout": case.layouts}
     found["dtype"] = [name for name in DTYPES if name != "float64"]
     form = "crowded:{}".format if axis == "objects" else lambda value: value
@@ -40,43 +32,34 @@ def workloads(case: Case, axis: str, gpu: bool) -> dict[Any, Workload]:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and draw: 0, or 1 if a loss failed parity or a measurement of ours broke."""
-    host, console, failures = environment(), Console(), []
-    gpu, cases, axes = host["gpu"] is not None, select(options.loss, SHOWN), options.axis or AXES
-    base, device, kind = BASE[gpu], "cuda" if gpu else "cpu", "time" if gpu else "count"
-    console.print(report.headline(base, host), highlight=False)
-    wanted = {(case.name, axis): workloads(case, axis, gpu) for case in cases for axis in axes}
+    session, cases, axes = Session(options, "sweep"), select(options.loss, SHOWN), options.axis or AXES
+    gpu, device = session.gpu, session.device
+    kind, base = "time" if gpu else "count", BASE[gpu]
+    session.console.print(report.headline(base, session.host), highlight=False)
+    wanted = {(case, axis): workloads(case, axis, gpu) for case in cases for axis in axes}
     checks = [
-        Task("parity", name, replace(base, dtype=work.dtype, layout=work.layout), COMPILE * gpu, device)
-        for (name, _), each in wanted.items()
-        for work in each.values()
+        Task("parity", case.name, replace(base, dtype=work.dtype, layout=work.layout), COMPILE * gpu, device)
+        for (case, _), works in wanted.items()
+        for work in works.values()
     ]
-    passed, unlike = gate(list(dict.fromkeys(checks)), options.jobs, console, failures)
+    passed, unlike = session.gate(list(dict.fromkeys(checks)))
     if not passed:
-        write(options.out, [], host, failures, "sweep")
         return 1
-
-    found: list[Row] = []
-    curves: dict[tuple[str, str, str], dict[Any, Any]] = {}
-    for case in cases:
-        providers = [*(peer.name for peer in peers.of(case)), EAGER, *[COMPILE] * gpu, FUSED]
-        own = {
-            (case.name, axis, provider): {
-                value: Task(kind, case.name, work, provider, device) for value, work in wanted[case.name, axis].items()
-            }
-            for provider in providers
-            if (case.name, provider) not in unlike
-            for axis in axes
+    asked = {
+        (case.name, axis, provider): {
+            value: Task(kind, case.name, work, provider, device) for value, work in of.items()
         }
-        tasks = list(dict.fromkeys(task for each in own.values() for task in each.values()))
-        warm((task for task in tasks if task.device == "cuda"), options.jobs, console, failures)
-        title = f"{'timing' if gpu else 'counting'} {case.name}"
-        results = run_all(tasks, 1 if gpu else options.jobs, console, title, failures)
-        curves |= {key: {value: results.get(task) for value, task in each.items()} for key, each in own.items()}
-        for work in dict.fromkeys(task.work for task in results):
-            of_work = rows({task: result for task, result in results.items() if task.work == work}, work, host)
-            report.print_remarks(console, index(of_work), [case])
-            found += of_work
-        paths = write(options.out, found, host, failures, "sweep")  # kept, should the rest be cut
-    for path in [*paths, *plots.sweep(options.out, curves, gpu, base)]:
-        console.print(f"wrote {path}", highlight=False)
+        for (case, axis), of in wanted.items()
+        for provider in [*(peer.name for peer in peers.of(case)), EAGER, *[COMPILE] * gpu, FUSED]
+        if (case.name, provider) not in unlike
+    }
+
+    def keep(found: dict[Task, Any]) -> list[Path]:
+        return session.write(rows(found, session.host))
+
+    tasks = list(dict.fromkeys(task for each in asked.values() for task in each.values()))
+    results = session.run(tasks, "timing" if gpu else "counting", keep)
+    curves = {key: {value: results.get(task) for value, task in each.items()} for key, each in asked.items()}
+    for path in [*keep(results), *plots.sweep(options.out, curves, gpu, base)]:
+        session.console.print(f"wrote {path}", highlight=False)
     return int(any(None in each.values() for (*_, provider), each in curves.items() if provider == FUSED))

@@ -11,13 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,13 +27,12 @@ from fusedyolo.tools import interpreter
 from fusedyolo.tools.env import environment, version
 from fusedyolo.tools.parity import Loss, step
 from fusedyolo.tools.registry import SHOWN, Case, RefusedError, Workload, select
-from fusedyolo.tools.terminal import asked
 
 from . import outcome, peers
 from .detector import Detector
 from .labels import given
 from .measure import EAGER, FUSED, provide
-from .phases import Block, Clock, summarise, turns, waits
+from .phases import Clock, summarise, turns
 from .pictures import Pictures, annotated, load, send
 
 INTERPRETED_STEPS = 3  # of the fused run without a GPU: one of the default size takes over a minute
@@ -47,7 +43,7 @@ DETECTED, CONFIDENT = 6, 0.25  # images that detections are drawn on, and the le
 
 
 class Run:
-    """A detector in training with the loss of one provider: its curve, its times, and where its loss waits."""
+    """A detector in training with the loss of one provider: its curve, a dictionary a step, and its times."""
 
     def __init__(self, provider: str, case: Case, work: Workload, seed: int, device: torch.device):
         torch.manual_seed(seed)
@@ -55,28 +51,26 @@ class Run:
         self.model = Detector(case, work).to(device)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=RATE)
         self.loss = provide(case, provider, work, str(device)) if provider in (EAGER, FUSED) else None
-        self.clock, self.curve = Clock(device, provider), []
-        self.waits, self.watched = Counter(), 0
-        self._one, self._outputs = torch.ones((), device=device), []
+        self.clock = Clock(device, provider)
+        self.curve: list[dict[str, float]] = []
+        self._one = torch.ones((), device=device)
 
-    def take(self, block: Block, pictures: Pictures) -> None:
+    def take(self, block: range, pictures: Pictures) -> None:
         """Take the steps of a block."""
-        losses = [self.loss or self._bound(number, pictures) for number in block.steps]
-        # without a GPU the fused loss is counted at every step, for the interpreter is twice as fast so
-        watched = block.kind == "watched" or (self.provider == FUSED and not self.clock.gpu)
-        for number, loss in zip(block.steps, losses, strict=True):
-            self.step(number, loss, pictures, watched)
-        self.clock.settle(block.kind)
-        self.curve += [{name: float(value) for name, value in each.items()} for each in self._outputs]
-        self._outputs.clear()
+        losses = [self.loss or self._bound(number, pictures) for number in block]
+        found = [self.step(number, loss, pictures) for number, loss in zip(block, losses, strict=True)]
+        self.clock.settle()
+        self.curve += [{name: float(value) for name, value in each.items()} for each in found]
 
     def _bound(self, number: int, pictures: Pictures) -> Loss:
         """A peer's, which holds the objects of its batch already, in the form its own data loader makes."""
         _, rows = pictures.batch(number, self.work.batch, self.seed, torch.device("cpu"))
         return provide(self.case, self.provider, given(self.work, rows), str(self.device))
 
-    def step(self, number: int, loss: Loss, pictures: Pictures, watched: bool) -> None:
-        """One step. The loss sees detached predictions, so that its own backward is timed apart from the network's."""
+    def step(self, number: int, loss: Loss, pictures: Pictures) -> dict[str, torch.Tensor]:
+        """One step: the total, and of ours its parts and how many positives there are. The loss sees detached
+        predictions, so that its own backward is timed apart from the network's.
+        """
         with self.clock.phase("data"):
             images, rows = pictures.batch(number, self.work.batch, self.seed, self.device)
             rows[:, 1] += self.case.background
@@ -86,23 +80,15 @@ class Run:
             preds = self.model(images)
         with self.clock.phase("loss"):
             leaves = [pred.detach().requires_grad_() for pred in preds]
-            both_ways = partial(step, loss, leaves, targets, self._one)
-            out, found = waits(both_ways, self.clock.gpu) if watched else (both_ways(), Counter())
+            out = step(loss, leaves, targets, self._one)
         with self.clock.phase("backward"):
             torch.autograd.backward(preds, [leaf.grad for leaf in leaves])
         with self.clock.phase("optimiser"):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP * self.work.batch)
             self.optimiser.step()
             self.optimiser.zero_grad()
-        self.waits += found
-        self.watched += watched
         more = {**out.parts, "positives": out.num_pos} if isinstance(out, fusedyolo.LossOutput) else {}
-        self._outputs.append({"total": out.total.detach(), **more})
-
-    def summary(self) -> dict[str, Any]:
-        """What ``train.json`` keeps of a run."""
-        per_step = {place: n / self.watched for place, n in self.waits.most_common()} if self.watched else None
-        return {"seconds": summarise(self.clock.steps), "waits": per_step, "steps": self.curve}
+        return {"total": out.total.detach(), **more}
 
 
 def fit(case: Case, size: int) -> Case:
@@ -117,13 +103,13 @@ def train(runs: Sequence[Run], steps: Sequence[int], pictures: Pictures, out: Pa
     with Progress(console=console, auto_refresh=not gpu) as bar:  # its thread would slow a GPU's host down
         tasks = [bar.add_task(run.provider, total=n) for run, n in zip(runs, steps, strict=True)]
         for number, block in turns(*steps):
-            run, traced = runs[number], block.kind == "traced"
+            run, traced = runs[number], block.stop == steps[number]
             activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]
             with profile(activities=activities) if traced else nullcontext() as profiler:
                 run.take(block, pictures)
             if traced:
                 profiler.export_chrome_trace(str(out / f"trace_{run.provider}.json.gz"))
-            bar.update(tasks[number], advance=len(block.steps), refresh=True)
+            bar.update(tasks[number], advance=len(block), refresh=True)
 
 
 def detect(run: Run, pictures: Pictures) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
@@ -137,25 +123,13 @@ def detect(run: Run, pictures: Pictures) -> tuple[torch.Tensor, list[dict[str, t
     return pixels, fusedyolo.select(preds, case.build(work.classes, "torch"), CONFIDENT, **given).images()
 
 
-def prepare(options: argparse.Namespace) -> tuple[Pictures, list[str]]:
-    """The pictures, and the names of the classes.
+def run(options: argparse.Namespace) -> int:
+    """Do it: 0 if the curves agree, 1 if not.
 
     Raises:
-        RefusedError: there is nothing to train on.
+        RefusedError: a peer that does not compute the loss, or nothing to train on.
     """
-    drawn = options.out / f"drawn-{options.size}-{options.seed}"
-    with asked():
-        annotations, names = annotated(options, drawn, DRAWN, 2 * options.size, options.seed)
-        found = [annotation for annotation in annotations if annotation.image]
-        if not any(len(annotation.boxes) for annotation in found):
-            where = f"{len(found)} of {len(annotations)} annotated images are in {options.images or drawn}"
-            raise RefusedError(f"images: {where}, with no boxes")
-        return load(found, options.size), names
-
-
-def run(options: argparse.Namespace) -> int:
-    """Do it: 0 if the curves agree, 1 if not."""
-    gpu, console = torch.cuda.is_available(), Console()
+    gpu, console, out = torch.cuda.is_available(), Console(), options.out
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
         interpreter.prepare()  # before peers are looked for: some import Triton
@@ -166,32 +140,30 @@ def run(options: argparse.Namespace) -> int:
     peer = options.peer or known[0]
     if peer not in known:
         raise RefusedError(f"--peer: {peer}, want one of {', '.join(known)} for {case.name}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    pictures, names = prepare(options)
+    found, names = annotated(options, out / f"drawn-{options.size}", DRAWN, 2 * options.size)
+    pictures = load(found, options.size)
     boxes = sum(len(annotation.boxes) for annotation in pictures.annotations)
     console.print(f"{len(pictures.annotations)} images, {boxes} boxes of {len(names)} classes")
     case, work = fit(case, options.size), Workload(options.batch, options.size, len(names), layout="nchw")
     runs = [Run(provider, case, work, options.seed, device) for provider in (peer, FUSED)]
     steps = options.steps, options.steps if gpu else min(options.steps, INTERPRETED_STEPS)
-    train(runs, steps, pictures, options.out, console)
+    train(runs, steps, pictures, out, console)
 
     pairs = zip(*(run.curve for run in runs), strict=False)
-    config = {name: getattr(options, name) for name in ("batch", "size", "seed", "steps")}
     result = {
-        "config": {"loss": case.name, "peer": peer, "peer_version": version(peer), **config},
+        "config": {name: getattr(options, name) for name in ("batch", "size", "seed", "steps")}
+        | {"loss": case.name, "peer": peer, "peer_version": version(peer)},
         "environment": environment(),
         "interpreted": not gpu,
         "classes": names,
         "difference": [abs(a["total"] - b["total"]) / abs(a["total"]) for a, b in pairs],
-        "runs": {run.provider: run.summary() for run in runs},
+        "runs": {run.provider: {"seconds": summarise(run.clock.steps), "steps": run.curve} for run in runs},
     }
-    (options.out / "train.json").write_text(json.dumps(result, indent=1))
-    outcome.draw_curves(options.out / "curves.png", result)
+    (out / "train.json").write_text(json.dumps(result, indent=1))
+    outcome.draw_curves(out / "curves.png", result)
     names = ["background"] * case.background + names
-    outcome.draw_detections(options.out / "predictions.png", *detect(runs[0], pictures), names)
-    console.print(outcome.table(result))
-    console.print(f"Curves, traces and numbers are in {escape(str(options.out))}.", highlight=False)
+    outcome.draw_detections(out / "predictions.png", *detect(runs[0], pictures), names)
     fault = outcome.fault(result)
-    if fault:
-        console.print(f"[red]{fault}")
+    console.print(outcome.table(result))
+    console.print(f"Curves, traces and numbers are in {escape(str(out))}. [red]{fault}", highlight=False)
     return int(bool(fault))

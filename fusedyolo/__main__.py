@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from .tools import terminal
 from .tools.compiled import ARCHS, FUSION
 from .tools.registry import DTYPES, LAYOUTS
-from .tools.terminal import add_loss, positive, side
+from .tools.terminal import add_loss, folder, positive, side
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> Namespace:
     """The options of a command, whose module's ``run`` takes them."""
-    main = argparse.ArgumentParser("fusedyolo", description="Training losses of one-stage detectors.")
+    main = ArgumentParser("fusedyolo", description="Training losses of one-stage detectors.")
     commands = main.add_subparsers(required=True, metavar="COMMAND", dest="module")
 
-    def command(name: str, about: str) -> argparse.ArgumentParser:
+    def command(name: str, about: str) -> ArgumentParser:
         return commands.add_parser(name, help=about, description=about)
 
     env = command("env", "Versions, GPU, which implementation runs, and which launch configurations are found.")
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     tune.add_argument("--batch", nargs="+", type=positive, default=[16])
     tune.add_argument("--size", nargs="+", type=side, default=[640], help="image sides in pixels, multiples of 32")
     tune.add_argument("--classes", nargs="+", type=positive, default=[80])
-    tune.add_argument("--out", type=Path, help="folder of the results (that of the user's own configurations)")
+    tune.add_argument("--out", type=folder, help="folder of the results (that of the user's own configurations)")
     tune.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes that compile")
     return main.parse_args(argv)
 

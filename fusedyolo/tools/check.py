@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -23,7 +23,7 @@ from .compiled import SMALL, Found, Settings
 from .env import kernels_digest, version
 from .parity import parity, parity_table
 from .registry import CASES, RefusedError, Workload, choose, select
-from .terminal import PASSES, table
+from .terminal import PASSES, asked, table
 
 
 def run(options: argparse.Namespace) -> int:
@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
 # --------------------------------------------------------------------------------------------------------- compiled
 
 BEGIN, END = "<!-- written by fusedyolo check --compiled -->", "<!-- until here -->"
+PLACE = re.compile(f"({BEGIN}\n).*?({END})", re.DOTALL)  # of the table in a file
 LINES = 8  # of what is wrong with a case
 COLUMNS: dict[str, Callable[[Found], str]] = {
     "error": lambda found: f"{found.error:.1e}",
@@ -76,19 +77,23 @@ def _run_compiled(options: argparse.Namespace, dtypes: Sequence[str], console: C
         seeds=options.seeds or 2, fusion=options.fusion or "as-shipped", noise=options.noise, fine=options.fine
     )
     cases = choose(options.loss, compiled.cases())
-    around = _around(options.markdown) if options.markdown else None
+    with asked():
+        page = options.markdown.read_text() if options.markdown else ""
+    if options.markdown and not PLACE.search(page):
+        raise RefusedError(f"--markdown: {options.markdown} has no line {BEGIN}, or no line {END} after it")
     compiled.ready()
     wanted = list(itertools.product(cases.items(), dtypes, options.arch or [90]))
     results = {}
     for (name, case), dtype, arch in track(wanted, "executing", console=console, transient=True):
         try:
-            found = compiled.compare(case(replace(SMALL, dtype=dtype)), replace(settings, arch=arch))
+            found = compiled.compare(case(replace(SMALL, dtype=dtype)), settings._replace(arch=arch))
         except Exception as error:  # what a compiler may raise is not known; the others are still checked
             found = Found(wrong=[f"{type(error).__name__}: {error}".splitlines()[0]])
         results[name, dtype, f"sm_{arch}"] = found
     _print(console, results, settings)
-    if around:
-        options.markdown.write_text("\n".join([around[0] + BEGIN, *_markdown(results, settings), END + around[1]]))
+    if options.markdown:
+        lines = "".join(f"{line}\n" for line in _markdown(results, settings))
+        options.markdown.write_text(PLACE.sub(lambda place: place[1] + lines + place[2], page))
     return int(any(found.wrong for found in results.values()))
 
 
@@ -110,23 +115,6 @@ def _print(console: Console, results: Results, settings: Settings) -> None:
     failed = sum(bool(found.wrong) for found in results.values())
     said += [f"[bold red]{failed} of {len(results)} fail"] * (failed > 0)
     console.print(made, *said, sep="\n", highlight=False)
-
-
-def _around(path: Path) -> tuple[str, str]:
-    """What is in a file before and after the table, nothing if there is no file.
-
-    Raises:
-        RefusedError: the file has no place for the table.
-    """
-    if not path.parent.is_dir():
-        raise RefusedError(f"--markdown: {path.parent} is no folder")
-    if not path.exists():
-        return "", "\n"
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise RefusedError(f"--markdown: {path} has no line {BEGIN}, or no line {END} after it")
-    return before, after
 
 
 def _markdown(results: Results, settings: Settings) -> list[str]:

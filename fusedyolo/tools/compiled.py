@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,17 +32,11 @@ Step = Callable[[str, bool], Outputs]
 Case = Callable[[Workload], Step]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How kernels are compiled and executed, see :class:`fusedyolo.emulator.Device`.
-
-    Args:
-        arch: 90 for sm_90.
-        seeds: schedules that are run.
-        fusion: ``"as-shipped"``, ``"off"``, or ``"both"``, which besides these two leaves to the seed what ptxas may
-            still fuse.
-        noise: whether approximate instructions are off by what is documented.
-        fine: whether other threads may come in before every access.
+class Settings(NamedTuple):
+    """How kernels are compiled and executed, see :class:`fusedyolo.emulator.Device`: ``arch`` 90 for sm_90; by so many
+    schedules, ``seeds``; ``fusion`` of :data:`FUSION`, ``"both"`` of which also leaves to the seed what ptxas may still
+    fuse; ``noise``: approximate instructions are off by what is documented; ``fine``: other threads may come in before
+    every access.
     """
 
     arch: int = 90
@@ -165,18 +159,6 @@ def ready() -> None:
 # ------------------------------------------------------------------------------------------------------- comparison
 
 
-def _device(settings: Settings, fusion: str, seed: int) -> Device:
-    """For one schedule of kernels compiled in one way: ``as shipped``, ``off``, or ``by seed``."""
-    return Device(
-        settings.arch,
-        seed,
-        fusion=False if fusion == "off" else None,
-        contraction=seed if fusion == "by seed" else None,
-        noise=settings.noise,
-        fine=settings.fine,
-    )
-
-
 def compare(step: Step, settings: Settings) -> Found:
     """Run a case on the emulator, once for each seed and way of compiling, and compare.
 
@@ -187,12 +169,19 @@ def compare(step: Step, settings: Settings) -> Found:
     truth, eager = step("torch", True), step("torch", False)
     found = Found(same=None if settings.noise else True)
     first: dict[tuple[str, int], Outputs] = {}
-    eager_errors = {key: _error(value, truth[key]) for key, value in eager.items()}
+    eager_errors = {key: _error(value, truth[key], truth[key]) for key, value in eager.items()}
     found.eager = max(eager_errors.values())
     for fusion, seed in itertools.product(FUSION[settings.fusion], range(settings.seeds)):
         run = f"seed {seed}" if fusion == "as shipped" else f"seed {seed}, fusion {fusion}"
         alike = fusion, seed if settings.noise or fusion == "by seed" else 0  # runs that give the same bits
-        device = _device(settings, fusion, seed)
+        device = Device(
+            settings.arch,
+            seed,
+            fusion=False if fusion == "off" else None,
+            contraction=seed if fusion == "by seed" else None,
+            noise=settings.noise,
+            fine=settings.fine,
+        )
         with device:
             out = step("triton", False)
         if not device.launches:
@@ -205,7 +194,7 @@ def compare(step: Step, settings: Settings) -> Found:
         found.unwritten += sum(lacking.values())
         found.wrong += [f"{run}: {number} bytes of {key} are not written" for key, number in lacking.items() if number]
         for key, value in out.items():
-            error = _error(value, truth[key])
+            error = _error(value, truth[key], truth[key])
             found.error = max(found.error, error)
             limit = eager_errors[key] + _tolerance(value.dtype) if value.is_floating_point() else 0.0
             if error > limit:
@@ -229,10 +218,9 @@ def decided(first: Mapping[tuple[str, int], Outputs], truth: Outputs) -> list[st
         for key, value in out.items():
             if key.startswith("gradient") and not torch.equal(value != 0, usual[key] != 0):
                 wrong.append(f"{name}: {key} is 0 at other places")
-            scale = truth[key].double().abs().max().clamp_min(1e-12) if value.numel() else 1.0
-            by = _largest(value.double() - usual[key].double()) / scale
-            if not by <= (_tolerance(value.dtype) if value.is_floating_point() else 0.0):
-                wrong.append(f"{name}: {key} differs by {float(by):.1e}")
+            by = _error(value, usual[key], truth[key])
+            if by > (_tolerance(value.dtype) if value.is_floating_point() else 0.0):
+                wrong.append(f"{name}: {key} differs by {by:.1e}")
     return wrong
 
 
@@ -241,19 +229,15 @@ def _tolerance(dtype: torch.dtype) -> float:
     return 1e-12 if dtype == torch.float64 else max(TOLERANCE, torch.finfo(dtype).eps)
 
 
-def _error(value: Tensor, truth: Tensor) -> float:
-    """The largest, relative to the largest entry; infinite for NaN and for another shape."""
-    if value.shape != truth.shape:
+def _error(value: Tensor, other: Tensor, truth: Tensor) -> float:
+    """The largest difference, relative to the largest true entry; infinite for NaN and for another shape."""
+    if value.shape != other.shape:
         return float("inf")
     if not value.numel():
         return 0.0
-    truth = truth.detach().double()
-    error = float(_largest(value.detach().double() - truth) / truth.abs().max().clamp_min(1e-12))
+    largest = (value.detach().double() - other.detach().double()).abs().max()
+    error = float(largest / truth.detach().double().abs().max().clamp_min(1e-12))
     return error if error == error else float("inf")
-
-
-def _largest(value: Tensor) -> Any:
-    return value.abs().max() if value.numel() else 0.0
 
 
 def _bits(a: Tensor, b: Tensor) -> bool:

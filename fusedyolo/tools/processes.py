@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -34,16 +34,16 @@ class Failed(NamedTuple):
     error: str = ""
 
 
-def run_all(
-    calls: Mapping[Key, Call], jobs: int, done: Callable[[Key, Any], None] = lambda key, result: None
-) -> dict[Key, Any]:
-    """The results of calls in ``jobs`` processes at a time, or their :class:`Failed`; ``done`` is told of each."""
+def run_all(calls: Mapping[Key, Call], jobs: int) -> Iterator[tuple[Key, Any]]:
+    """The results of calls as they come, or their :class:`Failed`, ``jobs`` processes at a time.
+
+    A process is a pool of its own, for one that dies takes its pool with it.
+    """
     idle: dict[bool, list[ProcessPoolExecutor]] = {True: [], False: []}
     threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def run(call: Call) -> Any:
-        ready = idle[call.interpreted]
-        settings = call.interpreted, threads
+        ready, settings = idle[call.interpreted], (call.interpreted, threads)
         process = ready.pop() if ready else ProcessPoolExecutor(1, get_context("spawn"), _begin, settings)
         try:
             result = process.submit(call.function).result()
@@ -54,19 +54,15 @@ def run_all(
         ready.append(process)
         return result
 
-    results: dict[Key, Any] = {}
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         futures = {pool.submit(run, call): key for key, call in calls.items()}
-        try:
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                done(futures[future], future.result())
-        except BaseException:  # Ctrl-C, above all: what has not begun does not
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    for process in idle[True] + idle[False]:
-        process.shutdown()
-    return {key: results[key] for key in calls}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:  # on Ctrl-C, too: what has not begun does not
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in idle[True] + idle[False]:
+            process.shutdown()
 
 
 def _begin(interpreted: bool, threads: int) -> None:

@@ -26,6 +26,7 @@ class RefusedError(ValueError):
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FORMS = ("packed", "Targets")
 LAYOUTS = ("nchw", "channels_last", "rows", "flat", "planes")
+AXES = ("objects", "batch", "classes", "dtype", "layout")  # along which a workload may vary
 PYRAMID = (8, 16, 32, 64, 128)  # strides
 WARMED_UP = 1 << 20  # images, after which a loss that counts them is past its warm-up
 LOW = 4.0  # how far logits of what is rarely there lie below the others

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -41,6 +40,23 @@ def existing(text: str) -> Path:
     return Path(text)
 
 
+def folder(text: str) -> Path:
+    """One that can be written to, made if it is not there."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=text):
+            return Path(text)
+    except OSError as error:
+        raise ArgumentTypeError(f"nothing can be written to {text}: {error.strerror}") from None
+
+
+def file(text: str) -> Path:
+    """One in such a folder."""
+    if Path(text).is_dir():
+        raise ArgumentTypeError(f"{text} is a folder, want a file")
+    return folder(str(Path(text).parent)) / Path(text).name
+
+
 def add_loss(parser: ArgumentParser, usual: str) -> None:
     """Give a command ``--loss``, names for :func:`~fusedyolo.tools.registry.select`; ``usual`` says what none means."""
     names = f"one of {', '.join(CASES)}; repeat for more ({usual})"
@@ -56,56 +72,28 @@ def asked() -> Iterator[None]:
         raise RefusedError(str(error)) from error
 
 
-def writable(out: Path) -> None:
-    """See that the folder ``out``, or a file with a suffix, can be written; of what is not there yet nothing is made.
-
-    Raises:
-        RefusedError: it cannot.
-    """
-    if out.suffix and out.is_dir():
-        raise RefusedError(f"--out: {out} is a folder, want a file")
-    folder = out.parent if out.suffix else out
-    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    try:
-        with TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise RefusedError(f"--out: nothing can be written to {out}: {error.strerror}") from error
-
-
 def run(package: str, options: Namespace) -> int:
     """Call ``run`` of the module ``options.module``: its exit status, 2 if it refuses or lacks a package of others, 130
-    if it is interrupted. What ``options.out`` names can be written when it begins.
+    if it is interrupted.
     """
     try:
-        if getattr(options, "out", None) is not None:
-            writable(options.out)
         return import_module(f".{options.module}", package).run(options)
     except RefusedError as error:
         said, status = str(error), 2
     except ModuleNotFoundError as error:
-        said, status = lacking(error), 2
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "fusedyolo", "bench"):
+            raise
+        said, status = f"{name} is not installed: pip install 'fusedyolo[bench]'", 2
     except KeyboardInterrupt:
         said, status = "interrupted", 130
     Console(stderr=status == 130).print(f"[red]{escape(said)}", highlight=False, soft_wrap=True)
     return status
 
 
-def lacking(error: ModuleNotFoundError) -> str:
-    """What to say of a package of others that is not installed.
-
-    Raises:
-        ModuleNotFoundError: it is one of ours.
-    """
-    name = (error.name or "").partition(".")[0]
-    if name in ("", "fusedyolo", "bench"):
-        raise error
-    return f"{name} is not installed: pip install 'fusedyolo[bench]'"
-
-
-def table(title: str, names: Sequence[str], numbers: Sequence[str], caption: str = "", **more: Any) -> Table:
+def table(title: str, names: Sequence[str], numbers: Sequence[str], caption: str = "") -> Table:
     """A table with columns of names and of numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, **more)
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     made.caption, made.caption_justify = caption, "left"
     for name in names:
         made.add_column(name, no_wrap=True)

@@ -8,16 +8,17 @@ written down one by one, so that a run that was interrupted goes on where it was
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -116,13 +117,15 @@ def inspect_all(
 ) -> dict[Wishes, Resources | str]:
     """The same for many, in ``jobs`` processes; of what does not compile, that it does not."""
     calls = {wishes: Call(partial(inspect, point, wishes, target)) for wishes in wanted}
-    found = run_all(calls, jobs, lambda wishes, result: done())
-    for wishes, result in found.items():
+    found: dict[Wishes, Resources | str] = {}
+    for wishes, result in run_all(calls, jobs):
+        done()
         if isinstance(result, Failed):
             if not (wishes and result.error):  # a process that died says nothing of the configuration
                 raise RuntimeError(result.why)
-            found[wishes] = f"does not compile: {result.error}"
-    return found
+            result = f"does not compile: {result.error}"
+        found[wishes] = result
+    return {wishes: found[wishes] for wishes in wanted}
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -174,31 +177,20 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
         self.gpu, self.provenance = gpu, dict(provenance)
         self.path = folder / tuned.file_name(gpu)
-        self.journal = self.path.with_suffix(".journal.jsonl")
+        self.journal = self.path.with_suffix(".journal.sqlite")
         self.lock = FileLock(self.path.with_suffix(".lock"))
-        said = {name: value for name, value in self.provenance.items() if name not in ("when", "commit")}
-        self.run = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+        self.versions = {name: value for name, value in self.provenance.items() if name not in ("when", "commit")}
 
-    def once(self, point: Point, wishes: Wishes, measure: Callable[[], Any], what: str = "found") -> None:
-        """Measure and write down, unless it was before; one at a time on this GPU."""
-        with self.lock:
-            if wishes not in self.measured(point, what):
-                entry = {"run": self.run, "point": point.label, "config": dict(wishes), what: measure()}
-                with self.journal.open("a", encoding="utf-8") as file:
-                    file.write("\n" + json.dumps(entry))  # a line of its own, whatever the line before ends in
-
-    def measured(self, point: Point, what: str = "found") -> dict[Wishes, Any]:
-        """``what`` this run and earlier ones with the same versions have written down, by configuration."""
-        found: dict[Wishes, Any] = {}
-        if self.journal.exists():
-            for line in self.journal.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    entry = json.loads(line)
-                    if (entry["run"], entry["point"]) == (self.run, point.label) and what in entry:
-                        found[tuple(entry["config"].items())] = entry[what]
-                except (ValueError, TypeError, KeyError, AttributeError):
-                    continue  # half a line, of a run that was killed
-        return found
+    def once(self, point: Point, wishes: Wishes, measure: Callable[[], Any], what: str = "time") -> Any:
+        """What is measured, one at a time on this GPU, and written down; or what was before, with these versions."""
+        key = json.dumps([self.versions, point.label, wishes, what], sort_keys=True)
+        with self.lock, closing(sqlite3.connect(self.journal, isolation_level=None)) as journal:
+            journal.execute("create table if not exists found (key text primary key, value text)")
+            known = journal.execute("select value from found where key = ?", [key]).fetchone()
+            if known is None:
+                known = (json.dumps(measure()),)
+                journal.execute("insert into found values (?, ?)", [key, *known])
+        return json.loads(known[0])
 
     def keep(self, key: str, entry: Mapping[str, Any]) -> None:
         """Put a result beside those that are there, replacing the file in one step."""
@@ -219,11 +211,11 @@ def provenance(gpu: str, target: str) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- tuning
 
 
-@dataclass
-class Result:
-    """Of one point: times in milliseconds, the wishes that won (none: the heuristic), why others were not timed."""
+class Result(NamedTuple):
+    """Of one point: times in milliseconds, the wishes that won (none: the heuristic), how many configurations have a
+    time, and why others have none.
+    """
 
-    point: Point
     heuristic: float
     best: float
     wishes: Wishes
@@ -239,14 +231,13 @@ def tune_point(
     done: Callable[[], None] = lambda: None,
 ) -> Result:
     """Time what is not pruned, unless it was before, and keep the best."""
-    pruned = prune(reports)
+    found: dict[Wishes, float | str] = dict(prune(reports))
     usual = lru_cache(partial(gradients, point, ()))
     for wishes in reports:
-        if wishes not in pruned:
-            records.once(point, wishes, partial(_try, point, wishes, usual, timer))
+        if wishes not in found:
+            found[wishes] = records.once(point, wishes, partial(_try, point, wishes, usual, timer))
         done()
-    measured = {w: found for w, found in records.measured(point).items() if w in reports and w not in pruned}
-    times = {wishes: found for wishes, found in measured.items() if not isinstance(found, str)}
+    times = {wishes: each for wishes, each in found.items() if not isinstance(each, str)}
     best = min(times, key=lambda wishes: times[wishes])
     if best:  # the least of many single measurements may owe it to chance
 
@@ -254,13 +245,12 @@ def tune_point(
             turns = [(timer(point, ()), timer(point, best)) for _ in range(TURNS)]
             return [median(each) for each in zip(*turns, strict=True)]
 
-        records.once(point, best, in_turns, "turns")
-        times[()], times[best] = records.measured(point, "turns")[best]
+        times[()], times[best] = records.once(point, best, in_turns, "turns")
         best = best if times[best] <= (1 - GAIN) * times[()] else ()
     entry = {"config": dict(best), "ms": times[best], "heuristic_ms": times[()], "loss": point.label}
     records.keep(key_of(point), entry)
-    reasons = Counter([*pruned.values(), *(found for found in measured.values() if isinstance(found, str))])
-    return Result(point, times[()], times[best], best, len(times), reasons)
+    pruned = Counter(each for each in found.values() if isinstance(each, str))
+    return Result(times[()], times[best], best, len(times), pruned)
 
 
 def points(options: argparse.Namespace, device: str) -> list[Point]:
@@ -293,12 +283,10 @@ def run(
     made.add_column("not timed")
     shared: dict[str, Point] = {}
     with Progress(console=console) as progress:
-        overall = progress.add_task(f"tuning on {gpu}", total=len(todo))
-        for point in todo:
+        for point in progress.track(todo, description=f"tuning on {gpu}"):
             other = shared.setdefault(key_of(point), point)
             if other is not point:
                 console.print(f"{point.label}: launched as {other.label}", highlight=False)
-                progress.advance(overall)
                 continue
             tried = candidates(point)
             bar = progress.add_task(f"  {point.label}", total=2 * len(tried))  # compiled and timed
@@ -309,7 +297,6 @@ def run(
             left = ", ".join(f"{count} {why}" for why, count in sorted(found.pruned.items())) or "none"
             made.add_row(point.label, *times, str(found.timed), best, left)
             progress.remove_task(bar)
-            progress.advance(overall)
     tuned.forget()
     console.print(made, f"wrote {records.path}", highlight=False)
     return 0

@@ -107,7 +107,7 @@ def test_decisions_may_not_depend_on_fusion():
     [
         (["--compiled", "--loss", "none"], "--loss: none, want one of"),
         (["--compiled", "--markdown", "README.md"], "README.md has no line"),
-        (["--compiled", "--markdown", "nowhere/table.md"], "nowhere is no folder"),
+        (["--compiled", "--markdown", "nowhere/table.md"], "No such file or directory: 'nowhere/table.md'"),
         (["--seeds", "3"], "--seeds: wants --compiled"),
     ],
 )

@@ -296,9 +296,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     process = start(tmp_path, kill_after=3)
     assert process.wait() == -signal.SIGKILL
     assert len(logged(tmp_path)) == 3
-    journal = tmp_path / "own" / "cpu.journal.jsonl"
-    with journal.open("a") as file:
-        file.write('\n{"run": "half a li')
     result, stub, _ = tune_few(tmp_path, [10.0] * 5)
     assert stub.asked == [*FEW[3:], (), FEW[2]]  # the first three are known; the best one has its turns
     assert result.timed == 5
