@@ -1,13 +1,7 @@
-"""A process of its own for tests/tools/test_predict.py: kernels are what the compiler takes, without interpreter.
+"""For tests/tools/test_predict.py, in a process without Triton's interpreter: kernels are what the compiler takes."""
 
-``python tests/executed.py WHAT`` prints JSON.
-"""
-
-import json
-import sys
 from unittest import mock
 
-import torch
 import triton
 from fusedyolo.kernels.terms.label import bce
 
@@ -54,9 +48,8 @@ def spoilt():
         return execute_step(CASES["YOLOv2/region"], SMALL["YOLOv2/region"], "sm_90", exact=True)
 
 
-def main(what):
+def steps(what):
     """What is asked for, by case."""
-    torch.set_num_threads(1)
     if what == "small":
         return {name: execute_step(CASES[name], work, "sm_90", exact=True) for name, work in SMALL.items()}
     if what == "spoilt":
@@ -67,7 +60,3 @@ def main(what):
         name: [execute_step(CASES[name], work, "sm_90", exact) for exact in (False, True)]
         for name, work in LARGER.items()
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))

@@ -1,16 +1,14 @@
-"""A process of its own for tests/kernels/test_decisions.py: where the instructions of compiled kernels come from.
+"""For tests/kernels/test_decisions.py: where the instructions of compiled kernels come from.
 
-PTX names for every instruction the line that it was made of, and the calls that led there. ``python tests/inlined.py
-CASE`` prints, as JSON, for each launch of a training step whether products and sums may be fused, and for each function
-in it the calls through which it was compiled and the sums that were fused with a product.
+In a process without Triton's interpreter. PTX names for every instruction the line that it was made of, and the calls
+that led there. ``launches_of`` says for each launch of a training step whether products and sums may be fused, and for
+each function in it the calls through which it was compiled and the sums that were fused with a product.
 """
 
 import ast
 import builtins
-import json
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +23,7 @@ import triton
 import triton.language as tl
 
 import fusedyolo
-from fusedyolo.emulator import Device, Program
-from fusedyolo.emulator.compile import bind
+from fusedyolo.emulator import Device, Program, compile
 from fusedyolo.ops.launch import Launch
 from fusedyolo.tools.parity import step
 from fusedyolo.tools.registry import CASES, Workload
@@ -189,17 +186,16 @@ def toy_kernel(ptr):
         tl.store(ptr + 32 + i, decides(a, 2.0, a).to(tl.float32))
 
 
-def main(what):
+def launches_of(what):
     """What is found in the launches of a case; of ``toy``, in those of a kernel that breaks the rules."""
-    with TemporaryDirectory() as folder:  # a kept kernel may name files that have moved since
-        os.environ["FUSEDYOLO_EMULATOR_CACHE"] = folder
+    with (
+        TemporaryDirectory() as folder,  # a kept kernel may name files that have moved since
+        mock.patch.dict(os.environ, {"FUSEDYOLO_EMULATOR_CACHE": folder}),
+        mock.patch.dict(compile._compiled, clear=True),
+    ):
         if what == "toy":
             made_of = [(toy_kernel, {"ptr": torch.zeros(64), "enable_fp_fusion": fusion}) for fusion in (True, False)]
         else:
             made_of = [(launch.kernel, launch.arguments | launch.options(True)) for launch in launches(what)]
-        compiled = [bind(kernel, (), arguments, 90, None).compiled for kernel, arguments in made_of]
+        compiled = [compile.bind(kernel, (), arguments, 90, None).compiled for kernel, arguments in made_of]
     return [{"kernel": each.name, "fusion": each.fusion, "functions": by_function(each.ptx)} for each in compiled]
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))

@@ -1,11 +1,10 @@
-"""A process of its own for tests/kernels/test_contracts.py: what kernels are given, and what they are compiled for.
+"""For tests/kernels/test_contracts.py: what kernels are given, and what they are compiled for.
 
-Kernels are what the compiler takes, and are not run. ``python tests/keys.py`` prints JSON.
+In a process without Triton's interpreter. Kernels are what the compiler takes, and are not run.
 """
 
 import ast
 import inspect
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
@@ -223,7 +222,7 @@ def variants(name: str) -> dict[str, int]:
     return {launch: len(each) for launch, each in found.items()}
 
 
-def main() -> dict[str, Any]:
+def everything() -> dict[str, Any]:
     """What is found, by name."""
     launches = [launch for name in CASES for launch in of_case(name, SMALL)] + of_selection() + of_functions()
     launches += [launch for name in PICKS for launch in of_picks(name, SMALL)]
@@ -239,8 +238,3 @@ def main() -> dict[str, Any]:
         },
         "variants": {name: variants(name) for name in (*CASES, *PICKS)},
     }
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(main()))

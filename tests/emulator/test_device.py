@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from conftest import DEVICE
-from emulator.process import call
+from process import call
 
 from fusedyolo.emulator import Device
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from emulator.hand import HEAD
 from emulator.mutants import KINDS
-from emulator.process import call
+from process import call
 
 from fusedyolo.emulator import Buffer, Fault, Pointer, run
 

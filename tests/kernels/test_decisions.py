@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
+from process import call
 
-ROOT = Path(__file__).parents[2]
 # Functions that decide, and the losses whose launches hold them. A row's validity (row_valid) is none: it compares
 # numbers as they were loaded, so that it may be asked for anywhere.
 DECIDE = {
@@ -28,12 +23,8 @@ DECIDE = {
 
 @cache
 def compiled(what: str) -> list[dict[str, Any]]:
-    """Of each launch what tests/inlined.py, a process without the interpreter, finds."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tests" / "inlined.py"), what]
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout)
+    """Of each launch what tests/inlined.py finds, in a process without the interpreter."""
+    return call("inlined", "launches_of", what)
 
 
 @pytest.mark.parametrize("name", DECIDE)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +14,7 @@ from fusedyolo.kernels import select as kernels
 from fusedyolo.kernels.overlap import intersection, iou
 from fusedyolo.kernels.primitives import safe_div
 from fusedyolo.kernels.select import area
+from process import call
 from torch import Tensor, nn
 
 import fusedyolo
@@ -561,32 +558,6 @@ def test_launches_bytes_and_no_host_waits():
     assert plane <= counts.bytes_loaded <= plane + 1000
 
 
-COMPILE = """
-import json, sys
-import torch
-import fusedyolo
-from fusedyolo.tools.codegen import compile_launch
-from fusedyolo import detections
-from fusedyolo.ops import select as ops
-
-anchors, dtype = [[(10, 13), (16, 30), (33, 23)]] * 3, getattr(torch, sys.argv[2])
-if sys.argv[1] == "softmax":
-    criterion, sizes = fusedyolo.YOLOv2Loss([(1, 1)] * 5, 20), [(5 * 25, 13)]
-else:
-    criterion, sizes = fusedyolo.YOLOv5Loss(anchors, (8, 16, 32), 80), [(255, 80), (255, 40), (255, 20)]
-preds = [torch.empty(2, channels, side, side, dtype=dtype) for channels, side in sizes]
-if sys.argv[1] == "channels_last":
-    preds = [pred.to(memory_format=torch.channels_last) for pred in preds]
-found, launches = ops.scan_launches(preds, criterion.head, 0.25, 16384)
-order, outputs = torch.empty(found.scores.shape, dtype=torch.int64), detections._outputs(preds[0], 300)
-launches.append(ops.nms_launch(found, order, outputs, criterion.head.num_classes, 0.45, False))
-for launch in launches:
-    options = launch.options(sys.argv[3] != "gfx942")
-    resources = compile_launch(launch.kernel, launch.arguments, options, sys.argv[3])
-    print(json.dumps([launch.kernel.__name__, resources.stack, resources.spills]))
-"""
-
-
 @pytest.mark.parametrize(
     ("form", "dtype", "target"),
     [
@@ -595,12 +566,8 @@ for launch in launches:
     ],
 )
 def test_compiles_without_spills(form, dtype, target):
-    """Compiled in a process of its own, without the interpreter."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, form, dtype, target]
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = [json.loads(line) for line in run.stdout.splitlines()]
+    """Compiled in a process without the interpreter."""
+    found = call("compiles", "selection", form, dtype, target)
     assert [name for name, *_ in found] == ["scan_kernel"] * 3 + ["nms_kernel"]
     assert all(spills == 0 for _, _, spills in found), found
     assert all(stack <= 8 for _, stack, _ in found), found  # a word that calls of a division reserve and nothing uses

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import golden
@@ -22,6 +19,7 @@ from conftest import DEVICE
 from formulas import plain_iou
 from fusedyolo.kernels import cells as kernels
 from fusedyolo.kernels import launch
+from process import call
 from torch import Tensor
 
 import fusedyolo
@@ -706,31 +704,6 @@ def test_a_step_is_two_launches_and_little_more_than_the_gradient(layout, packed
     assert other.bytes > 2 * counts.bytes_stored  # a gradient that has to be made anew is made anew
 
 
-COMPILE = """
-import json, sys
-import torch
-import torch._dynamo.testing
-from fusedyolo.tools.codegen import compile_launch
-from fusedyolo import YOLOv1Loss, ops
-dtype, target = getattr(torch, sys.argv[1]), sys.argv[2]
-key = YOLOv1Loss(20, recipe="darknet").head.key
-found = {}
-for layout, shape in (("flat", (16, 1470)), ("grid", (16, 7, 7, 30))):
-    pred, rows, offsets = torch.empty(shape, dtype=dtype), torch.empty(118, 6), torch.empty(18, dtype=torch.int32)
-    left = ops.cell_outputs(pred, key, True)
-    if layout == "flat":
-        found["both"] = ops.cell_launch(pred, rows, offsets, key, left, True)
-        found["rescale"] = ops.cell_grad_launch(pred, rows, left.taken, key, left.grad, left.total, True)
-    else:
-        found["loss"] = ops.cell_launch(pred, rows, None, key, left, False)
-        found["grad"] = ops.cell_grad_launch(pred, rows, left.taken, key, left.grad, left.total)
-for mode, launch in found.items():
-    options = launch.options(target != "gfx942")
-    found[mode] = compile_launch(launch.kernel, launch.arguments, options, target).as_dict()
-print(json.dumps(found))
-"""
-
-
 @pytest.mark.parametrize(
     ("dtype", "target"),
     [
@@ -739,13 +712,8 @@ print(json.dumps(found))
     ],
 )
 def test_compiled_without_spills(dtype, target):
-    """In a process of its own, without the interpreter."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, dtype, target], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout)
+    """In a process without the interpreter."""
+    found = call("compiles", "cells", dtype, target)
     assert len(found) == 4
     for mode, resources in found.items():
         assert resources["stack"] == 0, (mode, resources)

@@ -1,13 +1,10 @@
 """Executed instructions as they are now, and the times that are predicted from them."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from process import call
 
 from bench import predict
 
@@ -31,11 +28,7 @@ EXECUTED = {
 
 def executed(what: str) -> Any:
     """From a process without the interpreter."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "executed.py"), what]
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout)
+    return call("executed", "steps", what)
 
 
 def by_launch(launches: list[dict[str, Any]]) -> dict[str, int]:
