@@ -210,8 +210,8 @@ class RetinaNetLoss(DenseLoss):
         fg_iou_thresh: IoU of a match, from there on.
         bg_iou_thresh: IoU below which an anchor is background.
         allow_low_quality_matches: see above.
-        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or on decoded boxes ``"iou"``, ``"giou"``, ``"ciou"``,
-            ``"iou_log"`` (-ln IoU) or another IoU term for users in the table of ``fusedyolo/terms.py``.
+        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or on decoded boxes ``"iou"``, ``"giou"``, ``"ciou"``
+            or another IoU term for users in the table of ``fusedyolo/terms.py``.
         beta: of ``"smooth_l1"``, the difference below which it is quadratic.
         alpha: weight of positives in the focal loss, -1 for no weights.
         gamma: exponent of its modulating factor.
@@ -281,7 +281,7 @@ class RetinaNetLoss(DenseLoss):
             decode="delta",
             weights=_weights(weights),
             mean=checks.one_of("normalizer", normalizer, ("image", "images", "batch")),
-            **_box(loss_type, beta, "delta", "iou", "boxes"),
+            **_box(loss_type, beta, "delta", "iou"),
             **_focal(alpha, gamma),
         )
         of_classes = checks.class_weights(class_weights, num_classes)
@@ -415,7 +415,7 @@ class SSDLoss(DenseLoss):
             label_args=(),
             negatives=checks.number("neg_to_pos_ratio", neg_to_pos_ratio, 0, open_low=True),
             mean="batch",
-            **_box(loss_type, beta, "delta", "iou", "boxes"),
+            **_box(loss_type, beta, "delta", "iou"),
         )
         of_classes = checks.class_weights(class_weights, num_classes)
         super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)
@@ -443,8 +443,9 @@ class FCOSLoss(DenseLoss):
         recipe: ``"torchvision"`` or ``"mmdet"``.
         center_sampling_radius: see above; ``math.inf`` for any distance. Unless given 1.5, of mmdet ``math.inf``.
         scale_range: in anchor sides, see above; ``(4, 8)`` are the usual ``regress_ranges`` of mmdet.
-        loss_type: ``"iou"``, ``"giou"``, ``"ciou"``, ``"iou_log"`` (-ln IoU, of an IoU of at least 1e-6) or another IoU
-            term for users of ``fusedyolo/terms.py``. ``"giou"`` or ``"iou_log"`` unless given.
+        loss_type: ``"iou"``, ``"giou"``, ``"ciou"``, ``"iou_log"`` (-ln IoU, of an IoU of at least 1e-6; of anchors
+            inside their object, as here, float32 has its digits) or another IoU term for users of
+            ``fusedyolo/terms.py``. ``"giou"`` or ``"iou_log"`` unless given.
         box_weight: ``"none"``, or ``"centreness"``, as the recipe says unless given.
         alpha: as in :class:`RetinaNetLoss`.
         gamma: as in :class:`RetinaNetLoss`.
