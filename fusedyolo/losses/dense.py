@@ -118,7 +118,7 @@ class DenseLoss(WeightedLoss):
         if anchors.requires_grad:
             anchors = anchors.detach()
         anchors = anchors if anchors.dtype == wide else anchors.to(wide)
-        weights = self._weights_for(pred)
+        weights = None if self._weights is None else self._weights_for(pred)
         return DenseCall(levels, self._channels, anchors, rows, offsets, size, corners, ends, weights)
 
     def _compute(self, call: DenseCall, outputs: int | None = None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
