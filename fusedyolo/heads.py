@@ -308,6 +308,7 @@ class PickHead(_Row):
     numbers next to the true distance; ``"image"``, differences of distances over the sides of the image; ``"raw"``,
     differences of what ``"exp"`` takes. ``label`` is the class term, with soft scores as targets. ``soft``: box and
     distance terms are multiplied by the soft score. Sums are divided by those of these weights, at least 1.
+    ``by_image``: the loss is one of each image, which add up to what it is without.
 
     Gains are no part of the row, for they may change from call to call: one a name in :attr:`parts`, in their order.
     """
@@ -330,6 +331,7 @@ class PickHead(_Row):
     distance: str = "dfl"
     label: str = "bce"
     soft: bool = True
+    by_image: bool = False
     overlap_args: tuple[float, ...] = (1e-7, 1e-7)
     box_args: tuple[float, ...] = (1e-7, 1e-7)
     label_args: tuple[float, ...] = ()

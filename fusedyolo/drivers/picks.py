@@ -53,7 +53,7 @@ class PickDriver(Driver):
         parts, counts = reference.pick_loss(
             planes(call.form, call.preds, head), rows, head, call.gains, call.maps, call.size, call.class_weights
         )
-        return torch.stack(parts).sum(), parts, shared.counts_without_spare(counts, spare)
+        return torch.stack(parts).sum(0), parts, shared.counts_without_spare(counts, spare)
 
     def launches(self, head: PickHead, call: PickCall) -> dict[str, Launch]:
         from ..ops import picks as ops

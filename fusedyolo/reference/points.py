@@ -106,16 +106,23 @@ def pick_loss(
     places = _places(has, min(has.numel(), len(rows) * head.topk))
     box, distance = _box_losses(planes.box, places, picked, objects, points, head, size)
     weight = torch.where(places.used, weight[places.image, places.cell], 0.0)
-    terms = [(box * weight).sum() + _nans(seen.boxes).sum()]
+
+    def total(values: Tensor) -> Tensor:
+        """Of all places, or those of each image."""
+        if not head.by_image:
+            return values.sum()
+        return values.new_zeros(len(has)).index_add(0, places.image, values)
+
+    terms = [total(box * weight) + _nans(seen.boxes).sum()]
     found, score = (each[places.image, places.cell] for each in (label, picked.score))
     if planes.obj is None:
         terms.append(_class_loss(planes.cls, places, found.clamp(min=0), score, head, class_weights))
     else:
-        terms.append(LABEL_TERMS["bce"](planes.obj[:, 0], has.to(dtype)).sum())
+        terms.append(_sum_of(LABEL_TERMS["bce"](planes.obj[:, 0], has.to(dtype)), head))
         cls = torch.where(places.used[:, None], planes.cls[places.image, :, places.cell], 0.0)
         loss = _class_losses(cls, found, score, head, class_weights)
-        terms.append(torch.where(places.used, loss, 0.0).sum() + picked.nans)
-    terms.append((distance * weight).sum())
+        terms.append(total(torch.where(places.used, loss, 0.0)) + picked.nans)
+    terms.append(total(distance * weight))
     counts = torch.stack((has.sum(), (~objects.valid).sum())).to(torch.int32)
     return tuple(gain * (term / divisor) for gain, term in zip(gains, terms, strict=True)), counts
 
@@ -176,8 +183,8 @@ def _distance_loss(raw: Tensor, true: Tensor, extent: Tensor, head: PickHead) ->
 def _class_loss(
     logits: Tensor, places: _Places, label: Tensor, score: Tensor, head: PickHead, class_weights: Tensor | None
 ) -> Tensor:
-    """The sum over logits [B, C, N], the targets of which are 0 but for the ``score`` of ``label``, both [F], at used
-    ``places``.
+    """The sum, or those of images, over logits [B, C, N], the targets of which are 0 but for the ``score`` of
+    ``label``, both [F], at used ``places``.
     """
     term, where = LABEL_TERMS[head.label], (places.image, label, places.cell)
     own = logits[where]
@@ -186,7 +193,14 @@ def _class_loss(
     if class_weights is not None:
         class_weights = class_weights.to(logits.dtype)
         background, true = background * class_weights[:, None], true * class_weights[label]
-    return background.sum() + true.sum()
+    if not head.by_image:
+        return background.sum() + true.sum()
+    return background.sum((1, 2)).index_add(0, places.image, true)
+
+
+def _sum_of(values: Tensor, head: PickHead) -> Tensor:
+    """Of [B, ...] the sum, or those of each image."""
+    return values.flatten(1).sum(1) if head.by_image else values.sum()
 
 
 def _class_losses(logits: Tensor, label: Tensor, score: Tensor, head: PickHead, class_weights: Tensor | None) -> Tensor:

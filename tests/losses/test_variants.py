@@ -12,6 +12,7 @@ from test_goldens import check_torch_golden, close, on_both_backends
 
 import fusedyolo
 from fusedyolo import (
+    E2ELoss,
     EfficientDetLoss,
     FCOSLoss,
     RetinaNetLoss,
@@ -22,6 +23,7 @@ from fusedyolo import (
     YOLOv3Loss,
     YOLOv4Loss,
     YOLOv5Loss,
+    YOLOv8Loss,
     YOLOXLoss,
 )
 
@@ -543,20 +545,34 @@ BY_IMAGE = {
     "YOLOv3/archive": lambda **o: YOLOv3Loss(ANCHORS, STRIDES, 3, "archive", **o),
     "YOLOv4/darknet": lambda **o: YOLOv4Loss(ANCHORS, STRIDES, 3, "darknet", **o),
     "YOLOv5": lambda **o: YOLOv5Loss(ANCHORS, STRIDES, 3, balance=(4, 1), **o),
+    "YOLOX": lambda **o: YOLOXLoss(3, STRIDES, use_l1=True, **o),
+    "YOLOv8": lambda **o: YOLOv8Loss(3, STRIDES, reg_max=4, **o),
+    "E2E": lambda **o: E2ELoss(3, STRIDES, **o),
 }
+
+
+def predicted(name):
+    """Leaves, and what the loss takes."""
+    if name.startswith("YOLOv2"):
+        pred = leaf(2, 2, 4, 6, 8)
+        return [pred], pred
+    if name in ("YOLOX", "YOLOv8"):
+        maps = [leaf(2, 8 if name == "YOLOX" else 19, 32 // s, 48 // s) for s in STRIDES]
+        return maps, maps
+    if name == "E2E":
+        maps = [leaf(2, 7, 32 // s, 48 // s, seed=seed) for seed in (0, 1) for s in STRIDES]
+        return maps, {"one2many": maps[:2], "one2one": maps[2:]}
+    grids = small_maps()
+    return grids, grids
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", BY_IMAGE)
 def test_a_loss_of_each_image(name, backend):
     """Those of all add up to what the loss is, and each has the gradient of its own predictions alone."""
-    preds = [leaf(2, 2, 4, 6, 8)] if "YOLOv2" in name else small_maps()
-    of = (
-        (lambda loss: loss(preds[0], ROWS.to(DEVICE)))
-        if "YOLOv2" in name
-        else lambda loss: loss(preds, ROWS.to(DEVICE))
-    )
-    whole, each = (of(BY_IMAGE[name](backend=backend, **o)) for o in ({}, {"reduction": "none"}))
+    preds, given = predicted(name)
+    made = (BY_IMAGE[name](backend=backend, **options) for options in ({}, {"reduction": "none"}))
+    whole, each = (loss(given, ROWS.to(DEVICE)) for loss in made)
     assert each.total.shape == (2,)
     assert each.num_pos == whole.num_pos > 0
     torch.testing.assert_close(each.total.sum(), whole.total, rtol=1e-12, atol=0)
