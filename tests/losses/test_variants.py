@@ -215,6 +215,25 @@ def test_assigners_of_yolov3():
         v3(recipe="archive", iou_thresh=0.3)
 
 
+def test_a_file_of_the_archive():
+    file = {
+        "giou": 3.0,
+        "cls": 30.0,
+        "cls_pw": 1.0,
+        "obj": 60.0,
+        "obj_pw": 2.0,
+        "iou_t": 0.25,
+        "lr0": 0.01,
+        "fl_gamma": 0,
+    }
+    found = YOLOv3Loss.from_hyp(file, ANCHORS, STRIDES, 3, "archive", backend="torch")
+    own = {name: value for name, value in file.items() if name != "lr0"}
+    assert found.head == v3(recipe="archive", **own).head
+    assert (found.unused, found.backend) == (("lr0",), "torch")
+    with pytest.warns(UserWarning, match=r"^YOLOv3Loss\.from_hyp takes no notice of giou"):
+        assert YOLOv3Loss.from_hyp(file, ANCHORS, STRIDES, 3).head == v3().head
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_where_neighbours_begin(backend):
     """One object of 8 x 8 pixels on a map of 4 x 4 cells: the cells that it takes, by hand."""
