@@ -239,7 +239,8 @@ class DenseHead(_Row):
     ``"batch"``; a count of 0 divides by 1. With ``"images"`` each image without any counts as one, with ``"one more"``
     the batch's number is one larger. ``box_weight``: None, or ``"centreness"``, by which the boxes are weighed; they
     are divided by the sum of these weights, at least 1e-6. ``box_gain`` multiplies them. Class weights multiply the
-    class terms, of a softmax those of the true class.
+    class terms, of a softmax those of the true class. ``by_image``, of heads without ``negatives``: the loss is one of
+    each image, which add up to what it is without.
     """
 
     num_classes: int
@@ -259,6 +260,7 @@ class DenseHead(_Row):
     mean: str = "image"
     box_weight: str | None = None
     box_gain: float = 1.0
+    by_image: bool = False
     box_args: tuple[float, ...] = (1e-7, 1e-7)
     label_args: tuple[float, ...] = (0.25, 2.0)
 

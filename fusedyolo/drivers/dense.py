@@ -57,7 +57,7 @@ class DenseDriver(Driver):
         terms, counts = reference.dense_loss(
             maps[0], maps[1], centre, call.anchors, rows, head, call.size, call.corners, call.ends, call.class_weights
         )
-        return torch.stack(terms).sum(), terms, shared.counts_without_spare(counts, spare)
+        return torch.stack(terms).sum(0), terms, shared.counts_without_spare(counts, spare)
 
     def launches(self, head: DenseHead, call: DenseCall) -> dict[str, Launch]:
         from .. import ops

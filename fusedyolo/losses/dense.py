@@ -217,6 +217,8 @@ class RetinaNetLoss(DenseLoss):
         gamma: exponent of its modulating factor.
         weights: of x, y, w and h, what deltas are multiplied by.
         class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
+        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
         unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
             of dicts.
@@ -259,6 +261,7 @@ class RetinaNetLoss(DenseLoss):
         gamma: float = 2.0,
         weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         class_weights: Any = None,
+        reduction: str = "sum",
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -275,6 +278,7 @@ class RetinaNetLoss(DenseLoss):
         low_quality = checks.flag("allow_low_quality_matches", allow_low_quality_matches)
         head = DenseHead(
             num_classes=num_classes,
+            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
             matcher="iou",
             band=(low, high),
             rescue=("own" if is_mmdet else "equal") if low_quality else None,
@@ -309,6 +313,8 @@ class EfficientDetLoss(DenseLoss):
         delta: see above; above 0.
         box_loss_weight: see above.
         class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
+        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
         unit: of boxes in targets, as in :class:`RetinaNetLoss`.
         boxes: in targets, likewise.
@@ -329,6 +335,7 @@ class EfficientDetLoss(DenseLoss):
         delta: float = 0.1,
         box_loss_weight: float = 50.0,
         class_weights: Any = None,
+        reduction: str = "sum",
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -339,6 +346,7 @@ class EfficientDetLoss(DenseLoss):
         delta = checks.number("delta", delta, 0, open_low=True)
         head = DenseHead(
             num_classes=num_classes,
+            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
             matcher="iou",
             band=(thresh, thresh),
             rescue="best_first",
@@ -450,6 +458,8 @@ class FCOSLoss(DenseLoss):
         alpha: as in :class:`RetinaNetLoss`.
         gamma: as in :class:`RetinaNetLoss`.
         class_weights: as in :class:`RetinaNetLoss`.
+        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
         unit: of boxes in targets, as in :class:`RetinaNetLoss`.
         boxes: in targets, likewise.
@@ -476,6 +486,7 @@ class FCOSLoss(DenseLoss):
         alpha: float = 0.25,
         gamma: float = 2.0,
         class_weights: Any = None,
+        reduction: str = "sum",
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -491,6 +502,7 @@ class FCOSLoss(DenseLoss):
         weighed = checks.one_of("box_weight", box_weight, ("none", "centreness")) == "centreness"
         head = DenseHead(
             num_classes=num_classes,
+            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
             matcher="centre",
             rescue=None,
             radius=checks.number("center_sampling_radius", radius, 0, open_low=True),

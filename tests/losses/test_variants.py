@@ -568,6 +568,52 @@ BY_IMAGE = {
     "YOLOv8": lambda **o: YOLOv8Loss(3, STRIDES, reg_max=4, **o),
     "E2E": lambda **o: E2ELoss(3, STRIDES, **o),
 }
+BY_IMAGE_OF_ANCHORS = {
+    "RetinaNet": (RetinaNetLoss, {}),
+    "RetinaNet/mmdet": (RetinaNetLoss, {"recipe": "mmdet", "class_weights": [0.5, 2.0, 1.0]}),
+    "EfficientDet": (EfficientDetLoss, {}),
+    "FCOS": (FCOSLoss, {}),
+    "FCOS/mmdet": (FCOSLoss, {"recipe": "mmdet"}),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", ["rows", "maps"])
+@pytest.mark.parametrize("name", BY_IMAGE_OF_ANCHORS)
+def test_a_loss_of_each_image_over_anchors(name, way, backend):
+    """Of three images, the last without an object; streams of class logits begin in one and end in the next."""
+    cls, options = BY_IMAGE_OF_ANCHORS[name]
+    centres = name.startswith("FCOS")
+    boxes = POINT_BOXES if centres else ANCHOR_BOXES
+    preds, targets = anchored(3, boxes, centres)
+    leaves = [pred.detach().abs().requires_grad_() if centres and i == 1 else pred for i, pred in enumerate(preds)]
+    each_cell = len(boxes) // sum(h * w for h, w in MAPS)
+    sizes = [h * w * each_cell for h, w in MAPS]
+    given = leaves
+    if way == "maps":
+        given = [
+            [
+                part.reshape(3, h, w, -1).permute(0, 3, 1, 2).contiguous()
+                for part, (h, w) in zip(pred.split(sizes, 1), MAPS, strict=True)
+            ]
+            for pred in leaves
+        ]
+    more = {"num_anchors_per_level": sizes} if way == "rows" else {}
+    made = (cls(3, backend=backend, **options, **o) for o in ({}, {"reduction": "none"}))
+    whole, each = (loss(given, targets, anchors=boxes, **more) for loss in made)
+    assert each.total.shape == (3,)
+    assert each.num_pos == whole.num_pos > 0
+    torch.testing.assert_close(each.total.sum(), whole.total, rtol=1e-12, atol=0)
+    for part, value in each.parts.items():
+        torch.testing.assert_close(value.sum(), whole.parts[part], rtol=1e-12, atol=0)
+    assert float(each.parts["bbox_regression"][2]) == 0
+    want = torch.autograd.grad(whole.total, leaves, retain_graph=True)
+    weights = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64, device=DEVICE)
+    summed = torch.autograd.grad(each.total.sum(), leaves, retain_graph=True)
+    weighed = torch.autograd.grad((weights * each.total).sum(), leaves)
+    for a, b, w in zip(summed, want, weighed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(w, weights[:, None, None] * b, rtol=1e-12, atol=1e-15)
 
 
 def predicted(name):
