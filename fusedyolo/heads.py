@@ -239,7 +239,8 @@ class DenseHead(_Row):
     ``"batch"``; a count of 0 divides by 1. With ``"images"`` each image without any counts as one, with ``"one more"``
     the batch's number is one larger. ``box_weight``: None, or ``"centreness"``, by which the boxes are weighed; they
     are divided by the sum of these weights, at least 1e-6. ``box_gain`` multiplies them. Class weights multiply the
-    class terms, of a softmax those of the true class.
+    class terms, of a softmax those of the true class. ``by_image``, of heads without ``negatives``: the loss is one of
+    each image, which add up to what it is without.
     """
 
     num_classes: int
@@ -259,6 +260,7 @@ class DenseHead(_Row):
     mean: str = "image"
     box_weight: str | None = None
     box_gain: float = 1.0
+    by_image: bool = False
     box_args: tuple[float, ...] = (1e-7, 1e-7)
     label_args: tuple[float, ...] = (0.25, 2.0)
 
@@ -308,6 +310,7 @@ class PickHead(_Row):
     numbers next to the true distance; ``"image"``, differences of distances over the sides of the image; ``"raw"``,
     differences of what ``"exp"`` takes. ``label`` is the class term, with soft scores as targets. ``soft``: box and
     distance terms are multiplied by the soft score. Sums are divided by those of these weights, at least 1.
+    ``by_image``: the loss is one of each image, which add up to what it is without.
 
     Gains are no part of the row, for they may change from call to call: one a name in :attr:`parts`, in their order.
     """
@@ -330,6 +333,7 @@ class PickHead(_Row):
     distance: str = "dfl"
     label: str = "bce"
     soft: bool = True
+    by_image: bool = False
     overlap_args: tuple[float, ...] = (1e-7, 1e-7)
     box_args: tuple[float, ...] = (1e-7, 1e-7)
     label_args: tuple[float, ...] = ()

@@ -68,7 +68,7 @@ class DenseDriver(Driver):
             call.class_weights,
             call.weights,
         )
-        return torch.stack(terms).sum(), terms, shared.counts_without_spare(counts, spare)
+        return torch.stack(terms).sum(0), terms, shared.counts_without_spare(counts, spare)
 
     def launches(self, head: DenseHead, call: DenseCall) -> dict[str, Launch]:
         from .. import ops

@@ -61,7 +61,7 @@ class PickDriver(Driver):
             call.class_weights,
             call.weights,
         )
-        return torch.stack(parts).sum(), parts, shared.counts_without_spare(counts, spare)
+        return torch.stack(parts).sum(0), parts, shared.counts_without_spare(counts, spare)
 
     def launches(self, head: PickHead, call: PickCall) -> dict[str, Launch]:
         from ..ops import picks as ops

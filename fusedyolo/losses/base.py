@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import warnings
+from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,32 @@ from ..watch import Watch
 from .output import LossOutput, rounded
 
 PARTS = ("box", "obj", "cls")
+
+OF_TRAINING = {
+    "lr0",
+    "lrf",
+    "momentum",
+    "weight_decay",
+    "warmup_epochs",
+    "warmup_momentum",
+    "warmup_bias_lr",
+    "anchors",
+    "iou_t",
+    "hsv_h",
+    "hsv_s",
+    "hsv_v",
+    "degrees",
+    "translate",
+    "scale",
+    "shear",
+    "perspective",
+    "flipud",
+    "fliplr",
+    "mosaic",
+    "mixup",
+    "copy_paste",
+}
+"""What files of the peers' hyper-parameters say beside that, none of which their losses read."""
 
 
 class WeightedLoss(nn.Module):
@@ -58,6 +85,7 @@ class GridLoss(WeightedLoss):
     """
 
     head: GridHead
+    unused: tuple[str, ...] = ()  # of what from_hyp was given
     batch_gains: tuple[str, ...] = ("box_gain", "obj_gain", "noobj_gain", "cls_gain", "prior_gain")
 
     def __init__(
@@ -143,6 +171,22 @@ class GridLoss(WeightedLoss):
         """The arguments that tell one loss from another."""
         hyp = "".join(f", {name}={value!r}" for name, value in self._changed.items())
         return f"strides={self._strides}, num_classes={self.head.num_classes}, backend={self.backend!r}{hyp}"
+
+
+def of_repository(hyp: Mapping[str, Any], known: Container[str], of: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Of a repository's hyper-parameters what a loss knows; and the names of all others, with a warning where some of
+    these are not of training or augmentation.
+
+    Raises:
+        ValueError: they are no mapping.
+    """
+    if not isinstance(hyp, Mapping):
+        checks.fail("hyp", checks.describe(hyp), "a mapping of names to numbers")
+    unused = tuple(name for name in hyp if name not in known)
+    strange = [str(name) for name in unused if name not in OF_TRAINING]
+    if strange:
+        warnings.warn(f"{of}.from_hyp takes no notice of {', '.join(strange)}", stacklevel=3)
+    return {name: value for name, value in hyp.items() if name in known}, unused
 
 
 def hyper_parameters(given: dict[str, Any], defaults: dict[str, Any], of: str) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class DenseLoss(WeightedLoss):
         if anchors.requires_grad:
             anchors = anchors.detach()
         anchors = anchors if anchors.dtype == wide else anchors.to(wide)
-        class_weights = self._weights_for(pred)
+        class_weights = None if self._weights is None else self._weights_for(pred)
         return DenseCall(levels, self._channels, anchors, rows, offsets, size, corners, ends, class_weights, weights)
 
     def _compute(self, call: DenseCall, outputs: int | None = None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
@@ -211,13 +211,15 @@ class RetinaNetLoss(DenseLoss):
         fg_iou_thresh: IoU of a match, from there on.
         bg_iou_thresh: IoU below which an anchor is background.
         allow_low_quality_matches: see above.
-        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or on decoded boxes ``"iou"``, ``"giou"``, ``"ciou"``,
-            ``"iou_log"`` (-ln IoU) or another IoU term for users in the table of ``fusedyolo/terms.py``.
+        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or on decoded boxes ``"iou"``, ``"giou"``, ``"ciou"``
+            or another IoU term for users in the table of ``fusedyolo/terms.py``.
         beta: of ``"smooth_l1"``, the difference below which it is quadratic.
         alpha: weight of positives in the focal loss, -1 for no weights.
         gamma: exponent of its modulating factor.
         weights: of x, y, w and h, what deltas are multiplied by.
         class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
+        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
         unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
             of dicts.
@@ -260,6 +262,7 @@ class RetinaNetLoss(DenseLoss):
         gamma: float = 2.0,
         weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         class_weights: Any = None,
+        reduction: str = "sum",
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -276,13 +279,14 @@ class RetinaNetLoss(DenseLoss):
         low_quality = checks.flag("allow_low_quality_matches", allow_low_quality_matches)
         head = DenseHead(
             num_classes=num_classes,
+            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
             matcher="iou",
             band=(low, high),
             rescue=("own" if is_mmdet else "equal") if low_quality else None,
             decode="delta",
             weights=_weights(weights),
             mean=checks.one_of("normalizer", normalizer, ("image", "images", "batch")),
-            **_box(loss_type, beta, "delta", "iou", "boxes"),
+            **_box(loss_type, beta, "delta", "iou"),
             **_focal(alpha, gamma),
         )
         of_classes = checks.class_weights(class_weights, num_classes)
@@ -310,6 +314,8 @@ class EfficientDetLoss(DenseLoss):
         delta: see above; above 0.
         box_loss_weight: see above.
         class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
+        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
         unit: of boxes in targets, as in :class:`RetinaNetLoss`.
         boxes: in targets, likewise.
@@ -330,6 +336,7 @@ class EfficientDetLoss(DenseLoss):
         delta: float = 0.1,
         box_loss_weight: float = 50.0,
         class_weights: Any = None,
+        reduction: str = "sum",
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -340,6 +347,7 @@ class EfficientDetLoss(DenseLoss):
         delta = checks.number("delta", delta, 0, open_low=True)
         head = DenseHead(
             num_classes=num_classes,
+            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
             matcher="iou",
             band=(thresh, thresh),
             rescue="best_first",
@@ -416,7 +424,7 @@ class SSDLoss(DenseLoss):
             label_args=(),
             negatives=checks.number("neg_to_pos_ratio", neg_to_pos_ratio, 0, open_low=True),
             mean="batch",
-            **_box(loss_type, beta, "delta", "iou", "boxes"),
+            **_box(loss_type, beta, "delta", "iou"),
         )
         of_classes = checks.class_weights(class_weights, num_classes)
         super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)
@@ -444,12 +452,15 @@ class FCOSLoss(DenseLoss):
         recipe: ``"torchvision"`` or ``"mmdet"``.
         center_sampling_radius: see above; ``math.inf`` for any distance. Unless given 1.5, of mmdet ``math.inf``.
         scale_range: in anchor sides, see above; ``(4, 8)`` are the usual ``regress_ranges`` of mmdet.
-        loss_type: ``"iou"``, ``"giou"``, ``"ciou"``, ``"iou_log"`` (-ln IoU, of an IoU of at least 1e-6) or another IoU
-            term for users of ``fusedyolo/terms.py``. ``"giou"`` or ``"iou_log"`` unless given.
+        loss_type: ``"iou"``, ``"giou"``, ``"ciou"``, ``"iou_log"`` (-ln IoU, of an IoU of at least 1e-6; of anchors
+            inside their object, as here, float32 has its digits) or another IoU term for users of
+            ``fusedyolo/terms.py``. ``"giou"`` or ``"iou_log"`` unless given.
         box_weight: ``"none"``, or ``"centreness"``, as the recipe says unless given.
         alpha: as in :class:`RetinaNetLoss`.
         gamma: as in :class:`RetinaNetLoss`.
         class_weights: as in :class:`RetinaNetLoss`.
+        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
         unit: of boxes in targets, as in :class:`RetinaNetLoss`.
         boxes: in targets, likewise.
@@ -476,6 +487,7 @@ class FCOSLoss(DenseLoss):
         alpha: float = 0.25,
         gamma: float = 2.0,
         class_weights: Any = None,
+        reduction: str = "sum",
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -491,6 +503,7 @@ class FCOSLoss(DenseLoss):
         weighed = checks.one_of("box_weight", box_weight, ("none", "centreness")) == "centreness"
         head = DenseHead(
             num_classes=num_classes,
+            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
             matcher="centre",
             rescue=None,
             radius=checks.number("center_sampling_radius", radius, 0, open_low=True),

@@ -197,7 +197,7 @@ class YOLOv1Loss(WeightedLoss):
         batch = checks.cell_predictions(pred, head.grid_size, head.num_boxes, head.num_classes)
         size = checks.target_size(self.image_size, targets, self.form)
         rows, offsets, weights = as_targets(targets, batch, size, pred.device, self.form)
-        class_weights = self._weights_for(pred)
+        class_weights = None if self._weights is None else self._weights_for(pred)
         if self.reduction == "mean":
             head = _mean_head(self._key, len(range(batch)))  # of a symbolic size, range makes a number
         if backends.resolve(self.backend, pred.device) == "triton":

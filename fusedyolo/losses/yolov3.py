@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from .. import checks
 from ..heads import GridHead
 from ..terms import TERMS, find_term
 from .anchor_recipes import RECIPES, Given, counted_weights
-from .base import GridLoss, hyper_parameters
+from .base import GridLoss, hyper_parameters, of_repository
 
 ASSIGNERS = ("best_anchor", "shape_iou", "ratio", "iou_band")
+Own = TypeVar("Own", bound="_AnchorLoss")
+
 REDUCTIONS = ("sum", "mean", "level", "none")
 
 
@@ -95,6 +97,24 @@ class _AnchorLoss(GridLoss):
             form=checks.box_form(unit, boxes),
         )
         self.recipe, self.iou_loss, self.reduction = recipe, row.iou_loss if usual else box.name, reduction
+
+    @classmethod
+    def from_hyp(
+        cls: type[Own],
+        hyp: Mapping[str, Any],
+        anchors: Any,
+        strides: Sequence[float],
+        num_classes: int,
+        recipe: str = "paper",
+        **options: Any,
+    ) -> Own:
+        """The loss of a repository's own hyper-parameters, as :meth:`YOLOv5Loss.from_hyp`, by those of the recipe."""
+        names = [name for detector, name in RECIPES if detector == cls.detector]
+        known = RECIPES[cls.detector, checks.one_of("recipe", recipe, names)].hyp
+        taken, unused = of_repository(hyp, known, cls.__name__)
+        loss = cls(anchors, strides, num_classes, recipe, **(taken | options))
+        loss.unused = unused
+        return loss
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""

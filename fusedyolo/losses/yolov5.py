@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from .. import checks
 from ..heads import GridHead
 from ..terms import find_term
-from .base import GridLoss, box_arguments, class_targets, focal_bce, hyper_parameters
-
-OF_TRAINING = {
-    "lr0",
-    "lrf",
-    "momentum",
-    "weight_decay",
-    "warmup_epochs",
-    "warmup_momentum",
-    "warmup_bias_lr",
-    "anchors",
-    "iou_t",
-    "hsv_h",
-    "hsv_s",
-    "hsv_v",
-    "degrees",
-    "translate",
-    "scale",
-    "shear",
-    "perspective",
-    "flipud",
-    "fliplr",
-    "mosaic",
-    "mixup",
-    "copy_paste",
-}
-"""What files of the peers' hyper-parameters say beside that, none of which their losses read."""
-
+from .base import GridLoss, box_arguments, class_targets, focal_bce, hyper_parameters, of_repository
 
 Own = TypeVar("Own", bound="_RatioLoss")
 
@@ -48,7 +20,6 @@ class _RatioLoss(GridLoss):
     defaults: ClassVar[dict[str, Any]]
     eps: ClassVar[float]
     balances: ClassVar[dict[int, tuple[float, ...]]]  # of objectness, by the number of levels
-    unused: tuple[str, ...] = ()  # of what from_hyp was given
     batch_gains = ("box_gain", "cls_gain")  # objectness is a mean over the batch, which the factor undoes
 
     def __init__(
@@ -142,13 +113,7 @@ class _RatioLoss(GridLoss):
         Raises:
             ValueError: what it takes does not fit.
         """
-        if not isinstance(hyp, Mapping):
-            checks.fail("hyp", checks.describe(hyp), "a mapping of names to numbers")
-        unused = tuple(name for name in hyp if name not in cls.defaults)
-        strange = [str(name) for name in unused if name not in OF_TRAINING]
-        if strange:
-            warnings.warn(f"{cls.__name__}.from_hyp takes no notice of {', '.join(strange)}", stacklevel=2)
-        taken = {name: value for name, value in hyp.items() if name in cls.defaults}
+        taken, unused = of_repository(hyp, cls.defaults, cls.__name__)
         loss = cls(anchors, strides, num_classes, **(taken | options))
         loss.unused = unused
         return loss

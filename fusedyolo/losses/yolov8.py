@@ -51,6 +51,8 @@ class YOLOv8Loss(PickLoss):
         alpha: see above.
         beta: see above.
         class_weights: factors of the class part, one a class.
+        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
         small: pixels below which a side of an object counts as so many where it picks cells; the second stride, or the
             only one, unless given; 0 for never (Ultralytics before 8.4).
         iou_loss: ``"ciou"``, or another IoU loss, for the box part alone.
@@ -103,6 +105,7 @@ class YOLOv8Loss(PickLoss):
         beta: float = 6.0,
         class_weights: Sequence[float] | Tensor | None = None,
         *,
+        reduction: str = "sum",
         small: float | None = None,
         iou_loss: str = "ciou",
         iou_alpha: float = 1.0,
@@ -129,6 +132,7 @@ class YOLOv8Loss(PickLoss):
             box=find_term("iou_loss", iou_loss, "iou", users=True).name,
             box_args=box_arguments((1e-7, 1e-7), iou_alpha, iou_gamma),
             distance="dfl" if bins else "image",
+            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
         )
         self.box, self.cls, self.dfl = box, cls, dfl
         weights = checks.class_weights(class_weights, num_classes)

@@ -46,6 +46,8 @@ class YOLOXLoss(PickLoss):
         strides: pixels per cell, one a level.
         use_l1: with the L1 term, as the peer in its last epochs; an attribute, read at each call.
         rule: see above.
+        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
         center_radius: that of the rule unless given.
         reg_weight: of the IoU term; an attribute, read at each call.
         iou_loss: ``"iou"``, or another IoU loss, for the box term alone.
@@ -85,6 +87,7 @@ class YOLOXLoss(PickLoss):
         use_l1: bool = False,
         rule: str = "main",
         *,
+        reduction: str = "sum",
         center_radius: float | None = None,
         reg_weight: float = 5.0,
         iou_loss: str = "iou",
@@ -113,6 +116,7 @@ class YOLOXLoss(PickLoss):
             box_args=box_arguments((1e-16, 1e-7), iou_alpha, iou_gamma),
             distance="raw",
             soft=False,
+            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
             **fields,
         )
         self.reg_weight = reg_weight

@@ -63,10 +63,10 @@ class Geometry(NamedTuple):
 class DenseOutputs(NamedTuple):
     """What the launches of a loss leave; the last ones are empty where no gradient is asked for, or none left yet."""
 
-    total: Tensor  # 0-dim
-    cls: Tensor  # 0-dim
-    box: Tensor  # 0-dim
-    centre: Tensor  # 0-dim, of no meaning without centreness
+    total: Tensor  # 0-dim, or [B] of each image
+    cls: Tensor  # likewise
+    box: Tensor  # likewise
+    centre: Tensor  # likewise, of no meaning without centreness
     counts: Tensor  # int32 [2]: anchors with a row, invalid rows
     match: Tensor  # int32 [B, N], by position, see kernels.dense.match.Matched
     found: Tensor  # int32 [B + 1]: anchors with a row, of each image; and what sums over the batch are divided by
@@ -239,6 +239,7 @@ def _dense_launch(
         C=head.num_classes,
         RANKED=ranked,
         BY_IMAGE=head.mean == "image",
+        IMAGES=head.by_image,
         CORNERS=geometry.corners,
         FLAT=layout.flat,
         NEAR=layout.near,
@@ -254,12 +255,13 @@ def _dense_launch(
         WIDTH=config.width,
         CHUNKS=_ceil(head.num_classes, config.width),
     )
-    sums = loss.Sums(None, (None,) * 3, None, None)
+    sums = loss.Sums(None, (None,) * 3, None, None, None)
     if with_loss:
         sums = loss.Sums(
             total_ptr=own.tensor("total"),
             parts=(own.tensor("cls"), own.tensor("box"), own.tensor("centre")),
             partial_ptr=own.scratch(acc, (programs * loss.N_PARTS.value,)),
+            images_ptr=own.scratch(torch.int32, (programs,)) if head.by_image else None,
             done_ptr=own.tensor("done"),
         )
     arguments = {
@@ -491,7 +493,8 @@ def dense_outputs(preds: Sequence[Tensor], anchors: Tensor, head: DenseHead, wit
     batch, acc = pred.shape[0], accumulator(pred.dtype)[1]
     ranked = batch if head.negatives else 0
     ce = (batch, N) if head.negatives else (1, 1) if head.box_weight else (0, N)
-    total, cls, box, centre = (pred.new_empty((), dtype=acc) for _ in range(4))
+    shape = (batch,) if head.by_image else ()
+    total, cls, box, centre = (pred.new_empty(shape, dtype=acc) for _ in range(4))
     return DenseOutputs(
         total,
         cls,
@@ -663,6 +666,8 @@ def _backward(ctx, grad_total, grad_cls=None, grad_box=None, grad_centre=None):
     grad_outs = (grad_total, grad_cls, grad_box, grad_centre)
     if all([grad is None for grad in grad_outs]):
         return [None] * len(preds)
+    if any([grad is not None and grad.dim() > 0 for grad in grad_outs]):  # that of a sum is one number many times
+        grad_outs = tuple([None if grad is None else grad.contiguous() for grad in grad_outs])
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
         grads = call(dense_loss_grad, *grad_outs, preds, saved, *ctx.settings, class_weights, weights)

@@ -43,8 +43,8 @@ class Assignment(NamedTuple):
 class PickOutputs(NamedTuple):
     """What the launches of a loss leave; the last one is empty where no gradient is asked for."""
 
-    total: Tensor  # 0-dim
-    parts: list[Tensor]  # 0-dim, in the order of the head's
+    total: Tensor  # 0-dim, or [B] of each image
+    parts: list[Tensor]  # likewise, in the order of the head's
     counts: Tensor  # int32 [2]: predictions with a row, invalid rows
     row: Tensor  # as in Assignment, like the next two
     score: Tensor
@@ -91,6 +91,7 @@ def _head_launch(
         OBJECTNESS=head.objectness,
         DISTANCE=head.distance,
         SOFT=head.soft,
+        BY_IMAGE=head.by_image,
         ACC=triton_acc,
         LAYOUT=lies,
         WITH_LOSS=with_loss,
@@ -199,7 +200,7 @@ def _loss_steps(
 ) -> tuple[Steps, dict[str, Any], PickOutputs]:
     """The plan of a loss, what a call brings to it, and what its launches will leave."""
     plan = _plan(head.key, layouts(preds), geometry, with_grad, shift_for(head, rows.shape[0]))
-    outputs = _outputs(preds, geometry.maps, len(head.parts), with_grad)
+    outputs = _outputs(preds, geometry.maps, head, with_grad)
     given = brought(preds, rows, offsets, workspace, weights) | outputs._asdict()
     given["class_weights"], given["gains"] = class_weights, gains
     return plan, given, outputs
@@ -223,13 +224,14 @@ def loss_launches(
     return plan.launches(rows.device, rows.shape[0], **given), outputs
 
 
-def _outputs(preds: Sequence[Tensor], maps: Sequence[tuple[int, int]], parts: int, with_grad: bool) -> PickOutputs:
+def _outputs(preds: Sequence[Tensor], maps: Sequence[tuple[int, int]], head: PickHead, with_grad: bool) -> PickOutputs:
     """Memory for what a loss leaves."""
     pred, acc = preds[0], accumulator(preds[0].dtype)[1]
+    shape = (pred.shape[0],) if head.by_image else ()
     places = (pred.shape[0], sum([height * width for height, width in maps]))
     return PickOutputs(
-        pred.new_empty((), dtype=acc),
-        [pred.new_empty((), dtype=acc) for _ in range(parts)],
+        pred.new_empty(shape, dtype=acc),
+        [pred.new_empty(shape, dtype=acc) for _ in head.parts],
         pred.new_empty(2, dtype=torch.int32),
         pred.new_empty(places, dtype=torch.int32),
         pred.new_empty(places, dtype=acc),
@@ -276,7 +278,7 @@ def pick_loss(
 @fake(pick_loss)
 def _(preds, rows, offsets, class_weights, key, form, maps, size, gains, with_grad, workspace=None, weights=None):
     levels = list(zip(maps[::2], maps[1::2], strict=True))
-    return tuple(_outputs(preds, levels, len(pick_head_from_key(key).parts), with_grad))
+    return tuple(_outputs(preds, levels, pick_head_from_key(key), with_grad))
 
 
 def _gradient(
@@ -405,6 +407,8 @@ def _backward(ctx, grad_total, grad_parts=()):
     grad_outs = (grad_total, *grad_parts, *(None,) * (loss.N_PARTS.value - len(grad_parts)))
     if all([grad is None for grad in grad_outs]):
         return [None] * len(preds)
+    if any([grad is not None and grad.dim() > 0 for grad in grad_outs]):  # that of a sum is one number many times
+        grad_outs = [None if grad is None else grad.contiguous() for grad in grad_outs]
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
         grads = call(pick_loss_grad, *grad_outs, preds, saved, class_weights, *ctx.settings, weights)

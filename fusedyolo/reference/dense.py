@@ -154,17 +154,18 @@ def dense_loss(
     raw = taken.of(box.flatten(0, 1)).to(dtype)
     weight = None if weight is None else taken.of(weight.flatten())
     boxes = _weighed(_box_loss(raw, taken.used, own, shift, sides, head, size), weight)
+    image = taken.index // len(anchors)
     if head.box_weight is None:
-        box_loss = (boxes / share).sum()
+        box_loss = _total(boxes / share, image, batch_size, head)
     else:
         middle = torch.where(taken.used, centreness(shift, sides), 0.0)
-        box_loss = (middle * boxes).sum() / middle.sum().clamp(min=1e-6)
+        box_loss = _total(middle * boxes, image, batch_size, head) / middle.sum().clamp(min=1e-6)
     terms = [cls_loss, box_loss if head.box_gain == 1 else head.box_gain * box_loss]
     if centre is not None:
         target = torch.where(taken.used, centreness(shift, sides), 0.5)
         logit = torch.where(taken.used, taken.of(centre.flatten()).to(dtype), 0.0)
-        loss = torch.where(taken.used, LABEL_TERMS["bce"](logit, target), 0.0)
-        terms.append((_weighed(loss, weight) / share).sum())
+        bce = torch.where(taken.used, LABEL_TERMS["bce"](logit, target), 0.0)
+        terms.append(_total(_weighed(bce, weight) / share, image, batch_size, head))
     counts = torch.stack((found.sum(), read.invalid)).to(torch.int32)
     return tuple(terms), counts
 
@@ -214,15 +215,21 @@ def _class_loss(
     other = (classes != label[..., None]) & (match != IGNORED)[..., None]
     loss = _weighed(term(torch.where(other, logits, LOW), False, head.label_args), class_weights)
     loss = _weighed(loss, None if weight is None else weight[..., None])
-    loss = (loss.sum((1, 2)) / divisor).sum()
+    loss = loss.sum((1, 2)) / divisor
+    loss = loss if head.by_image else loss.sum()
     label = taken.of(label.flatten()).clamp(min=0)
     own = taken.of(logits.flatten(0, 1)).gather(1, label[:, None])[:, 0]
     own = term(torch.where(taken.used, own, 0.0), True, head.label_args)
     own = _weighed(own, None if class_weights is None else class_weights[label])
     own = _weighed(own, None if weight is None else taken.of(weight.flatten()))
-    loss = loss + (torch.where(taken.used, own, 0.0) / divisor[taken.index // N]).sum()
+    own = torch.where(taken.used, own, 0.0) / divisor[taken.index // N]
+    loss = loss + _total(own, taken.index // N, len(match), head)
     ignored = Places((match == IGNORED).flatten())
-    unread = (ignored.of(logits.detach().flatten(0, 1)).isnan() & ignored.used[:, None]).any()
+    unread = ignored.of(logits.detach().flatten(0, 1)).isnan() & ignored.used[:, None]
+    if head.by_image:
+        unread = _total(unread.any(1).to(loss.dtype), ignored.index // N, len(match), head) > 0
+    else:
+        unread = unread.any()
     return _nan_if(unread, loss)
 
 
@@ -259,6 +266,11 @@ def _ranked_loss(
     loss = _weighed(loss, None if weight is None else counted.of(weight.flatten()))
     loss = (torch.where(counted.used, loss, 0.0) / divisor[counted.index // logits.shape[1]]).sum()
     return _nan_if(hardness.isnan().any(), loss)
+
+
+def _total(values: Tensor, image: Tensor, batch_size: int, head: DenseHead) -> Tensor:
+    """The sum of values [K], or [B] those of the images that they are of, ``image`` [K]."""
+    return values.new_zeros(batch_size).index_add(0, image, values) if head.by_image else values.sum()
 
 
 def _nan_if(unknown: Tensor, loss: Tensor) -> Tensor:

@@ -113,18 +113,25 @@ def pick_loss(
         share = objects.weight[picked.row]
         share = share if picked.hidden is None else torch.where(picked.hidden, 0.0, share)
         weight = weight * share[places.image, places.cell]
-    terms = [(box * weight).sum() + _nans(seen.boxes).sum()]
+
+    def total(values: Tensor) -> Tensor:
+        """Of all places, or those of each image."""
+        if not head.by_image:
+            return values.sum()
+        return values.new_zeros(len(has)).index_add(0, places.image, values)
+
+    terms = [total(box * weight) + _nans(seen.boxes).sum()]
     found, score = (each[places.image, places.cell] for each in (label, picked.score))
     if planes.obj is None:
         terms.append(_class_loss(planes.cls, places, found.clamp(min=0), score, head, class_weights, share))
     else:
         obj = LABEL_TERMS["bce"](planes.obj[:, 0], has.to(dtype))
-        terms.append((obj if share is None else obj * share).sum())
+        terms.append(_sum_of(obj if share is None else obj * share, head))
         cls = torch.where(places.used[:, None], planes.cls[places.image, :, places.cell], 0.0)
         loss = _class_losses(cls, found, score, head, class_weights)
         loss = loss if share is None else loss * share[places.image, places.cell]
-        terms.append(torch.where(places.used, loss, 0.0).sum() + picked.nans)
-    terms.append((distance * weight).sum())
+        terms.append(total(torch.where(places.used, loss, 0.0)) + picked.nans)
+    terms.append(total(distance * weight))
     known = objects.valid if objects.regions is None else objects.valid | objects.regions.valid
     counts = torch.stack((has.sum(), (~known).sum())).to(torch.int32)
     return tuple(gain * (term / divisor) for gain, term in zip(gains, terms, strict=True)), counts
@@ -192,8 +199,8 @@ def _class_loss(
     class_weights: Tensor | None,
     share: Tensor | None,
 ) -> Tensor:
-    """The sum over logits [B, C, N], the targets of which are 0 but for the ``score`` of ``label``, both [F], at used
-    ``places``; those of a prediction are multiplied by its ``share`` [B, N].
+    """The sum, or those of images, over logits [B, C, N], the targets of which are 0 but for the ``score`` of
+    ``label``, both [F], at used ``places``; those of a prediction are multiplied by its ``share`` [B, N].
     """
     term, where = LABEL_TERMS[head.label], (places.image, label, places.cell)
     own = logits[where]
@@ -204,7 +211,14 @@ def _class_loss(
         background, true = background * class_weights[:, None], true * class_weights[label]
     if share is not None:
         background, true = background * share[:, None], true * share[places.image, places.cell]
-    return background.sum() + true.sum()
+    if not head.by_image:
+        return background.sum() + true.sum()
+    return background.sum((1, 2)).index_add(0, places.image, true)
+
+
+def _sum_of(values: Tensor, head: PickHead) -> Tensor:
+    """Of [B, ...] the sum, or those of each image."""
+    return values.flatten(1).sum(1) if head.by_image else values.sum()
 
 
 def _class_losses(logits: Tensor, label: Tensor, score: Tensor, head: PickHead, class_weights: Tensor | None) -> Tensor:

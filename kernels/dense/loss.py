@@ -112,6 +112,7 @@ class Sums(NamedTuple):
     total_ptr: Any
     parts: Any
     partial_ptr: Any
+    images_ptr: Any  # of each program its image, or the first of two; None but with IMAGES
     done_ptr: Any
 
 
@@ -121,6 +122,7 @@ class Spec(NamedTuple):
     C: Any
     RANKED: Any
     BY_IMAGE: Any
+    IMAGES: Any  # a loss of each image
     CORNERS: Any
     FLAT: Any
     NEAR: Any
@@ -176,11 +178,12 @@ class Site(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """What the gradients of the three parts are multiplied by."""
+    """What the gradients of the three parts are multiplied by; and with IMAGES of the classes of the image after."""
 
     classes: Any
     boxes: Any
     centres: Any
+    after: Any
 
 
 class Raw(NamedTuple):
@@ -293,15 +296,36 @@ def share(found_ptr, b, B, BY_IMAGE: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _grad_out(grads, part: tl.constexpr, SPEC: tl.constexpr):
+def _grad_out(grads, part: tl.constexpr, b, SPEC: tl.constexpr):
     """What the gradient of a part is multiplied by: that of the total, the first of ``grads``, and its own; 1 with the
-    loss."""
+    loss. With IMAGES those of image b."""
     grad = tl.cast(1.0 if SPEC.WITH_LOSS else 0.0, SPEC.ACC)
     if grads[0] is not None:
-        grad += tl.load(grads[0]).to(SPEC.ACC)
+        grad += _load_grad(grads[0], b, SPEC)
     if grads[part] is not None:
-        grad += tl.load(grads[part]).to(SPEC.ACC)
+        grad += _load_grad(grads[part], b, SPEC)
     return grad
+
+
+@triton.jit
+def _load_grad(ptr, b, SPEC: tl.constexpr):
+    if SPEC.IMAGES:
+        ptr += b
+    return tl.load(ptr).to(SPEC.ACC)
+
+
+@triton.jit
+def _image_of(of_boxes, local, level, batch, SPEC: tl.constexpr):
+    """The image of a program of boxes or of class logits, of a stream the first one."""
+    if SPEC.FLAT:
+        ANCHORS: tl.constexpr = SPEC.ANCHORS
+        n = level.anchors * level.cells
+        boxes = local // _tiles(level, True, ANCHORS)
+        classes = (local.to(tl.int64) * (SPEC.BLOCK * batch.steps) // SPEC.C // n).to(tl.int32)
+    else:
+        boxes = local // _tiles(level, False, SPEC.ANCHORS)
+        classes = local // _tiles(level, False, SPEC.CELLS)
+    return tl.where(of_boxes, boxes, classes)
 
 
 # --------------------------------------------------------------------------------------------------------- classes
@@ -363,19 +387,20 @@ def _stream_of(chunk, view, level, batch, matched, SPEC: tl.constexpr):
 
 @triton.jit
 def _load_stream(stream, e, SPEC: tl.constexpr):
-    """Of the groups from the numbers e of a chunk on: logits; what their anchors have taken; weight and first class."""
+    """Of the groups from the numbers e of a chunk on: logits; what their anchors have taken; weight and first class;
+    whether they are of the second image."""
     mask = e < stream.left
     anchor = (stream.skipped + e) // SPEC.C
     after = anchor >= stream.edge
     at = stream.match_ptr + anchor + tl.where(after, stream.gap, 0)
     match = tl.load(at, mask=mask, other=IGNORED)
     x = tl.load(stream.x_ptr + (e[:, None] + tl.arange(0, SPEC.GROUP)[None, :]), mask=mask[:, None], other=0.0)
-    return x, match, tl.where(after, stream.shares.y, stream.shares.x), stream.skipped + e - anchor * SPEC.C
+    return x, match, tl.where(after, stream.shares.y, stream.shares.x), stream.skipped + e - anchor * SPEC.C, after
 
 
 @triton.jit
-def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SPEC: tl.constexpr):
-    """Class loss of a chunk of a level's logits, and their gradient.
+def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grads, SPEC: tl.constexpr):
+    """Class loss of a chunk of a level's logits, with IMAGES of the first image and of the second, and their gradient.
 
     While a warp waits for memory others compute: the fewer registers it takes, the more of them. To load a turn ahead
     is of no use, for the compiler puts these loads off to the end of the turn.
@@ -384,11 +409,12 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SP
     GROUPS: tl.constexpr = SPEC.BLOCK // SPEC.GROUP
     stream = _stream_of(chunk, view, level, batch, matched, SPEC)
     total = tl.zeros([GROUPS, GROUP], SPEC.ACC)
+    second = total
     k = tl.arange(0, GROUP)[None, :]
     lane = tl.arange(0, GROUPS) * GROUP
     for i in tl.range(0, batch.steps, loop_unroll_factor=1):
         e = i * SPEC.BLOCK + lane
-        x, match, weight, k0 = _load_stream(stream, e, SPEC)
+        x, match, weight, k0, after = _load_stream(stream, e, SPEC)
         label = _labels(matched.rows_ptr, match) - k0  # from the group's first class on
         used = ~is_ignored(match)[:, None]
         if matched.row_weights_ptr is not None:
@@ -399,12 +425,23 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grad, SP
             x.to(SPEC.ACC), is_label, matched.columns_ptr, k0[:, None] + k, keep, used, terms, numbers=numbers
         )
         if SPEC.WITH_LOSS:
-            total += weight[:, None] * loss
+            if SPEC.IMAGES:
+                total += tl.where(after[:, None], 0.0, weight[:, None] * loss)
+                second += tl.where(after[:, None], weight[:, None] * loss, 0.0)
+            else:
+                total += weight[:, None] * loss
         if SPEC.WITH_GRAD:
-            d = (grad * weight)[:, None] * d
+            if SPEC.IMAGES:
+                weight *= tl.where(after, grads.after, grads.classes)
+            else:
+                weight *= grads.classes
+            d = weight[:, None] * d
             at = e[:, None] + k
             tl.store(stream.d_ptr + at, d.to(view.d_ptr.dtype.element_ty), mask=(e < stream.left)[:, None])
-    return tl.sum(tl.sum(total, axis=1), axis=0)
+    rest = tl.cast(0.0, SPEC.ACC)
+    if SPEC.IMAGES:
+        rest = tl.sum(tl.sum(second, axis=1), axis=0)
+    return tl.sum(tl.sum(total, axis=1), axis=0), rest
 
 
 @triton.jit
@@ -629,13 +666,16 @@ def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.c
 
 
 @triton.jit
-def _class_program(local, view, level, batch, matched, ranked, terms, numbers, grad, SPEC: tl.constexpr):
-    """Class loss of a program of a level, and the gradient; of a ranked head ``rank.py`` adds the loss up."""
+def _class_program(local, view, level, batch, matched, ranked, terms, numbers, grads, SPEC: tl.constexpr):
+    """Class loss of a program of a level, and of the image after its own; and the gradient. Of a ranked head
+    ``rank.py`` adds the loss up."""
     loss = tl.cast(0.0, SPEC.ACC)
+    rest = loss
+    grad = grads.classes
     if SPEC.RANKED:
         _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC)
     elif SPEC.FLAT:
-        loss = _stream_classes(local, view, level, batch, matched, terms, numbers, grad, SPEC)
+        loss, rest = _stream_classes(local, view, level, batch, matched, terms, numbers, grads, SPEC)
     else:
         wide = (level.cells % 16 == 0) & are_wide(view.by)
         if SPEC.WITH_GRAD:
@@ -646,7 +686,7 @@ def _class_program(local, view, level, batch, matched, ranked, terms, numbers, g
             loss = _plane_classes(local, known, same, batch, matched, terms, numbers, grad, SPEC)
         else:
             loss = _plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPEC)
-    return loss
+    return loss, rest
 
 
 # ----------------------------------------------------------------------------------------------------------- boxes
@@ -768,29 +808,56 @@ def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads
 
 
 @triton.jit
-def _finish(sums, programs, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
+def _finish(sums, programs, B, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
     """The loss from the partial sums of all programs."""
     ROWS: tl.constexpr = 32 if SPEC.RANKED and SPEC.FLAT else 256  # of a ranked stream it is one warp that adds up
-    totals = column_sums(sums.partial_ptr, programs, N_PARTS, SPEC.ACC, ROWS)
-    classes = column(totals, 0)
-    boxes = column(totals, 1)
-    centres = column(totals, 2)
-    tl.store(sums.parts[0], classes)
-    tl.store(sums.parts[1], boxes)
-    if WITH_CENTRES:
-        tl.store(sums.parts[2], centres)
-    tl.store(sums.total_ptr, classes + boxes + centres)
+    if SPEC.IMAGES:
+        for b in range(0, B):
+            _leave(b, _sums_of_image(b, sums, programs, SPEC.ACC), sums, WITH_CENTRES)
+    else:
+        _leave(0, column_sums(sums.partial_ptr, programs, N_PARTS, SPEC.ACC, ROWS), sums, WITH_CENTRES)
     tl.store(sums.done_ptr, 0)  # ready for the next launch
 
 
 @triton.jit
-def _add_up(cls, box, centre, pid, programs, sums, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
+def _leave(b, totals, sums, WITH_CENTRES: tl.constexpr):
+    """Stores the b-th loss."""
+    classes = column(totals, 0)
+    boxes = column(totals, 1)
+    centres = column(totals, 2)
+    tl.store(sums.parts[0] + b, classes)
+    tl.store(sums.parts[1] + b, boxes)
+    if WITH_CENTRES:
+        tl.store(sums.parts[2] + b, centres)
+    tl.store(sums.total_ptr + b, classes + boxes + centres)
+
+
+@triton.jit
+def _sums_of_image(b, sums, programs, ACC: tl.constexpr):
+    """Those of its own programs, and of streams that begin in the image before what they have of this one."""
+    lane = tl.arange(0, 256)[:, None]
+    k = tl.arange(0, N_PARTS)[None, :]
+    total = tl.zeros([256, N_PARTS], ACC)
+    for i in range(0, programs, 256):
+        there = i + lane < programs
+        image = tl.load(sums.images_ptr + i + lane, mask=there, other=-2, cache_modifier=".cg")
+        value = tl.load(sums.partial_ptr + (i + lane) * N_PARTS + k, mask=there, other=0.0, cache_modifier=".cg")
+        total += tl.where(image == tl.where(k == 3, b - 1, b), value, 0.0)
+    found = tl.sum(total, axis=0)
+    return tl.where(tl.arange(0, N_PARTS) == 0, found + column(found, 3), found)
+
+
+@triton.jit
+def _add_up(found, pid, programs, image, B, sums, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
     """Leaves the partial sums of one of so many programs; the last of them adds up."""
     part = tl.arange(0, N_PARTS)
-    partial = tl.where(part == 0, cls, tl.where(part == 1, box, tl.where(part == 2, centre, 0.0)))
+    cls, box, centre, rest = found
+    partial = tl.where(part == 0, cls, tl.where(part == 1, box, tl.where(part == 2, centre, rest)))
     tl.store(sums.partial_ptr + pid * N_PARTS + part, partial)
+    if SPEC.IMAGES:
+        tl.store(sums.images_ptr + pid, image)
     if is_last(sums.done_ptr, programs):
-        _finish(sums, programs, SPEC, WITH_CENTRES)
+        _finish(sums, programs, B, SPEC, WITH_CENTRES)
 
 
 @triton.jit(do_not_specialize=["N", "B", "steps"])
@@ -808,17 +875,28 @@ def dense_kernel(predictions, levels, N, B, steps, matched, terms, numbers, grad
     for j in tl.static_range(len(levels.cells)):
         start += tl.where(i > j, plain(levels.anchors[j]) * plain(levels.cells[j]), 0)
     level = Level(integer_of(levels.widths, i), integer_of(levels.cells, i), integer_of(levels.anchors, i), start)
-    grad = Grads(_grad_out(grads, 1, SPEC), _grad_out(grads, 2, SPEC), _grad_out(grads, 3, SPEC))
+    image = pid * 0
+    after = tl.cast(1.0, SPEC.ACC)
+    if SPEC.IMAGES:
+        image = _image_of(of_boxes, local, level, batch, SPEC)
+        after = _grad_out(grads, 1, tl.minimum(image + 1, B - 1), SPEC)
+    grad = Grads(
+        _grad_out(grads, 1, image, SPEC), _grad_out(grads, 2, image, SPEC), _grad_out(grads, 3, image, SPEC), after
+    )
     if SPEC.SKIP_ONE:
         skip_boxes = grad.boxes == 1.0
         if terms.centre is not None:
             skip_boxes = skip_boxes & (grad.centres == 1.0)
-        if tl.where(of_boxes, skip_boxes, grad.classes == 1.0):
+        skip_classes = grad.classes == 1.0
+        if SPEC.IMAGES:
+            skip_classes = skip_classes & (after == 1.0)
+        if tl.where(of_boxes, skip_boxes, skip_classes):
             return
 
     cls = tl.cast(0.0, SPEC.ACC)
     box = tl.cast(0.0, SPEC.ACC)
     centre = tl.cast(0.0, SPEC.ACC)
+    rest = tl.cast(0.0, SPEC.ACC)
     if of_boxes:
         boxes = _view(predictions.boxes, i, SPEC.WITH_GRAD)
         centres = boxes
@@ -829,12 +907,14 @@ def dense_kernel(predictions, levels, N, B, steps, matched, terms, numbers, grad
         )
     else:
         view = _view(predictions.classes, i, SPEC.WITH_GRAD)
-        cls = _class_program(
-            local, view, level, batch, matched, ranked, terms, numbers=numbers, grad=grad.classes, SPEC=SPEC
+        cls, rest = _class_program(
+            local, view, level, batch, matched, ranked, terms, numbers=numbers, grads=grad, SPEC=SPEC
         )
 
     if SPEC.WITH_LOSS:
         if not SPEC.RANKED:
-            _add_up(cls, box, centre, pid, tl.num_programs(0), sums, SPEC, terms.centre is not None)
+            found = (cls, box, centre, rest)
+            _add_up(found, pid, tl.num_programs(0), image, B, sums, SPEC, terms.centre is not None)
         elif of_boxes:
-            _add_up(cls, box, centre, pid, boxes_end, sums, SPEC, terms.centre is not None)
+            found = (cls, box, centre, rest)
+            _add_up(found, pid, boxes_end, image, B, sums, SPEC, terms.centre is not None)

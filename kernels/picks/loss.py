@@ -40,6 +40,7 @@ class HeadSpec(NamedTuple):
     OBJECTNESS: Any
     DISTANCE: Any
     SOFT: Any
+    BY_IMAGE: Any  # a loss of each image
     ACC: Any
     LAYOUT: Any
     WITH_LOSS: Any
@@ -88,7 +89,8 @@ class Task(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Where the loss goes; ``parts`` are pointers to its parts, in the order of the head's."""
+    """Where the loss goes; ``parts`` are pointers to its parts, in the order of the head's; of each, with BY_IMAGE, as
+    many numbers as images."""
 
     total_ptr: Any
     parts: Any
@@ -622,21 +624,39 @@ def _objectness(view, d_view, site, task, scale, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _grad_out(grads, part: tl.constexpr, SPEC: tl.constexpr):
+def _grad_out(grads, part: tl.constexpr, b, SPEC: tl.constexpr):
     """What the gradient of a part is multiplied by: that of the total, the first of ``grads``, and its own; 1 with the
-    loss."""
+    loss. With BY_IMAGE those of image b."""
     grad = tl.cast(1.0 if SPEC.WITH_LOSS else 0.0, SPEC.ACC)
     if grads[0] is not None:
-        grad += tl.load(grads[0]).to(SPEC.ACC)
+        grad += _load_grad(grads[0], b, SPEC)
     if grads[1 + part] is not None:
-        grad += tl.load(grads[1 + part]).to(SPEC.ACC)
+        grad += _load_grad(grads[1 + part], b, SPEC)
     return grad
 
 
 @triton.jit
-def _finish(sums, gains, assigned, programs, SPEC: tl.constexpr):
-    """The loss from the partial sums of all programs."""
-    totals = column_sums(sums.partial_ptr, programs, N_PARTS, SPEC.ACC)
+def _load_grad(ptr, b, SPEC: tl.constexpr):
+    if SPEC.BY_IMAGE:
+        ptr += b
+    return tl.load(ptr).to(SPEC.ACC)
+
+
+@triton.jit
+def _finish(sums, gains, assigned, programs, B, SPEC: tl.constexpr):
+    """The loss from the partial sums of all programs, or of each image from those that follow each other."""
+    if SPEC.BY_IMAGE:
+        for b in range(0, B):
+            _add_up(b, programs // B, sums, gains, assigned, SPEC)
+    else:
+        _add_up(0, programs, sums, gains, assigned, SPEC)
+    tl.store(sums.done_ptr, 0)  # ready for the next launch
+
+
+@triton.jit
+def _add_up(b, programs, sums, gains, assigned, SPEC: tl.constexpr):
+    """The b-th loss, from the partial sums of so many programs. A NaN among boxes is in all of them."""
+    totals = column_sums(sums.partial_ptr + b * programs * N_PARTS, programs, N_PARTS, SPEC.ACC)
     norm = tl.load(assigned.norm_ptr)
     total = tl.cast(0.0, SPEC.ACC)
     for i in tl.static_range(len(sums.parts)):
@@ -646,10 +666,9 @@ def _finish(sums, gains, assigned, programs, SPEC: tl.constexpr):
         elif i == len(sums.parts) - 2:  # that of classes
             part += tl.load(assigned.nans_ptr + 1)
         part = tl.cast(gains[i], SPEC.ACC) * (part / norm)
-        tl.store(sums.parts[i], part)
+        tl.store(sums.parts[i] + b, part)
         total += part
-    tl.store(sums.total_ptr, total)
-    tl.store(sums.done_ptr, 0)  # ready for the next launch
+    tl.store(sums.total_ptr + b, total)
 
 
 @triton.jit(do_not_specialize=["M", "B"])
@@ -674,11 +693,14 @@ def pick_loss_kernel(
     CLS: tl.constexpr = 2 if SPEC.OBJECTNESS else 1  # places of parts
     tiles = B * tiles_of(levels, SPEC.CELLS)
     kind = pid // tiles
+    image = pid * 0
+    if SPEC.BY_IMAGE:
+        image = tile_of(pid - kind * tiles, levels, B, SPEC.CELLS).b
     grad = Scales(
-        _grad_out(weights.grads, 0, SPEC),
-        _grad_out(weights.grads, 1, SPEC),
-        _grad_out(weights.grads, CLS, SPEC),
-        _grad_out(weights.grads, CLS + 1, SPEC),
+        _grad_out(weights.grads, 0, image, SPEC),
+        _grad_out(weights.grads, 1, image, SPEC),
+        _grad_out(weights.grads, CLS, image, SPEC),
+        _grad_out(weights.grads, CLS + 1, image, SPEC),
     )
     if SPEC.SKIP_ONE:
         same = (grad.box == 1.0) & (grad.distance == 1.0)
@@ -727,7 +749,10 @@ def pick_loss_kernel(
             partial = tl.where(part == 0, box, tl.where(part == 1, obj, tl.where(part == 2, cls, distance)))
         else:
             partial = tl.where(part == 0, box, tl.where(part == 1, cls, tl.where(part == 2, distance, 0.0)))
-        tl.store(sums.partial_ptr + pid * N_PARTS + part, partial)
         programs = tl.num_programs(0)
+        place = pid
+        if SPEC.BY_IMAGE:
+            place = site.tile.b * (programs // B) + kind * (tiles // B) + site.tile.place
+        tl.store(sums.partial_ptr + place * N_PARTS + part, partial)
         if is_last(sums.done_ptr, programs):
-            _finish(sums, weights.gains, task.assigned, programs, SPEC)
+            _finish(sums, weights.gains, task.assigned, programs, B, SPEC)

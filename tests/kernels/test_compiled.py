@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 LAST = ("seed=1,contraction=1",)
 BOTH = ("seed=0,fusion=off", *LAST)
 NOISY = ("seed=1,noise=on",)  # approximate instructions are off by what is documented
-VARIANTS = "(by_the_kernels or triton) and "
+VARIANTS = "tests/losses/test_variants.py"
 PARTS = {  # which tests, and how they are run
     "grids": (LAST, "tests/kernels/test_edges.py", "grid or anchors_of_equal"),
     "cells and anchors": (BOTH, "tests/kernels/test_edges.py", "cell or test_anchors["),
@@ -25,16 +25,8 @@ PARTS = {  # which tests, and how they are run
     "offsets": (LAST, "tests/kernels/test_edges.py", "offsets"),
     "picks": (LAST, "tests/kernels/test_picks.py", "equals or half or crowd and three or counts_for_nothing"),
     "loss of picks": (LAST, "tests/kernels/test_picks_loss.py", "and_gradient and (v8/4 or x/l1) or types and dtype2"),
-    "variants of grids": (
-        LAST,
-        "tests/losses/test_variants.py",
-        VARIANTS + "(neighbours_begin or like_enough or YOLOv5)",
-    ),
-    "variants of others": (
-        LAST,
-        "tests/losses/test_variants.py",
-        VARIANTS + "(YOLOv1 or RetinaNet or FCOS or fcos_iou)",
-    ),
+    "variants of grids": (LAST, VARIANTS, "(like_enough or each_image and YOLOv5) and triton or kernels and YOLOv5"),
+    "variants of others": (LAST, VARIANTS, "fcos_iou-triton or (by_the_kernels and (YOLOv1 or RetinaNet or SSD))"),
     "NaN": (LAST, "tests/kernels/test_nan.py", "YOLOv5/iou or RetinaNet/giou"),
 }
 

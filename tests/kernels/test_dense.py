@@ -163,7 +163,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         *({"loss_type": name, "beta": 0.3} for name in BOX_TERMS),
         {"loss_type": "ciou", "alpha": -1, "gamma": 1.5},
         {"loss_type": "giou", **LOOSE},
-        {"recipe": "mmdet", "loss_type": "iou_log"},
+        {"recipe": "mmdet", "loss_type": "giou"},
         {"normalizer": "batch", "class_weights": [0.5, 2.0, 0.0]},
     ],
     "ssd": [

@@ -95,6 +95,21 @@ def check_focal_grid() -> None:
         check_grid([pred], rows, replace(one, **terms, obj_args=(-1.0, obj_gamma)), tolerance=1e-11)
 
 
+def check_shape_grid() -> None:
+    """Shapes half as large as their anchor, and a little larger."""
+    pred = make_preds(torch.float64, batch=1, size=(32, 64))[0][:, :8]
+    shapes = {"anchors": ((16.0, 16.0),), "levels": ((0,),), "strides": (8.0,), "scale_x_y": (1.0,), "obj_balance": ()}
+    rows = torch.tensor([[0, 0, 0.3, 0.3, 8 / 64, 16 / 32], [0, 1, 0.6, 0.6, 9 / 64, 16 / 32]])
+    check_grid([pred], rows, replace(HEADS["shape iou"], **shapes, iou_thresh=0.5), tolerance=1e-11)
+
+
+def check_weighed_grid() -> None:
+    pred = make_preds(torch.float64, batch=1, size=(32, 48))[0][:, :8]
+    head = replace(HEADS["each, class weights"], levels=((1,),), strides=(8.0,), scale_x_y=(2.0,), obj_balance=())
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 0.25, 0.5], [0, 2, 0.25, 0.25, 0.375, 0.5]])
+    check_grid([pred], rows, head, torch.tensor([1.0, 2.5, 0.75]), tolerance=1e-11)
+
+
 def check_band_grid() -> None:
     rows = torch.tensor([[0, 0, 0.5, 0.5, 0.25, 0.5], [0, 1, 0.55, 0.5, 0.25, 0.5], [0, 2, 0.25, 0.25, 0.375, 0.5]])
     pred = make_preds(torch.float64, batch=1, size=(32, 48))[0][:, :8]
@@ -150,6 +165,11 @@ def check_fcos() -> None:
     check_loss("fcos", preds, targets, 1e-11)
 
 
+def check_weighed_fcos() -> None:
+    preds, targets = dense_preds("fcos", 2, torch.float64), dense_targets("fcos", 2, n=6, side=60.0)
+    check_loss("fcos", preds, targets, 1e-11, box_weight="centreness")
+
+
 def check_boxes() -> None:
     for kind in ("iou", "giou", "diou", "ciou"):
         check_box_term(kind)
@@ -191,7 +211,7 @@ mpdiou, softmax_ce, real_side_share = box.mpdiou, label.softmax_ce, box._side_sh
 real_best_anchor, real_row_cell = assign.best_anchor, assign.row_cell
 real_box_term, real_iou, real_listed, real_picked = grid_box.box_term, listing.iou, listing._listed, positives._picked
 real_rank, real_in_order, real_add_up = listing._rank, positives._in_order, positives._add_up
-real_label_of_each = positives._label_of_each
+real_label_of_each, real_column_weights = positives._label_of_each, positives._column_weights
 real_window, real_meet_in_windows = ignore._window, ignore._meet_in_windows
 
 
@@ -374,8 +394,19 @@ def first_row_trains_objectness(r, slots, found, lists, SPEC: tl.constexpr):
 
 
 @triton.jit
-def each_class_once(z, times, is_class, count, head, terms, SPEC: tl.constexpr):
-    return real_label_of_each(z, tl.minimum(times, 1.0), is_class, count, head, terms, SPEC)
+def each_class_once(z, times, is_class, count, rows, k, head, terms, SPEC: tl.constexpr):
+    return real_label_of_each(z, tl.minimum(times, 1.0), is_class, count, rows, k, head, terms, SPEC=SPEC)
+
+
+@triton.jit
+def weights_of_the_class_before(rows, k, is_class, ACC):
+    return real_column_weights(rows, tl.maximum(k - 1, 5), is_class, ACC)
+
+
+@triton.jit
+def shape_just_like_enough(w, h, site, thresh, PER_LEVEL):
+    inter = tl.minimum(w, site.own_w) * tl.minimum(h, site.own_h)
+    return inter / (w * h + site.own_w * site.own_h - inter) >= thresh
 
 
 @triton.jit
@@ -715,7 +746,7 @@ def l1_of_the_centre(a, b, ta, tb, scale):
     return tl.abs(a - ta), primitives.sign(a - ta), primitives.sign(b - b)
 
 
-real_match_iou, real_row_corners, real_centreness = match.iou, rows.row_corners, loss._centreness
+real_match_iou, real_row_corners, real_centreness = match.iou, rows.row_corners, loss.centreness
 real_share, real_ranked_weight, real_cut = loss.share, loss._ranked_weight, rank._cut
 real_bin_reached, real_reached = rank._reached, match._reached
 real_delta, real_ltrb = decode.delta, decode.ltrb
@@ -729,7 +760,8 @@ MUTANTS = [
     (match, "best_anchor_of", first_key_of_nobody, check_far_object),
     (loss, "share", share_of_the_batch, check_retinanet),
     (loss, "share", share_of_the_image, check_fcos),
-    (loss, "_centreness", centreness_squared, check_fcos),
+    (loss, "centreness", centreness_squared, check_fcos),
+    (match, "centreness", centreness_squared, check_weighed_fcos),
     (loss, "_ranked_weight", weight_never_twice, check_ssd),
     (loss, "_ranked_weight", weight_of_positives, check_ssd),
     (rank, "_cut", cut_one_lower, check_ssd),
@@ -768,6 +800,8 @@ MUTANTS = [
     (listing, "row_cell", cell_beyond_the_border, check_ratio_grid),
     (listing, "row_cell", cell_not_clamped, check_ratio_grid),
     (listing, "row_cell", cell_of_no_neighbour, check_ratio_grid),
+    (assign, "shape_iou", shape_just_like_enough, check_shape_grid),
+    (positives, "_column_weights", weights_of_the_class_before, check_weighed_grid),
     (assign, "ratio", ratio_inclusive, check_ratio_grid),
     (assign, "ratio", ratio_of_larger_rows, check_ratio_grid),
     (listing, "_order_block", ordered_backwards, check_ratio_grid),

@@ -12,6 +12,7 @@ from test_goldens import check_torch_golden, close, on_both_backends
 
 import fusedyolo
 from fusedyolo import (
+    E2ELoss,
     EfficientDetLoss,
     FCOSLoss,
     RetinaNetLoss,
@@ -22,6 +23,7 @@ from fusedyolo import (
     YOLOv3Loss,
     YOLOv4Loss,
     YOLOv5Loss,
+    YOLOv8Loss,
     YOLOXLoss,
 )
 
@@ -211,6 +213,25 @@ def test_assigners_of_yolov3():
         YOLOv5Loss(ANCHORS, STRIDES, 3, neighbours=3)
     with pytest.raises(ValueError, match=r"^iou_thresh: 0.3 with recipe 'archive', want iou_t in its place$"):
         v3(recipe="archive", iou_thresh=0.3)
+
+
+def test_a_file_of_the_archive():
+    file = {
+        "giou": 3.0,
+        "cls": 30.0,
+        "cls_pw": 1.0,
+        "obj": 60.0,
+        "obj_pw": 2.0,
+        "iou_t": 0.25,
+        "lr0": 0.01,
+        "fl_gamma": 0,
+    }
+    found = YOLOv3Loss.from_hyp(file, ANCHORS, STRIDES, 3, "archive", backend="torch")
+    own = {name: value for name, value in file.items() if name != "lr0"}
+    assert found.head == v3(recipe="archive", **own).head
+    assert (found.unused, found.backend) == (("lr0",), "torch")
+    with pytest.warns(UserWarning, match=r"^YOLOv3Loss\.from_hyp takes no notice of giou"):
+        assert YOLOv3Loss.from_hyp(file, ANCHORS, STRIDES, 3).head == v3().head
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -543,20 +564,80 @@ BY_IMAGE = {
     "YOLOv3/archive": lambda **o: YOLOv3Loss(ANCHORS, STRIDES, 3, "archive", **o),
     "YOLOv4/darknet": lambda **o: YOLOv4Loss(ANCHORS, STRIDES, 3, "darknet", **o),
     "YOLOv5": lambda **o: YOLOv5Loss(ANCHORS, STRIDES, 3, balance=(4, 1), **o),
+    "YOLOX": lambda **o: YOLOXLoss(3, STRIDES, use_l1=True, **o),
+    "YOLOv8": lambda **o: YOLOv8Loss(3, STRIDES, reg_max=4, **o),
+    "E2E": lambda **o: E2ELoss(3, STRIDES, **o),
 }
+BY_IMAGE_OF_ANCHORS = {
+    "RetinaNet": (RetinaNetLoss, {}),
+    "RetinaNet/mmdet": (RetinaNetLoss, {"recipe": "mmdet", "class_weights": [0.5, 2.0, 1.0]}),
+    "EfficientDet": (EfficientDetLoss, {}),
+    "FCOS": (FCOSLoss, {}),
+    "FCOS/mmdet": (FCOSLoss, {"recipe": "mmdet"}),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", ["rows", "maps"])
+@pytest.mark.parametrize("name", BY_IMAGE_OF_ANCHORS)
+def test_a_loss_of_each_image_over_anchors(name, way, backend):
+    """Of three images, the last without an object; streams of class logits begin in one and end in the next."""
+    cls, options = BY_IMAGE_OF_ANCHORS[name]
+    centres = name.startswith("FCOS")
+    boxes = POINT_BOXES if centres else ANCHOR_BOXES
+    preds, targets = anchored(3, boxes, centres)
+    leaves = [pred.detach().abs().requires_grad_() if centres and i == 1 else pred for i, pred in enumerate(preds)]
+    each_cell = len(boxes) // sum(h * w for h, w in MAPS)
+    sizes = [h * w * each_cell for h, w in MAPS]
+    given = leaves
+    if way == "maps":
+        given = [
+            [
+                part.reshape(3, h, w, -1).permute(0, 3, 1, 2).contiguous()
+                for part, (h, w) in zip(pred.split(sizes, 1), MAPS, strict=True)
+            ]
+            for pred in leaves
+        ]
+    more = {"num_anchors_per_level": sizes} if way == "rows" else {}
+    made = (cls(3, backend=backend, **options, **o) for o in ({}, {"reduction": "none"}))
+    whole, each = (loss(given, targets, anchors=boxes, **more) for loss in made)
+    assert each.total.shape == (3,)
+    assert each.num_pos == whole.num_pos > 0
+    torch.testing.assert_close(each.total.sum(), whole.total, rtol=1e-12, atol=0)
+    for part, value in each.parts.items():
+        torch.testing.assert_close(value.sum(), whole.parts[part], rtol=1e-12, atol=0)
+    assert float(each.parts["bbox_regression"][2]) == 0
+    want = torch.autograd.grad(whole.total, leaves, retain_graph=True)
+    weights = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64, device=DEVICE)
+    summed = torch.autograd.grad(each.total.sum(), leaves, retain_graph=True)
+    weighed = torch.autograd.grad((weights * each.total).sum(), leaves)
+    for a, b, w in zip(summed, want, weighed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(w, weights[:, None, None] * b, rtol=1e-12, atol=1e-15)
+
+
+def predicted(name):
+    """Leaves, and what the loss takes."""
+    if name.startswith("YOLOv2"):
+        pred = leaf(2, 2, 4, 6, 8)
+        return [pred], pred
+    if name in ("YOLOX", "YOLOv8"):
+        maps = [leaf(2, 8 if name == "YOLOX" else 19, 32 // s, 48 // s) for s in STRIDES]
+        return maps, maps
+    if name == "E2E":
+        maps = [leaf(2, 7, 32 // s, 48 // s, seed=seed) for seed in (0, 1) for s in STRIDES]
+        return maps, {"one2many": maps[:2], "one2one": maps[2:]}
+    grids = small_maps()
+    return grids, grids
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", BY_IMAGE)
 def test_a_loss_of_each_image(name, backend):
     """Those of all add up to what the loss is, and each has the gradient of its own predictions alone."""
-    preds = [leaf(2, 2, 4, 6, 8)] if "YOLOv2" in name else small_maps()
-    of = (
-        (lambda loss: loss(preds[0], ROWS.to(DEVICE)))
-        if "YOLOv2" in name
-        else lambda loss: loss(preds, ROWS.to(DEVICE))
-    )
-    whole, each = (of(BY_IMAGE[name](backend=backend, **o)) for o in ({}, {"reduction": "none"}))
+    preds, given = predicted(name)
+    made = (BY_IMAGE[name](backend=backend, **options) for options in ({}, {"reduction": "none"}))
+    whole, each = (loss(given, ROWS.to(DEVICE)) for loss in made)
     assert each.total.shape == (2,)
     assert each.num_pos == whole.num_pos > 0
     torch.testing.assert_close(each.total.sum(), whole.total, rtol=1e-12, atol=0)
