@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
 from ..heads import DenseHead, dense_head_from_key
 from ..kernels.dense import loss, match, rank
@@ -496,7 +497,7 @@ def dense_loss(
     rows: Tensor,
     offsets: Tensor | None,
     key: str,
-    size: list[float],
+    size: Sequence[Number],
     corners: bool,
     ends: list[int],
     with_grad: bool,
@@ -545,7 +546,7 @@ def dense_loss_grad(
     preds: list[Tensor],
     saved: list[Tensor],
     key: str,
-    size: list[float],
+    size: Sequence[Number],
     corners: bool,
     ends: list[int],
 ) -> list[Tensor]:
@@ -574,7 +575,7 @@ def dense_loss_rescale(
     preds: list[Tensor],
     saved: list[Tensor],
     key: str,
-    size: list[float],
+    size: Sequence[Number],
     corners: bool,
     ends: list[int],
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
 from ..heads import PickHead, pick_head_from_key
 from ..kernels.launch import pick_config, power_of_two
@@ -247,7 +248,7 @@ def pick_loss(
     key: str,
     form: str,
     maps: list[int],
-    size: list[float],
+    size: Sequence[Number],
     gains: list[float],
     with_grad: bool,
     workspace: Tensor | None = None,
@@ -311,7 +312,7 @@ def pick_loss_grad(
     key: str,
     form: str,
     maps: list[int],
-    size: list[float],
+    size: Sequence[Number],
     gains: list[float],
 ) -> list[Tensor]:
     """Gradient of :func:`pick_loss`'s total and parts by every prediction, times those given (0-dim), in one launch.
@@ -343,7 +344,7 @@ def pick_loss_rescale(
     key: str,
     form: str,
     maps: list[int],
-    size: list[float],
+    size: Sequence[Number],
     gains: list[float],
 ) -> None:
     """Turns ``grads``, the gradients for a total multiplied by 1, into those of :func:`pick_loss_grad`: a launch whose
