@@ -71,7 +71,7 @@ _DELTA = {"loss_type": st.sampled_from((*IOUS, "l1", "smooth_l1")), "beta": _num
 _OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "YOLOv1": {"num_boxes": st.integers(1, 3)},
     "YOLOv1/darknet": {"sqrt": st.just(0), "rescore": st.just(0), "reduction": st.just("mean")},
-    "YOLOv2/region": {"thresh": _numbers(0.0, 0.3, 1.0), "lambda_noobj": _numbers(0.0)},
+    "YOLOv2/region": {"thresh": _numbers(0.1, 0.3, 1.0), "lambda_noobj": _numbers(0.0)},
     "YOLOv2/darknet": {"thresh": _numbers(0.0, 0.3), "rescore": st.just(0), "reduction": st.just("mean")},
     "YOLOv2/lightnet": {"coord_regression": st.just("ciou"), "class_smoothing": _numbers(0.1)},
     "YOLOv3/paper": _V3,
