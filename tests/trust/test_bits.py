@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 from torch import Tensor
-from trust.cases import ALL, CASES, RECIPES, Problem, Result, same_bits, step
+from trust.cases import ALL, CASES, OF_EACH_DRIVER, RECIPES, Problem, Result, same_bits, step
 
 from fusedyolo.targets import Targets
 
@@ -116,3 +116,18 @@ def test_offsets_that_are_wrong(case):
     assert want.counts[1] > 0
     for a, b in zip(got.tensors, want.tensors, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", OF_EACH_DRIVER, ids=lambda case: case.name)
+def test_images_that_lie_2_to_the_31_numbers_apart(case):
+    """Addresses that only fit 64 bits; of memory that is reserved, and touched where there are images alone."""
+    problem = Problem(case)
+    near, far = [pred.detach() for pred in problem.predictions(torch.float16)], []
+    for pred in near:
+        try:
+            room = torch.empty(2**31 + pred[0].numel(), dtype=pred.dtype, device=pred.device)
+        except RuntimeError:
+            pytest.skip("cannot reserve 4 GiB of addresses")
+        far.append(room.as_strided(pred.shape, (2**31, *pred.stride()[1:])).copy_(pred))
+    want, got = (step(problem.bind("triton"), preds, problem.rows(5)) for preds in (near, far))
+    assert same_bits(got, want)
