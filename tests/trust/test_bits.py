@@ -130,4 +130,6 @@ def test_images_that_lie_2_to_the_31_numbers_apart(case):
             pytest.skip("cannot reserve 4 GiB of addresses")
         far.append(room.as_strided(pred.shape, (2**31, *pred.stride()[1:])).copy_(pred))
     want, got = (step(problem.bind("triton"), preds, problem.rows(5)) for preds in (near, far))
-    assert same_bits(got, want)
+    assert got.counts == want.counts
+    for a, b in zip(got.tensors, want.tensors, strict=True):  # sums of another layout may have another order
+        torch.testing.assert_close(a, b, rtol=1e-3 if a.dtype == torch.float16 else 1e-5, atol=1e-7)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trust.cases import ALL, BACKENDS, CASES, OF_EACH_DRIVER, RECIPES, Problem, Result, same_bits, step
 
 from bench.count import count
+from fusedyolo import ops
 from fusedyolo.ops.launch import shared_zeros
 from fusedyolo.ops.steps import Steps
 from fusedyolo.targets import Targets
@@ -85,6 +86,30 @@ def test_sizes_become_symbols_when_they_change(case, no_kernels):
     for objects in (0, 1):
         _run(problem, compiled, objects)
     assert counter.frame_count <= 7
+
+
+@ALL
+def test_opcheck(case, no_kernels, monkeypatch):
+    """Schema, fake and traces of the operator that a loss calls, as it calls it; memory comes as zeros."""
+    for owner, name, cleared in (
+        (torch.Tensor, "new_empty", torch.Tensor.new_zeros),
+        (torch, "empty_like", torch.zeros_like),
+    ):
+        monkeypatch.setattr(owner, name, cleared)
+    called: list[Any] = []
+    through = ops.call
+
+    def watched(op: Any, *given: Any, **options: Any) -> Any:
+        called.append((op, given))
+        return through(op, *given, **options)
+
+    monkeypatch.setattr(ops, "call", watched)
+    problem = Problem(case)
+    problem.bind("triton")(_preds(problem), problem.rows(4))
+    assert len(called) == max(1, len(case.branches))
+    op, given = called[-1]
+    tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
+    assert set(torch.library.opcheck(op, given, test_utils=tests).values()) == {"SUCCESS"}
 
 
 @EACH
