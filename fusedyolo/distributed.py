@@ -16,8 +16,8 @@ from .losses import LossOutput
 class GlobalLoss(nn.Module):
     """``criterion`` with what it divides by counted over all processes: their mean is the loss of the whole batch.
 
-    ``DistributedDataParallel`` averages gradients over processes. Where a loss divides by the objects that it has found,
-    that is no mean over the batch: a process with few objects counts as much as one with many. Here each process
+    ``DistributedDataParallel`` averages gradients over processes. Where a loss divides by the objects that it has
+    found, that is no mean over the batch: a process with few objects counts as much as one with many. Here each process
     multiplies its loss by (its own divisor) / (that of all) * (number of processes), so that the averaged gradient is
     the one that a single process would have for all images. Processes may have different numbers of images, and no
     objects at all. Sums over the batch are multiplied by the number of processes.

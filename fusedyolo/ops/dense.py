@@ -528,7 +528,7 @@ def _gradient(
     preds: list[Tensor],
     saved: Sequence[Tensor],
     key: str,
-    geometry: tuple[list[float], bool, list[int]],
+    geometry: tuple[Sequence[Number], bool, list[int]],
     skip_one: bool,
 ) -> None:
     size, corners, ends = geometry

@@ -17,7 +17,9 @@ def pytest_configure(config):
     cases = config.getoption("--cases", default=None)
     if cases is not None:
         every = list(HealthCheck)
-        settings.register_profile("long", max_examples=cases, deadline=None, print_blob=True, suppress_health_check=every)
+        settings.register_profile(
+            "long", max_examples=cases, deadline=None, print_blob=True, suppress_health_check=every
+        )
         settings.load_profile("long")
 
 

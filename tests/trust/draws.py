@@ -80,9 +80,7 @@ _OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "YOLOv4/darknet": _V3 | _DARKNET,
     "ScaledYOLOv4": _RATIO,
     "YOLOv5": _RATIO | {"label_smoothing": _numbers(0.1)},
-    "RetinaNet": _FOCAL
-    | _DELTA
-    | {"fg_iou_thresh": _numbers(0.4, 0.9), "allow_low_quality_matches": st.just(False)},
+    "RetinaNet": _FOCAL | _DELTA | {"fg_iou_thresh": _numbers(0.4, 0.9), "allow_low_quality_matches": st.just(False)},
     "SSD": _DELTA | {"iou_thresh": _numbers(0.0, 0.3, 0.9), "neg_to_pos_ratio": _numbers(0.5, 1, 100)},
     "FCOS": _FOCAL | _iou(name="loss_type") | {"center_sampling_radius": _numbers(0.5, 5)},
     "YOLOX": _iou() | _POWERS | {"rule": st.just("0.3.0"), "use_l1": st.just(True), "center_radius": _numbers(0.5, 4)},
@@ -145,9 +143,7 @@ def objects(draw: st.DrawFn, problem: Problem, large: bool) -> Tensor | Targets:
         rows[again] = rows[torch.randint(count, (int(again.sum()),), generator=generator)]
     if draw(st.booleans(), label="faulty rows"):
         column = torch.randint(6, (count,), generator=generator)
-        wrong = torch.tensor([-1.0, float("nan"), float("inf"), 1e30])[
-            torch.randint(4, (count,), generator=generator)
-        ]
+        wrong = torch.tensor([-1.0, float("nan"), float("inf"), 1e30])[torch.randint(4, (count,), generator=generator)]
         at = (kind[4] < 0.2).nonzero().flatten()
         rows[at, column[at]] = wrong[at]
     rows = rows.to(DEVICE)

@@ -38,7 +38,9 @@ def no_kernels(monkeypatch):
 
 
 def compiled_step(problem: Problem, compiled: Any, rows: Any) -> Result:
-    return step(lambda preds, targets: compiled(problem.pack(preds), targets, **problem.geometry), _preds(problem), rows)
+    return step(
+        lambda preds, targets: compiled(problem.pack(preds), targets, **problem.geometry), _preds(problem), rows
+    )
 
 
 def _preds(problem: Problem) -> list[torch.Tensor]:
@@ -128,7 +130,8 @@ def test_exports(case, no_kernels):
     preds = [pred.detach() for pred in _preds(problem)]
     exported = torch.export.export(Module(), (preds, problem.rows(4)), strict=False)
     called = [str(node.target) for node in exported.graph.nodes if "fusedyolo" in str(node.target)]
-    assert len(called) == 1 and called[0].endswith("_loss.default")
+    assert len(called) == 1
+    assert called[0].endswith("_loss.default")
     assert exported.module()(preds, problem.rows(4, seed=1)).shape == ()
 
 

@@ -100,7 +100,7 @@ def _alive() -> int:
 
 @ALL
 def test_nothing_grows(case, monkeypatch):
-    """Over sixty steps, the last forty of which meet no map that is new: no tensor, no shared memory; and of plans there
+    """Over sixty steps, the last forty of which meet no map that is new: no tensor, no shared memory. Of plans there
     are so many for each size of maps, with more for each 32 objects where anchors keep who claims them.
     """
     monkeypatch.setattr(Steps, "run", lambda self, device, M, **given: None)
