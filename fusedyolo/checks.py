@@ -125,7 +125,16 @@ def size(name: str, value: Any) -> tuple[float, float]:
         fail(name, describe(value), "(height, width)")
     if any(isinstance(side, Sequence) for side in pair):
         fail(name, describe(value), "one (height, width), that of the batch")
-    return _whole(number(name, pair[0], 0, open_low=True)), _whole(number(name, pair[1], 0, open_low=True))
+    return _side(name, pair[0]), _side(name, pair[1])
+
+
+def _side(name: str, value: Any) -> float:
+    """A positive number. An integer stays what it is, for in a graph it may be a symbol, and whoever asks what a symbol
+    is as a float has a graph of this number alone.
+    """
+    if type(value) is int and 0 < value <= 1 << 53:
+        return value
+    return _whole(number(name, value, 0, open_low=True))
 
 
 def image_sizes(value: Any, images: int) -> list[tuple[float, float]]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
 from ..heads import DenseHead, dense_head_from_key
 from ..kernels.dense import loss, match, rank
@@ -516,7 +517,7 @@ def dense_loss(
     rows: Tensor,
     offsets: Tensor | None,
     key: str,
-    size: list[float],
+    size: Sequence[Number],
     corners: bool,
     ends: list[int],
     with_grad: bool,
@@ -553,7 +554,7 @@ def _gradient(
     preds: list[Tensor],
     saved: Sequence[Tensor],
     key: str,
-    geometry: tuple[list[float], bool, list[int]],
+    geometry: tuple[Sequence[Number], bool, list[int]],
     skip_one: bool,
     class_weights: Tensor | None,
     weights: Tensor | None,
@@ -573,7 +574,7 @@ def dense_loss_grad(
     preds: list[Tensor],
     saved: list[Tensor],
     key: str,
-    size: list[float],
+    size: Sequence[Number],
     corners: bool,
     ends: list[int],
     class_weights: Tensor | None = None,
@@ -617,7 +618,7 @@ def dense_loss_rescale(
     preds: list[Tensor],
     saved: list[Tensor],
     key: str,
-    size: list[float],
+    size: Sequence[Number],
     corners: bool,
     ends: list[int],
     class_weights: Tensor | None = None,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
 from ..heads import PickHead, pick_head_from_key
 from ..kernels.launch import pick_config, power_of_two
@@ -254,7 +255,7 @@ def pick_loss(
     key: str,
     form: str,
     maps: list[int],
-    size: list[float],
+    size: Sequence[Number],
     gains: list[float],
     with_grad: bool,
     workspace: Tensor | None = None,
@@ -324,7 +325,7 @@ def pick_loss_grad(
     key: str,
     form: str,
     maps: list[int],
-    size: list[float],
+    size: Sequence[Number],
     gains: list[float],
     weights: Tensor | None = None,
 ) -> list[Tensor]:
@@ -359,7 +360,7 @@ def pick_loss_rescale(
     key: str,
     form: str,
     maps: list[int],
-    size: list[float],
+    size: Sequence[Number],
     gains: list[float],
     weights: Tensor | None = None,
 ) -> None:
