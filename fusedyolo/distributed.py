@@ -80,8 +80,8 @@ def _divides(criterion: Any) -> str:
         by = "images" if criterion.reduction == "mean" else "nothing"
     elif isinstance(head, GridHead) and not head.mean_rows and head.obj_mean is None:
         by = "images" if criterion._batch_power == -1 else "nothing"
-    elif isinstance(head, DenseHead):
-        by = "images" if head.mean == "image" else "objects"
+    elif isinstance(head, DenseHead) and head.box_weight is None:
+        by = {"image": "images", "batch": "objects"}.get(head.mean)
     elif isinstance(head, PickHead) and not head.soft:
         by = "objects"
     if by is None:
