@@ -18,11 +18,9 @@ BOTH = ("seed=0,fusion=off", *LAST)
 NOISY = ("seed=1,noise=on",)  # approximate instructions are off by what is documented
 VARIANTS = "tests/losses/test_variants.py"
 PARTS = {  # which tests, and how they are run
-    "grids": (LAST, "tests/kernels/test_edges.py", "grid or anchors_of_equal"),
-    "cells and anchors": (BOTH, "tests/kernels/test_edges.py", "cell or test_anchors["),
-    "select and functional": (BOTH, "tests/kernels/test_edges.py", "select or functional"),
+    "grids and offsets": (LAST, "tests/kernels/test_edges.py", "grid or anchors_of_equal or offsets"),
+    "other edges": (BOTH, "tests/kernels/test_edges.py", "cell or test_anchors[ or select or functional"),
     "thresholds": (NOISY, "tests/kernels/test_edges.py", "thresholds"),
-    "offsets": (LAST, "tests/kernels/test_edges.py", "offsets"),
     "picks": (LAST, "tests/kernels/test_picks.py", "equals or half or crowd and three or counts_for_nothing"),
     "loss of picks": (LAST, "tests/kernels/test_picks_loss.py", "and_gradient and (v8/4 or x/l1) or types and dtype2"),
     "variants of grids": (LAST, VARIANTS, "(like_enough or each_image and YOLOv5) and triton or kernels and YOLOv5"),
