@@ -51,20 +51,27 @@ def cell_loss(
     boxes = torch.where(has[..., None, None], boxes, 0.0)  # no NaN from cells that are not asked
 
     target = torch.cat((offset, size.sqrt() if head.root else size), -1)[..., None, :]
-    box = head.box_gain * torch.where(mine[..., None], boxes, target).sub(target).square().sum()
+    box = head.box_gain * _total(torch.where(mine[..., None], boxes, target).sub(target).square(), head)
     gain = torch.where(mine, torch.full_like(found.answer, head.obj_gain), head.noobj_gain)
     if head.other_gain is not None:
         gain = torch.where(has[..., None] & ~mine, head.other_gain, gain)
-    obj = (gain * (confidence - found.answer).square()).sum()
+    obj = _total(gain * (confidence - found.answer).square(), head)
     one_hot = (torch.arange(head.num_classes, device=pred.device) == found.label[..., None]).to(dtype)
     squares = torch.where(has[..., None], scores, one_hot).sub(one_hot).square()
-    cls = head.cls_gain * (squares if class_weights is None else class_weights.to(dtype) * squares).sum()
+    cls = head.cls_gain * _total(squares if class_weights is None else class_weights.to(dtype) * squares, head)
 
     # a NaN among the boxes that were compared shows in the total, whether or not that box answers
-    box = box + torch.zeros_like(box.detach()).masked_fill(boxes.detach().isnan().any(), math.nan)
+    unknown = boxes.detach().isnan()
+    unknown = unknown.flatten(1).any(1) if head.by_image else unknown.any()
+    box = box + torch.zeros_like(box.detach()).masked_fill(unknown, math.nan)
     parts = torch.stack((box, obj, cls))
     counts = torch.stack((has.sum(), (~found.valid).sum())).to(torch.int32)
-    return parts.sum(), parts.detach(), counts
+    return parts.sum(0), parts.detach(), counts
+
+
+def _total(values: Tensor, head: CellHead) -> Tensor:
+    """The sum of [B, ...], or [B] those of each image."""
+    return values.flatten(1).sum(1) if head.by_image else values.sum()
 
 
 @dataclass(frozen=True)
