@@ -186,6 +186,7 @@ class CellHead(_Row):
     Structure. ``root``: a and b are square roots of the width and height relative to the image, else these themselves.
     ``nearest``: where no box of a cell meets the object, the one at the smallest distance answers for it, else the
     first. ``rescore``: the confidence of the box that answers is trained towards its IoU, else towards 1.
+    ``by_image``: the loss is one of each image, which add up to what it is without.
 
     Numbers. Each gain multiplies the plain square of an error: ``box_gain`` and ``obj_gain`` of the boxes that answer
     for an object, ``other_gain`` the confidences of the others of their cells (None: as all others), ``noobj_gain``
@@ -198,6 +199,7 @@ class CellHead(_Row):
     root: bool = True
     nearest: bool = False
     rescore: bool = True
+    by_image: bool = False
     box_gain: float = 1.0
     obj_gain: float = 1.0
     other_gain: float | None = None

@@ -23,7 +23,7 @@ from .assign import row_cell, row_valid
 from .primitives import larger, smaller
 from .regions import edges_of, within
 from .rows import in_its_range, load_rows, of_kind, row_weights, rows_end, wrong_offsets
-from .sums import column, column_sums, finish, is_last
+from .sums import column, column_sums, finish, is_last, leave_counts
 from .terms.box import similarity
 from .terms.records import axis_of_sizes
 
@@ -88,6 +88,7 @@ class Outputs(NamedTuple):
     parts_ptr: Any
     counts_ptr: Any
     taken_ptr: Any
+    cells_ptr: Any  # with BY_IMAGE box, confidence and class loss of each cell, part by part
     partial_ptr: Any
     done_ptr: Any
 
@@ -102,6 +103,7 @@ class Spec(NamedTuple):
     ROOT: Any
     NEAREST: Any
     RESCORE: Any
+    BY_IMAGE: Any  # a loss of each image
     ACC: Any
     CELLS: Any
     CHANNELS: Any
@@ -339,16 +341,30 @@ def _squares(tile, k, held, gains, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _of_cells(tile):
+    """Of a tile the sums of each cell."""
+    return tl.sum(tl.sum(tile, axis=0), axis=1)
+
+
+@triton.jit
 def _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC: tl.constexpr):
-    """Box, confidence and class loss of a tile with the channels k; stores its gradient where there is a place."""
+    """Box, confidence and class loss of a tile with the channels k, with BY_IMAGE of each of its cells; stores its
+    gradient where there is a place.
+    """
     loss, d = _squares(tile, k, held, gains, SPEC)
     keep = inside[None, :, None] & (k < 5 * SPEC.N + SPEC.C)[:, None, :]
-    sums = tl.sum(tl.where(keep, loss, 0.0), axis=1)
     is_cls = k >= 5 * SPEC.N
     is_conf = (k % 5 == 4) & ~is_cls
-    box = tl.sum(tl.where(is_cls | is_conf, 0.0, sums))
-    obj = tl.sum(tl.where(is_conf, sums, 0.0))
-    cls = tl.sum(tl.where(is_cls, sums, 0.0))
+    if SPEC.BY_IMAGE:
+        loss = tl.where(keep, loss, 0.0)
+        box = _of_cells(tl.where((is_cls | is_conf)[:, None, :], 0.0, loss))
+        obj = _of_cells(tl.where(is_conf[:, None, :], loss, 0.0))
+        cls = _of_cells(tl.where(is_cls[:, None, :], loss, 0.0))
+    else:
+        sums = tl.sum(tl.where(keep, loss, 0.0), axis=1)
+        box = tl.sum(tl.where(is_cls | is_conf, 0.0, sums))
+        obj = tl.sum(tl.where(is_conf, sums, 0.0))
+        cls = tl.sum(tl.where(is_cls, sums, 0.0))
     if grad.ptr is not None:
         to = grad.ptr + _places(grad.at, cells, k, SPEC)
         tl.store(to, (grad_out * d).to(grad.ptr.dtype.element_ty), mask=keep)
@@ -358,14 +374,31 @@ def _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC: tl.constex
 @triton.jit
 def _other_scores(pred, cells, inside, held, gains, grad, grad_out, SPEC: tl.constexpr):
     """Class loss of the scores that the first tile has no room for; stores their gradient."""
-    loss = tl.cast(0.0, SPEC.ACC)
     CHANNELS: tl.constexpr = SPEC.CHANNELS
+    CELLS: tl.constexpr = SPEC.CELLS
+    if SPEC.BY_IMAGE:
+        loss = tl.zeros([CELLS], SPEC.ACC)
+    else:
+        loss = tl.cast(0.0, SPEC.ACC)
     for k0 in tl.range(CHANNELS, 5 * SPEC.N + SPEC.C, CHANNELS, loop_unroll_factor=1):
         k = _channels(k0, CHANNELS)
         tile = _load_tile(pred, k, cells, inside, held.chosen >= 0, SPEC)
         _box_loss, _obj, cls = _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC)
         loss += cls
     return loss
+
+
+@triton.jit
+def _add_up_image(b, B, outputs, SPEC: tl.constexpr):
+    """The parts and the total of an image, of what all programs have left of its cells."""
+    AREA: tl.constexpr = SPEC.S * SPEC.S
+    total = tl.cast(0.0, SPEC.ACC)
+    for i in tl.static_range(3):
+        sums = column_sums(outputs.cells_ptr + (i * B + b) * AREA, AREA, 1, SPEC.ACC, 64)
+        part = column(sums, 0)
+        tl.store(outputs.parts_ptr + i * B + b, part)
+        total += part
+    tl.store(outputs.total_ptr + b, total)
 
 
 @triton.jit(do_not_specialize=["B", "M"])
@@ -402,6 +435,14 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
     box, obj, cls = _terms(tile, k, cells, inside, held, gains, grad, one, SPEC)
     cls += _other_scores(pred, cells, inside, held, gains, grad, one, SPEC)
 
+    if SPEC.BY_IMAGE:
+        count = B * (SPEC.S * SPEC.S)
+        tl.store(outputs.cells_ptr + cells, box, mask=inside)
+        tl.store(outputs.cells_ptr + count + cells, obj, mask=inside)
+        tl.store(outputs.cells_ptr + 2 * count + cells, cls, mask=inside)
+        box = tl.sum(box, axis=0)
+        obj = tl.sum(obj, axis=0)
+        cls = tl.sum(cls, axis=0)
     part = tl.arange(0, N_PARTS)
     used = tl.sum((chosen >= 0).to(tl.int32), axis=0).to(SPEC.ACC)
     partial = tl.where(part == 3, used, tl.where(part == 4, invalid.to(SPEC.ACC), 0.0))
@@ -411,7 +452,12 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
     if is_last(outputs.done_ptr, programs):
         sums = column_sums(outputs.partial_ptr, programs, N_PARTS, SPEC.ACC)
         tl.store(outputs.counts_ptr + 1, column(sums, 4).to(tl.int32))
-        finish(column(sums, 0), column(sums, 1), column(sums, 2), column(sums, 3), outputs)
+        if SPEC.BY_IMAGE:
+            for b in range(0, B):
+                _add_up_image(b, B, outputs, SPEC)
+            leave_counts(column(sums, 3), outputs)
+        else:
+            finish(column(sums, 0), column(sums, 1), column(sums, 2), column(sums, 3), outputs)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -424,12 +470,18 @@ def cell_grad_kernel(
     SKIP_ONE: it is already there for a ``grad_out`` of 1, and stays as it is in this case.
     """
     CELLS: tl.constexpr = SPEC.CELLS
-    grad_out = tl.load(grad_out_ptr).to(SPEC.ACC)
-    if SKIP_ONE:
-        if grad_out == 1.0:
-            return
     cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     inside = cells < B * (SPEC.S * SPEC.S)
+    if SPEC.BY_IMAGE:
+        of_cells = tl.load(grad_out_ptr + cells // (SPEC.S * SPEC.S), mask=inside, other=1.0).to(SPEC.ACC)
+        grad_out = of_cells[None, :, None]
+        same = tl.min((of_cells == 1.0).to(tl.int32), axis=0) == 1
+    else:
+        grad_out = tl.load(grad_out_ptr).to(SPEC.ACC)
+        same = grad_out == 1.0
+    if SKIP_ONE:
+        if same:
+            return
     taken = tl.load(taken_ptr + cells, mask=inside, other=-1)
     hidden = taken < -1
     if row_weights_ptr is not None:

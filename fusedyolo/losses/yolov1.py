@@ -120,7 +120,8 @@ class YOLOv1Loss(WeightedLoss):
         boxes: in targets: ``"cxcywh"``, ``"xyxy"`` (corners) or ``"xywh"`` (left upper corner, width, height). Centre
             and sides unless given; corners in a list of dicts.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-        reduction: ``"sum"`` over the batch, as darknet does, or ``"mean"``, that sum divided by the batch size.
+        reduction: ``"sum"`` over the batch, as darknet does; ``"mean"``, that sum divided by the batch size; or
+            ``"none"``, by which total and parts are ``[B]``, one of each image, and add up to the sum.
         class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
         **hyp: the recipe's hyper-parameters.
 
@@ -161,7 +162,7 @@ class YOLOv1Loss(WeightedLoss):
         self.recipe = checks.one_of("recipe", recipe, tuple(CELL_RECIPES))
         row = CELL_RECIPES[self.recipe]
         self.hyp = hyper_parameters(hyp, row.hyp, f"recipe {recipe!r}")
-        self.reduction = checks.one_of("reduction", reduction, checks.REDUCTIONS)
+        self.reduction = checks.one_of("reduction", reduction, (*checks.REDUCTIONS, "none"))
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
         self.form: checks.BoxForm = checks.box_form(unit, boxes)
@@ -175,6 +176,7 @@ class YOLOv1Loss(WeightedLoss):
             grid_size=checks.count("grid_size", grid_size),
             num_boxes=checks.count("num_boxes", num_boxes),
             nearest=row.nearest,
+            by_image=self.reduction == "none",
         )
         self.head = _scaled(dataclasses.replace(head, **gains, **flags), row.factor)
         self._key = self.head.key
@@ -216,6 +218,8 @@ class YOLOv1Loss(WeightedLoss):
         if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(rows, offsets, counts, self.image_size, weights=weights)
         num_pos, num_invalid = counts.unbind()
+        if head.by_image:
+            parts = parts.view(3, -1)
         return LossOutput(total, dict(zip(PARTS, parts.unbind(), strict=True)), num_pos, num_invalid)
 
     def extra_repr(self) -> str:

@@ -21,8 +21,8 @@ from .steps import Outline, Steps
 class CellOutputs(NamedTuple):
     """What a loss launch leaves."""
 
-    total: Tensor  # 0-dim
-    parts: Tensor  # [3]: box, confidence, class
+    total: Tensor  # 0-dim, or [B] of each image
+    parts: Tensor  # [3], or of images [3 B]: box, confidence, class
     counts: Tensor  # int32 [2]: cells with an object, invalid rows
     taken: Tensor  # int32 [B * S * S]: of each cell its row times N and the box that answers for it, or -1; or hidden
     grad: Tensor  # as the predictions, for a total multiplied by 1; empty unless asked for
@@ -76,6 +76,7 @@ def _plan(key: str, pred: Layout, grad: Layout | None, skip_one: bool | None) ->
             ROOT=head.root,
             NEAREST=head.nearest,
             RESCORE=head.rescore,
+            BY_IMAGE=head.by_image,
             ACC=accumulator(pred.dtype)[0],
             CELLS=config.cells,
             CHANNELS=config.channels,
@@ -91,9 +92,10 @@ def _plan(key: str, pred: Layout, grad: Layout | None, skip_one: bool | None) ->
         return own.steps(Launch(cells.cell_grad_kernel, grid, arguments, *settings, stages=config.stages))
     sums = own.scratch(accumulator(pred.dtype)[1], (grid[0] * cells.N_PARTS.value,))
     left = [own.tensor(name) for name in ("total", "parts", "counts", "taken")]
+    each = own.scratch(accumulator(pred.dtype)[1], (3 * batch * head.grid_size**2,)) if head.by_image else None
     arguments |= {
         "targets": cells.Targets(rows, own.tensor("offsets"), own.tensor("weights")),
-        "outputs": cells.Outputs(*left, sums, own.tensor("done")),
+        "outputs": cells.Outputs(*left, each, sums, own.tensor("done")),
         "M": own.M,
     }
     # the one launch that decides
@@ -170,10 +172,11 @@ def cell_grad_launch(
 
 def cell_outputs(pred: Tensor, key: str, with_grad: bool) -> CellOutputs:
     """Memory for what a loss launch leaves."""
-    acc, cells_an_image = accumulator(pred.dtype)[1], cell_head_from_key(key).grid_size ** 2
+    head, acc = cell_head_from_key(key), accumulator(pred.dtype)[1]
+    cells_an_image, images = head.grid_size**2, pred.shape[0] if head.by_image else 1
     return CellOutputs(
-        pred.new_empty((), dtype=acc),
-        pred.new_empty(3, dtype=acc),
+        pred.new_empty((images,) if head.by_image else (), dtype=acc),
+        pred.new_empty(3 * images, dtype=acc),
         pred.new_empty(2, dtype=torch.int32),
         pred.new_empty(pred.shape[0] * cells_an_image, dtype=torch.int32),
         torch.empty_like(pred) if with_grad else pred.new_empty(0),
@@ -265,6 +268,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_total):
     if grad_total is None:
         return None
+    if grad_total.dim():  # that of a sum is one number many times
+        grad_total = grad_total.contiguous()
     *saved, class_weights, weights = ctx.saved_tensors
     grad, ctx.stored = ctx.stored, None
     if grad is None or torch.is_grad_enabled():  # with create_graph, the gradient is to know that it has none itself

@@ -57,23 +57,30 @@ def cell_loss(
 
     target = torch.cat((offset, size.sqrt() if head.root else size), -1)[..., None, :]
     boxes_off = torch.where(mine[..., None], boxes, target).sub(target).square()
-    box = head.box_gain * _weighed(boxes_off, found.weight).sum()
+    box = head.box_gain * _total(_weighed(boxes_off, found.weight), head)
     gain = torch.where(mine, _weighed(torch.full_like(found.answer, head.obj_gain), found.weight), head.noobj_gain)
     if head.other_gain is not None:
         gain = torch.where(has[..., None] & ~mine, head.other_gain, gain)
     if found.hidden is not None:
         gain = torch.where(found.hidden[..., None] & ~mine, 0.0, gain)
-    obj = (gain * (confidence - found.answer).square()).sum()
+    obj = _total(gain * (confidence - found.answer).square(), head)
     one_hot = (torch.arange(head.num_classes, device=pred.device) == found.label[..., None]).to(dtype)
     scores_off = torch.where(has[..., None], scores, one_hot).sub(one_hot).square()
     scores_off = scores_off if class_weights is None else class_weights.to(dtype) * scores_off
-    cls = head.cls_gain * _weighed(scores_off, found.weight).sum()
+    cls = head.cls_gain * _total(_weighed(scores_off, found.weight), head)
 
     # a NaN among the boxes that were compared shows in the total, whether or not that box answers
-    box = box + torch.zeros_like(box.detach()).masked_fill(boxes.detach().isnan().any(), math.nan)
+    unknown = boxes.detach().isnan()
+    unknown = unknown.flatten(1).any(1) if head.by_image else unknown.any()
+    box = box + torch.zeros_like(box.detach()).masked_fill(unknown, math.nan)
     parts = torch.stack((box, obj, cls))
     counts = torch.stack((has.sum(), found.invalid)).to(torch.int32)
-    return parts.sum(), parts.detach(), counts
+    return parts.sum(0), parts.detach(), counts
+
+
+def _total(values: Tensor, head: CellHead) -> Tensor:
+    """The sum of [B, ...], or [B] those of each image."""
+    return values.flatten(1).sum(1) if head.by_image else values.sum()
 
 
 def _weighed(values: Tensor, weight: Tensor | None) -> Tensor:

@@ -908,6 +908,7 @@ def test_arguments_have_the_documented_names():
     for cls in LOSSES:
         parameters = inspect.signature(cls).parameters
         names = "anchors strides num_classes recipe all_anchors assigner iou_loss scale_x_y iou_thresh ignore_thresh"
+        names += " class_weights"
         assert list(parameters) == [*names.split(), "reduction", "image_size", "unit", "boxes", "backend", "hyp"]
         assert [p.name for p in parameters.values() if p.kind == p.KEYWORD_ONLY] == list(parameters)[4:-1]
 

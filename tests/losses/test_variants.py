@@ -558,6 +558,8 @@ def test_efficientdet(options, backend):
 # ------------------------------------------------------------------------------------------------------ by the image
 
 BY_IMAGE = {
+    "YOLOv1": lambda **o: YOLOv1Loss(3, 4, **o),
+    "YOLOv1/darknet": lambda **o: YOLOv1Loss(3, 4, recipe="darknet", class_weights=[0.5, 2.0, 1.0], **o),
     "YOLOv2/region": lambda **o: YOLOv2Loss([(1.5, 2.0), (4.0, 4.0)], 3, 8, **o),
     "YOLOv2/lightnet": lambda **o: YOLOv2Loss([(1.5, 2.0), (4.0, 4.0)], 3, 8, "lightnet", **o),  # with its warm-up
     "YOLOv3": lambda **o: YOLOv3Loss(ANCHORS, STRIDES, 3, **o),
@@ -620,6 +622,9 @@ def predicted(name):
     """Leaves, and what the loss takes."""
     if name.startswith("YOLOv2"):
         pred = leaf(2, 2, 4, 6, 8)
+        return [pred], pred
+    if name.startswith("YOLOv1"):
+        pred = leaf(2, 4, 4, 13)
         return [pred], pred
     if name in ("YOLOX", "YOLOv8"):
         maps = [leaf(2, 8 if name == "YOLOX" else 19, 32 // s, 48 // s) for s in STRIDES]

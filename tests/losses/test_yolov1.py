@@ -639,7 +639,7 @@ def test_module_is_copied_pickled_and_described():
         ("recipe", {"recipe": "yolov1"}),
         ("image_size", {"image_size": (0, 3)}),
         ("backend", {"backend": "cuda"}),
-        ("reduction", {"reduction": "none"}),
+        ("reduction", {"reduction": "max"}),
         ("lambda_coord", {"lambda_coord": -1}),
         ("lambda_noobj", {"lambda_noobj": nan}),
         ("coord_scale", {"coord_scale": 1}),
