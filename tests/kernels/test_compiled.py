@@ -24,6 +24,7 @@ PARTS = {  # which tests, and how they are run
     "offsets": (LAST, "tests/kernels/test_edges.py", "offsets"),
     "picks": (LAST, "tests/kernels/test_picks.py", "equals or half or crowd and three or counts_for_nothing"),
     "loss of picks": (LAST, "tests/kernels/test_picks_loss.py", "and_gradient and (v8/4 or x/l1) or types and dtype2"),
+    "weights": (LAST, "tests/losses/test_weights.py", "kernels_equal and (v1 or v2 or FCOS or X)"),
     "NaN": (LAST, "tests/kernels/test_nan.py", "YOLOv5/iou or RetinaNet/giou"),
 }
 
