@@ -261,7 +261,7 @@ def as_targets(
         if targets.batch_size != batch_size:
             checks.fail("targets", f"Targets of {targets.batch_size} images", f"{batch_size} as preds")
         return targets.rows, targets.offsets, targets.weights
-    usual, offsets = RELATIVE, None
+    usual, offsets, weights = RELATIVE, None, None
     if isinstance(targets, Tensor):
         checks.same_device("targets", targets, device)
         if targets.dim() == 3:
@@ -277,7 +277,8 @@ def as_targets(
             rows = packed if packed.dtype == torch.float32 else packed.to(torch.float32)
             if rows.shape[0] > SORT_ABOVE:
                 rows, offsets = _sort(rows, batch_size)
-            rows, weights = _apart(rows)
+            if rows.shape[1] > 6:
+                rows, weights = _apart(rows)
             rows = rows.contiguous()
     elif isinstance(targets, list | tuple):
         if targets and isinstance(targets[0], Tensor):

@@ -1,5 +1,7 @@
 """Ignored regions: rows of a weight below 0, in which there is no background."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -8,6 +10,25 @@ from .rows import load_rows, of_kind
 
 LANES: tl.constexpr = tl.constexpr(32)  # rows that are tested at a time: one a thread of a warp
 LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+
+
+class Points(NamedTuple):
+    """Points of an image, float32, in the unit of its ``size``, width and height; which of them there are."""
+
+    x: Any
+    y: Any
+    mask: Any
+    size: Any
+
+
+class Candidates(NamedTuple):
+    """The rows of image b, among those from ``first`` to ``last``, and their weights."""
+
+    ptr: Any
+    weights_ptr: Any
+    first: Any
+    last: Any
+    b: Any
 
 
 @triton.jit
@@ -44,24 +65,23 @@ def meets(edges, x, y):
 
 
 @triton.jit
-def in_regions(x, y, mask, rows_ptr, weights_ptr, first, last, b, size, classes, limit):
-    """Which of the points of image b lie in one of its regions; its rows are from ``first`` to ``last``.
-
-    Points, float32, are in the unit of ``size``, the image's width and height. Only regions that meet the box around
-    all points are held against each.
+def in_regions(points, rows, classes, limit):
+    """Which of the points of an image lie in one of its regions; only regions that meet the box around all points are
+    held against each.
     """
+    x, y, mask, size = points
     width, height = size
     across = around(x, mask)
     along = around(y, mask)
     found = mask & (x != x)
-    for g0 in range(first, last, LANES):
+    for g0 in range(rows.first, rows.last, LANES):
         g = g0 + tl.arange(0, LANES)
-        row = of_kind(load_rows(rows_ptr, g, g < last, LANES), g, g < last, weights_ptr, "region")
+        row = of_kind(load_rows(rows.ptr, g, g < rows.last, LANES), g, g < rows.last, rows.weights_ptr, "region")
         edges = edges_of(row.cx, row.cy, row.w, row.h, width, height)
-        left = row_valid(row, b, b + 1, classes, limit) & meets(edges, across, along)
+        left = row_valid(row, rows.b, rows.b + 1, classes, limit) & meets(edges, across, along)
         lowest = tl.min(tl.where(left, g, LAST), axis=0)
         while lowest < LAST:
-            at = rows_ptr + lowest.to(tl.int64) * 6
+            at = rows.ptr + lowest.to(tl.int64) * 6
             one = edges_of(tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), width, height)
             found = found | (mask & within(one, x, y))
             left = left & (g > lowest)

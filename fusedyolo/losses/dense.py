@@ -234,7 +234,8 @@ class RetinaNetLoss(DenseLoss):
         - targets: a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels unless ``unit`` and ``boxes`` say
           otherwise; or, with ``image_size``, ``[M, 6]`` of image, class and box, in any order, ``[B, G, 5]`` of class
           and box, or a list of ``[n, 5]``, one an image, boxes cx, cy, w, h relative to the image, likewise; or
-          :class:`~fusedyolo.Targets`. Labels are indices of class logits.
+          :class:`~fusedyolo.Targets`. Labels are indices of class logits. Rows may have weights, and be ignored
+          regions, see there: of these torchvision knows nothing.
         - anchors: ``[N, 4]``, x1, y1, x2, y2 in pixels.
         - output: :class:`~fusedyolo.LossOutput` with the parts ``classification`` and ``bbox_regression``; ``num_pos``
           is the number of anchors with an object.

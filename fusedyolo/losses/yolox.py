@@ -70,6 +70,7 @@ class YOLOXLoss(PickLoss):
         - targets: ``[M, 6]`` of image, class and box, in any order; ``[B, G, 5]`` of class and box; or a list of
           ``[n, 5]``, one an image; boxes cx, cy, w, h relative to it unless ``unit`` and ``boxes`` say otherwise.
           Or a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels likewise; or :class:`~fusedyolo.Targets`.
+          Rows may have weights, and be ignored regions, see there.
         - output: :class:`~fusedyolo.LossOutput` with the parts ``box``, ``obj``, ``cls``, ``l1``; ``num_pos`` is n.
 
     Rows that cannot be (class or image out of range, not finite, no area, centre outside the image) are skipped and

@@ -24,6 +24,8 @@ ARCHS = (80, 90)
 FUSION = {"as-shipped": ("as shipped",), "off": ("off",), "both": ("as shipped", "off", "by seed")}
 SMALL = Workload(batch=2, size=64, classes=3, seed=3)
 WEIGHTS = (1.0, 0.75)  # gradients of the total; dense heads have launches that do their work for others than 1 only
+WEIGHED = ("YOLOv1/paper", "YOLOv2/region", "YOLOv4/darknet", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8")
+"""Losses that are also run with weights of rows, and ignored regions."""
 LABEL_LOSSES = ("sigmoid_focal_loss", "quality_focal_loss", "varifocal_loss")
 
 Outputs = dict[str, Tensor]
@@ -73,10 +75,14 @@ class Found:
 # ------------------------------------------------------------------------------------------------------------ cases
 
 
-def _loss(case: LossCase, work: Workload) -> Step:
-    """A training step: total, parts, counts, and a gradient for each of :data:`WEIGHTS`."""
+def _loss(case: LossCase, work: Workload, weighed: bool = False) -> Step:
+    """A training step: total, parts, counts, and a gradient for each of :data:`WEIGHTS`; of targets that may be
+    ``weighed``.
+    """
     work = replace(work, batch=max(work.batch, case.images))
     targets = case.targets(work)
+    if weighed:
+        targets = _weighed(targets, case.background, work.batch)
 
     def step(backend: str, exact: bool) -> Outputs:
         preds = [_as(pred, exact).requires_grad_() for pred in case.predictions(work)]
@@ -88,6 +94,20 @@ def _loss(case: LossCase, work: Workload) -> Step:
         return found
 
     return step
+
+
+def _weighed(rows: Tensor, label: int, batch: int) -> Tensor:
+    """Rows with weights, and behind them as many ignored regions as a program tests at a time, and some more; the last
+    image is one.
+    """
+    generator = torch.Generator().manual_seed(len(rows))
+    weights = torch.tensor((1.0, 0.5, 0.0, float("nan"), 2.0)).repeat(len(rows))[: len(rows)]
+    boxes = torch.cat((torch.rand(40, 2, generator=generator), torch.full((40, 2), 0.25)), 1)
+    boxes[-1] = torch.tensor((0.5, 0.5, 1.0, 1.0))
+    image = torch.zeros(40, 1)
+    image[-1] = batch - 1
+    regions = torch.cat((image, image * 0 + label, boxes, image * 0 - 1), 1)
+    return torch.cat((torch.cat((rows, weights[:, None]), 1), regions))
 
 
 def _select(case: LossCase, work: Workload) -> Step:
@@ -136,9 +156,12 @@ def _as(value: Tensor, exact: bool) -> Tensor:
 
 @lru_cache(maxsize=1)
 def cases() -> dict[str, Case]:
-    """All cases by name: every loss, ``select`` once for each class term where kernels read predictions, the rest."""
+    """All cases by name: every loss, one of each way to share and to match with weights, ``select`` once for each class
+    term where kernels read predictions, the rest.
+    """
     scanned = {case.head(SMALL.classes).label: case for case in reversed(CASES.values()) if case.driver.scans}
     found: dict[str, Case] = {name: partial(_loss, case) for name, case in CASES.items()}
+    found |= {f"weighed/{CASES[name].loss}": partial(_loss, CASES[name], weighed=True) for name in WEIGHED}
     found |= {f"select/{case.loss}": partial(_select, case) for case in scanned.values()}
     return found | {"pointwise": _pointwise}
 

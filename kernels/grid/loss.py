@@ -6,7 +6,7 @@ import triton.language as tl
 from ..assign import row_valid
 from ..levels import pointer_of, strides_of
 from ..primitives import plain
-from ..regions import in_regions
+from ..regions import Candidates, Points, in_regions
 from ..rows import image_rows, in_its_range, load_rows, of_kind, rows_end, wrong_offsets
 from ..sums import column, column_sums, finish, is_last, leave_counts
 from .assign import assigned
@@ -92,10 +92,8 @@ def _hidden(cells, mask, site, rows, head):
     """Which cells of the tile have their middle in an ignored region, in cells."""
     x = (cells % site.W).to(tl.float32) + 0.5
     y = (cells // site.W).to(tl.float32) + 0.5
-    size = (site.W, site.H)
-    return in_regions(
-        x, y, mask, rows.ptr, rows.row_weights_ptr, rows.first, rows.last, site.b, size, head.C, head.limit
-    )
+    candidates = Candidates(rows.ptr, rows.row_weights_ptr, rows.first, rows.last, site.b)
+    return in_regions(Points(x, y, mask, (site.W, site.H)), candidates, head.C, head.limit)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..overlap import Corners
 from ..primitives import logistic, plain
-from ..regions import in_regions
+from ..regions import Candidates, Points, in_regions
 from ..rows import image_rows, load_rows
 from ..terms.decode import exp, ltrb
 from .region import reach
@@ -228,9 +228,9 @@ def _hidden(tile, stride, targets, M, frame, SPEC: tl.constexpr):
     side = stride.to(tl.float32)
     x = ((tile.cells - line * tile.W).to(tl.float32) + 0.5) * side
     y = (line.to(tl.float32) + 0.5) * side
-    size = (frame.width, frame.height)
+    points = Points(x, y, tile.mask, (frame.width, frame.height))
     return in_regions(
-        x, y, tile.mask, targets.ptr, targets.row_weights_ptr, first, last, tile.b, size, SPEC.C, frame.limit
+        points, Candidates(targets.ptr, targets.row_weights_ptr, first, last, tile.b), SPEC.C, frame.limit
     )
 
 
