@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "trust.md"
 PLACE = re.compile(r"(<!-- written by docs/trust.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OF_EACH_DRIVER = {"cell": "YOLOv1/paper", "grid": "YOLOv5", "dense": "RetinaNet", "pick": "YOLOv8"}
 ONCE = {case.name for case in first_recipes() if not case.branches}  # others run with --long
-SEVERAL = {"YOLOv2/region", "ScaledYOLOv4", "YOLOv5", "YOLOv8", "E2E/yolo26"}  # numbers that are divided by
+SEVERAL = {"YOLOv2/region", "ScaledYOLOv4", "YOLOv5", "EfficientDet", "YOLOv8", "E2E/yolo26"}  # numbers divided by
 
 
 class Property(NamedTuple):
@@ -80,6 +80,7 @@ GROUPS: dict[str, list[Property]] = {
                 "ScaledYOLOv4": NANS + "[YOLOv5]",
                 "YOLOv5": NANS + "[YOLOv5]",
                 "RetinaNet": NANS + "[RetinaNet]",
+                "EfficientDet": NANS + "[RetinaNet]",
                 "SSD": NANS + "[SSD]",
                 "FCOS": NANS + "[FCOS]",
                 "YOLOX": "tests/kernels/test_picks_loss.py::test_nan[x]",
@@ -99,6 +100,7 @@ GROUPS: dict[str, list[Property]] = {
                 "YOLOv1/paper": "tests/losses/test_yolov1.py::test_the_formula[plain-paper]",
                 "YOLOv1/darknet": "tests/losses/test_yolov1.py::test_the_formula[plain-darknet]",
                 "RetinaNet": "tests/losses/test_torchvision.py::test_random_cases_in_float64[retinanet-0]",
+                "EfficientDet": "tests/losses/test_variants.py::test_efficientdet[options0-triton]",
                 "SSD": "tests/losses/test_torchvision.py::test_random_cases_in_float64[ssd-0]",
                 "FCOS": "tests/losses/test_torchvision.py::test_random_cases_in_float64[fcos-0]",
                 "E2E/yolo26": ROOM + "random.py::test_the_reference_equals_the_loops[YOLOv8]",

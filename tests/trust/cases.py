@@ -27,7 +27,7 @@ RECIPES = pytest.mark.parametrize(  # each loss, and with --long its other recip
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 OF_EACH_DRIVER = [CASES[name] for name in ("YOLOv1/paper", "YOLOv5", "RetinaNet", "YOLOv8")]
 FEWEST_LEVELS = {"ScaledYOLOv4": 3}
-ANCHORS_OF_A_CELL = {"RetinaNet": 3, "SSD": 4, "FCOS": 1}
+ANCHORS_OF_A_CELL = {"RetinaNet": 3, "EfficientDet": 3, "SSD": 4, "FCOS": 1}
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ _OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "ScaledYOLOv4": _RATIO,
     "YOLOv5": _RATIO | {"label_smoothing": _numbers(0.1)},
     "RetinaNet": _FOCAL | _DELTA | {"fg_iou_thresh": _numbers(0.4, 0.9), "allow_low_quality_matches": st.just(False)},
+    "EfficientDet": {"match_threshold": _numbers(0.3, 0.9), "gamma": _numbers(0, 2.0), "delta": _numbers(0.5)},
     "SSD": _DELTA | {"iou_thresh": _numbers(0.0, 0.3, 0.9), "neg_to_pos_ratio": _numbers(0.5, 1, 100)},
     "FCOS": _FOCAL | _iou(name="loss_type") | {"center_sampling_radius": _numbers(0.5, 5)},
     "YOLOX": _iou() | _POWERS | {"rule": st.just("0.3.0"), "use_l1": st.just(True), "center_radius": _numbers(0.5, 4)},

@@ -20,7 +20,7 @@ from fusedyolo.distributed import GlobalLoss
 
 PARTS = {2: (1, 3), 4: (1, 1, 1, 1)}  # images of each process
 WHOLE = {case.name: Problem(case, batch=4) for case in CASES.values()}
-REFUSED = {"YOLOv2/region", "ScaledYOLOv4", "YOLOv5", "YOLOv8", "E2E/yolo26"}
+REFUSED = {"YOLOv2/region", "ScaledYOLOv4", "YOLOv5", "EfficientDet", "YOLOv8", "E2E/yolo26"}
 GLOBAL = [name for name in CASES if name not in REFUSED]
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="gloo and forks, of a CPU")
