@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from fusedyolo.tools.registry import CASES, Case, first_recipes
+from fusedyolo.tools.registry import CASES, Case
 
 PAGE = Path(__file__).parents[1] / "docs" / "trust.md"
 PLACE = re.compile(r"(<!-- written by docs/trust.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OF_EACH_DRIVER = {"cell": "YOLOv1/paper", "grid": "YOLOv5", "dense": "RetinaNet", "pick": "YOLOv8"}
-ONCE = {case.name for case in first_recipes() if not case.branches}  # others run with --long
+ONCE = {"YOLOv1/paper", "YOLOv2/region", "YOLOv3/paper", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8"}
 SEVERAL = {"YOLOv2/region", "ScaledYOLOv4", "YOLOv5", "EfficientDet", "YOLOv8", "E2E/yolo26"}  # numbers divided by
 
 
@@ -23,7 +23,7 @@ class Property(NamedTuple):
 
     ``test`` names the test, with ``{case}`` for the loss, ``{driver}`` for the one that stands for all of its driver;
     or ``own`` does, by loss or by driver. ``when`` says where it runs, if not everywhere: ``long`` with ``--long``,
-    ``recipes`` likewise but once for each loss, ``gpu`` on a GPU.
+    ``once`` likewise but of one loss of each structure that kernels have, ``gpu`` on a GPU.
     """
 
     title: str
@@ -42,7 +42,7 @@ GROUPS: dict[str, list[Property]] = {
         Property(
             "compiled is eager, one graph for all sizes",
             ROOM + "graph.py::test_compiled_equals_eager_and_compiles_once[{case}]",
-            when="recipes",
+            when="once",
         ),
         Property(
             "sizes become symbols", ROOM + "graph.py::test_sizes_become_symbols_when_they_change[{case}]", when="long"
@@ -50,7 +50,7 @@ GROUPS: dict[str, list[Property]] = {
         Property("the reference compiled", ROOM + "graph.py::test_the_reference_compiles_once[{case}]", when="long"),
         Property("Inductor", ROOM + "graph.py::test_inductor[{driver}-triton]", when="long"),
         Property("exported", ROOM + "graph.py::test_exports[{driver}]"),
-        Property("opcheck", ROOM + "graph.py::test_opcheck[{case}]"),
+        Property("opcheck", ROOM + "graph.py::test_opcheck[{case}]", when="once"),
         Property("CUDA graphs", ROOM + "graph.py::test_reduce_overhead[{case}]", when="gpu"),
         Property("waits for nothing: kernels", ROOM + "graph.py::test_nothing_waits[{case}-triton]"),
         Property("waits for nothing: reference", ROOM + "graph.py::test_nothing_waits[{case}-torch]"),
@@ -63,13 +63,13 @@ GROUPS: dict[str, list[Property]] = {
         Property(
             "float16, autocast, scale 2^16",
             ROOM + "numbers.py::test_float16_under_autocast_and_a_scaler[{case}]",
-            when="recipes",
+            when="once",
         ),
         Property("bfloat16", ROOM + "numbers.py::test_bfloat16[{driver}]"),
         Property(
             "finite gradients of finite numbers",
             ROOM + "numbers.py::test_finite_predictions_have_finite_gradients[{case}-triton]",
-            when="recipes",
+            when="once",
         ),
         Property(
             "NaN predictions",
@@ -88,11 +88,11 @@ GROUPS: dict[str, list[Property]] = {
                 "E2E/yolo26": "tests/kernels/test_picks_loss.py::test_nan[v8/1]",
             },
         ),
-        Property("faulty rows", ROOM + "bits.py::test_faulty_rows_touch_nothing[{case}]", when="recipes"),
+        Property("faulty rows", ROOM + "bits.py::test_faulty_rows_touch_nothing[{case}]", when="once"),
         Property("faulty rows: reference", ROOM + "bits.py::test_faulty_rows_touch_nothing_in_the_reference[{case}]"),
-        Property("wrong offsets", ROOM + "bits.py::test_offsets_that_are_wrong[{case}]", when="recipes"),
+        Property("wrong offsets", ROOM + "bits.py::test_offsets_that_are_wrong[{driver}]"),
         Property("addresses beyond 2^31", ROOM + "bits.py::test_images_that_lie_2_to_the_31_numbers_apart[{driver}]"),
-        Property("random problems", ROOM + "random.py::test_kernels_equal_the_reference[{case}]", when="recipes"),
+        Property("random problems", ROOM + "random.py::test_kernels_equal_the_reference[{case}]", when="once"),
         Property(
             "the rules written as loops",
             ROOM + "random.py::test_the_reference_equals_the_loops[{case}]",
@@ -108,7 +108,7 @@ GROUPS: dict[str, list[Property]] = {
         ),
     ],
     "runs": [
-        Property("the same bits", ROOM + "bits.py::test_runs_are_bit_identical[{case}]", when="recipes"),
+        Property("the same bits", ROOM + "bits.py::test_runs_are_bit_identical[{case}]", when="once"),
         Property("the same bits: reference", ROOM + "bits.py::test_runs_of_the_reference_are_bit_identical[{case}]"),
         Property(
             "any schedule, compiled code",
@@ -120,7 +120,7 @@ GROUPS: dict[str, list[Property]] = {
             },
         ),
         Property(
-            "permuted batches", ROOM + "bits.py::test_permuted_batches_have_permuted_gradients[{case}]", when="recipes"
+            "permuted batches", ROOM + "bits.py::test_permuted_batches_have_permuted_gradients[{case}]", when="once"
         ),
         Property("permuted batches: reference", ROOM + "bits.py::test_permuted_batches_of_the_reference[{case}]"),
         Property(
@@ -134,13 +134,15 @@ GROUPS: dict[str, list[Property]] = {
             own={name: ROOM + f"processes.py::test_{REFUSED}[{name}]" for name in SEVERAL},
         ),
         Property("threads", ROOM + "processes.py::test_threads_share_nothing[{case}]"),
-        Property("nothing grows in 60 steps", ROOM + "long_run.py::test_nothing_grows[{case}]"),
+        Property("nothing grows in 60 steps", ROOM + "long_run.py::test_nothing_grows[{driver}]"),
         Property(
             "weights stay together: 2,000 steps",
             ROOM + "long_run.py::test_weights_stay_together_in_a_long_run[{case}]",
             when="long",
         ),
-        Property("5,000 objects", ROOM + "long_run.py::test_crowds_take_memory_of_the_predictions[{case}]"),
+        Property(
+            "5,000 objects", ROOM + "long_run.py::test_crowds_take_memory_of_the_predictions[{case}]", when="once"
+        ),
     ],
 }
 
@@ -156,7 +158,7 @@ def mark(wanted: Property, case: Case) -> str:
     """A cell: where that test runs."""
     if "refused" in test_of(wanted, case):
         return "refused"
-    if wanted.when == "recipes":
+    if wanted.when == "once":
         return "yes" if case.name in ONCE else "long"
     return {"": "yes", "long": "long", "gpu": "GPU"}[wanted.when]
 

@@ -15,13 +15,13 @@ from torch import Tensor
 import fusedyolo
 from fusedyolo import anchors as makers
 from fusedyolo.drivers.protocol import POSITIVE, UNIT, Frame
-from fusedyolo.tools.registry import CASES, Case, first_recipes
+from fusedyolo.tools.registry import CASES, Case
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-_FIRST = {case.name for case in first_recipes() if not case.branches}
-RECIPES = pytest.mark.parametrize(  # each loss, and with --long its other recipes; of two YOLOv8 with that alone
+ONCE = {"YOLOv1/paper", "YOLOv2/region", "YOLOv3/paper", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8"}
+RECIPES = pytest.mark.parametrize(  # one of each structure that kernels have; with --long all others, too
     "case",
-    [pytest.param(case, marks=() if name in _FIRST else pytest.mark.long) for name, case in CASES.items()],
+    [pytest.param(case, marks=() if name in ONCE else pytest.mark.long) for name, case in CASES.items()],
     ids=CASES,
 )
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])

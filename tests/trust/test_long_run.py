@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICE
 from test_crowds import Watch
 from torch import Tensor, nn
-from trust.cases import ALL, OF_EACH_DRIVER, Problem, step
+from trust.cases import ALL, OF_EACH_DRIVER, RECIPES, Problem, step
 
 from fusedyolo.ops import launch
 from fusedyolo.ops.launch import shared_zeros
@@ -98,7 +98,7 @@ def _alive() -> int:
     return sum(isinstance(each, Tensor) for each in gc.get_objects())
 
 
-@ALL
+@pytest.mark.parametrize("case", OF_EACH_DRIVER, ids=lambda case: case.name)
 def test_nothing_grows(case, monkeypatch):
     """Over sixty steps, the last forty of which meet no map that is new: no tensor, no shared memory. Of plans there
     are so many for each size of maps, with more for each 32 objects where anchors keep who claims them.
@@ -119,7 +119,7 @@ def test_nothing_grows(case, monkeypatch):
     assert sum(find.cache_info().currsize for find in launch._plans) <= 16 * len(SIZES) * branches
 
 
-@ALL
+@RECIPES
 def test_crowds_take_memory_of_the_predictions(case):
     """The reference of 5,000 objects in an image: pairs of these and predictions are looked at in chunks, of which the
     largest has four numbers a pair.

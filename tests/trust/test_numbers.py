@@ -61,7 +61,7 @@ def error(got: Result, want: Result, scale: float = 1.0) -> float:
 def test_float16_under_autocast_and_a_scaler(case):
     """The scale reaches the gradient before it is rounded; the total is float32, and as good as eager's."""
     problem = Problem(case)
-    preds, rows = spread(problem, torch.float16), problem.rows(5)
+    preds, rows = spread(problem, torch.float16), problem.rows(3)
     exact = step(problem.bind("torch"), [pred.detach().double() for pred in preds], rows)
     with torch.autocast(DEVICE, dtype=torch.float16 if DEVICE == "cuda" else torch.bfloat16):
         fused = step(problem.bind("triton"), preds, rows, SCALE)
@@ -74,7 +74,7 @@ def test_float16_under_autocast_and_a_scaler(case):
 @pytest.mark.parametrize("case", OF_EACH_DRIVER, ids=lambda case: case.name)
 def test_bfloat16(case):
     problem = Problem(case)
-    preds, rows = spread(problem, torch.bfloat16), problem.rows(5)
+    preds, rows = spread(problem, torch.bfloat16), problem.rows(3)
     exact = step(problem.bind("torch"), [pred.detach().double() for pred in preds], rows)
     fused, eager = (step(problem.bind(backend), preds, rows) for backend in ("triton", "torch"))
     cut = torch.finfo(torch.bfloat16).eps if DEVICE == "cpu" else 0.0  # the interpreter cuts off what GPUs round
@@ -88,7 +88,7 @@ def test_finite_predictions_have_finite_gradients(case, backend):
     largest float a box's two distances add up to infinity.
     """
     problem = Problem(case)
-    preds, rows = problem.predictions(), problem.rows(5)
+    preds, rows = problem.predictions(), problem.rows(3)
     generator = torch.Generator().manual_seed(3)
     head = problem.criterion("torch").head
     pieces = case.driver.pieces(head, problem.frame) * max(1, len(case.branches))
@@ -106,7 +106,7 @@ def test_finite_predictions_have_finite_gradients(case, backend):
 @ALL
 def test_autocast_leaves_the_reference_alone(case):
     problem = Problem(case)
-    preds, rows = problem.predictions(torch.float16), problem.rows(5)
+    preds, rows = problem.predictions(torch.float16), problem.rows(3)
     want = step(problem.bind("torch"), preds, rows)
     with torch.autocast(DEVICE, dtype=torch.float16 if DEVICE == "cuda" else torch.bfloat16):
         got = step(problem.bind("torch"), preds, rows)
