@@ -246,10 +246,11 @@ def _level_loss(
 
     # objectness, for each prediction
     used = answers.used
-    gain = pred.new_full((), head.noobj_gain)
-    if not (head.smooth and head.smooth[level]):
+    gain, smooth = pred.new_full((), head.noobj_gain), head.smooth and head.smooth[level]
+    if not smooth or own is not None:
         owner = torch.where(is_last, slot, N)
-        gain = pred.new_full((N + 1,), head.noobj_gain).scatter(0, owner, head.obj_gain * m)[:N]
+        answer = head.obj_gain * m if own is None or not smooth else head.noobj_gain * own
+        gain = pred.new_full((N + 1,), head.noobj_gain).scatter(0, owner, answer)[:N]
     term = LABEL_TERMS[head.objectness](torch.where(used, raw_obj.flatten(), 0.0), answers.target, head.obj_args)
     obj = _total(torch.where(used, obj_scale * gain * term, 0.0), None, B, head)
     if head.obj_mean == "used":

@@ -74,7 +74,7 @@ def _store_tile(plane, HW, site, known, saved, head, SPEC: tl.constexpr):
                 whole = own & (k < kept_stride(head.C))[:, None]
             kept = tl.load(kept_at[None, :] + k[:, None], mask=whole, other=0.0)
             kept *= tl.where(k == 4, per_used, per_row)[:, None]
-            if SPEC.SMOOTH:  # objectness takes no notice
+            if SPEC.SMOOTH and saved.row_weights_ptr is None:  # objectness takes no notice
                 own = own & ~(site.smooth & (k == 4))[:, None]
             d = tl.where(own, kept, _background(k, d_obj, d_prior, SPEC))
             tl.store(at[None, :] + (k * step)[:, None], d.to(plane.ptr.dtype.element_ty), mask=here & mask[None, :])

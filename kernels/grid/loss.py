@@ -125,8 +125,8 @@ def _tile(view, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constex
     counts = mask & (state == BACKGROUND)
     if SPEC.SMOOTH:
         counts = mask & (site.smooth | (state == BACKGROUND))
-        if rows.row_weights_ptr is not None:
-            counts = counts & (state != HIDDEN)
+        if rows.row_weights_ptr is not None:  # those of rows take their weight
+            counts = counts & (state < ASSIGNED)
     loss_obj, _d_obj = terms.objectness(logit, true_obj, head.obj_args)
     loss_obj = tl.where(bad, float("nan"), tl.where(counts, site.obj_scale * head.noobj_gain * loss_obj, 0.0))
     obj = tl.sum(tl.where(mask, loss_obj, 0.0), axis=0)
@@ -142,13 +142,16 @@ def _tile(view, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constex
     if found.picks > 0:
         if saved.bases_ptr is not None:
             tl.store(saved.bases_ptr + site.pid, found.pick)
+        if SPEC.SMOOTH and SPEC.IGNORES and rows.row_weights_ptr is not None:
+            tl.debug_barrier()  # boxes, and classes, have been met
+            tl.store(lists.decoded_ptr + tl.arange(0, SPEC.CELLS), true_obj)
         cls = class_losses(plane, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
         tl.debug_barrier()
         own_box, own_obj, in_use = box_losses(plane, rows, found, lists, saved.kept_ptr, site, head, terms, SPEC)
         box += own_box
         obj += own_obj
     if SPEC.MEAN_USED:
-        if SPEC.SMOOTH:
+        if SPEC.SMOOTH and rows.row_weights_ptr is None:
             counted += tl.where(site.smooth, 0, found.picks)
         else:
             counted += found.picks

@@ -256,8 +256,10 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
         m = tl.zeros([ROWS], SPEC.ACC) + 1.0
         if rows.weights_ptr is not None:
             _label, m = _labels(g, rows, used, SPEC.ACC)
+        share = m
         if rows.row_weights_ptr is not None:
-            m *= row_weights(rows.row_weights_ptr, g, used, SPEC.ACC)
+            share = row_weights(rows.row_weights_ptr, g, used, SPEC.ACC)
+            m *= share
         scale = tl.zeros([ROWS], SPEC.ACC) + head.box_gain
         if SPEC.AVERAGE:
             pushed = tl.load(lists.pushed_ptr + found.pick + slot, mask=used, other=1)
@@ -265,20 +267,30 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
         box += tl.where(used, scale * (m * loss), 0.0)
         target = 1.0 - head.quality_ratio + head.quality_ratio * similarity
         loss_obj, d_obj = terms.objectness(logit, target, head.obj_args)
-        if SPEC.SMOOTH:  # of the whole tile, assigned or not
+        gain = head.obj_gain * site.obj_scale * m
+        if SPEC.SMOOTH and rows.row_weights_ptr is not None:
+            best = tl.zeros([ROWS], SPEC.ACC)
+            if SPEC.IGNORES:
+                best = tl.load(lists.decoded_ptr + local, mask=closes, other=0.0)
+            smooth_obj, d_smooth = terms.objectness(logit, best, head.obj_args)
+            loss_obj = tl.where(site.smooth, smooth_obj, loss_obj)
+            d_obj = tl.where(site.smooth, d_smooth, d_obj)
+            gain = tl.where(site.smooth, head.noobj_gain * site.obj_scale * share, gain)
+        elif SPEC.SMOOTH:  # of the whole tile, assigned or not
             loss_obj = tl.where(site.smooth, 0.0, loss_obj)
             d_obj = tl.where(site.smooth, 0.0, d_obj)
-        gain = head.obj_gain * site.obj_scale * m
         obj += tl.where(closes, gain * loss_obj, 0.0)
         if kept_ptr is not None:
-            share = scale * m
+            by_box = scale * m
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
             tl.store(at + 4, gain * d_obj, mask=closes)
-            _store_box(at, share * d[0], share * d[1], share * d[2], share * d[3], alone, SPEC)
+            _store_box(at, by_box * d[0], by_box * d[1], by_box * d[2], by_box * d[3], alone, SPEC)
             if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
                 if found.rows > found.picks:
                     at = lists.spread_ptr + (found.base + r) * 4
-                    _store_box(at, share * d[0], share * d[1], share * d[2], share * d[3], used & (alone == 0), SPEC)
+                    _store_box(
+                        at, by_box * d[0], by_box * d[1], by_box * d[2], by_box * d[3], used & (alone == 0), SPEC
+                    )
     if kept_ptr is not None:
         if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
             if found.rows > found.picks:

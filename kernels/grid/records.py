@@ -128,7 +128,7 @@ class Saved(NamedTuple):
     multiples of 16 on.
     ``kept_ptr`` takes :func:`kept_stride` numbers for each assigned prediction: those of one program lie in the order
     of their cells, from the place that it stores at ``bases_ptr``. With SMOOTH ``row_weights_ptr`` is not None where
-    predictions may be hidden by a region.
+    predictions may be hidden by a region, and assigned ones keep their objectness.
     """
 
     state_ptr: Any
@@ -150,6 +150,7 @@ class Lists(NamedTuple):
     classes.
 
     Of every program ``marks_ptr`` holds a number a cell, ``decoded_ptr`` edges and area of the predicted box of each,
+    and in the end, of rows with weights, its smooth objectness,
     ``boxes_ptr`` those of ROWS true ones.
     """
 

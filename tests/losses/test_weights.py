@@ -265,6 +265,28 @@ def test_kernels_equal_the_reference(name):
     assert 0 < out.num_invalid < len(rows) / 2
 
 
+def test_smooth_objectness_is_weighed_and_hidden():
+    """Of every prediction it is trained towards an IoU, but not with a weight of 0, nor in a region."""
+    case = CASES["YOLOv4/darknet"]
+    arguments = case.anchors, case.strides, WORK.classes
+    preds, rows = predictions(case), mixture(case)
+    found = []
+    for backend in ("torch", "triton"):
+        loss = fusedyolo.YOLOv4Loss(*arguments, recipe="darknet", objectness_smooth=(1, 0, 1), backend=backend)
+        leaves = [pred.to(DEVICE).requires_grad_() for pred in preds]
+        out = loss(leaves, rows.to(DEVICE))
+        found.append((out, torch.autograd.grad(out.total, leaves)))
+    (wanted, grads), (out, own) = found
+    close([out.total, *out.parts.values()], [wanted.total, *wanted.parts.values()])
+    close(own, grads)
+    level = fusedyolo.assign(loss, preds, rows).levels[0]
+    weight = torch.where(level.row >= 0, rows[level.row, 6], 1.0)
+    objectness = grid_view(own[0], 3)[..., 4]
+    assert not objectness[level.ignored | (weight == 0)].any()
+    assert objectness[~level.ignored & (weight > 0)].all()
+    assert (weight == 0).any()
+
+
 @pytest.mark.parametrize("name", ["YOLOv1/paper", "YOLOv2/region", "FCOS", "YOLOX"])
 def test_a_weight_of_1_changes_no_bit_of_a_kernel(name):
     case = CASES[name]
