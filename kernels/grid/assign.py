@@ -75,11 +75,8 @@ def _list_near(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
         row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
         # lines from REACH above the centre to REACH below it, and some more: what is taken is decided later
         y = row.cy * site.H
-        taken = (
-            (last_line > y - (1.1 + SPEC.REACH))
-            & (first_line < y + (0.1 + SPEC.REACH))
-            & row_valid(row, site.b, site.b + 1, head.C, head.limit)
-        )
+        taken = (last_line > y - (1.1 + SPEC.REACH)) & (first_line < y + (0.1 + SPEC.REACH))
+        taken = taken & row_valid(row, site.b, site.b + 1, head.C, head.limit)
         taken = taken & _matches(row, site, head, terms, SPEC)
         taken = taken.to(tl.int32)
         amount = tl.sum(taken, axis=0)

@@ -24,7 +24,7 @@ PARTS = {  # which tests, and how they are run
     "picks": (LAST, "tests/kernels/test_picks.py", "equals or half or crowd and three or counts_for_nothing"),
     "loss of picks": (LAST, "tests/kernels/test_picks_loss.py", "and_gradient and (v8/4 or x/l1) or types and dtype2"),
     "variants of grids": (LAST, VARIANTS, "(like_enough or each_image and YOLOv5) and triton or kernels and YOLOv5"),
-    "variants of others": (LAST, VARIANTS, "fcos_iou-triton or (by_the_kernels and (YOLOv1 or RetinaNet or SSD))"),
+    "variants of others": (LAST, VARIANTS, "fcos_iou-triton or EfficientDet-rows-triton or kernels and YOLOv1"),
     "weights": (LAST, "tests/losses/test_weights.py", "kernels_equal and (v1 or v2 or FCOS or X)"),
     "NaN": (LAST, "tests/kernels/test_nan.py", "YOLOv5/iou or RetinaNet/giou"),
 }
