@@ -14,7 +14,7 @@ from fusedyolo.tools.registry import CASES, Case
 PAGE = Path(__file__).parents[1] / "docs" / "trust.md"
 PLACE = re.compile(r"(<!-- written by docs/trust.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OF_EACH_DRIVER = {"cell": "YOLOv1/paper", "grid": "YOLOv5", "dense": "RetinaNet", "pick": "YOLOv8"}
-ONCE = {"YOLOv1/paper", "YOLOv2/region", "YOLOv3/paper", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8"}
+ONCE = {"YOLOv1/paper", "YOLOv2/region", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8"}
 SEVERAL = {"YOLOv2/region", "ScaledYOLOv4", "YOLOv5", "EfficientDet", "YOLOv8", "E2E/yolo26"}  # numbers divided by
 
 
