@@ -137,7 +137,7 @@ class GridLoss(WeightedLoss):
         device = preds[0].device
         rows, offsets, weights = as_targets(targets, batch, size, device, self.form)
         class_weights = self._weights_for(preds[0])
-        head, key = self._head_of(len(range(batch)))  # of a symbolic size, range makes a number
+        head, key = self._head_of(batch)
         if backends.resolve(self.backend, device) == "triton":
             from .. import ops
 
@@ -165,7 +165,8 @@ class GridLoss(WeightedLoss):
         """``head`` as a mean, or a sum, over this many images, and its key."""
         if self._batch_power == 0:
             return head, key
-        return _batch_head(key, float(batch) ** self._batch_power, self.batch_gains)
+        images = len(range(batch))  # of a symbolic size, range makes a number
+        return _batch_head(key, float(images) ** self._batch_power, self.batch_gains)
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""

@@ -185,7 +185,7 @@ class YOLOv2Loss(GridLoss):
 
     def _head_of(self, batch: int) -> tuple[GridHead, str]:
         if self.training and self._prefill:
-            self.seen += batch
+            self.seen += len(range(batch))  # of a symbolic size, range makes a number
             if self.seen < self._prefill:
                 return self._for_batch(self._prior_head, self._prior_key, batch)
         return super()._head_of(batch)
@@ -218,7 +218,7 @@ class YOLOv2Loss(GridLoss):
 
 def _region(common: dict[str, Any], hyp: dict[str, Any]) -> tuple[GridHead, float]:
     """The head, and the weight of the box term of predictions without an object during the warm-up."""
-    thresh = checks.number("thresh", hyp["thresh"], 0, 1)
+    thresh = checks.number("thresh", hyp["thresh"], 0, 1, open_low=True)
     head = GridHead(
         **common,
         scale_x_y=(1.0,),
