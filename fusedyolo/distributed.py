@@ -28,7 +28,7 @@ class GlobalLoss(nn.Module):
 
     Args:
         criterion: a loss that divides by one number: one of YOLOv1, YOLOv3 and YOLOv4, YOLOv2's ``"darknet"`` and
-            ``"lightnet"``, RetinaNet, SSD, FCOS or YOLOX.
+            ``"lightnet"``, RetinaNet, SSD, FCOS or YOLOX, of which some recipes divide otherwise.
         group: the process group; the default one without it.
 
     Shapes:
@@ -38,7 +38,8 @@ class GlobalLoss(nn.Module):
 
     Raises:
         ValueError: ``criterion`` divides by several numbers (YOLOv5, Scaled-YOLOv4 and YOLOv2's ``"region"``, level by
-            level), or by one that it does not tell (YOLOv8 and what it stands for: the sum of soft scores).
+            level), by one more than the objects (EfficientDet), or by a number that it does not tell (YOLOv8 and what
+            it stands for: the sum of soft scores).
     """
 
     def __init__(self, criterion: nn.Module, group: Any = None):
