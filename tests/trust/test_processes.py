@@ -154,7 +154,7 @@ def test_networks_in_wrappers_have_the_gradient_of_the_batch():
                 torch.testing.assert_close(got, parameter.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_divides_by_other_numbers_is_refused(name):
     with pytest.raises(ValueError, match=r"^criterion: \w+Loss, want a loss that divides by one number"):
         GlobalLoss(WHOLE[name].criterion("torch"))
