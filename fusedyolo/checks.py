@@ -314,6 +314,19 @@ def class_counts(value: Any, num_classes: int) -> tuple[float, ...]:
 # The call of an anchor-grid loss.
 
 
+def _type(where: str, dtype: torch.dtype, first: torch.dtype, like: str) -> None:
+    """Predictions may be of several types: halves and float32, which autocast leaves of some; float64 stands alone."""
+    if dtype != first and torch.float64 in (dtype, first):
+        fail(where, f"dtype {dtype}", f"{first} as {like}")
+
+
+def of_one_type(preds: Sequence[Tensor]) -> list[Tensor]:
+    """These predictions, or where their types differ in float32: a kernel reads the maps of all levels as one type."""
+    if all(pred.dtype == preds[0].dtype for pred in preds):
+        return list(preds)
+    return [pred.float() for pred in preds]
+
+
 ORDERS: dict[str, tuple[int, ...]] = {
     "(B, A, H, W, 5 + C)": (0, 1, 2, 3, 4),
     "(B, A, 5 + C, H, W)": (0, 1, 3, 4, 2),
@@ -402,8 +415,7 @@ def _grid_maps(
             fail(f"preds[{i}]", f"shape {tuple(shape)}", "no empty dimension")
         if pred.dtype not in FLOATS:
             fail(f"preds[{i}]", f"dtype {pred.dtype}", "one of " + ", ".join(map(str, FLOATS)))
-        if pred.dtype != first.dtype:
-            fail(f"preds[{i}]", f"dtype {pred.dtype}", f"{first.dtype} as preds[0]")
+        _type(f"preds[{i}]", pred.dtype, first.dtype, "preds[0]")
         if pred.device != first.device:
             fail(f"preds[{i}]", f"device {pred.device}", f"{first.device} as preds[0]")
         if shape[0] != first.shape[0]:
@@ -590,9 +602,9 @@ def _dense_levels(
                 fail(where, f"shape {shape}", "no empty dimension")
             if pred.dtype not in FLOATS:
                 fail(where, f"dtype {pred.dtype}", "one of " + ", ".join(map(str, FLOATS)))
-            for what in ("dtype", "device"):
-                if getattr(pred, what) != getattr(first, what):
-                    fail(where, f"{what} {getattr(pred, what)}", f"{getattr(first, what)} as {names[0]}")
+            _type(where, pred.dtype, first.dtype, names[0])
+            if pred.device != first.device:
+                fail(where, f"device {pred.device}", f"{first.device} as {names[0]}")
             like: Any = levels[0][i]
             found = _cells(shape, width)
             if name == names[0]:
@@ -709,12 +721,12 @@ def point_predictions(
 
 
 def _same(where: str, pred: Any, first: Any, like: str) -> None:
-    """A tensor of floats, of the type, the device and the batch size of the first one."""
+    """A tensor of floats, of the device and the batch size of the first one."""
     if pred.dtype not in FLOATS:
         fail(where, f"dtype {pred.dtype}", "one of " + ", ".join(map(str, FLOATS)))
-    for what in ("dtype", "device"):
-        if getattr(pred, what) != getattr(first, what):
-            fail(where, f"{what} {getattr(pred, what)}", f"{getattr(first, what)} as {like}")
+    _type(where, pred.dtype, first.dtype, like)
+    if pred.device != first.device:
+        fail(where, f"device {pred.device}", f"{first.device} as {like}")
     if pred.shape[0] != first.shape[0]:
         fail(where, f"batch size {pred.shape[0]}", f"{first.shape[0]} as {like}")
 

@@ -143,6 +143,9 @@ class GridLoss(WeightedLoss):
 
             with_state = torch.is_grad_enabled() and any([pred.requires_grad for pred in preds])
             own = ops.workspace(device)
+            for pred in preds:  # a call is not worth it
+                if pred.dtype != preds[0].dtype:
+                    preds = checks.of_one_type(preds)
             total, parts, counts, *_ = ops.call(
                 ops.grid_loss, list(preds), rows, offsets, class_weights, key, with_state, own, weights
             )

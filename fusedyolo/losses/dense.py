@@ -127,13 +127,17 @@ class DenseLoss(WeightedLoss):
         if backends.resolve(self.backend, pred.device) == "triton":
             from .. import ops
 
-            flat = [p for maps in call.levels for p in maps]
+            flat, half = [p for maps in call.levels for p in maps], False
+            for each in flat:
+                half = half or each.dtype == torch.float16
+                if each.dtype != pred.dtype:  # kinds may differ, the maps of one may not
+                    flat = [p for maps in call.levels for p in checks.of_one_type(maps)]
             height, width = (math.inf, math.inf) if call.size is None else call.size
             # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In
             # float16 small gradients would be lost before a GradScaler's factor reaches them.
             own = ops.workspace(pred.device, call.rows.shape[0] + pred.shape[0] + 1)
             asked = torch.is_grad_enabled() and any([p.requires_grad for p in flat])
-            with_grad = asked and pred.dtype != torch.float16 and own is None
+            with_grad = asked and not half and own is None
             total, cls, box, middle, counts, *_ = ops.call(
                 ops.dense_loss,
                 flat,

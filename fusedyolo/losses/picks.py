@@ -90,7 +90,8 @@ class PickLoss(WeightedLoss):
         rows, offsets, weights = as_targets(targets, pred.shape[0], size, pred.device, self.form)
         factor = weight * len(range(pred.shape[0])) if self.batch_factor else weight  # range: a number of a symbol
         gains = tuple([gain * factor for gain in self.gains()])
-        return PickCall(form, tensors, maps, rows, offsets, size, gains, self._weights_for(pred), weights)
+        class_weights = None if self._weights is None else self._weights_for(pred)
+        return PickCall(form, tensors, maps, rows, offsets, size, gains, class_weights, weights)
 
     def compute(self, call: PickCall, outputs: int | None = None) -> Computed:
         """Total, parts and counts; with ``outputs`` 1 the parts need have no gradient."""
@@ -101,11 +102,15 @@ class PickLoss(WeightedLoss):
             # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In
             # float16 small gradients would be lost before a GradScaler's factor reaches them.
             own = ops.workspace(pred.device, ops.workspace_rows(pred.shape[0]))
-            asked = torch.is_grad_enabled() and any([p.requires_grad for p in call.preds])
-            with_grad = asked and pred.dtype != torch.float16 and own is None
+            preds = call.preds
+            for each in preds:
+                if each.dtype != preds[0].dtype:
+                    preds = checks.of_one_type(preds)
+            asked = torch.is_grad_enabled() and any([p.requires_grad for p in preds])
+            with_grad = asked and preds[0].dtype != torch.float16 and own is None
             total, parts, counts, *_ = ops.call(
                 ops.pick_loss,
-                call.preds,
+                preds,
                 call.rows,
                 call.offsets,
                 call.class_weights,

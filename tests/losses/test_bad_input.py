@@ -212,7 +212,7 @@ DARKNET_V2 = "coord_scale, object_scale, noobject_scale, class_scale"
         ),
         ({"lambda_coord": -1}, "lambda_coord: -1, want a finite number >= 0"),
         ({"lambda_class": NAN}, "lambda_class: nan, want a finite number >= 0"),
-        ({"thresh": 1.5}, "thresh: 1.5, want a finite number in [0, 1]"),
+        ({"thresh": 1.5}, "thresh: 1.5, want a finite number in (0, 1]"),
         ({"recipe": "darknet", "rescore": 2}, "rescore: 2, want 0 or 1"),
         ({"recipe": "darknet", "object_scale": -1}, "object_scale: -1, want a finite number >= 0"),
         ({"recipe": "darknet", "coord_prefill": 1.5}, "coord_prefill: 1.5, want an integer >= 0"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fusedyolo.kernels.launch import KINDS
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fusedyolo
 from fusedyolo import drivers
@@ -132,3 +133,25 @@ def test_programs_have_kinds_and_efforts(case):
 def test_floors_are_the_bytes_that_must_move(loss):
     for case in choose([loss], CASES).values():
         assert case.floor(WORK) == pytest.approx(FLOORS[loss])
+
+
+TYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["YOLOv5", "RetinaNet", "FCOS", "SSD", "YOLOX", "YOLOv8", "E2E/yolo26"])
+def test_predictions_of_several_types(name, backend):
+    """Each is read as what it is: the loss is that of the same numbers in float32, gradients are rounded at the end."""
+    case, work = CASES[name], replace(WORK, size=64)
+    leaves, form = tree_flatten(case.predictions(work))
+    mixed = [leaf.detach().to(TYPES[i % 3]).requires_grad_() for i, leaf in enumerate(leaves)]
+    alike = [leaf.detach().float().requires_grad_() for leaf in mixed]
+    loss, targets = case.bind(case.build(5, backend), work), case.targets(work)
+    found, want = (loss(tree_unflatten(preds, form), targets).total for preds in (mixed, alike))
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+    found.backward()
+    want.backward()
+    for half, whole in zip(mixed, alike, strict=True):
+        rounding = 1e-6 if half.dtype == torch.float32 else torch.finfo(half.dtype).eps
+        assert half.grad.dtype == half.dtype
+        assert (half.grad.float() - whole.grad).abs().max() <= rounding * whole.grad.abs().max()
