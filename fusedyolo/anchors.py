@@ -159,6 +159,8 @@ def _retinanet(
         high = (root[:, None] * _column(size)).flatten()
         wide = ((1 / root)[:, None] * _column(size)).flatten()
         cell = (torch.stack((-wide, -high, wide, high), 1) / 2).round()
+        if not bool((cell[:, 2:] > 0).all()):
+            checks.fail("sizes", size, f"larger ones: of aspect ratios {ratio} an anchor is rounded to no area")
         y = torch.arange(height, device="cpu") * (image[0] // height)
         x = torch.arange(width, device="cpu") * (image[1] // width)
         levels.append((_places(y, x)[:, None] + cell).flatten(0, 1))

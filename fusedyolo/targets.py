@@ -193,13 +193,21 @@ class Targets:
             return self
         return Targets(rows, offsets, self.batch_size, weights)
 
-    def validate(self, num_classes: int) -> Targets:
+    def validate(self, num_classes: Any) -> Targets:
         """These targets, if every row is one that a loss would use; free in ``collate_fn``, a host sync on a GPU.
+
+        Args:
+            num_classes: the number of classes, or the loss itself. Some take a centre on the right or the lower border
+                of the image, 1, as their peers do (YOLOv5, Scaled-YOLOv4, YOLOX, YOLOv8, end-to-end heads), and
+                ``SSDLoss`` has no object of class 0; a number stands for a loss that does neither.
 
         Raises:
             ValueError: names the first row, by its place in ``rows``, that a loss would skip and count as invalid.
         """
-        num_classes = checks.count("num_classes", num_classes)
+        head = getattr(num_classes, "head", None)
+        limit, first = getattr(head, "centre_limit", 1.0), int(getattr(head, "background", False))
+        num_classes = checks.count("num_classes", num_classes if head is None else head.num_classes)
+        below = "< 1" if limit == 1 else "<= 1"
         wrong = _wrong(self.offsets, len(self.rows)).nonzero().flatten().tolist()
         if wrong:
             got, want = (
@@ -218,9 +226,13 @@ class Targets:
             (~weights.isfinite(), "its weight is not finite", "a finite weight"),
             ((image < 0) | (image >= self.batch_size), "no such image", f"0 <= image < {self.batch_size}"),
             (misplaced, "not in the range of its image", "offsets[image] <= row < offsets[image + 1]"),
-            ((label < 0) | (label >= num_classes), "class out of range", f"0 <= class < {num_classes}"),
+            ((label < first) | (label >= num_classes), "class out of range", f"{first} <= class < {num_classes}"),
             ((w <= 0) | (h <= 0), "zero area", "w > 0 and h > 0"),
-            ((cx < 0) | (cx >= 1) | (cy < 0) | (cy >= 1), "centre outside the image", "0 <= cx < 1 and 0 <= cy < 1"),
+            (
+                (cx < 0) | (cx >= limit) | (cy < 0) | (cy >= limit),
+                "centre outside the image",
+                f"0 <= cx {below} and 0 <= cy {below}",
+            ),
         )
         for i in torch.stack([bad for bad, _, _ in faults]).any(0).nonzero().flatten().tolist():
             reason, want = next((reason, want) for bad, reason, want in faults if bad[i])

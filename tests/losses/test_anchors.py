@@ -216,3 +216,10 @@ BAD_SETTINGS = [
 def test_bad_settings(make, name, settings):
     with pytest.raises(ValueError, match=f"^{name}: .*, want "):
         make([(13, 7), (3, 2)], 64, **settings)
+
+
+def test_anchors_without_an_area_are_refused():
+    """What rounds to no side, of which no box could be told."""
+    for sizes in ((0.9, 0.2), (8, 0.5)):
+        with pytest.raises(ValueError, match=r"^sizes: \(.*\), want larger ones: "):
+            anchors.retinanet_anchors([(2, 2), (1, 1)], 32, sizes=sizes)

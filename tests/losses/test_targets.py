@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import fusedyolo
 from fusedyolo import Targets
 from fusedyolo.targets import SORT_ABOVE, as_targets
+from fusedyolo.tools.registry import CASES, Workload
 
 NAN, INF = float("nan"), float("inf")
 PACKED = torch.tensor(
@@ -263,6 +264,23 @@ def test_validate_names_the_row_and_the_reason(column, value, reason):
     place = int((targets.rows[:, 5] == packed[4, 5]).nonzero()) if column != 5 else 2
     with pytest.raises(ValueError, match=rf"^targets row {place} \[.*\] \(image, class, cx, cy, w, h\): {reason}$"):
         targets.validate(4)
+
+
+BORDER = torch.tensor([[0, 0, 1.0, 0.5, 0.2, 0.2]])  # its centre, of class 0
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_validate_agrees_with_the_loss(case):
+    """Of rows on the border, and of class 0, which the first class of SSD is not."""
+    work = Workload(batch=1, size=64, classes=5)
+    criterion = case.build(5, "torch")
+    out = case.bind(criterion, work)(case.predictions(work), BORDER)
+    targets = Targets.from_packed(BORDER, 1)
+    if int(out.num_invalid):
+        with pytest.raises(ValueError, match=r"^targets row 0 "):
+            targets.validate(criterion)
+    else:
+        assert targets.validate(criterion) is targets
 
 
 def test_validate_names_the_first_fault():
