@@ -113,9 +113,9 @@ GROUPS: dict[str, list[Property]] = {
         Property(
             "any schedule, compiled code",
             own={
-                "cell": COMPILED + "[cells and anchors]",
-                "grid": COMPILED + "[grids]",
-                "dense": COMPILED + "[cells and anchors]",
+                "cell": COMPILED + "[other edges]",
+                "grid": COMPILED + "[grids and offsets]",
+                "dense": COMPILED + "[other edges]",
                 "pick": COMPILED + "[loss of picks]",
             },
         ),

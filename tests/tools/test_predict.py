@@ -61,7 +61,9 @@ def test_a_crowd_costs_what_its_overlaps_cost():
     for name, (few, many) in executed("crowds").items():
         usual, crowded = (sum(one["instructions"] for one in launches) for launches in (few, many))
         assert crowded < 4 * usual, (name, usual, crowded)
-        assert all(one["longest"] < 3 * one["median"] for one in few), name
+        heaviest = max(one["median"] for one in few)
+        for one in few:  # of a launch most of whose programs have nothing to do nobody waits for the others
+            assert one["longest"] < 3 * one["median"] or one["longest"] < heaviest / 4, (name, one)
 
 
 def test_a_part_of_the_programs_stands_for_a_launch():
