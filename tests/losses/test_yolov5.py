@@ -475,9 +475,8 @@ def test_defaults():
     assert (head.box_gain, head.obj_gain, head.noobj_gain, head.cls_gain) == (f32(0.05), 1, 1, f32(0.5 / 80))
     assert (head.box, head.label, head.objectness, head.quality_ratio, head.anchor_t) == ("ciou", "bce", "bce", 1, 4)
     assert (head.class_targets, head.label_args, head.obj_args) == ((1, 0), (1,), (1,))
-    rules = {"neighbours": 2, "smoothing": "binary"}
-    assert make_criterion(YOLOv5Loss, 3, 3, 80).hyp == {"box": 0.05} | DEFAULTS | rules
-    assert make_criterion(ScaledYOLOv4Loss, 3, 3, 80).hyp == {"giou": 0.05} | rules | {
+    assert make_criterion(YOLOv5Loss, 3, 3, 80).hyp == {"box": 0.05, "neighbours": 2, "smoothing": "binary"} | DEFAULTS
+    assert make_criterion(ScaledYOLOv4Loss, 3, 3, 80).hyp == {"giou": 0.05, "neighbours": 2} | {
         name: value for name, value in DEFAULTS.items() if name != "label_smoothing"
     }
     assert make_criterion(YOLOv5Loss, 1, 1, 1).head.cls_gain == 0
