@@ -164,9 +164,9 @@ def mark(wanted: Property, case: Case) -> str:
 
 
 def table(group: list[Property]) -> str:
-    """Properties down, losses across."""
-    rows = [("", *CASES), ("---",) * (1 + len(CASES))]
-    rows += [(wanted.title, *(mark(wanted, case) for case in CASES.values())) for wanted in group]
+    """Losses down, properties across."""
+    rows = [("", *(wanted.title for wanted in group)), ("---",) * (1 + len(group))]
+    rows += [(case.name, *(mark(wanted, case) for wanted in group)) for case in CASES.values()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
