@@ -35,7 +35,7 @@ def test_retinanet_is_that_of_torchvision(image):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("sizes", [((5, 7.5), (9, 45)), ((1,), (3, 18, 31, 33))])
+@pytest.mark.parametrize("sizes", [((5, 7.5), (9, 45)), ((7,), (6, 18, 31, 33))])
 @pytest.mark.parametrize("ratios", [(0.3, 1, 3), (1 / 9, 0.25, 2.25, 16), (0.36, 1.44, 3.24, 4.84)])
 def test_retinanet_rounds_halves_to_even_as_torchvision(sizes, ratios):
     expected = generated(utils().AnchorGenerator(sizes, (ratios, ratios)), MAPS[:2], IMAGES[1])
