@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from . import checks
 from .drivers import of
-from .heads import CellHead, DenseHead, GridHead, PickHead
 from .losses import LossOutput
 
 
@@ -39,13 +38,16 @@ class GlobalLoss(nn.Module):
     Raises:
         ValueError: ``criterion`` divides by several numbers (YOLOv5, Scaled-YOLOv4 and YOLOv2's ``"region"``, level by
             level), by one more than the objects (EfficientDet), or by a number that it does not tell (YOLOv8 and what
-            it stands for: the sum of soft scores).
+            it stands for: the sum of soft scores); or it is one of each image (``reduction="none"``).
     """
 
-    def __init__(self, criterion: nn.Module, group: Any = None):
+    def __init__(self, criterion: Any, group: Any = None):
         super().__init__()
-        of(criterion)  # a loss of ours
-        self._divides = _divides(criterion)
+        divides = None if criterion.head.by_image else of(criterion).divisor(criterion)
+        if divides is None:
+            want = "a loss that divides by one number, of images or of objects"
+            checks.fail("criterion", type(criterion).__name__, want)
+        self._divides = divides
         self.criterion = criterion
         self.group = group
 
@@ -67,27 +69,6 @@ class GlobalLoss(nn.Module):
         every = own.detach().clone()
         dist.all_reduce(every, group=self.group)
         return (size * own.clamp(min=1) / every.clamp(min=1)).to(out.total.dtype)
-
-
-def _divides(criterion: Any) -> str:
-    """What sums over the batch are divided by: ``"nothing"``, ``"images"`` or ``"objects"``, predictions that have one.
-
-    Raises:
-        ValueError: by something else.
-    """
-    head = criterion.head
-    by: str | None = None
-    if isinstance(head, CellHead):
-        by = "images" if criterion.reduction == "mean" else "nothing"
-    elif isinstance(head, GridHead) and not head.mean_rows and head.obj_mean is None:
-        by = "images" if criterion._batch_power == -1 else "nothing"
-    elif isinstance(head, DenseHead) and head.box_weight is None:
-        by = {"image": "images", "batch": "objects"}.get(head.mean)
-    elif isinstance(head, PickHead) and not head.soft:
-        by = "objects"
-    if by is None:
-        checks.fail("criterion", type(criterion).__name__, "a loss that divides by one number, of images or of objects")
-    return by
 
 
 def _images(preds: Any) -> int:

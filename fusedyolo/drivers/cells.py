@@ -54,6 +54,9 @@ class CellDriver(Driver):
         total, parts, counts = reference.cell_loss(call.pred, rows, head, call.class_weights, call.weights)
         return total, parts, shared.counts_without_spare(counts, spare)
 
+    def divisor(self, criterion: Any) -> str | None:
+        return "images" if criterion.reduction == "mean" else "nothing"
+
     def launches(self, head: CellHead, call: CellCall) -> dict[str, Launch]:
         from .. import ops
 

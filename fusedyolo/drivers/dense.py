@@ -70,6 +70,10 @@ class DenseDriver(Driver):
         )
         return torch.stack(terms).sum(0), terms, shared.counts_without_spare(counts, spare)
 
+    def divisor(self, criterion: Any) -> str | None:
+        head = criterion.head
+        return None if head.box_weight else {"image": "images", "batch": "objects"}.get(head.mean)
+
     def launches(self, head: DenseHead, call: DenseCall) -> dict[str, Launch]:
         from .. import ops
 

@@ -57,6 +57,12 @@ class GridDriver(Driver):
         total, parts, counts = reference.grid_loss(views, rows, head, call.class_weights, call.weights)
         return total, parts, shared.counts_without_spare(counts, spare)
 
+    def divisor(self, criterion: Any) -> str | None:
+        head = criterion.head
+        if head.mean_rows or head.obj_mean is not None:
+            return None
+        return "images" if criterion.batch_power == -1 else "nothing"
+
     def launches(self, head: GridHead, call: GridCall) -> dict[str, Launch]:
         from .. import ops
 

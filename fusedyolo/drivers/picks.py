@@ -63,6 +63,9 @@ class PickDriver(Driver):
         )
         return torch.stack(parts).sum(0), parts, shared.counts_without_spare(counts, spare)
 
+    def divisor(self, criterion: Any) -> str | None:
+        return None if criterion.head.soft else "objects"
+
     def launches(self, head: PickHead, call: PickCall) -> dict[str, Launch]:
         from ..ops import picks as ops
 

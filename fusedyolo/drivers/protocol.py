@@ -162,6 +162,12 @@ class Driver(Protocol):
         """How many programs, one after the other, share a tile: all of these are run or none."""
         return 1
 
+    def divisor(self, criterion: Any) -> str | None:
+        """What sums over the batch are divided by: ``"nothing"``, ``"images"`` or ``"objects"``, predictions that have
+        one; None for several numbers, or another one.
+        """
+        raise NotImplementedError
+
     def adding(self, kernel: str, arguments: Mapping[str, Any]) -> int | None:
         """How many programs, the first ones of a launch, leave sums for the last of them; all of them if None."""
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +88,26 @@ LABELS = (
 )  # of three images: class, cx, cy, w, h in pixels
 
 
-class Probe(NamedTuple):
+def differs(kind: type, iou: type, numbers: Callable[[Any], tuple[Any, ...] | None]) -> str:
+    """How a head of the class ``kind``, with a box loss of the class ``iou``, computes something else than we do; empty
+    if it does not.
+
+    ``numbers`` are the six of what the head returns, total, parts and cells an object; None where it has no such.
+    """
+    with shared.probing():
+        try:
+            made = _probe(kind)
+            found = made.head(made.features, made.labels, made.images)
+        except Exception as error:  # whatever other code does with what it does not know
+            return f"YOLOXHead stops in training: {type(error).__name__}: {error}".splitlines()[0]
+        theirs = numbers(found)
+        if theirs is None:
+            return "YOLOXHead returns something else than six numbers in training"
+        why = _apart(made, theirs, criterion_of(made.head, kind, iou, "torch"))
+    return f"YOLOXHead computes something else: {why}" if why else ""
+
+
+class _Probe(NamedTuple):
     """A small head, with L1, and what it is given."""
 
     head: Any
@@ -96,15 +116,15 @@ class Probe(NamedTuple):
     images: Tensor
 
 
-def probe(kind: type) -> Probe:
-    """Of a head of this class; under :func:`~.shared.probing`."""
+def _probe(kind: type) -> _Probe:
+    """Of a head of this class."""
     head: Any = kind(CLASSES, WIDTH, in_channels=[8 / WIDTH] * 3)
     head.use_l1 = True
     features = [torch.randn(3, 8, SIDE // stride, SIDE // stride, requires_grad=True) for stride in head.strides]
-    return Probe(head, features, torch.tensor(LABELS, dtype=torch.float32), torch.zeros(3, 3, SIDE, SIDE))
+    return _Probe(head, features, torch.tensor(LABELS, dtype=torch.float32), torch.zeros(3, 3, SIDE, SIDE))
 
 
-def apart(probe: Probe, theirs: Any, criterion: YOLOXLoss) -> str:
+def _apart(probe: _Probe, theirs: Any, criterion: YOLOXLoss) -> str:
     """How their total and parts, and the gradients of the total, differ from ours; empty if they do not."""
     criterion.use_l1 = True
     own = losses(criterion, maps(probe.head, probe.features), probe.labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import libreyolo
 from libreyolo.models.yolox.nn import IoULoss, YOLOXHead
@@ -40,7 +40,9 @@ def patch() -> None:
     """
     if YOLOXHead.forward is _forward:
         return
-    _probe()
+    why = decoupled.differs(YOLOXHead, IoULoss, _numbers)
+    if why:
+        shared.refuse("libreyolo", getattr(libreyolo, "__version__", "of no version"), why, WANT)
     _kept[YOLOXHead] = YOLOXHead.forward
     YOLOXHead.forward = _forward
 
@@ -70,25 +72,6 @@ def _criterion(head: Any) -> YOLOXLoss | None:
     return _criteria.find(head, decoupled.settings_of(head), lambda: decoupled.criterion_of(head, YOLOXHead, IoULoss))
 
 
-def _probe() -> None:
-    """LibreYOLO computes what we do, whatever its version.
-
-    Raises:
-        ValueError: it does not; why, as far as that can be told.
-    """
-    with shared.probing():
-        try:
-            probe = decoupled.probe(YOLOXHead)
-            found = probe.head(probe.features, probe.labels, probe.images)
-        except Exception as error:  # whatever other code does with what it does not know
-            _refuse(f"YOLOXHead stops in training: {type(error).__name__}: {error}".splitlines()[0])
-        if not isinstance(found, dict) or tuple(found) != NAMES:
-            _refuse("YOLOXHead returns something else than six losses in training")
-        values = tuple(found.values())
-        why = decoupled.apart(probe, values, decoupled.criterion_of(probe.head, YOLOXHead, IoULoss, "torch"))
-        if why:
-            _refuse(f"YOLOXHead computes something else: {why}")
-
-
-def _refuse(got: str) -> NoReturn:
-    shared.refuse("libreyolo", getattr(libreyolo, "__version__", "of no version"), got, WANT)
+def _numbers(found: Any) -> tuple[Any, ...] | None:
+    """The six numbers of a batch."""
+    return tuple(found.values()) if isinstance(found, dict) and tuple(found) == NAMES else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import yolox
 from torch import Tensor
@@ -36,7 +36,9 @@ def patch() -> None:
     """
     if YOLOXHead.forward is _forward:
         return
-    _probe()
+    why = decoupled.differs(YOLOXHead, IOUloss, _numbers)
+    if why:
+        shared.refuse("yolox", getattr(yolox, "__version__", "of no version"), why, WANT)
     _kept[YOLOXHead] = YOLOXHead.forward
     YOLOXHead.forward = _forward
 
@@ -64,24 +66,6 @@ def _criterion(head: Any) -> YOLOXLoss | None:
     return _criteria.find(head, decoupled.settings_of(head), lambda: decoupled.criterion_of(head, YOLOXHead, IOUloss))
 
 
-def _probe() -> None:
-    """YOLOX computes what we do, whatever it calls itself.
-
-    Raises:
-        ValueError: it does not; why, as far as that can be told.
-    """
-    with shared.probing():
-        try:
-            probe = decoupled.probe(YOLOXHead)
-            found = probe.head(probe.features, probe.labels, probe.images)
-        except Exception as error:  # whatever other code does with what it does not know
-            _refuse(f"YOLOXHead stops in training: {type(error).__name__}: {error}".splitlines()[0])
-        if not isinstance(found, tuple) or len(found) != 6:
-            _refuse("YOLOXHead returns something else than six numbers in training")
-        why = decoupled.apart(probe, found, decoupled.criterion_of(probe.head, YOLOXHead, IOUloss, "torch"))
-        if why:
-            _refuse(f"YOLOXHead computes something else: {why}")
-
-
-def _refuse(got: str) -> NoReturn:
-    shared.refuse("yolox", getattr(yolox, "__version__", "of no version"), got, WANT)
+def _numbers(found: Any) -> tuple[Any, ...] | None:
+    """The six numbers of a batch."""
+    return found if isinstance(found, tuple) and len(found) == 6 else None

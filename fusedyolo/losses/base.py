@@ -108,7 +108,7 @@ class GridLoss(WeightedLoss):
         self._changed = {name: value for name, value in hyp.items() if value != defaults[name]}
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
-        self._batch_power = batch_power
+        self.batch_power = batch_power
         # What a call needs, in the form in which it needs it: sizes as integers, and the heads of each batch size.
         self._anchors = tuple(map(len, self.head.levels))
         self._strides = tuple(int(s) if s.is_integer() else s for s in self.head.strides)
@@ -146,6 +146,7 @@ class GridLoss(WeightedLoss):
             for pred in preds:  # a call is not worth it
                 if pred.dtype != preds[0].dtype:
                     preds = checks.of_one_type(preds)
+                    break
             total, parts, counts, *_ = ops.call(
                 ops.grid_loss, list(preds), rows, offsets, class_weights, key, with_state, own, weights
             )
@@ -166,10 +167,10 @@ class GridLoss(WeightedLoss):
 
     def _for_batch(self, head: GridHead, key: str, batch: int) -> tuple[GridHead, str]:
         """``head`` as a mean, or a sum, over this many images, and its key."""
-        if self._batch_power == 0:
+        if self.batch_power == 0:
             return head, key
         images = len(range(batch))  # of a symbolic size, range makes a number
-        return _batch_head(key, float(images) ** self._batch_power, self.batch_gains)
+        return _batch_head(key, float(images) ** self.batch_power, self.batch_gains)
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""

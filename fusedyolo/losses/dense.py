@@ -127,11 +127,12 @@ class DenseLoss(WeightedLoss):
         if backends.resolve(self.backend, pred.device) == "triton":
             from .. import ops
 
-            flat, half = [p for maps in call.levels for p in maps], False
+            flat, half, mixed = [p for maps in call.levels for p in maps], False, False
             for each in flat:
                 half = half or each.dtype == torch.float16
-                if each.dtype != pred.dtype:  # kinds may differ, the maps of one may not
-                    flat = [p for maps in call.levels for p in checks.of_one_type(maps)]
+                mixed = mixed or each.dtype != pred.dtype
+            if mixed:  # kinds may differ, the maps of one may not
+                flat = [p for maps in call.levels for p in checks.of_one_type(maps)]
             height, width = (math.inf, math.inf) if call.size is None else call.size
             # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In
             # float16 small gradients would be lost before a GradScaler's factor reaches them.

@@ -106,6 +106,7 @@ class PickLoss(WeightedLoss):
             for each in preds:
                 if each.dtype != preds[0].dtype:
                     preds = checks.of_one_type(preds)
+                    break
             asked = torch.is_grad_enabled() and any([p.requires_grad for p in preds])
             with_grad = asked and preds[0].dtype != torch.float16 and own is None
             total, parts, counts, *_ = ops.call(

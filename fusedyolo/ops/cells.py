@@ -115,8 +115,7 @@ def _loss_steps(
 ) -> tuple[Steps, dict[str, Any]]:
     """The plan of a loss, and of the gradient, and what a call brings to it; ``weights`` are those of the rows."""
     plan = _plan(key, layout(pred), layout(outputs.grad) if with_grad else None, None)
-    given = {"pred": pred, "rows": rows, "offsets": offsets, "class_weights": class_weights}
-    given |= {"weights": weights}
+    given = {"pred": pred, "rows": rows, "offsets": offsets, "class_weights": class_weights, "weights": weights}
     return plan, given | {"done": done_counter(pred.device, workspace)} | outputs._asdict()
 
 

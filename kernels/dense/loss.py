@@ -461,13 +461,14 @@ def _plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPE
     used = ~is_ignored(match)[None, :]
     weight = share(matched.found_ptr, site.b, batch.B, SPEC.BY_IMAGE, SPEC.ACC)
     total = tl.zeros([PLANES, CELLS], SPEC.ACC)
+    if matched.row_weights_ptr is not None:
+        own = _own_weights(matched, match, SPEC.ACC)[None, :]
     for k0 in tl.range(0, SPEC.C, PLANES, loop_unroll_factor=1):
         k = k0 + tl.arange(0, PLANES)[:, None]
         keep = site.mask[None, :] & (k < SPEC.C)
         x = tl.load(x_ptr[None, :] + k * view.by.channel, mask=keep, other=0.0).to(SPEC.ACC)
         loss, d = _class_terms(x, label == k, matched.columns_ptr, k, k < SPEC.C, used & keep, terms, numbers=numbers)
         if matched.row_weights_ptr is not None:
-            own = _own_weights(matched, match, SPEC.ACC)[None, :]
             loss *= own
             d *= own
         if SPEC.WITH_LOSS:

@@ -284,25 +284,8 @@ def diou(x, y, args, extent):
 
 
 @triton.jit
-def ciou(x, y, args, extent):
-    """DIoU + alpha v, v = 4/pi^2 (atan(gw/gh) - atan(pw/ph))^2, alpha = v / (1 - IoU + v) held constant (Zheng)."""
-    takes(args, 2, 4)
-    numbers = _Numbers(*args)
-    pw = x.size
-    ph = y.size
-    turn = angle(x.true_size, y.true_size) - angle(pw, ph)
-    v = 0.4052847345693511 * turn * turn
-    x, y, inv = _normalise(x, y)
-    eps = _scaled_eps(numbers.eps, inv)
-    common = _overlap(x, y, eps)
-    value, width, height = _aspect(pw, ph, turn, safe_div(v, 1.0 - common.iou + v + numbers.eps_alpha))
-    aspect = _Penalty(value, width=width, height=height)
-    return _compose(common, (_Penalty(*_spread(x, y, eps)), aspect), 2, inv, numbers)
-
-
-@triton.jit
-def ciou_whole(x, y, args, extent):
-    """CIoU, alpha not held constant: DIoU + v^2 / (1 - IoU + v), which pulls at the IoU too."""
+def _with_aspect(x, y, args, WHOLE: tl.constexpr):
+    """DIoU + alpha v; alpha is held constant, or with WHOLE is not."""
     takes(args, 2, 4)
     numbers = _Numbers(*args)
     pw = x.size
@@ -313,13 +296,28 @@ def ciou_whole(x, y, args, extent):
     eps = _scaled_eps(numbers.eps, inv)
     common = _overlap(x, y, eps)
     alpha = safe_div(v, 1.0 - common.iou + v + numbers.eps_alpha)
-    # d (alpha v) = (2 alpha - alpha^2) dv + alpha^2 d iou
-    _value, width, height = _aspect(pw, ph, turn, alpha * (2.0 - alpha))
-    k = alpha * alpha
-    by_x = _Ends(k * common.iou_x.first, k * common.iou_x.last)
-    by_y = _Ends(k * common.iou_y.first, k * common.iou_y.last)
-    aspect = _Penalty(alpha * v, by_x, by_y, width, height)
+    if WHOLE:  # d (alpha v) = (2 alpha - alpha^2) dv + alpha^2 d iou
+        _value, width, height = _aspect(pw, ph, turn, alpha * (2.0 - alpha))
+        k = alpha * alpha
+        by_x = _Ends(k * common.iou_x.first, k * common.iou_x.last)
+        by_y = _Ends(k * common.iou_y.first, k * common.iou_y.last)
+        aspect = _Penalty(alpha * v, by_x, by_y, width, height)
+    else:
+        value, width, height = _aspect(pw, ph, turn, alpha)
+        aspect = _Penalty(value, width=width, height=height)
     return _compose(common, (_Penalty(*_spread(x, y, eps)), aspect), 2, inv, numbers)
+
+
+@triton.jit
+def ciou(x, y, args, extent):
+    """DIoU + alpha v, v = 4/pi^2 (atan(gw/gh) - atan(pw/ph))^2, alpha = v / (1 - IoU + v) held constant (Zheng)."""
+    return _with_aspect(x, y, args, False)
+
+
+@triton.jit
+def ciou_whole(x, y, args, extent):
+    """CIoU, alpha not held constant: DIoU + v^2 / (1 - IoU + v), which pulls at the IoU too."""
+    return _with_aspect(x, y, args, True)
 
 
 @triton.jit

@@ -52,15 +52,6 @@ def patched():
 
 
 @pytest.fixture
-def wide(monkeypatch):
-    """Float64 for what the peer makes itself."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.fixture
 def strict(monkeypatch):
     """The peer does not pick cells of metric 0, which it otherwise does by an order that PyTorch leaves open."""
     original = tal.TaskAlignedAssigner.select_topk_candidates

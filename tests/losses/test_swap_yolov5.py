@@ -33,14 +33,6 @@ def _as_it_was(monkeypatch):
     integration._criteria.kept.clear()
 
 
-@pytest.fixture
-def wide():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def detector(classes=3, levels=3, **hyp):
     """What a loss looks at of a model."""
     anchors = torch.tensor(ANCHORS[:levels], dtype=torch.float64) / torch.tensor(STRIDES[:levels])[:, None, None]

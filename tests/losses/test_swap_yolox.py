@@ -37,14 +37,6 @@ def _as_it_was(monkeypatch):
     integration._criteria.kept.clear()
 
 
-@pytest.fixture
-def wide():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def case(seed):
     return decoupled_case(YOLOXHead, seed)
 

@@ -16,6 +16,7 @@ from conftest import DEVICE
 from torch import Tensor, nn
 from trust.cases import ALL, CASES, Problem, step
 
+import fusedyolo
 from fusedyolo.distributed import GlobalLoss
 
 PARTS = {2: (1, 3), 4: (1, 1, 1, 1)}  # images of each process
@@ -158,6 +159,11 @@ def test_networks_in_wrappers_have_the_gradient_of_the_batch():
 def test_what_divides_by_other_numbers_is_refused(name):
     with pytest.raises(ValueError, match=r"^criterion: \w+Loss, want a loss that divides by one number"):
         GlobalLoss(WHOLE[name].criterion("torch"))
+
+
+def test_a_loss_of_each_image_is_refused():
+    with pytest.raises(ValueError, match=r"^criterion: FCOSLoss, want a loss that divides by one number"):
+        GlobalLoss(fusedyolo.FCOSLoss(3, reduction="none"))
 
 
 @pytest.mark.parametrize("name", GLOBAL)
