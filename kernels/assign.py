@@ -25,17 +25,16 @@ def row_valid(row, first_image, last_image, classes, limit):
 
 
 @triton.jit
-def row_cell(row, kind, image, W, H, classes, limit, REACH: tl.constexpr):
-    """Flat index of the cell that holds the centre of a valid row of this image, -1 for any other row.
+def row_cell(cx, cy, valid, kind, W, H, REACH: tl.constexpr):
+    """Flat index of the cell that holds the centre of a valid row, -1 for any other row.
 
     With a REACH above 0, of one of five cells: by ``kind`` its own, or that left, above, right, below, -1 unless the
     centre is less than REACH cells from it: with 0.5 in the half of its cell that is next to it, with 1 anywhere. A
     centre at the far border belongs to the last cell. Centres are multiplied in float32 as the peers do, whatever the
     compute type.
     """
-    valid = row_valid(row, image, image + 1, classes, limit)
-    gx = tl.where(valid, row[2], 0.0) * W
-    gy = tl.where(valid, row[3], 0.0) * H
+    gx = tl.where(valid, cx, 0.0) * W
+    gy = tl.where(valid, cy, 0.0) * H
     if REACH > 0:
         along = tl.where((kind == 1) | (kind == 3), gx, gy)
         far = tl.where(kind == 3, W - gx, H - gy)

@@ -187,7 +187,7 @@ def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
         g = g0 + tl.arange(0, BLOCK_G)
         row = of_kind(load_rows(targets.ptr, g, g < last, BLOCK_G), g, g < last, targets.row_weights_ptr, "any")
         b = tl.where((row.image >= 0) & (row.image < B), row.image, -1.0).to(tl.int32)
-        cell = row_cell(row, 0, b, SPEC.S, SPEC.S, SPEC.C, 1.0, 0.0)
+        cell = row_cell(row.cx, row.cy, row_valid(row, 0, B, SPEC.C, 1.0), 0, SPEC.S, SPEC.S, 0.0)
         at = b * AREA + cell - c0
         here = (b >= 0) & (cell >= 0) & (at >= 0) & (at < CELLS)
         here = in_its_range(b, g, here, targets.offsets_ptr)

@@ -61,73 +61,100 @@ def _places(taken, amount, found, block, blocks_ptr, lists, done_ptr, SPEC: tl.c
 
 
 @triton.jit
-def _list_near(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
-    """Leaves the rows that match and may have a cell in the lines of cells that the tile has a part of; and their
-    number.
+def _near_rows(rows, alone, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
+    """The rows that match and may have a cell in the lines of cells that the tile has a part of: how many.
+
+    They are listed; or if they are ``alone`` there are all rows, each in a lane for every kind of cell, with its centre
+    and whether it is such a row.
     """
     first_line = site.first_cell // site.W
     last_line = (site.first_cell + SPEC.CELLS - 1) // site.W
+    lane = tl.arange(0, SPEC.ROWS)
+    every = rows.last - rows.first
     found = site.pid * 0
     block = lists.near
+    g = lane
+    cx = lane.to(tl.float32)
+    cy = cx
+    taken = lane < 0
     for g0 in range(rows.first, rows.last, SPEC.ROWS):
-        g = g0 + tl.arange(0, SPEC.ROWS)
+        g = g0 + tl.where(alone, lane % every, lane)
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
         row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
+        cx = row.cx
+        cy = row.cy
         # lines from REACH above the centre to REACH below it, and some more: what is taken is decided later
-        y = row.cy * site.H
+        y = cy * site.H
         taken = (last_line > y - (1.1 + SPEC.REACH)) & (first_line < y + (0.1 + SPEC.REACH))
         taken = taken & row_valid(row, site.b, site.b + 1, head.C, head.limit)
         taken = taken & _matches(row, site, head, terms, SPEC)
-        taken = taken.to(tl.int32)
-        amount = tl.sum(taken, axis=0)
-        if amount > 0:
-            at, block = _places(taken, amount, found, block, lists.near_ptr, lists, done_ptr, SPEC)
-            tl.store(lists.row_ptr + at, g, mask=taken > 0)
-            found += amount
-    return found
+        if not alone:
+            amount = tl.sum(taken.to(tl.int32), axis=0)
+            if amount > 0:
+                at, block = _places(taken.to(tl.int32), amount, found, block, lists.near_ptr, lists, done_ptr, SPEC)
+                tl.store(lists.row_ptr + at, g, mask=taken)
+                found += amount
+    return tl.where(alone, every, found), g, cx, cy, taken
 
 
 @triton.jit
-def _candidates(q, near, rows, site, lists, head, terms, SPEC: tl.constexpr):
-    """Of some candidates the cell and the row, and whether the tile takes them: the one place that decides it."""
-    if SPEC.KINDS > 1:
-        kind = q // near
-        i = q % near
-        mask = q < near * SPEC.KINDS
-        block = tl.load(lists.near_ptr + i // SPEC.ROWS, mask=mask & (i >= SPEC.ROWS), other=lists.near)
-        g = tl.load(lists.row_ptr + block + i % SPEC.ROWS, mask=mask, other=0)
-        row = load_rows(rows.ptr, g, mask, SPEC.ROWS)
-        cell = row_cell(row, kind, site.b, site.W, site.H, head.C, head.limit, SPEC.REACH)
-        taken = mask
-    else:
-        g = rows.first + q
-        row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
-        row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
-        cell = row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, 0.0)
-        taken = _matches(row, site, head, terms, SPEC)
-    return cell, g, taken & (cell >= site.first_cell) & (cell < site.first_cell + SPEC.CELLS)
+def _candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
+    """The candidates that the tile takes, the one place that decides it: how many.
 
-
-@triton.jit
-def _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
-    """Leaves the candidates that the tile takes; and their number."""
+    Where that is a block at most they are in lanes, with their cells in the tile, rows and a mask; else they are
+    listed. Nothing is listed where all candidates of the image are a block.
+    """
+    lane = tl.arange(0, SPEC.ROWS)
     near = rows.last - rows.first
+    alone = near * SPEC.KINDS <= SPEC.ROWS
+    g = lane
+    cx = lane.to(tl.float32)
+    cy = cx
+    known = lane < 0
     if SPEC.KINDS > 1:
-        near = _list_near(rows, site, lists, done_ptr, head, terms, SPEC)
-        tl.debug_barrier()
+        near, g, cx, cy, known = _near_rows(rows, alone, site, lists, done_ptr, head, terms, SPEC)
+        if not alone:
+            tl.debug_barrier()
     found = site.pid * 0
     block = lists.listed
+    local = lane
+    taken = lane < 0
     for q0 in range(0, near * SPEC.KINDS, SPEC.ROWS):
-        q = q0 + tl.arange(0, SPEC.ROWS)
-        cell, g, taken = _candidates(q, near, rows, site, lists, head, terms, SPEC)
-        taken = taken.to(tl.int32)
-        amount = tl.sum(taken, axis=0)
-        if amount > 0:
-            at, block = _places(taken, amount, found, block, lists.blocks_ptr, lists, done_ptr, SPEC)
-            tl.store(lists.cell_ptr + at, cell - site.first_cell, mask=taken > 0)
-            tl.store(lists.row_ptr + at, g, mask=taken > 0)
-            found += amount
-    return found
+        q = q0 + lane
+        if SPEC.KINDS > 1:
+            kind = q // near
+            i = q % near
+            there = q < near * SPEC.KINDS
+            if not alone:
+                first = tl.load(lists.near_ptr + i // SPEC.ROWS, mask=there & (i >= SPEC.ROWS), other=lists.near)
+                g = tl.load(lists.row_ptr + first + i % SPEC.ROWS, mask=there, other=0)
+                cx = tl.load(rows.ptr + g * 6 + 2, mask=there, other=0.0)
+                cy = tl.load(rows.ptr + g * 6 + 3, mask=there, other=0.0)
+                known = there
+            cell = row_cell(cx, cy, known & there, kind, site.W, site.H, SPEC.REACH)
+        else:
+            g = rows.first + q
+            row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
+            row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
+            known = row_valid(row, site.b, site.b + 1, head.C, head.limit) & _matches(row, site, head, terms, SPEC)
+            cell = row_cell(row.cx, row.cy, known, 0, site.W, site.H, 0.0)
+        taken = (cell >= site.first_cell) & (cell < site.first_cell + SPEC.CELLS)
+        local = tl.where(taken, cell - site.first_cell, 0)
+        amount = tl.sum(taken.to(tl.int32), axis=0)
+        if not alone:
+            if amount > 0:
+                at, block = _places(taken.to(tl.int32), amount, found, block, lists.blocks_ptr, lists, done_ptr, SPEC)
+                tl.store(lists.cell_ptr + at, local, mask=taken)
+                tl.store(lists.row_ptr + at, g, mask=taken)
+        found += amount
+    if not alone:
+        if found > 0:
+            tl.debug_barrier()
+        if found <= SPEC.ROWS:
+            taken = lane < found
+            local = tl.load(lists.cell_ptr + lists.listed + lane, mask=taken, other=0)
+            g = tl.load(lists.row_ptr + lists.listed + lane, mask=taken, other=0)
+    return found, local, g, taken
 
 
 @triton.jit
@@ -140,12 +167,11 @@ def _listed(lists, i, found, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _amounts(lists, found, SPEC: tl.constexpr):
-    """How many listed rows each cell of the tile has."""
+def _amounts(lists, found, local, taken, SPEC: tl.constexpr):
+    """How many candidates, ``taken`` or listed, each cell of the tile has."""
     CELLS: tl.constexpr = SPEC.CELLS
     if found <= SPEC.ROWS:
-        _first, cell, mask = _listed(lists, 0, found, SPEC)
-        amounts = tl.histogram(cell, CELLS, mask=mask)
+        amounts = tl.histogram(local, CELLS, mask=taken)
     else:  # of many a histogram would take longer
         at = lists.marks_ptr + tl.arange(0, CELLS)
         tl.store(at, tl.zeros([CELLS], tl.int32))
@@ -165,13 +191,10 @@ def _store_row(lists, at, g, cell, mask):
 
 
 @triton.jit
-def _order_block(lists, found, base, SPEC: tl.constexpr):
-    """:func:`_order_rows` of a single block."""
-    lane = tl.arange(0, SPEC.ROWS)
-    first, cell, mask = _listed(lists, 0, found, SPEC)
-    key = tl.sort(tl.where(mask, cell, SPEC.CELLS) * SPEC.ROWS + lane)
-    g = tl.load(lists.row_ptr + first + key % SPEC.ROWS, mask=mask, other=0)
-    _store_row(lists, base + lane, g, key // SPEC.ROWS, mask)
+def _sorted(local, g, taken, SPEC: tl.constexpr):
+    """Candidates by cell, those of one cell in order: cells and rows of the first lanes."""
+    key = tl.sort(tl.where(taken, local, SPEC.CELLS) * SPEC.ROWS + tl.arange(0, SPEC.ROWS))
+    return key // SPEC.ROWS, tl.gather(g, key % SPEC.ROWS, 0)
 
 
 @triton.jit
@@ -211,19 +234,21 @@ def _order_blocks(lists, found, starts, most, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _order_rows(lists, found, picks, base, amounts, first, SPEC: tl.constexpr):
-    """Leaves the listed rows again, cell by cell, those of one cell in order, from ``base`` on, as far from there as
-    ``first`` says of each cell.
+def _order_rows(lists, found, picks, base, amounts, first, candidates, SPEC: tl.constexpr):
+    """Leaves the candidates, cell by cell, those of one cell in order, from ``base`` on, as far from there as ``first``
+    says of each cell.
     """
-    if picks == found:  # no cell has several
-        for i in range(0, tl.cdiv(found, SPEC.ROWS)):
-            block, cell, mask = _listed(lists, i, found, SPEC)
-            g = tl.load(lists.row_ptr + block + tl.arange(0, SPEC.ROWS), mask=mask, other=0)
-            _store_row(lists, base + tl.gather(first, cell, 0), g, cell, mask)
-    elif found <= SPEC.ROWS:
-        _order_block(lists, found, base, SPEC)
-    else:
+    local, g, taken = candidates
+    if found > SPEC.ROWS:
         _order_blocks(lists, found, base + first, tl.max(amounts, axis=0), SPEC)
+    else:
+        at = tl.gather(first, local, 0)
+        if picks < found:  # a cell has several
+            lane = tl.arange(0, SPEC.ROWS)
+            local, g = _sorted(local, g, taken, SPEC)
+            taken = lane < found
+            at = lane
+        _store_row(lists, base + at, g, local, taken)
 
 
 @triton.jit
@@ -239,7 +264,7 @@ def _nearest_rows(rows, site, cells, head, SPEC: tl.constexpr):
     nearest = tl.zeros([CELLS], SPEC.ACC)
     for g in range(rows.first, rows.last):
         row = of_kind(load_row(rows.ptr, g), g, g < rows.last, rows.row_weights_ptr, "object")
-        if row_cell(row, 0, site.b, site.W, site.H, head.C, head.limit, 0.0) >= 0:
+        if row_valid(row, site.b, site.b + 1, head.C, head.limit):
             true, area = true_corners(row, site, SPEC.ACC)
             value = iou(anchor, true, site.own_w * site.own_h, area, near_divide)
             taken = tl.where(value > nearest, g, taken)
@@ -264,10 +289,9 @@ def assigned(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
         found = tl.sum(amounts, axis=0)
     else:
         amounts = tl.zeros([CELLS], tl.int32)
-        found = _list_candidates(rows, site, lists, done_ptr, head, terms, SPEC)
+        found, local, g, own = _candidates(rows, site, lists, done_ptr, head, terms, SPEC)
         if found > 0:
-            tl.debug_barrier()
-            amounts = _amounts(lists, found, SPEC)
+            amounts = _amounts(lists, found, local, own, SPEC)
     if found > 0:
         is_pick = (amounts > 0).to(tl.int32)
         picks = tl.sum(is_pick, axis=0)
@@ -280,7 +304,7 @@ def assigned(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
         if terms.match is None:
             _store_row(lists, base + first, taken, cells - site.first_cell, amounts > 0)
         else:
-            _order_rows(lists, found, picks, base, amounts, first, SPEC)
+            _order_rows(lists, found, picks, base, amounts, first, (local, g, own), SPEC)
         tl.debug_barrier()
     if terms.match is None:
         amounts = tl.where((amounts == 0) & (nearest >= head.band_low), -1, amounts)

@@ -234,7 +234,7 @@ def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms
     rows = Rows(targets.ptr, first, last, targets.weights_ptr, targets.columns_ptr, targets.row_weights_ptr)
     lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, plain(levels.near_places), SPEC)
     _tile(View(plane, logits, logit), site, rows, lists, saved, outputs, head, terms, SPEC)
-    if pid == 0:
+    if pid == tl.num_programs(0) - 1:  # the first ones have the most to do
         tl.store(outputs.counts_ptr + 1, _count_invalid(targets, M, plain(levels.batch), head, SPEC))
     if is_last(outputs.done_ptr, tl.num_programs(0)):
         _sum_up(levels, outputs, SPEC)

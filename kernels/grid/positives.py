@@ -109,9 +109,14 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
     k = tl.arange(0, SPEC.K_PAD)[:, None]  # classes begin at 5
     is_class = (k >= 5) & (k < 5 + head.C)
     total = tl.zeros([K_PAD, PICKS], SPEC.ACC)
+    next_cell, next_first, next_count = _picked(tl.arange(0, SPEC.PICKS), found, lists, site, SPEC)
+    next_g = tl.load(lists.order_ptr + next_first, mask=next_count > 0, other=0)
     for slot0 in range(0, found.picks, SPEC.PICKS):
         slot = slot0 + tl.arange(0, SPEC.PICKS)
-        cell, first, count = _picked(slot, found, lists, site, SPEC)
+        cell, first, count, g = next_cell, next_first, next_count, next_g
+        # those of the next block are on their way meanwhile
+        next_cell, next_first, next_count = _picked(slot + SPEC.PICKS, found, lists, site, SPEC)
+        next_g = tl.load(lists.order_ptr + next_first, mask=next_count > 0, other=0)
         here = (slot < found.picks)[None, :] & is_class
         at = cells_at(plane, cell, site, SPEC)
         asked = (slot < found.picks)[None, :] & (k < 5 + head.C)  # box terms will find theirs in the cache
@@ -126,7 +131,6 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
             turns = tl.max(count, axis=0)
         for i in range(0, turns):
             active = i < count
-            g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
             label, m = _labels(g, rows, active, SPEC.ACC)
             own = k == 5 + label[None, :]
             share = tl.full([PICKS], 1.0, SPEC.ACC)
@@ -144,6 +148,8 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
                 times += tl.where(own, share[None, :], 0.0)
             else:
                 times = tl.where(own, 1.0, times)
+            if turns > 1:
+                g = tl.load(lists.order_ptr + first + i + 1, mask=i + 1 < count, other=0)
         if SPEC.SHARING == "each":
             if rows.row_weights_ptr is None:
                 amount = count.to(SPEC.ACC)

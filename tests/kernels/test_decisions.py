@@ -12,7 +12,7 @@ from process import call
 # numbers as they were loaded, so that it may be asked for anywhere.
 DECIDE = {
     "YOLOv1/paper": {"cells._first_rows", "cells._responsible"},
-    "iou_band": {"assign.row_cell", "assign._nearest_rows"},
+    "iou_band": {"assign._nearest_rows"},
     "YOLOv4/darknet": {"assign.row_cell", "assign.best_anchor", "assign._candidates", "ignore.ignored"},
     "YOLOv5": {"assign.row_cell", "assign.ratio", "assign._candidates"},
     "RetinaNet": {"match._most_overlap", "match._claimed"},

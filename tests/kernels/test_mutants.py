@@ -209,7 +209,7 @@ def check_qualities() -> None:
 # their modules' names are those that are replaced
 mpdiou, softmax_ce, real_side_share = box.mpdiou, label.softmax_ce, box._side_share
 real_best_anchor, real_row_cell = assign.best_anchor, assign.row_cell
-real_box_term, real_iou, real_listed, real_picked = grid_box.box_term, listing.iou, listing._listed, positives._picked
+real_box_term, real_iou, real_picked = grid_box.box_term, listing.iou, positives._picked
 real_rank, real_in_order, real_add_up = listing._rank, positives._in_order, positives._add_up
 real_label_of_each, real_column_weights = positives._label_of_each, positives._column_weights
 real_window, real_meet_in_windows = ignore._window, ignore._meet_in_windows
@@ -316,11 +316,10 @@ def ratio_of_larger_rows(w, h, site, thresh, PER_LEVEL: tl.constexpr):
 
 
 @triton.jit
-def _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, AT_MOST_HALF, NEXT_TO_BORDER, CLAMPED):
+def _neighbour(cx, cy, valid, kind, W, H, NEIGHBOURS, AT_MOST_HALF, NEXT_TO_BORDER, CLAMPED):
     """``assign.row_cell`` with three switches."""
-    valid = assign.row_valid(row, image, image + 1, classes, limit)
-    gx = tl.where(valid, row[2], 0.0) * W
-    gy = tl.where(valid, row[3], 0.0) * H
+    gx = tl.where(valid, cx, 0.0) * W
+    gy = tl.where(valid, cy, 0.0) * H
     if NEIGHBOURS:
         along = tl.where((kind == 1) | (kind == 3), gx, gy)
         along = tl.where(kind >= 3, tl.where(kind == 3, W - gx, H - gy), along)
@@ -341,23 +340,23 @@ def _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, AT_MOST_HALF,
 
 
 @triton.jit
-def cell_at_most_half_away(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
-    return _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, True, False, True)
+def cell_at_most_half_away(cx, cy, valid, kind, W, H, NEIGHBOURS: tl.constexpr):
+    return _neighbour(cx, cy, valid, kind, W, H, NEIGHBOURS, True, False, True)
 
 
 @triton.jit
-def cell_beyond_the_border(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
-    return _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, False, True, True)
+def cell_beyond_the_border(cx, cy, valid, kind, W, H, NEIGHBOURS: tl.constexpr):
+    return _neighbour(cx, cy, valid, kind, W, H, NEIGHBOURS, False, True, True)
 
 
 @triton.jit
-def cell_not_clamped(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
-    return _neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS, False, False, False)
+def cell_not_clamped(cx, cy, valid, kind, W, H, NEIGHBOURS: tl.constexpr):
+    return _neighbour(cx, cy, valid, kind, W, H, NEIGHBOURS, False, False, False)
 
 
 @triton.jit
-def cell_of_no_neighbour(row, kind, image, W, H, classes, limit, NEIGHBOURS: tl.constexpr):
-    return tl.where(kind == 0, real_row_cell(row, 0, image, W, H, classes, limit, False), -1)
+def cell_of_no_neighbour(cx, cy, valid, kind, W, H, NEIGHBOURS: tl.constexpr):
+    return tl.where(kind == 0, real_row_cell(cx, cy, valid, 0, W, H, False), -1)
 
 
 @triton.jit
@@ -373,13 +372,11 @@ def picked_with_the_next_ones_row(slot, found, lists, site, SPEC: tl.constexpr):
 
 
 @triton.jit
-def ordered_backwards(lists, found, base, SPEC: tl.constexpr):
+def ordered_backwards(local, g, taken, SPEC: tl.constexpr):
     """Of a cell's rows in a block the first one becomes the last to count."""
-    lane = tl.arange(0, SPEC.ROWS)
-    first, cell, mask = real_listed(lists, 0, found, SPEC)
-    key = tl.sort(tl.where(mask, cell, SPEC.CELLS) * SPEC.ROWS + SPEC.ROWS - 1 - lane)
-    g = tl.load(lists.row_ptr + first + SPEC.ROWS - 1 - key % SPEC.ROWS, mask=mask, other=0)
-    listing._store_row(lists, base + lane, g, key // SPEC.ROWS, mask)
+    last = SPEC.ROWS - 1
+    key = tl.sort(tl.where(taken, local, SPEC.CELLS) * SPEC.ROWS + last - tl.arange(0, SPEC.ROWS))
+    return key // SPEC.ROWS, tl.gather(g, last - key % SPEC.ROWS, 0)
 
 
 @triton.jit
@@ -804,7 +801,7 @@ MUTANTS = [
     (positives, "_column_weights", weights_of_the_class_before, check_weighed_grid),
     (assign, "ratio", ratio_inclusive, check_ratio_grid),
     (assign, "ratio", ratio_of_larger_rows, check_ratio_grid),
-    (listing, "_order_block", ordered_backwards, check_ratio_grid),
+    (listing, "_sorted", ordered_backwards, check_ratio_grid),
     (listing, "_rank", ranked_backwards, check_crowd),
     (positives, "_in_order", first_row_trains_objectness, check_ratio_grid),
     (positives, "_label_of_each", each_class_once, check_crowd),
