@@ -20,8 +20,10 @@ def _picked(slot, found, lists, site, SPEC: tl.constexpr):
     mask = slot < found.picks
     cell = tl.load(lists.pick_ptr + found.pick + slot, mask=mask, other=0)
     cell = tl.where(mask, cell, site.first_cell)
-    first = tl.load(lists.first_ptr + found.pick + slot, mask=mask, other=0)
-    end = tl.load(lists.first_ptr + found.pick + slot + 1, mask=slot + 1 < found.picks, other=0)
+    several = found.picks < found.rows  # on some of them; else nothing need be waited for
+    at = lists.first_ptr + found.pick + slot
+    first = tl.where(several, tl.load(at, mask=mask & several, other=0), slot)
+    end = tl.where(several, tl.load(at + 1, mask=(slot + 1 < found.picks) & several, other=0), slot + 1)
     count = tl.where(mask, tl.where(slot + 1 < found.picks, end, found.rows) - first, 0)
     if SPEC.SHARING == "last":
         first += tl.maximum(count - 1, 0)
@@ -109,14 +111,9 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
     k = tl.arange(0, SPEC.K_PAD)[:, None]  # classes begin at 5
     is_class = (k >= 5) & (k < 5 + head.C)
     total = tl.zeros([K_PAD, PICKS], SPEC.ACC)
-    next_cell, next_first, next_count = _picked(tl.arange(0, SPEC.PICKS), found, lists, site, SPEC)
-    next_g = tl.load(lists.order_ptr + next_first, mask=next_count > 0, other=0)
     for slot0 in range(0, found.picks, SPEC.PICKS):
         slot = slot0 + tl.arange(0, SPEC.PICKS)
-        cell, first, count, g = next_cell, next_first, next_count, next_g
-        # those of the next block are on their way meanwhile
-        next_cell, next_first, next_count = _picked(slot + SPEC.PICKS, found, lists, site, SPEC)
-        next_g = tl.load(lists.order_ptr + next_first, mask=next_count > 0, other=0)
+        cell, first, count = _picked(slot, found, lists, site, SPEC)
         here = (slot < found.picks)[None, :] & is_class
         at = cells_at(plane, cell, site, SPEC)
         asked = (slot < found.picks)[None, :] & (k < 5 + head.C)  # box terms will find theirs in the cache
@@ -131,6 +128,7 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
             turns = tl.max(count, axis=0)
         for i in range(0, turns):
             active = i < count
+            g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
             label, m = _labels(g, rows, active, SPEC.ACC)
             own = k == 5 + label[None, :]
             share = tl.full([PICKS], 1.0, SPEC.ACC)
@@ -148,8 +146,6 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
                 times += tl.where(own, share[None, :], 0.0)
             else:
                 times = tl.where(own, 1.0, times)
-            if turns > 1:
-                g = tl.load(lists.order_ptr + first + i + 1, mask=i + 1 < count, other=0)
         if SPEC.SHARING == "each":
             if rows.row_weights_ptr is None:
                 amount = count.to(SPEC.ACC)

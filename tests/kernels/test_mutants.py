@@ -785,7 +785,7 @@ MUTANTS = [
     (decode, "scaled_sigmoid", sensitive_without_scaled_slope, check_small_grid),
     (offset, "scaled_sigmoid", sensitive_without_shift, check_small_grid),
     (offset, "bce", bce_999, check_small_grid),
-    (assign, "row_valid", valid_anywhere, check_small_grid),
+    (listing, "row_valid", valid_anywhere, check_small_grid),
     (assign, "best_anchor", best_anchor_only, check_small_grid),
     (positives, "_picked", picked_with_one_row, check_small_grid),
     (positives, "_picked", picked_with_the_next_ones_row, check_small_grid),
