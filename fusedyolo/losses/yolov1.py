@@ -163,7 +163,7 @@ class YOLOv1Loss(WeightedLoss):
         self.recipe = checks.one_of("recipe", recipe, tuple(CELL_RECIPES))
         row = CELL_RECIPES[self.recipe]
         self.hyp = hyper_parameters(hyp, row.hyp, f"recipe {recipe!r}")
-        self.reduction = checks.one_of("reduction", reduction, (*checks.REDUCTIONS, "none"))
+        self.reduction = checks.one_of("reduction", reduction, ("sum", "mean", "none"))
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
         self.form: checks.BoxForm = checks.box_form(unit, boxes)

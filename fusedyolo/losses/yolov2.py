@@ -141,7 +141,7 @@ class YOLOv2Loss(GridLoss):
         if reduction not in (None, "none") and recipe != "darknet":
             want = f"'none', or nothing with recipe {recipe!r}, which has its own"
             checks.fail("reduction", checks.describe(reduction), want)
-        reduction = checks.one_of("reduction", reduction or "sum", (*checks.REDUCTIONS, "none"))
+        reduction = checks.one_of("reduction", reduction or "sum", ("sum", "mean", "none"))
         pool = sum(pixels, ())
         common = {
             "num_classes": checks.count("num_classes", num_classes),

@@ -1,0 +1,86 @@
+"""Every ``ValueError`` about an argument: its name, what came, what was wanted.
+
+Nothing here launches work or waits for a device, so the checks run on every call, and ``torch.compile`` traces through
+them. What they find of shapes, types and devices is remembered.
+"""
+
+from .arguments import (
+    all_anchors,
+    ascending,
+    ascending_pair,
+    band,
+    class_counts,
+    class_weights,
+    flags,
+    level_anchors,
+    locate,
+    neighbours,
+    own_strides,
+    per_level,
+    strides,
+)
+from .boxes import (
+    BOXES,
+    UNITS,
+    BoxForm,
+    box_form,
+    image_boxes,
+    pair,
+    row_flags,
+    row_weights,
+    rows,
+    same_device,
+    target_size,
+)
+from .predictions import (
+    cell_predictions,
+    dense_predictions,
+    grid_predictions,
+    grid_views,
+    level_sizes,
+    of_one_type,
+    point_predictions,
+)
+from .values import count, describe, fail, flag, image_sizes, number, one_of, size
+
+__all__ = [
+    "BOXES",
+    "UNITS",
+    "BoxForm",
+    "all_anchors",
+    "ascending",
+    "ascending_pair",
+    "band",
+    "box_form",
+    "cell_predictions",
+    "class_counts",
+    "class_weights",
+    "count",
+    "dense_predictions",
+    "describe",
+    "fail",
+    "flag",
+    "flags",
+    "grid_predictions",
+    "grid_views",
+    "image_boxes",
+    "image_sizes",
+    "level_anchors",
+    "level_sizes",
+    "locate",
+    "neighbours",
+    "number",
+    "of_one_type",
+    "one_of",
+    "own_strides",
+    "pair",
+    "per_level",
+    "point_predictions",
+    "row_flags",
+    "row_weights",
+    "rows",
+    "same_device",
+    "size",
+    "strides",
+    "target_size",
+]
