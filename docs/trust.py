@@ -15,7 +15,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "trust.md"
 PLACE = re.compile(r"(<!-- written by docs/trust.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OF_EACH_DRIVER = {"cell": "YOLOv1/paper", "grid": "YOLOv5", "dense": "RetinaNet", "pick": "YOLOv8"}
 ONCE = {"YOLOv1/paper", "YOLOv2/region", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8"}
-SEVERAL = {"YOLOv2/region", "ScaledYOLOv4", "YOLOv5", "EfficientDet", "YOLOv8", "E2E/yolo26"}  # numbers divided by
 
 
 class Property(NamedTuple):
@@ -35,7 +34,7 @@ class Property(NamedTuple):
 ROOM = "tests/trust/test_"
 COMPILED = "tests/kernels/test_compiled.py::test_compiled"
 NANS = "tests/kernels/test_nan.py::test_a_nan_shows_where_it_is_read_and_stays_there"
-MEAN, REFUSED = "the_mean_over_processes_is_the_loss_of_the_batch", "what_divides_by_other_numbers_is_refused"
+MEAN = ROOM + "processes.py::test_the_mean_over_processes_is_the_loss_of_the_batch"
 
 GROUPS: dict[str, list[Property]] = {
     "graphs": [
@@ -123,16 +122,10 @@ GROUPS: dict[str, list[Property]] = {
             "permuted batches", ROOM + "bits.py::test_permuted_batches_have_permuted_gradients[{case}]", when="once"
         ),
         Property("permuted batches: reference", ROOM + "bits.py::test_permuted_batches_of_the_reference[{case}]"),
-        Property(
-            "2 processes",
-            ROOM + f"processes.py::test_{MEAN}[2-{{case}}]",
-            own={name: ROOM + f"processes.py::test_{REFUSED}[{name}]" for name in SEVERAL},
-        ),
-        Property(
-            "4 processes, one without objects",
-            ROOM + f"processes.py::test_{MEAN}[4-{{case}}]",
-            own={name: ROOM + f"processes.py::test_{REFUSED}[{name}]" for name in SEVERAL},
-        ),
+        Property("2 processes", MEAN + "[2-triton-{case}]"),
+        Property("2 processes: reference", MEAN + "[2-torch-{case}]"),
+        Property("4 processes, one without objects", MEAN + "[4-triton-{case}]"),
+        Property("4 processes: reference", MEAN + "[4-torch-{case}]"),
         Property("threads", ROOM + "processes.py::test_threads_share_nothing[{case}]"),
         Property("nothing grows in 60 steps", ROOM + "long_run.py::test_nothing_grows[{driver}]"),
         Property(
@@ -156,8 +149,6 @@ def test_of(wanted: Property, case: Case) -> str:
 
 def mark(wanted: Property, case: Case) -> str:
     """A cell: where that test runs."""
-    if "refused" in test_of(wanted, case):
-        return "refused"
     if wanted.when == "once":
         return "yes" if case.name in ONCE else "long"
     return {"": "yes", "long": "long", "gpu": "GPU"}[wanted.when]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from . import checks
-from .drivers import of
 from .losses import LossOutput
 
 
@@ -18,16 +17,16 @@ class GlobalLoss(nn.Module):
     ``DistributedDataParallel`` averages gradients over processes. Where a loss divides by the objects that it has
     found, that is no mean over the batch: a process with few objects counts as much as one with many. Here each process
     multiplies its loss by (its own divisor) / (that of all) * (number of processes), so that the averaged gradient is
-    the one that a single process would have for all images. Processes may have different numbers of images, and no
-    objects at all. Sums over the batch are multiplied by the number of processes.
+    the one that a single process would have for all images; where a loss is divided by several numbers (level by level,
+    branch by branch), each piece of it by its own. Processes may have different numbers of images, and no objects at
+    all. Sums over the batch are multiplied by the number of processes.
 
-    Divisors stay on the device: one ``all_reduce`` of a number a call, in every process, whatever it has found. Of
+    Divisors stay on the device: one ``all_reduce`` of a few numbers a call, in every process, whatever it has found. Of
     kernels, the gradient is scaled by the launch that scales it for a ``GradScaler``. Without a process group the
     loss is that of the criterion.
 
     Args:
-        criterion: a loss that divides by one number: one of YOLOv1, YOLOv3 and YOLOv4, YOLOv2's ``"darknet"`` and
-            ``"lightnet"``, RetinaNet, SSD, FCOS or YOLOX, of which some recipes divide otherwise.
+        criterion: any of the losses, but one of each image (``reduction="none"``).
         group: the process group; the default one without it.
 
     Shapes:
@@ -36,43 +35,27 @@ class GlobalLoss(nn.Module):
           those of this process.
 
     Raises:
-        ValueError: ``criterion`` divides by several numbers (YOLOv5, Scaled-YOLOv4 and YOLOv2's ``"region"``, level by
-            level), by one more than the objects (EfficientDet), or by a number that it does not tell (YOLOv8 and what
-            it stands for: the sum of soft scores); or it is one of each image (``reduction="none"``).
+        ValueError: ``criterion`` is no loss of this package, or one of each image.
     """
 
     def __init__(self, criterion: Any, group: Any = None):
         super().__init__()
-        divides = None if criterion.head.by_image else of(criterion).divisor(criterion)
-        if divides is None:
-            want = "a loss that divides by one number, of images or of objects"
-            checks.fail("criterion", type(criterion).__name__, want)
-        self._divides = divides
+        if not hasattr(criterion, "apart"):
+            checks.fail("criterion", checks.describe(criterion), "a loss of fusedyolo, such as YOLOv4Loss")
+        if criterion.head.by_image:
+            checks.fail("criterion", f"{type(criterion).__name__} with reduction='none'", "a loss of the whole batch")
         self.criterion = criterion
         self.group = group
 
     def forward(self, preds: Any, *arguments: Any, **geometry: Any) -> LossOutput:
         """The loss of this process's part of the batch, so that the mean over processes is that of all."""
-        out: LossOutput = self.criterion(preds, *arguments, **geometry)
         if not dist.is_initialized():
+            out: LossOutput = self.criterion(preds, *arguments, **geometry)
             return out
-        factor = self._factor(out, _images(preds))
-        parts = {name: part * factor for name, part in out.parts.items()}
-        return LossOutput(out.total * factor, parts, out.num_pos, out.num_invalid)
-
-    def _factor(self, out: LossOutput, images: int) -> Tensor:
-        """0-dim, of the type of the total."""
-        size = dist.get_world_size(self.group)
-        if self._divides == "nothing":
-            return out.total.new_full((), size)
-        own = out.num_pos.double() if self._divides == "objects" else out.total.new_full((), images).double()
-        every = own.detach().clone()
+        own = self.criterion.apart(preds, *arguments, **geometry)
+        every = own.amounts.clone()
         dist.all_reduce(every, group=self.group)
-        return (size * own.clamp(min=1) / every.clamp(min=1)).to(out.total.dtype)
-
-
-def _images(preds: Any) -> int:
-    """How many a batch has: the first axis of every form of predictions."""
-    while not isinstance(preds, Tensor):
-        preds = next(iter(preds.values())) if isinstance(preds, dict) else preds[0]
-    return preds.shape[0]
+        size = dist.get_world_size(self.group)
+        factors = (size * own.shares(every) / own.shares(own.amounts)).to(own.pieces.dtype)
+        parts = {name: (part * factors[where]).sum() for name, (part, where) in own.parts.items()}
+        return LossOutput((own.pieces * factors).sum(), parts, own.num_pos, own.num_invalid)

@@ -56,7 +56,8 @@ class GridHead(_Row):
     ``obj_mean``: objectness of a level is divided by its ``"cells"`` times anchors (a sum over images remains), or by
     the number of its ``"used"`` predictions in the batch. ``weigh_classes``: class weights multiply the terms of their
     classes, whether these are there or not, and nothing else. ``"each"`` knows no other class weights and no
-    ``average_box``. ``by_image``: the loss is one of each image, which add up to what it is without.
+    ``average_box``. ``by_image``: the loss is one of each image, which add up to what it is without; ``by_level``, of
+    heads with ``mean_rows``, likewise two of each level, of box and classes, and of objectness.
 
     Numbers. ``area_weight`` w turns the offset term's weight into ``1 + w * (1 - min(gw * gh, area_cap))``, gw and gh
     relative to the image. ``prior_gain`` weighs the box term of predictions without an object, towards the middle of
@@ -93,6 +94,7 @@ class GridHead(_Row):
     obj_mean: str | None = None
     weigh_classes: bool = False
     by_image: bool = False
+    by_level: bool = False
     box_gain: float = 1.0
     obj_gain: float = 1.0
     noobj_gain: float = 1.0

@@ -91,7 +91,7 @@ def yolov8(
         if not own:
             continue
         corners = torch.cat((xywh[:, :2] - xywh[:, 2:] / 2, xywh[:, :2] + xywh[:, 2:] / 2), 1)
-        overlap, metric = torch.zeros(len(own), N, dtype=torch.float64), torch.zeros(len(own), N, dtype=torch.float64)
+        overlap, metric = torch.full((len(own), N), -1.0).double(), torch.zeros(len(own), N, dtype=torch.float64)
         for g, (x1, y1, x2, y2) in enumerate(corners):
             cx, cy, w, h = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
             w, h = (side if side >= small else torch.tensor(float(small)) for side in (w, h))
@@ -99,9 +99,9 @@ def yolov8(
             deep = torch.stack((px - (cx - w / 2), py - (cy - h / 2), cx + w / 2 - px, cy + h / 2 - py)).amin(0)
             inside = deep > 1e-9
             values = ciou(pred[b].detach() * s[:, None], corners[g].expand(N, 4), taller).clamp(min=0)
-            overlap[g] = torch.where(inside, values, 0.0)
+            overlap[g] = torch.where(inside, values, -1.0)  # with beta 0 those that do not overlap may have a cell
             score = scores[b, int(rows[own[g], 1])].detach().sigmoid()
-            metric[g] = torch.where(inside, score**alpha * overlap[g] ** beta, 0.0)
+            metric[g] = torch.where(inside, score**alpha * values**beta, 0.0)
         taken = torch.zeros(len(own), N, dtype=torch.bool)
         for g in range(len(own)):
             order = metric[g].sort(descending=True, stable=True).indices[:topk].tolist()
@@ -116,7 +116,7 @@ def yolov8(
                 order = (metric[g] * taken[g]).sort(descending=True, stable=True).indices[topk2:]
                 taken[g, order] = False
         for g, row in enumerate(own):
-            most, widest = (metric[g] * taken[g]).max(), (overlap[g] * taken[g]).max()
+            most, widest = (metric[g] * taken[g]).max(), (overlap[g].clamp(min=0) * taken[g]).max()
             for a in taken[g].nonzero().flatten().tolist():
                 target[b, a, int(rows[row, 1])] = metric[g, a] * widest / (most + 1e-9)
                 of[b, a], truth[b, a] = row, corners[g] / s[a]

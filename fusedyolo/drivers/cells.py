@@ -49,13 +49,10 @@ class CellDriver(Driver):
         rows, offsets, weights = as_targets(targets, batch, size, preds.device, criterion.form)
         return CellCall(preds, rows, offsets, size, criterion.class_weights, weights)
 
-    def reference_loss(self, head: CellHead, call: CellCall) -> tuple[Tensor, Tensor, Tensor]:
+    def reference_loss(self, head: CellHead, call: CellCall) -> tuple[Tensor, Tensor, Tensor, None]:
         rows, spare = without_spare(call.rows, call.offsets)
         total, parts, counts = reference.cell_loss(call.pred, rows, head, call.class_weights, call.weights)
-        return total, parts, shared.counts_without_spare(counts, spare)
-
-    def divisor(self, criterion: Any) -> str | None:
-        return "images" if criterion.reduction == "mean" else "nothing"
+        return total, parts, shared.counts_without_spare(counts, spare), None
 
     def launches(self, head: CellHead, call: CellCall) -> dict[str, Launch]:
         from .. import ops

@@ -51,11 +51,13 @@ class DenseDriver(Driver):
             checks.fail("anchors", None, "a tensor of shape (N, 4)")
         return criterion.read(preds, targets, **geometry)
 
-    def reference_loss(self, head: DenseHead, call: DenseCall) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    def reference_loss(
+        self, head: DenseHead, call: DenseCall
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor | None]]:
         rows, spare = without_spare(call.rows, call.offsets)
         maps = [reference.flat_maps(each, width) for each, width in zip(call.levels, call.channels, strict=True)]
         centre = maps[2] if head.centreness else None
-        terms, counts = reference.dense_loss(
+        terms, counts, divisors = reference.dense_loss(
             maps[0],
             maps[1],
             centre,
@@ -68,11 +70,7 @@ class DenseDriver(Driver):
             call.class_weights,
             call.weights,
         )
-        return torch.stack(terms).sum(0), terms, shared.counts_without_spare(counts, spare)
-
-    def divisor(self, criterion: Any) -> str | None:
-        head = criterion.head
-        return None if head.box_weight else {"image": "images", "batch": "objects"}.get(head.mean)
+        return torch.stack(terms).sum(0), terms, shared.counts_without_spare(counts, spare), divisors
 
     def launches(self, head: DenseHead, call: DenseCall) -> dict[str, Launch]:
         from .. import ops

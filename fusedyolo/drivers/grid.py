@@ -51,17 +51,11 @@ class GridDriver(Driver):
         rows, offsets, weights = as_targets(targets, batch, size, maps[0].device, criterion.form)
         return GridCall(maps, rows, offsets, size, criterion.class_weights, weights)
 
-    def reference_loss(self, head: GridHead, call: GridCall) -> tuple[Tensor, Tensor, Tensor]:
+    def reference_loss(self, head: GridHead, call: GridCall) -> tuple[Tensor, Tensor, Tensor, None]:
         views = [reference.grid_view(pred, len(level)) for pred, level in zip(call.preds, head.levels, strict=True)]
         rows, spare = without_spare(call.rows, call.offsets)
         total, parts, counts = reference.grid_loss(views, rows, head, call.class_weights, call.weights)
-        return total, parts, shared.counts_without_spare(counts, spare)
-
-    def divisor(self, criterion: Any) -> str | None:
-        head = criterion.head
-        if head.mean_rows or head.obj_mean is not None:
-            return None
-        return "images" if criterion.batch_power == -1 else "nothing"
+        return total, parts, shared.counts_without_spare(counts, spare), None
 
     def launches(self, head: GridHead, call: GridCall) -> dict[str, Launch]:
         from .. import ops

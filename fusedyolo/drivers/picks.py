@@ -49,9 +49,9 @@ class PickDriver(Driver):
         shared.refuse(geometry)
         return criterion.read(preds, targets)
 
-    def reference_loss(self, head: PickHead, call: PickCall) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    def reference_loss(self, head: PickHead, call: PickCall) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
         rows, spare = without_spare(call.rows, call.offsets)
-        parts, counts = reference.pick_loss(
+        parts, counts, weights = reference.pick_loss(
             planes(call.form, call.preds, head),
             rows,
             head,
@@ -61,10 +61,7 @@ class PickDriver(Driver):
             call.class_weights,
             call.weights,
         )
-        return torch.stack(parts).sum(0), parts, shared.counts_without_spare(counts, spare)
-
-    def divisor(self, criterion: Any) -> str | None:
-        return None if criterion.head.soft else "objects"
+        return torch.stack(parts).sum(0), parts, shared.counts_without_spare(counts, spare), weights
 
     def launches(self, head: PickHead, call: PickCall) -> dict[str, Launch]:
         from ..ops import picks as ops

@@ -106,8 +106,10 @@ class Driver(Protocol):
             ValueError: names the argument, what came and what was wanted.
         """
 
-    def reference_loss(self, head: Any, call: Any) -> tuple[Tensor, Sequence[Tensor] | Tensor, Tensor]:
-        """The loss in eager PyTorch: total, parts, and int32 counts of assigned predictions and invalid rows."""
+    def reference_loss(self, head: Any, call: Any) -> tuple[Tensor, Sequence[Tensor] | Tensor, Tensor, Any]:
+        """The loss in eager PyTorch: total, parts, int32 counts of assigned predictions and invalid rows; and of some
+        drivers what sums are divided by.
+        """
 
     def launches(self, head: Any, call: Any) -> dict[str, Launch]:
         """The launches of a training step by name, in order, on memory that nothing has written."""
@@ -161,12 +163,6 @@ class Driver(Protocol):
     def together(self, kernel: str, arguments: Mapping[str, Any]) -> int:
         """How many programs, one after the other, share a tile: all of these are run or none."""
         return 1
-
-    def divisor(self, criterion: Any) -> str | None:
-        """What sums over the batch are divided by: ``"nothing"``, ``"images"`` or ``"objects"``, predictions that have
-        one; None for several numbers, or another one.
-        """
-        raise NotImplementedError
 
     def adding(self, kernel: str, arguments: Mapping[str, Any]) -> int | None:
         """How many programs, the first ones of a launch, leave sums for the last of them; all of them if None."""

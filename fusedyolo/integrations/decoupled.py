@@ -45,7 +45,7 @@ def losses(criterion: YOLOXLoss, preds: dict[str, list[Tensor]], labels: Tensor)
     labels = labels.detach().float()
     rows = torch.cat((labels[..., :1], labels[..., 1:5] / side), 2)
     call = criterion.read(preds, rows)._replace(size=(side, side))
-    total, (box, objectness, classes, l1), counts = criterion.compute(call)
+    total, (box, objectness, classes, l1), counts, _ = criterion.compute(call)
     objects = (labels.sum(2) > 0).sum().clamp(min=1)
     return Losses(total, box, objectness, classes, l1 if criterion.use_l1 else 0.0, counts[0], objects)
 

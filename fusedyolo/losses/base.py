@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Container, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..drivers.grid import GRID, GridCall
 from ..heads import GridHead, head_from_key
 from ..targets import Targets, as_targets
 from ..watch import Watch
-from .output import LossOutput, rounded
+from .output import Apart, LossOutput, apart_by_images, rounded
 
 PARTS = ("box", "obj", "cls")
 
@@ -152,7 +152,7 @@ class GridLoss(WeightedLoss):
             )
         else:
             call = GridCall(preds, rows, offsets, size, class_weights, weights)
-            total, parts, counts = GRID.reference_loss(head, call)
+            total, parts, counts, _ = GRID.reference_loss(head, call)
         if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(rows, offsets, counts, size, weights=weights)
         if head.by_image:
@@ -160,6 +160,34 @@ class GridLoss(WeightedLoss):
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, terms, num_pos, num_invalid)
+
+    def apart(self, preds: Any, targets: Any) -> Apart:
+        """The loss in pieces, each divided by numbers of its own; arguments and errors of :meth:`forward`."""
+        if not self.head.mean_rows:
+            out = self(preds, targets)
+            return apart_by_images(out, (preds if isinstance(preds, Tensor) else preds[0]).shape[0], self.batch_power)
+        call, L = GRID.read(self, preds, targets), len(self.head.levels)
+        images = call.preds[0].shape[0]
+        head, key = _level_head(self._head_of(images)[1])
+        call = call._replace(class_weights=self._weights_for(call.preds[0]))
+        if backends.resolve(self.backend, call.rows.device) == "triton":
+            from .. import ops
+
+            maps = checks.of_one_type(call.preds)
+            asked = torch.is_grad_enabled() and any([pred.requires_grad for pred in maps])
+            given = maps, call.rows, call.offsets, call.class_weights, key, asked, ops.workspace(call.rows.device)
+            total, parts, counts, *_ = ops.call(ops.grid_loss, *given, call.weights)
+            table = parts[3 + 2 * L :].view(L, -1)
+        else:
+            total, table, counts, _ = GRID.reference_loss(head, call)
+        if not torch.compiler.is_compiling() and self._watch is not None:
+            self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, weights=call.weights)
+        places = (slice(0, None, 2), slice(1, None, 2), slice(0, None, 2))  # of levels, box and classes are one piece
+        terms = {name: (term, where) for name, term, where in zip(PARTS, table[:, :3].unbind(1), places, strict=True)}
+        amounts = torch.cat((table.new_full((1,), images), table[:, 4], table[:, 5])).double()
+        of_rows, of_obj = (self.batch_power * (gain in self.batch_gains) for gain in ("box_gain", "obj_gain"))
+        shares = partial(_shares_of_levels, (of_rows, of_obj))
+        return Apart(total.flatten(), terms, amounts, shares, *counts.unbind())
 
     def _head_of(self, batch: int) -> tuple[GridHead, str]:
         """The head for a call with this many images, and its key."""
@@ -224,6 +252,21 @@ def class_targets(hyp: dict[str, Any], name: str, num_classes: int) -> tuple[flo
 def focal_bce(positive_weight: float, gamma: float) -> tuple[str, tuple[float, ...]]:
     """Binary cross-entropy with a weight of positives, or the focal loss made of it with alpha 0.25; its arguments."""
     return ("bce", (positive_weight,)) if gamma == 0 else ("focal", (0.25, gamma, positive_weight))
+
+
+def _shares_of_levels(powers: tuple[int, int], amounts: Tensor) -> Tensor:
+    """Of the numbers of images, of rows on each level, and of predictions whose objectness is in use (0 where it is not
+    divided by that): what box and classes, and objectness, of each level are multiplied by.
+    """
+    images, divisors = amounts[:1], amounts[1:].clamp(min=1).view(2, -1)
+    return torch.stack([images**power / own for power, own in zip(powers, divisors, strict=True)], 1).flatten()
+
+
+@torch.compiler.assume_constant_result
+def _level_head(key: str) -> tuple[GridHead, str]:
+    """The head with a loss of each level, and its key."""
+    head = dataclasses.replace(head_from_key(key), by_level=True)
+    return head, head.key
 
 
 @torch.compiler.assume_constant_result

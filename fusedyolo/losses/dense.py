@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..targets import Targets, as_targets, in_corners
 from ..terms import find_term
 from ..watch import Watch
 from .base import WeightedLoss
-from .output import LossOutput, detached, rounded
+from .output import Apart, LossOutput, detached, rounded
 
 TERMS = ("classification", "bbox_regression", "bbox_ctrness")
 """Names of the parts, torchvision's."""
@@ -78,7 +79,7 @@ class DenseLoss(WeightedLoss):
             ValueError: names the argument, what came and what was wanted.
         """
         call = self.read(preds, targets, anchors, num_anchors_per_level, image_size)
-        total, terms, counts = self._compute(call, outputs=1)
+        total, terms, counts, _ = self.compute(call, outputs=1)
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, detached(TERMS, terms), num_pos, num_invalid)
 
@@ -94,8 +95,25 @@ class DenseLoss(WeightedLoss):
 
         Arguments and errors are those of :meth:`forward`.
         """
-        _, terms, _ = self._compute(self.read(preds, targets, anchors, num_anchors_per_level, image_size))
+        _, terms, _, _ = self.compute(self.read(preds, targets, anchors, num_anchors_per_level, image_size))
         return dict(zip(TERMS, terms, strict=False))
+
+    def apart(self, preds: Any, targets: Any, *arguments: Any, **geometry: Any) -> Apart:
+        """The loss in pieces, each divided by numbers of its own; arguments and errors of :meth:`forward`."""
+        call = self.read(preds, targets, *arguments, **geometry)
+        mean, weighed = self.head.mean, self.head.box_weight is not None
+        total, terms, counts, (of_batch, of_boxes) = self.compute(call, outputs=None if weighed else 1)
+        num_pos, num_invalid = counts.unbind()
+        amount = {"image": total.new_full((), call.levels[0][0].shape[0]), "images": of_batch[-1]}.get(mean, num_pos)
+        pieces, amounts = total[None], amount[None].double()
+        if of_boxes is not None and weighed:
+            cls, box, *middle = terms
+            pieces = torch.stack((torch.stack((cls, *middle)).sum(0), box))
+            # without objects there is nothing to weigh, and the least that is divided by is not to be added up
+            weights = torch.where(num_pos > 0, of_boxes.view(()), 0.0)
+            amounts = torch.cat((amounts, weights[None]))
+        parts = {name: (term, int(weighed and i == 1)) for i, (name, term) in enumerate(detached(TERMS, terms).items())}
+        return Apart(pieces, parts, amounts, partial(_shares, mean), num_pos, num_invalid)
 
     def read(
         self, preds: Any, targets: Any, anchors: Any, num_anchors_per_level: Any = None, image_size: Any = None
@@ -121,8 +139,11 @@ class DenseLoss(WeightedLoss):
         class_weights = None if self._weights is None else self._weights_for(pred)
         return DenseCall(levels, self._channels, anchors, rows, offsets, size, corners, ends, class_weights, weights)
 
-    def _compute(self, call: DenseCall, outputs: int | None = None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """Total, parts and counts; with ``outputs`` 1 the parts need have no gradient."""
+    def compute(
+        self, call: DenseCall, outputs: int | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor | None]]:
+        """Total, parts, counts, and what sums are divided by: what ends in that of the batch, and of heads that weigh
+        boxes the sum of their weights; with ``outputs`` 1 the parts need have no gradient."""
         pred = call.levels[0][0]
         if backends.resolve(self.backend, pred.device) == "triton":
             from .. import ops
@@ -139,7 +160,7 @@ class DenseLoss(WeightedLoss):
             own = ops.workspace(pred.device, call.rows.shape[0] + pred.shape[0] + 1)
             asked = torch.is_grad_enabled() and any([p.requires_grad for p in flat])
             with_grad = asked and not half and own is None
-            total, cls, box, middle, counts, *_ = ops.call(
+            total, cls, box, middle, counts, _, found, weights, *_ = ops.call(
                 ops.dense_loss,
                 flat,
                 call.anchors.contiguous(),
@@ -155,16 +176,25 @@ class DenseLoss(WeightedLoss):
                 call.weights,
                 outputs=outputs,
             )
-            terms = (cls, box, middle)[: len(call.levels)]
+            terms, divisors = (cls, box, middle)[: len(call.levels)], (found, weights)
         else:
-            total, terms, counts = DENSE.reference_loss(self.head, call)
+            total, terms, counts, divisors = DENSE.reference_loss(self.head, call)
         if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, call.corners, call.weights)
-        return total, terms, counts
+        return total, terms, counts, divisors
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""
         return f"num_classes={self.head.num_classes}, loss_type={self.head.box!r}, backend={self.backend!r}"
+
+
+def _shares(mean: str, amounts: Tensor) -> Tensor:
+    """What the pieces are multiplied by, of images, anchors with a row, or both counted together, as ``mean`` says, and
+    where boxes are weighed of the sum of their weights.
+    """
+    of_batch, *of_boxes = amounts.unbind()
+    of_batch = of_batch + 1 if mean == "one more" else of_batch.clamp(min=1)
+    return 1 / torch.stack((of_batch, *[weights.clamp(min=1e-6) for weights in of_boxes]))
 
 
 def _box(loss_type: Any, beta: Any, *roles: str) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..heads import CellHead, DenseHead, GridHead, PickHead
@@ -41,6 +42,34 @@ class LossOutput(NamedTuple):
     def __float__(self) -> float:
         """The total as a number, which waits for the device."""
         return float(self.total.detach())
+
+
+class Apart(NamedTuple):
+    """A loss in pieces that add up to it, each of which is divided by numbers of its own, for whoever counts these over
+    several processes.
+
+    Attributes:
+        pieces: [K], as the total of a :class:`LossOutput`.
+        parts: those of a :class:`LossOutput`, by name: numbers, and which of the pieces these belong to, in turn.
+        amounts: [D], what the loss is divided or multiplied by, so that those of several batches add up.
+        shares: of ``amounts`` [K], what the pieces are multiplied by for them.
+        num_pos: as in :class:`LossOutput`.
+        num_invalid: likewise.
+    """
+
+    pieces: Tensor
+    parts: Mapping[str, tuple[Tensor, int | slice]]
+    amounts: Tensor
+    shares: Callable[[Tensor], Tensor]
+    num_pos: Tensor
+    num_invalid: Tensor
+
+
+def apart_by_images(out: LossOutput, images: int, power: int) -> Apart:
+    """A loss in one piece, which is multiplied by this ``power`` of the number of images."""
+    parts = {name: (part, 0) for name, part in out.parts.items()}
+    amounts = out.total.new_full((1,), images, dtype=torch.float64)
+    return Apart(out.total[None], parts, amounts, lambda given: given**power, out.num_pos, out.num_invalid)
 
 
 def detached(names: Iterable[str], terms: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,32 @@ from ..heads import PickHead
 from ..targets import Targets, as_targets
 from ..watch import Watch
 from .base import WeightedLoss
-from .output import LossOutput, detached, rounded
+from .output import Apart, LossOutput, detached, rounded
 
 Predicted = Sequence[Tensor] | Mapping[str, Any]
 AnyTargets = Tensor | Sequence[dict[str, Tensor]] | Targets
-Computed = tuple[Tensor, tuple[Tensor, ...], Tensor]
+Computed = tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]
+
+
+def apart_of(branches: Sequence[tuple[str, PickLoss, PickCall]]) -> Apart:
+    """The loss of one or several branches, a piece each; the names of their parts begin as is said."""
+    images = len(range(branches[0][2].preds[0].shape[0]))
+    pieces, counts, amounts = [], [], []
+    parts: dict[str, tuple[Tensor, Any]] = {}
+    for i, (prefix, branch, call) in enumerate(branches):
+        total, terms, found, weights = branch.compute(call, outputs=1)
+        parts |= {prefix + name: (term, i) for name, term in detached(branch.head.parts, terms).items()}
+        pieces.append(total)
+        counts.append(found)
+        amounts.append(weights[-1])
+    shares = partial(_shares, int(branches[0][1].batch_factor))
+    of_all = torch.stack([pieces[0].new_full((), images), *amounts]).double()
+    return Apart(torch.stack(pieces), parts, of_all, shares, torch.stack(counts)[:, 0].sum(), counts[0][1])
+
+
+def _shares(power: int, amounts: Tensor) -> Tensor:
+    """What the pieces are multiplied by, of the number of images, and of each piece the sum of weights."""
+    return amounts[:1] ** power / amounts[1:].clamp(min=1)
 
 
 class PickLoss(WeightedLoss):
@@ -69,15 +91,19 @@ class PickLoss(WeightedLoss):
         Raises:
             ValueError: names the argument, what came and what was wanted.
         """
-        total, terms, counts = self.compute(self.read(preds, targets), outputs=1)
+        total, terms, counts, _ = self.compute(self.read(preds, targets), outputs=1)
         parts = detached(self.head.parts, terms)
         num_pos, num_invalid = counts.unbind()
         return LossOutput(total, parts, num_pos, num_invalid)
 
     def terms(self, preds: Predicted, targets: AnyTargets) -> dict[str, Tensor]:
         """The parts of the loss with a gradient each, to weigh them apart; arguments and errors of :meth:`forward`."""
-        _, terms, _ = self.compute(self.read(preds, targets))
+        _, terms, _, _ = self.compute(self.read(preds, targets))
         return dict(zip(self.head.parts, terms, strict=True))
+
+    def apart(self, preds: Any, targets: Any) -> Apart:
+        """The loss in pieces, each divided by numbers of its own; arguments and errors of :meth:`forward`."""
+        return apart_of([("", self, self.read(preds, targets))])
 
     def own(self, preds: Any) -> Any:
         """Those of the predictions that ``head`` is of."""
@@ -94,7 +120,9 @@ class PickLoss(WeightedLoss):
         return PickCall(form, tensors, maps, rows, offsets, size, gains, class_weights, weights)
 
     def compute(self, call: PickCall, outputs: int | None = None) -> Computed:
-        """Total, parts and counts; with ``outputs`` 1 the parts need have no gradient."""
+        """Total, parts, counts and what ends in the sum of weights, see :func:`.reference.pick_loss`; with ``outputs``
+        1 the parts need have no gradient.
+        """
         pred = call.preds[0]
         if backends.resolve(self.backend, pred.device) == "triton":
             from .. import ops
@@ -109,7 +137,7 @@ class PickLoss(WeightedLoss):
                     break
             asked = torch.is_grad_enabled() and any([p.requires_grad for p in preds])
             with_grad = asked and preds[0].dtype != torch.float16 and own is None
-            total, parts, counts, *_ = ops.call(
+            total, parts, counts, _, _, weights, _ = ops.call(
                 ops.pick_loss,
                 preds,
                 call.rows,
@@ -127,10 +155,10 @@ class PickLoss(WeightedLoss):
             )
             terms = tuple(parts)
         else:
-            total, terms, counts = PICKS.reference_loss(self.head, call)
+            total, terms, counts, weights = PICKS.reference_loss(self.head, call)
         if not torch.compiler.is_compiling() and self._watch is not None:
             self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, weights=call.weights)
-        return total, terms, counts
+        return total, terms, counts, weights
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""

@@ -16,7 +16,7 @@ from ..heads import CellHead, cell_head_from_key
 from ..targets import Targets, as_targets
 from ..watch import Watch
 from .base import PARTS, WeightedLoss, hyper_parameters
-from .output import LossOutput, rounded
+from .output import Apart, LossOutput, apart_by_images, rounded
 
 GAINS = ("box_gain", "obj_gain", "other_gain", "noobj_gain", "cls_gain")
 
@@ -213,7 +213,7 @@ class YOLOv1Loss(WeightedLoss):
                 ops.cell_loss, pred, rows, offsets, head.key, with_grad, own, class_weights, weights
             )
         else:
-            total, parts, counts = CELLS.reference_loss(
+            total, parts, counts, _ = CELLS.reference_loss(
                 head, CellCall(pred, rows, offsets, size, class_weights, weights)
             )
         if not torch.compiler.is_compiling() and self._watch is not None:
@@ -222,6 +222,10 @@ class YOLOv1Loss(WeightedLoss):
         if head.by_image:
             parts = parts.view(3, -1)
         return LossOutput(total, dict(zip(PARTS, parts.unbind(), strict=True)), num_pos, num_invalid)
+
+    def apart(self, pred: Tensor, targets: Any) -> Apart:
+        """The loss in pieces, each divided by numbers of its own; arguments and errors of :meth:`forward`."""
+        return apart_by_images(self(pred, targets), pred.shape[0], -1 if self.reduction == "mean" else 0)
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""

@@ -12,8 +12,8 @@ from ..drivers.picks import PickCall
 from ..heads import PickHead
 from ..terms import find_term
 from .base import box_arguments
-from .output import LossOutput, detached
-from .picks import AnyTargets, PickLoss, Predicted
+from .output import Apart, LossOutput, detached
+from .picks import AnyTargets, PickLoss, Predicted, apart_of
 
 
 class YOLOv8Loss(PickLoss):
@@ -232,18 +232,29 @@ class E2ELoss(nn.Module):
         self, preds: Any, targets: Any, outputs: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Total, parts, predictions with an object and invalid rows; ``outputs`` as of a branch."""
-        branches = zip(BRANCHES, (self.one2many, self.one2one), (self.o2m, self.o2o), strict=True)
-        calls = [
-            (name, branch, branch.read(_branch(preds, name), targets, weight)) for name, branch, weight in branches
+        found = [
+            (prefix, branch.head.parts, *branch.compute(call, outputs))
+            for prefix, branch, call in self._calls(preds, targets)
         ]
-        found = [(name, branch.head.parts, *branch.compute(call, outputs)) for name, branch, call in calls]
         terms = {
-            f"{name}_{part}": term
-            for name, parts, _, values, _ in found
+            prefix + part: term
+            for prefix, parts, _, values, _, _ in found
             for part, term in zip(parts, values, strict=True)
         }
-        (_, _, many, _, counts), (_, _, one, _, others) = found
+        (_, _, many, _, counts, _), (_, _, one, _, others, _) = found
         return many + one, terms, counts[0] + others[0], counts[1]
+
+    def _calls(self, preds: Any, targets: Any) -> list[tuple[str, YOLOv8Loss, PickCall]]:
+        """Of each branch how the names of its parts begin, and its call."""
+        many, one = _branch(preds, "one2many"), _branch(preds, "one2one")
+        return [
+            ("one2many_", self.one2many, self.one2many.read(many, targets, self.o2m)),
+            ("one2one_", self.one2one, self.one2one.read(one, targets, self.o2o)),
+        ]
+
+    def apart(self, preds: Any, targets: Any) -> Apart:
+        """The loss in pieces, each divided by numbers of its own; arguments and errors of :meth:`forward`."""
+        return apart_of(self._calls(preds, targets))
 
     # ---- of the branch that detects, what a driver asks
 

@@ -98,6 +98,7 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         "MEAN_ROWS": head.mean_rows,
         "MEAN_USED": head.obj_mean == "used",
         "BY_IMAGE": head.by_image,
+        "BY_LEVEL": head.by_level,
         "PER_LEVEL": head.per_level,
         "OWN": None if head.per_level or own == tuple(range(len(own))) else own,
         "ANCHORS": tuple(map(len, head.levels)),
@@ -127,8 +128,9 @@ class GridOutputs(NamedTuple):
     launch reads of them is ever written.
     """
 
-    total: Tensor  # 0-dim, or [B] of each image
-    parts: Tensor  # [3], or of images [3 B], and where the row asks for means two numbers a level for the gradient
+    total: Tensor  # 0-dim, or [B] of each image, or [L, 2] of each level, box with classes and objectness
+    parts: Tensor  # [3], or of images [3 B], and where the row asks for means two numbers a level for the gradient; of
+    # levels the first three are of no meaning, and behind the means are the columns of each one's sums
     counts: Tensor  # int32 [2]: assigned predictions, invalid rows
     state: Tensor  # int32: two bits a prediction, planes from multiples of 16 on, then an integer for each program
     kept: Tensor  # [places, 5 + C, rounded up to a multiple of 8]: gradients of assigned predictions
@@ -164,10 +166,11 @@ def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> 
         # no more assignments than predictions, nor than rows can make; in a compiled graph both are symbols
         places = torch.sym_min(room.predictions, rows.shape[0] * head.places_per_row)
         targets = room.padded if any(head.smooth) else 0
-    images = pred.shape[0] if head.by_image else 1
+    images, levels = pred.shape[0] if head.by_image else 1, len(head.levels)
+    columns = loss.N_PARTS.value * levels if head.by_level else 0
     return GridOutputs(
-        pred.new_empty((images,) if head.by_image else (), dtype=acc),
-        pred.new_empty(3 * images + means, dtype=acc),
+        pred.new_empty((images,) if head.by_image else (levels, 2) if head.by_level else (), dtype=acc),
+        pred.new_empty(3 * images + means + columns, dtype=acc),
         pred.new_empty(2, dtype=torch.int32),
         pred.new_empty(size, dtype=torch.int32),
         pred.new_empty((places, -(-channels // 8) * 8), dtype=acc),
@@ -413,7 +416,10 @@ def _grid_backward(ctx, grad_total):
         return [None] * len(preds)
     if state.numel() == 0:
         raise RuntimeError("grid_loss: no gradient was prepared, with_state was False")
-    if grad_total.dim():  # that of a sum is one number many times
+    if head_from_key(ctx.key).by_level:  # means, which the launch reads level by level, take the gradient of each
+        means = parts[3 : 3 + grad_total.numel()] * grad_total.flatten()
+        parts, grad_total = torch.cat((parts[:3], means)), torch.ones_like(means[0])
+    elif grad_total.dim():  # that of a sum is one number many times
         grad_total = grad_total.contiguous()
     return call(grid_loss_grad, grad_total, preds, parts, state, kept, true_obj, ctx.key, weights)
 

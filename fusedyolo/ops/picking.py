@@ -278,7 +278,7 @@ def pick_launches(
         **brought(preds, rows, offsets),
         row=pred.new_empty(places, dtype=torch.int32),
         score=pred.new_empty(places, dtype=acc),
-        norm=pred.new_empty((), dtype=acc),
+        norm=pred.new_empty(2, dtype=acc),
         counts=pred.new_empty(2, dtype=torch.int32),
     )
     last = launches[2].arguments

@@ -37,7 +37,7 @@ class Assignment(NamedTuple):
 
     row: Tensor  # int32 [B, N]; the number of rows where there is none
     score: Tensor  # [B, N], of no meaning where there is no row
-    norm: Tensor  # 0-dim
+    norm: Tensor  # [2]: what sums are divided by, and the sum of weights, which that is if it is at least 1
     nans: Tensor | None  # [2], of boxes and of classes
 
 
@@ -236,7 +236,7 @@ def _outputs(preds: Sequence[Tensor], maps: Sequence[tuple[int, int]], head: Pic
         pred.new_empty(2, dtype=torch.int32),
         pred.new_empty(places, dtype=torch.int32),
         pred.new_empty(places, dtype=acc),
-        pred.new_empty((), dtype=acc),
+        pred.new_empty(2, dtype=acc),
         [torch.empty_like(pred) for pred in preds] if with_grad else [],
     )
 

@@ -122,14 +122,16 @@ def dense_loss(
     ends: tuple[int, int] = (0, 0),
     class_weights: Tensor | None = None,
     row_weights: Tensor | None = None,
-) -> tuple[tuple[Tensor, ...], Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor | None]]:
     """Loss of class logits [B, N, C], raw boxes [B, N, 4] and centreness [B, N, 1] against target rows [M, 6]; in
     float64 for float64 predictions, else in float32.
 
-    Returns its terms (class, box, and centreness if there is one), differentiable, and counts, int32, of anchors with a
-    row and of invalid rows. ``size`` and ``corners`` are those of :func:`read_corners`, ``ends`` that of
-    :func:`dense_match`; ``class_weights`` [C] are what class terms are multiplied by, ``row_weights`` [M] what all
-    terms of an anchor with a row are.
+    Returns its terms (class, box, and centreness if there is one), differentiable; counts, int32, of anchors with a row
+    and of invalid rows; and what the terms are divided by: [B], see :func:`normaliser`, and, where boxes are weighed by
+    their centreness, the sum of these weights.
+
+    ``size`` and ``corners`` are those of :func:`read_corners`, ``ends`` that of :func:`dense_match`; ``class_weights``
+    [C] are what class terms are multiplied by, ``row_weights`` [M] what all terms of an anchor with a row are.
     """
     dtype = torch.float64 if cls.dtype == torch.float64 else torch.float32
     batch_size = cls.shape[0]
@@ -155,11 +157,13 @@ def dense_loss(
     weight = None if weight is None else taken.of(weight.flatten())
     boxes = _weighed(_box_loss(raw, taken.used, own, shift, sides, head, size), weight)
     image = taken.index // len(anchors)
+    of_boxes = None
     if head.box_weight is None:
         box_loss = _total(boxes / share, image, batch_size, head)
     else:
         middle = torch.where(taken.used, centreness(shift, sides), 0.0)
-        box_loss = _total(middle * boxes, image, batch_size, head) / middle.sum().clamp(min=1e-6)
+        of_boxes = middle.sum().clamp(min=1e-6)
+        box_loss = _total(middle * boxes, image, batch_size, head) / of_boxes
     terms = [cls_loss, box_loss if head.box_gain == 1 else head.box_gain * box_loss]
     if centre is not None:
         target = torch.where(taken.used, centreness(shift, sides), 0.5)
@@ -167,7 +171,7 @@ def dense_loss(
         bce = torch.where(taken.used, LABEL_TERMS["bce"](logit, target), 0.0)
         terms.append(_total(_weighed(bce, weight) / share, image, batch_size, head))
     counts = torch.stack((found.sum(), read.invalid)).to(torch.int32)
-    return tuple(terms), counts
+    return tuple(terms), counts, (divisor, of_boxes)
 
 
 def _weighed(loss: Tensor, weight: Tensor | None) -> Tensor:

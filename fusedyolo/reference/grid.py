@@ -162,8 +162,12 @@ def grid_loss(
 
     Returns the total, differentiable by ``preds``; its parts (box, objectness, classes), detached; and counts, int32,
     of assigned predictions and of invalid rows. Total and parts are [B] each where the head asks for a loss of each
-    image. ``class_weights`` [C] are the m of the contract, or weights of the class terms, ``row_weights`` [M] the
-    weights of the rows.
+    image. Where it asks for those of each level the total is [L, 2], box and classes, and objectness; and instead of
+    the parts there are, [L, 6], of each level these, its assigned predictions, and what box and classes, and
+    objectness, are divided by where that is at least 1.
+
+    ``class_weights`` [C] are the m of the contract, or weights of the class terms, ``row_weights`` [M] the weights of
+    the rows.
     """
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in preds) else torch.float32
     batch_size = preds[0].shape[0]
@@ -177,9 +181,12 @@ def grid_loss(
     for level, pred in enumerate(preds):
         found = assign(read, head, level, maps, batch_size, dtype)
         levels.append(_level_loss(pred.to(dtype), level, read, found, head, weights, scales[level]))
-    parts = torch.stack([torch.stack(part).sum(0) for part in list(zip(*levels, strict=True))[:3]])
     positives = torch.stack([level[3] for level in levels]).sum()
     counts = torch.stack([positives, read.invalid]).to(torch.int32)
+    if head.by_level:
+        table = torch.stack([torch.stack([each.to(dtype) for each in level]) for level in levels])
+        return torch.stack((table[:, 0] + table[:, 2], table[:, 1]), 1), table.detach(), counts
+    parts = torch.stack([torch.stack(part).sum(0) for part in list(zip(*levels, strict=True))[:3]])
     return parts.sum(0), parts.detach(), counts
 
 
@@ -188,8 +195,10 @@ _obj_scales = torch.compiler.assume_constant_result(obj_scales)
 
 def _level_loss(
     pred: Tensor, level: int, rows: Rows, found: Candidates, head: GridHead, weights: Tensor | None, obj_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Box, objectness and class loss of one map, and the number of its assigned predictions."""
+) -> tuple[Tensor, ...]:
+    """Box, objectness and class loss of one map; the number of its assigned predictions; and, where these are means,
+    of rows that count and of predictions whose objectness does, else 0.
+    """
     B, A, H, W, channels = pred.shape
     N, C, R = B * A * H * W, channels - 5, len(found.row)
     slot, label = found.slot, rows.label[found.row]
@@ -241,8 +250,10 @@ def _level_loss(
         raw = raw_boxes.permute(0, 1, 3, 4, 2)
         prior = _prior_loss(raw, ~answers.assigned.view(B, A, H, W), level, head)
         box = box + head.prior_gain * _total(prior, None, B, head)
+    none = answers.assigned.new_zeros((), dtype=torch.int64)
+    in_use, counted = used.sum() if head.mean_rows else none, answers.used.sum() if head.obj_mean == "used" else none
     if head.mean_rows:
-        box, cls = (part / used.sum().clamp(min=1) for part in (box, cls))
+        box, cls = (part / in_use.clamp(min=1) for part in (box, cls))
 
     # objectness, for each prediction
     used = answers.used
@@ -254,13 +265,13 @@ def _level_loss(
     term = LABEL_TERMS[head.objectness](torch.where(used, raw_obj.flatten(), 0.0), answers.target, head.obj_args)
     obj = _total(torch.where(used, obj_scale * gain * term, 0.0), None, B, head)
     if head.obj_mean == "used":
-        obj = obj / used.sum().clamp(min=1)
+        obj = obj / counted.clamp(min=1)
     # a NaN that is read shows, used or not: of a box it cannot be told whether it is ignored
     read = 0 if head.ignore_thresh is not None or head.prior_gain > 0 else 4
     unknown = pred[..., read:5].detach().isnan()
     unknown = unknown.flatten(1).any(1) if head.by_image else unknown.any()
     obj = obj + torch.zeros_like(obj.detach()).masked_fill(unknown, math.nan)
-    return box, obj, cls, answers.assigned.sum()
+    return box, obj, cls, answers.assigned.sum(), in_use, counted
 
 
 def _total(values: Tensor, image: Tensor | None, batch_size: int, head: GridHead) -> Tensor:

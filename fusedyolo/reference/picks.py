@@ -237,7 +237,8 @@ def _aligned(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
         inside = _in_region(objects, now, seen.points, head.small) & objects.valid[now, None]
         overlap = _overlaps(seen, objects, now, off, inside, head)
         wanted = metric(seen.cls[image, objects.label[now]], overlap)
-        worth, claim = (torch.where(inside & (each > 0), each, NONE) for each in (wanted, overlap))
+        can = inside & (overlap > 0) if head.beta > 0 else inside
+        worth, claim = torch.where(can & (wanted > 0), wanted, NONE), torch.where(can, overlap, NONE)
         return Wish((worth,), (claim,), torch.full_like(image, head.topk))
 
     def score(row: Tensor) -> tuple[Tensor, Tensor]:

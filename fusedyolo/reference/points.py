@@ -84,16 +84,16 @@ def pick_loss(
     size: tuple[float, float],
     class_weights: Tensor | None = None,
     row_weights: Tensor | None = None,
-) -> tuple[tuple[Tensor, ...], Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Loss of predictions against target rows [M, 6]; in float64 for float64 predictions, else in float32.
 
     ``gains`` are those of ``head.parts``, ``maps`` the (height, width) of each level, ``size`` that of the image in
     pixels, ``class_weights`` [C] what the class terms of every prediction are multiplied by, ``row_weights`` [M] all
     terms of predictions with a row.
 
-    Returns the parts, in the order of ``head.parts``, differentiable by ``planes``, and counts, int32, of predictions
-    with a row and of invalid rows. A NaN shows in them, but for a class logit of heads with objectness that no row
-    may pick.
+    Returns the parts, in the order of ``head.parts``, differentiable by ``planes``; counts, int32, of predictions with
+    a row and of invalid rows; and the sum of weights, [1], by which the parts are divided where it is at least 1. A NaN
+    shows in the parts, but for a class logit of heads with objectness that no row may pick.
     """
     dtype = torch.float64 if planes.box.dtype == torch.float64 else torch.float32
     planes = planes.to(dtype)
@@ -103,7 +103,8 @@ def pick_loss(
     picked = pick(seen, objects, head)
     has = picked.row >= 0
     weight = torch.where(has, picked.score if head.soft else 1.0, 0.0)
-    divisor = weight.sum().clamp(min=1)
+    weights = weight.sum()
+    divisor = weights.clamp(min=1)
     label = objects.label[picked.row]  # of -1 it is that of nothing
     places = _places(has, min(has.numel(), len(rows) * head.topk))
     box, distance = _box_losses(planes.box, places, picked, objects, points, head, size)
@@ -134,7 +135,7 @@ def pick_loss(
     terms.append(total(distance * weight))
     known = objects.valid if objects.regions is None else objects.valid | objects.regions.valid
     counts = torch.stack((has.sum(), (~known).sum())).to(torch.int32)
-    return tuple(gain * (term / divisor) for gain, term in zip(gains, terms, strict=True)), counts
+    return tuple(gain * (term / divisor) for gain, term in zip(gains, terms, strict=True)), counts, weights[None]
 
 
 class _Places(NamedTuple):

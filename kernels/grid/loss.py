@@ -176,10 +176,15 @@ def _sum_up(levels, outputs, SPEC: tl.constexpr):
                 per_row = 1.0 / tl.maximum(column(sums, 4), 1.0)
             if SPEC.MEAN_USED:
                 per_used = 1.0 / tl.maximum(column(sums, 5), 1.0)
-            total += tl.where(k == 1, per_used, tl.where(k == 3, 1.0, per_row)) * sums
+            sums *= tl.where(k == 1, per_used, tl.where(k >= 3, 1.0, per_row))
+            total += sums
             means_ptr = means_of(level, levels, outputs.parts_ptr, SPEC)
             tl.store(means_ptr, per_row)
             tl.store(means_ptr + 1, per_used)
+            if SPEC.BY_LEVEL:
+                tl.store(outputs.total_ptr + 2 * level, column(sums, 0) + column(sums, 2))
+                tl.store(outputs.total_ptr + 2 * level + 1, column(sums, 1))
+                tl.store(means_of(len(SPEC.ANCHORS), levels, outputs.parts_ptr, SPEC) + level * N_PARTS + k, sums)
             at += programs * N_PARTS
     else:
         total = column_sums(outputs.partial_ptr, tl.num_programs(0), N_PARTS, SPEC.ACC)
@@ -187,6 +192,8 @@ def _sum_up(levels, outputs, SPEC: tl.constexpr):
         tl.debug_barrier()  # means have been left
         for b in range(0, plain(levels.batch)):
             _sum_up_image(b, levels, outputs, SPEC)
+        leave_counts(column(total, 3), outputs)
+    elif SPEC.BY_LEVEL:
         leave_counts(column(total, 3), outputs)
     else:
         finish(column(total, 0), column(total, 1), column(total, 2), column(total, 3), outputs)

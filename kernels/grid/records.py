@@ -38,6 +38,7 @@ class Spec(NamedTuple):
     MEAN_ROWS: bool
     MEAN_USED: bool
     BY_IMAGE: bool  # a loss of each image
+    BY_LEVEL: bool  # losses of each level
     PER_LEVEL: bool  # the anchors of a level compete among themselves
     OWN: Any  # the anchor of each plane among all, level by level; None: as they come
     ANCHORS: tuple[int, ...]  # of each level

@@ -138,8 +138,8 @@ class Tally(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """``norm_ptr`` ACC, 0-dim: max(1, sum of weights). ``counts_ptr`` int32 [2]: predictions with a row, invalid rows.
-    ``nans_ptr`` ACC [2]: of boxes, and of classes where a row had to look: NaN if one was seen, else 0.
+    """``norm_ptr`` ACC [2]: max(1, sum of weights), and that sum. ``counts_ptr`` int32 [2]: predictions with a row,
+    invalid rows. ``nans_ptr`` ACC [2]: of boxes, and of classes where a row had to look: NaN if one was seen, else 0.
     """
 
     norm_ptr: Any

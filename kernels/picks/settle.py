@@ -257,6 +257,7 @@ def _finish(settled, tally, batch, SPEC: tl.constexpr):
     class_nans = tl.load(tally.done_ptr + 2, cache_modifier=".cg")
     box_nans = tl.load(tally.done_ptr + 3, cache_modifier=".cg")
     tl.store(settled.norm_ptr, tl.maximum(weights, 1.0))
+    tl.store(settled.norm_ptr + 1, weights)
     tl.store(settled.counts_ptr, found)
     tl.store(settled.counts_ptr + 1, invalid)
     tl.store(settled.nans_ptr, tl.where(box_nans > 0, float("nan"), 0.0))

@@ -212,7 +212,7 @@ def look_at(one, cells, mask, problem, decoded, SPEC: tl.constexpr):
     overlap = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, can), problem, SPEC)
     overlap = tl.where(can, overlap, 0.0)
     if SPEC.ASSIGNER == "aligned":
-        can = can & (overlap > 0)
+        can = can & ((overlap > 0) | (problem.numbers.beta.exponent == 0))  # which asks for no overlap
         worth = metric(load_channel(problem.predictions.cls, one.image, one.label, cells, can, SPEC), overlap, problem)
         key = _by_worth(worth, can)
         strength = _by_worth(overlap.to(tl.float32), can)

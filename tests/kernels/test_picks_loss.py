@@ -98,7 +98,7 @@ def reference_of(call: Call, dtype: torch.dtype = torch.float64, weights: Sequen
     """Loss and gradient of the reference, of the total or of the parts times ``weights``."""
     seen = call.seen(dtype)
     args = call.rows, call.head, call.gains, call.maps, call.size, call.class_weights
-    parts, _ = reference.pick_loss(planes(call.form, seen, call.head), *args)
+    parts, _, _ = reference.pick_loss(planes(call.form, seen, call.head), *args)
     total = torch.stack(parts).sum()
     asked = total if weights is None else sum(w * part for w, part in zip(weights, parts, strict=True))
     grads = torch.autograd.grad(asked, seen)

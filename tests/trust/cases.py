@@ -82,7 +82,7 @@ class Problem:
         elif case.boxes is None:
             given["strides"] = self.strides
         if case.recipe is not None:
-            given["recipe"] = case.recipe
+            given.setdefault("recipe", case.recipe)
         criterion = getattr(fusedyolo, case.cls)(**given)
         if hasattr(criterion, "seen"):
             criterion.seen = 1 << 20

@@ -165,8 +165,8 @@ def predictions(draw: st.DrawFn, problem: Problem, dtype: torch.dtype) -> list[T
 def _laid(pred: Tensor, way: str) -> Tensor:
     """The same numbers, elsewhere; or with ``one for all`` those of the first image in every one."""
     if way == "moved":  # begins three numbers later
-        room = pred.new_empty(pred.numel() + 3)[3:].as_strided(pred.shape, pred.stride(), 3)
-        return room.copy_(pred) if _dense(pred) else pred
+        room = pred.new_empty(_extent(pred) + 3)
+        return room.as_strided(pred.shape, pred.stride(), 3).copy_(pred)
     if way == "apart":  # every other number
         return pred.new_empty((*pred.shape, 2))[..., 0].copy_(pred)
     if way == "turned":
@@ -177,5 +177,6 @@ def _laid(pred: Tensor, way: str) -> Tensor:
     return pred
 
 
-def _dense(pred: Tensor) -> bool:
-    return sum((n - 1) * s for n, s in zip(pred.shape, pred.stride(), strict=True)) + 1 == pred.numel()
+def _extent(pred: Tensor) -> int:
+    """Numbers from the first of a tensor to its last."""
+    return 1 + sum((n - 1) * s for n, s in zip(pred.shape, pred.stride(), strict=True))

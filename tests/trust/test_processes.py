@@ -7,6 +7,7 @@ import multiprocessing
 import tempfile
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,17 +15,24 @@ import torch
 import torch.distributed as dist
 from conftest import DEVICE
 from torch import Tensor, nn
-from trust.cases import ALL, CASES, Problem, step
+from trust.cases import ALL, BACKENDS, CASES, Problem, step
 
 import fusedyolo
 from fusedyolo.distributed import GlobalLoss
 
 PARTS = {2: (1, 3), 4: (1, 1, 1, 1)}  # images of each process
 WHOLE = {case.name: Problem(case, batch=4) for case in CASES.values()}
-REFUSED = {"YOLOv2/region", "ScaledYOLOv4", "YOLOv5", "EfficientDet", "YOLOv8", "E2E/yolo26"}
-GLOBAL = [name for name in CASES if name not in REFUSED]
+OTHERS = {  # that divide otherwise
+    "YOLOv3 level by level": ("YOLOv3/paper", {"reduction": "level"}),
+    "YOLOv4 of images": ("YOLOv4/paper", {"reduction": "mean"}),
+    "RetinaNet of mmdet": ("RetinaNet", {"recipe": "mmdet"}),
+    "RetinaNet of the batch": ("RetinaNet", {"normalizer": "batch"}),
+    "FCOS of mmdet": ("FCOS", {"recipe": "mmdet"}),
+    "E2E of v10": ("E2E/yolo26", {"recipe": "yolov10", "reg_max": 4}),
+}
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="gloo and forks, of a CPU")
+WHOLE |= {name: Problem(CASES[case], batch=4, options=options) for name, (case, options) in OTHERS.items()}
 
 
 def objects(problem: Problem) -> Tensor:
@@ -46,12 +54,12 @@ def own_part(name: str, rank: int, size: int) -> tuple[Problem, list[Tensor], Te
     return replace(whole, batch=images.stop - images.start), preds, rows, images
 
 
-def losses(rank: int, size: int) -> dict[str, Any]:
+def losses(backend: str, rank: int, size: int) -> dict[str, Any]:
     """Of each loss the total and the gradients by what the process has."""
     found = {}
-    for name in GLOBAL:
+    for name in WHOLE:
         problem, preds, rows, _ = own_part(name, rank, size)
-        criterion = GlobalLoss(problem.criterion("torch"))
+        criterion = GlobalLoss(problem.criterion(backend))
         result = step(lambda p, t: criterion(problem.pack(p), t, **problem.geometry), preds, rows)  # noqa: B023
         found[name] = (result.total, list(result.parts.values()), result.grads, result.counts)
     return found
@@ -121,13 +129,17 @@ def run(size: int, work: Any) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module", params=PARTS)
+RUNS = [(size, backend) for size in PARTS for backend in ("torch", "triton")]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
 def results(request):
     """Of each process."""
-    return run(request.param, losses)
+    size, backend = request.param
+    return run(size, partial(losses, backend))
 
 
-@pytest.mark.parametrize("name", GLOBAL)
+@pytest.mark.parametrize("name", WHOLE)
 def test_the_mean_over_processes_is_the_loss_of_the_batch(name, results):
     size, whole = len(results), WHOLE[name]
     want = step(whole.bind("torch"), whole.predictions(), objects(whole))
@@ -143,6 +155,26 @@ def test_the_mean_over_processes_is_the_loss_of_the_batch(name, results):
             torch.testing.assert_close(got / size, grad[images], rtol=1e-4, atol=1e-7)
 
 
+@BACKENDS
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("count", [0, 2])
+def test_amounts_add_up(count, name, backend):
+    """Even where the objects of a process, or their soft scores, are too few to be divided by."""
+    whole = WHOLE[name]
+    rows, preds = whole.rows(count, seed=2), [pred.detach() for pred in whole.predictions()]
+    criterion = whole.criterion(backend)
+    every = criterion.apart(whole.pack(preds), rows, **whole.geometry)
+    amounts, pieces = 0.0, 0.0
+    for image in range(4):
+        own = replace(whole, batch=1)
+        mine = rows[rows[:, 0] == image].clone()
+        mine[:, 0] = 0
+        found = criterion.apart(own.pack([pred[image : image + 1] for pred in preds]), mine, **own.geometry)
+        amounts, pieces = amounts + found.amounts, pieces + found.pieces / found.shares(found.amounts)
+    torch.testing.assert_close(amounts, every.amounts, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((pieces * every.shares(amounts)).float(), every.pieces, rtol=1e-5, atol=1e-6)
+
+
 def test_networks_in_wrappers_have_the_gradient_of_the_batch():
     """DistributedDataParallel and FSDP, which average over processes."""
     whole, network = WHOLE["FCOS"], network_of("FCOS")
@@ -155,18 +187,14 @@ def test_networks_in_wrappers_have_the_gradient_of_the_batch():
                 torch.testing.assert_close(got, parameter.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_what_divides_by_other_numbers_is_refused(name):
-    with pytest.raises(ValueError, match=r"^criterion: \w+Loss, want a loss that divides by one number"):
-        GlobalLoss(WHOLE[name].criterion("torch"))
-
-
-def test_a_loss_of_each_image_is_refused():
-    with pytest.raises(ValueError, match=r"^criterion: FCOSLoss, want a loss that divides by one number"):
+def test_what_is_no_loss_of_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"^criterion: FCOSLoss with reduction='none', want a loss of the whole batch"):
         GlobalLoss(fusedyolo.FCOSLoss(3, reduction="none"))
+    with pytest.raises(ValueError, match=r"^criterion: .*Linear.*, want a loss of fusedyolo"):
+        GlobalLoss(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", GLOBAL)
+@pytest.mark.parametrize("name", CASES)
 def test_without_processes_a_loss_is_itself(name):
     problem = Problem(CASES[name])
     criterion = GlobalLoss(problem.criterion("torch"))

@@ -96,7 +96,8 @@ def of_loops(problem: Problem, preds: list[Tensor], rows: Tensor) -> tuple[Tenso
         sizes = [h * w for h, w in problem.maps]
         flat = torch.cat((boxes, obj, scores), 1).split(sizes, 2)
         maps = [part.unflatten(2, side) for part, side in zip(flat, problem.maps, strict=True)]
-        found = loop_picks.yolox(maps, rows, problem.strides, criterion.rule, criterion.use_l1)
+        rule, radius = criterion.rule, criterion.head.radius
+        found = loop_picks.yolox(maps, rows, problem.strides, rule, criterion.use_l1, radius)
     else:
         found = loop_picks.yolov8(
             *preds, rows, problem.maps, problem.strides, reg_max=criterion.head.reg_max, topk=criterion.head.topk,
@@ -131,6 +132,7 @@ def test_the_reference_equals_the_loops(case):
         got = step(loss, preds, targets)
         leaves = [pred.detach().cpu().requires_grad_() for pred in preds]
         total, assigned = of_loops(problem, leaves, plain(targets))
+        total = total + 0.0 * leaves[0].sum()  # which may know of none of them
         grads = torch.autograd.grad(total, leaves, materialize_grads=True)
         assert got.counts[0] == assigned
         torch.testing.assert_close(got.total.cpu(), total.detach(), rtol=1e-9, atol=1e-9)
