@@ -67,7 +67,12 @@ GROUPS: dict[str, list[Property]] = {
         Property("bfloat16", ROOM + "numbers.py::test_bfloat16[{driver}]"),
         Property(
             "finite gradients of finite numbers",
-            ROOM + "numbers.py::test_finite_predictions_have_finite_gradients[{case}-triton]",
+            ROOM + "numbers.py::test_finite_predictions_have_finite_gradients[triton-float32-0.6-{case}]",
+            when="once",
+        ),
+        Property(
+            "finite gradients of finite numbers: reference",
+            ROOM + "numbers.py::test_finite_predictions_have_finite_gradients[torch-float32-0.6-{case}]",
             when="once",
         ),
         Property(

@@ -29,6 +29,23 @@ def smaller(a, b):
 
 
 @triton.jit
+def near(d):
+    """A distance in strides or anchors, held within 1e8 either way, so that no area that it is part of leaves
+    float32; derivatives go on as if it were not."""
+    return smaller(larger(d, -1e8), 1e8)
+
+
+@triton.jit
+def finite(d):
+    """d <= 0, and the lowest finite number of its type where it is less; NaN stays NaN."""
+    if d.dtype == tl.float64:
+        result = larger(d, -1.7976931348623157e308)
+    else:
+        result = larger(d, -3.4028234663852886e38)
+    return result
+
+
+@triton.jit
 def vanishes(q):
     """Whether q >= 0 lies below the normal numbers, where a quotient by it may be inf, and an operation of the GPU may
     take it for 0 while another does not. NaN does not vanish."""

@@ -225,6 +225,8 @@ def _level_loss(
     names = is_last if head.shared == "last" else assigned  # a class
     used = is_last if head.shared in ("last", "merge") else assigned
 
+    boxes = torch.where(used[:, None], boxes, 0.0)  # what is not trained has no infinite slope, times 0
+
     # classes, where a candidate leads
     count = pred.new_zeros(R, C).index_put((group, label), names.to(pred.dtype), accumulate=True)
     positive, negative = constants(head.class_targets, pred)

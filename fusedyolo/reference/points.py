@@ -15,9 +15,10 @@ from torch import Tensor
 from ..heads import PickHead
 from .overlap import corners_of
 from .picks import Objects, Picked, Points, Seen, pick, points_of, read_objects
-from .primitives import constants
+from .primitives import constants, held
 from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS
 from .terms.box import boxes_of_sizes
+from .terms.decode import FARTHEST
 from .terms.label import LOW
 
 BELOW_LAST = 0.01  # how far a distance that "dfl" is taught stays below the last number
@@ -48,7 +49,7 @@ def decode_points(raw: Tensor, head: PickHead) -> tuple[Tensor, Tensor]:
     """Shift and size, [..., 2] in cells, of raw boxes [..., 4, reg_max]."""
     if head.decode == "exp":
         a, b = raw[..., :2, 0], raw[..., 2:, 0]
-        return a - 0.5, DECODE["exp"](a, b, torch.ones_like(b), 1.0, 1.0)[1]
+        return held(a, -FARTHEST, FARTHEST) - 0.5, DECODE["exp"](a, b, torch.ones_like(b), 1.0, 1.0)[1]
     sides, one = distances(raw, head), torch.ones_like(raw[..., :2, 0])
     return DECODE["ltrb"](sides[..., :2], sides[..., 2:], one, one, one)
 
@@ -135,6 +136,7 @@ def pick_loss(
     terms.append(total(distance * weight))
     known = objects.valid if objects.regions is None else objects.valid | objects.regions.valid
     counts = torch.stack((has.sum(), (~known).sum())).to(torch.int32)
+    terms = [term if gain else torch.where(term.isinf(), 0.0, term) for gain, term in zip(gains, terms, strict=True)]
     return tuple(gain * (term / divisor) for gain, term in zip(gains, terms, strict=True)), counts, weights[None]
 
 

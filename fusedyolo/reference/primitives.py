@@ -39,6 +39,14 @@ def distance(d: Tensor) -> Tensor:
     return d * torch.where(d > 0, 1.0, torch.where(d < 0, -1.0, d)).detach()
 
 
+def held(b: Tensor, low: float, high: float = math.inf) -> Tensor:
+    """b within [low, high], the gradient passes as if it were not: there sizes keep what a gradient by them takes."""
+    if not b.requires_grad:
+        return b.clamp(low, high)
+    passed = torch.where(b.isinf(), 0.0, b)  # inf - inf would be NaN
+    return b.detach().clamp(low, high) + (passed - passed.detach())
+
+
 def at_hand(values: Tensor) -> bool:
     """Whether what a tensor holds may be asked for: on a CPU, where no graph, transform or mode is in between."""
     return (

@@ -665,6 +665,7 @@ def _add_up(b, programs, sums, gains, assigned, SPEC: tl.constexpr):
             part += tl.load(assigned.nans_ptr)
         elif i == len(sums.parts) - 2:  # that of classes
             part += tl.load(assigned.nans_ptr + 1)
+        part = tl.where((gains[i] == 0) & (part == float("inf")), 0.0, part)  # whose product would be NaN
         part = tl.cast(gains[i], SPEC.ACC) * (part / norm)
         tl.store(sums.parts[i] + b, part)
         total += part

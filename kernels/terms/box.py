@@ -419,11 +419,18 @@ def siou(x, y, args, extent):
 
 
 @triton.jit
+def _near(x, far):
+    """With the predicted size, and distances of edges, held within ``far`` either way."""
+    before = smaller(larger(x.before, -far), far)
+    return Axis(smaller(x.size, far), x.true_size, before, smaller(larger(x.behind, -far), far))
+
+
+@triton.jit
 def mpdiou(x, y, args, extent):
     """1 - IoU + d1^2 / (W^2 + H^2) + d2^2 / (W^2 + H^2) (Ma & Xu 2023).
 
     d1 and d2 are the distances of the upper left and of the lower right corners, W and H the sides of the image; none
-    of these takes eps. The one term that is not bounded: it leaves float32 with boxes of 1e19 images.
+    of these takes eps. The one term that is not bounded: lengths are held within 1e6 images, the derivative goes on.
     """
     takes(args, 2, 4)
     numbers = _Numbers(*args)
@@ -433,6 +440,8 @@ def mpdiou(x, y, args, extent):
     width *= scale
     height *= scale
     r = 1.0 / (width * width + height * height)
+    x = _near(x, 1e6 / scale)
+    y = _near(y, 1e6 / scale)
     x1 = x.before * scale
     y1 = y.before * scale
     x2 = x.behind * scale

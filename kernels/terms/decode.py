@@ -9,7 +9,7 @@ place; ``anchor``, ``stride`` and the results share one unit of length; ``scale`
 import triton
 import triton.language as tl
 
-from ..primitives import larger, logistic, smaller
+from ..primitives import larger, logistic, near, smaller
 from .records import Jacobian, Span
 
 
@@ -53,15 +53,18 @@ def sigmoid_square(a, b, anchor, stride, scale):
 def delta(a, b, anchor, stride, scale):
     """RetinaNet, SSD: an anchor's centre moved by a strides, its size times e^(scale b).
 
-    scale b is held below ln(1000 / 16), with no derivative beyond, and above -60, with the derivative of :func:`exp`.
+    a is held as ``near`` says, scale b below ln(1000 / 16), with no derivative beyond, and above -60, with the
+    derivative of :func:`exp`.
     """
     z = b * scale
     limit = tl.full([], 4.135166556742356, tl.float64).to(b.dtype)  # a constant alone would be float32
     w = anchor * tl.exp(larger(smaller(z, limit), -60.0))
-    return Span(a * stride, w), Jacobian(stride, 0.0, 0.0, tl.where(z <= limit, scale * w, 0.0))
+    return Span(near(a) * stride, w), Jacobian(stride, 0.0, 0.0, tl.where(z <= limit, scale * w, 0.0))
 
 
 @triton.jit
 def ltrb(a, b, anchor, stride, scale):
-    """FCOS: a anchors before the anchor's centre and b behind it."""
+    """FCOS: a anchors before the anchor's centre and b behind it, held as ``near`` says."""
+    a = near(a)
+    b = near(b)
     return Span(0.5 * anchor * (b - a), anchor * (a + b)), Jacobian(-0.5 * anchor, 0.5 * anchor, anchor, anchor)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..primitives import exp_down, log1p, log1p_of_share, logistic, pow_pos, safe_div
+from ..primitives import exp_down, finite, log1p, log1p_of_share, logistic, pow_pos, safe_div
 from .records import takes
 
 
@@ -225,4 +225,5 @@ def softmax_ce(x, t, args):
     e, first = exponentials(x, largest)
     rest = tl.sum(tl.where(first, 0.0, e), axis=-1, keep_dims=True)
     rest += tl.sum(first.to(e.dtype), axis=-1, keep_dims=True) - 1.0  # equals of the largest
-    return -t * (x - largest - log1p(rest)), softmax_slope(e, first, rest, t, tl.sum(t, axis=-1, keep_dims=True))
+    ce = log1p(rest) - finite(x - largest)
+    return t * ce, softmax_slope(e, first, rest, t, tl.sum(t, axis=-1, keep_dims=True))

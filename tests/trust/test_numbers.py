@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import DEVICE
 from torch import Tensor
-from trust.cases import ALL, BACKENDS, OF_EACH_DRIVER, RECIPES, Problem, Result, step
+from trust.cases import ALL, BACKENDS, CASES, OF_EACH_DRIVER, RECIPES, Problem, Result, step
 
-from fusedyolo.drivers.protocol import POSITIVE, UNIT
+from fusedyolo.drivers.protocol import LOGIT, POSITIVE, UNIT
+from fusedyolo.terms import term_names
 
 SCALE = 2.0**16  # a GradScaler's first one
 BEYOND = 1e-5  # of the largest gradient, what a sum in another order may add to the eager reference's own error
@@ -81,26 +82,62 @@ def test_bfloat16(case):
     assert error(fused, exact) <= error(eager, exact) + BEYOND + cut
 
 
-@BACKENDS
+def with_huge(problem: Problem, dtype: torch.dtype, huge: float, share: float) -> list[Tensor]:
+    """Predictions of which this share are huge, as far as they may be: of either sign, positive, or fractions."""
+    head, driver = problem.criterion("torch").head, problem.case.driver
+    pieces = driver.pieces(head, problem.frame) * max(1, len(problem.case.branches))
+    preds = problem.predictions(dtype)
+    generator = torch.Generator().manual_seed(3)
+    for i, pred in enumerate(preds):
+        far = (torch.rand(pred.shape, generator=generator) < share).to(DEVICE)
+        value = torch.full_like(pred, 1.0).detach() * torch.tensor(huge, dtype=torch.float64).to(dtype)
+        may_be_less = pieces[i * len(pieces) // len(preds)].values == LOGIT
+        pred.data = torch.where(far, torch.where((pred > 0) | (not may_be_less), value, -value), pred.data)
+    return preds
+
+
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+SQUARES = ("YOLOv1", "YOLOv2", "YOLOv3")  # of errors: their slopes leave a type by a factor of 2, and by gains
+
+
+WAYS = [("torch", dtype, share) for dtype in LARGEST for share in (0.15, 0.6)]
+WAYS += [("triton", torch.float32, 0.6), ("triton", torch.float16, 0.6)]  # of fewer, the interpreter is slow
+
+
 @RECIPES
-def test_finite_predictions_have_finite_gradients(case, backend):
-    """Numbers of 1e36 among ordinary ones, either way: a total may overflow, but it is no NaN. Beyond a tenth of the
-    largest float a box's two distances add up to infinity.
+@pytest.mark.parametrize(("backend", "dtype", "share"), WAYS, ids=lambda way: str(way).rpartition("torch.")[2])
+def test_finite_predictions_have_finite_gradients(case, backend, dtype, share):
+    """Up to the largest number of a type. A total whose mathematics leave it is infinite, as the peers' is, and no
+    NaN; a gradient is neither, but for errors that are squared.
     """
     problem = Problem(case)
-    preds, rows = problem.predictions(), problem.rows(3)
-    generator = torch.Generator().manual_seed(3)
-    head = problem.criterion("torch").head
-    pieces = case.driver.pieces(head, problem.frame) * max(1, len(case.branches))
-    for pred in preds:
-        far = (torch.rand(pred.shape, generator=generator) < 0.15).to(DEVICE)
-        huge = torch.where(pred.detach() > 0, 1e36, -1e36)
-        if pieces[0].values == UNIT:
-            huge = huge.abs()
-        pred.data = torch.where(far, huge, pred.data)
-    got = step(problem.bind(backend), preds, rows)
-    assert not got.total.isnan()
-    assert all(bool(grad.isfinite().all()) for grad in got.grads)
+    got = step(problem.bind(backend), with_huge(problem, dtype, LARGEST[dtype], share), problem.rows(6))
+    assert not any(bool(number.isnan()) for number in (got.total, *got.parts.values()))
+    for grad in got.grads:
+        assert not grad.isnan().any()
+        assert case.loss in SQUARES or bool(grad.isfinite().all())
+
+
+@BACKENDS
+@RECIPES
+def test_numbers_that_can_be_squared_are_finite(case, backend):
+    problem = Problem(case)
+    got = step(problem.bind(backend), with_huge(problem, torch.float32, 1e16, 0.6), problem.rows(6))
+    assert all(bool(number.isfinite().all()) for number in (got.total, *got.parts.values(), *got.grads))
+
+
+@BACKENDS
+@pytest.mark.parametrize("term", term_names("iou", users=True))
+@pytest.mark.parametrize("name", ["RetinaNet", "FCOS", "YOLOX", "YOLOv4/paper"])
+def test_iou_terms_of_huge_predictions(name, term, backend):
+    """Whatever says the box; MPDIoU squares the size of a box, of whose logarithm that is no finite number."""
+    option = "loss_type" if name in ("RetinaNet", "FCOS") else "iou_loss"
+    problem = Problem(CASES[name], options={option: term})
+    got = step(problem.bind(backend), with_huge(problem, torch.float32, LARGEST[torch.float32], 0.6), problem.rows(6))
+    assert not any(bool(number.isnan()) for number in (got.total, *got.parts.values()))
+    for grad in got.grads:
+        assert not grad.isnan().any()
+        assert term == "mpdiou" or bool(grad.isfinite().all())
 
 
 @ALL

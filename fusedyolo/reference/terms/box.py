@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ... import checks
 from ..overlap import area, iou_of_areas
-from ..primitives import angle, constants, pow_pos, safe_div
+from ..primitives import angle, constants, held, pow_pos, safe_div
 
 
 def boxes_of_sizes(size: Tensor, true_size: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,13 +171,13 @@ def siou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = No
 
 def mpdiou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:
     """1 - IoU + d1^2 / (W^2 + H^2) + d2^2 / (W^2 + H^2): distances of the upper left and of the lower right corners, in
-    diagonals of the image (Ma & Xu 2023). The one term that is not bounded: beyond 1e19 images it leaves float32.
+    diagonals of the image (Ma & Xu 2023). The one term that is not bounded: distances are held within 1e6 images.
     """
     if extent is None:
         checks.fail("extent", None, "the width and height of the image")
     extent = extent.to(p)
     unit = extent.amax(-1, keepdim=True)
-    corners = ((p - g) / unit) ** 2
+    corners = held((p - g) / unit, -1e6, 1e6) ** 2
     diagonal = ((extent / unit) ** 2).sum(-1)
     penalties = [corners[..., :2].sum(-1) / diagonal, corners[..., 2:].sum(-1) / diagonal]
     return _compose(_overlap_share(_pair(p, g, args[0])), penalties, args)

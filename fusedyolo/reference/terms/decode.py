@@ -15,26 +15,26 @@ import math
 import torch
 from torch import Tensor
 
+from ..primitives import held
+
 
 def scaled_sigmoid(a: Tensor, scale: float) -> Tensor:
     """scale sigmoid(a) - (scale - 1) / 2, in cells (YOLOv4, "eliminate grid sensitivity")."""
     return scale * a.sigmoid() - (scale - 1) / 2
 
 
-def _held(b: Tensor, low: float, high: float = math.inf) -> Tensor:
-    """b within [low, high], the gradient passes as if it were not: there sizes keep what a gradient by them takes."""
-    passed = torch.where(b.isinf(), 0.0, b)  # inf - inf would be NaN
-    return b.detach().clamp(low, high) + (passed - passed.detach())
+FARTHEST = 1e8
+"""What distances in anchors, or strides, are held within either way: no area made of them leaves float32."""
 
 
 def exp(a: Tensor, b: Tensor, anchor: Tensor, stride: float, scale: float) -> tuple[Tensor, Tensor]:
     """YOLOv2 to YOLOv4: size anchor e^b. b is held within [-60, 60], the gradient passes as if it were not."""
-    return scaled_sigmoid(a, scale) * stride, anchor * _held(b, -60, 60).exp()
+    return scaled_sigmoid(a, scale) * stride, anchor * held(b, -60, 60).exp()
 
 
 def sigmoid_square(a: Tensor, b: Tensor, anchor: Tensor, stride: float, scale: float) -> tuple[Tensor, Tensor]:
     """YOLOv5 and Scaled-YOLOv4: size anchor (2 sigmoid(b))^2. b is held above -30 as in :func:`exp`."""
-    return scaled_sigmoid(a, scale) * stride, anchor * (2 * _held(b, -30).sigmoid()) ** 2
+    return scaled_sigmoid(a, scale) * stride, anchor * (2 * held(b, -30).sigmoid()) ** 2
 
 
 LARGEST_DELTA = math.log(1000 / 16)  # of a size; torchvision's
@@ -43,14 +43,17 @@ LARGEST_DELTA = math.log(1000 / 16)  # of a size; torchvision's
 def delta(a: Tensor, b: Tensor, anchor: Tensor, stride: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """RetinaNet, SSD: an anchor's centre moved by a strides, its size times e^(scale b), held below 1000 / 16.
 
-    Below -60 scale b is held as in :func:`exp`. A NaN passes, with its gradient, where a clamp has none.
+    a is held within :data:`FARTHEST`, scale b above -60 as in :func:`exp`. A NaN passes, with its gradient, where a
+    clamp has none.
     """
     z = b * scale
-    return a * stride, anchor * _held(torch.where(z > LARGEST_DELTA, LARGEST_DELTA, z), -60).exp()
+    z = held(torch.where(z > LARGEST_DELTA, LARGEST_DELTA, z), -60)
+    return held(a, -FARTHEST, FARTHEST) * stride, anchor * z.exp()
 
 
 def ltrb(a: Tensor, b: Tensor, anchor: Tensor, stride: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """FCOS: a anchors before the anchor's centre and b behind it."""
+    """FCOS: a anchors before the anchor's centre and b behind it, both held within :data:`FARTHEST`."""
+    a, b = held(a, -FARTHEST, FARTHEST), held(b, -FARTHEST, FARTHEST)
     return (b - a) * anchor / 2, (a + b) * anchor
 
 

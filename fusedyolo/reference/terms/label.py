@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from ..primitives import pow_pos
+from ..primitives import held, pow_pos
 
 Target = Tensor | bool
 
@@ -95,14 +95,17 @@ def softmax_ce(x: Tensor, t: Tensor, args: Sequence[float] = ()) -> Tensor:
     top, index = x.max(-1, keepdim=True)
     z = (x - top).scatter(-1, index, 0.0)  # of the top class 0, with no slope of 1 - 1
     rest = z.exp().scatter(-1, index, 0.0).sum(-1, keepdim=True)
-    return -t * (z - rest.log1p())
+    return torch.where(t == 0, -t * z.clamp(min=torch.finfo(z.dtype).min), -t * (z - rest.log1p()))
 
 
 def cross_entropy(x: Tensor, label: Tensor) -> Tensor:
     """The sum of :func:`softmax_ce` over the last axis of x, [..., C], towards the class ``label`` [...].
 
     log(1 + exp(the others' logsumexp - its own logit)), which has all digits at both ends. From the largest logit, so
-    that logits with the same differences cost the same.
+    that logits with the same differences cost the same; held where such a difference would be infinite, and of more
+    than one no gradient could be told.
     """
+    if x.requires_grad:
+        x = held(x, torch.finfo(x.dtype).min / 2, torch.finfo(x.dtype).max / 2)
     z, at = x - x.detach().amax(-1, keepdim=True), label[..., None]
     return -logsigmoid(z.gather(-1, at)[..., 0] - z.scatter(-1, at, -math.inf).logsumexp(-1))
