@@ -80,12 +80,11 @@ def _store_boxes(view, tile, mask, stride, ptr, SPEC: tl.constexpr, BINS: tl.con
 
 @triton.jit
 def _candidates(tile, cells, targets, M, frame, numbers, SPEC: tl.constexpr):
-    """Which cells of the tile an object makes candidates, and which are of its own; only rows that reach the lines of
-    the tile are held against each cell.
+    """Which cells of the tile an object makes candidates; only rows that reach the lines of the tile are held against
+    each cell.
     """
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, tile.b, SEARCHED)
     found = tile.mask & (cells.n < 0)
-    taken = found
     lines = tl.where(tile.mask, cells.line, tl.min(cells.line, axis=0))
     top = tl.min(lines, axis=0).to(SPEC.ACC) * cells.stride
     bottom = (tl.max(lines, axis=0) + 1).to(SPEC.ACC) * cells.stride
@@ -101,12 +100,11 @@ def _candidates(tile, cells, targets, M, frame, numbers, SPEC: tl.constexpr):
         while lowest < LAST:
             one = _valid_object(targets, lowest, tile, frame, SPEC)
             off_x, off_y = offsets(one, cells, frame, SPEC)
-            near, own = near_and_own(one, off_x, off_y, cells.stride, numbers, SPEC)
+            near, _own = near_and_own(one, off_x, off_y, cells.stride, numbers, SPEC)
             found = found | (near & tile.mask)
-            taken = taken | own
             left = left & (g > lowest)
             lowest = tl.min(tl.where(left, g, LAST), axis=0)
-    return found, taken
+    return found
 
 
 @triton.jit
@@ -192,9 +190,8 @@ def _store_bounds(tile, cells, boxes, chosen, frame, ptr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _store_candidates(predictions, tile, cells, boxes, found, tiles, decoded, frame, tally, SPEC: tl.constexpr):
+def _store_candidates(predictions, tile, cells, boxes, chosen, tiles, decoded, frame, tally, SPEC: tl.constexpr):
     """Puts the candidates of a tile on the list of their image, and stores what they share, which others do not."""
-    chosen, taken = found
     first = tile.b.to(tl.int64) * tile.N
     place = chosen.to(tl.int32)
     count = tl.sum(place, axis=0)
@@ -206,12 +203,11 @@ def _store_candidates(predictions, tile, cells, boxes, found, tiles, decoded, fr
         begin = tl.atomic_add(tally.found_ptr + 2 + tile.b, count, sem="relaxed")
         tl.store(decoded.tiles_ptr + tile_at * 2, begin)
         own = decoded.list_ptr + first + begin
-        tl.store(own + (tl.cumsum(place, axis=0) - place), tl.where(taken, cells.n, -1 - cells.n), mask=chosen)
+        tl.store(own + (tl.cumsum(place, axis=0) - place), cells.n, mask=chosen)
         tl.debug_barrier()  # in this list they are neighbours, so that no thread idles
         for i0 in range(0, count, CHOSEN):
             i = i0 + tl.arange(0, CHOSEN)
-            entry = tl.load(own + i, mask=i < count, other=tile.first)
-            n = tl.where(entry < 0, -1 - entry, entry)
+            n = tl.load(own + i, mask=i < count, other=tile.first)
             line = divided(n - tile.first, tile.W)
             some = Cells(n, line * 0 + tile.level, line, n - tile.first - line * tile.W, cells.stride)
             _store_costs(predictions, tile, some, i < count, decoded, tally, SPEC)

@@ -11,7 +11,7 @@ from ..sums import is_last
 from .region import cells_reached, reached, reached_at_most
 from .site import all_cells, cells_at, divided, load_boxes, load_object, offsets
 from .views import tiles_of
-from .wish import LAST, UNIT, bits_of, claim_of, is_own, look_at, none_of, overlap_of
+from .wish import FAR, LAST, UNIT, bits_of, claim_of, is_own, key_of_other, look_at, none_of, overlap_of
 
 SEVERAL: tl.constexpr = tl.constexpr(-1)  # rows picked a cell
 TILES: tl.constexpr = tl.constexpr(32)  # that are looked at at a time
@@ -233,11 +233,10 @@ def _best_of_region(one, g, part, share, shift, problem, decoded, picked, SPEC: 
 
 @triton.jit
 def _listed(one, i, end, problem, decoded, SPEC: tl.constexpr):
-    """Candidates of an image by their places in its list: entries, which there are, and the cells."""
+    """Candidates of an image by their places in its list: which there are, and the cells."""
     there = i < end
     at = one.image.to(tl.int64) * all_cells(problem.levels) + i
-    entry = tl.load(decoded.list_ptr + at, mask=there, other=0)
-    return entry, there, cells_at(tl.where(entry < 0, -1 - entry, entry), problem.levels, SPEC)
+    return there, cells_at(tl.load(decoded.list_ptr + at, mask=there, other=0), problem.levels, SPEC)
 
 
 @triton.jit
@@ -254,88 +253,88 @@ def _met(one, t, there, tiles, problem, decoded):
 
 
 @triton.jit
-def _how_many(one, listed, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):
-    """How many cells an object picks: the sum of its largest IoUs with candidates, rounded down, at least one. Of an
-    image of few candidates all are looked at, of others those of tiles that it meets.
-    """
-    none = none_of(tl.zeros([], SPEC.ACC))
-    most = nothing_kept(none, SPEC.TOPK, SPEC.K)
-    key = most.key
-    n = most.n
-    overlap = most.overlap
-    few = listed <= FEW
-    tiles = tiles_of(problem.levels, CELLS)
-    for t0 in range(0, tl.where(few, 1, tiles), TILES):
-        t = t0 + tl.arange(0, TILES)
-        left = _met(one, t, (t < tiles) & ~few, tiles, problem, decoded) | ((t == 0) & few)
-        tile = tl.min(tl.where(left, t, LAST), axis=0)
-        while tile < LAST:
-            record = decoded.tiles_ptr + (one.image * tiles + tile).to(tl.int64) * 2
-            begin = tl.load(record, mask=~few, other=0)
-            end = begin + tl.load(record + 1, mask=~few, other=0) + tl.where(few, listed, 0)
-            for i0 in range(begin, end, BLOCK):
-                i = i0 + tl.arange(0, BLOCK)
-                _entry, there, cells = _listed(one, i, end, problem, decoded, SPEC)
-                off_x, off_y = offsets(one, cells, problem.frame, SPEC)
-                at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n
-                cost = tl.load(decoded.cost_ptr + at, mask=there, other=float("inf"))
-                iou = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, there), problem, SPEC)
-                bits = tl.where((cost < float("inf")) & (iou > 0), bits_of(iou), none)
-                most = keep(Kept(key, n, overlap), bits, cells.n, iou, none)
-                key = most.key
-                n = most.n
-                overlap = most.overlap
-            left = left & (t > tile)
-            tile = tl.min(tl.where(left, t, LAST), axis=0)
-    # a sum of integers, rounded once: candidates come in any order
-    largest = tl.where(keys_of(most, none, SPEC.TOPK) > none, overlap, 0).to(SPEC.ACC, bitcast=True)
-    total = tl.sum((largest * UNIT).to(tl.int64), axis=0).to(SPEC.ACC) / UNIT
-    return tl.maximum(total.to(tl.int32), 1)
-
-
-@triton.jit
-def _with_others(kept, one, g, short, listed, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """The best of those kept and of candidates that are not the object's own, if it is ``short`` of these. It claims
-    those that are no object's own.
+def _best_listed(
+    kept, one, listed, everywhere, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
+    BY: tl.constexpr,
+):  # fmt: skip
+    """The best of those kept and of the candidates of an image: all of them, if it is to be ``everywhere``, else those
+    of tiles that the object meets. ``BY`` "overlap", or "cost" of those that are not its own.
     """
     none = none_of(tl.zeros([], SPEC.ACC))
     key = kept.key
     n = kept.n
     overlap = kept.overlap
-    for i0 in range(0, listed, BLOCK):
-        entry, there, cells = _listed(one, i0 + tl.arange(0, BLOCK), listed, problem, decoded, SPEC)
-        look = look_at(one, cells, there & (short | (entry < 0)), problem, decoded, SPEC)
-        other = look.can & ~is_own(look)
-        _claim(one, g, cells, look, other & (entry < 0), problem, decoded)
-        wanted = tl.where(other, look.key, none)
-        kept = keep(Kept(key, n, overlap), wanted, cells.n, look.overlap, none)
-        key = kept.key
-        n = kept.n
-        overlap = kept.overlap
+    tiles = tiles_of(problem.levels, CELLS)
+    for t0 in range(0, tl.where(everywhere, 1, tiles), TILES):
+        t = t0 + tl.arange(0, TILES)
+        left = _met(one, t, (t < tiles) & ~everywhere, tiles, problem, decoded) | ((t == 0) & everywhere)
+        tile = tl.min(tl.where(left, t, LAST), axis=0)
+        while tile < LAST:
+            record = decoded.tiles_ptr + (one.image * tiles + tile).to(tl.int64) * 2
+            begin = tl.load(record, mask=~everywhere, other=0)
+            end = begin + tl.load(record + 1, mask=~everywhere, other=0) + tl.where(everywhere, listed, 0)
+            for i0 in range(begin, end, BLOCK):
+                there, cells = _listed(one, i0 + tl.arange(0, BLOCK), end, problem, decoded, SPEC)
+                if BY == "overlap":
+                    off_x, off_y = offsets(one, cells, problem.frame, SPEC)
+                    at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n
+                    cost = tl.load(decoded.cost_ptr + at, mask=there, other=float("inf"))
+                    value = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, there), problem, SPEC)
+                    wanted = tl.where((cost < float("inf")) & (value > 0), bits_of(value), none)
+                else:
+                    look = look_at(one, cells, there, problem, decoded, SPEC)
+                    value = look.overlap
+                    wanted = tl.where(look.can & ~is_own(look), look.key, none)
+                best = keep(Kept(key, n, overlap), wanted, cells.n, value, none)
+                key = best.key
+                n = best.n
+                overlap = best.overlap
+            left = left & (t > tile)
+            tile = tl.min(tl.where(left, t, LAST), axis=0)
     return Kept(key, n, overlap)
 
 
 @triton.jit
+def _how_many(one, listed, few, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):
+    """How many cells an object picks: the sum of its largest IoUs with candidates, rounded down, at least one."""
+    none = none_of(tl.zeros([], SPEC.ACC))
+    most = nothing_kept(none, SPEC.TOPK, SPEC.K)
+    most = _best_listed(most, one, listed, few, problem, decoded, SPEC=SPEC, BLOCK=BLOCK, CELLS=CELLS, BY="overlap")
+    # a sum of integers, rounded once: candidates come in any order
+    largest = tl.where(keys_of(most, none, SPEC.TOPK) > none, most.overlap, 0).to(SPEC.ACC, bitcast=True)
+    total = tl.sum((largest * UNIT).to(tl.int64), axis=0).to(SPEC.ACC) / UNIT
+    return tl.maximum(total.to(tl.int32), 1)
+
+
+@triton.jit
+def _kept_above(kept, key, none, SPEC: tl.constexpr):
+    """How many of those kept an object wants more than so."""
+    return tl.sum((keys_of(kept, none, SPEC.TOPK) > key).to(tl.int32), axis=0)
+
+
+@triton.jit
 def _best_candidates(one, g, problem, decoded, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):
-    """The best candidates, and how many an object picks. All of its own come before any other, so that these are looked
-    at where there are not enough, and where some cell may be no object's own.
+    """The best candidates, and how many an object picks. All of its own come before any other. Where these are not
+    enough it looks at those of tiles that it meets; and at all, if so many do not cost less than one without overlap.
     """
+    none = none_of(tl.zeros([], SPEC.ACC))
     listed = tl.load(tally.found_ptr + 2 + one.image)
+    everywhere = listed <= FEW
     own = _best_reached(one, g, 0, reached(one, problem, SPEC), problem, decoded, SPEC, BLOCK)
     key = own.key
     n = own.n
     overlap = own.overlap
-    picks = _how_many(one, listed, problem, decoded, SPEC, BLOCK, CELLS)
-    none = none_of(tl.zeros([], SPEC.ACC))
-    short = tl.sum((keys_of(own, none, SPEC.TOPK) > none).to(tl.int32), axis=0) < picks
-    look = short
-    if SPEC.INSIDE:
-        look = picks > 0
-    if look:
-        kept = _with_others(Kept(key, n, overlap), one, g, short, listed, problem, decoded, SPEC, BLOCK)
-        key = kept.key
-        n = kept.n
-        overlap = kept.overlap
+    picks = _how_many(one, listed, everywhere, problem, decoded, SPEC, BLOCK, CELLS)
+    enough = _kept_above(own, none, none, SPEC) >= picks
+    while ~enough:
+        best = _best_listed(
+            own, one, listed, everywhere, problem, decoded, SPEC=SPEC, BLOCK=BLOCK, CELLS=CELLS, BY="cost"
+        )
+        key = best.key
+        n = best.n
+        overlap = best.overlap
+        enough = everywhere | (_kept_above(best, key_of_other(tl.full([], FAR, SPEC.ACC)), none, SPEC) >= picks)
+        everywhere = True
     return Kept(key, n, overlap), picks
 
 

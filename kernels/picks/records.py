@@ -83,15 +83,14 @@ class Decoded(NamedTuple):
 
     ``boxes_ptr`` [B, N, 4] ACC: corners in pixels from the middle of the cell. ``picker_ptr`` [B, N] int32: at first M,
     after ``pick`` the row that picked it, or -1 where several did. ``claim_ptr`` [B, N] int64: at first 0, after
-    ``pick`` the largest claim of all rows that may have it. ``row_ptr`` [B, N] int32: at first M, none, after
-    ``settle`` the row that it goes to. ``score_ptr`` [B, N] ACC: soft scores, 0 where there is no
-    row, and there -1 in an ignored region. ``done_ptr`` [M] int32: programs of a row that are done, 0 at first and
-    after ``pick``.
+    ``pick`` the largest claim of all rows that may have it, of SimOTA of those whose own it is. ``row_ptr`` [B, N]
+    int32: at first M, none, after ``settle`` the row that it goes to. ``score_ptr`` [B, N] ACC: soft scores, 0 where
+    there is no row, and there -1 in an ignored region. ``done_ptr`` [M] int32: programs of a row that are done, 0 at
+    first and after ``pick``.
     ``cost_ptr`` [B, N] ACC, of SimOTA: what costs share, infinite where the cell is no candidate, or a logit is NaN.
     ``list_ptr`` [B, N] int32, of SimOTA: the cells n of an image that are candidates, those of a tile in their order,
-    tiles in any; -1 - n where they are no object's own. ``tiles_ptr`` int32 [B, tiles, 2]: where in the list those of
-    a tile begin, unless there are none, and how many there are. ``bounds_ptr`` [B, tiles, 4] ACC: corners in pixels
-    that hold the boxes of these.
+    tiles in any. ``tiles_ptr`` int32 [B, tiles, 2]: where in the list those of a tile begin, unless there are none, and
+    how many there are. ``bounds_ptr`` [B, tiles, 4] ACC: corners in pixels that hold the boxes of these.
     """
 
     boxes_ptr: Any

@@ -6,14 +6,28 @@ import triton
 import triton.language as tl
 
 from ..primitives import plain
-from ..rows import load_rows, rows_end, wrong_offsets
+from ..rows import image_rows, load_rows, rows_end, wrong_offsets
 from ..sums import is_last
 from .pick import SEVERAL, Kept, Worst, keep, nothing_kept, worst_of
 from .region import cells_reached, reached
 from .site import all_cells, cells_at, load_boxes, load_channel, load_object, object_of, offsets
-from .wish import UNIT, bits_of, claimant, look_at, metric, none_of, overlap_of, strength_in
+from .wish import (
+    LAST,
+    UNIT,
+    bits_of,
+    by_cost,
+    claim_of,
+    claimant,
+    cost,
+    look_at,
+    metric,
+    none_of,
+    overlap_of,
+    strength_in,
+)
 
 ROWS: tl.constexpr = tl.constexpr(32)
+SEARCHED: tl.constexpr = tl.constexpr(256)  # rows that are searched at a time for those of an image
 
 
 class Owner(NamedTuple):
@@ -206,7 +220,34 @@ def _settle(owner, M, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def _clashes(g, targets, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+def _strongest(cell, targets, M, problem, decoded, SPEC: tl.constexpr):
+    """Of SimOTA, where no object has claimed a cell, for it is none of its own: the largest claim that those of its
+    image have to it, whether or not they picked it.
+    """
+    N = all_cells(problem.levels)
+    b = cell // N
+    lane = tl.arange(0, ROWS)
+    cells = cells_at(lane * 0 + (cell - b * N), problem.levels, SPEC)
+    at = lane * 0 + cell
+    shared = tl.load(decoded.cost_ptr + at)
+    obj = load_channel(problem.predictions.obj, b, 0, cells, lane < ROWS, SPEC)
+    box = load_boxes(decoded.boxes_ptr, at.to(tl.int64), lane < ROWS)
+    first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SEARCHED)
+    best = tl.zeros([ROWS], tl.int64)
+    for g0 in range(first, last, ROWS):
+        g = g0 + lane
+        rows = object_of(load_rows(targets.ptr, g, g < last, ROWS), g, g < last, targets, problem.frame, SPEC)
+        own = rows.valid & (rows.image == b)
+        off_x, off_y = offsets(rows, cells, problem.frame, SPEC)
+        cls = load_channel(problem.predictions.cls, b, rows.label, cells, own, SPEC)
+        value = cost(shared, cls, obj, overlap_of(rows, off_x, off_y, box, problem, SPEC)).to(tl.float32)
+        strength = by_cost(value, value != value, own)
+        best = tl.maximum(best, tl.where(strength > none_of(value), claim_of(strength, g), 0))
+    return tl.max(best, axis=0)
+
+
+@triton.jit
+def _clashes(g, targets, M, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
     """Of SimOTA, where a score hangs on its cell alone: those that several rows picked, some a program; how many, and
     the sum of their scores.
     """
@@ -218,7 +259,15 @@ def _clashes(g, targets, problem, decoded, picked, tally, SPEC: tl.constexpr, BL
         i = i0 + tl.arange(0, BLOCK)
         mask = i < count
         cell = tl.load(picked.clash_ptr + i, mask=mask, other=0)
-        row = claimant(tl.load(decoded.claim_ptr + cell, mask=mask, other=0))
+        claim = tl.load(decoded.claim_ptr + cell, mask=mask, other=1)
+        if SPEC.INSIDE:
+            place = tl.min(tl.where(claim == 0, i, LAST), axis=0)
+            while place < LAST:
+                here = i == place
+                of = tl.max(tl.where(here, cell, 0), axis=0)
+                claim = tl.where(here, _strongest(of, targets, M, problem, decoded, SPEC), claim)
+                place = tl.min(tl.where((claim == 0) & (i > place), i, LAST), axis=0)
+        row = tl.where(mask, claimant(claim), 0)
         rows = object_of(load_rows(targets.ptr, row, mask, BLOCK), row, mask, targets, problem.frame, SPEC)
         cells = cells_at(tl.where(mask, cell - rows.image * N, 0), problem.levels, SPEC)
         off_x, off_y = offsets(rows, cells, problem.frame, SPEC)
@@ -294,7 +343,7 @@ def settle_kernel(
     if one.valid:
         found, total = _row(g, one, M, problem, decoded, picked, tally, SPEC=SPEC, BLOCK=BLOCK, K2=K2)
     if SPEC.ASSIGNER == "simota":
-        more_found, more_total = _clashes(g, targets, problem, decoded, picked, tally, SPEC, BLOCK)
+        more_found, more_total = _clashes(g, targets, M, problem, decoded, picked, tally, SPEC, BLOCK)
         found += more_found
         total += more_total
     if found > 0:

@@ -20,6 +20,7 @@ from .site import all_cells, load_boxes, load_channel, offsets
 INSIDE: tl.constexpr = tl.constexpr(1e-9)  # the reference's
 IOU_WEIGHT: tl.constexpr = tl.constexpr(3.0)
 IOU_EPS: tl.constexpr = tl.constexpr(1e-8)
+FAR: tl.constexpr = tl.constexpr(55.0)  # a cost below that of any cell without overlap, which is at least 3 ln 1e8
 LOWEST_LOG: tl.constexpr = tl.constexpr(-100.0)
 NONE: tl.constexpr = tl.constexpr(-0x80000000)  # of a key, below all others
 LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # of an index or a row
@@ -190,10 +191,16 @@ def bits_of(value):
 
 
 @triton.jit
-def _by_cost(value, own, can):
+def key_of_other(value):
+    """That of a cost of a cell that is not an object's own."""
+    return -1 - bits_of(value)
+
+
+@triton.jit
+def by_cost(value, own, can):
     """Keys of costs: the lower the better, the own cells of an object before all others."""
     top = bits_of(tl.zeros_like(value) + float("inf"))
-    key = tl.where(own, top - bits_of(value), -1 - bits_of(value))
+    key = tl.where(own, top - bits_of(value), key_of_other(value))
     return tl.where(can & (value < float("inf")), key, none_of(value))  # a NaN is no less
 
 
@@ -223,8 +230,8 @@ def look_at(one, cells, mask, problem, decoded, SPEC: tl.constexpr):
         obj = load_channel(problem.predictions.obj, one.image, 0, cells, can, SPEC)
         worth = cost(shared, cls, obj, overlap)
         _near, own = near_and_own(one, off_x, off_y, cells.stride, problem.numbers, SPEC)
-        key = _by_cost(worth, own, can)
-        strength = _by_cost(worth.to(tl.float32), own, can)
+        key = by_cost(worth, own, can)
+        strength = by_cost(worth.to(tl.float32), own, can)
     return Look(can, overlap, worth, key, strength)
 
 

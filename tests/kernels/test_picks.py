@@ -205,6 +205,40 @@ def test_candidates_of_a_crowded_image():
     assert found["decoded"].cost_ptr.isfinite().sum() > pick.FEW.value
 
 
+def small_boxes(head: PickHead, maps: Maps) -> list[Tensor]:
+    """Predictions of one image that overlap nothing but the middles of their cells."""
+    preds = [torch.zeros(1, sum(head.widths), *sides, device=DEVICE) for sides in maps]
+    for pred in preds:
+        pred[:, :2], pred[:, 2:4] = 0.5, -5.0
+        pred[:, 4:] = torch.linspace(-1, 1, pred[0, 4:].numel(), device=DEVICE).view_as(pred[:, 4:])
+    return preds
+
+
+def test_a_cell_that_is_nobodys_own_goes_to_whom_it_costs_least():
+    """Two objects without a cell of their own pick it, a third, which does not, has it."""
+    head = HEADS["YOLOX/0.3.0"]
+    preds = small_boxes(head, MAPS)
+    # 3.5 cells left of the middle of the third, of which it predicts the box
+    preds[0][0, :4, 3, 2] = torch.tensor([48 / 8 - 2, 32 / 8 - 3, math.log(9), math.log(7)], device=DEVICE)
+    tiny, at = [0.01, 0.01], 3 * MAPS[0][1] + 2
+    large = [0.5, 0.5, 72 / 96, 56 / 64]
+    rows = [[0, 0, 34 / 96, 34 / 64, *tiny], [0, 1, 66 / 96, 26 / 64, *tiny], [0, 2, *large]]
+    found = check(head, preds, torch.tensor(rows, device=DEVICE))
+    assert [at in row for row in found["picks"]["picked"].index_ptr.tolist()] == [True, True, False]
+    assert found["decoded"].row_ptr[0, at] == 2
+
+
+def test_an_object_that_no_candidate_overlaps():
+    """Where there are too many to look at all, it does so all the same, of any tile."""
+    head = HEADS["YOLOX/0.3.0"]
+    preds = small_boxes(head, LARGE)
+    preds[0][0, 4:, 30, 40] = torch.tensor([5.0, -5.0, 5.0, -5.0], device=DEVICE)  # it costs least, and lies far off
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 0.95, 0.98], [0, 1, 64 / 384, 64 / 256, 0.002, 0.003]], device=DEVICE)
+    found = check(head, preds, rows, maps=LARGE)
+    assert found["decoded"].cost_ptr.isfinite().sum() > pick.FEW.value
+    assert found["decoded"].row_ptr[0, 30 * LARGE[0][1] + 40] == 1
+
+
 @pytest.mark.parametrize("name", ["v8", "yolo26 one", "YOLOX", "YOLOX/0.3.0"])
 def test_tiny(name):
     head = HEADS[name]
