@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from ..heads import PickHead, pick_head_from_key
-from ..kernels.launch import PICK_DECODED, PICK_SETTLED, PICK_THREADS, Wishes, pick_config, pick_shift, power_of_two
+from ..kernels.launch import (
+    PICK_DECODED,
+    PICK_REGISTERS,
+    PICK_SETTLED,
+    PICK_THREADS,
+    Wishes,
+    pick_config,
+    pick_shift,
+    power_of_two,
+)
 from ..kernels.levels import Strides
 from ..kernels.picks import boxes, pick, records, settle, site, wish
 from ..terms import TERMS
@@ -197,10 +206,11 @@ def picking(
     }
     picks = {**common, "shift": shift, "BLOCK": config.region, "CELLS": PICK_DECODED}
     ends = {**common, "settled": settled, "BLOCK": PICK_SETTLED, "K2": 0 if limit is None else power_of_two(limit)}
+    most = PICK_REGISTERS if acc == torch.float64 else None
     # where there is no row, one program finishes
     launches = (
-        Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, exact=True),
-        Launch(pick.pick_kernel, lambda M: (max(1, M << shift),), picks, PICK_THREADS, exact=True),
+        Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, most, exact=True),
+        Launch(pick.pick_kernel, lambda M: (max(1, M << shift),), picks, PICK_THREADS, most, exact=True),
         Launch(settle.settle_kernel, lambda M: (max(1, M),), ends, PICK_THREADS, exact=True),
     )
     return Picking(launches, decoded, settled)

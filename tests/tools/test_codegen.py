@@ -40,6 +40,10 @@ def test_no_spills_of_small_maps():
     compiled("YOLOv3/darknet", "float32", "sm_90", size=128)
 
 
+def test_no_spills_of_costs_in_float64():
+    compiled("YOLOX", "float64", "sm_80")
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "target"),
     [("RetinaNet", "float32", "sm_90"), ("FCOS", "bfloat16", "sm_100"), ("SSD", "float32", "gfx942")],
