@@ -206,7 +206,7 @@ class PickConfig:
 PICK_NUMBERS = 10240  # at most that many a program, of classes
 PICK_DECODED = 128  # cells of a program that decodes boxes: four, or eight halves, a thread are an access
 PICK_THREADS = 32  # of programs that have no more to share: those that decode, pick and settle
-PICK_REGISTERS = 255  # of the first two in float64, all there are: told of no limit, ptxas keeps to 168, and spills
+PICK_REGISTERS = 255  # of these in float64, all there are: told of no limit, ptxas keeps to 168, and spills
 PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
 PICK_PROGRAMS = 4096  # of rows, if those may be shared out
 MOST_SHARES = 32  # of a row

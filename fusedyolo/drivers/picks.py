@@ -217,6 +217,7 @@ PICKS = PickDriver()
 
 _LAUNCHES = {
     "decode_kernel": "decode",
+    "cost_kernel": "cost",
     "pick_kernel": "pick",
     "settle_kernel": "settle",
     "pick_loss_kernel": "loss",

@@ -21,7 +21,7 @@ from ..kernels.launch import (
     power_of_two,
 )
 from ..kernels.levels import Strides
-from ..kernels.picks import boxes, pick, records, settle, site, wish
+from ..kernels.picks import boxes, costs, pick, records, settle, site, wish
 from ..terms import TERMS
 from ..tuned import wishes
 from .launch import Launch, Layout, accumulator, counters_and_maxima, layouts, odd, planned
@@ -110,7 +110,7 @@ def levels_of(maps: Maps, head: PickHead) -> records.Levels:
 class Picking(NamedTuple):
     """Of a plan, the launches that settle which row each cell goes to, and what they leave."""
 
-    launches: tuple[Launch, Launch, Launch]
+    launches: tuple[Launch, ...]
     decoded: records.Decoded
     settled: records.Settled
 
@@ -153,7 +153,8 @@ def picking(
     largest = max(height * width for height, width in maps)
     config = pick_config(largest, lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
     N, K, tiles = sum(height * width for height, width in maps), spec.K, _tiles(maps)
-    costs, cost_tiles = (N, tiles) if head.assigner == "simota" else (0, 0)
+    priced = head.assigner == "simota"
+    costs_of, cost_tiles = (N, tiles) if priced else (0, 0)
     acc, bits = accumulator(preds[0].dtype)[1], torch.int64 if preds[0].dtype == torch.float64 else torch.int32
     programs = 1 << shift if shift else 0  # of a row, where there are several
     decoded = records.Decoded(
@@ -163,16 +164,16 @@ def picking(
         row_ptr=own.tensor("row"),
         score_ptr=own.tensor("score"),
         done_ptr=own.scratch_of_rows(torch.int32),
-        cost_ptr=own.scratch(acc, (batch, costs)),
-        list_ptr=own.scratch(torch.int32, (batch, costs)),
+        cost_ptr=own.scratch(acc, (batch, costs_of)),
+        list_ptr=own.scratch(torch.int32, (batch, costs_of)),
         tiles_ptr=own.scratch(torch.int32, (batch, cost_tiles, 2)),
         bounds_ptr=own.scratch(acc, (batch, cost_tiles, 4)),
     )
     picked = records.Picked(
         index_ptr=own.scratch_of_rows(torch.int32, K),
         overlap_ptr=own.scratch_of_rows(acc, K),
-        worth_ptr=own.scratch_of_rows(acc, 0 if costs else K),
-        clash_ptr=own.scratch_of_rows(torch.int32, K) if costs else own.scratch(torch.int32, (batch * N,)),
+        worth_ptr=own.scratch_of_rows(acc, 0 if priced else K),
+        clash_ptr=own.scratch_of_rows(torch.int32, K) if priced else own.scratch(torch.int32, (batch * N,)),
         part_key_ptr=own.scratch_of_rows(bits, programs, K),
         part_cell_ptr=own.scratch_of_rows(torch.int32, programs, K),
         part_overlap_ptr=own.scratch_of_rows(bits, programs, K),
@@ -206,14 +207,14 @@ def picking(
     }
     picks = {**common, "shift": shift, "BLOCK": config.region, "CELLS": PICK_DECODED}
     ends = {**common, "settled": settled, "BLOCK": PICK_SETTLED, "K2": 0 if limit is None else power_of_two(limit)}
+    prices = {name: first[name] for name in ("predictions", "levels", "decoded", "tally", "SPEC", "CELLS")}
     most = PICK_REGISTERS if acc == torch.float64 else None
+    decode = Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, most, exact=True)
+    cost = Launch(costs.cost_kernel, (batch * tiles,), prices, PICK_THREADS, most, exact=True)
     # where there is no row, one program finishes
-    launches = (
-        Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, most, exact=True),
-        Launch(pick.pick_kernel, lambda M: (max(1, M << shift),), picks, PICK_THREADS, most, exact=True),
-        Launch(settle.settle_kernel, lambda M: (max(1, M),), ends, PICK_THREADS, exact=True),
-    )
-    return Picking(launches, decoded, settled)
+    select = Launch(pick.pick_kernel, lambda M: (max(1, M << shift),), picks, PICK_THREADS, most, exact=True)
+    end = Launch(settle.settle_kernel, lambda M: (max(1, M),), ends, PICK_THREADS, exact=True)
+    return Picking((decode, *([cost] if priced else ()), select, end), decoded, settled)
 
 
 def _tiles(maps: Maps) -> int:
@@ -291,7 +292,7 @@ def pick_launches(
         norm=pred.new_empty(2, dtype=acc),
         counts=pred.new_empty(2, dtype=torch.int32),
     )
-    last = launches[2].arguments
+    last = launches[-1].arguments
     return launches, last["decoded"], last["settled"]
 
 

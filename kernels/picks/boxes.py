@@ -1,22 +1,20 @@
-"""Boxes of all predictions, and what later launches find ready; of SimOTA also candidates, and their shared costs."""
+"""Boxes of all predictions, and what later launches find ready; of SimOTA also candidates."""
 
 import triton
 import triton.language as tl
 
 from ..overlap import Corners
-from ..primitives import logistic, plain
+from ..primitives import plain
 from ..regions import Candidates, Points, in_regions
 from ..rows import image_rows, load_rows
 from ..terms.decode import exp, ltrb
 from .region import reach
-from .site import Cells, Object, channel_at, divided, load_channel, object_of, offsets, stride_of
+from .site import Cells, Object, object_of, offsets, stride_of
 from .views import as_wide, cells_in, is_wide, step_of, tile_of, tiles_of, view_of, wide_mask
-from .wish import LAST, LOWEST_LOG, log_miss, near_and_own
+from .wish import LAST, near_and_own
 
 SEARCHED: tl.constexpr = tl.constexpr(256)  # rows that are searched at a time for those of an image
 ROWS: tl.constexpr = tl.constexpr(32)  # rows that are tested at a time: one a thread of a warp
-CHOSEN: tl.constexpr = tl.constexpr(32)  # candidates whose classes are read at a time
-ACROSS: tl.constexpr = tl.constexpr(8)  # classes of each
 
 
 # ----------------------------------------------------------------------------------------------------------- boxes
@@ -123,57 +121,6 @@ def _valid_object(targets, g, tile, frame, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _split(q):
-    """A float32 q > 0 as a number in [1, 2) and a power of two; NaN stays NaN."""
-    bits = q.to(tl.int32, bitcast=True)
-    return q * (0x7F000000 - (bits & 0x7F800000)).to(tl.float32, bitcast=True), (bits >> 23) - 127
-
-
-@triton.jit
-def _class_costs(at, obj, mask, step, SPEC: tl.constexpr):
-    """Sums of -:func:`~.wish.log_miss` of all classes of cells, ``at`` pointers [1, cells] to the first; ``obj`` too.
-
-    In float32 one logarithm of a product does for many: what it grows, or shrinks, by is kept apart.
-    """
-    CELLS: tl.constexpr = at.shape[1]
-    total = tl.zeros([ACROSS, CELLS], SPEC.ACC)
-    product = total + 1.0
-    under = total + 1.0
-    powers = tl.zeros([ACROSS, CELLS], tl.int32)
-    high_obj, low_obj, _e_obj = logistic(obj)
-    for c0 in tl.range(0, SPEC.C, ACROSS, loop_unroll_factor=2):  # loads of both at a time
-        c = c0 + tl.arange(0, ACROSS)[:, None]
-        used = mask[None, :] & (c < SPEC.C)
-        cls = tl.load(at + c * step, mask=used, other=0.0).to(SPEC.ACC)
-        if obj.dtype == tl.float64:
-            total -= tl.where(used, log_miss(cls, obj), 0.0)
-        else:
-            high, low, _e = logistic(cls)
-            miss = tl.where(used, low + high * low_obj, 1.0)
-            none = miss == 0.0
-            total -= tl.where(none, LOWEST_LOG, 0.0)
-            product, more = _split(product * tl.where(none, 1.0, miss))
-            under, fewer = _split(under * tl.where(used & ~none, 1.0 + tl.sqrt(high * high_obj), 1.0))
-            powers += more - fewer
-    if obj.dtype != tl.float64:
-        total -= tl.log(product) - tl.log(under) + powers.to(SPEC.ACC) * 0.6931471805599453
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _store_costs(predictions, tile, cells, mask, decoded, tally, SPEC: tl.constexpr):
-    """What the true class does not change in the costs of candidates."""
-    obj = load_channel(predictions.obj, tile.b, 0, cells, mask, SPEC)[None, :]
-    at = channel_at(predictions.cls, tile.b, 0, cells)[None, :]
-    shared = _class_costs(at, obj, mask, view_of(predictions.cls, tile.level).by.channel, SPEC)
-    known = shared == shared
-    at_cell = tile.b.to(tl.int64) * tile.N + cells.n
-    tl.store(decoded.cost_ptr + at_cell, tl.where(known, shared, float("inf")), mask=mask)
-    if tl.max((mask & ~known).to(tl.int32), axis=0) > 0:
-        tl.atomic_max(tally.done_ptr + 2, 1, sem="relaxed")
-
-
-@triton.jit
 def _store_bounds(tile, cells, boxes, chosen, frame, ptr, SPEC: tl.constexpr):
     """Corners in pixels that hold the boxes of candidates, and what rounding may take off; those without a NaN."""
     x = (cells.column.to(SPEC.ACC) + 0.5) * cells.stride
@@ -190,8 +137,8 @@ def _store_bounds(tile, cells, boxes, chosen, frame, ptr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _store_candidates(predictions, tile, cells, boxes, chosen, tiles, decoded, frame, tally, SPEC: tl.constexpr):
-    """Puts the candidates of a tile on the list of their image, and stores what they share, which others do not."""
+def _store_candidates(tile, cells, boxes, chosen, tiles, decoded, frame, tally, SPEC: tl.constexpr):
+    """Puts the candidates of a tile on the list of their image, and costs that others have."""
     first = tile.b.to(tl.int64) * tile.N
     place = chosen.to(tl.int32)
     count = tl.sum(place, axis=0)
@@ -204,13 +151,6 @@ def _store_candidates(predictions, tile, cells, boxes, chosen, tiles, decoded, f
         tl.store(decoded.tiles_ptr + tile_at * 2, begin)
         own = decoded.list_ptr + first + begin
         tl.store(own + (tl.cumsum(place, axis=0) - place), cells.n, mask=chosen)
-        tl.debug_barrier()  # in this list they are neighbours, so that no thread idles
-        for i0 in range(0, count, CHOSEN):
-            i = i0 + tl.arange(0, CHOSEN)
-            n = tl.load(own + i, mask=i < count, other=tile.first)
-            line = divided(n - tile.first, tile.W)
-            some = Cells(n, line * 0 + tile.level, line, n - tile.first - line * tile.W, cells.stride)
-            _store_costs(predictions, tile, some, i < count, decoded, tally, SPEC)
 
 
 # ------------------------------------------------------------------------------------------------------------- all
@@ -270,4 +210,4 @@ def decode_kernel(
         cells = Cells(tile.first + tile.cells, tile.level, line, tile.cells - line * tile.W, stride)
         found = _candidates(tile, cells, targets, M, frame, numbers, SPEC)
         tiles = tiles_of(levels, CELLS)
-        _store_candidates(predictions, tile, cells, boxes, found, tiles, decoded, frame, tally, SPEC=SPEC)
+        _store_candidates(tile, cells, boxes, found, tiles, decoded, frame, tally, SPEC=SPEC)

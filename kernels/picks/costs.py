@@ -1,0 +1,75 @@
+"""Of SimOTA, what all objects pay for a candidate, whichever its true class is."""
+
+import triton
+import triton.language as tl
+
+from ..levels import strides_of
+from ..primitives import logistic
+from .site import all_cells, cells_at, channel_at, load_channel
+from .views import tiles_of
+from .wish import LOWEST_LOG, log_miss
+
+CHOSEN: tl.constexpr = tl.constexpr(16)  # candidates whose classes are read at a time
+ACROSS: tl.constexpr = tl.constexpr(8)  # classes of each
+
+
+@triton.jit
+def _split(q):
+    """A float32 q > 0 as a number in [1, 2) and a power of two; NaN stays NaN."""
+    bits = q.to(tl.int32, bitcast=True)
+    return q * (0x7F000000 - (bits & 0x7F800000)).to(tl.float32, bitcast=True), (bits >> 23) - 127
+
+
+@triton.jit
+def _class_costs(at, obj, mask, step, SPEC: tl.constexpr):
+    """Sums of -:func:`~.wish.log_miss` of all classes of cells, ``at`` pointers [1, cells] to the first, ``step`` elements to
+    the next; ``obj`` likewise.
+
+    In float32 one logarithm of a product does for many: what it grows, or shrinks, by is kept apart.
+    """
+    CELLS: tl.constexpr = at.shape[1]
+    total = tl.zeros([ACROSS, CELLS], SPEC.ACC)
+    product = total + 1.0
+    under = total + 1.0
+    powers = tl.zeros([ACROSS, CELLS], tl.int32)
+    high_obj, low_obj, _e_obj = logistic(obj)
+    for c0 in tl.range(0, SPEC.C, ACROSS, loop_unroll_factor=2):  # loads of both at a time
+        c = c0 + tl.arange(0, ACROSS)[:, None]
+        used = mask[None, :] & (c < SPEC.C)
+        cls = tl.load(at + c * step, mask=used, other=0.0).to(SPEC.ACC)
+        if obj.dtype == tl.float64:
+            total -= tl.where(used, log_miss(cls, obj), 0.0)
+        else:
+            high, low, _e = logistic(cls)
+            miss = tl.where(used, low + high * low_obj, 1.0)
+            none = miss == 0.0
+            total -= tl.where(none, LOWEST_LOG, 0.0)
+            product, more = _split(product * tl.where(none, 1.0, miss))
+            under, fewer = _split(under * tl.where(used & ~none, 1.0 + tl.sqrt(high * high_obj), 1.0))
+            powers += more - fewer
+    if obj.dtype != tl.float64:
+        total -= tl.log(product) - tl.log(under) + powers.to(SPEC.ACC) * 0.6931471805599453
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def cost_kernel(predictions, levels, decoded, tally, SPEC: tl.constexpr, CELLS: tl.constexpr):
+    """As many programs of an image as tiles of CELLS cells, which share out its list of candidates by the block; see
+    :class:`.records.Decoded`.
+    """
+    programs = tiles_of(levels, CELLS)
+    b = tl.program_id(0) // programs
+    count = tl.load(tally.found_ptr + 2 + b)
+    first = b.to(tl.int64) * all_cells(levels)
+    for i0 in range((tl.program_id(0) - b * programs) * CHOSEN, count, programs * CHOSEN):
+        i = i0 + tl.arange(0, CHOSEN)
+        mask = i < count
+        cells = cells_at(tl.load(decoded.list_ptr + (first + i), mask=mask, other=0), levels, SPEC)
+        obj = load_channel(predictions.obj, b, 0, cells, mask, SPEC)[None, :]
+        at = channel_at(predictions.cls, b, 0, cells)[None, :]
+        step = strides_of(predictions.cls.by, cells.level).channel[None, :]
+        shared = _class_costs(at, obj, mask, step, SPEC)
+        known = shared == shared
+        tl.store(decoded.cost_ptr + (first + cells.n), tl.where(known, shared, float("inf")), mask=mask)
+        if tl.max((mask & ~known).to(tl.int32), axis=0) > 0:
+            tl.atomic_max(tally.done_ptr + 2, 1, sem="relaxed")
