@@ -205,9 +205,9 @@ class DenseDriver(Driver):
             return super().efforts(kernel, kinds, arguments, known)
         levels, spec = arguments["levels"], arguments["SPEC"]
         sizes = [shared.even(n) * shared.even(a) for n, a in zip(levels.cells, levels.anchors, strict=True)]
-        steps = arguments["steps"] if spec.RANKED else 1  # tiles of boxes a program
+        steps = arguments["steps"] if spec.RANKED else 1  # tiles a program
         has = known.assignment.row >= 0
-        boxes = _programs_of(has, sizes, spec.ANCHORS, steps)
+        boxes = _programs_of(has, sizes, spec.ANCHORS, 1 if spec.IMAGES else steps)
         classes = [0] * (len(kinds) - len(boxes))  # logits are read and stored whatever they are of
         if spec.RANKED and not spec.WITH_LOSS:  # but of anchors that do not count
             counted = _counted(arguments["ranked"].ce_ptr, has, known.head.negatives)

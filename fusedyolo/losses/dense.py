@@ -422,6 +422,8 @@ class SSDLoss(DenseLoss):
         weights: as in :class:`RetinaNetLoss`.
         class_weights: C numbers, one a class, the background the first: what the cross-entropy of an anchor of that
             class is multiplied by.
+        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
+            up to these.
         image_size: (height, width) in pixels; needed where targets are relative to the image.
         unit: of boxes in targets, as in :class:`RetinaNetLoss`.
         boxes: in targets, likewise.
@@ -441,6 +443,7 @@ class SSDLoss(DenseLoss):
         beta: float = 1.0,
         weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
         class_weights: Any = None,
+        reduction: str = "sum",
         image_size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         boxes: str | None = None,
@@ -451,6 +454,7 @@ class SSDLoss(DenseLoss):
         head = DenseHead(
             num_classes=num_classes,
             background=True,
+            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
             matcher="iou",
             band=(thresh, thresh),
             rescue="best",

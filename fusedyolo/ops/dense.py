@@ -173,7 +173,7 @@ def _programs(layout: _Layout, head: DenseHead, batch: int, config: DenseConfig)
             tiles = _ceil(batch * each * head.num_classes, config.block * config.steps)
         cls.append(tiles)
         own = batch * rows * _ceil(each, config.anchors)
-        boxes.append(_ceil(own, config.steps) if head.negatives and layout.flat else own)
+        boxes.append(_ceil(own, config.steps) if head.negatives and layout.flat and not head.by_image else own)
     return tuple(cls), tuple(boxes)
 
 
@@ -371,6 +371,7 @@ def _rank_launches(own: Outline, key: str, preds: tuple[Layout, ...], anchors: i
         "ratio": head.negatives,
         "SPEC": rank.RankSpec(
             BY_IMAGE=head.mean == "image",
+            IMAGES=head.by_image,
             ACC=triton_acc,
             KEY=KEYS[acc],
             BITS=8 * acc.itemsize - 1,

@@ -268,8 +268,10 @@ def _ranked_loss(
     loss = cross_entropy(own, counted.of(label.flatten())) * counted.of(times)
     loss = _weighed(loss, None if class_weights is None else class_weights[counted.of(label.flatten())])
     loss = _weighed(loss, None if weight is None else counted.of(weight.flatten()))
-    loss = (torch.where(counted.used, loss, 0.0) / divisor[counted.index // logits.shape[1]]).sum()
-    return _nan_if(hardness.isnan().any(), loss)
+    image = counted.index // logits.shape[1]
+    loss = _total(torch.where(counted.used, loss, 0.0) / divisor[image], image, len(match), head)
+    unknown = hardness.isnan()
+    return _nan_if(unknown.any(1) if head.by_image else unknown.any(), loss)
 
 
 def _total(values: Tensor, image: Tensor, batch_size: int, head: DenseHead) -> Tensor:

@@ -178,12 +178,14 @@ class Site(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """What the gradients of the three parts are multiplied by; and with IMAGES of the classes of the image after."""
+    """What the gradients of the three parts are multiplied by; with IMAGES of the classes of the image after too, and
+    where those of all images are."""
 
     classes: Any
     boxes: Any
     centres: Any
     after: Any
+    ptrs: Any
 
 
 class Raw(NamedTuple):
@@ -317,13 +319,13 @@ def _load_grad(ptr, b, SPEC: tl.constexpr):
 @triton.jit
 def _image_of(of_boxes, local, level, batch, SPEC: tl.constexpr):
     """The image of a program of boxes or of class logits, of a stream the first one."""
-    if SPEC.FLAT:
-        ANCHORS: tl.constexpr = SPEC.ANCHORS
+    boxes = local // _tiles(level, SPEC.FLAT, SPEC.ANCHORS)
+    if SPEC.RANKED:
+        classes = local * batch.steps // _tiles(level, SPEC.FLAT, SPEC.CELLS)
+    elif SPEC.FLAT:
         n = level.anchors * level.cells
-        boxes = local // _tiles(level, True, ANCHORS)
         classes = (local.to(tl.int64) * (SPEC.BLOCK * batch.steps) // SPEC.C // n).to(tl.int32)
     else:
-        boxes = local // _tiles(level, False, SPEC.ANCHORS)
         classes = local // _tiles(level, False, SPEC.CELLS)
     return tl.where(of_boxes, boxes, classes)
 
@@ -626,11 +628,11 @@ def _load_ranked(site, batch, matched, ranked, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.constexpr):
+def _ranked_classes(local, view, level, batch, matched, ranked, grads, SPEC: tl.constexpr):
     """The cross-entropies of some tiles, or their gradient. What a tile has taken is loaded during the one before."""
-    scale = grad
+    scale = grads.classes
     if SPEC.WITH_GRAD and not SPEC.BY_IMAGE:
-        scale = grad * share(matched.found_ptr, 0, batch.B, False, SPEC.ACC)
+        scale *= share(matched.found_ptr, 0, batch.B, False, SPEC.ACC)
     tiles = _tiles(level, SPEC.FLAT, SPEC.CELLS)
     b = local * batch.steps // tiles
     own = local * batch.steps % tiles
@@ -647,8 +649,9 @@ def _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC: tl.c
         site = _site_of(b, own, level, SPEC.FLAT, SPEC.CELLS)
         ptr, by_channel = _anchors_at(view.ptr, view.by, site, level, SPEC.C, SPEC)
         if SPEC.WITH_GRAD:
-            if SPEC.BY_IMAGE:
-                scale = grad * share(matched.found_ptr, site.b, batch.B, True, SPEC.ACC)
+            if SPEC.BY_IMAGE or SPEC.IMAGES:
+                scale = _grad_out(grads.ptrs, 1, site.b, SPEC)
+                scale *= share(matched.found_ptr, site.b, batch.B, SPEC.BY_IMAGE, SPEC.ACC)
             times = _ranked_weight(ce, match, site.n, ranked.picks_ptr + 4 * site.b)
             weight = times.to(SPEC.ACC) * scale
             if matched.columns_ptr is not None:
@@ -674,7 +677,7 @@ def _class_program(local, view, level, batch, matched, ranked, terms, numbers, g
     rest = loss
     grad = grads.classes
     if SPEC.RANKED:
-        _ranked_classes(local, view, level, batch, matched, ranked, grad, SPEC)
+        _ranked_classes(local, view, level, batch, matched, ranked, grads, SPEC)
     elif SPEC.FLAT:
         loss, rest = _stream_classes(local, view, level, batch, matched, terms, numbers, grads, SPEC)
     else:
@@ -731,7 +734,7 @@ def _box_term(raw, place, terms, numbers):
 def _box_program(local, boxes, centres, level, batch, matched, terms, numbers, grads, SPEC: tl.constexpr):
     """Box and centreness loss of a program of a level, and the gradient."""
     ANCHORS: tl.constexpr = SPEC.ANCHORS
-    if SPEC.RANKED and SPEC.FLAT:
+    if SPEC.RANKED and SPEC.FLAT and not SPEC.IMAGES:
         tiles = batch.B * _tiles(level, True, ANCHORS)
         box = tl.cast(0.0, SPEC.ACC)
         centre = tl.cast(0.0, SPEC.ACC)
@@ -814,7 +817,7 @@ def _finish(sums, programs, B, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
     ROWS: tl.constexpr = 32 if SPEC.RANKED and SPEC.FLAT else 256  # of a ranked stream it is one warp that adds up
     if SPEC.IMAGES:
         for b in range(0, B):
-            _leave(b, _sums_of_image(b, sums, programs, SPEC.ACC), sums, WITH_CENTRES)
+            _leave(b, _sums_of_image(b, sums, programs, SPEC.ACC, ROWS), sums, WITH_CENTRES)
     else:
         _leave(0, column_sums(sums.partial_ptr, programs, N_PARTS, SPEC.ACC, ROWS), sums, WITH_CENTRES)
     tl.store(sums.done_ptr, 0)  # ready for the next launch
@@ -834,12 +837,12 @@ def _leave(b, totals, sums, WITH_CENTRES: tl.constexpr):
 
 
 @triton.jit
-def _sums_of_image(b, sums, programs, ACC: tl.constexpr):
+def _sums_of_image(b, sums, programs, ACC: tl.constexpr, ROWS: tl.constexpr):
     """Those of its own programs, and of streams that begin in the image before what they have of this one."""
-    lane = tl.arange(0, 256)[:, None]
+    lane = tl.arange(0, ROWS)[:, None]
     k = tl.arange(0, N_PARTS)[None, :]
-    total = tl.zeros([256, N_PARTS], ACC)
-    for i in range(0, programs, 256):
+    total = tl.zeros([ROWS, N_PARTS], ACC)
+    for i in range(0, programs, ROWS):
         there = i + lane < programs
         image = tl.load(sums.images_ptr + i + lane, mask=there, other=-2, cache_modifier=".cg")
         value = tl.load(sums.partial_ptr + (i + lane) * N_PARTS + k, mask=there, other=0.0, cache_modifier=".cg")
@@ -882,7 +885,11 @@ def dense_kernel(predictions, levels, N, B, steps, matched, terms, numbers, grad
         image = _image_of(of_boxes, local, level, batch, SPEC)
         after = _grad_out(grads, 1, tl.minimum(image + 1, B - 1), SPEC)
     grad = Grads(
-        _grad_out(grads, 1, image, SPEC), _grad_out(grads, 2, image, SPEC), _grad_out(grads, 3, image, SPEC), after
+        _grad_out(grads, 1, image, SPEC),
+        _grad_out(grads, 2, image, SPEC),
+        _grad_out(grads, 3, image, SPEC),
+        after,
+        grads,
     )
     if SPEC.SKIP_ONE:
         skip_boxes = grad.boxes == 1.0

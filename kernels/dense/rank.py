@@ -4,7 +4,7 @@ Two launches, each with several programs an image, a PART of its anchors each. T
 each of BINS bins of cross-entropies; the last of its programs finds the bin in which the least of those that count
 lies, and how many anchors each part and those before it have there. So every program of the second adds up all above,
 and puts its own at their place in the list of the image. The last program of an image picks among these, bit by bit of
-their keys; the last of all adds up the images. Nothing depends on the order in which programs run.
+their keys; the last of all adds up the images, unless each has a loss of its own. Nothing depends on the order in which programs run.
 """
 
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ class RankSpec(NamedTuple):
     """The structure of a ranking: the kernels are compiled for each."""
 
     BY_IMAGE: Any
+    IMAGES: Any  # a loss of each image
     ACC: Any
     KEY: Any  # the integers that keys are, and their bits but the sign
     BITS: Any
@@ -308,9 +309,13 @@ def rank_kernel(ce_ptr, match_ptr, found_ptr, N, B, ratio, picks_ptr, scratch, o
         total += column(column_sums(scratch.partial_ptr + b * parts, parts, 1, SPEC.ACC, 64), 0)
         total += column(column_sums(scratch.partial_ptr + programs + b * parts, parts, 1, SPEC.ACC, 64), 0)
         weight = share(found_ptr, b, B, SPEC.BY_IMAGE, SPEC.ACC)
-        tl.store(scratch.images_ptr + b, weight * total)
-        if is_last(outcome.done_ptr, B):
-            classes = column(column_sums(scratch.images_ptr, B, 1, SPEC.ACC, 64), 0)
-            tl.store(outcome.class_ptr, classes)
-            tl.store(outcome.total_ptr, classes + tl.load(outcome.box_ptr))
-            tl.store(outcome.done_ptr, 0)
+        if SPEC.IMAGES:
+            tl.store(outcome.class_ptr + b, weight * total)
+            tl.store(outcome.total_ptr + b, weight * total + tl.load(outcome.box_ptr + b))
+        else:
+            tl.store(scratch.images_ptr + b, weight * total)
+            if is_last(outcome.done_ptr, B):
+                classes = column(column_sums(scratch.images_ptr, B, 1, SPEC.ACC, 64), 0)
+                tl.store(outcome.class_ptr, classes)
+                tl.store(outcome.total_ptr, classes + tl.load(outcome.box_ptr))
+                tl.store(outcome.done_ptr, 0)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..overlap import Corners, iou
 from ..primitives import divide, larger, log1p_of_share, logistic, pow_pos
-from ..terms.label import Power
+from ..terms.label import Power, power_1, power_half
 from ..terms.records import Axis
 from .region import reach
 from .site import all_cells, load_boxes, load_channel, offsets
@@ -53,22 +53,12 @@ def _power_0(q, exponent):
 
 
 @triton.jit
-def _power_1(q, exponent):
-    return q
-
-
-@triton.jit
-def _power_half(q, exponent):
-    return tl.sqrt(q)
-
-
-@triton.jit
 def _power_6(q, exponent):
     cube = q * q * q
     return cube * cube
 
 
-_POWERS = {0.0: _power_0, 0.5: _power_half, 1.0: _power_1, 6.0: _power_6}
+_POWERS = {0.0: _power_0, 0.5: power_half, 1.0: power_1, 6.0: _power_6}
 
 
 def power(exponent: float) -> Power:

@@ -31,8 +31,18 @@ def _power_0(q, exponent):
 
 
 @triton.jit
-def _power_1(q, exponent):
+def power_half(q, exponent):
+    return tl.sqrt(q)
+
+
+@triton.jit
+def power_1(q, exponent):
     return q
+
+
+@triton.jit
+def _power_3_halves(q, exponent):
+    return q * tl.sqrt(q)
 
 
 @triton.jit
@@ -40,11 +50,11 @@ def _power_2(q, exponent):
     return q * q
 
 
-_POWERS = {0.0: _power_0, 1.0: _power_1, 2.0: _power_2}
+_POWERS = {0.0: _power_0, 0.5: power_half, 1.0: power_1, 1.5: _power_3_halves, 2.0: _power_2}
 
 
 def power(exponent: float) -> Power:
-    """An exponent as terms take it; to 0, 1 and 2 nothing is raised by logarithms."""
+    """An exponent as terms take it; to 0, 1/2, 1, 3/2 and 2 nothing is raised by logarithms."""
     return Power(exponent, _POWERS.get(exponent, pow_pos))
 
 

@@ -574,6 +574,8 @@ BY_IMAGE_OF_ANCHORS = {
     "RetinaNet": (RetinaNetLoss, {}),
     "RetinaNet/mmdet": (RetinaNetLoss, {"recipe": "mmdet", "class_weights": [0.5, 2.0, 1.0]}),
     "EfficientDet": (EfficientDetLoss, {}),
+    "SSD": (SSDLoss, {}),
+    "SSD/class weights": (SSDLoss, {"class_weights": [0.5, 2.0, 1.0]}),
     "FCOS": (FCOSLoss, {}),
     "FCOS/mmdet": (FCOSLoss, {"recipe": "mmdet"}),
 }
@@ -665,6 +667,19 @@ def test_a_nan_of_one_image_leaves_the_loss_of_the_other(backend):
     preds[1][1, 0, 1, 1, 4] = float("nan")
     out = YOLOv5Loss(ANCHORS, STRIDES, 3, reduction="none", backend=backend)(preds, ROWS.to(DEVICE))
     assert out.total.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", [RetinaNetLoss, SSDLoss])
+def test_a_nan_of_one_image_leaves_the_losses_of_the_others_over_anchors(cls, backend):
+    """Of an image with objects, or without."""
+    preds, targets = anchored(3)
+    for image in (0, 2):
+        own = [pred.detach().clone() for pred in preds]
+        own[0][image, 1, 2] = float("nan")
+        out = cls(3, reduction="none", backend=backend)(own, targets, anchors=ANCHOR_BOXES)
+        assert out.total.isnan().tolist() == [i == image for i in range(3)]
+        assert not out.parts["bbox_regression"].isnan().any()
 
 
 def test_a_sum_over_nothing_is_where_there_are_no_images_to_tell_apart():
