@@ -66,7 +66,7 @@ def extreme_boxes(n: int = 100) -> tuple[Tensor, Tensor]:
 EXTENT = (640.0, 384.0)
 SMALL_EPS = {"ciou_plus": (1e-16, 1e-16), "iou_log": (3e-7,)}
 """Of the terms whose eps is no area, or that take other numbers."""
-SOME_NUMBERS = {"alpha": (0.25, -1.0, 0.0), "gamma": (0.0, 0.5, 1.0, 1.5, 2.0), "pos_weight": (2.5,)}
+SOME_NUMBERS = {"alpha": (0.25, -1.0, 0.0), "gamma": (0.0, 0.5, 1.0, 1.25, 1.5, 2.0), "pos_weight": (2.5,)}
 
 
 def label_numbers(kind: str, some: dict[str, tuple[float, ...]] = SOME_NUMBERS) -> list[list[float]]:

@@ -521,7 +521,7 @@ def test_without_objects_all_anchors_are_background(backend):
     assert float(got.total) == float(want.total) > 0
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.25, 1.5, 2.0])
 @pytest.mark.parametrize("alpha", [0.25, -1.0])
 def test_focal_loss_of_any_shape_at_any_logit(alpha, gamma):
     """Finite losses and gradients at +-120, and those of the reference."""

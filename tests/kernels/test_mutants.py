@@ -90,7 +90,7 @@ def check_focal_grid() -> None:
     """Exponents for which no general power is taken, of classes and of objectness."""
     rows, pred = make_rows(n=6), make_preds(torch.float64, batch=1, size=(16, 24))[0][:, :8]
     one = replace(RATIO, anchors=((16.0, 16.0),), levels=((0,),), strides=(8.0,), scale_x_y=(2.0,), obj_balance=())
-    for label_gamma, obj_gamma in ((2.0, 0.0), (0.0, 1.0), (1.0, 2.0)):
+    for label_gamma, obj_gamma in ((2.0, 0.0), (0.0, 1.0), (1.0, 2.0), (1.5, 0.5)):
         terms = {"label": "focal", "label_args": (0.25, label_gamma), "objectness": "focal"}
         check_grid([pred], rows, replace(one, **terms, obj_args=(-1.0, obj_gamma)), tolerance=1e-11)
 
@@ -177,10 +177,9 @@ def check_boxes() -> None:
 
 def check_labels() -> None:
     check_label_term("bce", [])
-    check_label_term("focal", [0.25, 1.5])
     check_label_term("focal", [-1.0, 0.0])
-    check_label_term("focal", [0.25, 1.0])
-    check_label_term("focal", [0.25, 2.0])
+    for gamma in (0.5, 1.0, 1.25, 1.5, 2.0):
+        check_label_term("focal", [0.25, gamma])
     check_label_term("bce", [], torch.float32)
 
 
