@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import anchors, functional
     from .assignment import Assignment, assign
+    from .counts import Counts, last_counts
     from .detections import Detections, decode, select
     from .losses import (
         E2ELoss,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Assignment": "assignment",
+    "Counts": "counts",
     "Detections": "detections",
     "E2ELoss": "losses",
     "EfficientDetLoss": "losses",
@@ -55,11 +57,13 @@ _HOMES = {
     "assign": "assignment",
     "decode": "detections",
     "draw_assignment": "pictures",
+    "last_counts": "counts",
     "select": "detections",
 }
 
 __all__ = [
     "Assignment",
+    "Counts",
     "Detections",
     "E2ELoss",
     "EfficientDetLoss",
@@ -82,6 +86,7 @@ __all__ = [
     "decode",
     "draw_assignment",
     "functional",
+    "last_counts",
     "select",
 ]
 

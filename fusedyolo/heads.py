@@ -243,8 +243,8 @@ class DenseHead(_Row):
     ``"batch"``; a count of 0 divides by 1. With ``"images"`` each image without any counts as one, with ``"one more"``
     the batch's number is one larger. ``box_weight``: None, or ``"centreness"``, by which the boxes are weighed; they
     are divided by the sum of these weights, at least 1e-6. ``box_gain`` multiplies them. Class weights multiply the
-    class terms, of a softmax those of the true class. ``by_image``: the loss is one of each image, which add up to what it
-    is without.
+    class terms, of a softmax those of the true class. ``by_image``: the loss is one of each image, which add up to what
+    it is without.
     """
 
     num_classes: int

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..counts import STANDING
 
 CLOSE = 1e-3  # how closely a probe must agree, of the largest number; another formula is off by much more
 
@@ -26,6 +27,11 @@ class Criteria(Generic[Loss]):
 
     def __init__(self) -> None:
         self.kept: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Loss | None]] = WeakKeyDictionary()
+        STANDING.add(self)
+
+    def of(self, owner: Any) -> Loss | None:
+        """What stands in for an object, any that there is, if something does."""
+        return next((had[1] for kept, had in list(self.kept.items()) if kept is owner), None)
 
     def find(self, owner: Any, settings: tuple[Any, ...], make: Callable[[], Loss]) -> Loss | None:
         """What ``make`` returned, or None where it raised a ``ValueError``, which is told; anew for other settings."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import backend as backends
 from .. import checks, reference
+from ..counts import Last
 from ..drivers.grid import GRID, GridCall
 from ..heads import GridHead, head_from_key
 from ..targets import Targets, as_targets
@@ -52,9 +53,11 @@ class WeightedLoss(nn.Module):
     """A module with class weights, or none, that follow the predictions to their device and stay in float32."""
 
     class_weights: Tensor | None
+    _watch: Watch | None
 
     def __init__(self, class_weights: tuple[float, ...] | None):
         super().__init__()
+        self._last = Last()
         self._weights = class_weights
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
@@ -103,7 +106,7 @@ class GridLoss(WeightedLoss):
         checks.ascending([[head.anchors[i] for i in level] for level in head.levels], head.strides)
         self.head = rounded(head)
         self.form = form
-        self._watch: Watch | None = Watch(type(self).__name__, range(head.num_classes))
+        self._watch = Watch(type(self).__name__, range(head.num_classes))
         self.hyp = hyp
         self._changed = {name: value for name, value in hyp.items() if value != defaults[name]}
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
@@ -153,8 +156,10 @@ class GridLoss(WeightedLoss):
         else:
             call = GridCall(preds, rows, offsets, size, class_weights, weights)
             total, parts, counts, _ = GRID.reference_loss(head, call)
-        if not torch.compiler.is_compiling() and self._watch is not None:
-            self._watch = self._watch.after(rows, offsets, counts, size, weights=weights)
+        if not torch.compiler.is_compiling():
+            self._last.counts = counts
+            if self._watch is not None:
+                self._watch = self._watch.after(rows, offsets, counts, size, weights=weights)
         if head.by_image:
             parts = parts.flatten()[: 3 * len(range(batch))].view(3, -1)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))

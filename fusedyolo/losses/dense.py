@@ -47,7 +47,7 @@ class DenseLoss(WeightedLoss):
         super().__init__(class_weights)
         self.form = form
         labels = range(1 if head.background else 0, head.num_classes)
-        self._watch: Watch | None = Watch(type(self).__name__, labels)
+        self._watch = Watch(type(self).__name__, labels)
         # thresholds stay as they are: those of the peer are not rounded where its boxes are float64
         self.head = dataclasses.replace(rounded(head), band=head.band, radius=head.radius)
         self._key = self.head.key
@@ -179,8 +179,10 @@ class DenseLoss(WeightedLoss):
             terms, divisors = (cls, box, middle)[: len(call.levels)], (found, weights)
         else:
             total, terms, counts, divisors = DENSE.reference_loss(self.head, call)
-        if not torch.compiler.is_compiling() and self._watch is not None:
-            self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, call.corners, call.weights)
+        if not torch.compiler.is_compiling():
+            self._last.counts = counts
+            if self._watch is not None:
+                self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, call.corners, call.weights)
         return total, terms, counts, divisors
 
     def extra_repr(self) -> str:

@@ -65,7 +65,7 @@ class PickLoss(WeightedLoss):
         super().__init__(class_weights)
         self.head = rounded(head)
         self.form = form
-        self._watch: Watch | None = Watch(type(self).__name__, range(head.num_classes))
+        self._watch = Watch(type(self).__name__, range(head.num_classes))
         self._key = self.head.key
         self.backend = checks.one_of("backend", backend, backends.BACKENDS)
         self.image_size = None if image_size is None else checks.size("image_size", image_size)
@@ -156,8 +156,10 @@ class PickLoss(WeightedLoss):
             terms = tuple(parts)
         else:
             total, terms, counts, weights = PICKS.reference_loss(self.head, call)
-        if not torch.compiler.is_compiling() and self._watch is not None:
-            self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, weights=call.weights)
+        if not torch.compiler.is_compiling():
+            self._last.counts = counts
+            if self._watch is not None:
+                self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, weights=call.weights)
         return total, terms, counts, weights
 
     def extra_repr(self) -> str:

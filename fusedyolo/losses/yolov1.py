@@ -181,7 +181,7 @@ class YOLOv1Loss(WeightedLoss):
         )
         self.head = _scaled(dataclasses.replace(head, **gains, **flags), row.factor)
         self._key = self.head.key
-        self._watch: Watch | None = Watch(type(self).__name__, range(head.num_classes))
+        self._watch = Watch(type(self).__name__, range(head.num_classes))
 
     def forward(self, pred: Tensor, targets: Tensor | list[dict[str, Tensor]] | Targets) -> LossOutput:
         """The loss of one batch.
@@ -216,8 +216,10 @@ class YOLOv1Loss(WeightedLoss):
             total, parts, counts, _ = CELLS.reference_loss(
                 head, CellCall(pred, rows, offsets, size, class_weights, weights)
             )
-        if not torch.compiler.is_compiling() and self._watch is not None:
-            self._watch = self._watch.after(rows, offsets, counts, self.image_size, weights=weights)
+        if not torch.compiler.is_compiling():
+            self._last.counts = counts
+            if self._watch is not None:
+                self._watch = self._watch.after(rows, offsets, counts, self.image_size, weights=weights)
         num_pos, num_invalid = counts.unbind()
         if head.by_image:
             parts = parts.view(3, -1)

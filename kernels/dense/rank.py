@@ -4,7 +4,8 @@ Two launches, each with several programs an image, a PART of its anchors each. T
 each of BINS bins of cross-entropies; the last of its programs finds the bin in which the least of those that count
 lies, and how many anchors each part and those before it have there. So every program of the second adds up all above,
 and puts its own at their place in the list of the image. The last program of an image picks among these, bit by bit of
-their keys; the last of all adds up the images, unless each has a loss of its own. Nothing depends on the order in which programs run.
+their keys; the last of all adds up the images, unless each has a loss of its own. Nothing depends on the order in which
+programs run.
 """
 
 from typing import Any, NamedTuple

@@ -32,11 +32,13 @@ def _power_0(q, exponent):
 
 @triton.jit
 def power_half(q, exponent):
+    """The root."""
     return tl.sqrt(q)
 
 
 @triton.jit
 def power_1(q, exponent):
+    """The base itself."""
     return q
 
 

@@ -239,6 +239,22 @@ def test_gains_are_read_at_each_call(patched):
     torch.testing.assert_close(after, before * torch.tensor((2.0, 1.0, 0.0)))
 
 
+@pytest.mark.parametrize("e2e", [False, True])
+def test_counts_of_the_last_call(e2e, patched):
+    """Of the loss that a model has when it has been trained, and of both branches."""
+    model, preds, batch = case(0, e2e=e2e)
+    batch["cls"][0] = 99.0
+    loss = E2ELoss(model) if e2e else v8(model)
+    holder = nn.Linear(1, 1)
+    holder.criterion = loss
+    assert fusedyolo.last_counts(holder) == []
+    loss(preds, batch)
+    found = fusedyolo.last_counts(nn.DataParallel(holder))
+    assert found == fusedyolo.last_counts(loss)
+    assert [int(each.num_invalid) for each in found] == [1] * (1 + e2e)
+    assert all(int(each.num_pos) > 0 for each in found)
+
+
 def test_sizes_and_classes_may_change_between_calls(strict):
     cases = [case(seed) for seed in (0, 2, 3, 5)]  # of three sizes
     expected = [v8(cases[0][0])(preds, batch)[0] for _, preds, batch in cases]

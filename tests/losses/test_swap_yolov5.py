@@ -10,6 +10,8 @@ import pytest
 import torch
 from swaps import MODES, assert_near, objects, slopes, snapshot
 
+import fusedyolo
+
 losses = peers.module("yolov5.utils.loss")
 integration = import_module("fusedyolo.integrations.yolov5")
 patch, unpatch = integration.patch, integration.unpatch
@@ -98,6 +100,23 @@ def test_gains_are_read_at_each_call():
         torch.testing.assert_close(loss(preds, rows)[0], total)
     unpatch()
     torch.testing.assert_close(loss(preds, rows)[0], total)
+
+
+def test_counts_of_the_last_call():
+    model, preds, rows = case(0)
+    rows[0, 1] = 99.0  # no such class
+    loss = ComputeLoss(model)
+    assert fusedyolo.last_counts(loss) == []
+    patch()
+    before = dict(vars(loss))
+    loss(preds, rows)
+    (found,) = fusedyolo.last_counts(loss)
+    assert int(found.num_invalid) == 1
+    assert int(found.num_pos) > 0
+    assert vars(loss) == before
+    holder = torch.nn.Linear(1, 1)
+    holder.compute_loss = loss
+    assert fusedyolo.last_counts(torch.nn.DataParallel(holder)) == [found]
 
 
 def test_half_predictions():

@@ -14,6 +14,8 @@ import torch
 from swaps import assert_near, decoupled_case, labels_of, objects, run_without_us, slopes, snapshot
 from torch import nn
 
+import fusedyolo
+
 models = peers.module("yolox.models")
 head_module, losses_module = peers.module("yolox.models.yolo_head"), peers.module("yolox.models.losses")
 integration = import_module("fusedyolo.integrations.yolox")
@@ -83,6 +85,20 @@ def test_l1_is_read_at_each_call(wide, kernels):
         found = head(features, labels, None)
         assert (found[4] > 0) == use_l1
         torch.testing.assert_close(found[0], sum(found[1:5]))
+
+
+def test_counts_of_the_last_call():
+    head, features, labels = case(0)
+    labels[0, 0, 1] = -5.0  # left of the image
+    patch()
+    model = torch.nn.Sequential(head)
+    assert fusedyolo.last_counts(model) == []
+    before = set(vars(head))
+    ratio = head(features, labels, None)[5]
+    (found,) = fusedyolo.last_counts(torch.nn.DataParallel(model))
+    assert int(found.num_invalid) == 1  # and none of the padding
+    assert int(found.num_pos) == round(float(ratio) * int((labels.sum(2) > 0).sum()))
+    assert set(vars(head)) == before
 
 
 def test_predictions_stay_as_they_are():

@@ -158,6 +158,20 @@ def test_losses_and_gradients_are_those_of_torchvision(kind, counts, backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_counts_of_the_last_call(kind, reference):
+    model, (images, targets) = make(kind), objects(kind, 0)
+    targets[0]["labels"][0] = CLASSES + 5  # no such class
+    patch(model)
+    assert fusedyolo.last_counts(model) == []
+    model(images, targets)
+    (found,) = fusedyolo.last_counts(nn.DataParallel(model))
+    assert int(found.num_invalid) == 1
+    assert int(found.num_pos) > 0
+    assert fusedyolo.last_counts(copy.deepcopy(model)) == []
+    assert fusedyolo.last_counts(unpatch(model)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_float64(kind, reference):
     """Of images of the size that the model asks for: a loss takes boxes for float32, which scaled ones would not be."""
     model, (images, targets) = make(kind).double(), objects(kind, 2)
