@@ -103,9 +103,11 @@ def cross_entropy(x: Tensor, label: Tensor) -> Tensor:
 
     log(1 + exp(the others' logsumexp - its own logit)), which has all digits at both ends. From the largest logit, so
     that logits with the same differences cost the same; held where such a difference would be infinite, and of more
-    than one no gradient could be told.
+    than one no gradient could be told. In as few passes over them as it can be done in.
     """
     if x.requires_grad:
         x = held(x, torch.finfo(x.dtype).min / 2, torch.finfo(x.dtype).max / 2)
-    z, at = x - x.detach().amax(-1, keepdim=True), label[..., None]
-    return -logsigmoid(z.gather(-1, at)[..., 0] - z.scatter(-1, at, -math.inf).logsumexp(-1))
+    largest, at = x.detach().amax(-1, keepdim=True), label[..., None]
+    own = (x.gather(-1, at) - largest)[..., 0]
+    others = (x - largest).scatter_(-1, at, -math.inf).exp_().sum(-1).clamp(min=torch.finfo(x.dtype).tiny)
+    return -logsigmoid(own - others.log())
