@@ -9,8 +9,9 @@ def prepare() -> None:
     """Choose the interpreter, before any kernel is imported, let it compute as a GPU does, and make it faster.
 
     The larger and the smaller of two floats drop a NaN on a GPU, unless told to propagate it; the interpreter knows
-    that of its reductions only. A fused product and sum is rounded once; there it is rounded twice. How it is made
-    faster is in ``shortcuts.py``.
+    that of its reductions only. A fused product and sum is rounded once; there it is rounded twice. That of Triton 3.6
+    makes an integer of an array of one axis, which NumPy 2.5 no longer does. How it is made faster is in
+    ``shortcuts.py``.
     """
     os.environ["TRITON_INTERPRET"] = "1"
     import numpy as np
@@ -23,6 +24,13 @@ def prepare() -> None:
         total = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
         return interpreter.TensorHandle(total.astype(x.data.dtype), x.dtype.scalar)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
     builder = interpreter.InterpreterBuilder
     builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)

@@ -1,5 +1,7 @@
 """Shortcuts through Triton's interpreter give what its long way gives: type, shape and bits."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import triton
@@ -119,3 +121,22 @@ def test_sort(monkeypatch):
     for x in (tensor(dtype, shape) for dtype in (tl.int32, tl.int64) for shape in ((8,), (2, 4))):
         for descending in (False, True):
             assert outcome(tl.sort, x, None, descending) == outcome(shortcuts._sort_any, x, None, descending)
+
+
+class Unconvertible(np.ndarray):
+    """As NumPy 2.5 has arrays of one axis: no number is made of them but by ``item``."""
+
+    def __int__(self):
+        raise TypeError("only 0-dimensional arrays can be converted")
+
+
+def test_an_index_is_made_of_no_array():
+    interpreter_of_ours = import_module("fusedyolo.tools.interpreter")
+    assert interpreter._patch_lang_tensor.__module__ == interpreter_of_ours.__name__
+    scope = interpreter._LangPatchScope()
+    try:
+        interpreter._patch_lang_tensor(tl.tensor, scope)
+        found = tl.tensor(interpreter.TensorHandle(np.array([3], np.int32).view(Unconvertible), tl.int32), tl.int32)
+        assert range(5)[found] == 3
+    finally:
+        scope.restore()
