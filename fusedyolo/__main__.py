@@ -8,8 +8,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from .emulator.compare import ARCHS, FUSION
 from .tools import terminal
-from .tools.compiled import ARCHS, FUSION
 from .tools.registry import DTYPES, LAYOUTS
 from .tools.terminal import add_loss, folder, positive, side
 

@@ -80,7 +80,8 @@ def power_of_two(n: int) -> int:
 class DenseConfig:
     """Tile of the driver of dense heads: numbers of a stream a program takes at a time, those of them that are always
     of one anchor, and how often; cells and planes of a level in planes; of a ranked head anchors and threads an anchor;
-    anchors whose boxes a program owns, threads; threads of the launches that match and rank.
+    anchors whose boxes a program takes at a time, threads; threads of the launches that match and rank. ``repeats``:
+    boxes are taken as often as class logits.
     """
 
     block: int
@@ -95,6 +96,7 @@ class DenseConfig:
     match_threads: int = 32
     rank_threads: int = 128
     stages: int | None = None
+    repeats: bool = False
 
 
 WARP = 32  # threads
@@ -143,17 +145,19 @@ def dense_config(
     another.
     """
     width = max(2 * SECTOR // max(itemsize, 4), power_of_two(-(-classes // MOST_CHUNKS)))
-    warps = 1 if ranked and flat else 8
+    alone = ranked and flat  # of one warp
+    warps = 1 if alone else 8
     usual = DenseConfig(
         block=256 * (ACCESS // itemsize),
         group=1,
-        steps=32 if not ranked else 8 if flat else 4,
+        steps=32 if not ranked else 8 if alone else 4,
         cells=max(1, 128 * warps // width) if ranked else 512,
         planes=4,
         width=width,
         anchors=64 * warps,
         threads=32 * warps,
         max_registers=_registers(itemsize, ranked, box) if flat else 128,
+        repeats=alone,
     )
     tile = classes * usual.cells if ranked else usual.block
     least = 1 if ranked else 2  # of less a program is not worth what it reads first
@@ -247,7 +251,7 @@ KINDS = {
     # more than 32 cells a thread take the compiler minutes
     "grid": Kind(GridConfig, (SMALLEST_TILE, 4096), most_a_thread=32),
     "cell": Kind(GridConfig, (16, 1024), threads=512, fixed=("channels",)),
-    "dense": Kind(DenseConfig, (1, 2048), fixed=("group", "width")),
+    "dense": Kind(DenseConfig, (1, 2048), fixed=("group", "width", "repeats")),
     "pick": Kind(PickConfig, (SMALLEST_TILE, 1024), threads=128, fixed=("group",)),
 }
 

@@ -239,3 +239,20 @@ def ordered_bits(value):
     else:
         bits = value.to(tl.int64, bitcast=True)
     return bits
+
+
+WARP_LANES: tl.constexpr = tl.constexpr(32)
+
+
+@triton.jit
+def lane_bits(flags):
+    """An integer whose bits are those of the threads of a warp."""
+    bits = tl.sum(flags.to(tl.int32) << tl.arange(0, WARP_LANES), axis=0)  # 32 bits: one instruction of a warp
+    return bits.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def lowest_bit(bits):
+    """The lowest bit that is set: the exponent of the power of two."""
+    power = (bits & -bits).to(tl.float32)
+    return (power.to(tl.int32, bitcast=True) >> 23) - 127

@@ -6,10 +6,8 @@ import triton
 import triton.language as tl
 
 from .assign import row_valid
-from .rows import load_rows, of_kind
-
-LANES: tl.constexpr = tl.constexpr(32)  # rows that are tested at a time: one a thread of a warp
-LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+from .primitives import WARP_LANES, lane_bits, lowest_bit
+from .rows import load_rows, of_kind, relative_row
 
 
 class Points(NamedTuple):
@@ -44,6 +42,15 @@ def edges_of(cx, cy, w, h, width, height):
 
 
 @triton.jit
+def _edges(c0, c1, c2, c3, size, CORNERS: tl.constexpr):
+    """The same of rows by the four numbers of their boxes, which with CORNERS are the edges."""
+    edges = (c0, c1, c2, c3)
+    if not CORNERS:
+        edges = edges_of(c0, c1, c2, c3, size[0], size[1])
+    return edges
+
+
+@triton.jit
 def within(edges, x, y):
     """Whether points lie in a box, the left and the upper edge included."""
     x1, y1, x2, y2 = edges
@@ -51,39 +58,41 @@ def within(edges, x, y):
 
 
 @triton.jit
-def around(x, mask):
+def _around(x, mask):
     """The least and the largest of some numbers."""
     inf = float("inf")
     return tl.min(tl.where(mask, x, inf), axis=0), tl.max(tl.where(mask, x, -inf), axis=0)
 
 
 @triton.jit
-def meets(edges, x, y):
-    """Whether boxes may hold a point of a rectangle, ``x`` and ``y`` what :func:`around` has found."""
+def _meets(edges, x, y):
+    """Whether boxes may hold a point of a rectangle, ``x`` and ``y`` what :func:`_around` has found."""
     x1, y1, x2, y2 = edges
     return (x1 <= x[1]) & (x[0] < x2) & (y1 <= y[1]) & (y[0] < y2)
 
 
 @triton.jit
-def in_regions(points, rows, classes, limit):
+def in_regions(points, rows, classes, limit, CORNERS: tl.constexpr = False):
     """Which of the points of an image lie in one of its regions; only regions that meet the box around all points are
-    held against each.
+    held against each. ``classes`` are the first class and the number of logits; with CORNERS rows hold corners in
+    pixels, see :func:`.rows.relative_row`.
     """
     x, y, mask, size = points
-    width, height = size
-    across = around(x, mask)
-    along = around(y, mask)
+    across = _around(x, mask)
+    along = _around(y, mask)
+    first_class, logits = classes
     found = mask & (x != x)
-    for g0 in range(rows.first, rows.last, LANES):
-        g = g0 + tl.arange(0, LANES)
-        row = of_kind(load_rows(rows.ptr, g, g < rows.last, LANES), g, g < rows.last, rows.weights_ptr, "region")
-        edges = edges_of(row.cx, row.cy, row.w, row.h, width, height)
-        left = row_valid(row, rows.b, rows.b + 1, classes, limit) & meets(edges, across, along)
-        lowest = tl.min(tl.where(left, g, LAST), axis=0)
-        while lowest < LAST:
-            at = rows.ptr + lowest.to(tl.int64) * 6
-            one = edges_of(tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), width, height)
+    for g0 in range(rows.first, rows.last, WARP_LANES):
+        g = g0 + tl.arange(0, WARP_LANES)
+        there = g < rows.last
+        row = of_kind(load_rows(rows.ptr, g, there, WARP_LANES), g, there, rows.weights_ptr, "region")
+        edges = _edges(row.cx, row.cy, row.w, row.h, size, CORNERS)
+        row = relative_row(row, first_class, size, CORNERS)
+        valid = row_valid(row, rows.b, rows.b + 1, logits - first_class, limit)
+        bits = lane_bits(valid & _meets(edges, across, along))
+        while bits != 0:
+            at = rows.ptr + (g0 + lowest_bit(bits)).to(tl.int64) * 6
+            bits = bits & (bits - 1)
+            one = _edges(tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), size, CORNERS)
             found = found | (mask & within(one, x, y))
-            left = left & (g > lowest)
-            lowest = tl.min(tl.where(left, g, LAST), axis=0)
     return found

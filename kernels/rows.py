@@ -139,25 +139,39 @@ def image_rows(rows_ptr, offsets_ptr, M, b, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
+def relative_row(row, first_class, size, CORNERS: tl.constexpr):
+    """Rows by their class from 0 and by centre and size relative to the image, whatever they hold.
+
+    The box of a row is two corners in pixels, or its centre and size. ``size`` is the image's width and height;
+    infinite where corners are all that is known.
+    """
+    image, label, cx, cy, w, h = row
+    if CORNERS:
+        width, height = size
+        cx = 0.5 * (row.cx + row.w) / width
+        cy = 0.5 * (row.cy + row.h) / height
+        w = row.w - row.cx
+        h = row.h - row.cy
+    return Row(image, label - first_class, cx, cy, w, h)
+
+
+@triton.jit
 def row_corners(row, first_image, last_image, classes, size, CORNERS: tl.constexpr, ACC: tl.constexpr):
     """Whether rows are valid and of these images, their class, and x1, y1, x2, y2 in pixels.
 
-    The box of a row is these corners, or its centre and size relative to the image. ``classes`` are the first class and
-    the number of logits, ``size`` is the image's width and height; infinite where corners are all that is known.
+    ``size`` and CORNERS as :func:`relative_row` takes them; ``classes`` are the first class and the number of logits.
     """
-    image, label, c0, c1, c2, c3 = row
+    _image, label, c0, c1, c2, c3 = row
     width, height = size
     if CORNERS:
-        box = (0.5 * (c0 + c2) / width, 0.5 * (c1 + c3) / height, c2 - c0, c3 - c1)
         corners = (c0.to(ACC), c1.to(ACC), c2.to(ACC), c3.to(ACC))
     else:
-        box = (c0, c1, c2, c3)
         hx = 0.5 * c2.to(ACC)
         hy = 0.5 * c3.to(ACC)
         cx = c0.to(ACC)
         cy = c1.to(ACC)
         corners = ((cx - hx) * width, (cy - hy) * height, (cx + hx) * width, (cy + hy) * height)
     first_class, logits = classes
-    row = Row(image, label - first_class, box[0], box[1], box[2], box[3])
+    row = relative_row(row, first_class, size, CORNERS)
     valid = row_valid(row, first_image, last_image, logits - first_class, 1.0)
     return valid, label.to(tl.int32), corners

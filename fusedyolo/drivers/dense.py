@@ -205,13 +205,13 @@ class DenseDriver(Driver):
             return super().efforts(kernel, kinds, arguments, known)
         levels, spec = arguments["levels"], arguments["SPEC"]
         sizes = [shared.even(n) * shared.even(a) for n, a in zip(levels.cells, levels.anchors, strict=True)]
-        steps = arguments["steps"] if spec.RANKED else 1  # tiles a program
         has = known.assignment.row >= 0
-        boxes = _programs_of(has, sizes, spec.ANCHORS, 1 if spec.IMAGES else steps)
+        repeats = spec.REPEATS and not spec.IMAGES
+        boxes = _programs_of(has, sizes, spec.ANCHORS, arguments["steps"] if repeats else 1)
         classes = [0] * (len(kinds) - len(boxes))  # logits are read and stored whatever they are of
         if spec.RANKED and not spec.WITH_LOSS:  # but of anchors that do not count
             counted = _counted(arguments["ranked"].ce_ptr, has, known.head.negatives)
-            classes = _programs_of(counted, sizes, spec.CELLS, steps)
+            classes = _programs_of(counted, sizes, spec.CELLS, arguments["steps"])
         counts = boxes + classes
         return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
 

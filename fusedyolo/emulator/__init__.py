@@ -6,7 +6,7 @@ happens-before. ``device.check()`` raises what was found.
 
 ``compile`` makes PTX of a launch, ``ptx`` reads it, ``translate`` and ``operands`` write it again as functions of numpy
 whose arithmetic is in ``arithmetic`` and ``warp``; ``engine`` runs them on ``memory``, ``order`` knows what happened
-before what, and ``report`` holds what was found.
+before what, ``report`` holds what was found, and ``compare`` runs a computation on all that against float64.
 
 Not modelled: weak memory order itself (values are those of some interleaving; order is checked by happens-before
 instead), caches, what ptxas does with the PTX (but see ``contract``), time, occupancy, forward progress, two kernels at

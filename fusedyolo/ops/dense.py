@@ -173,7 +173,7 @@ def _programs(layout: _Layout, head: DenseHead, batch: int, config: DenseConfig)
             tiles = _ceil(batch * each * head.num_classes, config.block * config.steps)
         cls.append(tiles)
         own = batch * rows * _ceil(each, config.anchors)
-        boxes.append(_ceil(own, config.steps) if head.negatives and layout.flat and not head.by_image else own)
+        boxes.append(_ceil(own, config.steps) if config.repeats and not head.by_image else own)
     return tuple(cls), tuple(boxes)
 
 
@@ -243,6 +243,7 @@ def _dense_launch(
         IMAGES=head.by_image,
         CORNERS=geometry.corners,
         FLAT=layout.flat,
+        REPEATS=config.repeats,
         NEAR=layout.near,
         WITH_LOSS=with_loss,
         WITH_GRAD=grads is not None,

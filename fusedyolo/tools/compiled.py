@@ -1,76 +1,38 @@
-"""Compiled kernels, executed by the emulator, against the reference in float64: the cases, and the comparison."""
+"""Compiled kernels, executed by the emulator, against the reference in float64: the cases, and the command."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
 from torch import Tensor
 
 import fusedyolo
 
 from ..emulator import Device
+from ..emulator.compare import Found, Outputs, Settings, Step, compare
 from ..terms import term_names
+from .env import kernels_digest, version
 from .parity import TOLERANCE
-from .registry import CASES, RefusedError, Workload
+from .registry import CASES, RefusedError, Workload, choose
 from .registry import Case as LossCase
+from .terminal import PASSES, asked, table
 
-ARCHS = (80, 90)
-FUSION = {"as-shipped": ("as shipped",), "off": ("off",), "both": ("as shipped", "off", "by seed")}
 SMALL = Workload(batch=2, size=64, classes=3, seed=3)
 WEIGHTS = (1.0, 0.75)  # gradients of the total; dense heads have launches that do their work for others than 1 only
 WEIGHED = ("YOLOv1/paper", "YOLOv2/region", "YOLOv4/darknet", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8")
 """Losses that are also run with weights of rows, and ignored regions."""
 LABEL_LOSSES = ("sigmoid_focal_loss", "quality_focal_loss", "varifocal_loss")
 
-Outputs = dict[str, Tensor]
-Step = Callable[[str, bool], Outputs]
-"""What a case computes, by name, on a backend; of its inputs as they are, or, if true, in float64."""
 Case = Callable[[Workload], Step]
-
-
-class Settings(NamedTuple):
-    """How kernels are compiled and executed, see :class:`fusedyolo.emulator.Device`: ``arch`` 90 for sm_90; by so many
-    schedules, ``seeds``; ``fusion`` of :data:`FUSION`, ``"both"`` of which also leaves to the seed what ptxas may still
-    fuse; ``noise``: approximate instructions are off by what is documented; ``fine``: other threads may come in before
-    every access.
-    """
-
-    arch: int = 90
-    seeds: int = 2
-    fusion: str = "as-shipped"
-    noise: bool = False
-    fine: bool = False
-
-
-@dataclass
-class Found:
-    """What a case was found to do.
-
-    Attributes:
-        error: the largest of any output and run, relative to the output's largest entry in float64.
-        eager: that of the eager reference in the type of the inputs.
-        same: whether every schedule gives the same bits; ``None`` where noise makes them differ.
-        unwritten: bytes of outputs that nothing has written, of all runs.
-        faults: of the emulator, of all runs.
-        programs, instructions: of the first run; instructions are those that warps execute.
-        wrong: why the case fails; empty if it passes.
-    """
-
-    error: float = 0.0
-    eager: float = 0.0
-    same: bool | None = True
-    unwritten: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
-    programs: int = 0
-    instructions: int = 0
-    wrong: list[str] = field(default_factory=list)
-
 
 # ------------------------------------------------------------------------------------------------------------ cases
 
@@ -166,10 +128,37 @@ def cases() -> dict[str, Case]:
     return found | {"pointwise": _pointwise}
 
 
-def ready() -> None:
-    """Raises:
-    RefusedError: kernels cannot be compiled in this process.
+# ------------------------------------------------------------------------------------------------------- the command
+
+BEGIN, END = "<!-- written by fusedyolo check --compiled -->", "<!-- until here -->"
+PLACE = re.compile(f"({BEGIN}\n).*?({END})", re.DOTALL)  # of the table in a file
+LINES = 8  # of what is wrong with a case
+COLUMNS: dict[str, Callable[[Found], str]] = {
+    "error": lambda found: f"{found.error:.1e}",
+    "eager's": lambda found: f"{found.eager:.1e}",
+    "bits": lambda found: {None: "not compared", True: "same", False: "OTHER"}[found.same],
+    "faults": lambda found: str(sum(found.faults.values())),
+    "unwritten bytes": lambda found: f"{found.unwritten:,}",
+    "programs": lambda found: f"{found.programs:,}",
+    "warp instructions": lambda found: f"{found.instructions:,}",
+}
+
+Results = Mapping[tuple[str, str], Mapping[str, Found]]
+"""By case and type, and by architecture."""
+
+
+def run(options: argparse.Namespace, dtypes: Sequence[str], console: Console) -> int:
+    """Execute, and print a table: 0 if all pass, 1 if not.
+
+    Raises:
+        RefusedError: kernels cannot be compiled in this process, or the table has no place in the file.
     """
+    given = {name: getattr(options, name) for name in ("seeds", "fusion", "noise", "fine") if getattr(options, name)}
+    settings, chosen = Settings(TOLERANCE, **given), choose(options.loss, cases())
+    with asked():
+        page = options.markdown.read_text() if options.markdown else ""
+    if options.markdown and not PLACE.search(page):
+        raise RefusedError(f"--markdown: {options.markdown} has no line {BEGIN}, or no line {END} after it")
     try:
         with Device():
             pass
@@ -177,92 +166,53 @@ def ready() -> None:
         raise RefusedError("--compiled: Triton is not installed, and there is nothing to compile with") from None
     except RuntimeError as error:
         raise RefusedError(f"--compiled: {error}") from None
+    results: dict[tuple[str, str], dict[str, Found]] = {}
+    wanted = list(itertools.product(chosen.items(), dtypes, options.arch or [settings.arch]))
+    for (name, case), dtype, arch in track(wanted, "executing", console=console, transient=True):
+        try:
+            found = compare(case(replace(SMALL, dtype=dtype)), settings._replace(arch=arch))
+        except Exception as error:  # what a compiler may raise is not known; the others are still checked
+            found = Found(wrong=[f"{type(error).__name__}: {error}".splitlines()[0]])
+        results.setdefault((name, dtype), {})[f"sm_{arch}"] = found
+    failed = _print(console, results, settings)
+    if options.markdown:
+        lines = "".join(f"{line}\n" for line in _markdown(results, settings, len(wanted) - failed))
+        options.markdown.write_text(PLACE.sub(lambda place: place[1] + lines + place[2], page))
+    return int(failed > 0)
 
 
-# ------------------------------------------------------------------------------------------------------- comparison
+def _cells(of: Mapping[str, Found]) -> list[str]:
+    """One for each of :data:`COLUMNS`, with all values where architectures differ; ``?`` where a case did not run."""
+    each = [[cell(found) if found.programs else "?" for cell in COLUMNS.values()] for found in of.values()]
+    return [" / ".join(dict.fromkeys(values)) for values in zip(*each, strict=True)]
 
 
-def compare(step: Step, settings: Settings) -> Found:
-    """Run a case on the emulator, once for each seed and way of compiling, and compare.
-
-    It passes where every output is at most the tolerance of its type beyond the eager reference's own error, integers
-    are equal to those in float64, schedules give the same bits, however fused results agree within that tolerance and
-    gradients are 0 at the same places, nothing is left unwritten, and the emulator finds no fault.
-    """
-    truth, eager = step("torch", True), step("torch", False)
-    found = Found(same=None if settings.noise else True)
-    first: dict[tuple[str, int], Outputs] = {}
-    eager_errors = {key: _error(value, truth[key], truth[key]) for key, value in eager.items()}
-    found.eager = max(eager_errors.values())
-    for fusion, seed in itertools.product(FUSION[settings.fusion], range(settings.seeds)):
-        run = f"seed {seed}" if fusion == "as shipped" else f"seed {seed}, fusion {fusion}"
-        alike = fusion, seed if settings.noise or fusion == "by seed" else 0  # runs that give the same bits
-        device = Device(
-            settings.arch,
-            seed,
-            fusion=False if fusion == "off" else None,
-            contraction=seed if fusion == "by seed" else None,
-            noise=settings.noise,
-            fine=settings.fine,
-        )
-        with device:
-            out = step("triton", False)
-        if not device.launches:
-            raise RuntimeError("no kernel was launched; is FUSEDYOLO_DISABLE set?")
-        if not first:
-            found.programs = sum(record.report.programs for record in device.launches)
-            found.instructions = sum(record.report.instructions for record in device.launches)
-        found.faults += device.faults
-        lacking = {key: device.missing(value) for key, value in out.items()}
-        found.unwritten += sum(lacking.values())
-        found.wrong += [f"{run}: {number} bytes of {key} are not written" for key, number in lacking.items() if number]
-        for key, value in out.items():
-            error = _error(value, truth[key], truth[key])
-            found.error = max(found.error, error)
-            limit = eager_errors[key] + _tolerance(value.dtype) if value.is_floating_point() else 0.0
-            if error > limit:
-                found.wrong.append(f"{run}: {key} is off by {error:.1e}, at most {limit:.1e} is allowed")
-        same = [key for key, value in out.items() if _bits(value, first.get(alike, out)[key])]
-        if len(same) < len(out):
-            found.same = False
-            found.wrong.append(f"{run}: other bits than seed 0 in {', '.join(key for key in out if key not in same)}")
-        first.setdefault(alike, out)
-    found.wrong += [f"{count} x {fault}" for fault, count in found.faults.most_common()]
-    found.wrong += decided(first, truth)
-    return found
+def _print(console: Console, results: Results, settings: Settings) -> int:
+    """The table, and below it why cases fail; how many do."""
+    title = f"Compiled kernels, executed, against the reference in float64; {settings}"
+    made, failed, said = table(title, ("case", "dtype", "arch"), (*COLUMNS, "")), 0, []
+    for names, of in results.items():
+        wrong = {arch: found.wrong for arch, found in of.items() if found.wrong}
+        made.add_row(*names, " / ".join(of), *_cells(of), PASSES[not wrong])
+        failed += len(wrong)
+        for arch, why in wrong.items():
+            said += [f"[red]{' '.join(names)} {arch}:", *(f"    {escape(each)}" for each in why[:LINES])]
+            said += [f"    and {len(why) - LINES} more"] * (len(why) > LINES)
+    said += [f"[bold red]{failed} of {sum(map(len, results.values()))} fail"] * (failed > 0)
+    console.print(made, *said, sep="\n", highlight=False)
+    return failed
 
 
-def decided(first: Mapping[tuple[str, int], Outputs], truth: Outputs) -> list[str]:
-    """Where kernels that were fused in other ways differ by more than rounding."""
-    (_, usual), *others = first.items()
-    wrong = []
-    for (fusion, seed), out in others:
-        name = f"fusion {fusion}, seed {seed}"
-        for key, value in out.items():
-            if key.startswith("gradient") and not torch.equal(value != 0, usual[key] != 0):
-                wrong.append(f"{name}: {key} is 0 at other places")
-            by = _error(value, usual[key], truth[key])
-            if by > (_tolerance(value.dtype) if value.is_floating_point() else 0.0):
-                wrong.append(f"{name}: {key} differs by {by:.1e}")
-    return wrong
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """A last digit of the short types, which are rounded once."""
-    return 1e-12 if dtype == torch.float64 else max(TOLERANCE, torch.finfo(dtype).eps)
-
-
-def _error(value: Tensor, other: Tensor, truth: Tensor) -> float:
-    """The largest difference, relative to the largest true entry; infinite for NaN and for another shape."""
-    if value.shape != other.shape:
-        return float("inf")
-    if not value.numel():
-        return 0.0
-    largest = (value.detach().double() - other.detach().double()).abs().max()
-    error = float(largest / truth.detach().double().abs().max().clamp_min(1e-12))
-    return error if error == error else float("inf")
-
-
-def _bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same bits."""
-    return a.shape == b.shape and torch.equal(*(x.detach().contiguous().view(-1).view(torch.uint8) for x in (a, b)))
+def _markdown(results: Results, settings: Settings, passed: int) -> list[str]:
+    """The lines of the table."""
+    archs = next(iter(results.values()))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("fusedyolo", "torch", "triton"))
+    larger = dict.fromkeys(f" ({case.loss}: {case.images})" for case in CASES.values() if case.images > SMALL.batch)
+    return [
+        f"{passed} of {len(results) * len(archs)} pass. {' / '.join(archs)}; {settings}. {versions}, kernels "
+        f"{kernels_digest()}. Batch {SMALL.batch}{''.join(larger)}, {SMALL.size} px, {SMALL.classes} classes.",
+        "",
+        "| " + " | ".join(["case", "dtype", *COLUMNS]) + " |",
+        "|" + "---|" * 2 + "---:|" * len(COLUMNS),
+        *("| " + " | ".join([*names, *_cells(of)]) + " |" for names, of in results.items()),
+    ]

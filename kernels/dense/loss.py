@@ -125,6 +125,7 @@ class Spec(NamedTuple):
     IMAGES: Any  # a loss of each image
     CORNERS: Any
     FLAT: Any
+    REPEATS: Any  # with FLAT: programs have several tiles of boxes, too, and are one warp each
     NEAR: Any
     WITH_LOSS: Any
     WITH_GRAD: Any
@@ -144,7 +145,7 @@ class Batch(NamedTuple):
 
     N: Any  # anchors
     B: Any  # images
-    steps: Any  # tiles of class logits a program
+    steps: Any  # tiles of class logits a program, with REPEATS of boxes, too
 
 
 class Level(NamedTuple):
@@ -734,7 +735,7 @@ def _box_term(raw, place, terms, numbers):
 def _box_program(local, boxes, centres, level, batch, matched, terms, numbers, grads, SPEC: tl.constexpr):
     """Box and centreness loss of a program of a level, and the gradient."""
     ANCHORS: tl.constexpr = SPEC.ANCHORS
-    if SPEC.RANKED and SPEC.FLAT and not SPEC.IMAGES:
+    if SPEC.REPEATS and not SPEC.IMAGES:
         tiles = batch.B * _tiles(level, True, ANCHORS)
         box = tl.cast(0.0, SPEC.ACC)
         centre = tl.cast(0.0, SPEC.ACC)
@@ -814,7 +815,7 @@ def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads
 @triton.jit
 def _finish(sums, programs, B, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
     """The loss from the partial sums of all programs."""
-    ROWS: tl.constexpr = 32 if SPEC.RANKED and SPEC.FLAT else 256  # of a ranked stream it is one warp that adds up
+    ROWS: tl.constexpr = 32 if SPEC.REPEATS else 256  # for one warp that adds up
     if SPEC.IMAGES:
         for b in range(0, B):
             _leave(b, _sums_of_image(b, sums, programs, SPEC.ACC, ROWS), sums, WITH_CENTRES)

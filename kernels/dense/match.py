@@ -23,15 +23,15 @@ import triton
 import triton.language as tl
 
 from ..overlap import Corners, iou
-from ..primitives import divide, exact, ordered_bits, plain
-from ..regions import around, edges_of, meets, within
+from ..primitives import WARP_LANES, divide, exact, lane_bits, lowest_bit, ordered_bits, plain
+from ..regions import Candidates, Points, in_regions
 from ..rows import held_range, image_rows, in_its_range, load_rows, of_kind, row_corners, rows_end, wrong_offsets
 from ..sums import column, column_sums, is_last
 from .place import centreness, relative
 
 BACKGROUND: tl.constexpr = tl.constexpr(-1)
 IGNORED: tl.constexpr = tl.constexpr(-2)
-LANES: tl.constexpr = tl.constexpr(32)  # rows that a program tests at a time: one a thread of a warp
+LANES: tl.constexpr = WARP_LANES  # rows that a program tests at a time
 
 
 class MatchSpec(NamedTuple):
@@ -209,20 +209,6 @@ def _load_corners_of_row(rows, g, frame, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _bits(flags):
-    """An integer whose bits are those of the lanes."""
-    bits = tl.sum(flags.to(tl.int32) << tl.arange(0, LANES), axis=0)  # 32 bits: one instruction of a warp
-    return bits.to(tl.uint32, bitcast=True).to(tl.int64)
-
-
-@triton.jit
-def _lowest(bits):
-    """The lowest bit that is set: the exponent of the power of two."""
-    power = (bits & -bits).to(tl.float32)
-    return (power.to(tl.int32, bitcast=True) >> 23) - 127
-
-
-@triton.jit
 def _meets(row, around):
     """Whether rows meet a box. With what is in a box that it does not meet, a row has an IoU of exactly 0."""
     return (row.x2 > around.x1) & (row.x1 < around.x2) & (row.y2 > around.y1) & (row.y1 < around.y2)
@@ -280,10 +266,10 @@ def _most_overlap(own, rows, claims, block, rule, frame, SPEC: tl.constexpr):
     for g0 in range(rows.first, rows.last, LANES):
         lanes, valid, box = _lanes(rows, g0, own.b, frame, SPEC)
         earliest = tl.minimum(earliest, tl.min(tl.where(valid, lanes, rows.last), axis=0))
-        bits = _bits(valid & _meets(box, own.around))
+        bits = lane_bits(valid & _meets(box, own.around))
         keys = tl.where(valid & (block == 0), MET, tl.zeros([LANES], tl.int64))
         while bits != 0:
-            i = _lowest(bits)
+            i = lowest_bit(bits)
             g = g0 + i
             bits = bits & (bits - 1)
             row = _load_corners_of_row(rows, g, frame, SPEC)
@@ -298,7 +284,7 @@ def _most_overlap(own, rows, claims, block, rule, frame, SPEC: tl.constexpr):
         if SPEC.RESCUE is not None:
             # of all rows at once, so that the memory's answer is waited for but once
             before = tl.atomic_max(claims.best_ptr + lanes, keys, mask=keys > 0, sem="relaxed")
-            claiming = _bits((keys > MET) & (before <= keys))
+            claiming = lane_bits((keys > MET) & (before <= keys))
             word = (g0 - rows.first) // LANES
             words = plain(claims.words)
             at = claims.bits_ptr + tl.program_id(0) * words + word
@@ -332,7 +318,7 @@ def _claiming(g0, rows, claims):
     words = plain(claims.words)
     word = (g0 - rows.first) // LANES
     bits = tl.load(claims.bits_ptr + tl.program_id(0) * words + word, mask=word < words, other=-1)
-    return _bits((key == MET) | ((((bits >> lane) & 1) != 0) & (key > MET)))
+    return lane_bits((key == MET) | ((((bits >> lane) & 1) != 0) & (key > MET)))
 
 
 @triton.jit
@@ -353,7 +339,7 @@ def _claimed(match, own, rows, claims, frame, SPEC: tl.constexpr):
     for g0 in range(rows.first, rows.last, LANES):
         bits = _claiming(g0, rows, claims)
         while bits != 0:
-            g = g0 + _lowest(bits)
+            g = g0 + lowest_bit(bits)
             bits = bits & (bits - 1)
             best = tl.load(claims.best_ptr + g)
             if (SPEC.RESCUE == "equal") | (SPEC.RESCUE == "own"):
@@ -467,9 +453,9 @@ def _smallest_around(own, rows, rule, frame, N, SPEC: tl.constexpr):
     best = tl.zeros([BLOCK], SPEC.ACC) + 1e-5  # the peer's bound
     for g0 in range(rows.first, rows.last, LANES):
         _lane, valid, box = _lanes(rows, g0, own.b, frame, SPEC)
-        bits = _bits(valid & _reached(box, around_x, around_y, farthest_reach, lowest, highest))
+        bits = lane_bits(valid & _reached(box, around_x, around_y, farthest_reach, lowest, highest))
         while bits != 0:
-            g = g0 + _lowest(bits)
+            g = g0 + lowest_bit(bits)
             bits = bits & (bits - 1)
             row = _load_corners_of_row(rows, g, frame, SPEC)
             off = tl.maximum(tl.abs(x - 0.5 * (row.x1 + row.x2)), tl.abs(y - 0.5 * (row.y1 + row.y2)))
@@ -493,41 +479,15 @@ def _weights(match, own, rows, frame, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _edges(c0, c1, c2, c3, frame, SPEC: tl.constexpr):
-    """Those of rows, by the four numbers of their boxes, in pixels, as :func:`edges_of` has them."""
-    edges = (c0, c1, c2, c3)
-    if not SPEC.CORNERS:
-        edges = edges_of(c0, c1, c2, c3, frame.size[0], frame.size[1])
-    return edges
-
-
-@triton.jit
-def _in_regions(own, rows, frame, SPEC: tl.constexpr):
-    """Which anchors have their centre in an ignored region, in float32 whatever the compute type."""
-    x = 0.5 * (own.corners.x1.to(tl.float32) + own.corners.x2.to(tl.float32))
-    y = 0.5 * (own.corners.y1.to(tl.float32) + own.corners.y2.to(tl.float32))
-    across = around(x, own.mask)
-    along = around(y, own.mask)
-    found = own.mask & (x != x)
-    for g0 in range(rows.first, rows.last, LANES):
-        g = g0 + tl.arange(0, LANES)
-        row = of_kind(load_rows(rows.ptr, g, g < rows.last, LANES), g, g < rows.last, rows.row_weights_ptr, "region")
-        valid, _label, _box = row_corners(row, own.b, own.b + 1, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
-        edges = _edges(row.cx, row.cy, row.w, row.h, frame, SPEC)
-        bits = _bits(valid & meets(edges, across, along))
-        while bits != 0:
-            at = rows.ptr + (g0 + _lowest(bits)) * 6
-            bits = bits & (bits - 1)
-            one = _edges(tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), frame, SPEC)
-            found = found | (own.mask & within(one, x, y))
-    return found
-
-
-@triton.jit
 def _hide(match, own, rows, frame, SPEC: tl.constexpr):
-    """Anchors without a row that have their centre in an ignored region are ignored."""
+    """Anchors without a row that have their centre in an ignored region, in float32 whatever the compute type, are
+    ignored.
+    """
     if rows.row_weights_ptr is not None:
-        hidden = _in_regions(own, rows, frame, SPEC)
+        x = 0.5 * (own.corners.x1.to(tl.float32) + own.corners.x2.to(tl.float32))
+        y = 0.5 * (own.corners.y1.to(tl.float32) + own.corners.y2.to(tl.float32))
+        candidates = Candidates(rows.ptr, rows.row_weights_ptr, rows.first, rows.last, own.b)
+        hidden = in_regions(Points(x, y, own.mask, frame.size), candidates, frame.classes, 1.0, SPEC.CORNERS)
         match = tl.where(hidden & (match < 0) & ((match & 1) != 0), match - 1, match)
     return match
 

@@ -165,9 +165,8 @@ def _hidden(tile, stride, targets, M, frame, SPEC: tl.constexpr):
     x = ((tile.cells - line * tile.W).to(tl.float32) + 0.5) * side
     y = (line.to(tl.float32) + 0.5) * side
     points = Points(x, y, tile.mask, (frame.width, frame.height))
-    return in_regions(
-        points, Candidates(targets.ptr, targets.row_weights_ptr, first, last, tile.b), SPEC.C, frame.limit
-    )
+    candidates = Candidates(targets.ptr, targets.row_weights_ptr, first, last, tile.b)
+    return in_regions(points, candidates, (0, SPEC.C), frame.limit)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from fusedyolo.__main__ import main
-from fusedyolo.tools import compiled
-from fusedyolo.tools.check import BEGIN, END
+from fusedyolo.emulator.compare import Settings, decided
+from fusedyolo.tools.compiled import BEGIN, END
 
 ROOT = Path(__file__).parents[2]
 BROKEN = """
 import re
 from fusedyolo.__main__ import main
-from fusedyolo.emulator import Device
-from fusedyolo.tools import compiled
+from fusedyolo.emulator import Device, compare
 
 def dropped_store(name, ptx):
     return re.sub(r"\\n[^\\n]*st\\.global[^\\n]*", "", ptx, count=1) if name == "grid_grad_kernel" else ptx
@@ -35,7 +34,7 @@ BROKEN = {
     "rounds by seed": lambda seed: {"noise": seed == 1},
 }
 for name, options in BROKEN.items():
-    compiled.Device = lambda arch=90, seed=0, **usual: Device(arch, seed, **{**usual, **options(seed)})
+    compare.Device = lambda arch=90, seed=0, **usual: Device(arch, seed, **{**usual, **options(seed)})
     print("==", name, "==", main(["check", "--compiled", "--loss", "YOLOv2/region"]))
 """
 SAID = {
@@ -94,7 +93,7 @@ def test_decisions_may_not_depend_on_fusion():
 
     def wrong(**changes: torch.Tensor) -> list[str]:
         runs = {("as shipped", 0): truth, ("off", 0): rounded | {k.replace("_0", " 0"): v for k, v in changes.items()}}
-        return compiled.decided(runs, truth)
+        return decided(runs, truth, Settings(1e-5))
 
     assert wrong() == []
     assert wrong(num_pos=torch.tensor(4)) == ["fusion off, seed 0: num_pos differs by 3.3e-01"]
