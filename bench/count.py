@@ -181,10 +181,8 @@ Patch = tuple[Any, str, Any]
 
 
 def _kernel_patches(counts: Counts, planned: Planned | None) -> list[Patch]:
-    try:
-        from triton.runtime import interpreter
-    except ImportError:  # no Triton here, so no kernel can run
-        return []
+    from triton.runtime import interpreter
+
     counting, builder = _CountKernels(counts, planned, interpreter), interpreter.InterpreterBuilder
     return [
         # it checks integers for overflow with arithmetic of its own, which kernels on a GPU do not

@@ -48,18 +48,10 @@ class Peer:
         return _why_not(self.name, self.module, self.needs)
 
     def loss(self, case: Case, work: Workload, device: str = "cpu") -> Loss:
-        """Its loss, bound to a workload: what it is called with later are that workload's predictions and targets.
+        """Its loss of one of its cases, bound to a workload, whose predictions and targets it is later called with.
 
         Predictions of half precision are taken under autocast, as in its training.
-
-        Raises:
-            ValueError: it does not compute the case.
-            ImportError: it cannot be used.
         """
-        if case.name not in self.cases:
-            raise ValueError(f"{self.name}: {case.name}, want one of {', '.join(self.cases)}")
-        if self.missing():
-            raise ImportError(f"{self.name}: {self.missing()}")
         bound, dtype, kind = self.bind(case, work, device), DTYPES[work.dtype], torch.device(device).type
 
         def loss(preds: list[Tensor], targets: Any) -> SimpleNamespace:

@@ -98,10 +98,7 @@ def absent(name, module):
 
 
 def test_a_package_that_is_not_installed_says_so():
-    peer = absent("not-there", "not_there.loss")
-    assert peer.missing() == "not-there is not installed"
-    with pytest.raises(ImportError, match="not-there: not-there is not installed"):
-        peer.loss(CASES["YOLOv5"], WORK)
+    assert absent("not-there", "not_there.loss").missing() == "not-there is not installed"
 
 
 @pytest.mark.parametrize(
@@ -135,11 +132,6 @@ def test_peers_of_a_case_are_the_installed_ones(monkeypatch):
     monkeypatch.setattr(peers, "_why_not", lambda package, *_: "" if package == "yolov5" else "no")
     assert [peer.name for peer in peers.of(CASES["YOLOv5"])] == ["yolov5"]
     assert peers.of(CASES["RetinaNet"]) == peers.of(CASES["YOLOv1/paper"]) == []
-
-
-def test_a_case_of_another_peer_is_refused():
-    with pytest.raises(ValueError, match=r"torchvision: YOLOv5, want one of RetinaNet, SSD, FCOS"):
-        peers.PEERS["torchvision"].loss(CASES["YOLOv5"], WORK)
 
 
 def test_every_case_of_a_peer_exists():
