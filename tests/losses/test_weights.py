@@ -290,6 +290,7 @@ def weights_of_1(matched, match, ACC: tl.constexpr):
     ("name", "module", "function", "broken"),
     [
         ("YOLOv2/region", "regions", "within", within_both),
+        ("FCOS", "regions", "within", within_both),
         ("YOLOv2/region", "grid.assign", "of_kind", of_any),
         ("FCOS", "dense.loss", "_own_weights", weights_of_1),
     ],
