@@ -72,15 +72,14 @@ def _meets(edges, x, y):
 
 
 @triton.jit
-def in_regions(points, rows, classes, limit, CORNERS: tl.constexpr = False):
+def in_regions(points, rows, classes, limit, first_class=0, CORNERS: tl.constexpr = False):
     """Which of the points of an image lie in one of its regions; only regions that meet the box around all points are
-    held against each. ``classes`` are the first class and the number of logits; with CORNERS rows hold corners in
-    pixels, see :func:`.rows.relative_row`.
+    held against each. Rows have so many ``classes`` from ``first_class`` on; with CORNERS their boxes are two corners
+    in pixels, see :func:`.rows.relative_row`.
     """
     x, y, mask, size = points
     across = _around(x, mask)
     along = _around(y, mask)
-    first_class, logits = classes
     found = mask & (x != x)
     for g0 in range(rows.first, rows.last, WARP_LANES):
         g = g0 + tl.arange(0, WARP_LANES)
@@ -88,7 +87,7 @@ def in_regions(points, rows, classes, limit, CORNERS: tl.constexpr = False):
         row = of_kind(load_rows(rows.ptr, g, there, WARP_LANES), g, there, rows.weights_ptr, "region")
         edges = _edges(row.cx, row.cy, row.w, row.h, size, CORNERS)
         row = relative_row(row, first_class, size, CORNERS)
-        valid = row_valid(row, rows.b, rows.b + 1, logits - first_class, limit)
+        valid = row_valid(row, rows.b, rows.b + 1, classes, limit)
         bits = lane_bits(valid & _meets(edges, across, along))
         while bits != 0:
             at = rows.ptr + (g0 + lowest_bit(bits)).to(tl.int64) * 6

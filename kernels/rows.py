@@ -145,14 +145,12 @@ def relative_row(row, first_class, size, CORNERS: tl.constexpr):
     The box of a row is two corners in pixels, or its centre and size. ``size`` is the image's width and height;
     infinite where corners are all that is known.
     """
-    image, label, cx, cy, w, h = row
+    image, label, c0, c1, c2, c3 = row
+    box = (c0, c1, c2, c3)
     if CORNERS:
         width, height = size
-        cx = 0.5 * (row.cx + row.w) / width
-        cy = 0.5 * (row.cy + row.h) / height
-        w = row.w - row.cx
-        h = row.h - row.cy
-    return Row(image, label - first_class, cx, cy, w, h)
+        box = (0.5 * (c0 + c2) / width, 0.5 * (c1 + c3) / height, c2 - c0, c3 - c1)
+    return Row(image, label - first_class, box[0], box[1], box[2], box[3])
 
 
 @triton.jit

@@ -487,7 +487,9 @@ def _hide(match, own, rows, frame, SPEC: tl.constexpr):
         x = 0.5 * (own.corners.x1.to(tl.float32) + own.corners.x2.to(tl.float32))
         y = 0.5 * (own.corners.y1.to(tl.float32) + own.corners.y2.to(tl.float32))
         candidates = Candidates(rows.ptr, rows.row_weights_ptr, rows.first, rows.last, own.b)
-        hidden = in_regions(Points(x, y, own.mask, frame.size), candidates, frame.classes, 1.0, SPEC.CORNERS)
+        first, logits = frame.classes
+        points = Points(x, y, own.mask, frame.size)
+        hidden = in_regions(points, candidates, logits - first, 1.0, first, SPEC.CORNERS)
         match = tl.where(hidden & (match < 0) & ((match & 1) != 0), match - 1, match)
     return match
 

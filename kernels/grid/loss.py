@@ -93,7 +93,7 @@ def _hidden(cells, mask, site, rows, head):
     x = (cells % site.W).to(tl.float32) + 0.5
     y = (cells // site.W).to(tl.float32) + 0.5
     candidates = Candidates(rows.ptr, rows.row_weights_ptr, rows.first, rows.last, site.b)
-    return in_regions(Points(x, y, mask, (site.W, site.H)), candidates, (0, head.C), head.limit)
+    return in_regions(Points(x, y, mask, (site.W, site.H)), candidates, head.C, head.limit)
 
 
 @triton.jit

@@ -166,7 +166,7 @@ def _hidden(tile, stride, targets, M, frame, SPEC: tl.constexpr):
     y = (line.to(tl.float32) + 0.5) * side
     points = Points(x, y, tile.mask, (frame.width, frame.height))
     candidates = Candidates(targets.ptr, targets.row_weights_ptr, first, last, tile.b)
-    return in_regions(points, candidates, (0, SPEC.C), frame.limit)
+    return in_regions(points, candidates, SPEC.C, frame.limit)
 
 
 @triton.jit(do_not_specialize=["M"])
