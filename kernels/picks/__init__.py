@@ -11,6 +11,6 @@ Four launches, five of SimOTA, and one that scales gradients where what comes fr
 * ``settle``  a program a row: the cells that it keeps, their soft scores; the last one sums the normaliser.
 * ``loss``    class logits once, boxes where there is an object; loss and gradient.
 
-Decisions compare floats, so all but the last are compiled without contraction of products and sums; whatever one of them
-has computed another reads from memory, or computes by the same exact operations.
+Decisions compare floats, so all but the last are compiled without contraction of products and sums; whatever one of
+them has computed another reads from memory, or computes by the same exact operations.
 """

@@ -22,8 +22,8 @@ def _split(q):
 
 @triton.jit
 def _class_costs(at, obj, mask, step, SPEC: tl.constexpr):
-    """Sums of -:func:`~.wish.log_miss` of all classes of cells, ``at`` pointers [1, cells] to the first, ``step`` elements to
-    the next; ``obj`` likewise.
+    """Sums of -:func:`~.wish.log_miss` of all classes of cells, ``at`` pointers [1, cells] to the first, ``step``
+    elements to the next; ``obj`` likewise.
 
     In float32 one logarithm of a product does for many: what it grows, or shrinks, by is kept apart.
     """
