@@ -185,8 +185,10 @@ class GridLoss(WeightedLoss):
             table = parts[3 + 2 * L :].view(L, -1)
         else:
             total, table, counts, _ = GRID.reference_loss(head, call)
-        if not torch.compiler.is_compiling() and self._watch is not None:
-            self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, weights=call.weights)
+        if not torch.compiler.is_compiling():
+            self._last.counts = counts
+            if self._watch is not None:
+                self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, weights=call.weights)
         places = (slice(0, None, 2), slice(1, None, 2), slice(0, None, 2))  # of levels, box and classes are one piece
         terms = {name: (term, where) for name, term, where in zip(PARTS, table[:, :3].unbind(1), places, strict=True)}
         amounts = torch.cat((table.new_full((1,), images), table[:, 4], table[:, 5])).double()
