@@ -53,7 +53,7 @@ def _match(anchors: Tensor, rows: Rows, head: DenseHead, batch_size: int, ends: 
     if head.matcher == "centre":
         return _smallest_around(anchors, rows, head, batch_size, ends)
     pairs = PairIoU(anchors[None], corner_areas(anchors)[None], rows.boxes, corner_areas(rows.boxes), rows)
-    best = pairs.best(batch_size)
+    best = pairs.best(batch_size, of_rows=head.rescue is not None)
     taken = pairs.first(best)
     taken = torch.where(taken < len(rows.label), taken, BACKGROUND)
     low = (best < head.band[0]) | (taken < 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..heads import GridHead, obj_scales
 from .overlap import area, corners_of, iou_of_areas
 from .pairs import PairIoU
-from .primitives import constants
+from .primitives import at_hand, constants
 from .rows import Rows, read_rows
 from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, label_term
 from .terms.box import boxes_of_sizes
@@ -179,7 +179,7 @@ def grid_loss(
     scales = _obj_scales(head.obj_balance, head.obj_mean, cells)
     levels = []
     for level, pred in enumerate(preds):
-        found = assign(read, head, level, maps, batch_size, dtype)
+        found = _pairs_alone(assign(read, head, level, maps, batch_size, dtype), pred[..., 0].numel())
         levels.append(_level_loss(pred.to(dtype), level, read, found, head, weights, scales[level]))
     positives = torch.stack([level[3] for level in levels]).sum()
     counts = torch.stack([positives, read.invalid]).to(torch.int32)
@@ -188,6 +188,15 @@ def grid_loss(
         return torch.stack((table[:, 0] + table[:, 2], table[:, 1]), 1), table.detach(), counts
     parts = torch.stack([torch.stack(part).sum(0) for part in list(zip(*levels, strict=True))[:3]])
     return parts.sum(0), parts.detach(), counts
+
+
+def _pairs_alone(found: Candidates, predictions: int) -> Candidates:
+    """The candidates without those that are no pair, but for one where there would be none, if values are at hand."""
+    if not at_hand(found.slot):
+        return found
+    pairs = (found.slot < predictions).nonzero()[:, 0]
+    pairs = pairs if len(pairs) else torch.arange(min(1, len(found.slot)), device=pairs.device)
+    return Candidates(found.row[pairs], found.slot[pairs], found.ignored)
 
 
 _obj_scales = torch.compiler.assume_constant_result(obj_scales)

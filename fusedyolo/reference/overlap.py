@@ -49,7 +49,8 @@ def iou_of_areas(inter: Tensor, p: Tensor, q: Tensor, eps: Tensor | float = 0.0)
 
 
 def iou(p: Corners, q: Corners, p_area: Tensor, q_area: Tensor) -> Tensor:
-    """IoU of two boxes of these areas. The areas are those that the peer takes: of a box given by centre and size they
-    are not those of its corners.
+    """IoU of two boxes of these areas, for decisions: it has no gradient. The areas are those that the peer takes: of a
+    box given by centre and size they are not those of its corners.
     """
-    return iou_of_areas(intersection(p, q), p_area, q_area)[0]
+    inter = intersection(p, q)
+    return torch.where(inter > 0, inter / (p_area + q_area - inter), 0.0)

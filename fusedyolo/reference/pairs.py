@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .overlap import Corners, iou
+from .primitives import at_hand
 
 if TYPE_CHECKING:
     from .rows import Rows
 
 PAIRS_CHUNK = 1 << 18  # (row, box) pairs that are computed at a time
 PAIRS_KEPT = 1 << 22  # and of which the overlaps are kept for whoever asks again
+PAIRS_NEAR = 1 << 16  # of rows and boxes that may meet, which a cache holds
+FEWEST = 256  # boxes of a block
 
 
 def chunks(rows: int, boxes: int) -> Iterator[slice]:
@@ -24,11 +28,23 @@ def chunks(rows: int, boxes: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+class _Chunk(NamedTuple):
+    """Some rows, and what they are to some boxes of their image."""
+
+    row: Tensor  # [R] int32
+    image: Tensor | int  # of each, or of all
+    boxes: slice
+    overlap: Tensor  # [R, boxes], -1 for an invalid row
+
+
 class PairIoU:
     """IoU of the N boxes of an image with its rows.
 
     ``edges`` [., N, 4] and ``areas`` [., N] are of all images, or of each; ``true_edges`` [M, 4] and ``true_areas`` [M]
     of the rows; x1, y1, x2, y2, all in one unit. Areas are given, for they need not be rounded as edges are.
+
+    Where values are :func:`at_hand`, boxes come in blocks, and rows that do not meet the box around a block are left
+    out: what is asked below is so put that an IoU of 0 need not be seen.
     """
 
     def __init__(self, edges: Tensor, areas: Tensor, true_edges: Tensor, true_areas: Tensor, rows: Rows):
@@ -37,73 +53,127 @@ class PairIoU:
         self.true_edges = true_edges[..., None]
         self.true_areas = true_areas[:, None]
         self.rows = rows
-        self.kept: list[tuple[slice, Tensor]] | None = None
+        self.kept: list[_Chunk] | None = None
+        self.most: Tensor | None = None  # [M]: the largest IoU of each row
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows, and their IoU [rows, N] with the boxes of their image, 0 for an invalid row."""
-        if self.kept is None:
-            made = self._made()
-            if len(self.true_areas) * self.areas.shape[1] > PAIRS_KEPT:
-                return made
-            self.kept = list(made)
-        return iter(self.kept)
+    def _chunks(self, batch_size: int) -> Iterator[_Chunk]:
+        """All pairs that meet, and others, each once."""
+        if self.kept is not None:
+            yield from self.kept
+            return
+        kept, pairs = [], 0
+        for chunk in self._near(batch_size) if at_hand(self.edges) else self._all():
+            pairs += chunk.overlap.numel()
+            if pairs <= PAIRS_KEPT:
+                kept.append(chunk)
+            else:
+                kept.clear()
+            yield chunk
+        if pairs <= PAIRS_KEPT:
+            self.kept = kept
 
-    def _made(self) -> Iterator[tuple[slice, Tensor]]:
-        for now in chunks(len(self.true_areas), self.areas.shape[1]):
-            boxes, areas = Corners(*self.edges), self.areas
+    def _all(self) -> Iterator[_Chunk]:
+        N = self.areas.shape[1]
+        for now in chunks(len(self.true_areas), N):
+            boxes, areas, image = Corners(*self.edges), self.areas, self.rows.image[now]
             if len(areas) > 1:
-                image = self.rows.image[now]
                 boxes, areas = Corners(*(edge.index_select(0, image) for edge in boxes)), areas.index_select(0, image)
             overlap = iou(boxes, Corners(*self.true_edges[now].unbind(1)), areas, self.true_areas[now])
-            yield now, torch.where(self.rows.valid[now, None], overlap, 0.0)
+            row = torch.arange(now.start, now.start + len(image), dtype=torch.int32, device=image.device)
+            yield _Chunk(row, image, slice(0, N), torch.where(self.rows.valid[now, None], overlap, -1.0))
 
-    def best(self, batch_size: int) -> Tensor:
-        """[B, N]: the largest IoU of each box with a row of its image."""
+    def _near(self, batch_size: int) -> Iterator[_Chunk]:
+        """Block by block, the valid rows that meet the box around it. Of few rows blocks are large."""
+        N = self.areas.shape[1]
+        length = max(FEWEST, min(N, PAIRS_NEAR * batch_size // max(1, len(self.true_areas))))
+        blocks = pad(self.edges, (0, -N % length), value=float("nan")).unflatten(2, (-1, length))
+        low = torch.where(blocks[:2].isnan(), float("inf"), blocks[:2]).amin(3)
+        high = torch.where(blocks[2:].isnan(), -float("inf"), blocks[2:]).amax(3)
+        for b in range(batch_size):
+            own = (self.rows.valid & (self.rows.image == b)).nonzero()[:, 0]
+            true, at = self.true_edges[own], b if len(self.areas) > 1 else 0
+            for k in range(blocks.shape[2]):
+                meets = (true[:, :2, 0] < high[:, at, k]) & (true[:, 2:, 0] > low[:, at, k])
+                meeting = meets.all(1).nonzero()[:, 0]
+                boxes = slice(k * length, min(N, (k + 1) * length))
+                edges, areas = Corners(*self.edges[:, at, boxes]), self.areas[at, boxes]
+                for now in meeting.split(max(1, PAIRS_NEAR // length)) if len(meeting) else ():
+                    row = own[now]
+                    overlap = iou(edges, Corners(*true[now].unbind(1)), areas, self.true_areas[row])
+                    yield _Chunk(row.to(torch.int32), b, boxes, overlap)
+
+    def _gathered(self, into: Tensor, chunk: _Chunk, values: Tensor, how: str) -> None:
+        """Into numbers of boxes ``into`` [B, N] the largest, or least (``how``), of those of a chunk of pairs."""
+        if isinstance(chunk.image, int):
+            found = values.amax(0) if how == "amax" else values.amin(0)
+            own = into[chunk.image, chunk.boxes]
+            torch.maximum(own, found, out=own) if how == "amax" else torch.minimum(own, found, out=own)
+        else:
+            into.scatter_reduce_(0, chunk.image[:, None].expand_as(values), values, how)
+
+    def _first_valid(self, batch_size: int) -> Tensor:
+        """[B, 1]: the first valid row of each image; M where there is none."""
+        M = len(self.true_areas)
+        row = torch.where(self.rows.valid, self._order(), M)
+        first = torch.full((batch_size,), M, dtype=torch.int32, device=self.areas.device)
+        return first.scatter_reduce_(0, self.rows.image, row, "amin")[:, None]
+
+    def _order(self) -> Tensor:
+        """The rows, [M] int32."""
+        return torch.arange(len(self.true_areas), dtype=torch.int32, device=self.areas.device)
+
+    def best(self, batch_size: int, of_rows: bool = False) -> Tensor:
+        """[B, N]: the largest IoU of each box with a row of its image; ``of_rows``: that of each row is kept, for what
+        is asked of rows below.
+        """
         best = self.areas.new_zeros(batch_size, self.areas.shape[1])
-        for now, overlap in self._chunks():
-            best.scatter_reduce_(0, self.rows.image[now, None].expand_as(overlap), overlap, "amax")
+        most = self.true_areas.new_zeros(len(self.true_areas))
+        for chunk in self._chunks(batch_size):
+            self._gathered(best, chunk, chunk.overlap, "amax")
+            if of_rows:
+                most.scatter_reduce_(0, chunk.row.long(), chunk.overlap.amax(1), "amax")
+        self.most = most if of_rows else None
         return best
 
     def first(self, best: Tensor) -> Tensor:
         """[B, N]: the first row that has the largest IoU; M where there is none."""
-        m = len(self.true_areas)
-        match = torch.full(best.shape, m, device=best.device)
-        for now, overlap in self._chunks():
-            image = self.rows.image[now]
-            row = torch.arange(now.start, now.start + len(image), device=best.device)[:, None]
-            row = torch.where(self.rows.valid[now, None] & (overlap == best.index_select(0, image)), row, m)
-            match.scatter_reduce_(0, image[:, None].expand_as(row), row, "amin")
-        return match
+        M = len(self.true_areas)
+        match = torch.where(best == 0, self._first_valid(len(best)), M)
+        for chunk in self._chunks(len(best)):
+            if isinstance(chunk.image, int):
+                most = best[chunk.image, chunk.boxes]
+            else:
+                most = best.index_select(0, chunk.image)
+            self._gathered(match, chunk, torch.where(chunk.overlap == most, chunk.row[:, None], M), "amin")
+        return match.long()
 
     def best_of_a_row(self, batch_size: int) -> Tensor:
         """[B, N] bool: some row of the image has no larger IoU than with this box, which may be 0."""
-        found = torch.zeros(batch_size, self.areas.shape[1], dtype=torch.uint8, device=self.areas.device)
-        for now, overlap in self._chunks():
-            equal = (overlap == overlap.amax(1, keepdim=True)) & self.rows.valid[now, None]
-            found.scatter_reduce_(
-                0, self.rows.image[now, None].expand_as(overlap), equal.to(torch.uint8), "amax", include_self=True
-            )
-        return found > 0
+        return self.last_row_of_equals(batch_size) >= 0
 
     def last_row_of_equals(self, batch_size: int) -> Tensor:
         """[B, N]: the last row that has no larger IoU than with this box, which may be 0; -1 where there is none."""
-        wanted = torch.full((batch_size, self.areas.shape[1]), -1, device=self.areas.device)
-        for now, overlap in self._chunks():
-            equal = (overlap == overlap.amax(1, keepdim=True)) & self.rows.valid[now, None]
-            row = torch.arange(now.start, now.start + len(overlap), device=wanted.device)[:, None]
-            row = torch.where(equal, row, -1)
-            wanted.scatter_reduce_(0, self.rows.image[now, None].expand_as(row), row, "amax")
-        return wanted
+        most, row = self.most, self._order()
+        assert most is not None
+        alone = torch.full((batch_size,), -1, dtype=torch.int32, device=row.device)  # that meet no box: all are equals
+        alone.scatter_reduce_(0, self.rows.image, torch.where(self.rows.valid & (most == 0), row, -1), "amax")
+        wanted = alone[:, None].repeat(1, self.areas.shape[1])
+        for chunk in self._chunks(batch_size):
+            equal = chunk.overlap == most[chunk.row, None]
+            self._gathered(wanted, chunk, torch.where(equal, chunk.row[:, None], -1), "amax")
+        return wanted.long()
 
     def row_that_wants(self, batch_size: int, first: bool = False) -> Tensor:
         """[B, N]: the last row, or the ``first``, whose first best box this is; -1 where there is none."""
-        N, M = self.areas.shape[1], len(self.true_areas)
-        wanted = torch.full((batch_size * N + 1,), M if first else -1, device=self.areas.device)
-        index = torch.arange(N, device=self.areas.device)
-        for now, overlap in self._chunks():
-            box = torch.where(overlap == overlap.amax(1, keepdim=True), index, N).amin(1)
-            slot = torch.where(self.rows.valid[now], self.rows.image[now] * N + box, batch_size * N)
-            row = torch.arange(now.start, now.start + len(slot), device=slot.device)
-            wanted.scatter_reduce_(0, slot, row, "amin" if first else "amax")
+        N, M, device, most = self.areas.shape[1], len(self.true_areas), self.areas.device, self.most
+        assert most is not None
+        box = torch.where(most == 0, 0, N)  # of a row that meets none the first
+        for chunk in self._chunks(batch_size):
+            index = torch.arange(chunk.boxes.start, chunk.boxes.stop, device=device)
+            equal = torch.where(chunk.overlap == most[chunk.row, None], index, N).amin(1)
+            box.scatter_reduce_(0, chunk.row.long(), equal, "amin")
+        wanted = torch.full((batch_size * N + 1,), M if first else -1, device=device)
+        slot = torch.where(self.rows.valid, self.rows.image * N + box, batch_size * N)
+        wanted.scatter_reduce_(0, slot, torch.arange(M, device=device), "amin" if first else "amax")
         wanted = wanted[:-1].view(batch_size, N)
         return torch.where(wanted < M, wanted, -1) if first else wanted

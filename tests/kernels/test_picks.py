@@ -91,7 +91,7 @@ def check(
     has = picked.row >= 0
     torch.testing.assert_close(decoded.score_ptr[has].double(), picked.score[has], **close)
     weights = picked.score.sum() if head.soft else has.sum().double()
-    torch.testing.assert_close(settled.norm_ptr.double(), weights.clamp(min=1), **close)
+    torch.testing.assert_close(settled.norm_ptr.double(), torch.stack((weights.clamp(min=1), weights)), **close)
     invalid = (~objects.valid).sum().cpu() - (0 if spare is None else spare.cpu())
     assert settled.counts_ptr.tolist() == [int(has.sum()), int(invalid)]
     assert settled.nans_ptr.isnan().tolist() == [bool(seen.boxes.isnan().any()), bool(picked.nans.isnan())]
