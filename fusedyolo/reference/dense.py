@@ -216,10 +216,19 @@ def _class_loss(
         return _ranked_loss(logits, match, label.clamp(min=0), found, divisor, head, class_weights, weight)
     term, N = LABEL_TERMS[head.label], logits.shape[1]
     classes = torch.arange(head.num_classes, device=logits.device)
-    other = (classes != label[..., None]) & (match != IGNORED)[..., None]
-    loss = _weighed(term(torch.where(other, logits, LOW), False, head.label_args), class_weights)
-    loss = _weighed(loss, None if weight is None else weight[..., None])
-    loss = loss.sum((1, 2)) / divisor
+
+    def of_others(logits: Tensor, match: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+        """The loss towards all classes but the label's, of an image or of each [B]."""
+        other = (classes != label[..., None]) & (match != IGNORED)[..., None]
+        loss = _weighed(term(torch.where(other, logits, LOW), False, head.label_args), class_weights)
+        return _weighed(loss, None if weight is None else weight[..., None]).sum((-2, -1))
+
+    if at_hand(logits):  # image by image, whose memory is used again
+        weights = [None] * len(match) if weight is None else weight
+        loss = torch.stack([of_others(*each) for each in zip(logits, match, label, weights, strict=True)])
+    else:
+        loss = of_others(logits, match, label, weight)
+    loss = loss / divisor
     loss = loss if head.by_image else loss.sum()
     label = taken.of(label.flatten()).clamp(min=0)
     own = taken.of(logits.flatten(0, 1)).gather(1, label[:, None])[:, 0]

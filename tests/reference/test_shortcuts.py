@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fusedyolo import reference
-from fusedyolo.reference import dense, grid, picks, primitives
+from fusedyolo.heads import DenseHead
+from fusedyolo.reference import dense, grid, pairs, picks, primitives
 from fusedyolo.reference.primitives import Places, at_hand
 from fusedyolo.reference.terms.label import LOW, cross_entropy
 from fusedyolo.tools.registry import CASES, Workload
@@ -106,7 +107,7 @@ def test_shapes_that_depend_on_data_change_nothing(name, spoilt, monkeypatch):
         return [out.total.detach(), *out.parts.values(), out.num_pos, *(pred.grad for pred in preds)]
 
     quick = step()
-    for module in (primitives, dense, picks):
+    for module in (primitives, dense, pairs, picks):
         monkeypatch.setattr(module, "at_hand", lambda values: False)
     slow = step()
     assert quick[0].isnan() == spoilt or name == "YOLOX"
@@ -143,3 +144,26 @@ def test_overlaps_are_kept_where_they_are_few(monkeypatch):
     monkeypatch.setattr(reference.pairs, "PAIRS_KEPT", 0)
     assert criterion(preds, targets).total == wanted
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 18])
+@pytest.mark.parametrize("rescue", ["equal", "own", "best", "best_first", None])
+def test_matches_image_by_image(rescue, chunk, monkeypatch):
+    """Of boxes on a small lattice, with equal overlaps everywhere; rows in no order, some invalid, one image without."""
+    gen = torch.Generator().manual_seed(0)
+    corner = torch.randint(0, 5, (60, 2), generator=gen).double()
+    boxes = torch.cat((corner, corner + torch.randint(1, 4, (60, 2), generator=gen)), 1)
+    rows = torch.cat((torch.tensor([0.0, 2.0, 3.0])[torch.arange(20) % 3, None], torch.ones(20, 1), boxes[:20]), 1)
+    rows[3, 1] = 9.0
+    rows[7, 4:] += 20.0  # meets no anchor but one
+    head = DenseHead(num_classes=3, rescue=rescue, band=(0.3, 0.5))
+    read = reference.read_corners(rows, head, 4, None, True, torch.float64)
+    quick = dense.dense_match(boxes[15:], read, head, 4)
+    monkeypatch.setattr(pairs, "at_hand", lambda values: False)
+    slow = dense.dense_match(boxes[15:], read, head, 4)
+    assert torch.equal(quick, slow)
+    assert len(quick.unique()) > 4
+    monkeypatch.undo()
+    monkeypatch.setattr(pairs, "PAIRS_NEAR", chunk)
+    monkeypatch.setattr(pairs, "FEWEST", 1)
+    assert torch.equal(dense.dense_match(boxes[15:], read, head, 4), slow)
