@@ -301,7 +301,10 @@ class PickHead(_Row):
       (with ``overlap_args``), not below 0; it picks the ``topk`` that it wants most, none that it wants with 0. A cell
       that several picked goes to the object of the largest IoU, whether or not it was among them. Of the cells that it
       then has it keeps the best ``topk2`` (None: all). The soft score of a cell is how much it is wanted, over how much
-      the best cell of the object is, times the largest IoU of these.
+      the best cell of the object is, times the largest IoU of these. That is ``region`` ``"box"``. With ``"range"``
+      cells are those in its box or on its border from which all its sides are at most ``reg_max`` - 1.01 strides away,
+      as the distributions can say them; an object that would pick none picks one, the cell that it wants most of all
+      that there are, unless it wants all with 0; and a cell that several picked goes to one of them.
     - ``"simota"``: a cell is near an object if its middle is less than ``radius`` strides from the object's centre, on
       both axes. With ``inside`` those are its own that are near and in its box, and candidates those that are near, or
       in the box of, any object of the image; else cells that are near both. An object wants candidates for the least
@@ -330,6 +333,7 @@ class PickHead(_Row):
     alpha: float = 0.5
     beta: float = 6.0
     small: float = 0.0
+    region: str = "box"
     radius: float = 1.5
     inside: bool = False
     overlap: str = "ciou"

@@ -1,4 +1,4 @@
-"""What the swaps of YOLOX's head share: it is in more packages than one."""
+"""What the swaps of YOLOX's head share, which is in more packages than one; and how pixels are read."""
 
 from __future__ import annotations
 
@@ -37,14 +37,20 @@ def maps(head: Any, features: Any) -> dict[str, list[Tensor]]:
     return {"boxes": boxes, "objectness": objectness, "scores": scores}
 
 
+def read_pixels(criterion: Any, preds: Any, rows: Tensor, side: float) -> Any:
+    """A call of a loss with ``rows`` [B, G, 5] of class, cx, cy, w, h in pixels of an image of at most this side.
+
+    Centres and sides are made relative to a power of two, so that pixels come back as they were.
+    """
+    side = 2.0 ** math.ceil(math.log2(side))
+    return criterion.read(preds, torch.cat((rows[..., :1], rows[..., 1:5] / side), 2))._replace(size=(side, side))
+
+
 def losses(criterion: YOLOXLoss, preds: dict[str, list[Tensor]], labels: Tensor) -> Losses:
     """Of ``labels`` [B, G, 5]: class, cx, cy, w, h in pixels, of zeros where there is none."""
     height, width = preds["boxes"][0].shape[2:]
-    # Centres and sides are relative to a power of two, so that pixels come back as they were.
-    side = 2.0 ** math.ceil(math.log2(max(height, width) * criterion.head.strides[0]))
     labels = labels.detach().float()
-    rows = torch.cat((labels[..., :1], labels[..., 1:5] / side), 2)
-    call = criterion.read(preds, rows)._replace(size=(side, side))
+    call = read_pixels(criterion, preds, labels, max(height, width) * criterion.head.strides[0])
     total, (box, objectness, classes, l1), counts, _ = criterion.compute(call)
     objects = (labels.sum(2) > 0).sum().clamp(min=1)
     return Losses(total, box, objectness, classes, l1 if criterion.use_l1 else 0.0, counts[0], objects)

@@ -1,4 +1,4 @@
-"""LibreYOLO's YOLOX, with the loss of this package in place of that of its ``YOLOXHead``."""
+"""LibreYOLO's YOLOX and YOLOv9, with the losses of this package in place of its own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from libreyolo.training.distributed import all_reduce_avg_scalar_tensor
 from torch import Tensor
 
 from .. import YOLOXLoss
-from . import decoupled, shared
+from . import decoupled, libreyolo_yolo9, shared
 
-WANT = "the loss of LibreYOLO 1.6's YOLOX"
+WANT = "the losses of LibreYOLO 1.6"
 NAMES = ("total_loss", "iou_loss", "obj_loss", "cls_loss", "l1_loss", "num_fg")
 
 _kept: dict[type, Any] = {}  # the methods that were replaced
@@ -20,37 +20,42 @@ _criteria: shared.Criteria[YOLOXLoss] = shared.Criteria()
 
 
 def patch() -> None:
-    """Replace the loss of every ``YOLOXHead`` of LibreYOLO; training stays what it was.
+    """Replace the loss of every ``YOLOXHead`` and every ``YOLO9Loss`` of LibreYOLO; training stays what it was.
 
-    The method ``forward`` of the class is replaced, and nothing else; models that are there already take part. In
-    training with labels it hands the maps of its convolutions to :class:`~fusedyolo.YOLOXLoss` as they are, and returns
-    the dictionary that it returned, ``num_fg`` as a tensor, so that nothing waits. ``use_l1`` is read at each call;
-    under DDP losses are divided by the assigned cells of all processes, as LibreYOLO divides them. In evaluation, for a
-    validation loss, and where LibreYOLO captures its training as a CUDA graph, which leaves the loss out, it does what
-    it did.
+    The methods ``YOLOXHead.forward`` and ``YOLO9Loss.__call__`` are replaced, and nothing else; models that are there
+    already take part. In training with labels the first hands the maps of its convolutions to
+    :class:`~fusedyolo.YOLOXLoss` as they are, and returns the dictionary that it returned, ``num_fg`` as a tensor, so
+    that nothing waits. ``use_l1`` is read at each call; under DDP losses are divided by the assigned cells of all
+    processes, as LibreYOLO divides them. In evaluation, for a validation loss, and where LibreYOLO captures its
+    training as a CUDA graph, which leaves the loss out, it does what it did.
 
-    Heads of derived classes stay as they are, so does one with another loss of boxes, classes or L1: then a warning
-    says why. Nothing is stored in a model, so that it can be saved and loaded where this package is not installed.
-    Boxes whose centre is left of or above the image are skipped. Other families keep their losses: that of its YOLOv9
-    picks by another rule than Ultralytics' does.
+    The second returns the dictionary that it returned, of :class:`~fusedyolo.YOLOv8Loss` with ``rule="libreyolo"``,
+    also for a validation loss; that of YOLOv9 with two branches calls it twice. Under DDP, where it divides by what all
+    processes have, it does what it did.
+
+    Heads and losses of derived classes stay as they are, so does one with another loss of boxes, classes or L1: then a
+    warning says why. Nothing is stored in a model, so that it can be saved and loaded where this package is not
+    installed. Boxes whose centre is left of or above the image are skipped. Other families, and other tasks of these,
+    keep their losses.
 
     Raises:
-        ValueError: the installed LibreYOLO computes something else than :class:`~fusedyolo.YOLOXLoss`, which is found
-            by trying it; nothing is changed.
+        ValueError: the installed LibreYOLO computes something else, which is found by trying it; nothing is changed.
     """
     if YOLOXHead.forward is _forward:
         return
-    why = decoupled.differs(YOLOXHead, IoULoss, _numbers)
+    why = decoupled.differs(YOLOXHead, IoULoss, _numbers) or libreyolo_yolo9.differs()
     if why:
         shared.refuse("libreyolo", getattr(libreyolo, "__version__", "of no version"), why, WANT)
     _kept[YOLOXHead] = YOLOXHead.forward
     YOLOXHead.forward = _forward
+    libreyolo_yolo9.patch()
 
 
 def unpatch() -> None:
-    """Give ``YOLOXHead`` its own ``forward`` back; nothing happens if that is not :func:`patch`'s."""
+    """Give both classes their own methods back; nothing happens to one that is not :func:`patch`'s."""
     if YOLOXHead.forward is _forward:
         YOLOXHead.forward = _kept.pop(YOLOXHead)
+    libreyolo_yolo9.unpatch()
 
 
 def _forward(self: Any, xin: Any, labels: Tensor | None = None, imgs: Tensor | None = None) -> Any:

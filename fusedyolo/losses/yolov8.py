@@ -15,6 +15,9 @@ from .base import box_arguments
 from .output import Apart, LossOutput, detached
 from .picks import AnyTargets, PickLoss, Predicted, apart_of
 
+RULES = {"ultralytics": "box", "libreyolo": "range"}
+"""The region of cells that an object may have. The first is the default."""
+
 
 class YOLOv8Loss(PickLoss):
     """Training loss of YOLOv8, and of Ultralytics' v3, v5, v6, v9, 11 and 12: ``batch size * (box + cls + dfl)``.
@@ -34,6 +37,11 @@ class YOLOv8Loss(PickLoss):
     or, with ``reg_max`` 1, in place of the last the mean difference of distances relative to the image. Scores are held
     constant, boxes are in cells.
 
+    With ``rule="libreyolo"`` (LibreYOLO's YOLOv9, and MultimediaTechLab's, from whom it has it) the cells of an object
+    are those in its box, or on its border, whose distributions reach all its sides, ``reg_max`` - 1.01 strides away at
+    most; an object that would pick none picks one, that with the largest score^alpha * IoU^beta of all cells; a cell
+    that several picked goes to one of these; and the loss is not multiplied by the batch size.
+
     The peer may pick cells of metric 0, by an order of equals that PyTorch leaves open, which in crowds moves others
     (totals by up to 0.6 %). In float16 under autocast it computes distances in float16, here in float32. Its CIoU adds
     1e-7 to heights, which here are taken as they are. Of equal metrics the first cell comes first, of equal IoUs the
@@ -51,10 +59,11 @@ class YOLOv8Loss(PickLoss):
         alpha: see above.
         beta: see above.
         class_weights: factors of the class part, one a class.
+        rule: ``"ultralytics"`` or ``"libreyolo"``, see above.
         reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
             up to these.
         small: pixels below which a side of an object counts as so many where it picks cells; the second stride, or the
-            only one, unless given; 0 for never (Ultralytics before 8.4).
+            only one, unless given; 0 for never (Ultralytics before 8.4, and always with ``"libreyolo"``).
         iou_loss: ``"ciou"``, or another IoU loss, for the box part alone.
         iou_alpha: see :func:`fusedyolo.functional.box_iou_loss`.
         iou_gamma: likewise.
@@ -90,8 +99,6 @@ class YOLOv8Loss(PickLoss):
     1911.08287).
     """
 
-    batch_factor = True
-
     def __init__(
         self,
         num_classes: int,
@@ -106,6 +113,7 @@ class YOLOv8Loss(PickLoss):
         beta: float = 6.0,
         class_weights: Sequence[float] | Tensor | None = None,
         *,
+        rule: str = "ultralytics",
         reduction: str = "sum",
         small: float | None = None,
         iou_loss: str = "ciou",
@@ -119,6 +127,13 @@ class YOLOv8Loss(PickLoss):
         each = checks.own_strides(strides)
         num_classes, reg_max = checks.count("num_classes", num_classes), checks.count("reg_max", reg_max)
         bins = reg_max > 1
+        self.rule = checks.one_of("rule", rule, RULES)
+        ranged = RULES[rule] == "range"
+        if ranged and not bins:
+            checks.fail("reg_max", reg_max, f"2 or more with rule={rule!r}")
+        if ranged and small:
+            checks.fail("small", small, f"0 or nothing with rule={rule!r}")
+        usual = 0.0 if ranged else each[min(1, len(each) - 1)]
         head = PickHead(
             num_classes=num_classes,
             strides=each,
@@ -129,13 +144,15 @@ class YOLOv8Loss(PickLoss):
             topk2=None if topk2 is None else checks.count("topk2", topk2),
             alpha=checks.number("alpha", alpha, 0),
             beta=checks.number("beta", beta, 0),
-            small=each[min(1, len(each) - 1)] if small is None else checks.number("small", small, 0),
+            small=usual if small is None else checks.number("small", small, 0),
+            region=RULES[rule],
             box=find_term("iou_loss", iou_loss, "iou", users=True).name,
             box_args=box_arguments((1e-7, 1e-7), iou_alpha, iou_gamma),
             distance="dfl" if bins else "image",
             by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
         )
         self.box, self.cls, self.dfl = box, cls, dfl
+        self.batch_factor = not ranged
         weights = checks.class_weights(class_weights, num_classes)
         super().__init__(head, image_size, backend, weights, checks.box_form(unit, boxes))
 

@@ -250,6 +250,7 @@ def spec_of(head: PickHead, dtype: torch.dtype) -> records.Spec:
         OBJECTNESS=head.objectness,
         ASSIGNER=head.assigner,
         INSIDE=head.inside,
+        REGION=head.region,
         TOPK=head.topk,
         TOPK2=head.topk2,
         DISTANCE=head.distance,

@@ -27,6 +27,7 @@ from .terms import BOX_TERMS
 
 NONE = -float("inf")  # what a row wants a prediction that it cannot have
 INSIDE = 1e-9  # pixels; a cell's middle lies deeper than this in a region
+BEYOND = 1.01  # below so many numbers less than reg_max a distance lies
 IOU_WEIGHT, IOU_EPS = 3.0, 1e-8  # of SimOTA's cost, 3 (-ln(IoU + 1e-8))
 LOWEST_LOG = -100.0  # of the logarithms in its cross-entropies
 
@@ -154,6 +155,9 @@ def _settle(assigner: Assigner, objects: Objects, shape: Sequence[int], head: Pi
         row = torch.arange(now.start, now.start + len(index), device=index.device)[:, None]
         picks.scatter_add_(0, place, torch.ones_like(place))
         picker.scatter_reduce_(0, place, row.expand_as(index).flatten(), "amin")
+        if head.region == "range":
+            own = torch.zeros_like(wish.worth[0]).scatter_reduce(1, index, chosen.to(worth.dtype), "amax")
+            wish = wish._replace(claim=[torch.where(own > 0, claim, NONE) for claim in wish.claim])
         if not claims:
             claims = [(torch.full_like(nothing, NONE, dtype=claim.dtype), nothing) for claim in wish.claim]
         claims = [_running(*had, claim, image[now], row, M) for had, claim in zip(claims, wish.claim, strict=True)]
@@ -224,7 +228,7 @@ def _overlaps(seen: Seen, objects: Objects, now: slice, off: Tensor, possible: T
 
 def _aligned(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
     """Task-aligned assignment (Feng et al. 2021, arXiv 2108.07755), as YOLOv8 and its kin train."""
-    M = len(objects.valid)
+    M, ranged = len(objects.valid), head.region == "range"
 
     def metric(logit: Tensor, overlap: Tensor) -> Tensor:
         """How well a prediction is aligned with a row; 0 where it is NaN."""
@@ -234,12 +238,25 @@ def _aligned(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
     def want(now: slice) -> Wish:
         image, sides = objects.image[now], objects.sides[now, None]
         off = offsets(objects.centre[now, None], seen.points, sides.dtype)
-        inside = _in_region(objects, now, seen.points, head.small) & objects.valid[now, None]
-        overlap = _overlaps(seen, objects, now, off, inside, head)
-        wanted = metric(seen.cls[image, objects.label[now]], overlap)
-        can = inside & (overlap > 0) if head.beta > 0 else inside
-        worth, claim = torch.where(can & (wanted > 0), wanted, NONE), torch.where(can, overlap, NONE)
-        return Wish((worth,), (claim,), torch.full_like(image, head.topk))
+        region = (
+            _in_range(objects, now, seen.points, head) if ranged else _in_region(objects, now, seen.points, head.small)
+        )
+        cls = seen.cls[image, objects.label[now]]
+
+        def wanted(cells: Tensor) -> tuple[Tensor, Tensor]:
+            """Of some cells metric and overlap."""
+            overlap = _overlaps(seen, objects, now, off, cells, head)
+            found = metric(cls, overlap)
+            can = cells & (overlap > 0) if head.beta > 0 else cells
+            return torch.where(can & (found > 0), found, NONE), torch.where(can, overlap, NONE)
+
+        worth, claim = wanted(region & objects.valid[now, None])
+        picks = torch.full_like(image, head.topk)
+        if not ranged:
+            return Wish((worth,), (claim,), picks)
+        without = (worth == NONE).all(1) & objects.valid[now]
+        other, other_claim = wanted(without[:, None].expand_as(worth))
+        return Wish((worth, other), (torch.maximum(claim, other_claim),), torch.where(without, 1, picks))
 
     def score(row: Tensor) -> tuple[Tensor, Tensor]:
         off = offsets(objects.centre[row], seen.points, seen.boxes.dtype)
@@ -264,6 +281,17 @@ def _in_region(objects: Objects, now: slice, points: Points, small: float) -> Te
     low, high = centre - half, centre + half
     middle = points.middle.float()
     return ((middle - low[:, None] > INSIDE) & (high[:, None] - middle > INSIDE)).all(-1)
+
+
+def _in_range(objects: Objects, now: slice, points: Points, head: PickHead) -> Tensor:
+    """[rows, N]: whether the middle of a cell lies in the box of a row, or on its border, and distributions can say how
+    far each side is from there. In float32, likewise.
+    """
+    centre, half = objects.centre[now, None].float(), objects.sides[now, None].float() / 2
+    middle, stride = points.middle.float(), points.stride.float()[:, None]
+    before, behind = (middle - (centre - half)) / stride, ((centre + half) - middle) / stride
+    most = head.reg_max - BEYOND
+    return ((torch.minimum(before, behind) >= 0) & (torch.maximum(before, behind) <= most)).all(-1)
 
 
 def _ranks(wanted: Tensor, row: Tensor) -> Tensor:

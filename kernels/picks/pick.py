@@ -121,10 +121,10 @@ def _best_of(key, n, count, none):
 
 
 @triton.jit
-def _claim(one, g, cells, look, mask, problem, decoded):
+def _claim(one, g, n, strength, mask, problem, decoded):
     """Claims to cells, whoever picks them: the largest counts where several do."""
-    at = one.image * all_cells(problem.levels) + cells.n
-    tl.atomic_max(decoded.claim_ptr + at, claim_of(look.strength, g), mask=mask, sem="relaxed")
+    at = one.image * all_cells(problem.levels) + n
+    tl.atomic_max(decoded.claim_ptr + at, claim_of(strength, g), mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -150,8 +150,10 @@ def _has_share(targets, g, M, part, problem, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _best_reached(one, g, first, last, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """The best cells of a part of a region, all of which are claimed; of SimOTA those of its own."""
+def _best_reached(one, g, first, last, anywhere, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """The best cells of a part of a region, or ``anywhere`` in the image; all are claimed but with "range", where those
+    that are picked will be. Of SimOTA those of its own.
+    """
     none = none_of(tl.zeros([], SPEC.ACC))
     kept = nothing_kept(none, SPEC.TOPK, SPEC.K)
     key = kept.key
@@ -160,13 +162,16 @@ def _best_reached(one, g, first, last, problem, decoded, SPEC: tl.constexpr, BLO
     for i0 in range(first, last, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         cells = cells_reached(one, i, problem, SPEC)
-        look = look_at(one, cells, i < last, problem, decoded, SPEC)
+        if SPEC.REGION == "range":
+            cells = cells_at(tl.where(anywhere, i, cells.n), problem.levels, SPEC)
+        look = look_at(one, cells, i < last, anywhere, problem, decoded, SPEC)
         wanted = look.key
         can = look.can
         if SPEC.ASSIGNER == "simota":
             can = can & is_own(look)
             wanted = tl.where(can, wanted, none)
-        _claim(one, g, cells, look, can, problem, decoded)
+        if SPEC.REGION == "box":
+            _claim(one, g, cells.n, look.strength, can, problem, decoded)
         kept = keep(Kept(key, n, overlap), wanted, cells.n, look.overlap, none)
         key = kept.key
         n = kept.n
@@ -212,11 +217,13 @@ def _best_left(kept, at, count, picked, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _best_of_region(one, g, part, share, shift, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+def _best_of_region(
+    one, g, part, share, shift, anywhere, problem, decoded, picked, SPEC: tl.constexpr, BLOCK: tl.constexpr
+):
     """The best cells of a row's region, and whether this program is to take them: the last one of the row, which finds
     what the others have left.
     """
-    kept = _best_reached(one, g, share.first, share.last, problem, decoded, SPEC, BLOCK)
+    kept = _best_reached(one, g, share.first, share.last, anywhere, problem, decoded, SPEC, BLOCK)
     first = (g.to(tl.int64) * SPEC.K) << shift
     final = share.used == 1
     if share.used > 1:
@@ -226,6 +233,25 @@ def _best_of_region(one, g, part, share, shift, problem, decoded, picked, SPEC: 
             tl.store(decoded.done_ptr + g, 0)  # ready for the next launch
     count = tl.where(final & (share.used > 1), share.used * SPEC.K, 0)
     return _best_left(kept, first, count, picked, SPEC), final
+
+
+@triton.jit
+def _taken(kept, one, g, anywhere, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """With "range", those kept and which of them a row picks, and claims: if there are none, the best of all cells."""
+    none = none_of(tl.zeros([], SPEC.ACC))
+    key = keys_of(kept, none, SPEC.TOPK)
+    n = kept.n
+    overlap = kept.overlap
+    if ~anywhere & (tl.max(key, axis=0) == none):
+        best = _best_reached(one, g, 0, all_cells(problem.levels), True, problem, decoded, SPEC, BLOCK)
+        key = keys_of(best, none, SPEC.TOPK)
+        n = best.n
+        overlap = best.overlap
+        anywhere = True
+    chosen = (key > none) & (~anywhere | _best_of(key, n, g * 0 + 1, none))
+    strength = bits_of(overlap.to(SPEC.ACC, bitcast=True).to(tl.float32))
+    _claim(one, g, n, strength, chosen, problem, decoded)
+    return Kept(key, n, overlap), chosen
 
 
 # ---------------------------------------------------------------------------------------------------- SimOTA: the rest
@@ -282,7 +308,7 @@ def _best_listed(
                     value = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, there), problem, SPEC)
                     wanted = tl.where((cost < float("inf")) & (value > 0), bits_of(value), none)
                 else:
-                    look = look_at(one, cells, there, problem, decoded, SPEC)
+                    look = look_at(one, cells, there, False, problem, decoded, SPEC)
                     value = look.overlap
                     wanted = tl.where(look.can & ~is_own(look), look.key, none)
                 best = keep(Kept(key, n, overlap), wanted, cells.n, value, none)
@@ -320,7 +346,7 @@ def _best_candidates(one, g, problem, decoded, tally, SPEC: tl.constexpr, BLOCK:
     none = none_of(tl.zeros([], SPEC.ACC))
     listed = tl.load(tally.found_ptr + 2 + one.image)
     everywhere = listed <= FEW
-    own = _best_reached(one, g, 0, reached(one, problem, SPEC), problem, decoded, SPEC, BLOCK)
+    own = _best_reached(one, g, 0, reached(one, problem, SPEC), False, problem, decoded, SPEC, BLOCK)
     key = own.key
     n = own.n
     overlap = own.overlap
@@ -383,17 +409,29 @@ def pick_kernel(
     g = tl.program_id(0) >> shift
     part = tl.program_id(0) - (g << shift)
     if SPEC.ASSIGNER == "aligned":
-        if not _has_share(targets, g, M, part, problem, BLOCK):
-            return
+        if SPEC.REGION == "box":
+            if not _has_share(targets, g, M, part, problem, BLOCK):
+                return
     one = load_object(targets, g, M, problem.frame, SPEC)
     none = none_of(tl.zeros([], SPEC.ACC))
     if SPEC.ASSIGNER == "aligned":
-        share = _share_of(reached(one, problem, SPEC), part, shift, BLOCK)
+        cells = reached(one, problem, SPEC)
+        anywhere = False
+        if SPEC.REGION == "range":
+            anywhere = cells == 0
+            cells = tl.where(anywhere, all_cells(problem.levels), cells)
+        share = _share_of(cells, part, shift, BLOCK)
         if one.valid & (part < share.used):
-            kept, final = _best_of_region(one, g, part, share, shift, problem, decoded, picked, SPEC=SPEC, BLOCK=BLOCK)
+            kept, final = _best_of_region(
+                one, g, part, share, shift, anywhere, problem, decoded, picked, SPEC=SPEC, BLOCK=BLOCK
+            )
             if final:
                 key = keys_of(kept, none, SPEC.TOPK)
-                _pick(one, g, M, key, key > none, kept, problem, decoded, picked, tally=tally, SPEC=SPEC)
+                chosen = key > none
+                if SPEC.REGION == "range":
+                    kept, chosen = _taken(kept, one, g, anywhere, problem, decoded, SPEC, BLOCK)
+                    key = kept.key
+                _pick(one, g, M, key, chosen, kept, problem, decoded, picked, tally=tally, SPEC=SPEC)
     elif one.valid:
         kept, picks = _best_candidates(one, g, problem, decoded, tally, SPEC, BLOCK, CELLS)
         key = keys_of(kept, none, SPEC.TOPK)

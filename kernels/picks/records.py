@@ -70,6 +70,7 @@ class Spec(NamedTuple):
     OBJECTNESS: bool
     ASSIGNER: str  # "aligned" or "simota"
     INSIDE: bool
+    REGION: str  # of aligned ones, "box" or "range"
     TOPK: int
     TOPK2: Any  # None: all
     DISTANCE: str  # "dfl", "image" or "raw"

@@ -6,11 +6,17 @@ import triton.language as tl
 from ..primitives import plain
 from .site import Cells, divided, stride_of
 
+BEYOND: tl.constexpr = tl.constexpr(1.01)  # the reference's
+
 
 @triton.jit
 def reach(one, stride, numbers, SPEC: tl.constexpr):
     """How far the middles of cells may be from an object that wants them, on both axes, in pixels."""
-    if SPEC.ASSIGNER == "aligned":
+    if SPEC.REGION == "range":
+        far = (SPEC.REG_MAX - BEYOND) * stride
+        x = tl.minimum(0.5 * one.width, far - 0.5 * one.width)
+        y = tl.minimum(0.5 * one.height, far - 0.5 * one.height)
+    elif SPEC.ASSIGNER == "aligned":
         small = tl.cast(numbers.small, SPEC.ACC)
         x = 0.5 * tl.where(one.width < small, small, one.width)
         y = 0.5 * tl.where(one.height < small, small, one.height)

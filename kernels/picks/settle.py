@@ -116,7 +116,7 @@ def _looked(owner, further, problem, decoded, SPEC: tl.constexpr):
         logit = load_channel(problem.predictions.cls, owner.one.image, owner.one.label, cells, mask, SPEC)
         own = _own(further.place, mask, metric(logit, overlap, problem), overlap)
     else:
-        look = look_at(owner.one, cells, mask, problem, decoded, SPEC)
+        look = look_at(owner.one, cells, mask, True, problem, decoded, SPEC)
         own = _own(further.place, mask, look.worth, look.overlap)
     return own
 
@@ -286,7 +286,10 @@ def _row(g, one, M, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: 
     if SPEC.ASSIGNER == "aligned":
         clashes = tl.load(tally.found_ptr + 2 + one.image)
         cells = reached(one, problem, SPEC)
-        owner = Owner(g, one, clashes <= cells, tl.minimum(clashes, cells))
+        end = tl.minimum(clashes, cells)
+        if SPEC.REGION == "range":
+            end = clashes * 0  # whoever has a cell picked it
+        owner = Owner(g, one, clashes <= cells, end)
         found, total = _settle(owner, M, problem, decoded, picked, SPEC, BLOCK, K2)
     else:
         own = _of_picks(Owner(g, one, False, 0), decoded, picked, SPEC)

@@ -14,7 +14,7 @@ from ..overlap import Corners, iou
 from ..primitives import divide, larger, log1p_of_share, logistic, pow_pos
 from ..terms.label import Power, power_1, power_half
 from ..terms.records import Axis
-from .region import reach
+from .region import BEYOND, reach
 from .site import all_cells, load_boxes, load_channel, offsets
 
 INSIDE: tl.constexpr = tl.constexpr(1e-9)  # the reference's
@@ -83,10 +83,27 @@ def _holds(centre, side, middle, small):
 
 
 @triton.jit
-def in_region(one, cells, off_x, frame, numbers, SPEC: tl.constexpr):
-    """Whether cells lie in the region of an object; of SimOTA all do."""
+def _says(centre, side, middle, stride, most):
+    """Whether distributions at such places can say how far the edges of an object are, on one axis; in float32, too."""
+    half = 0.5 * side.to(tl.float32)
+    centre = centre.to(tl.float32)
+    middle = middle.to(tl.float32)
+    before = divide(middle - (centre - half), stride.to(tl.float32))
+    behind = divide((centre + half) - middle, stride.to(tl.float32))
+    return (tl.minimum(before, behind) >= 0.0) & (tl.maximum(before, behind) <= most)
+
+
+@triton.jit
+def in_region(one, cells, off_x, anywhere, frame, numbers, SPEC: tl.constexpr):
+    """Whether cells lie in the region of an object; of SimOTA all do. ``anywhere``: with "range" they need not."""
     can = one.valid & (off_x == off_x)
-    if SPEC.ASSIGNER == "aligned":
+    if SPEC.REGION == "range":
+        x = (cells.column.to(SPEC.ACC) + 0.5) * cells.stride
+        y = (cells.line.to(SPEC.ACC) + 0.5) * cells.stride
+        most = tl.full([], SPEC.REG_MAX - BEYOND, tl.float32)
+        says = _says(one.cx * frame.width, one.width, x, cells.stride, most)
+        can = can & (anywhere | (says & _says(one.cy * frame.height, one.height, y, cells.stride, most)))
+    elif SPEC.ASSIGNER == "aligned":
         x = (cells.column.to(SPEC.ACC) + 0.5) * cells.stride
         y = (cells.line.to(SPEC.ACC) + 0.5) * cells.stride
         small = tl.cast(numbers.small, tl.float32)
@@ -201,10 +218,10 @@ def _by_worth(value, can):
 
 
 @triton.jit
-def look_at(one, cells, mask, problem, decoded, SPEC: tl.constexpr):
-    """What cells of its image are to an object."""
+def look_at(one, cells, mask, anywhere, problem, decoded, SPEC: tl.constexpr):
+    """What cells of its image are to an object; ``anywhere`` as of :func:`in_region`."""
     off_x, off_y = offsets(one, cells, problem.frame, SPEC)
-    can = mask & in_region(one, cells, off_x, problem.frame, problem.numbers, SPEC)
+    can = mask & in_region(one, cells, off_x, anywhere, problem.frame, problem.numbers, SPEC)
     at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n
     overlap = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, can), problem, SPEC)
     overlap = tl.where(can, overlap, 0.0)
