@@ -47,7 +47,7 @@ def losses(criterion: YOLOv8Loss, predictions: list[Tensor], targets: Tensor, im
     label, low, high = pixels.clamp(min=0)[..., :1], pixels[..., 1:3], pixels[..., 3:]
     rows = torch.cat((label, (low + high) / 2, high - low), 2)
     call = decoupled.read_pixels(criterion, predictions, rows, max(width, height))
-    total, (box, cls, dfl), counts = criterion.compute(call)
+    total, (box, cls, dfl), counts, _ = criterion.compute(call)
     parts = dict(zip(PARTS, (box, dfl, cls), strict=True))
     found = {"total_loss": total} | {f"{name}_loss": part for name, part in parts.items()}
     found |= {name: part.detach() for name, part in parts.items()}
