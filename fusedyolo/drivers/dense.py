@@ -206,8 +206,7 @@ class DenseDriver(Driver):
         levels, spec = arguments["levels"], arguments["SPEC"]
         sizes = [shared.even(n) * shared.even(a) for n, a in zip(levels.cells, levels.anchors, strict=True)]
         has = known.assignment.row >= 0
-        repeats = spec.REPEATS and not spec.IMAGES
-        boxes = _programs_of(has, sizes, spec.ANCHORS, arguments["steps"] if repeats else 1)
+        boxes = _programs_of(has, sizes, spec.ANCHORS, arguments["steps"] if spec.REPEATS else 1)
         classes = [0] * (len(kinds) - len(boxes))  # logits are read and stored whatever they are of
         if spec.RANKED and not spec.WITH_LOSS:  # but of anchors that do not count
             counted = _counted(arguments["ranked"].ce_ptr, has, known.head.negatives)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +20,7 @@ from ..kernels.launch import (
     MOST_CLAIMS,
     RANK_PART,
     RANK_REGISTERS,
+    WARP,
     DenseConfig,
     dense_config,
     dense_gradient,
@@ -173,7 +175,7 @@ def _programs(layout: _Layout, head: DenseHead, batch: int, config: DenseConfig)
             tiles = _ceil(batch * each * head.num_classes, config.block * config.steps)
         cls.append(tiles)
         own = batch * rows * _ceil(each, config.anchors)
-        boxes.append(_ceil(own, config.steps) if config.repeats and not head.by_image else own)
+        boxes.append(_ceil(own, config.steps) if config.repeats else own)
     return tuple(cls), tuple(boxes)
 
 
@@ -192,7 +194,7 @@ def _config(key: str, preds: tuple[Layout, ...]) -> DenseConfig:
     largest = max(layout.cells) * (max(layout.anchors) if layout.flat else 1)
     batch = pred.shape[0]
     tuned = wishes("dense", _family(head.key), pred, not layout.near, batch, largest, head.num_classes)
-    return dense_config(
+    config = dense_config(
         min(streams),
         largest,
         batch * sum(streams),
@@ -203,6 +205,7 @@ def _config(key: str, preds: tuple[Layout, ...]) -> DenseConfig:
         "offset" if TERMS[head.box].is_offset else head.box,
         tuned,
     )
+    return replace(config, repeats=config.repeats and not head.by_image)  # tiles of a program may be of two images
 
 
 def _maps(own: Outline, at: _Layout, preds: int, with_grad: bool, head: DenseHead) -> loss.Predictions:
@@ -244,6 +247,7 @@ def _dense_launch(
         CORNERS=geometry.corners,
         FLAT=layout.flat,
         REPEATS=config.repeats,
+        SUMS=32 if config.threads == WARP else 256,
         NEAR=layout.near,
         WITH_LOSS=with_loss,
         WITH_GRAD=grads is not None,

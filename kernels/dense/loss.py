@@ -125,7 +125,8 @@ class Spec(NamedTuple):
     IMAGES: Any  # a loss of each image
     CORNERS: Any
     FLAT: Any
-    REPEATS: Any  # with FLAT: programs have several tiles of boxes, too, and are one warp each
+    REPEATS: Any  # with FLAT: programs have several tiles of boxes, too
+    SUMS: Any  # that the last program adds up at a time
     NEAR: Any
     WITH_LOSS: Any
     WITH_GRAD: Any
@@ -735,7 +736,7 @@ def _box_term(raw, place, terms, numbers):
 def _box_program(local, boxes, centres, level, batch, matched, terms, numbers, grads, SPEC: tl.constexpr):
     """Box and centreness loss of a program of a level, and the gradient."""
     ANCHORS: tl.constexpr = SPEC.ANCHORS
-    if SPEC.REPEATS and not SPEC.IMAGES:
+    if SPEC.REPEATS:
         tiles = batch.B * _tiles(level, True, ANCHORS)
         box = tl.cast(0.0, SPEC.ACC)
         centre = tl.cast(0.0, SPEC.ACC)
@@ -815,12 +816,11 @@ def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads
 @triton.jit
 def _finish(sums, programs, B, SPEC: tl.constexpr, WITH_CENTRES: tl.constexpr):
     """The loss from the partial sums of all programs."""
-    ROWS: tl.constexpr = 32 if SPEC.REPEATS else 256  # for one warp that adds up
     if SPEC.IMAGES:
         for b in range(0, B):
-            _leave(b, _sums_of_image(b, sums, programs, SPEC.ACC, ROWS), sums, WITH_CENTRES)
+            _leave(b, _sums_of_image(b, sums, programs, SPEC), sums, WITH_CENTRES)
     else:
-        _leave(0, column_sums(sums.partial_ptr, programs, N_PARTS, SPEC.ACC, ROWS), sums, WITH_CENTRES)
+        _leave(0, column_sums(sums.partial_ptr, programs, N_PARTS, SPEC.ACC, SPEC.SUMS), sums, WITH_CENTRES)
     tl.store(sums.done_ptr, 0)  # ready for the next launch
 
 
@@ -838,11 +838,12 @@ def _leave(b, totals, sums, WITH_CENTRES: tl.constexpr):
 
 
 @triton.jit
-def _sums_of_image(b, sums, programs, ACC: tl.constexpr, ROWS: tl.constexpr):
+def _sums_of_image(b, sums, programs, SPEC: tl.constexpr):
     """Those of its own programs, and of streams that begin in the image before what they have of this one."""
+    ROWS: tl.constexpr = SPEC.SUMS
     lane = tl.arange(0, ROWS)[:, None]
     k = tl.arange(0, N_PARTS)[None, :]
-    total = tl.zeros([ROWS, N_PARTS], ACC)
+    total = tl.zeros([ROWS, N_PARTS], SPEC.ACC)
     for i in range(0, programs, ROWS):
         there = i + lane < programs
         image = tl.load(sums.images_ptr + i + lane, mask=there, other=-2, cache_modifier=".cg")
