@@ -64,7 +64,7 @@ GROUPS: dict[str, list[Property]] = {
             ROOM + "numbers.py::test_float16_under_autocast_and_a_scaler[{case}]",
             when="once",
         ),
-        Property("bfloat16", ROOM + "numbers.py::test_bfloat16[{driver}]"),
+        Property("bfloat16", ROOM + "numbers.py::test_bfloat16[{case}]", when="once"),
         Property(
             "finite gradients of finite numbers",
             ROOM + "numbers.py::test_finite_predictions_have_finite_gradients[triton-float32-0.6-{case}]",
