@@ -187,6 +187,22 @@ def best(tiers: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
 
 def _largest(worth: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Indices and values of the k largest of each row, largest first, equals by their index, whatever topk does."""
+    if at_hand(worth):
+        row, column = (worth > NONE).nonzero(as_tuple=True)
+        count = row.bincount(minlength=len(worth))
+        width = max(k, int(count.max())) if len(worth) else k
+        if 2 * width < worth.shape[1]:  # most are nothing: the others side by side
+            place = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+            columns = worth.new_zeros(len(worth), width, dtype=torch.int64).index_put((row, place), column)
+            index, values = _largest_of(
+                worth.new_full((len(worth), width), NONE).index_put((row, place), worth[row, column]), k
+            )
+            return columns.gather(1, index), values
+    return _largest_of(worth, k)
+
+
+def _largest_of(worth: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`_largest`, whatever they are."""
     N = worth.shape[1]
     least = worth.topk(k, 1).values[:, -1:]
     more, equal = worth > least, worth == least
@@ -198,10 +214,16 @@ def _largest(worth: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _running(most: Tensor, who: Tensor, claim: Tensor, image: Tensor, row: Tensor, M: int) -> tuple[Tensor, Tensor]:
     """The strongest claim [B, N] to each prediction so far and the first row that has it, with those of more rows."""
-    at = image[:, None].expand_as(claim)
-    top = torch.full_like(most, NONE).scatter_reduce(0, at, claim, "amax")
-    first = torch.where(claim == top.index_select(0, image), row, M)
-    first = torch.full_like(who, M).scatter_reduce(0, at, first, "amin")
+    top, first = torch.full_like(most, NONE), torch.full_like(who, M)
+    if at_hand(claim):  # most are none
+        own, cell = (claim > NONE).nonzero(as_tuple=True)
+        at, claim = image[own] * most.shape[1] + cell, claim[own, cell]
+        top.view(-1).scatter_reduce_(0, at, claim, "amax")
+        first.view(-1).scatter_reduce_(0, at, torch.where(claim == top.view(-1)[at], row[own, 0], M), "amin")
+    else:
+        at = image[:, None].expand_as(claim)
+        top = top.scatter_reduce(0, at, claim, "amax")
+        first = first.scatter_reduce(0, at, torch.where(claim == top.index_select(0, image), row, M), "amin")
     stronger = top > most
     return torch.where(stronger, top, most), torch.where(stronger, first, who)
 
@@ -211,16 +233,6 @@ def _similarity(boxes: Tensor, off: Tensor, sides: Tensor, head: PickHead) -> Te
     half = sides / 2
     value = 1 - BOX_TERMS[head.overlap](boxes, torch.cat((off - half, off + half), -1), head.overlap_args)
     return torch.where(value > 0, value, 0.0)
-
-
-def _overlaps(seen: Seen, objects: Objects, now: slice, off: Tensor, possible: Tensor, head: PickHead) -> Tensor:
-    """[rows, N]: of a chunk of rows with all predictions of their images; 0 but where ``possible``."""
-    image, sides = objects.image[now], objects.sides[now]
-    if at_hand(possible):  # most pairs need no arithmetic
-        row, cell = possible.nonzero(as_tuple=True)
-        value = _similarity(seen.boxes[image[row], cell], off[row, cell], sides[row], head)
-        return torch.zeros_like(off[..., 0]).index_put((row, cell), value)
-    return torch.where(possible, _similarity(seen.boxes.index_select(0, image), off, sides[:, None], head), 0.0)
 
 
 # ---- task-aligned
@@ -235,20 +247,32 @@ def _aligned(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
         value = pow_pos(logit.sigmoid(), head.alpha, 0.0**head.alpha) * pow_pos(overlap, head.beta, 0.0**head.beta)
         return torch.where(value > 0, value, 0.0)
 
+    def taken(wanted: Tensor, overlap: Tensor, can: Tensor) -> tuple[Tensor, Tensor]:
+        """Worth and claim of pairs, of those that ``can`` be."""
+        can = can & (overlap > 0) if head.beta > 0 else can
+        return torch.where(can & (wanted > 0), wanted, NONE), torch.where(can, overlap, NONE)
+
     def want(now: slice) -> Wish:
-        image, sides = objects.image[now], objects.sides[now, None]
-        off = offsets(objects.centre[now, None], seen.points, sides.dtype)
+        image, label, sides = objects.image[now], objects.label[now], objects.sides[now]
         region = (
             _in_range(objects, now, seen.points, head) if ranged else _in_region(objects, now, seen.points, head.small)
         )
-        cls = seen.cls[image, objects.label[now]]
 
         def wanted(cells: Tensor) -> tuple[Tensor, Tensor]:
-            """Of some cells metric and overlap."""
-            overlap = _overlaps(seen, objects, now, off, cells, head)
-            found = metric(cls, overlap)
-            can = cells & (overlap > 0) if head.beta > 0 else cells
-            return torch.where(can & (found > 0), found, NONE), torch.where(can, overlap, NONE)
+            """Worth and claim of some cells."""
+            if at_hand(cells):  # most pairs need no arithmetic
+                row, cell = cells.nonzero(as_tuple=True)
+                points = Points(seen.points.middle[cell], seen.points.stride[cell])
+                off = offsets(objects.centre[now][row], points, sides.dtype)
+                overlap = _similarity(seen.boxes[image[row], cell], off, sides[row], head)
+                found = taken(metric(seen.cls[image[row], label[row], cell], overlap), overlap, row >= 0)
+                nothing = torch.full(cells.shape, NONE, dtype=sides.dtype)
+                worth, claim = (nothing.index_put((row, cell), each) for each in found)
+                return worth, claim
+            off = offsets(objects.centre[now, None], seen.points, sides.dtype)
+            overlap = _similarity(seen.boxes.index_select(0, image), off, sides[:, None], head)
+            overlap = torch.where(cells, overlap, 0.0)
+            return taken(metric(seen.cls[image, label], overlap), overlap, cells)
 
         worth, claim = wanted(region & objects.valid[now, None])
         picks = torch.full_like(image, head.topk)
@@ -279,8 +303,9 @@ def _in_region(objects: Objects, now: slice, points: Points, small: float) -> Te
     centre, side = (low + high) / 2, high - low
     half = torch.where(side < small, small, side) / 2
     low, high = centre - half, centre + half
-    middle = points.middle.float()
-    return ((middle - low[:, None] > INSIDE) & (high[:, None] - middle > INSIDE)).all(-1)
+    axes = zip(points.middle.float().unbind(1), low[:, None].unbind(2), high[:, None].unbind(2), strict=True)
+    x, y = ((middle - low > INSIDE) & (high - middle > INSIDE) for middle, low, high in axes)
+    return x & y
 
 
 def _in_range(objects: Objects, now: slice, points: Points, head: PickHead) -> Tensor:
