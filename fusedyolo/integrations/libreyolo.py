@@ -30,8 +30,8 @@ def patch() -> None:
     training as a CUDA graph, which leaves the loss out, it does what it did.
 
     The second returns the dictionary that it returned, of :class:`~fusedyolo.YOLOv8Loss` with ``rule="libreyolo"``,
-    also for a validation loss; that of YOLOv9 with two branches calls it twice. Under DDP, where it divides by what all
-    processes have, it does what it did.
+    also for a validation loss, divided by the soft scores of all processes where it was; that of YOLOv9 with two
+    branches calls it twice.
 
     Heads and losses of derived classes stay as they are, so does one with another loss of boxes, classes or L1: then a
     warning says why. Nothing is stored in a model, so that it can be saved and loaded where this package is not

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from libreyolo.models.yolo9.loss import BCELoss, BoxLoss, BoxMatcher, DFLoss, YOLO9Loss
-from libreyolo.training.distributed import is_distributed
+from libreyolo.training.distributed import all_reduce_avg_scalar_tensor
 from torch import Tensor
 
 from .. import YOLOv8Loss, checks
@@ -33,23 +33,24 @@ def unpatch() -> None:
 def _call(self: Any, predictions: Any, targets: Tensor) -> Any:
     """In place of ``YOLO9Loss.__call__``."""
     criterion = _criterion(self)
-    if criterion is None or self.vec2box is None or (self.distributed_normalize and is_distributed()):
+    if criterion is None or self.vec2box is None:
         return kept[YOLO9Loss](self, predictions, targets)
-    return losses(criterion, predictions, targets, self.vec2box.image_size)
+    return losses(criterion, self, predictions, targets)
 
 
-def losses(criterion: YOLOv8Loss, predictions: list[Tensor], targets: Tensor, image_size: Any) -> dict[str, Tensor]:
-    """What ``YOLO9Loss`` returns, of ``targets`` [B, G, 5]: class, x1, y1, x2, y2 relative to an image of this (width,
-    height).
-    """
-    width, height = image_size
+def losses(criterion: YOLOv8Loss, loss: Any, predictions: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
+    """What a ``YOLO9Loss`` returns, of ``targets`` [B, G, 5]: class, x1, y1, x2, y2 relative to its image."""
+    width, height = loss.vec2box.image_size
     pixels = targets.detach().float() * targets.new_tensor([1, width, height, width, height], dtype=torch.float32)
     label, low, high = pixels.clamp(min=0)[..., :1], pixels[..., 1:3], pixels[..., 3:]
     rows = torch.cat((label, (low + high) / 2, high - low), 2)
     call = decoupled.read_pixels(criterion, predictions, rows, max(width, height))
-    total, (box, cls, dfl), counts, _ = criterion.compute(call)
-    parts = dict(zip(PARTS, (box, dfl, cls), strict=True))
-    found = {"total_loss": total} | {f"{name}_loss": part for name, part in parts.items()}
+    total, (box, cls, dfl), counts, weights = criterion.compute(call)
+    share: Any = 1.0
+    if loss.distributed_normalize:  # 1 in a process alone
+        share = weights[-1].clamp(min=1) / all_reduce_avg_scalar_tensor(weights[-1])
+    parts = {name: share * part for name, part in zip(PARTS, (box, dfl, cls), strict=True)}
+    found = {"total_loss": share * total} | {f"{name}_loss": part for name, part in parts.items()}
     found |= {name: part.detach() for name, part in parts.items()}
     return found | {"num_fg": counts[0] / max(len(targets), 1)}
 
@@ -113,7 +114,7 @@ def differs() -> str:
             channels = 4 * BINS + CLASSES
             preds = [torch.randn(3, channels, SIDE // s, SIDE // s, requires_grad=True) for s in STRIDES]
             theirs = loss(preds, torch.tensor(TARGETS))
-            ours = losses(criterion_of(loss, "torch"), preds, torch.tensor(TARGETS), (SIDE, SIDE))
+            ours = losses(criterion_of(loss, "torch"), loss, preds, torch.tensor(TARGETS))
             if list(theirs) != list(ours):
                 return f"YOLO9Loss returns {', '.join(theirs)}"
             numbers = [

@@ -112,16 +112,22 @@ def test_a_loss_with_a_foreign_part_keeps_its_own():
         assert torch.equal(loss(preds, targets)["total_loss"], expected)
 
 
-def test_several_processes_keep_their_own(monkeypatch):
-    """Where it divides by what all of them have."""
-    loss, preds, targets = case(0)
-    patch()
-    monkeypatch.setattr(own, "is_distributed", lambda: True)
-    with monkeypatch.context() as change:
-        change.setitem(own.kept, YOLO9Loss, lambda *args: "its own")
-        assert loss(preds, targets) == "its own"
-        loss.distributed_normalize = False
-        assert loss(preds, targets)["total_loss"] > 0
+@pytest.mark.parametrize("seed", [0, 4])
+def test_several_processes_divide_by_the_scores_of_all(seed, monkeypatch):
+    """Another process has a sum of seven; with no object at all, here and there, it is 1 before it is shared."""
+
+    def of_two(value, **options):
+        return (value.detach().float().sum() + (7.0 if seed == 0 else 0.0)).clamp(min=1) / 2
+
+    loss, preds, targets = case(seed)
+    alone = loss(preds, targets)["total_loss"]
+    monkeypatch.setattr(loss_module, "all_reduce_avg_scalar_tensor", of_two)
+    monkeypatch.setattr(own, "all_reduce_avg_scalar_tensor", of_two)
+    monkeypatch.setattr(own, "differs", lambda: "")  # what is tried while patching is shared out as well
+    found = both(lambda: loss(preds, targets), preds)["total_loss"]
+    assert (found - alone).abs() > 0.1
+    loss.distributed_normalize = False
+    torch.testing.assert_close(both(lambda: loss(preds, targets), preds)["total_loss"], alone)
 
 
 def test_what_computes_something_else_is_refused(monkeypatch):
