@@ -60,6 +60,9 @@ class YOLOv8Loss(PickLoss):
         beta: see above.
         class_weights: factors of the class part, one a class.
         rule: ``"ultralytics"`` or ``"libreyolo"``, see above.
+        assign_iou: in place of CIoU where objects pick, 1 less the loss of this name: ``"iou"``.
+        cls_loss: ``"bce"``, or another class term that takes soft targets, with its usual numbers: ``"varifocal"``,
+            ``"qfl"``.
         reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
             up to these.
         small: pixels below which a side of an object counts as so many where it picks cells; the second stride, or the
@@ -114,6 +117,8 @@ class YOLOv8Loss(PickLoss):
         class_weights: Sequence[float] | Tensor | None = None,
         *,
         rule: str = "ultralytics",
+        assign_iou: str = "ciou",
+        cls_loss: str = "bce",
         reduction: str = "sum",
         small: float | None = None,
         iou_loss: str = "ciou",
@@ -133,6 +138,7 @@ class YOLOv8Loss(PickLoss):
             checks.fail("reg_max", reg_max, f"2 or more with rule={rule!r}")
         if ranged and small:
             checks.fail("small", small, f"0 or nothing with rule={rule!r}")
+        label = find_term("cls_loss", cls_loss, "objectness", users=True)
         usual = 0.0 if ranged else each[min(1, len(each) - 1)]
         head = PickHead(
             num_classes=num_classes,
@@ -146,9 +152,12 @@ class YOLOv8Loss(PickLoss):
             beta=checks.number("beta", beta, 0),
             small=usual if small is None else checks.number("small", small, 0),
             region=RULES[rule],
+            overlap=find_term("assign_iou", assign_iou, "iou", users=True).name,
             box=find_term("iou_loss", iou_loss, "iou", users=True).name,
             box_args=box_arguments((1e-7, 1e-7), iou_alpha, iou_gamma),
             distance="dfl" if bins else "image",
+            label=label.name,
+            label_args=tuple(label.numbers.values()),
             by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
         )
         self.box, self.cls, self.dfl = box, cls, dfl

@@ -52,8 +52,11 @@ class Result(NamedTuple):
 
 
 def head_of(kind: str) -> tuple[PickHead, tuple[float, ...]]:
-    """A head and its gains: "v8" or "v8/" and a reg_max, "x" or "x/l1"."""
+    """A head and its gains: "v8" or "v8/" and a reg_max, "x" or "x/l1"; of "v8" also "v8/" and a class term."""
     name, _, option = kind.partition("/")
+    if option in ("varifocal", "qfl"):
+        loss = YOLOv8Loss(C, STRIDES, 4, topk=13, alpha=1.0, assign_iou="iou", cls_loss=option, backend="torch")
+        return loss.head, tuple(B * gain for gain in loss.gains())
     if name == "v8":
         loss: Any = YOLOv8Loss(C, STRIDES, int(option or 16), backend="torch")
         return loss.head, tuple(B * gain for gain in loss.gains())
@@ -176,7 +179,7 @@ def check(call: Call, want: Result | None = None) -> Result:
     return got
 
 
-KINDS = ("v8", "v8/4", "v8/1", "x", "x/l1")
+KINDS = ("v8", "v8/4", "v8/1", "v8/varifocal", "v8/qfl", "x", "x/l1")
 
 
 @pytest.mark.parametrize("kind", KINDS)

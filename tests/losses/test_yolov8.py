@@ -504,3 +504,54 @@ def test_compiles_with_symbols_for_all_numbers(backend):
         rows = torch.rand(count, 6, device=DEVICE)
         rows[:, :2] = 1
         assert torch.equal(compiled(preds, rows).total, criterion(preds, rows).total)
+
+
+def test_what_ppyoloe_and_yolo_nas_train():
+    """Other numbers, IoU where objects pick, GIoU and a varifocal loss: from the assignment, by formulas written here."""
+    images = 2
+    leaves, rows, (classes, maps, strides, reg_max), _ = case(seed=3, images=images)
+    gains = {"box": 2.5, "cls": 1.0, "dfl": 0.5}
+    numbers = {"topk": 13, "alpha": 1.0, "beta": 6.0, "small": 0, "reg_max": reg_max}
+    criterion = YOLOv8Loss(
+        classes, strides, **numbers, **gains, iou_loss="giou", assign_iou="iou", cls_loss="varifocal", backend="torch"
+    )
+    preds = planes(*leaves, maps)
+    out = criterion(preds, rows)
+    row, _, score = assigned(criterion, preds, rows)
+    boxes, scores = fusedyolo.decode(preds, criterion)
+    H, W = maps[0][0] * strides[0], maps[0][1] * strides[0]
+    centre, sides = rows[:, 2:4].double() * torch.tensor([W, H]), rows[:, 4:].double() * torch.tensor([W, H])
+    true = torch.cat((centre - sides / 2, centre + sides / 2), 1)
+    for image in range(images):
+        own = (rows[:, 0] == image).nonzero().flatten()
+        overlap = box_iou(true[own], boxes[image])
+        metric = scores[image].T[rows[own, 1].long()] * overlap**6
+        for i, g in enumerate(own.tolist()):
+            cells = (row[image] == g).nonzero().flatten()
+            if len(cells):
+                want = metric[i, cells] * overlap[i, cells].max() / (metric[i, cells].max() + 1e-9)
+                close(score[image, cells], want, 1e-6)
+    target = torch.zeros_like(scores)
+    has = row >= 0
+    target[has] = torch.nn.functional.one_hot(rows[row[has], 1].long(), classes) * score[has][:, None]
+    weight = torch.where(target > 0, target, 0.75 * scores**2)
+    entropy = torch.nn.functional.binary_cross_entropy(scores, target, reduction="none")
+    close(out.parts["cls"], images * (weight * entropy).sum() / score.sum().clamp(min=1), 1e-9)
+    each = loops.cells(maps, strides)[2].expand(images, -1)[has][:, None]  # boxes are in cells, for eps
+    giou = torch.stack([_giou(a, b) for a, b in zip(boxes[has] / each, true[row[has]] / each, strict=True)])
+    close(out.parts["box"], images * 2.5 * (score[has] * (1 - giou)).sum() / score.sum().clamp(min=1), 1e-9)
+
+
+def _giou(a: Tensor, b: Tensor) -> Tensor:
+    low, high = torch.maximum(a[:2], b[:2]), torch.minimum(a[2:], b[2:])
+    shared, both = (high - low).clamp(min=0).prod(), (a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()
+    around = (torch.maximum(a[2:], b[2:]) - torch.minimum(a[:2], b[:2])).prod()
+    union = both - shared + 1e-7
+    return shared / union - (around - union) / (around + 1e-7)
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """[G, N]."""
+    low, high = torch.maximum(a[:, None, :2], b[:, :2]), torch.minimum(a[:, None, 2:], b[:, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    return shared / ((a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1) - shared)
