@@ -507,7 +507,7 @@ def test_compiles_with_symbols_for_all_numbers(backend):
 
 
 def test_what_ppyoloe_and_yolo_nas_train():
-    """Other numbers, IoU where objects pick, GIoU and a varifocal loss: from the assignment, by formulas written here."""
+    """Other numbers, IoU where objects pick, GIoU and a varifocal loss: of the assignment, by formulas written here."""
     images = 2
     leaves, rows, (classes, maps, strides, reg_max), _ = case(seed=3, images=images)
     gains = {"box": 2.5, "cls": 1.0, "dfl": 0.5}
@@ -546,8 +546,8 @@ def _giou(a: Tensor, b: Tensor) -> Tensor:
     low, high = torch.maximum(a[:2], b[:2]), torch.minimum(a[2:], b[2:])
     shared, both = (high - low).clamp(min=0).prod(), (a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()
     around = (torch.maximum(a[2:], b[2:]) - torch.minimum(a[:2], b[:2])).prod()
-    union = both - shared + 1e-7
-    return shared / union - (around - union) / (around + 1e-7)
+    union = both - shared
+    return shared / (union + 1e-7) - (around - union) / (around + 1e-7)
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
