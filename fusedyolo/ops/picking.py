@@ -206,7 +206,8 @@ def picking(
         "LAYOUT": _layout(predictions.box, maps),
     }
     picks = {**common, "shift": shift, "BLOCK": config.region, "CELLS": PICK_DECODED}
-    ends = {**common, "settled": settled, "BLOCK": PICK_SETTLED, "K2": 0 if limit is None else power_of_two(limit)}
+    block = PICK_THREADS if priced else PICK_SETTLED  # of SimOTA cells that several picked: one a thread
+    ends = {**common, "settled": settled, "BLOCK": block, "K2": 0 if limit is None else power_of_two(limit)}
     prices = {name: first[name] for name in ("predictions", "levels", "decoded", "tally", "SPEC", "CELLS")}
     most = PICK_REGISTERS if acc == torch.float64 else None
     decode = Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, most, exact=True)
