@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .rows import Rows
 
 PAIRS_CHUNK = 1 << 18  # (row, box) pairs that are computed at a time
-PAIRS_KEPT = 1 << 22  # and of which the overlaps are kept for whoever asks again
+PAIRS_KEPT = 1 << 24  # and of which the overlaps are kept for whoever asks again
 PAIRS_NEAR = 1 << 16  # of rows and boxes that may meet, which a cache holds
 FEWEST = 256  # boxes of a block
 
