@@ -373,7 +373,7 @@ class ByAddress(CompiledKernel):
         return run
 
 
-LAUNCHES = {"yolov5": 2, "yolov4": 2, "yolov1": 2, "retinanet": 4, "ssd": 6, "fcos": 3, "yolox": 5, "yolov8": 5}
+LAUNCHES = {"yolov5": 2, "yolov4": 2, "yolov1": 2, "retinanet": 4, "ssd": 6, "fcos": 3, "yolox": 6, "yolov8": 5}
 
 
 @pytest.fixture
