@@ -32,6 +32,7 @@ HEADS = {
     "three of five": YOLOv8Loss(CLASSES, STRIDES, reg_max=1, topk=5, topk2=3, backend="torch").head,
     "topk 13": YOLOv8Loss(CLASSES, STRIDES, topk=13, alpha=1.0, small=0.0, backend="torch").head,
     "other powers": YOLOv8Loss(CLASSES, STRIDES, alpha=0.0, beta=2.5, backend="torch").head,
+    "no overlap": YOLOv8Loss(CLASSES, STRIDES, alpha=1.0, beta=0.0, backend="torch").head,  # is asked for
     "v9 range": YOLOv8Loss(CLASSES, STRIDES, reg_max=4, rule="libreyolo", backend="torch").head,
     "YOLOX": YOLOXLoss(CLASSES, STRIDES, backend="torch").head,
     "YOLOX/0.3.0": YOLOXLoss(CLASSES, STRIDES, rule="0.3.0", backend="torch").head,
