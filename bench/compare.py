@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         raise RefusedError("--times: there is no GPU to time on")
     cases = select(options.loss, CASES.values() if options.recipes else usual_cases())
     session.console.print(report.headline(work, session.host), highlight=False)
+    session.console.print(report.beside(peer.name for case in cases for peer in peers.of(case)), highlight=False)
     compiled = COMPILE * (session.gpu and not options.quick)
     results, unlike = session.gate([Task("parity", case.name, work, compiled, session.device) for case in cases])
     if not results:

@@ -46,7 +46,9 @@ def plot(out: Path, found: Sequence[Row], cases: Sequence[Case], gpu: str = "H10
     """``cost.png``: bytes and launches; where there are any, ``time.png``: milliseconds and memory, and
     ``issue_time.png``: what is predicted for ``gpu``.
     """
-    values, first, keys = index(found), found[0], list(STYLES.values())
+    values, first = index(found), found[0]
+    shown = {who if who in STYLES else PEER for case in cases for who in values[case.name]}
+    keys = [style for who, style in STYLES.items() if who in shown]
     title = (
         f"One training step of the loss, forward + backward: batch {first['batch']}, {first['size']} px, "
         f"{first['classes']} classes, {first['dtype']}"

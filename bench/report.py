@@ -38,6 +38,12 @@ def headline(work: Workload, host: Mapping[str, Any]) -> str:
     )
 
 
+def beside(peers: Iterable[str]) -> str:
+    """Whose losses are measured with ours, so that one that is missing is not missed without a word."""
+    names = ", ".join(dict.fromkeys(peers))
+    return "beside " + (names or "the reference alone: no library whose loss is replaced is installed")
+
+
 def print_tables(console: Console, found: Sequence[Row], cases: Sequence[Case], gpu: str) -> None:
     """Cost, time, compiled resources and time predicted for ``gpu``, what counts of peers do not say, and where
     another provider is faster than the fused loss.

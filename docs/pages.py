@@ -26,7 +26,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links without what leads out of ``docs/``, or from outside into it."""
     if page.file.abs_src_path != str(ROOT / "docs" / page.file.src_uri):
-        return markdown.replace("](docs/", "](")
+        return markdown.replace("](docs/", "](").replace("](../docs/", "](../")
     if "/" in page.file.src_uri:
         return markdown
     return markdown.replace("](../README.md", "](index.md").replace("](../", "](")

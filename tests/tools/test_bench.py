@@ -330,6 +330,24 @@ def test_pictures_show_what_there_is(tmp_path):
             assert len(colours) > 10
 
 
+def test_a_picture_has_keys_of_what_it_shows(tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path, title, of: keys.append([each.get_label() for each in of]))
+    results, _, case = fake_results()
+    found = rows.rows(results, HOST)
+    plots.plot(tmp_path, found, [case])
+    plots.plot(
+        tmp_path, [*found, *({**row, "provider": "a peer"} for row in found if row["provider"] == "eager")], [case]
+    )
+    assert keys[0] == ["eager PyTorch reference", "fusedyolo"]
+    assert keys[2] == ["the loss that it replaces", "eager PyTorch reference", "fusedyolo"]
+
+
+def test_the_command_says_whose_losses_are_there():
+    assert report.beside(["torchvision", "torchvision", "ultralytics"]) == "beside torchvision, ultralytics"
+    assert report.beside([]).startswith("beside the reference alone")
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 

@@ -78,6 +78,10 @@ def stand_ins():
     anchors, strides = torch.tensor(ANCHORS) / torch.tensor(STRIDES).view(3, 1, 1), torch.tensor(STRIDES)
     hyp = {"box": 0.05, "obj": 0.7, "cls": 0.3, "cls_pw": 1.0, "obj_pw": 1.0, "anchor_t": 4.0, "fl_gamma": 0.0}
     head = SimpleNamespace(anchors=anchors, stride=strides, nc=80, nl=3, na=3)
+    layers = [
+        SimpleNamespace(anchors=torch.tensor(a), stride=s, num_classes=80)
+        for a, s in zip(ANCHORS, STRIDES, strict=True)
+    ]
     grids = [pred.unflatten(1, (3, 85)).permute(0, 1, 3, 4, 2) for pred in preds]
     criterion = fusedyolo.YOLOv5Loss(ANCHORS, STRIDES, 80)
     return {
@@ -96,6 +100,7 @@ def stand_ins():
         "photos": [torch.rand(3, 64, 64, generator=generator)] * 2,
         "boxes": [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}] * 2,
         "yolov7": SimpleNamespace(model=[head], hyp=hyp | {"lr0": 0.01}, gr=1.0),
+        "darknet": SimpleNamespace(yolo_layers=layers),
         "yolov5_model": SimpleNamespace(model=[head], hyp=hyp, parameters=lambda: iter([weights])),
         "Term": Term,
         "TERMS": TERMS,
