@@ -70,11 +70,22 @@ def _all_last(owner: Any) -> Iterator[Last]:
 
 def _all_parts(owner: Any) -> Iterator[Any]:
     """What may be a loss of ours."""
+    for part in _held(owner, set()):
+        yield part
+        for standing in list(STANDING):
+            yield from _parts(standing.of(part), 1)
+
+
+def _held(owner: Any, seen: set[int]) -> Iterator[Any]:
+    """What an object holds, and each of its modules but those ``seen``; modules that are held, too, as a list's are."""
     for module in owner.modules() if isinstance(owner, nn.Module) else (owner,):
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         for part in _parts(module, DEEP):
             yield part
-            for standing in list(STANDING):
-                yield from _parts(standing.of(part), 1)
+            if isinstance(part, nn.Module) and part is not module:
+                yield from _held(part, seen)
 
 
 def _parts(owner: Any, deep: int) -> Iterator[Any]:

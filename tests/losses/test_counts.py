@@ -92,6 +92,21 @@ def test_in_whatever_holds_the_loss():
     assert fusedyolo.last_counts(nn.Linear(1, 1)) == fusedyolo.last_counts(None) == []
 
 
+def test_of_modules_that_are_held_by_no_module():
+    """Each loss once, whatever holds what it is in."""
+    both, (make, preds) = fusedyolo.E2ELoss(CLASSES, STRIDES), GRIDS["YOLOv4"]
+    both({"one2many": maps(7), "one2one": maps(7)}, ROWS.to(DEVICE))
+    of_all = GlobalLoss(make())
+    out = of_all(preds(), ROWS.to(DEVICE))
+    model = nn.Sequential(nn.Linear(1, 1))
+    model.losses = [both, of_all]
+    model[0].above = [model]
+    want = numbers(fusedyolo.last_counts(both)) + numbers([out])
+    assert len(want) == 3
+    for owner in (model, {"model": model}, [both, of_all], (both, nn.Sequential(both, of_all))):
+        assert sorted(numbers(fusedyolo.last_counts(owner))) == sorted(want)
+
+
 def test_no_loss_keeps_them():
     """Nor is kept by them; a copy has made no call."""
     make, preds = GRIDS["YOLOv4"]
