@@ -9,6 +9,7 @@ from torch import Tensor
 from trust.cases import ALL, BACKENDS, CASES, RECIPES, Problem, Result, step
 
 from fusedyolo.drivers.protocol import LOGIT, POSITIVE, UNIT
+from fusedyolo.reference import LABEL_TERMS
 from fusedyolo.terms import term_names
 
 SCALE = 2.0**16  # a GradScaler's first one
@@ -137,6 +138,18 @@ def test_iou_terms_of_huge_predictions(name, term, backend):
     for grad in got.grads:
         assert not grad.isnan().any()
         assert term == "mpdiou" or bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("target", [False, True, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("term", ["focal", "qfl", "varifocal"])
+def test_slopes_of_the_largest_logits(term, target):
+    """That of a factor which has none is 0, though what it is a factor of leaves the type."""
+    for dtype, largest in LARGEST.items():
+        if dtype.itemsize >= 4:  # halves are computed in float32
+            x = torch.tensor([-largest, -1e4, 0.0, 1e4, largest], dtype=dtype, requires_grad=True)
+            t = target if isinstance(target, bool) else torch.full_like(x, target).detach()
+            (3.0 * LABEL_TERMS[term](x, t, (0.75, 2.5))).sum().backward()
+            assert x.grad.isfinite().all(), dtype
 
 
 @ALL

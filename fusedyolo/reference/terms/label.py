@@ -42,6 +42,13 @@ def _mix(t: Target, zero: Callable[[], Tensor], one: Callable[[], Tensor]) -> Te
     return zero() * (1 - t) + one() * t
 
 
+def _sloped(x: Tensor) -> Tensor:
+    """Logits for what a cross-entropy is multiplied by: beyond these its slope is 0, and no product with that, which may
+    leave the type, is to be NaN.
+    """
+    return x.clamp(LOW, -LOW)
+
+
 def _balance(t: Target, alpha: float) -> Tensor | float:
     if alpha < 0:
         return 1.0
@@ -57,14 +64,15 @@ def focal(x: Tensor, t: Target, args: Sequence[float]) -> Tensor:
     prediction is right. Where it underflows, so does the BCE, and the loss is 0.
     """
     alpha, gamma = args[:2]
-    q = _mix(t, x.sigmoid, lambda: (-x).sigmoid())
+    z = _sloped(x)
+    q = _mix(t, z.sigmoid, lambda: (-z).sigmoid())
     return pow_pos(q, gamma) * _balance(t, alpha) * bce(x, t, args[2:])
 
 
 def qfl(x: Tensor, t: Target, args: Sequence[float]) -> Tensor:
     """alpha_t |t - p|^gamma BCE, args = (alpha, gamma); quality focal loss, Li et al. 2020. |.| has no slope at 0."""
     alpha, gamma = args
-    miss = _miss(x, t).abs()
+    miss = _miss(_sloped(x), t).abs()
     return pow_pos(miss, gamma, 0.0**gamma) * _balance(t, alpha) * bce(x, t)
 
 
@@ -73,7 +81,7 @@ def varifocal(x: Tensor, t: Target, args: Sequence[float]) -> Tensor:
     if t is True:
         return bce(x, t)
     alpha, gamma = args
-    negative = pow_pos(x.sigmoid(), gamma) * (alpha if alpha >= 0 else 1.0)
+    negative = pow_pos(_sloped(x).sigmoid(), gamma) * (alpha if alpha >= 0 else 1.0)
     return (negative if t is False else torch.where(t > 0, t, negative)) * bce(x, t)
 
 
