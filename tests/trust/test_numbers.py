@@ -140,6 +140,25 @@ def test_iou_terms_of_huge_predictions(name, term, backend):
         assert term == "mpdiou" or bool(grad.isfinite().all())
 
 
+WEIGHED = {  # with weights of 0, by which no infinite term may be multiplied
+    "RetinaNet": {"class_weights": [0.0, 1.0, 3.0], "gamma": 2.5, "alpha": -1},
+    "SSD": {"class_weights": [1.0, 0.0, 2.0, 3.0], "reduction": "none"},
+    "YOLOv5": {"class_weights": [0.0, 1.0, 3.0], "fl_gamma": 2.5},
+    "YOLOv8": {"rule": "libreyolo", "beta": 0.0, "assign_iou": "giou", "cls_loss": "qfl", "reg_max": 4},
+}
+
+
+@pytest.mark.parametrize("name", WEIGHED)
+def test_weights_of_0_of_a_hundredth_of_the_largest(name):
+    problem = Problem(CASES[name], options=WEIGHED[name])
+    rows = torch.cat((problem.rows(6), torch.tensor([[1.0], [0.0], [2.0]] * 2, device=DEVICE)), 1)
+    for dtype, largest in LARGEST.items():
+        preds = [pred.requires_grad_() for pred in with_huge(problem, dtype, largest / 100, 0.6)]
+        out = problem.bind("torch")(preds, rows)
+        grads = torch.autograd.grad(out.total.sum(), preds)
+        assert not any(bool(number.isnan().any()) for number in (out.total, *out.parts.values(), *grads)), dtype
+
+
 @pytest.mark.parametrize("target", [False, True, 0.0, 0.3, 1.0])
 @pytest.mark.parametrize("term", ["focal", "qfl", "varifocal"])
 def test_slopes_of_the_largest_logits(term, target):

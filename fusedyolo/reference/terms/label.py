@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from ..primitives import held, pow_pos
+from ..primitives import at_hand, held, pow_pos
 
 Target = Tensor | bool
 
@@ -43,9 +43,13 @@ def _mix(t: Target, zero: Callable[[], Tensor], one: Callable[[], Tensor]) -> Te
 
 
 def _sloped(x: Tensor) -> Tensor:
-    """Logits for what a cross-entropy is multiplied by: beyond these its slope is 0, and no product with that, which may
-    leave the type, is to be NaN.
+    """Logits for what a cross-entropy is multiplied by. Beyond these its slope is 0, and no product with that, which may
+    leave the type, is to be NaN. As a rule none is beyond, and where they can be looked at that costs less.
     """
+    if at_hand(x) and x.numel():
+        low, high = x.detach().aminmax()
+        if low >= LOW and high <= -LOW:
+            return x
     return x.clamp(LOW, -LOW)
 
 
