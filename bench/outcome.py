@@ -52,8 +52,8 @@ def table(result: Result) -> Table:
     rates = {provider: config["batch"] / run["seconds"]["step"] for provider, run in runs.items()}
     shown = ("?" if p == FUSED and result["interpreted"] else f"{rate:.1f}" for p, rate in rates.items())
     made.add_row("images/s", *shown)
-    made.add_row("loss at the last step", *(f"{run['steps'][-1]['total']:.4f}" for run in runs.values()))
-    shared = len(result["difference"])
+    shared = len(result["difference"])  # steps that both took: without a GPU the fused run is shorter
+    made.add_row(f"loss at step {shared}", *(f"{run['steps'][shared - 1]['total']:.4f}" for run in runs.values()))
     for number in sorted({min(COMPARED, shared), shared}):
         made.add_row(f"largest difference, {number} steps", "", f"{max(result['difference'][:number]):.1e}")
     return made
@@ -79,6 +79,8 @@ def draw_curves(path: Path, result: Result) -> None:
     axes[0].legend(frameon=False)
     last.semilogy([max(each, 1e-9) for each in result["difference"]], ".-", linewidth=1)
     last.axhline(BOUND, color="grey", linestyle=":")
+    for axis in (*axes, last):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     last.set_title(f"relative difference (1e-9: none), bound {BOUND:g}")
     figure.savefig(path, dpi=110)
 

@@ -415,6 +415,22 @@ def test_what_a_run_shows(gpu):
     assert text.count("?  ?") == 2 * (1 - gpu)  # the loss, and the step
 
 
+def test_losses_are_shown_of_a_step_that_both_took():
+    """Without a GPU the fused run is the shorter one."""
+    seconds = dict.fromkeys((*phases.PHASES, "step"), 0.01)
+    steps = [{"total": 7.0 - i} for i in range(6)]
+    result = {
+        "config": {"loss": "YOLOv8", "batch": 8, "size": 192, "steps": 6},
+        "runs": {"ultralytics": {"seconds": seconds, "steps": steps}, FUSED: {"seconds": seconds, "steps": steps[:3]}},
+        "interpreted": True,
+        "difference": [0.0] * 3,
+    }
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(outcome.table(result))
+    (line,) = (line for line in console.export_text().splitlines() if "loss at step 3" in line)
+    assert line.split()[-2:] == ["5.0000", "5.0000"]
+
+
 def test_nothing_to_train_on(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("0 0.5 0.25 0.5 0.5\n")
     assert entry.main(["train", "--images", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
