@@ -160,7 +160,9 @@ def strides(value: Any, levels: int) -> tuple[float, ...]:
     """Strides in pixels per cell, one a level."""
     items = _items("strides", value, "a sequence of numbers, one a level")
     if len(items) != levels:
-        fail("strides", f"{len(items)} numbers", f"{levels}, one for each level of anchors")
+        flat = levels >= 2 * len(items) > 2  # as files list them
+        hint = ": anchors are a list of its (width, height) pairs for each level" * flat
+        fail("strides", f"{len(items)} numbers", f"{levels}, one for each level of anchors{hint}")
     return tuple(number(f"strides[{i}]", item, 0, open_low=True) for i, item in enumerate(items))
 
 

@@ -66,6 +66,11 @@ PAPER = (
         ({"num_classes": 0}, "num_classes: 0, want an integer >= 1"),
         ({"num_classes": 2.0}, "num_classes: 2.0, want an integer >= 1"),
         ({"num_classes": True}, "num_classes: True, want an integer >= 1"),
+        (
+            {"anchors": [(1, 2), (3, 4), (5, 6), (7, 8)]},
+            "strides: 2 numbers, want 4, one for each level of anchors: anchors are a list of its (width, height) "
+            "pairs for each level",
+        ),
         ({"strides": (8,)}, "strides: 1 numbers, want 2, one for each level of anchors"),
         ({"strides": 8}, "strides: 8, want a sequence of numbers, one a level"),
         ({"strides": (8, 0)}, "strides[1]: 0, want a finite number > 0"),

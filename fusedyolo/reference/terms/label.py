@@ -43,8 +43,8 @@ def _mix(t: Target, zero: Callable[[], Tensor], one: Callable[[], Tensor]) -> Te
 
 
 def _sloped(x: Tensor) -> Tensor:
-    """Logits for what a cross-entropy is multiplied by. Beyond these its slope is 0, and no product with that, which may
-    leave the type, is to be NaN. As a rule none is beyond, and where they can be looked at that costs less.
+    """Logits for what a cross-entropy is multiplied by. Beyond these its slope is 0, and no product with that, which
+    may leave the type, is to be NaN. As a rule none is beyond, and where they can be looked at that costs less.
     """
     if at_hand(x) and x.numel():
         low, high = x.detach().aminmax()
