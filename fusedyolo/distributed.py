@@ -40,7 +40,7 @@ class GlobalLoss(nn.Module):
 
     def __init__(self, criterion: Any, group: Any = None):
         super().__init__()
-        if not hasattr(criterion, "apart"):
+        if isinstance(criterion, type) or not hasattr(criterion, "apart"):
             checks.fail("criterion", checks.describe(criterion), "a loss of fusedyolo, such as YOLOv4Loss")
         if criterion.head.by_image:
             checks.fail("criterion", f"{type(criterion).__name__} with reduction='none'", "a loss of the whole batch")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..drivers.picks import PickCall
 from ..heads import PickHead
-from ..terms import find_term
+from ..terms import TERMS, find_term, term_names
 from .base import box_arguments
 from .output import Apart, LossOutput, detached
 from .picks import AnyTargets, PickLoss, Predicted, apart_of
@@ -139,6 +139,7 @@ class YOLOv8Loss(PickLoss):
         if ranged and small:
             checks.fail("small", small, f"0 or nothing with rule={rule!r}")
         label = find_term("cls_loss", cls_loss, "objectness", users=True)
+        of_boxes = [name for name in term_names("iou", users=True) if not TERMS[name].needs_extent]
         usual = 0.0 if ranged else each[min(1, len(each) - 1)]
         head = PickHead(
             num_classes=num_classes,
@@ -152,7 +153,7 @@ class YOLOv8Loss(PickLoss):
             beta=checks.number("beta", beta, 0),
             small=usual if small is None else checks.number("small", small, 0),
             region=RULES[rule],
-            overlap=find_term("assign_iou", assign_iou, "iou", users=True).name,
+            overlap=checks.one_of("assign_iou", assign_iou, of_boxes),
             box=find_term("iou_loss", iou_loss, "iou", users=True).name,
             box_args=box_arguments((1e-7, 1e-7), iou_alpha, iou_gamma),
             distance="dfl" if bins else "image",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fusedyolo
 from fusedyolo import E2ELoss, Targets, YOLOv8Loss
+from fusedyolo.terms import term_names
 
 V8 = golden.names("torch", "ultra_v8*")
 E2E = golden.names("torch", "ultra_e2e*") + golden.names("torch", "ultra_v10*")
@@ -504,6 +505,16 @@ def test_compiles_with_symbols_for_all_numbers(backend):
         rows = torch.rand(count, 6, device=DEVICE)
         rows[:, :2] = 1
         assert torch.equal(compiled(preds, rows).total, criterion(preds, rows).total)
+
+
+@pytest.mark.parametrize("name", [term for term in term_names("iou", users=True) if term != "mpdiou"])
+def test_objects_pick_by_any_overlap_of_two_boxes(name):
+    """No other is taken, and no other named."""
+    leaves, rows, (classes, maps, strides, reg_max), _ = case(seed=3, images=1)
+    criterion = YOLOv8Loss(classes, strides, reg_max, assign_iou=name, backend="torch")
+    assert int(criterion(planes(*leaves, maps), rows).num_pos) > 0
+    with pytest.raises(ValueError, match=r"^assign_iou: 'mpdiou', want one of 'iou', .*'siou'$"):
+        YOLOv8Loss(classes, strides, reg_max, assign_iou="mpdiou")
 
 
 def test_what_ppyoloe_and_yolo_nas_train():

@@ -192,6 +192,8 @@ def test_what_is_no_loss_of_a_batch_is_refused():
         GlobalLoss(fusedyolo.FCOSLoss(3, reduction="none"))
     with pytest.raises(ValueError, match=r"^criterion: .*Linear.*, want a loss of fusedyolo"):
         GlobalLoss(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"^criterion: .*, want a loss of fusedyolo"):
+        GlobalLoss(fusedyolo.FCOSLoss)
 
 
 @pytest.mark.parametrize("name", CASES)
