@@ -88,7 +88,7 @@ def _candidates(tile, cells, targets, M, frame, numbers, SPEC: tl.constexpr):
     bottom = (tl.max(lines, axis=0) + 1).to(SPEC.ACC) * cells.stride
     for g0 in range(first, last, ROWS):
         g = g0 + tl.arange(0, ROWS)
-        rows = object_of(load_rows(targets.ptr, g, g < last, ROWS), g, g < last, targets, frame, SPEC)
+        rows = object_of(load_rows(targets.ptr, g, g < last, ROWS), g, g < last, targets, frame, SPEC, "object")
         _reach_x, reach_y = reach(rows, cells.stride, numbers, SPEC)
         if SPEC.INSIDE:
             reach_y = tl.maximum(reach_y, 0.5 * rows.height)

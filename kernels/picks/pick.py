@@ -412,7 +412,7 @@ def pick_kernel(
         if SPEC.REGION == "box":
             if not _has_share(targets, g, M, part, problem, BLOCK):
                 return
-    one = load_object(targets, g, M, problem.frame, SPEC)
+    one = load_object(targets, g, M, problem.frame, SPEC, "object")
     none = none_of(tl.zeros([], SPEC.ACC))
     if SPEC.ASSIGNER == "aligned":
         cells = reached(one, problem, SPEC)

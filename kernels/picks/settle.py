@@ -236,7 +236,8 @@ def _strongest(cell, targets, M, problem, decoded, SPEC: tl.constexpr):
     best = tl.zeros([ROWS], tl.int64)
     for g0 in range(first, last, ROWS):
         g = g0 + lane
-        rows = object_of(load_rows(targets.ptr, g, g < last, ROWS), g, g < last, targets, problem.frame, SPEC)
+        rows = load_rows(targets.ptr, g, g < last, ROWS)
+        rows = object_of(rows, g, g < last, targets, problem.frame, SPEC, "object")
         own = rows.valid & (rows.image == b)
         off_x, off_y = offsets(rows, cells, problem.frame, SPEC)
         cls = load_channel(problem.predictions.cls, b, rows.label, cells, own, SPEC)
@@ -268,7 +269,7 @@ def _clashes(g, targets, M, problem, decoded, picked, tally, SPEC: tl.constexpr,
                 claim = tl.where(here, _strongest(of, targets, M, problem, decoded, SPEC), claim)
                 place = tl.min(tl.where((claim == 0) & (i > place), i, LAST), axis=0)
         row = tl.where(mask, claimant(claim), 0)
-        rows = object_of(load_rows(targets.ptr, row, mask, BLOCK), row, mask, targets, problem.frame, SPEC)
+        rows = object_of(load_rows(targets.ptr, row, mask, BLOCK), row, mask, targets, problem.frame, SPEC, "object")
         cells = cells_at(tl.where(mask, cell - rows.image * N, 0), problem.levels, SPEC)
         off_x, off_y = offsets(rows, cells, problem.frame, SPEC)
         box = load_boxes(decoded.boxes_ptr, cell.to(tl.int64), mask)
@@ -332,7 +333,7 @@ def settle_kernel(
     """
     g = tl.program_id(0)
     batch = plain(problem.frame.batch)
-    one = load_object(targets, g, M, problem.frame, SPEC)
+    one = load_object(targets, g, M, problem.frame, SPEC, "object")
     known = one.valid
     if targets.row_weights_ptr is not None:
         known = load_object(targets, g, M, problem.frame, SPEC, "any").valid

@@ -44,7 +44,7 @@ class Object(NamedTuple):
 
 
 @triton.jit
-def object_of(row, g, mask, targets, frame, SPEC: tl.constexpr, KIND: tl.constexpr = "object"):
+def object_of(row, g, mask, targets, frame, SPEC: tl.constexpr, KIND: tl.constexpr):
     """Rows as objects; those masked out are not valid, nor those that no image will use, nor those of another kind."""
     row = of_kind(row, g, mask, targets.row_weights_ptr, KIND)
     valid = mask & row_valid(row, 0, plain(frame.batch), SPEC.C, frame.limit)
@@ -61,7 +61,7 @@ def object_of(row, g, mask, targets, frame, SPEC: tl.constexpr, KIND: tl.constex
 
 
 @triton.jit
-def load_object(targets, g, M, frame, SPEC: tl.constexpr, KIND: tl.constexpr = "object"):
+def load_object(targets, g, M, frame, SPEC: tl.constexpr, KIND: tl.constexpr):
     """Row g; not valid where there is none."""
     mask = g < rows_end(targets.offsets_ptr, M, plain(frame.batch))
     at = targets.ptr + tl.cast(g, tl.int64) * 6
