@@ -29,10 +29,16 @@ def smaller(a, b):
 
 
 @triton.jit
+def held(d, far):
+    """A distance, held within ``far`` either way; NaN stays NaN."""
+    return smaller(larger(d, -far), far)
+
+
+@triton.jit
 def near(d):
-    """A distance in strides or anchors, held within 1e8 either way, so that no area that it is part of leaves
-    float32; derivatives go on as if it were not."""
-    return smaller(larger(d, -1e8), 1e8)
+    """A distance in strides or anchors, held within 1e8, so that no area that it is part of leaves float32; derivatives
+    go on as if it were not."""
+    return held(d, 1e8)
 
 
 @triton.jit

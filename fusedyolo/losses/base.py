@@ -137,29 +137,10 @@ class GridLoss(WeightedLoss):
         )
         if preds[0].dim() == 5 == preds[-1].dim():
             preds = checks.grid_views(preds, self._anchors, self.head.num_classes)
-        device = preds[0].device
-        rows, offsets, weights = as_targets(targets, batch, size, device, self.form)
-        class_weights = self._weights_for(preds[0])
+        rows, offsets, weights = as_targets(targets, batch, size, preds[0].device, self.form)
+        call = GridCall(preds, rows, offsets, size, self._weights_for(preds[0]), weights)
         head, key = self._head_of(batch)
-        if backends.resolve(self.backend, device) == "triton":
-            from .. import ops
-
-            with_state = torch.is_grad_enabled() and any([pred.requires_grad for pred in preds])
-            own = ops.workspace(device)
-            for pred in preds:  # a call is not worth it
-                if pred.dtype != preds[0].dtype:
-                    preds = checks.of_one_type(preds)
-                    break
-            total, parts, counts, *_ = ops.call(
-                ops.grid_loss, list(preds), rows, offsets, class_weights, key, with_state, own, weights
-            )
-        else:
-            call = GridCall(preds, rows, offsets, size, class_weights, weights)
-            total, parts, counts, _ = GRID.reference_loss(head, call)
-        if not torch.compiler.is_compiling():
-            self._last.counts = counts
-            if self._watch is not None:
-                self._watch = self._watch.after(rows, offsets, counts, size, weights=weights)
+        total, parts, counts = self._compute(call, head, key)
         if head.by_image:
             parts = parts.flatten()[: 3 * len(range(batch))].view(3, -1)
         terms = dict(zip(PARTS, parts[:3].unbind(), strict=True))
@@ -171,30 +152,40 @@ class GridLoss(WeightedLoss):
         if not self.head.mean_rows:
             out = self(preds, targets)
             return apart_by_images(out, (preds if isinstance(preds, Tensor) else preds[0]).shape[0], self.batch_power)
-        call, L = GRID.read(self, preds, targets), len(self.head.levels)
+        call = GRID.read(self, preds, targets)
         images = call.preds[0].shape[0]
-        head, key = _level_head(self._head_of(images)[1])
         call = call._replace(class_weights=self._weights_for(call.preds[0]))
-        if backends.resolve(self.backend, call.rows.device) == "triton":
-            from .. import ops
-
-            maps = checks.of_one_type(call.preds)
-            asked = torch.is_grad_enabled() and any([pred.requires_grad for pred in maps])
-            given = maps, call.rows, call.offsets, call.class_weights, key, asked, ops.workspace(call.rows.device)
-            total, parts, counts, *_ = ops.call(ops.grid_loss, *given, call.weights)
-            table = parts[3 + 2 * L :].view(L, -1)
-        else:
-            total, table, counts, _ = GRID.reference_loss(head, call)
-        if not torch.compiler.is_compiling():
-            self._last.counts = counts
-            if self._watch is not None:
-                self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, weights=call.weights)
+        total, table, counts = self._compute(call, *_level_head(self._head_of(images)[1]))
         places = (slice(0, None, 2), slice(1, None, 2), slice(0, None, 2))  # of levels, box and classes are one piece
         terms = {name: (term, where) for name, term, where in zip(PARTS, table[:, :3].unbind(1), places, strict=True)}
         amounts = torch.cat((table.new_full((1,), images), table[:, 4], table[:, 5])).double()
         of_rows, of_obj = (self.batch_power * (gain in self.batch_gains) for gain in ("box_gain", "obj_gain"))
         shares = partial(_shares_of_levels, (of_rows, of_obj))
         return Apart(total.flatten(), terms, amounts, shares, *counts.unbind())
+
+    def _compute(self, call: GridCall, head: GridHead, key: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Total, parts, of heads ``by_level`` the sums of each level [L, ...], and counts."""
+        preds = call.preds
+        if backends.resolve(self.backend, preds[0].device) == "triton":
+            from .. import ops
+
+            with_state = torch.is_grad_enabled() and any([pred.requires_grad for pred in preds])
+            own = ops.workspace(preds[0].device)
+            for pred in preds:  # a call is not worth it
+                if pred.dtype != preds[0].dtype:
+                    preds = checks.of_one_type(preds)
+                    break
+            given = list(preds), call.rows, call.offsets, call.class_weights, key, with_state, own, call.weights
+            total, parts, counts, *_ = ops.call(ops.grid_loss, *given)
+            if head.by_level:
+                parts = parts[3 + 2 * len(head.levels) :].view(len(head.levels), -1)
+        else:
+            total, parts, counts, _ = GRID.reference_loss(head, call)
+        if not torch.compiler.is_compiling():
+            self._last.counts = counts
+            if self._watch is not None:
+                self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, weights=call.weights)
+        return total, parts, counts
 
     def _head_of(self, batch: int) -> tuple[GridHead, str]:
         """The head for a call with this many images, and its key."""

@@ -123,9 +123,9 @@ def _candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
         q = q0 + lane
         if SPEC.KINDS > 1:
             kind = q // near
-            i = q % near
             there = q < near * SPEC.KINDS
             if not alone:
+                i = q % near
                 first = tl.load(lists.near_ptr + i // SPEC.ROWS, mask=there & (i >= SPEC.ROWS), other=lists.near)
                 g = tl.load(lists.row_ptr + first + i % SPEC.ROWS, mask=there, other=0)
                 cx = tl.load(rows.ptr + g * 6 + 2, mask=there, other=0.0)

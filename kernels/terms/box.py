@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..primitives import angle, inverse_power, larger, pow_pos, safe_div, sign, smaller, step, vanishes
+from ..primitives import angle, held, inverse_power, larger, pow_pos, safe_div, sign, smaller, step, vanishes
 from .records import Axis, Span, takes
 
 
@@ -421,8 +421,7 @@ def siou(x, y, args, extent):
 @triton.jit
 def _near(x, far):
     """With the predicted size, and distances of edges, held within ``far`` either way."""
-    before = smaller(larger(x.before, -far), far)
-    return Axis(smaller(x.size, far), x.true_size, before, smaller(larger(x.behind, -far), far))
+    return Axis(smaller(x.size, far), x.true_size, held(x.before, far), held(x.behind, far))
 
 
 @triton.jit
