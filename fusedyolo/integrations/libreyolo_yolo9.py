@@ -41,9 +41,9 @@ def _call(self: Any, predictions: Any, targets: Tensor) -> Any:
 def losses(criterion: YOLOv8Loss, loss: Any, predictions: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
     """What a ``YOLO9Loss`` returns, of ``targets`` [B, G, 5]: class, x1, y1, x2, y2 relative to its image."""
     width, height = loss.vec2box.image_size
-    pixels = targets.detach().float() * targets.new_tensor([1, width, height, width, height], dtype=torch.float32)
-    label, low, high = pixels.clamp(min=0)[..., :1], pixels[..., 1:3], pixels[..., 3:]
-    rows = torch.cat((label, (low + high) / 2, high - low), 2)
+    label, x1, y1, x2, y2 = targets.detach().float().unbind(2)  # a tensor of the sides would be copied at each call
+    x1, y1, x2, y2 = x1 * width, y1 * height, x2 * width, y2 * height
+    rows = torch.stack((label.clamp(min=0), (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), 2)
     call = decoupled.read_pixels(criterion, predictions, rows, max(width, height))
     total, (box, cls, dfl), counts, weights = criterion.compute(call)
     share: Any = 1.0
