@@ -6,6 +6,7 @@ Each test holds many cases, an image each, so that few kernels are compiled.
 import pytest
 import torch
 from conftest import DEVICE
+from fusedyolo.kernels.launch import grid_config
 
 import fusedyolo
 from fusedyolo import functional
@@ -79,6 +80,18 @@ def test_grid(kind):
     preds = torch.randn(len(images), 16, 20, 20, generator=torch.Generator().manual_seed(0))
     preds[10:12].view(2, 2, 8, 20, 20)[:, :, :4] = 0.0  # boxes are their anchors, in the middle of their cells
     grid(kind, images, preds)
+
+
+@pytest.mark.parametrize(("kind", "cells"), [("YOLOv5Loss", 5), ("YOLOv4Loss", 1)])
+def test_grid_of_a_block_of_candidates(kind, cells):
+    """Images whose candidates, so many ``cells`` a row, are one block, and of a row more, which are listed; many rows
+    on a cell, and none.
+    """
+    block = grid_config(20 * 20, True, 4).rows // cells
+    images = []
+    for count, apart in ((block, 6.25), (block + 1, 6.25), (0, 1.0), (block, 0.5), (block + 1, 0.5)):
+        images.append([(k % 3, 20.0 + apart * (k % 40), 30.0 + 41.0 * (k // 40), 12.0, 14.0) for k in range(count)])
+    grid(kind, images, torch.randn(len(images), 16, 20, 20, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("kind", ["YOLOv5Loss", "YOLOv4Loss"])
