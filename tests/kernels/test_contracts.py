@@ -38,6 +38,9 @@ def faults(text: str) -> Iterator[str]:
         parameters = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
         if len(parameters) > PARAMETERS:
             yield f"{function.name}: {len(parameters)} parameters"
+        for default in function.args.defaults + [each for each in function.args.kw_defaults if each is not None]:
+            if isinstance(default, ast.Constant) and isinstance(default.value, str):
+                yield f"{function.name}: {default.value!r} is a default, which Triton 3.6 does not compile"
         records = [p.arg for p in parameters if p.annotation is not None and "constexpr" in ast.unparse(p.annotation)]
         for node in ast.walk(function):
             for fault in _faults(node, records):
@@ -80,6 +83,11 @@ def test_a_broken_rule_is_seen(line, fault):
     found = list(faults(f"@triton.jit\ndef kernel(ptr, record, SPEC: tl.constexpr):\n    {line}\n"))
     assert len(found) == 1
     assert fault in found[0]
+
+
+def test_a_string_as_a_default_is_seen():
+    (found,) = faults('@triton.jit\ndef kernel(ptr, KIND: tl.constexpr = "object"):\n    pass\n')
+    assert "a default" in found
 
 
 def test_too_many_parameters_are_seen():
