@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         YOLOv3Loss,
         YOLOv4Loss,
         YOLOv5Loss,
+        YOLOv7Loss,
         YOLOv8Loss,
         YOLOXLoss,
     )
@@ -53,6 +54,7 @@ _HOMES = {
     "YOLOv3Loss": "losses",
     "YOLOv4Loss": "losses",
     "YOLOv5Loss": "losses",
+    "YOLOv7Loss": "losses",
     "YOLOv8Loss": "losses",
     "assign": "assignment",
     "decode": "detections",
@@ -79,6 +81,7 @@ __all__ = [
     "YOLOv3Loss",
     "YOLOv4Loss",
     "YOLOv5Loss",
+    "YOLOv7Loss",
     "YOLOv8Loss",
     "__version__",
     "anchors",

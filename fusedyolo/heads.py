@@ -42,9 +42,10 @@ class GridHead(_Row):
     widths and heights exceeds ``iou_thresh``, and no other), ``"ratio"`` (with ``anchor_t`` and ``neighbours``: of a
     cell the 2 nearest, all 4, or 0 for its own cell alone) or ``"iou_band"`` (with ``band``, the IoU below which a
     prediction is negative and that above which it is positive). ``per_level``: the anchors of each level compete among
-    themselves. ``shared`` says what becomes of a prediction that several rows want: ``"sum"``, ``"last"``, ``"each"``
-    or ``"merge"`` (the box of the last, the classes of all). ``edge``: a centre on the right or lower border of the
-    image belongs to its last cell.
+    themselves. ``by_cost``: rows do not take the predictions that they may be assigned to, but offer them to all rows
+    of their image, and each of these picks the ones that cost it least. ``shared`` says what becomes of a prediction
+    that several rows want: ``"sum"``, ``"last"``, ``"each"`` or ``"merge"`` (the box of the last, the classes of all).
+    ``edge``: a centre on the right or lower border of the image belongs to its last cell.
 
     Structure. ``box`` names an IoU term (on decoded boxes) or an offset term (on raw logits), ``label`` the class term,
     ``objectness`` the label term of objectness. The objectness target of an assigned prediction is 1, or, where
@@ -78,6 +79,7 @@ class GridHead(_Row):
     neighbours: int = 2
     band: tuple[float, float] = (0.3, 0.7)
     per_level: bool = False
+    by_cost: bool = False
     shared: str = "sum"
     edge: bool = False
     decode: str = "exp"
@@ -131,7 +133,7 @@ class GridHead(_Row):
 
     @property
     def places_per_row(self) -> int:
-        """At most this many predictions are assigned to one row."""
+        """At most this many predictions are assigned to one row, or with ``by_cost`` offered by it."""
         own = [t for level in self.levels for t in level]
         if self.assigner == "ratio":
             return 5 * len(own) if self.neighbours else len(own)
@@ -152,6 +154,9 @@ def reach(overlap: float) -> float:
     t = max(overlap, 1e-3)
     return max(1 - t, (1 / t - 1) / 2)
 
+
+PICKS = 10
+"""Predictions that a row picks at most ``by_cost``, and overlaps that it adds up to know how many."""
 
 CENTRE_LIMIT, EDGE_LIMIT = 1.0, 1.0 + 2.0**-23
 """Centres of valid rows lie below this, in images, without and with ``edge``: 1, or the next float32."""

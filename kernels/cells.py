@@ -134,16 +134,6 @@ class Held(NamedTuple):
 
 
 @triton.jit
-def _like(pred, ptr, at):
-    """The map at a pointer; it lies as the predictions do, unless it has places of its own."""
-    if at is None:
-        found = Map(ptr, pred.at)
-    else:
-        found = Map(ptr, at)
-    return found
-
-
-@triton.jit
 def _channels(k0, CHANNELS: tl.constexpr):
     """The channels from k0 of a tile, [HIGH, LOW]."""
     return k0 + tl.arange(0, CHANNELS // LOW)[:, None] * LOW + tl.arange(0, LOW)[None, :]
@@ -430,7 +420,7 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
         confidence = tl.full([CELLS], 1.0, SPEC.ACC)
     chosen = tl.where(has, chosen, -1)
     held = Held(chosen, confidence, truth, label, weight, hidden)
-    grad = _like(pred, grad_ptr, grad_at)
+    grad = Map(grad_ptr, pred.at if grad_at is None else grad_at)
     one = tl.cast(1.0, SPEC.ACC)
     box, obj, cls = _terms(tile, k, cells, inside, held, gains, grad, one, SPEC)
     cls += _other_scores(pred, cells, inside, held, gains, grad, one, SPEC)
@@ -500,6 +490,6 @@ def cell_grad_kernel(
         iou, _distance = _overlap(_box(tile, k, chosen), truth, SPEC)
         confidence = tl.where(iou > 0, iou, 0.0)  # a NaN does not answer for an object
     held = Held(chosen, confidence, truth, label, weight, hidden)
-    grad = _like(pred, grad_ptr, grad_at)
+    grad = Map(grad_ptr, pred.at if grad_at is None else grad_at)
     _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC)
     _other_scores(pred, cells, inside, held, gains, grad, grad_out, SPEC)

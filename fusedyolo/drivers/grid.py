@@ -63,19 +63,18 @@ class GridDriver(Driver):
         preds = list(call.preds)
         outputs = ops.grid_outputs(preds, call.rows, head, True)
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=preds[0].device)
-        return {
-            "loss": ops.grid_launch(
-                preds, call.rows, call.offsets, call.class_weights, head, outputs, True, call.weights
-            ),
-            "grad": ops.grid_grad_launch(preds, grads, one, head, outputs, call.weights),
-        }
+        given = preds, call.rows, call.offsets, call.class_weights, head, outputs, True, call.weights
+        grad = ops.grid_grad_launch(preds, grads, one, head, outputs, call.weights)
+        return ops.grid_launches(*given) | {"grad": grad}
 
     def assign(self, head: GridHead, call: GridCall) -> Assignment:
         rows, _ = without_spare(call.rows, call.offsets)
         with torch.no_grad():
             views = [reference.grid_view(pred, len(own)) for pred, own in zip(call.preds, head.levels, strict=True)]
+            views = [view.to(shared.wide(view.dtype)) for view in views]
             read = reference.read_rows(rows, head, len(views[0]), call.weights)
-            levels = tuple(_level(views, level, read, head) for level in range(len(views)))
+            found = reference.assigned(views, read, head)
+            levels = tuple(_level(view, level, read, found[level], head) for level, view in enumerate(views))
         anchors = tuple(tuple(head.anchors[t] for t in own) for own in head.levels)
         return Assignment(levels, rows, read.valid, head.strides, anchors, call.weights)
 
@@ -180,12 +179,11 @@ def _maps(preds: Any, head: GridHead) -> Any:
     return [preds] if isinstance(preds, Tensor) else preds
 
 
-def _level(views: list[Tensor], level: int, rows: reference.Rows, head: GridHead) -> LevelAssignment:
-    pred = views[level]
-    pred = pred.to(shared.wide(pred.dtype))
+def _level(
+    pred: Tensor, level: int, rows: reference.Rows, found: reference.Candidates, head: GridHead
+) -> LevelAssignment:
     B, A, H, W, _ = shape = pred.shape
     N, stride, scale = B * A * H * W, head.strides[level], head.scale_x_y[level]
-    found = reference.assign(rows, head, level, [(v.shape[2], v.shape[3]) for v in views], B, pred.dtype)
     place = found.slot.clamp(max=N - 1)
     raw = pred[place // (A * H * W), place // (H * W) % A, place // W % H, place % W]
     _, quality = reference.box_loss(raw, rows, found, level, (H, W), head)

@@ -45,6 +45,7 @@ OF_TRAINING = {
     "mosaic",
     "mixup",
     "copy_paste",
+    "paste_in",
 }
 """What files of the peers' hyper-parameters say beside that, none of which their losses read."""
 

@@ -11,7 +11,7 @@ from .cells import (
     cell_outputs,
 )
 from .dense import Geometry, dense_loss, dense_loss_grad, dense_loss_rescale, dense_outputs, grad_launch, loss_launches
-from .grid import GridOutputs, grid_grad_launch, grid_launch, grid_loss, grid_loss_grad, grid_outputs
+from .grid import GridOutputs, grid_grad_launch, grid_launches, grid_loss, grid_loss_grad, grid_outputs
 from .launch import Launch, accumulator, forget_plans, run_all, shared_zeros, workspace
 from .picking import workspace_rows
 from .picks import pick_loss, pick_loss_grad, pick_loss_rescale
@@ -39,7 +39,7 @@ __all__ = [
     "forget_plans",
     "grad_launch",
     "grid_grad_launch",
-    "grid_launch",
+    "grid_launches",
     "grid_loss",
     "grid_loss_grad",
     "grid_outputs",

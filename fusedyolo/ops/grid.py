@@ -11,13 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..heads import GridHead, head_from_key, obj_scales, reach
+from ..heads import PICKS, GridHead, head_from_key, obj_scales, reach
 from ..kernels import assign
-from ..kernels.grid import gradient, loss, records
-from ..kernels.launch import SMALLEST_TILE, grad_parts, grid_config, power_of_two
+from ..kernels.grid import choose, gradient, loss, offer, records
+from ..kernels.launch import (
+    AWARDING,
+    CHOSEN,
+    OFFERED,
+    PICK_THREADS,
+    SMALLEST_TILE,
+    grad_parts,
+    grid_config,
+    power_of_two,
+)
 from ..kernels.levels import Strides
 from ..operator import call, differentiable, fake, operator
-from ..reference.grid import NEIGHBOURS, neighbour_reach
+from ..reference.candidates import NEIGHBOURS, neighbour_reach
 from ..terms import TERMS
 from ..tuned import wishes
 from .launch import Launch, Layout, accumulator, done_counter, layouts, odd, planned, refuse_double_backward
@@ -103,6 +112,7 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         "OWN": None if head.per_level or own == tuple(range(len(own))) else own,
         "ANCHORS": tuple(map(len, head.levels)),
         "PLACES": head.places_per_row,
+        "TABLES": head.places_per_row if head.by_cost else 0,
         "ACC": acc,
         "K_PAD": power_of_two(5 + head.num_classes),
     }
@@ -204,7 +214,7 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
     tuned = wishes("grid", _family(key), preds[0], planes, batch, max(cells), head.num_classes)
     config = grid_config(max(cells), planes, preds[0].dtype.itemsize, tuned)
     per_plane = tuple(len(own) * n for own, n in zip(head.levels, cells, strict=True))
-    near = _near_places(head, shapes, config.cells) if parts.spec["KINDS"] > 1 else 0
+    near = _near_places(head, shapes, config.cells) if parts.spec["KINDS"] > 1 and not head.by_cost else 0
     levels = records.Levels(
         batch=2 * batch + 3,
         near_places=2 * near + 3,
@@ -247,16 +257,20 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
             "targets": records.Targets(own.tensor("rows"), own.tensor("offsets"), *weights, own.tensor("weights")),
             "M": own.M,
             "lists_ptr": own.scratch(torch.int32, listed),
+            "offers": None,
             "saved": _saved(own, room, head) if with_state else records.Saved(*(None,) * 5),
             "outputs": records.Outputs(
                 own.tensor("total"), own.tensor("parts"), own.tensor("counts"), partial, own.tensor("done")
             ),
         }
+        first = []
+        if head.by_cost:
+            given["offers"] = _offers(own, spec.TABLES, acc)
+            first = _picking({**common, **{name: given[name] for name in ("maps", "targets", "M", "offers")}}, spec)
         # the peers' operators decide with products and sums that are rounded one by one
         settings = config.threads, config.max_registers
-        return own.steps(
-            Launch(loss.grid_kernel, (programs,), common | given, *settings, exact=True, stages=config.stages)
-        )
+        last = Launch(loss.grid_kernel, (programs,), common | given, *settings, exact=True, stages=config.stages)
+        return own.steps(*first, last)
 
     own = Outline()
     given = {
@@ -269,6 +283,38 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
     grid, settings = (programs * spec.PARTS,), (config.threads, config.max_registers)
     grad = Launch(gradient.grid_grad_kernel, grid, common | given, *settings, stages=config.stages)
     return _Plan(loss_steps(True), loss_steps(False), grad, own, room)
+
+
+def _offers(own: Outline, tables: int, acc: torch.dtype) -> records.Offers:
+    """Memory for what rows offer."""
+    return records.Offers(
+        M=own.M,
+        cell_ptr=own.scratch_of_rows(torch.int32, tables),
+        row_ptr=own.scratch_of_rows(torch.int32, tables),
+        boxes_ptr=own.scratch_of_rows(acc, tables, 4),
+        obj_ptr=own.scratch_of_rows(acc, tables),
+        cost_ptr=own.scratch_of_rows(acc, tables),
+        clash_ptr=own.scratch_of_rows(torch.int32, PICKS),
+        count_ptr=own.scratch(torch.int32, (1,)),
+    )
+
+
+def _picking(given: dict[str, Any], spec: records.Spec) -> list[Launch]:
+    """The launches by which rows pick predictions by their cost."""
+    common = {name: value for name, value in given.items() if name != "terms"}
+
+    def offering(M: int) -> tuple[int]:
+        return (spec.TABLES * max(1, -(-M // OFFERED)),)
+
+    first = Launch(offer.offer_kernel, offering, given | {"BLOCK": OFFERED}, PICK_THREADS, exact=True)
+    each = common | {"COUNT": PICKS, "K": power_of_two(PICKS), "BLOCK": CHOSEN}
+    pick = Launch(choose.choose_kernel, lambda M: (max(1, M),), each, PICK_THREADS, exact=True)
+    award = Launch(choose.award_kernel, _awarding, common | {"BLOCK": OFFERED}, PICK_THREADS, exact=True)
+    return [first, pick, award]
+
+
+def _awarding(M: int) -> tuple[int]:
+    return (min(max(1, 2 * M), AWARDING),)
 
 
 def _near_places(head: GridHead, shapes: Sequence[Sequence[int]], cells: int) -> int:
@@ -322,7 +368,7 @@ def _loss_given(
     return given | outputs._asdict() | {"done": done_counter(rows.device, workspace)}
 
 
-def grid_launch(
+def grid_launches(
     preds: list[Tensor],
     rows: Tensor,
     offsets: Tensor | None,
@@ -331,12 +377,13 @@ def grid_launch(
     outputs: GridOutputs,
     with_state: bool,
     weights: Tensor | None = None,
-) -> Launch:
-    """The launch that leaves the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
+) -> dict[str, Launch]:
+    """The launches that leave the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
     plan = _plan(head.key, layouts(preds))
     given = _loss_given(preds, rows, offsets, class_weights, outputs, None, weights)
     steps = plan.loss if with_state else plan.loss_alone
-    return steps.launches(rows.device, rows.shape[0], **given)[0]
+    names = ("offer", "choose", "award", "loss") if head.by_cost else ("loss",)
+    return dict(zip(names, steps.launches(rows.device, rows.shape[0], **given), strict=True))
 
 
 def grid_grad_launch(

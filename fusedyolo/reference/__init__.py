@@ -4,10 +4,11 @@ Plain differentiable operations, gradients by autograd. Shapes depend on shapes 
 host, so nothing here waits for a device.
 """
 
+from .candidates import Candidates, assign, level_anchors
 from .cells import cell_assign, cell_loss, cell_views
 from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, normaliser, relative
 from .dense import flat as flat_maps
-from .grid import Candidates, assign, box_loss, grid_loss, grid_view, level_anchors, objectness_targets
+from .grid import assigned, box_loss, grid_loss, grid_view, objectness_targets
 from .picks import NONE, Objects, Picked, Points, Seen, best, pick, points_of, read_objects, wishes
 from .points import Planes, decode_predictions, encode_points, pick_loss, see
 from .primitives import constants
@@ -30,6 +31,7 @@ __all__ = [
     "Rows",
     "Seen",
     "assign",
+    "assigned",
     "best",
     "box_loss",
     "cell_assign",

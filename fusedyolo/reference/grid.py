@@ -1,4 +1,4 @@
-"""Anchor-grid losses: the twin of ``kernels/grid.py``; ``docs/design.md``, "Contracts", says what it computes."""
+"""Anchor-grid losses: the twin of ``kernels/grid``; ``docs/design.md``, "Contracts", says what it computes."""
 
 from __future__ import annotations
 
@@ -10,129 +10,13 @@ import torch
 from torch import Tensor
 
 from ..heads import GridHead, obj_scales
-from .overlap import area, corners_of, iou_of_areas
-from .pairs import PairIoU
+from .candidates import Candidates, anchors_of, assign, level_anchors, pairs_with
+from .choose import choose
+from .overlap import area
 from .primitives import at_hand, constants
 from .rows import Rows, read_rows
 from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, label_term
 from .terms.box import boxes_of_sizes
-
-NEIGHBOURS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))
-"""Of the ratio assigner: what is taken off a centre, times its reach, for its own cell and the left, upper, right,
-lower.
-"""
-
-
-def neighbour_reach(head: GridHead) -> float:
-    """Cells within which a centre is from the neighbours that it takes; 0 where it takes none."""
-    return {0: 0.0, 2: 0.5, 4: 1.0}[head.neighbours] if head.assigner == "ratio" else 0.0
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Who may be assigned to whom on one level: R pairs of a row and a prediction, in the order in which they count.
-
-    ``slot`` is the prediction's flat index by (image, anchor, y, x), N = B * A * H * W where there is no pair.
-    """
-
-    row: Tensor  # [R] int64
-    slot: Tensor  # [R] int64
-    ignored: Tensor | None = None  # [N] bool: neither positive nor negative
-
-
-def assign(
-    rows: Rows, head: GridHead, level: int, maps: Sequence[tuple[int, int]], batch_size: int, dtype: torch.dtype
-) -> Candidates:
-    """Candidates of one level; ``maps`` holds (H, W) for each level.
-
-    Shapes are compared in ``dtype``, the cell is found in float32. Ties: of equal anchors, or rows, the first is best;
-    an IoU or ratio equal to its threshold does not pass it.
-    """
-    own, (H, W) = head.levels[level], maps[level]
-    if head.assigner == "iou_band":
-        return _band(rows, head, level, (H, W), batch_size, dtype)
-    image = constants((W * head.strides[level], H * head.strides[level]), rows.boxes)
-    size = rows.boxes[:, None, 2:].to(dtype) * image
-    if head.assigner == "ratio":
-        ratio = size / _anchors(head, own, size)
-        fits = torch.maximum(ratio, 1 / ratio).amax(-1) < head.anchor_t  # [M, A]
-    elif head.assigner == "shape_iou":
-        fits = _shape_iou(size, _anchors(head, own, size)) > head.iou_thresh
-    else:
-        fits = _best_anchor(size, head, own)
-    fits = fits & rows.valid[:, None]
-
-    centre = rows.boxes[:, :2] * constants((W, H), rows.boxes)  # in float32, as every peer does
-    reach = neighbour_reach(head)
-    kinds = NEIGHBOURS if reach else NEIGHBOURS[:1]
-    far = constants((W, H), rows.boxes) - centre
-    before, behind = (centre % 1 < reach) & (centre > 1), (far % 1 < reach) & (far > 1)
-    emitted = torch.stack((torch.ones_like(rows.valid), *before.unbind(1), *behind.unbind(1)), 0)[: len(kinds)]
-    off = torch.stack([constants(kind, rows.boxes) for kind in kinds]) * reach
-    x, y = (centre - off[:, None]).long().unbind(-1)  # [K, M]
-    x, y = x.clamp(0, W - 1), y.clamp(0, H - 1)
-
-    anchor = torch.arange(len(own), device=x.device)
-    slot = ((rows.image[:, None] * len(own) + anchor) * H + y[..., None]) * W + x[..., None]  # [K, M, A]
-    slot = torch.where(fits & emitted[..., None], slot, batch_size * len(own) * H * W)
-    row = torch.arange(len(centre), device=x.device)[:, None].expand(slot.shape)
-    return Candidates(row.flatten(), slot.flatten())
-
-
-def level_anchors(head: GridHead, level: int, like: Tensor) -> Tensor:
-    """[A, 2] width and height of the anchors of a level, in pixels."""
-    return _anchors(head, head.levels[level], like)
-
-
-def _anchors(head: GridHead, own: Sequence[int], like: Tensor) -> Tensor:
-    """[len(own), 2] width and height of anchors; stacked, since a tensor made of numbers would be copied to the GPU."""
-    return torch.stack([constants(head.anchors[t], like) for t in own])
-
-
-def _shape_iou(size: Tensor, anchors: Tensor) -> Tensor:
-    """[M, A] of rows of ``size`` [M, 1, 2] and ``anchors`` [A, 2] that share a centre."""
-    return iou_of_areas(area(torch.minimum(size, anchors)), area(size), area(anchors))[0]
-
-
-def _best_anchor(size: Tensor, head: GridHead, own: Sequence[int]) -> Tensor:
-    """[M, A]: whether an anchor of the level is the best for a row of ``size`` [M, 1, 2], or good enough."""
-    pool = own if head.per_level else range(len(head.anchors))
-    shape_iou = _shape_iou(size, _anchors(head, pool, size))
-    best = shape_iou.argmax(1, keepdim=True)
-    fits = (torch.arange(len(pool), device=size.device) == best) & (shape_iou > 0)
-    if head.iou_thresh < 1:
-        fits = fits | (shape_iou > head.iou_thresh)
-    return torch.stack([fits[:, pool.index(t)] for t in own], 1)
-
-
-def _band(
-    rows: Rows, head: GridHead, level: int, size: tuple[int, int], batch_size: int, dtype: torch.dtype
-) -> Candidates:
-    """Every prediction against the row that its anchor, at the middle of its cell, overlaps most."""
-    (H, W), own, stride = size, head.levels[level], head.strides[level]
-    boxes = rows.boxes.to(dtype)
-    x, y = torch.arange(W, device=boxes.device), torch.arange(H, device=boxes.device)
-    centre = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(dtype) * stride + 0.5 * stride
-    sides = _anchors(head, own, boxes)[:, None, None].expand(-1, H, W, -1)
-    pairs = _pairs(centre.expand_as(sides), sides, boxes * constants((W, H, W, H), boxes) * stride, rows)
-    best = pairs.best(batch_size)
-    match = pairs.first(best)
-    positive = best > head.band[1]
-    index = torch.arange(best.numel(), device=best.device)
-    ignored = ~positive & (best >= head.band[0])
-    if len(boxes) == 0:  # a candidate must name a row
-        return Candidates(index[:0], index[:0], ignored.flatten())
-    slot = torch.where(positive.flatten(), index, best.numel())
-    return Candidates(torch.where(positive, match, 0).flatten(), slot, ignored.flatten())
-
-
-def _pairs(centre: Tensor, size: Tensor, boxes: Tensor, rows: Rows) -> PairIoU:
-    """Pairs of rows with predictions, or anchors, [A, H, W, 2] for all images or [B, A, H, W, 2]; ``boxes`` [M, 4] are
-    the rows'; all by centre and size in pixels.
-    """
-    shape = (-1, math.prod(centre.shape[-4:-1]))
-    edges, true_edges = corners_of(centre, size).reshape(*shape, 4), corners_of(boxes[:, :2], boxes[:, 2:])
-    return PairIoU(edges, area(size).reshape(shape), true_edges, area(boxes[:, 2:]), rows)
 
 
 def grid_view(pred: Tensor, anchors: int) -> Tensor:
@@ -177,10 +61,11 @@ def grid_loss(
     # of a symbolic size, range makes a number
     cells = tuple(len(own) * len(range(H)) * len(range(W)) for own, (H, W) in zip(head.levels, maps, strict=True))
     scales = _obj_scales(head.obj_balance, head.obj_mean, cells)
-    levels = []
-    for level, pred in enumerate(preds):
-        found = _pairs_alone(assign(read, head, level, maps, batch_size, dtype), pred[..., 0].numel())
-        levels.append(_level_loss(pred.to(dtype), level, read, found, head, weights, scales[level]))
+    preds = [pred.to(dtype) for pred in preds]
+    levels = [
+        _level_loss(pred, level, read, _pairs_alone(found, pred[..., 0].numel()), head, weights, scales[level])
+        for level, (pred, found) in enumerate(zip(preds, assigned(preds, read, head), strict=True))
+    ]
     positives = torch.stack([level[3] for level in levels]).sum()
     counts = torch.stack([positives, read.invalid]).to(torch.int32)
     if head.by_level:
@@ -188,6 +73,13 @@ def grid_loss(
         return torch.stack((table[:, 0] + table[:, 2], table[:, 1]), 1), table.detach(), counts
     parts = torch.stack([torch.stack(part).sum(0) for part in list(zip(*levels, strict=True))[:3]])
     return parts.sum(0), parts.detach(), counts
+
+
+def assigned(preds: Sequence[Tensor], rows: Rows, head: GridHead) -> list[Candidates]:
+    """Who is assigned to whom on the maps [B, A, H, W, 5 + C] of each level, in the type in which all is computed."""
+    maps, batch_size, dtype = [(p.shape[2], p.shape[3]) for p in preds], preds[0].shape[0], preds[0].dtype
+    found = [assign(rows, head, level, maps, batch_size, dtype) for level in range(len(preds))]
+    return choose(found, preds, rows, head) if head.by_cost else found
 
 
 def _pairs_alone(found: Candidates, predictions: int) -> Candidates:
@@ -386,7 +278,7 @@ def locate(
     boxes = rows.boxes.to(dtype)[found.row]
     place = found.slot % (len(own) * H * W)
     cell = torch.stack((place % W, place // W % H), -1)
-    return boxes[:, :2] * constants((W, H), boxes) - cell, _anchors(head, own, boxes)[place // (H * W)]
+    return boxes[:, :2] * constants((W, H), boxes) - cell, anchors_of(head, own, boxes)[place // (H * W)]
 
 
 def _box_term(
@@ -407,7 +299,7 @@ def _box_term(
         loss = BOX_TERMS[head.box](*pair, head.box_args, image / unit)
     quality = torch.ones_like(loss.detach())
     if head.quality is not None:
-        if (head.quality, head.quality_args) == (head.box, head.box_args):
+        if head.quality == head.box and head.quality_args == head.box_args:
             value = 1 - loss.detach()
         else:
             value = 1 - BOX_TERMS[head.quality](*(side.detach() for side in pair), head.quality_args, image / unit)
@@ -427,7 +319,7 @@ def _prior_loss(raw: Tensor, free: Tensor, level: int, head: GridHead) -> Tensor
         a, b = raw[..., :2], raw[..., 2:]
         loss = OFFSET_TERMS[head.box](a, b, middle, torch.zeros_like(b), head.scale_x_y[level]).sum(-1)
     else:
-        anchors = _anchors(head, head.levels[level], raw)[:, None, None].expand_as(middle)
+        anchors = anchors_of(head, head.levels[level], raw)[:, None, None].expand_as(middle)
         size = (raw.shape[2], raw.shape[3])
         loss, _ = _box_term(raw, middle, torch.zeros_like(middle), anchors, level, size, head)
     return torch.where(free, loss, 0.0)
@@ -439,7 +331,7 @@ def _overlap(pred: Tensor, rows: Rows, level: int, head: GridHead) -> Tensor:
     if head.ignore_thresh is None:
         return pred.new_zeros(pred[..., 0].numel())
     boxes = rows.boxes.to(pred.dtype) * constants((W, H, W, H), pred) * head.strides[level]
-    best = _pairs(*decode_map(pred, level, head), boxes, rows).best(B)
+    best = pairs_with(*decode_map(pred, level, head), boxes, rows).best(B)
     passed = best > head.ignore_thresh
     if head.class_gate is not None:
         passed = passed & (pred[..., 5:] > head.class_gate).any(-1).view_as(best)

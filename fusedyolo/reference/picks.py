@@ -343,7 +343,7 @@ def _simota(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
     """Simplified optimal transport (Ge et al. 2021, arXiv 2107.08430), as YOLOX trains."""
     assert seen.obj is not None
     (B, N), M = seen.obj.shape, len(objects.valid)
-    apart, shared = _class_costs(seen.cls, seen.obj)
+    apart, shared = class_costs(seen.cls, seen.obj)
     edges = Corners(*seen.boxes.permute(2, 0, 1).contiguous())
 
     def geometry(now: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -390,7 +390,7 @@ def _ious(boxes: Corners, off: Tensor, sides: Tensor) -> Tensor:
     return torch.where(value > 0, value, 0.0)
 
 
-def _class_costs(cls: Tensor, obj: Tensor) -> tuple[Tensor, Tensor]:
+def class_costs(cls: Tensor, obj: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropies of q = sqrt(sigmoid(cls) sigmoid(obj)) with a one-hot target: the sum over the classes of a cell
     is what they share, [B, N], plus what tells the true class apart, [B, C, N].
     """

@@ -248,6 +248,7 @@ CASES = {
         Case("YOLOv4", "darknet", "YOLOv4Loss", _V4, _STRIDES),
         Case("ScaledYOLOv4", None, "ScaledYOLOv4Loss", _V4, _STRIDES),
         Case("YOLOv5", None, "YOLOv5Loss", _V3, _STRIDES),
+        Case("YOLOv7", None, "YOLOv7Loss", _V4, _STRIDES),
         Case("RetinaNet", None, "RetinaNetLoss", strides=PYRAMID, cell=(9,) * 5, boxes=makers.retinanet_anchors),
         Case("EfficientDet", None, "EfficientDetLoss", strides=PYRAMID, cell=(9,) * 5, boxes=makers.retinanet_anchors),
         Case(

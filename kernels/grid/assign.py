@@ -13,6 +13,7 @@ from ..overlap import Corners, iou
 from ..primitives import near_divide
 from ..rows import load_row, load_rows, of_kind
 from .records import Found
+from .site import places_before
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def true_corners(row, site, ACC: tl.constexpr):
 
 
 @triton.jit
-def _matches(row, site, head, terms, SPEC: tl.constexpr):
+def matches(row, site, head, terms, SPEC: tl.constexpr):
     """Whether the shapes of rows are such that the anchor of the tile answers for them."""
     gw, gh = _true_sides(row, site, SPEC.ACC)
     return terms.match(gw, gh, site, head.thresh, SPEC.PER_LEVEL)
@@ -87,7 +88,7 @@ def _near_rows(rows, alone, site, lists, done_ptr, head, terms, SPEC: tl.constex
         y = cy * site.H
         taken = (last_line > y - (1.1 + SPEC.REACH)) & (first_line < y + (0.1 + SPEC.REACH))
         taken = taken & row_valid(row, site.b, site.b + 1, head.C, head.limit)
-        taken = taken & _matches(row, site, head, terms, SPEC)
+        taken = taken & matches(row, site, head, terms, SPEC)
         if not alone:
             amount = tl.sum(taken.to(tl.int32), axis=0)
             if amount > 0:
@@ -95,6 +96,19 @@ def _near_rows(rows, alone, site, lists, done_ptr, head, terms, SPEC: tl.constex
                 tl.store(lists.row_ptr + at, g, mask=taken)
                 found += amount
     return tl.where(alone, every, found), g, cx, cy, taken
+
+
+@triton.jit
+def _picked_by(q, rows, site, SPEC: tl.constexpr):
+    """Who has picked what the rows of the image offer of the plane of a tile, and its cell; -1 of what nobody has."""
+    near = rows.last - rows.first
+    there = q < near * SPEC.KINDS
+    kind = q // near
+    before, anchors = places_before(site.level, SPEC)
+    at = (before + kind * anchors + site.anchor) * rows.offers.M + rows.first + (q - kind * near)
+    g = tl.load(rows.offers.row_ptr + at, mask=there, other=rows.offers.M)
+    cell = tl.load(rows.offers.cell_ptr + at, mask=there, other=-1) - site.b * site.HW
+    return g, tl.where((g < rows.offers.M) & (cell < site.HW), cell, -1)
 
 
 @triton.jit
@@ -111,7 +125,7 @@ def _candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     cx = lane.to(tl.float32)
     cy = cx
     known = lane < 0
-    if SPEC.KINDS > 1:
+    if SPEC.KINDS > 1 and rows.offers is None:
         near, g, cx, cy, known = _near_rows(rows, alone, site, lists, done_ptr, head, terms, SPEC)
         if not alone:
             tl.debug_barrier()
@@ -121,7 +135,9 @@ def _candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     taken = lane < 0
     for q0 in range(0, near * SPEC.KINDS, SPEC.ROWS):
         q = q0 + lane
-        if SPEC.KINDS > 1:
+        if rows.offers is not None:
+            g, cell = _picked_by(q, rows, site, SPEC)
+        elif SPEC.KINDS > 1:
             kind = q // near
             there = q < near * SPEC.KINDS
             if not alone:
@@ -136,7 +152,7 @@ def _candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
             g = rows.first + q
             row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
             row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
-            known = row_valid(row, site.b, site.b + 1, head.C, head.limit) & _matches(row, site, head, terms, SPEC)
+            known = row_valid(row, site.b, site.b + 1, head.C, head.limit) & matches(row, site, head, terms, SPEC)
             cell = row_cell(row.cx, row.cy, known, 0, site.W, site.H, 0.0)
         taken = (cell >= site.first_cell) & (cell < site.first_cell + SPEC.CELLS)
         local = tl.where(taken, cell - site.first_cell, 0)

@@ -229,7 +229,7 @@ def _programs(level, levels, SPEC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms, SPEC: tl.constexpr):
+def grid_kernel(maps, levels, targets, M, lists_ptr, offers, saved, outputs, head, terms, SPEC: tl.constexpr):
     """Loss of an anchor-grid head; grid: one program for each level, image, anchor and CELLS cells."""
     pid = tl.program_id(0)
     site = site_of(pid, levels, SPEC)
@@ -238,7 +238,7 @@ def grid_kernel(maps, levels, targets, M, lists_ptr, saved, outputs, head, terms
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     logits, logit = load_logits(plane, site, cells, site.HW, SPEC.IGNORES or SPEC.PRIOR, SPEC)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, site.b, SPEC.ROWS)
-    rows = Rows(targets.ptr, first, last, targets.weights_ptr, targets.columns_ptr, targets.row_weights_ptr)
+    rows = Rows(targets.ptr, first, last, targets.weights_ptr, targets.columns_ptr, targets.row_weights_ptr, offers)
     lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, plain(levels.near_places), SPEC)
     _tile(View(plane, logits, logit), site, rows, lists, saved, outputs, head, terms, SPEC)
     if pid == tl.num_programs(0) - 1:  # the first ones have the most to do

@@ -44,6 +44,7 @@ class Spec(NamedTuple):
     ANCHORS: tuple[int, ...]  # of each level
     LAYOUT: str  # "planes" of cells that follow each other, cells whose "channels" do, or "strided"
     PLACES: int  # that a row may take on all levels
+    TABLES: int  # of what rows offer, one a level, kind of cell and anchor; 0 where they take what they may
     ACC: Any
     CELLS: int  # of a tile
     ROWS: int  # candidates, or listed predictions, looked at at a time
@@ -112,7 +113,7 @@ class Targets(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Those of an image."""
+    """Those of an image; ``offers`` is None where they take the predictions that they may."""
 
     ptr: Any
     first: Any
@@ -120,6 +121,7 @@ class Rows(NamedTuple):
     weights_ptr: Any
     columns_ptr: Any
     row_weights_ptr: Any
+    offers: Any
 
 
 class Saved(NamedTuple):
@@ -137,6 +139,25 @@ class Saved(NamedTuple):
     kept_ptr: Any
     bases_ptr: Any
     row_weights_ptr: Any
+
+
+class Offers(NamedTuple):
+    """What M rows offer to all rows of their image, a table of them for each level, kind of cell and anchor in turn.
+
+    ``cell_ptr`` has the cell of the prediction on its map, those of an image after those of the one before, -1 of none,
+    and ``row_ptr`` the row that has picked it, M where none has. ``boxes_ptr`` holds corners from that of the cell, in
+    pixels, ``obj_ptr`` objectness logits, ``cost_ptr`` what classes cost whichever is true, infinite where that is NaN.
+    ``clash_ptr`` lists, by their places in the tables, those that several rows have picked, ``count_ptr`` how many.
+    """
+
+    M: Any
+    cell_ptr: Any
+    row_ptr: Any
+    boxes_ptr: Any
+    obj_ptr: Any
+    cost_ptr: Any
+    clash_ptr: Any
+    count_ptr: Any
 
 
 class Lists(NamedTuple):

@@ -22,6 +22,17 @@ def programs_of(level, levels, SPEC: tl.constexpr):
 
 
 @triton.jit
+def places_before(level, SPEC: tl.constexpr):
+    """Of the tables of offers those of the levels before one, and anchors of that level; a number, or some."""
+    before = level * 0
+    anchors = level * 0 + SPEC.ANCHORS[0]
+    for i in tl.static_range(1, len(SPEC.ANCHORS)):
+        before += tl.where(level >= i, SPEC.ANCHORS[i - 1] * SPEC.KINDS, 0)
+        anchors = tl.where(level == i, SPEC.ANCHORS[i], anchors)
+    return before, anchors
+
+
+@triton.jit
 def _anchor_sides(sides, own):
     """Width and height of an anchor."""
     w = sides[0]
@@ -39,9 +50,6 @@ def site_of(pid, levels, SPEC: tl.constexpr):
     COUNT: tl.constexpr = len(SPEC.ANCHORS)
     level = pid * 0
     local = pid
-    anchors = pid * 0 + 1
-    first_plane = pid * 0
-    plane = pid * 0
     start = pid * 0
     for i in tl.static_range(COUNT):
         programs = programs_of(COUNT - 1 - i, levels, SPEC)
@@ -49,9 +57,23 @@ def site_of(pid, levels, SPEC: tl.constexpr):
         level = tl.where(here, COUNT - 1 - i, level)
         local = tl.where(here, pid - start, local)
         start += programs
-    before = pid * 0
-    begin = pid * 0
+    tiles = tl.cdiv(integer_of(levels.widths, level) * integer_of(levels.heights, level), SPEC.CELLS)
+    anchors = level * 0
     for i in tl.static_range(COUNT):
+        anchors = tl.where(level == i, SPEC.ANCHORS[i], anchors)
+    b = local // tiles // anchors
+    return level_site(pid, b, level, local // tiles % anchors, local % tiles * SPEC.CELLS, levels, SPEC)
+
+
+@triton.jit
+def level_site(pid, b, level, anchor, first_cell, levels, SPEC: tl.constexpr):
+    """The tile of a program, or of each of some images ``b``, that begins at a cell of a plane of a level."""
+    before = level * 0
+    begin = level * 0
+    anchors = level * 0 + 1
+    first_plane = level * 0
+    plane = level * 0
+    for i in tl.static_range(len(SPEC.ANCHORS)):
         HW = plain(levels.widths[i]) * plain(levels.heights[i])
         first_plane = tl.where(level == i, before, first_plane)
         anchors = tl.where(level == i, SPEC.ANCHORS[i], anchors)
@@ -60,9 +82,6 @@ def site_of(pid, levels, SPEC: tl.constexpr):
         begin += plain(levels.batch) * SPEC.ANCHORS[i] * padded(HW)
     W = integer_of(levels.widths, level)
     H = integer_of(levels.heights, level)
-    tiles = tl.cdiv(W * H, SPEC.CELLS)
-    anchor = local // tiles % anchors
-    b = local // tiles // anchors
     own = first_plane + anchor
     if SPEC.OWN is not None:
         known = own
@@ -74,7 +93,7 @@ def site_of(pid, levels, SPEC: tl.constexpr):
         b=b,
         level=level,
         anchor=anchor,
-        first_cell=local % tiles * SPEC.CELLS,
+        first_cell=first_cell,
         W=W,
         H=H,
         HW=W * H,

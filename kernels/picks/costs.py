@@ -21,22 +21,22 @@ def _split(q):
 
 
 @triton.jit
-def _class_costs(at, obj, mask, step, SPEC: tl.constexpr):
+def class_costs(at, obj, mask, step, C, ACC: tl.constexpr):
     """Sums of -:func:`~.wish.log_miss` of all classes of cells, ``at`` pointers [1, cells] to the first, ``step``
     elements to the next; ``obj`` likewise.
 
     In float32 one logarithm of a product does for many: what it grows, or shrinks, by is kept apart.
     """
     CELLS: tl.constexpr = at.shape[1]
-    total = tl.zeros([ACROSS, CELLS], SPEC.ACC)
+    total = tl.zeros([ACROSS, CELLS], ACC)
     product = total + 1.0
     under = total + 1.0
     powers = tl.zeros([ACROSS, CELLS], tl.int32)
     high_obj, low_obj, _e_obj = logistic(obj)
-    for c0 in tl.range(0, SPEC.C, ACROSS, loop_unroll_factor=2):  # loads of both at a time
+    for c0 in tl.range(0, C, ACROSS, loop_unroll_factor=2):  # loads of both at a time
         c = c0 + tl.arange(0, ACROSS)[:, None]
-        used = mask[None, :] & (c < SPEC.C)
-        cls = tl.load(at + c * step, mask=used, other=0.0).to(SPEC.ACC)
+        used = mask[None, :] & (c < C)
+        cls = tl.load(at + c * step, mask=used, other=0.0).to(ACC)
         if obj.dtype == tl.float64:
             total -= tl.where(used, log_miss(cls, obj), 0.0)
         else:
@@ -48,7 +48,7 @@ def _class_costs(at, obj, mask, step, SPEC: tl.constexpr):
             under, fewer = _split(under * tl.where(used & ~none, 1.0 + tl.sqrt(high * high_obj), 1.0))
             powers += more - fewer
     if obj.dtype != tl.float64:
-        total -= tl.log(product) - tl.log(under) + powers.to(SPEC.ACC) * 0.6931471805599453
+        total -= tl.log(product) - tl.log(under) + powers.to(ACC) * 0.6931471805599453
     return tl.sum(total, axis=0)
 
 
@@ -68,7 +68,7 @@ def cost_kernel(predictions, levels, decoded, tally, SPEC: tl.constexpr, CELLS: 
         obj = load_channel(predictions.obj, b, 0, cells, mask, SPEC)[None, :]
         at = channel_at(predictions.cls, b, 0, cells)[None, :]
         step = strides_of(predictions.cls.by, cells.level).channel[None, :]
-        shared = _class_costs(at, obj, mask, step, SPEC)
+        shared = class_costs(at, obj, mask, step, SPEC.C, SPEC.ACC)
         known = shared == shared
         tl.store(decoded.cost_ptr + (first + cells.n), tl.where(known, shared, float("inf")), mask=mask)
         if tl.max((mask & ~known).to(tl.int32), axis=0) > 0:

@@ -8,32 +8,16 @@ import triton
 import triton.language as tl
 
 from ..sums import is_last
+from .kept import Kept, best_of, dynamic_k, keep, keys_of, nothing_kept
 from .region import cells_reached, reached, reached_at_most
 from .site import all_cells, cells_at, divided, load_boxes, load_object, offsets
 from .views import tiles_of
-from .wish import FAR, LAST, UNIT, bits_of, claim_of, is_own, key_of_other, look_at, none_of, overlap_of
+from .wish import FAR, LAST, bits_of, claim_of, is_own, key_of_other, look_at, none_of, overlap_of
 
 SEVERAL: tl.constexpr = tl.constexpr(-1)  # rows picked a cell
 TILES: tl.constexpr = tl.constexpr(32)  # that are looked at at a time
 FEW: tl.constexpr = tl.constexpr(1024)  # candidates of an image that are all looked at, wherever their boxes are
 MERGED: tl.constexpr = tl.constexpr(256)  # cells that programs of a row have left, at a time
-
-
-class Kept(NamedTuple):
-    """The best so far, in any order: keys, indices and bits of overlaps, in as many places as a warp has threads or
-    more. Places of nothing have the least key, those beyond what is kept one above all.
-    """
-
-    key: Any
-    n: Any
-    overlap: Any
-
-
-class Worst(NamedTuple):
-    """What is to be beaten."""
-
-    key: Any
-    n: Any
 
 
 class Share(NamedTuple):
@@ -42,82 +26,6 @@ class Share(NamedTuple):
     first: Any
     last: Any
     used: Any
-
-
-@triton.jit
-def nothing_kept(none, COUNT, K: tl.constexpr):
-    """Places for COUNT cells, of K at most."""
-    PLACES: tl.constexpr = K if K > 32 else 32
-    lane = tl.arange(0, PLACES)
-    key = tl.where(lane < COUNT, none, -1 - none)
-    return Kept(key, LAST.value - PLACES + lane, tl.zeros_like(key))
-
-
-@triton.jit
-def worst_of(kept):
-    """The least key, of equals that of the last cell."""
-    key = tl.min(kept.key, axis=0)
-    return Worst(key, tl.max(tl.where(kept.key == key, kept.n, -1), axis=0))
-
-
-@triton.jit
-def beats(key, n, worst):
-    """Whether cells come before another."""
-    return (key > worst.key) | ((key == worst.key) & (n < worst.n))
-
-
-@triton.jit
-def _first_of(key, n):
-    """The largest key, of equals the first cell."""
-    top = tl.max(key, axis=0)
-    return top, tl.min(tl.where(key == top, n, LAST), axis=0)
-
-
-@triton.jit
-def keep(kept, key, n, overlap, none):
-    """The best of those kept and of a block of others, of which equals come by their index: one after the other, until
-    one is no better than the worst of those kept, for then none of the rest is.
-    """
-    kept_key = kept.key
-    kept_n = kept.n
-    kept_overlap = kept.overlap
-    worst = worst_of(kept)
-    worst_key = worst.key
-    worst_n = worst.n
-    top, first = _first_of(key, n)
-    more = (top > none) & beats(top, first, worst)
-    while more:
-        place = (kept_key == worst_key) & (kept_n == worst_n)
-        taken = (n == first) & (key == top)
-        kept_key = tl.where(place, top, kept_key)
-        kept_n = tl.where(place, first, kept_n)
-        kept_overlap = tl.where(place, tl.max(tl.where(taken, bits_of(overlap), 0), axis=0), kept_overlap)
-        least = worst_of(Kept(kept_key, kept_n, kept_overlap))
-        worst_key = least.key
-        worst_n = least.n
-        key = tl.where(taken, none, key)
-        top, first = _first_of(key, n)
-        more = (top > none) & beats(top, first, least)
-    return Kept(kept_key, kept_n, kept_overlap)
-
-
-@triton.jit
-def keys_of(kept, none, COUNT):
-    """Keys of those kept, of other places none."""
-    return tl.where(tl.arange(0, kept.key.shape[0]) < COUNT, kept.key, none)
-
-
-@triton.jit
-def _best_of(key, n, count, none):
-    """Which are the best of those kept, so many."""
-    chosen = key != key
-    while count > 0:
-        top, first = _first_of(key, n)
-        taken = (key == top) & (n == first) & (key > none)
-        chosen = chosen | taken
-        key = tl.where(taken, none, key)
-        count -= 1
-    return chosen
 
 
 @triton.jit
@@ -248,7 +156,7 @@ def _taken(kept, one, g, anywhere, problem, decoded, SPEC: tl.constexpr, BLOCK: 
         n = best.n
         overlap = best.overlap
         anywhere = True
-    chosen = (key > none) & (~anywhere | _best_of(key, n, g * 0 + 1, none))
+    chosen = (key > none) & (~anywhere | best_of(key, n, g * 0 + 1, none))
     strength = bits_of(overlap.to(SPEC.ACC, bitcast=True).to(tl.float32))
     _claim(one, g, n, strength, chosen, problem, decoded)
     return Kept(key, n, overlap), chosen
@@ -326,10 +234,7 @@ def _how_many(one, listed, few, problem, decoded, SPEC: tl.constexpr, BLOCK: tl.
     none = none_of(tl.zeros([], SPEC.ACC))
     most = nothing_kept(none, SPEC.TOPK, SPEC.K)
     most = _best_listed(most, one, listed, few, problem, decoded, SPEC=SPEC, BLOCK=BLOCK, CELLS=CELLS, BY="overlap")
-    # a sum of integers, rounded once: candidates come in any order
-    largest = tl.where(keys_of(most, none, SPEC.TOPK) > none, most.overlap, 0).to(SPEC.ACC, bitcast=True)
-    total = tl.sum((largest * UNIT).to(tl.int64), axis=0).to(SPEC.ACC) / UNIT
-    return tl.maximum(total.to(tl.int32), 1)
+    return dynamic_k(most, none, SPEC.TOPK, SPEC.ACC)
 
 
 @triton.jit
@@ -435,5 +340,5 @@ def pick_kernel(
     elif one.valid:
         kept, picks = _best_candidates(one, g, problem, decoded, tally, SPEC, BLOCK, CELLS)
         key = keys_of(kept, none, SPEC.TOPK)
-        chosen = _best_of(key, kept.n, picks, none)
+        chosen = best_of(key, kept.n, picks, none)
         _pick(one, g, M, key, chosen, kept, problem, decoded, picked, tally=tally, SPEC=SPEC)

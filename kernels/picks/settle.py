@@ -8,7 +8,8 @@ import triton.language as tl
 from ..primitives import plain
 from ..rows import image_rows, load_rows, rows_end, wrong_offsets
 from ..sums import is_last
-from .pick import SEVERAL, Kept, Worst, keep, nothing_kept, worst_of
+from .kept import Kept, Worst, keep, nothing_kept, worst_of
+from .pick import SEVERAL
 from .region import cells_reached, reached
 from .site import all_cells, cells_at, load_boxes, load_channel, load_object, object_of, offsets
 from .wish import (

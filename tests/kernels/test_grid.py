@@ -333,7 +333,7 @@ def test_gradient_is_the_same_for_every_tile(cells, channels):
         grads = [torch.full_like(p, float("nan")) for p in preds]
         with tuned.forced(tile):
             outputs = ops.grid_outputs(preds, rows, HEAD, True)
-            ops.grid_launch(preds, rows, None, None, HEAD, outputs, True).run()
+            ops.grid_launches(preds, rows, None, None, HEAD, outputs, True)["loss"].run()
             ops.grid_grad_launch(preds, grads, torch.ones((), device=DEVICE), HEAD, outputs).run()
         found.append((outputs, grads))
     torch.testing.assert_close(found[0][0].total, found[1][0].total, rtol=1e-6, atol=0)

@@ -11,10 +11,11 @@ import torch
 from conftest import DEVICE
 from torch import Tensor
 
-from fusedyolo import ScaledYOLOv4Loss, YOLOv2Loss, YOLOv4Loss, YOLOv5Loss, reference
+from fusedyolo import ScaledYOLOv4Loss, YOLOv2Loss, YOLOv4Loss, YOLOv5Loss, YOLOv7Loss, reference
 from fusedyolo.losses.base import GridLoss
 
-RATIO = golden.names("torch", "yolov5_*") + golden.names("torch", "scaledyolov4_*")
+RATIO = [name for of in ("yolov5_*", "yolov7_ota_*", "scaledyolov4_*") for name in golden.names("torch", of)]
+PEERS = {"ComputeLoss": YOLOv5Loss, "ComputeLossOTA": YOLOv7Loss}
 LIGHTNET = golden.names("torch", "lightnet_*")
 REGION = golden.names("darknet", "region_v2_*")
 CSP = golden.names("darknet", "yolov4csp_newcoords_*")
@@ -26,8 +27,9 @@ on_both_backends = pytest.mark.parametrize(("backend", "dtype"), [("torch", torc
 
 
 def ratio_loss(meta: dict[str, Any], backend: str = "torch") -> GridLoss:
-    loss = YOLOv5Loss if meta["loss"] == "ComputeLoss" else ScaledYOLOv4Loss
-    return loss(meta["anchors_px"], meta["strides"], meta["nc"], backend=backend, gr=meta["gr"], **meta["hyp"])
+    loss = PEERS.get(meta["loss"], ScaledYOLOv4Loss)
+    hyp = {name: value for name, value in meta["hyp"].items() if name != "iou_t"}  # which no peer reads
+    return loss(meta["anchors_px"], meta["strides"], meta["nc"], backend=backend, gr=meta["gr"], **hyp)
 
 
 def lightnet_loss(meta: dict[str, Any], backend: str = "torch") -> GridLoss:
@@ -158,17 +160,20 @@ def test_ratio_candidates_are_the_matches_in_their_order(name, dtype):
     head, batch = ratio_loss(data["meta"]).head, len(data["pred_0"])
     rows = reference.read_rows(data["targets"], head, batch)
     maps = [tuple(size) for size in data["meta"]["level_hw"]]
-    for level, (H, W) in enumerate(maps):
-        found = reference.assign(rows, head, level, maps, batch, dtype)
-        anchors = len(head.levels[level])
-        # the peer goes through anchors before rows; on one prediction, where alone the order counts, that is the same
-        kinds_rows_anchors = (5, len(data["targets"]), anchors)
-        order = torch.arange(found.slot.numel()).view(kinds_rows_anchors).transpose(1, 2).flatten()
+    preds = [data[f"pred_{level}"].to(dtype) for level in range(len(maps))]
+    for level, found in enumerate(reference.assigned(preds, rows, head)):
+        (H, W), anchors = maps[level], len(head.levels[level])
+        image = rows.image[found.row]
+        # the peer's OTA goes through images one by one
+        order = image.argsort(stable=True) if head.by_cost else torch.arange(len(image))
         order = order[found.slot[order] < batch * anchors * H * W]
         place = decoded(found.slot[order], (batch, anchors, H, W))
         row = found.row[order]
         got = torch.cat((place, rows.label[row, None]), 1)
         assert torch.equal(got, data[f"match_{level}_image_anchor_y_x_class"].long())
+        if head.by_cost:
+            assert torch.equal(rows.boxes[row].double(), data[f"match_{level}_box"])
+            continue
         box = rows.boxes[row].double() * torch.tensor([W, H, W, H])
         box[:, :2] -= place[:, [3, 2]]
         torch.testing.assert_close(box, data[f"match_{level}_tbox"], rtol=0, atol=1e-6)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from conftest import PINNED_TRITON
 from process import call
 
 
@@ -44,6 +45,7 @@ def test_no_spills_of_costs_in_float64():
     compiled("YOLOX", "float64", "sm_80")
 
 
+@PINNED_TRITON
 @pytest.mark.parametrize(
     ("name", "dtype", "target"),
     [("RetinaNet", "float32", "sm_90"), ("FCOS", "bfloat16", "sm_100"), ("SSD", "float32", "gfx942")],

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PINNED_TRITON
 from process import call
 
 from bench import predict
@@ -47,6 +48,7 @@ def small() -> Any:
     return executed("small")
 
 
+@PINNED_TRITON
 def test_kernels_execute_as_many_instructions_as_they_did(small):
     for name, launches in small.items():
         assert by_launch(launches) == pytest.approx(EXECUTED[name], rel=CLOSE), name
@@ -60,6 +62,7 @@ def test_another_term_in_a_launch_is_seen():
     assert spoilt["grid_kernel"] > (1 + CLOSE) * known["grid_kernel"]
 
 
+@PINNED_TRITON
 def test_a_crowd_costs_what_its_overlaps_cost():
     """Twenty times as many objects, each of which every anchor once met: no more than four times the instructions."""
     for name, (few, many) in executed("crowds").items():

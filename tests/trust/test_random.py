@@ -74,6 +74,14 @@ def told_apart(problem: Problem, targets: Tensor | Targets) -> bool:
     return bool(((first == second) | (first > second * (1 + 1e-6))).all())
 
 
+def well_posed(problem: Problem, targets: Tensor | Targets) -> bool:
+    """Whether rounding in float64 cannot show: a root makes 1e-8 of a penalty of 0 that is rounded to 1e-16, and edges
+    that lie 1e30 apart do not know where their middle is, of which SIoU's angle is made.
+    """
+    wide = problem.options.get("iou_loss") == "siou" and bool((plain(targets)[:, 4:] > 1e12).any())
+    return problem.options.get("iou_alpha") != 0.5 and not wide
+
+
 @RECIPES
 def test_kernels_equal_the_reference(case):
     tolerance = ROUNDED_GAINS.get(case.loss, TOLERANCE)
@@ -86,7 +94,7 @@ def test_kernels_equal_the_reference(case):
         assume(fused is not None)
         preds = data.draw(draws.predictions(problem, torch.float64), label="predictions")
         targets = data.draw(draws.objects(problem, LONG), label="objects")
-        assume(told_apart(problem, targets))
+        assume(told_apart(problem, targets) and well_posed(problem, targets))
         compare(step(fused, preds, targets), step(problem.bind("torch"), preds, targets), tolerance)
 
     check()
@@ -148,7 +156,7 @@ def test_the_reference_equals_the_loops(case):
             targets = data.draw(draws.objects(problem, LONG), label="objects")
         loss = criterion_or_none(problem, "torch")
         assume(loss is not None and len(plain(targets)) <= 40)
-        assume(problem.options.get("iou_alpha") != 0.5)  # a root makes 1e-8 of a penalty of 0 that is rounded to 1e-16
+        assume(well_posed(problem, targets))
         preds = data.draw(draws.predictions(problem, torch.float64), label="predictions")
         got = step(loss, preds, targets)
         leaves = [pred.detach().cpu().requires_grad_() for pred in preds]
