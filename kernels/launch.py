@@ -212,9 +212,8 @@ PICK_DECODED = 128  # cells of a program that decodes boxes: four, or eight halv
 PICK_THREADS = 32  # of programs that have no more to share: those that decode, pick and settle
 PICK_REGISTERS = 255  # of these in float64, all there are: told of no limit, ptxas keeps to 168, and spills
 PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
-OFFERED = 32  # rows of a program that lists what they offer, or that share out a prediction
-CHOSEN = 64  # offers that a row looks at at a time
-AWARDING = 1024  # programs, at most, that share out what several rows picked
+AWARDED = 32  # rows at a time, to one of which goes what several picked
+AWARDING = 1024  # programs, at most, that share that out
 PICK_PROGRAMS = 4096  # of rows, if those may be shared out
 MOST_SHARES = 32  # of a row
 

@@ -7,12 +7,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedyolo.tools import interpreter
@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)  # pytest-xdist runs one process a core
 
 PINNED_TRITON = pytest.mark.skipif(
-    not triton.__version__.startswith("3.7."), reason="resources and counts are those of the Triton of constraints.txt"
+    not version("triton").startswith("3.7."), reason="resources and counts are those of the Triton of constraints.txt"
 )
 
 _COMPILED = pytest.StashKey[list[dict[str, Any]]]()

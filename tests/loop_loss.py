@@ -18,6 +18,7 @@ from torch import Tensor
 from fusedyolo.heads import GridHead
 
 Place = tuple[int, ...]  # image, anchor of the level, y, x
+Pairs = list[tuple[Place, int]]  # predictions, each with a row
 
 
 @dataclass
@@ -87,33 +88,41 @@ def cells_of(row: list[float], W: int, H: int, neighbours: int) -> list[tuple[in
     return [(min(int(y), H - 1), min(int(x), W - 1)) if emitted else None for x, y, emitted in kinds]
 
 
-def owners_by_place(
+def owners_by_band(
     listed: list[list[float]], valid: list[bool], head: GridHead, level: int, shape: tuple[int, ...], seen: Counter
-) -> tuple[dict[Place, list[int]], set[Place]]:
-    """Rows of each assigned prediction in the order in which they count, and predictions that are not negative."""
+) -> tuple[Pairs, set[Place]]:
+    """Assigned predictions, each with its row, and those that are neither positive nor negative."""
     batch, anchors, H, W = shape
     stride = head.strides[level]
-    owned: dict[Place, list[int]] = {}
+    owned: Pairs = []
     rows = [r for r in range(len(listed)) if valid[r]]
-    if head.assigner == "iou_band":
-        left_out = set()
-        for b, a, j, i in np.ndindex(batch, anchors, H, W):
-            prior = ((i + 0.5) * stride, (j + 0.5) * stride, *head.anchors[head.levels[level][a]])
-            best, owner = 0.0, -1
-            for r in rows:
-                _, _, cx, cy, w, h = listed[r]
-                true = (cx * (W * stride), cy * (H * stride), w * (W * stride), h * (H * stride))
-                overlap = plain_iou(prior, true) if int(listed[r][0]) == b else 0.0
-                if overlap == best and owner >= 0:
-                    seen["equal overlaps"] += 1
-                if overlap > best:
-                    best, owner = overlap, r
-            if best > head.band[1]:
-                owned[b, a, j, i] = [owner]
-            elif best >= head.band[0]:
-                left_out.add((b, a, j, i))
-        return owned, left_out
+    left_out = set()
+    for b, a, j, i in np.ndindex(batch, anchors, H, W):
+        prior = ((i + 0.5) * stride, (j + 0.5) * stride, *head.anchors[head.levels[level][a]])
+        best, owner = 0.0, -1
+        for r in rows:
+            _, _, cx, cy, w, h = listed[r]
+            true = (cx * (W * stride), cy * (H * stride), w * (W * stride), h * (H * stride))
+            overlap = plain_iou(prior, true) if int(listed[r][0]) == b else 0.0
+            if overlap == best and owner >= 0:
+                seen["equal overlaps"] += 1
+            if overlap > best:
+                best, owner = overlap, r
+        if best > head.band[1]:
+            owned.append(((b, a, j, i), owner))
+        elif best >= head.band[0]:
+            left_out.add((b, a, j, i))
+    return owned, left_out
 
+
+def pairs_of(
+    listed: list[list[float]], valid: list[bool], head: GridHead, level: int, shape: tuple[int, ...], seen: Counter
+) -> Pairs:
+    """Assigned predictions and their rows, in the order in which they count."""
+    _, anchors, H, W = shape
+    stride = head.strides[level]
+    rows = [r for r in range(len(listed)) if valid[r]]
+    pairs: Pairs = []
     neighbours = head.neighbours if head.assigner == "ratio" else 0
     cells = {r: cells_of(listed[r], W, H, neighbours) for r in rows}
     fits = {r: winners(listed[r][4] * (W * stride), listed[r][5] * (H * stride), head, level) for r in rows}
@@ -122,10 +131,54 @@ def owners_by_place(
             for r in rows:
                 cell = cells[r][kind]
                 if cell is not None and a in fits[r]:
-                    owned.setdefault((int(listed[r][0]), a, *cell), []).append(r)
+                    pairs.append(((int(listed[r][0]), a, *cell), r))
                     seen["neighbour"] += kind > 0
                     seen["border of the image"] += listed[r][2] == 1 or listed[r][3] == 1
-    return owned, set()
+    return pairs
+
+
+def pairs_by_cost(
+    offered: list[Pairs], preds: list[Tensor], listed: list[list[float]], head: GridHead, seen: Counter
+) -> list[Pairs]:
+    """Of the predictions that rows offer on each level those that rows pick, each with the row that has it."""
+    owners = [[-1] * len(pairs) for pairs in offered]
+    height = preds[0].shape[2] * head.strides[0]  # of the image, by which widths are measured, too
+    for b in range(preds[0].shape[0]):
+        rows = [r for r, row in enumerate(listed) if is_valid(row, len(preds[0]), head) and int(row[0]) == b]
+        offers = [(n, i) for n, pairs in enumerate(offered) for i, (at, _) in enumerate(pairs) if at[0] == b]
+        costs, wanted = {}, Counter()
+        for g in rows:
+            pairs = [_pair(preds[n], n, offered[n][i][0], listed[g], height, head) for n, i in offers]
+            costs[g] = dict(zip(offers, (cost for _, cost in pairs), strict=True))
+            amount = max(1, int(sum(sorted((overlap for overlap, _ in pairs), reverse=True)[:10])))
+            wanted.update((offer, g) for offer in sorted(offers, key=costs[g].get)[:amount])
+            seen["several picks"] += amount > 1
+        for offer in offers:
+            who = [g for g in rows if (offer, g) in wanted]
+            seen["picked by several"] += len(who) > 1
+            if who:
+                n, i = offer
+                owners[n][i] = min(rows, key=lambda g: costs[g][offer]) if len(who) > 1 else who[0]
+                seen["picked of another"] += owners[n][i] != offered[n][i][1]
+    return [
+        [(at, who) for (at, _), who in zip(pairs, own, strict=True) if who >= 0]
+        for pairs, own in zip(offered, owners, strict=True)
+    ]
+
+
+def _pair(pred: Tensor, level: int, at: Place, row: list[float], height: float, head: GridHead) -> tuple[float, float]:
+    """IoU of a prediction with a row, and what it costs it."""
+    raw = pred[at].detach()
+    stride, anchor = head.strides[level], head.anchors[head.levels[level][at[1]]]
+    x, y, w, h = (float(value) for value in decoded(head.decode, list(raw[:4]), anchor, stride, head.scale_x_y[level]))
+    true = tuple(value * height for value in row[2:])
+    overlap = plain_iou((x + at[3] * stride, y + at[2] * stride, w, h), true)
+    cost = -3 * math.log(overlap + 1e-8)
+    for c, z in enumerate(raw[5:]):
+        log_q = 0.5 * float(torch.nn.functional.logsigmoid(torch.stack((z, raw[4]))).sum())
+        log_miss = math.log(-math.expm1(log_q)) if log_q < 0 else -100.0
+        cost -= max(-100.0, log_q if c == int(row[1]) else log_miss)
+    return overlap, cost
 
 
 # ---- the loss
@@ -137,19 +190,30 @@ def loop_loss(preds: list[Tensor], rows: Tensor, head: GridHead, class_weights: 
     listed = [[float(value) for value in row] for row in rows]
     valid = [is_valid(row, preds[0].shape[0], head) for row in listed]
     out.invalid = valid.count(False)
+    shapes = [tuple(pred.shape[:4]) for pred in preds]
+    if head.assigner == "iou_band":
+        answers = [owners_by_band(listed, valid, head, level, shape, out.seen) for level, shape in enumerate(shapes)]
+    else:
+        pairs = [pairs_of(listed, valid, head, level, shape, out.seen) for level, shape in enumerate(shapes)]
+        if head.by_cost:
+            pairs = pairs_by_cost(pairs, preds, listed, head, out.seen)
+        answers = [(own, set()) for own in pairs]
     for level, pred in enumerate(preds):
-        found = _level(pred, level, listed, valid, head, class_weights, out.seen)
+        found = _level(pred, level, listed, answers[level], head, class_weights, out.seen)
         out.assigned += found.assigned
         out.box, out.obj, out.cls = out.box + found.box, out.obj + found.obj, out.cls + found.cls
     return out
 
 
 def _level(
-    pred: Tensor, level: int, listed: list[list[float]], valid: list[bool], head: GridHead,
-    class_weights: Tensor | None, seen: Counter,
+    pred: Tensor, level: int, listed: list[list[float]], answers: tuple[Pairs, set[Place]],
+    head: GridHead, class_weights: Tensor | None, seen: Counter,
 ) -> LoopLoss:  # fmt: skip
     _, anchors, H, W, channels = pred.shape
-    owned, left_out = owners_by_place(listed, valid, head, level, pred.shape[:4], seen)
+    pairs, left_out = answers
+    owned: dict[Place, list[int]] = {}
+    for place, r in pairs:
+        owned.setdefault(place, []).append(r)
     smooth = bool(head.smooth) and head.smooth[level]
     out = LoopLoss(assigned=len(owned), seen=seen)
     rows_used = objectness_used = 0
@@ -159,7 +223,7 @@ def _level(
         one = _Prediction(list(scalars[start : start + channels]), at, (W, H), level, head, seen)
         if any(math.isnan(float(value.detach())) for value in one.raw[:4]):
             out.obj = out.obj + math.nan
-        best = one.best_overlap([row for row, is_one in zip(listed, valid, strict=True) if is_one])
+        best = one.best_overlap([row for row in listed if is_valid(row, len(pred), head)])
         owners = owned.get(at, [])
         seen["shared"] += len(owners) > 1
         if head.shared == "last":

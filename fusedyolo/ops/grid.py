@@ -15,9 +15,9 @@ from ..heads import PICKS, GridHead, head_from_key, obj_scales, reach
 from ..kernels import assign
 from ..kernels.grid import choose, gradient, loss, offer, records
 from ..kernels.launch import (
+    AWARDED,
     AWARDING,
-    CHOSEN,
-    OFFERED,
+    PICK_REGISTERS,
     PICK_THREADS,
     SMALLEST_TILE,
     grad_parts,
@@ -266,7 +266,9 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         first = []
         if head.by_cost:
             given["offers"] = _offers(own, spec.TABLES, acc)
-            first = _picking({**common, **{name: given[name] for name in ("maps", "targets", "M", "offers")}}, spec)
+            first = _picking(
+                {**common, **{name: given[name] for name in ("maps", "targets", "M", "offers")}}, spec, acc
+            )
         # the peers' operators decide with products and sums that are rounded one by one
         settings = config.threads, config.max_registers
         last = Launch(loss.grid_kernel, (programs,), common | given, *settings, exact=True, stages=config.stages)
@@ -291,26 +293,33 @@ def _offers(own: Outline, tables: int, acc: torch.dtype) -> records.Offers:
         M=own.M,
         cell_ptr=own.scratch_of_rows(torch.int32, tables),
         row_ptr=own.scratch_of_rows(torch.int32, tables),
+        count_ptr=own.scratch_of_rows(torch.int32),
+        place_ptr=own.scratch_of_rows(torch.int32, tables),
+        code_ptr=own.scratch_of_rows(torch.int32, tables),
         boxes_ptr=own.scratch_of_rows(acc, tables, 4),
         obj_ptr=own.scratch_of_rows(acc, tables),
         cost_ptr=own.scratch_of_rows(acc, tables),
+        bounds_ptr=own.scratch_of_rows(acc, 4),
         clash_ptr=own.scratch_of_rows(torch.int32, PICKS),
-        count_ptr=own.scratch(torch.int32, (1,)),
+        clashes_ptr=own.scratch(torch.int32, (1,)),
     )
 
 
-def _picking(given: dict[str, Any], spec: records.Spec) -> list[Launch]:
+def _picking(given: dict[str, Any], spec: records.Spec, acc: torch.dtype) -> list[Launch]:
     """The launches by which rows pick predictions by their cost."""
     common = {name: value for name, value in given.items() if name != "terms"}
+    width = {"WIDTH": power_of_two(spec.TABLES)}
+    most = PICK_REGISTERS if acc == torch.float64 else None
+    each, shared = common | {"COUNT": PICKS, "K": power_of_two(PICKS)}, common | width | {"BLOCK": AWARDED}
+    return [
+        Launch(offer.offer_kernel, _one_a_row, given | width, PICK_THREADS, most, exact=True),
+        Launch(choose.choose_kernel, _one_a_row, each, PICK_THREADS, most, exact=True),
+        Launch(choose.award_kernel, _awarding, shared, PICK_THREADS, most, exact=True),
+    ]
 
-    def offering(M: int) -> tuple[int]:
-        return (spec.TABLES * max(1, -(-M // OFFERED)),)
 
-    first = Launch(offer.offer_kernel, offering, given | {"BLOCK": OFFERED}, PICK_THREADS, exact=True)
-    each = common | {"COUNT": PICKS, "K": power_of_two(PICKS), "BLOCK": CHOSEN}
-    pick = Launch(choose.choose_kernel, lambda M: (max(1, M),), each, PICK_THREADS, exact=True)
-    award = Launch(choose.award_kernel, _awarding, common | {"BLOCK": OFFERED}, PICK_THREADS, exact=True)
-    return [first, pick, award]
+def _one_a_row(M: int) -> tuple[int]:
+    return (max(1, M),)
 
 
 def _awarding(M: int) -> tuple[int]:

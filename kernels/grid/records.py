@@ -142,22 +142,32 @@ class Saved(NamedTuple):
 
 
 class Offers(NamedTuple):
-    """What M rows offer to all rows of their image, a table of them for each level, kind of cell and anchor in turn.
+    """What M rows offer to all rows of their image.
 
-    ``cell_ptr`` has the cell of the prediction on its map, those of an image after those of the one before, -1 of none,
-    and ``row_ptr`` the row that has picked it, M where none has. ``boxes_ptr`` holds corners from that of the cell, in
-    pixels, ``obj_ptr`` objectness logits, ``cost_ptr`` what classes cost whichever is true, infinite where that is NaN.
-    ``clash_ptr`` lists, by their places in the tables, those that several rows have picked, ``count_ptr`` how many.
+    Tables, one of M entries for each level, kind of cell and anchor in turn. ``cell_ptr`` has the cell of the
+    prediction on its map, those of an image after those of the one before, -1 of none; ``row_ptr`` the row that has
+    picked it, M where none has.
+
+    Lists of the entries that there are, one for each row, with room for an entry of each table: ``count_ptr`` says how
+    many, ``place_ptr`` of which table, ``code_ptr`` again their cells. ``boxes_ptr`` has corners from that of the cell,
+    in pixels, ``obj_ptr`` objectness logits, ``cost_ptr`` what classes cost whichever is true, infinite where that is
+    NaN; ``bounds_ptr`` a box around all boxes of a row.
+
+    ``clash_ptr`` lists the entries that several rows have picked, ``clashes_ptr`` says how many.
     """
 
     M: Any
     cell_ptr: Any
     row_ptr: Any
+    count_ptr: Any
+    place_ptr: Any
+    code_ptr: Any
     boxes_ptr: Any
     obj_ptr: Any
     cost_ptr: Any
+    bounds_ptr: Any
     clash_ptr: Any
-    count_ptr: Any
+    clashes_ptr: Any
 
 
 class Lists(NamedTuple):

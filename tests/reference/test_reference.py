@@ -613,6 +613,25 @@ def test_variants_are_the_loop(seed, levels, tails, dyadic):
     compare_with_loop(preds, rows, head, weights)
 
 
+def by_cost_case(seed: int) -> tuple[list[Tensor], Tensor, GridHead, Tensor | None]:
+    """Rows that pick by cost among what they offer: of YOLOv5's cells, or what two other rules give them."""
+    preds, rows, head, weights = random_case(seed, 1 + seed % 3, False, seed % 2 == 1)
+    rules = ({"assigner": "ratio", "neighbours": 2}, {"assigner": "ratio", "neighbours": 4}, {"assigner": "shape_iou"})
+    shared = {"shared": ("each", "each", "sum", "last")[seed % 4], "average_box": False, "smooth": ()}
+    head = replace(head, by_cost=True, anchor_t=4.0, iou_thresh=0.2, **rules[seed % 3], **shared)
+    return preds, rows, head, None if head.shared == "each" else weights
+
+
+@pytest.mark.parametrize("seed", range(36))
+def test_picking_by_cost_is_the_loop(seed):
+    compare_with_loop(*by_cost_case(seed))
+
+
+def test_picking_by_cost_meets_every_situation():
+    seen = sum((loop_loss(*by_cost_case(seed)).seen for seed in range(0, 36, 3)), Counter())
+    assert min(seen[name] for name in ("several picks", "picked by several", "picked of another", "shared")) >= 5
+
+
 def test_the_cases_meet_every_situation():
     seen = Counter()
     for seed, levels, tails, dyadic in CASES:
