@@ -14,7 +14,7 @@ from fusedyolo.tools.registry import CASES, Case
 PAGE = Path(__file__).parents[1] / "docs" / "trust.md"
 PLACE = re.compile(r"(<!-- written by docs/trust.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OF_EACH_DRIVER = {"cell": "YOLOv1/paper", "grid": "YOLOv5", "dense": "RetinaNet", "pick": "YOLOv8"}
-ONCE = {"YOLOv1/paper", "YOLOv2/region", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8"}
+ONCE = {"YOLOv1/paper", "YOLOv2/region", "YOLOv5", "YOLOv7", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8"}
 
 
 class Property(NamedTuple):
@@ -83,6 +83,7 @@ GROUPS: dict[str, list[Property]] = {
                 "grid": NANS + "[YOLOv4]",
                 "ScaledYOLOv4": NANS + "[YOLOv5]",
                 "YOLOv5": NANS + "[YOLOv5]",
+                "YOLOv7": NANS + "[YOLOv7]",
                 "RetinaNet": NANS + "[RetinaNet]",
                 "EfficientDet": NANS + "[RetinaNet]",
                 "SSD": NANS + "[SSD]",

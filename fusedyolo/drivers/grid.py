@@ -128,8 +128,8 @@ class GridDriver(Driver):
         yield from shared.products(max_registers=(96, 168, 255))
 
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
-        if kernel not in _BY_TILE:
-            return super().kinds(kernel, programs, arguments)
+        if kernel not in _BY_TILE:  # of rows, which look at what all others have left: each is run
+            return range(programs)
         cells, parts = arguments["SPEC"].CELLS, self.together(kernel, arguments)
         return [
             (level * (cells + 1) + min(cells, size - tile * cells)) * parts + part

@@ -10,7 +10,7 @@ from ..levels import strides_of
 from ..picks.costs import class_costs
 from ..picks.site import divided
 from ..primitives import plain
-from ..rows import in_its_range, load_row, of_kind, rows_end
+from ..rows import Row, in_its_range, load_row, of_kind, rows_end
 from .assign import matches
 from .site import level_site, places_before
 
@@ -133,6 +133,8 @@ def offer_kernel(maps, levels, targets, M, offers, head, terms, SPEC: tl.constex
         row = of_kind(load_row(targets.ptr, g), g, there, targets.row_weights_ptr, "object")
         there = there & in_its_range(row.image, g, row_valid(row, 0, B, head.C, head.limit), targets.offsets_ptr)
         image = tl.where(there, row.image, 0.0).to(tl.int32)
+        # padding has no sides, by which anchors cannot be divided
+        row = Row(image, row.label, row.cx, row.cy, tl.where(there, row.w, 1.0), tl.where(there, row.h, 1.0))
         count = _list_offers(row, g, there, image, levels, offers, head, terms, SPEC=SPEC, WIDTH=WIDTH)
         tl.store(offers.count_ptr + g, count)
         if count > 0:

@@ -104,6 +104,8 @@ HEADS = {
         RATIO, label="focal", label_args=(0.25, 1.5, 0.75), objectness="focal", obj_args=(0.25, 1.5, 1.25),
         box_args=(2.0**-53, 2.0**-53), quality_args=(2.0**-53, 2.0**-53),
     ),
+    "picked by cost": replace(RATIO, by_cost=True),
+    "picked by cost, of one cell": replace(HEAD, assigner="shape_iou", by_cost=True, shared="last", ignore_thresh=None),
     "region": REGION,
     "lightnet": LIGHTNET,
     "lightnet, ciou": replace(LIGHTNET, box="ciou_plus", box_args=(2.0**-53, 0.0), prior_gain=0.0),

@@ -29,10 +29,10 @@ STEPS = [(case.name, form, way) for case in first_recipes() for form in FORMS fo
 
 # Python calls of a step in files of ours, what each tensor of predictions may add, and operators of PyTorch and those
 # among them that allocate, but for the gradients, of which each tensor has one
-CALLS = {"YOLOv1": 62, "YOLOv2": 82, "YOLOv3": 78, "YOLOv4": 78, "ScaledYOLOv4": 79, "YOLOv5": 79}
+CALLS = {"YOLOv1": 62, "YOLOv2": 82, "YOLOv3": 78, "YOLOv4": 78, "ScaledYOLOv4": 79, "YOLOv5": 79, "YOLOv7": 82}
 CALLS |= {"RetinaNet": 87, "EfficientDet": 87, "SSD": 88, "FCOS": 87, "YOLOX": 113, "YOLOv8": 110, "E2E": 223}
 A_TENSOR = 2
-TORCH = dict.fromkeys(("YOLOv2", "YOLOv3", "YOLOv4", "ScaledYOLOv4", "YOLOv5"), (10, 7)) | {"YOLOv1": (8, 5)}
+TORCH = dict.fromkeys(("YOLOv2", "YOLOv3", "YOLOv4", "ScaledYOLOv4", "YOLOv5", "YOLOv7"), (10, 7)) | {"YOLOv1": (8, 5)}
 TORCH |= dict.fromkeys(("RetinaNet", "EfficientDet", "SSD", "FCOS"), (13, 10))
 TORCH |= {"YOLOX": (13, 11), "YOLOv8": (12, 10), "E2E": (22, 20)}
 ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "zeros", "zeros_like", "new_zeros"}

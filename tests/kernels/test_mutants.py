@@ -12,7 +12,7 @@ from fusedyolo.kernels import assign, primitives, rows
 from fusedyolo.kernels.dense import loss, match, rank
 from fusedyolo.kernels.grid import assign as listing
 from fusedyolo.kernels.grid import box as grid_box
-from fusedyolo.kernels.grid import ignore, positives
+from fusedyolo.kernels.grid import choose, ignore, offer, positives
 from fusedyolo.kernels.grid import loss as grid_loss
 from fusedyolo.kernels.terms import box, decode, label, offset
 from fusedyolo.kernels.terms.records import Jacobian, Span
@@ -56,6 +56,13 @@ def check_ratio_grid() -> None:
     pred = make_preds(torch.float64, batch=1, size=(32, 64))[0][:, :8]
     pred[0, 2:4, 0, 0] = torch.tensor([-6.0, 4.0])  # a similarity below 0
     check_grid([pred], rows, head, tolerance=1e-11)
+
+
+def check_picking() -> None:
+    """Rows that pick by cost: copies, several that pick one prediction, an image that is wider than high."""
+    rows = torch.cat((make_rows(n=7, invalid=3), make_rows(n=7, invalid=0)))
+    preds = make_preds(torch.float64, size=(32, 48))
+    check_grid(preds, rows, replace(RATIO, by_cost=True), tolerance=1e-11)
 
 
 def check_strips() -> None:
@@ -211,6 +218,8 @@ real_best_anchor, real_row_cell = assign.best_anchor, assign.row_cell
 real_box_term, real_iou, real_picked = grid_box.box_term, listing.iou, positives._picked
 real_rank, real_in_order, real_add_up = listing._rank, positives._in_order, positives._add_up
 real_label_of_each, real_column_weights = positives._label_of_each, positives._column_weights
+real_height, real_dynamic_k, real_cost = choose._height, choose.dynamic_k, choose.cost
+real_prediction_at, real_class_costs = choose.prediction_at, offer.class_costs
 real_window, real_meet_in_windows = ignore._window, ignore._meet_in_windows
 
 
@@ -557,6 +566,41 @@ def power_without_first(q, numbers):
 
 
 @triton.jit
+def width_too(levels, ACC):
+    return real_height(levels, ACC) * 1.5
+
+
+@triton.jit
+def picked_by_the_first(g, chosen, entry, M, offers):
+    tl.atomic_min(offers.row_ptr + entry, g, mask=chosen, sem="relaxed")
+
+
+@triton.jit
+def one_each(most, none, COUNT, ACC):
+    return real_dynamic_k(most, none, COUNT, ACC) * 0 + 1
+
+
+@triton.jit
+def best_of_all(key, n, count, none):
+    return key > none
+
+
+@triton.jit
+def cost_of_classes_alone(shared, cls, obj, overlap):
+    return real_cost(shared, cls, obj, overlap * 0.0 + 1.0)
+
+
+@triton.jit
+def anchor_of_the_first(maps, levels, image, level, anchor, x, y):
+    return real_prediction_at(maps, levels, image, level, anchor * 0, x, y)
+
+
+@triton.jit
+def class_costs_forgotten(at, obj, mask, step, C, ACC):
+    return real_class_costs(at, obj, mask, step, C, ACC) * 0.0
+
+
+@triton.jit
 def pow_zero_at_zero(q, g):
     return tl.where(q > 0, tl.exp(g * tl.log(tl.where(q > 0, q, 1.0))), 0.0)
 
@@ -749,6 +793,13 @@ real_delta, real_ltrb = decode.delta, decode.ltrb
 
 
 MUTANTS = [
+    (choose, "_height", width_too, check_picking),
+    (choose, "_pick", picked_by_the_first, check_picking),
+    (choose, "dynamic_k", one_each, check_picking),
+    (choose, "best_of", best_of_all, check_picking),
+    (choose, "cost", cost_of_classes_alone, check_picking),
+    (choose, "prediction_at", anchor_of_the_first, check_picking),
+    (offer, "class_costs", class_costs_forgotten, check_picking),
     (match, "iou", iou_of_areas_off, check_retinanet),
     (match, "_meets", meets_inside, check_blocks),
     (match, "_reached", reached_by_less, check_blocks),
@@ -846,7 +897,7 @@ MUTANTS = [
 CHECKS = [
     check_boxes, check_labels, check_small_grid, check_longer_boxes, check_powers, check_qualities, check_row_term,
     check_ratio_grid, check_strips, check_crowd, check_prior_grid, check_focal_grid, check_band_grid, check_retinanet,
-    check_ssd, check_ssd_classes, check_far_object, check_fcos, check_blocks,
+    check_ssd, check_ssd_classes, check_far_object, check_fcos, check_blocks, check_picking,
 ]  # fmt: skip
 
 

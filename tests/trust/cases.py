@@ -18,7 +18,7 @@ from fusedyolo.drivers.protocol import POSITIVE, UNIT, Frame
 from fusedyolo.tools.registry import CASES, Case
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-ONCE = {"YOLOv1/paper", "YOLOv2/region", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8"}
+ONCE = {"YOLOv1/paper", "YOLOv2/region", "YOLOv5", "YOLOv7", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8"}
 RECIPES = pytest.mark.parametrize(  # one of each structure that kernels have; with --long all others, too
     "case",
     [pytest.param(case, marks=() if name in ONCE else pytest.mark.long) for name, case in CASES.items()],

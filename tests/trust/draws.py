@@ -80,6 +80,7 @@ _OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "YOLOv4/darknet": _V3 | _DARKNET,
     "ScaledYOLOv4": _RATIO,
     "YOLOv5": _RATIO | {"label_smoothing": _numbers(0.1)},
+    "YOLOv7": _RATIO | {"label_smoothing": _numbers(0.1), "loss_ota": _numbers(0)},
     "RetinaNet": _FOCAL | _DELTA | {"fg_iou_thresh": _numbers(0.4, 0.9), "allow_low_quality_matches": st.just(False)},
     "EfficientDet": {"match_threshold": _numbers(0.3, 0.9), "gamma": _numbers(0, 2.0), "delta": _numbers(0.5)},
     "SSD": _DELTA | {"iou_thresh": _numbers(0.0, 0.3, 0.9), "neg_to_pos_ratio": _numbers(0.5, 1, 100)},
