@@ -79,14 +79,15 @@ def _store_boxes(view, tile, mask, stride, ptr, SPEC: tl.constexpr, BINS: tl.con
 @triton.jit
 def _candidates(tile, cells, targets, M, frame, numbers, SPEC: tl.constexpr):
     """Which cells of the tile an object makes candidates; only rows that reach the lines of the tile are held against
-    each cell.
+    each cell, until all are candidates.
     """
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, tile.b, SEARCHED)
     found = tile.mask & (cells.n < 0)
     lines = tl.where(tile.mask, cells.line, tl.min(cells.line, axis=0))
     top = tl.min(lines, axis=0).to(SPEC.ACC) * cells.stride
     bottom = (tl.max(lines, axis=0) + 1).to(SPEC.ACC) * cells.stride
-    for g0 in range(first, last, ROWS):
+    g0 = first
+    while g0 < last:
         g = g0 + tl.arange(0, ROWS)
         rows = object_of(load_rows(targets.ptr, g, g < last, ROWS), g, g < last, targets, frame, SPEC, "object")
         _reach_x, reach_y = reach(rows, cells.stride, numbers, SPEC)
@@ -102,6 +103,8 @@ def _candidates(tile, cells, targets, M, frame, numbers, SPEC: tl.constexpr):
             found = found | (near & tile.mask)
             left = left & (g > lowest)
             lowest = tl.min(tl.where(left, g, LAST), axis=0)
+        complete = tl.min((found | ~tile.mask).to(tl.int32), axis=0) > 0
+        g0 = tl.where(complete, last, g0 + ROWS)
     return found
 
 
