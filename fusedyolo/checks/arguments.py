@@ -156,6 +156,17 @@ def ascending(levels: Sequence[Sequence[Pair]], strides: Sequence[float]) -> Non
         )
 
 
+def in_pixels(levels: Sequence[Sequence[Pair]], strides: Sequence[float]) -> None:
+    """Warn of anchors that seem to be given in cells: no side reaches half a cell of the largest stride."""
+    limit = max(strides) / 2
+    if all(side < limit for level in levels for anchor in level for side in anchor):
+        warnings.warn(
+            f"anchors: no side reaches {limit:g} pixels, half a cell of stride {max(strides):g}. If they are in cells, "
+            "as YOLOv2's files and YOLOv5's checkpoints have them, multiply each by the stride of its level",
+            stacklevel=5,
+        )
+
+
 def strides(value: Any, levels: int) -> tuple[float, ...]:
     """Strides in pixels per cell, one a level."""
     items = _items("strides", value, "a sequence of numbers, one a level")

@@ -258,7 +258,9 @@ def point_predictions(
             fail("preds", f"{len(preds)} levels", f"{len(strides)}, one for each of strides")
         where = tuple(f"preds[{i}]" for i in range(len(preds)))
         forms = tuple([form(pred) for pred in preds])
-        sizes = _point_maps(forms, where, (sum(widths),) * len(preds), strides, image_size)
+        others = "".join(f", {name} {width}" for name, width in zip(names[1:], widths[1:], strict=True))
+        channels = f": {names[0]} 4 * {widths[0] // 4}{others}"
+        sizes = _point_maps(forms, where, (sum(widths),) * len(preds), strides, image_size, channels)
         return "maps", list(preds), *sizes
     if not isinstance(preds, dict) or any(name not in preds for name in names):
         got = f"a dict with {list(preds)}" if isinstance(preds, dict) else describe(preds)
@@ -323,13 +325,14 @@ def _point_maps(
     widths: tuple[int, ...],
     strides: tuple[float, ...],
     image_size: tuple[float, float] | None,
+    parts: str = "",
 ) -> tuple[tuple[tuple[int, int], ...], tuple[float, float]]:
-    """Of maps, each with its name, its channels and its stride."""
+    """Of maps, each with its name, its channels and its stride; ``parts``: what of a map these are."""
     for name, pred, width in zip(where, maps, widths, strict=True):
         if isinstance(pred, str):
             fail(name, pred, "a tensor")
         if len(pred.shape) != 4 or pred.shape[1] != width:
-            fail(name, f"shape {tuple(pred.shape)}", f"(B, {width}, H, W)")
+            fail(name, f"shape {tuple(pred.shape)}", f"(B, {width}, H, W){parts}")
         if 0 in pred.shape:
             fail(name, f"shape {tuple(pred.shape)}", "no empty dimension")
         _same(name, pred, maps[0], where[0])

@@ -271,21 +271,20 @@ def _complete_picks(head: PickHead, arguments: Mapping[str, Any]) -> None:
     objects = reference.read_objects(arguments["targets"].ptr, head, B, size, decoded.boxes_ptr.dtype)
     picks, claims = decoded.picker_ptr.new_zeros(B * N + 1), decoded.claim_ptr.zero_().view(B, N)
     decoded.picker_ptr.fill_(M)
-    for now, wish in reference.wishes(seen, objects, head):
-        (overlap,), image = wish.claim, objects.image[now]
-        index, worth = reference.best(wish.worth, min(head.topk, N))
-        chosen, row = worth > reference.NONE, torch.arange(M, device=image.device)[now, None]
-        place = torch.where(chosen, image[:, None] * N + index, B * N)
+    picked.index_ptr.fill_(-1)
+    for wish in reference.wishes(seen, objects, head):
+        (overlap,), (now, row, cell, *_) = wish.claim, wish.pairs
+        pair, worth = reference.best(wish, min(head.topk, N))
+        chosen, count, at = worth > reference.NONE, pair.shape[1], objects.image[row] * N + cell
+        place = torch.where(chosen, at[pair], B * N)
         picks.scatter_add_(0, place.flatten(), torch.ones_like(place, dtype=picks.dtype).flatten())
-        decoded.picker_ptr.view(-1)[place[chosen]] = row.expand_as(place)[chosen].to(torch.int32)
-        count = index.shape[1]
-        picked.index_ptr[now] = -1
+        decoded.picker_ptr.view(-1)[place[chosen]] = row[pair][chosen].to(torch.int32)
         picked.index_ptr[now, :count] = torch.where(chosen, place, -1).to(torch.int32)
-        picked.overlap_ptr[now, :count] = overlap.gather(1, index)
+        picked.overlap_ptr[now, :count] = torch.where(chosen, overlap[pair], reference.NONE)
         picked.worth_ptr[now, :count] = worth
         strength = overlap.float().view(torch.int32).to(torch.int64)
         claim = torch.where(overlap > reference.NONE, ((strength - NONE.value) << 31) | (LAST.value - row), 0)
-        claims.scatter_reduce_(0, image[:, None].expand_as(claim), claim, "amax")
+        claims.view(-1).scatter_reduce_(0, at, claim, "amax")
     several = (picks[:-1] > 1).view(B, N)
     decoded.picker_ptr[several] = -1
     arguments["tally"].found_ptr[2 : 2 + B].copy_(several.sum(1))

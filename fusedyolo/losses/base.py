@@ -104,7 +104,9 @@ class GridLoss(WeightedLoss):
         form: checks.BoxForm = None,
     ):
         super().__init__(class_weights)
-        checks.ascending([[head.anchors[i] for i in level] for level in head.levels], head.strides)
+        levels = [[head.anchors[i] for i in level] for level in head.levels]
+        checks.ascending(levels, head.strides)
+        checks.in_pixels(levels, head.strides)
         self.head = rounded(head)
         self.form = form
         self._watch = Watch(type(self).__name__, range(head.num_classes))

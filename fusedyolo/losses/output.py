@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -39,9 +39,30 @@ class LossOutput(NamedTuple):
         """``total.backward``, for code that calls it on what a loss returns."""
         self.total.backward(*arguments, **options)
 
+    # A tuple's own sum and product would be longer tuples.
+
+    def __add__(self, other: Any) -> NoReturn:
+        _is_no_number()
+
+    def __radd__(self, other: Any) -> NoReturn:
+        _is_no_number()
+
+    def __mul__(self, other: Any) -> NoReturn:
+        _is_no_number()
+
+    def __rmul__(self, other: Any) -> NoReturn:
+        _is_no_number()
+
+    def __truediv__(self, other: Any) -> NoReturn:
+        _is_no_number()
+
     def __float__(self) -> float:
         """The total as a number, which waits for the device."""
         return float(self.total.detach())
+
+
+def _is_no_number() -> NoReturn:
+    raise TypeError("a LossOutput is a tuple, no number: take its .total, as in 2 * out.total")
 
 
 class Apart(NamedTuple):

@@ -174,6 +174,11 @@ class YOLOv8Loss(PickLoss):
             checks.number("dfl", self.dfl, 0),
         )
 
+    def extra_repr(self) -> str:
+        """The arguments that tell one loss from another."""
+        own = {"rule": self.rule, "assign_iou": self.head.overlap, "cls_loss": self.head.label}
+        return super().extra_repr() + "".join(f", {name}={value!r}" for name, value in own.items())
+
 
 BRANCHES = ("one2many", "one2one")
 FIRST, LAST = 0.8, 0.1  # weight of the first branch of "yolo26" before and after training
@@ -237,6 +242,10 @@ class E2ELoss(nn.Module):
         self.epochs = checks.count("epochs", epochs)
         self.updates = 0
         self.o2m, self.o2o = (FIRST, 1 - FIRST) if recipe == "yolo26" else (1.0, 1.0)
+
+    def extra_repr(self) -> str:
+        """What is not of a branch."""
+        return f"recipe={self.recipe!r}, epochs={self.epochs}"
 
     def update(self) -> None:
         """Once after each epoch: weight moves to the second branch."""

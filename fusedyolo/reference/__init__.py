@@ -9,7 +9,8 @@ from .cells import cell_assign, cell_loss, cell_views
 from .dense import IGNORED, centreness, decode_anchors, dense_loss, dense_match, encode_anchors, normaliser, relative
 from .dense import flat as flat_maps
 from .grid import assigned, box_loss, grid_loss, grid_view, objectness_targets
-from .picks import NONE, Objects, Picked, Points, Seen, best, pick, points_of, read_objects, wishes
+from .pick_pairs import Points, points_of
+from .picks import NONE, Objects, Picked, Seen, best, pick, read_objects, wishes
 from .points import Planes, decode_predictions, encode_points, pick_loss, see
 from .primitives import constants
 from .rows import Rows, read_corners, read_rows

@@ -66,7 +66,7 @@ def assign(
     far = constants((W, H), rows.boxes) - centre
     before, behind = (centre % 1 < reach) & (centre > 1), (far % 1 < reach) & (far > 1)
     emitted = torch.stack((torch.ones_like(rows.valid), *before.unbind(1), *behind.unbind(1)), 0)[: len(kinds)]
-    off = torch.stack([constants(kind, rows.boxes) for kind in kinds]) * reach
+    off = constants(kinds, rows.boxes) * reach
     x, y = (centre - off[:, None]).long().unbind(-1)  # [K, M]
     x, y = x.clamp(0, W - 1), y.clamp(0, H - 1)
 
@@ -83,8 +83,8 @@ def level_anchors(head: GridHead, level: int, like: Tensor) -> Tensor:
 
 
 def anchors_of(head: GridHead, own: Sequence[int], like: Tensor) -> Tensor:
-    """[len(own), 2] width and height of anchors; stacked, since a tensor made of numbers would be copied to the GPU."""
-    return torch.stack([constants(head.anchors[t], like) for t in own])
+    """[len(own), 2] width and height of anchors."""
+    return constants([head.anchors[t] for t in own], like)
 
 
 def _shape_iou(size: Tensor, anchors: Tensor) -> Tensor:
@@ -113,8 +113,7 @@ def _band(
     centre = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).to(dtype) * stride + 0.5 * stride
     sides = anchors_of(head, own, boxes)[:, None, None].expand(-1, H, W, -1)
     pairs = pairs_with(centre.expand_as(sides), sides, boxes * constants((W, H, W, H), boxes) * stride, rows)
-    best = pairs.best(batch_size)
-    match = pairs.first(best)
+    best, match = pairs.matches(batch_size, of_rows=False, keep=False)
     positive = best > head.band[1]
     index = torch.arange(best.numel(), device=best.device)
     ignored = ~positive & (best >= head.band[0])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..heads import CellHead
+from .primitives import read_weighed, weighed
 from .rows import read_rows
 from .terms.box import boxes_of_sizes, similarity
 
@@ -56,18 +57,23 @@ def cell_loss(
     boxes = torch.where(has[..., None, None], boxes, 0.0)  # no NaN from cells that are not asked
 
     target = torch.cat((offset, size.sqrt() if head.root else size), -1)[..., None, :]
-    boxes_off = torch.where(mine[..., None], boxes, target).sub(target).square()
-    box = head.box_gain * _total(_weighed(boxes_off, found.weight), head)
+    own = torch.where(mine[..., None], _read(boxes, head.box_gain, found.weight), target)
+    box = weighed(_total(_weighed(own.sub(target).square(), found.weight), head), head.box_gain)
     gain = torch.where(mine, _weighed(torch.full_like(found.answer, head.obj_gain), found.weight), head.noobj_gain)
     if head.other_gain is not None:
         gain = torch.where(has[..., None] & ~mine, head.other_gain, gain)
     if found.hidden is not None:
         gain = torch.where(found.hidden[..., None] & ~mine, 0.0, gain)
-    obj = _total(gain * (confidence - found.answer).square(), head)
+    off = read_weighed(confidence, gain) - torch.where(gain == 0, 0.0, found.answer)
+    obj = _total(weighed(off.square(), gain), head)
     one_hot = (torch.arange(head.num_classes, device=pred.device) == found.label[..., None]).to(dtype)
-    scores_off = torch.where(has[..., None], scores, one_hot).sub(one_hot).square()
-    scores_off = scores_off if class_weights is None else class_weights.to(dtype) * scores_off
-    cls = head.cls_gain * _total(_weighed(scores_off, found.weight), head)
+    own = torch.where(has[..., None], _read(scores, head.cls_gain, found.weight), one_hot)
+    if class_weights is not None:
+        class_weights = class_weights.to(dtype)
+        own = read_weighed(own, class_weights)
+    scores_off = own.sub(one_hot).square()
+    scores_off = scores_off if class_weights is None else weighed(scores_off, class_weights)
+    cls = weighed(_total(_weighed(scores_off, found.weight), head), head.cls_gain)
 
     # a NaN among the boxes that were compared shows in the total, whether or not that box answers
     unknown = boxes.detach().isnan()
@@ -85,7 +91,13 @@ def _total(values: Tensor, head: CellHead) -> Tensor:
 
 def _weighed(values: Tensor, weight: Tensor | None) -> Tensor:
     """Values [B, S, S, ...] of cells, times their weight [B, S, S]."""
-    return values if weight is None else values * weight.view(*weight.shape, *[1] * (values.ndim - 3))
+    return values if weight is None else weighed(values, weight.view(*weight.shape, *[1] * (values.ndim - 3)))
+
+
+def _read(raw: Tensor, gain: float, weight: Tensor | None) -> Tensor:
+    """Raw numbers [B, S, S, ...] of cells that have a weight [B, S, S], see :func:`read_weighed`."""
+    raw = read_weighed(raw, gain)
+    return raw if weight is None else read_weighed(raw, weight.view(*weight.shape, *[1] * (raw.ndim - 3)))
 
 
 @dataclass(frozen=True)

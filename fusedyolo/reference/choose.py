@@ -14,7 +14,7 @@ from ..heads import PICKS, GridHead
 from .candidates import Candidates, level_anchors
 from .overlap import Corners, area, corner_areas, corners_of, iou
 from .pairs import chunks
-from .picks import IOU_EPS, IOU_WEIGHT, NONE, best, class_costs
+from .picks import IOU_EPS, IOU_WEIGHT, NONE, class_costs, largest_of
 from .primitives import at_hand
 from .rows import Rows
 from .terms import DECODE
@@ -115,7 +115,7 @@ def _owners(own: Tensor, boxes: Tensor, rows: Rows, offers: _Offers) -> Tensor:
         possible = (offers.image == rows.image[row, None]) & rows.valid[row, None] & ~worth.isnan()
         worth = torch.where(possible, worth, NONE)
         largest = torch.where(possible, overlap, 0.0).topk(min(PICKS, E), 1).values
-        index, value = best((worth,), min(PICKS, E))
+        index, value = largest_of(worth, min(PICKS, E))
         order = torch.arange(index.shape[1], device=index.device)
         chosen = (value > NONE) & (order < largest.sum(1).long().clamp(min=1)[:, None])
         place = torch.where(chosen, index, E).flatten()

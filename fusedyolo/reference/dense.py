@@ -13,7 +13,7 @@ from torch import Tensor
 from ..heads import DenseHead
 from .overlap import area, corner_areas, corners_of
 from .pairs import PairIoU, chunks
-from .primitives import Places, at_hand, constants
+from .primitives import Places, at_hand, constants, weighed, where_used
 from .rows import BoxRows, Rows, read_corners
 from .terms import BOX_TERMS, DECODE, ENCODE, LABEL_TERMS, OFFSET_TERMS
 from .terms.box import boxes_of_sizes
@@ -53,8 +53,7 @@ def _match(anchors: Tensor, rows: Rows, head: DenseHead, batch_size: int, ends: 
     if head.matcher == "centre":
         return _smallest_around(anchors, rows, head, batch_size, ends)
     pairs = PairIoU(anchors[None], corner_areas(anchors)[None], rows.boxes, corner_areas(rows.boxes), rows)
-    best = pairs.best(batch_size, of_rows=head.rescue is not None)
-    taken = pairs.first(best)
+    best, taken = pairs.matches(batch_size, head.rescue is not None, keep=head.rescue in ("equal", "own"))
     taken = torch.where(taken < len(rows.label), taken, BACKGROUND)
     low = (best < head.band[0]) | (taken < 0)
     match = torch.where(low, BACKGROUND, torch.where(best < head.band[1], IGNORED, taken))
@@ -161,21 +160,21 @@ def dense_loss(
     if head.box_weight is None:
         box_loss = _total(boxes / share, image, batch_size, head)
     else:
-        middle = torch.where(taken.used, centreness(shift, sides), 0.0)
+        middle = where_used(centreness(shift, sides), taken.used)
         of_boxes = middle.sum().clamp(min=1e-6)
-        box_loss = _total(middle * boxes, image, batch_size, head) / of_boxes
-    terms = [cls_loss, box_loss if head.box_gain == 1 else head.box_gain * box_loss]
+        box_loss = _total(weighed(boxes, middle), image, batch_size, head) / of_boxes
+    terms = [cls_loss, weighed(box_loss, head.box_gain)]
     if centre is not None:
         target = torch.where(taken.used, centreness(shift, sides), 0.5)
-        logit = torch.where(taken.used, taken.of(centre.flatten()).to(dtype), 0.0)
-        bce = torch.where(taken.used, LABEL_TERMS["bce"](logit, target), 0.0)
+        logit = where_used(taken.of(centre.flatten()).to(dtype), taken.used)
+        bce = where_used(LABEL_TERMS["bce"](logit, target), taken.used)
         terms.append(_total(_weighed(bce, weight) / share, image, batch_size, head))
     counts = torch.stack((found.sum(), read.invalid)).to(torch.int32)
     return tuple(terms), counts, (divisor, of_boxes)
 
 
 def _weighed(loss: Tensor, weight: Tensor | None) -> Tensor:
-    return loss if weight is None else loss * weight
+    return loss if weight is None else weighed(loss, weight)
 
 
 def relative(anchors: Tensor, rows: BoxRows, match: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,10 +231,10 @@ def _class_loss(
     loss = loss if head.by_image else loss.sum()
     label = taken.of(label.flatten()).clamp(min=0)
     own = taken.of(logits.flatten(0, 1)).gather(1, label[:, None])[:, 0]
-    own = term(torch.where(taken.used, own, 0.0), True, head.label_args)
+    own = term(where_used(own, taken.used), True, head.label_args)
     own = _weighed(own, None if class_weights is None else class_weights[label])
     own = _weighed(own, None if weight is None else taken.of(weight.flatten()))
-    own = torch.where(taken.used, own, 0.0) / divisor[taken.index // N]
+    own = where_used(own, taken.used) / divisor[taken.index // N]
     loss = loss + _total(own, taken.index // N, len(match), head)
     ignored = Places((match == IGNORED).flatten())
     unread = ignored.of(logits.detach().flatten(0, 1)).isnan() & ignored.used[:, None]
@@ -259,7 +258,6 @@ def _ranked_loss(
     """:func:`_class_loss` of anchors with a row and of the hardest others; ``label`` is 0 where there is no row.
     Anchors that are ignored cost nothing, and are the least hard.
     """
-    # ranks, the hardest first, anchors with a row behind all others; equals by their index
     has = match >= 0
     if at_hand(logits):  # image by image, which a cache holds
         hardness = torch.stack([cross_entropy(*each) for each in zip(logits.detach(), label, strict=True)])
@@ -268,19 +266,34 @@ def _ranked_loss(
     free = None if weight is None else (match == IGNORED) & ~hardness.isnan()
     hardness = _weighed(hardness, None if class_weights is None else class_weights[label])
     order = hardness if free is None else torch.where(free, 0.0, hardness)
-    order = torch.where(has, -1.0, order).sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    times = has.to(torch.int64) + (rank < (head.negatives * found)[:, None]).to(torch.int64)
+    count = (head.negatives * found).ceil().long()
+    hardest = _hardest(torch.where(has, -1.0, order), count)  # anchors with a row behind all others
+    times = has.to(torch.int64) + hardest.to(torch.int64)
     times = (times if free is None else torch.where(free, 0, times)).flatten()
     counted = Places(times > 0)
-    own = torch.where(counted.used[:, None], counted.of(logits.flatten(0, 1)), 0.0)  # no gradient from a NaN elsewhere
+    own = where_used(counted.of(logits.flatten(0, 1)), counted.used[:, None])  # no gradient from a NaN elsewhere
     loss = cross_entropy(own, counted.of(label.flatten())) * counted.of(times)
     loss = _weighed(loss, None if class_weights is None else class_weights[counted.of(label.flatten())])
     loss = _weighed(loss, None if weight is None else counted.of(weight.flatten()))
     image = counted.index // logits.shape[1]
-    loss = _total(torch.where(counted.used, loss, 0.0) / divisor[image], image, len(match), head)
+    loss = _total(where_used(loss, counted.used) / divisor[image], image, len(match), head)
     unknown = hardness.isnan()
     return _nan_if(unknown.any(1) if head.by_image else unknown.any(), loss)
+
+
+def _hardest(hardness: Tensor, count: Tensor) -> Tensor:
+    """[B, N] bool: those of the largest numbers of an image, ``count`` [B] of them, equals by their index."""
+    N = hardness.shape[1]
+    if at_hand(hardness):
+        most = int(count.max())
+        if 0 < most <= N // 4 and not hardness.isnan().any():  # few: quicker than a sort
+            least = hardness.topk(most, 1).values.gather(1, (count - 1).clamp(min=0)[:, None])
+            more, equal = hardness > least, hardness == least
+            left = count[:, None] - more.sum(1, keepdim=True)
+            return (count > 0)[:, None] & (more | (equal & (equal.cumsum(1) <= left)))
+    order = hardness.sort(dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter(1, order, torch.arange(N, device=order.device).expand_as(order))
+    return rank < count[:, None]
 
 
 def _total(values: Tensor, image: Tensor, batch_size: int, head: DenseHead) -> Tensor:
@@ -302,7 +315,7 @@ def _box_loss(
     size: tuple[float, float] | None,
 ) -> Tensor:
     """[K] of K anchors, 0 where they are not ``has``; ``shift`` and ``true`` are those of :func:`relative`."""
-    raw = torch.where(has[..., None], raw, 0.0)
+    raw = where_used(raw, has[..., None])
     a, b = raw[..., :2], raw[..., 2:]
     sides, weights = anchors[:, 2:] - anchors[:, :2], constants(head.weights, raw)
     if head.box in OFFSET_TERMS:
@@ -312,7 +325,7 @@ def _box_loss(
         centre, p = DECODE[head.decode](a, b, sides, sides / weights[:2], 1 / weights[2:])
         extent = None if size is None else constants((size[1], size[0]), raw)
         loss = BOX_TERMS[head.box](*boxes_of_sizes(p, true, shift - centre), head.box_args, extent)
-    return torch.where(has, loss, 0.0)
+    return where_used(loss, has)
 
 
 def encode_anchors(anchors: Tensor, shift: Tensor, true: Tensor, head: DenseHead) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..heads import GridHead, obj_scales
+from ..terms import TERMS
 from .candidates import Candidates, anchors_of, assign, level_anchors, pairs_with
 from .choose import choose
 from .overlap import area
-from .primitives import at_hand, constants
+from .primitives import at_hand, constants, read_weighed, weighed, where_used
 from .rows import Rows, read_rows
 from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS, label_term
 from .terms.box import boxes_of_sizes
@@ -105,10 +106,10 @@ def _level_loss(
     slot, label = found.slot, rows.label[found.row]
     assigned = slot < N
     place = torch.where(assigned, slot, 0)
-    image, anchor, y, x = place // (A * H * W), place // (H * W) % A, place // W % H, place % W
+    image = place // (A * H * W)
     raw_boxes, raw_obj, raw_classes = _split(pred)
     boxes, logits = (
-        torch.where(assigned[:, None], each[image, anchor, :, y, x], 0.0)  # [R, .], no NaN from elsewhere
+        where_used(_of_predictions(each, place), assigned[:, None])  # [R, .], no NaN from elsewhere
         for each in (raw_boxes, raw_classes)
     )
     m = pred.new_ones(R) if weights is None or head.weigh_classes else weights[label]
@@ -126,28 +127,33 @@ def _level_loss(
     names = is_last if head.shared == "last" else assigned  # a class
     used = is_last if head.shared in ("last", "merge") else assigned
 
-    boxes = torch.where(used[:, None], boxes, 0.0)  # what is not trained has no infinite slope, times 0
+    boxes = where_used(boxes, used[:, None])  # what is not trained has no infinite slope, times 0
+    boxes = boxes if weights is None and own is None else read_weighed(boxes, m[:, None])
 
     # classes, where a candidate leads
-    count = pred.new_zeros(R, C).index_put((group, label), names.to(pred.dtype), accumulate=True)
-    positive, negative = constants(head.class_targets, pred)
-    target = torch.where(count > 0, positive, negative)
+    named = torch.where(names, group * C + label, R * C)
+    there = named.new_zeros(R * C + 1, dtype=torch.bool).scatter_(0, named, True)[:-1].view(R, C)
+    target = there
+    if head.class_targets != (1.0, 0.0) or not TERMS[head.label].elementwise:
+        positive, negative = constants(head.class_targets, pred)
+        target = torch.where(there, positive, negative)
     columns = weights if head.weigh_classes else None
     loss = label_term(head.label, logits, target, head.label_args, columns)
     if weights is not None and not head.weigh_classes:
+        count = named.new_zeros(R * C + 1).scatter_add_(0, named, torch.ones_like(named))[:-1].view(R, C)
         only = (torch.arange(C, device=pred.device) == label[:, None]) & (count == 1)
-        loss = loss * torch.where(count > 0, torch.where(only, head.first_weight * weights, weights), 1.0)
+        loss = weighed(loss, torch.where(there, torch.where(only, head.first_weight * weights, weights), 1.0))
     if own is not None:
-        loss = loss * _class_shares(own, count, group, order if head.shared == "each" else last, label, names)
-    cls = head.cls_gain * _total(torch.where(lead[:, None], loss, 0.0), image, B, head)
+        loss = weighed(loss, _class_shares(own, there, named, order if head.shared == "each" else last))
+    cls = weighed(_total(where_used(loss, lead[:, None]), image, B, head), head.cls_gain)
 
     # boxes, for each candidate in use
-    loss, quality = box_loss(boxes, rows, found, level, (H, W), head)
-    loss = m * loss
+    loss, quality = box_loss(boxes if head.box_gain else boxes.detach(), rows, found, level, (H, W), head)
+    loss = weighed(loss, m)
     if head.average_box:
         pushed_up = (target > logits.detach().sigmoid()).sum(-1)
         loss = loss / pushed_up.clamp(min=1)[group.clamp(max=R - 1)]
-    box = head.box_gain * _total(torch.where(used, loss, 0.0), image, B, head)
+    box = weighed(_total(where_used(loss, used), image, B, head), head.box_gain)
     answers = objectness_targets(pred.detach(), rows, found, quality, level, head)
     if head.prior_gain > 0:
         raw = raw_boxes.permute(0, 1, 3, 4, 2)
@@ -165,8 +171,8 @@ def _level_loss(
         owner = torch.where(is_last, slot, N)
         answer = head.obj_gain * m if own is None or not smooth else head.noobj_gain * own
         gain = pred.new_full((N + 1,), head.noobj_gain).scatter(0, owner, answer)[:N]
-    term = LABEL_TERMS[head.objectness](torch.where(used, raw_obj.flatten(), 0.0), answers.target, head.obj_args)
-    obj = _total(torch.where(used, obj_scale * gain * term, 0.0), None, B, head)
+    term = LABEL_TERMS[head.objectness](where_used(raw_obj.flatten(), used), answers.target, head.obj_args)
+    obj = _total(where_used(weighed(term, obj_scale * gain), used), None, B, head)
     if head.obj_mean == "used":
         obj = obj / counted.clamp(min=1)
     # a NaN that is read shows, used or not: of a box it cannot be told whether it is ignored
@@ -188,17 +194,16 @@ def _total(values: Tensor, image: Tensor | None, batch_size: int, head: GridHead
     return values.new_zeros(batch_size).index_add(0, image, values.flatten(1).sum(1) if values.ndim > 1 else values)
 
 
-def _class_shares(own: Tensor, count: Tensor, group: Tensor, trains: Tensor, label: Tensor, used: Tensor) -> Tensor:
-    """[R, C]: what the class terms are multiplied by where a candidate leads its ``group``: those of a class that rows
+def _class_shares(own: Tensor, there: Tensor, named: Tensor, trains: Tensor) -> Tensor:
+    """[R, C]: what the class terms are multiplied by where a candidate leads its group: those of a class that rows
     name by the weight of the last of these, all others by that of the candidate that ``trains`` the prediction.
 
-    ``own`` [R] are weights, ``count`` [R, C] is how many rows of a group that are ``used`` name a class.
+    ``own`` [R] are weights, ``there`` [R, C] says which classes rows name, ``named`` [R] where among these.
     """
-    R, C = count.shape
+    R, C = there.shape
     order = torch.arange(R, device=own.device)
-    place = torch.where(used, group * C + label, R * C)
-    naming = order.new_full((R * C + 1,), 0).scatter_reduce(0, place, order, "amax")[:-1].view(R, C)
-    return torch.where(count > 0, own[naming], own[trains][:, None])
+    naming = order.new_full((R * C + 1,), 0).scatter_reduce(0, named, order, "amax")[:-1].view(R, C)
+    return torch.where(there, own[naming], own[trains][:, None])
 
 
 def _split(pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,6 +215,14 @@ def _split(pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not torch.compiler.is_compiling() and pred.stride(-1) == 1:  # to a graph a stride may be a symbol
         return tuple(part.permute(0, 1, 4, 2, 3) for part in pred.split(sizes, -1))
     return pred.permute(0, 1, 4, 2, 3).split(sizes, 2)
+
+
+def _of_predictions(part: Tensor, place: Tensor) -> Tensor:
+    """[R, .]: what a part [B, A, ., H, W] of a map says at places [R] by (image, anchor, y, x)."""
+    B, A, _, H, W = part.shape
+    if at_hand(part) and len(place) > B * A * H * W:  # each several times: channels side by side are read quicker
+        return part.permute(0, 1, 3, 4, 2).flatten(0, 3).index_select(0, place)
+    return part[place // (A * H * W), place // (H * W) % A, :, place // W % H, place % W]
 
 
 @dataclass(frozen=True)
@@ -289,9 +302,10 @@ def _box_term(
     """
     a, b, stride, scale = raw[..., :2], raw[..., 2:4], head.strides[level], head.scale_x_y[level]
     image = constants((cells[1] * stride, cells[0] * stride), raw)
-    unit = {"pixel": torch.ones_like(image), "cell": torch.full_like(image, stride), "image": image}[head.unit]
     centre, p = DECODE[head.decode](a, b, anchors, stride, scale)
-    pair = boxes_of_sizes(p / unit, size * image / unit, (offset * stride - centre) / unit)
+    lengths = p, size * image, offset * stride - centre
+    unit = {"pixel": torch.ones_like(image), "cell": torch.full_like(image, stride), "image": image}[head.unit]
+    pair = boxes_of_sizes(*(lengths if head.unit == "pixel" else [each / unit for each in lengths]))
     if head.box in OFFSET_TERMS:
         loss = OFFSET_TERMS[head.box](a, b, offset, (size * image / anchors).log(), scale).sum(-1)
         loss = loss * (1 + head.area_weight * (1 - area(size).clamp(max=head.area_cap)))

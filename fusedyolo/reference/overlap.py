@@ -37,9 +37,9 @@ def corners_of(centre: Tensor, size: Tensor) -> Tensor:
 
 def intersection(p: Corners, q: Corners) -> Tensor:
     """The area that two boxes share, 0 where they do not meet."""
-    ow = torch.minimum(p.x2, q.x2) - torch.maximum(p.x1, q.x1)
-    oh = torch.minimum(p.y2, q.y2) - torch.maximum(p.y1, q.y1)
-    return ow.clamp(min=0) * oh.clamp(min=0)
+    ow = torch.minimum(p.x2, q.x2).sub_(torch.maximum(p.x1, q.x1))
+    oh = torch.minimum(p.y2, q.y2).sub_(torch.maximum(p.y1, q.y1))
+    return ow.clamp_(min=0).mul_(oh.clamp_(min=0))
 
 
 def iou_of_areas(inter: Tensor, p: Tensor, q: Tensor, eps: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
@@ -53,4 +53,5 @@ def iou(p: Corners, q: Corners, p_area: Tensor, q_area: Tensor) -> Tensor:
     box given by centre and size they are not those of its corners.
     """
     inter = intersection(p, q)
-    return torch.where(inter > 0, inter / (p_area + q_area - inter), 0.0)
+    union = (p_area + q_area).sub_(inter)
+    return torch.where(inter > 0, inter / union, 0.0)

@@ -31,7 +31,7 @@ def chunks(rows: int, boxes: int) -> Iterator[slice]:
 class _Chunk(NamedTuple):
     """Some rows, and what they are to some boxes of their image."""
 
-    row: Tensor  # [R] int32
+    row: Tensor  # [R] int64
     image: Tensor | int  # of each, or of all
     boxes: slice
     overlap: Tensor  # [R, boxes], -1 for an invalid row
@@ -55,21 +55,22 @@ class PairIoU:
         self.rows = rows
         self.kept: list[_Chunk] | None = None
         self.most: Tensor | None = None  # [M]: the largest IoU of each row
+        self.box: Tensor | None = None  # [M]: the first box that has it
 
-    def _chunks(self, batch_size: int) -> Iterator[_Chunk]:
-        """All pairs that meet, and others, each once."""
+    def _chunks(self, batch_size: int, keep: bool = False) -> Iterator[_Chunk]:
+        """All pairs that meet, and others, each once; ``keep``: for whoever asks again."""
         if self.kept is not None:
             yield from self.kept
             return
         kept, pairs = [], 0
         for chunk in self._near(batch_size) if at_hand(self.edges) else self._all():
             pairs += chunk.overlap.numel()
-            if pairs <= PAIRS_KEPT:
+            if keep and pairs <= PAIRS_KEPT:
                 kept.append(chunk)
             else:
                 kept.clear()
             yield chunk
-        if pairs <= PAIRS_KEPT:
+        if keep and pairs <= PAIRS_KEPT:
             self.kept = kept
 
     def _all(self) -> Iterator[_Chunk]:
@@ -79,7 +80,7 @@ class PairIoU:
             if len(areas) > 1:
                 boxes, areas = Corners(*(edge.index_select(0, image) for edge in boxes)), areas.index_select(0, image)
             overlap = iou(boxes, Corners(*self.true_edges[now].unbind(1)), areas, self.true_areas[now])
-            row = torch.arange(now.start, now.start + len(image), dtype=torch.int32, device=image.device)
+            row = torch.arange(now.start, now.start + len(image), device=image.device)
             yield _Chunk(row, image, slice(0, N), torch.where(self.rows.valid[now, None], overlap, -1.0))
 
     def _near(self, batch_size: int) -> Iterator[_Chunk]:
@@ -92,15 +93,18 @@ class PairIoU:
         for b in range(batch_size):
             own = (self.rows.valid & (self.rows.image == b)).nonzero()[:, 0]
             true, at = self.true_edges[own], b if len(self.areas) > 1 else 0
+            meets = (true[:, :2] < high[:, at]) & (true[:, 2:] > low[:, at])
+            meets = meets[:, 0] & meets[:, 1]  # [rows, blocks]
             for k in range(blocks.shape[2]):
-                meets = (true[:, :2, 0] < high[:, at, k]) & (true[:, 2:, 0] > low[:, at, k])
-                meeting = meets.all(1).nonzero()[:, 0]
+                meeting = meets[:, k].nonzero()[:, 0]
+                if not len(meeting):
+                    continue
                 boxes = slice(k * length, min(N, (k + 1) * length))
                 edges, areas = Corners(*self.edges[:, at, boxes]), self.areas[at, boxes]
-                for now in meeting.split(max(1, PAIRS_NEAR // length)) if len(meeting) else ():
+                for now in meeting.split(max(1, PAIRS_NEAR // length)):
                     row = own[now]
                     overlap = iou(edges, Corners(*true[now].unbind(1)), areas, self.true_areas[row])
-                    yield _Chunk(row.to(torch.int32), b, boxes, overlap)
+                    yield _Chunk(row, b, boxes, overlap)
 
     def _gathered(self, into: Tensor, chunk: _Chunk, values: Tensor, how: str) -> None:
         """Into numbers of boxes ``into`` [B, N] the largest, or least (``how``), of those of a chunk of pairs."""
@@ -115,37 +119,51 @@ class PairIoU:
         """[B, 1]: the first valid row of each image; M where there is none."""
         M = len(self.true_areas)
         row = torch.where(self.rows.valid, self._order(), M)
-        first = torch.full((batch_size,), M, dtype=torch.int32, device=self.areas.device)
+        first = torch.full((batch_size,), M, device=self.areas.device)
         return first.scatter_reduce_(0, self.rows.image, row, "amin")[:, None]
 
     def _order(self) -> Tensor:
-        """The rows, [M] int32."""
-        return torch.arange(len(self.true_areas), dtype=torch.int32, device=self.areas.device)
+        """The rows, [M]."""
+        return torch.arange(len(self.true_areas), device=self.areas.device)
 
-    def best(self, batch_size: int, of_rows: bool = False) -> Tensor:
-        """[B, N]: the largest IoU of each box with a row of its image; ``of_rows``: that of each row is kept, for what
-        is asked of rows below.
-        """
+    def best(self, batch_size: int) -> Tensor:
+        """[B, N]: the largest IoU of each box with a row of its image."""
         best = self.areas.new_zeros(batch_size, self.areas.shape[1])
-        most = self.true_areas.new_zeros(len(self.true_areas))
         for chunk in self._chunks(batch_size):
             self._gathered(best, chunk, chunk.overlap, "amax")
-            if of_rows:
-                most.scatter_reduce_(0, chunk.row.long(), chunk.overlap.amax(1), "amax")
-        self.most = most if of_rows else None
         return best
 
-    def first(self, best: Tensor) -> Tensor:
-        """[B, N]: the first row that has the largest IoU; M where there is none."""
+    def matches(self, batch_size: int, of_rows: bool, keep: bool) -> tuple[Tensor, Tensor]:
+        """[B, N]: the largest IoU of each box with a row of its image, and the first row that has it; M where there is
+        none. ``of_rows``: that of each row is kept, and ``keep`` all are, for what is asked of rows below.
+        """
         M = len(self.true_areas)
-        match = torch.where(best == 0, self._first_valid(len(best)), M)
-        for chunk in self._chunks(len(best)):
-            if isinstance(chunk.image, int):
-                most = best[chunk.image, chunk.boxes]
-            else:
-                most = best.index_select(0, chunk.image)
-            self._gathered(match, chunk, torch.where(chunk.overlap == most, chunk.row[:, None], M), "amin")
-        return match.long()
+        self.most = self.true_areas.new_zeros(M) if of_rows else None
+        if at_hand(self.edges):
+            return self._matches_near(batch_size, keep)
+        best = self.areas.new_zeros(batch_size, self.areas.shape[1])
+        for chunk in self._chunks(batch_size, keep):
+            self._gathered(best, chunk, chunk.overlap, "amax")
+            if self.most is not None:
+                self.most.scatter_reduce_(0, chunk.row, chunk.overlap.amax(1), "amax")
+        first = torch.where(best == 0, self._first_valid(batch_size), M)
+        for chunk in self._chunks(batch_size, keep):
+            assert isinstance(chunk.image, Tensor)
+            equal = chunk.overlap == best.index_select(0, chunk.image)
+            self._gathered(first, chunk, torch.where(equal, chunk.row[:, None], M), "amin")
+        return best, first
+
+    def _matches_near(self, batch_size: int, keep: bool) -> tuple[Tensor, Tensor]:
+        """The same in one pass: rows and boxes come in their order, so that of equals the first is there already."""
+        best = self.areas.new_zeros(batch_size, self.areas.shape[1])
+        first = torch.full_like(best, len(self.true_areas), dtype=torch.int64)
+        box = torch.zeros_like(self.rows.image)
+        for row, image, boxes, overlap in self._chunks(batch_size, keep):
+            _improve(best[image, boxes], first[image, boxes], slice(None), overlap.max(0), row)
+            if self.most is not None:
+                _improve(self.most, box, row, overlap.max(1), torch.arange(boxes.start, boxes.stop))
+        self.box = box
+        return best, torch.where(best == 0, self._first_valid(batch_size), first)
 
     def best_of_a_row(self, batch_size: int) -> Tensor:
         """[B, N] bool: some row of the image has no larger IoU than with this box, which may be 0."""
@@ -155,25 +173,38 @@ class PairIoU:
         """[B, N]: the last row that has no larger IoU than with this box, which may be 0; -1 where there is none."""
         most, row = self.most, self._order()
         assert most is not None
-        alone = torch.full((batch_size,), -1, dtype=torch.int32, device=row.device)  # that meet no box: all are equals
+        alone = torch.full((batch_size,), -1, device=row.device)  # that meet no box: all are equals
         alone.scatter_reduce_(0, self.rows.image, torch.where(self.rows.valid & (most == 0), row, -1), "amax")
         wanted = alone[:, None].repeat(1, self.areas.shape[1])
         for chunk in self._chunks(batch_size):
             equal = chunk.overlap == most[chunk.row, None]
             self._gathered(wanted, chunk, torch.where(equal, chunk.row[:, None], -1), "amax")
-        return wanted.long()
+        return wanted
 
     def row_that_wants(self, batch_size: int, first: bool = False) -> Tensor:
         """[B, N]: the last row, or the ``first``, whose first best box this is; -1 where there is none."""
         N, M, device, most = self.areas.shape[1], len(self.true_areas), self.areas.device, self.most
         assert most is not None
-        box = torch.where(most == 0, 0, N)  # of a row that meets none the first
-        for chunk in self._chunks(batch_size):
-            index = torch.arange(chunk.boxes.start, chunk.boxes.stop, device=device)
-            equal = torch.where(chunk.overlap == most[chunk.row, None], index, N).amin(1)
-            box.scatter_reduce_(0, chunk.row.long(), equal, "amin")
+        box = self.box
+        if box is None:
+            box = torch.where(most == 0, 0, N)  # of a row that meets none the first
+            index = torch.arange(N, device=device)
+            for chunk in self._chunks(batch_size):
+                equal = torch.where(chunk.overlap == most[chunk.row, None], index, N).amin(1)
+                box.scatter_reduce_(0, chunk.row, equal, "amin")
         wanted = torch.full((batch_size * N + 1,), M if first else -1, device=device)
         slot = torch.where(self.rows.valid, self.rows.image * N + box, batch_size * N)
         wanted.scatter_reduce_(0, slot, torch.arange(M, device=device), "amin" if first else "amax")
         wanted = wanted[:-1].view(batch_size, N)
         return torch.where(wanted < M, wanted, -1) if first else wanted
+
+
+def _improve(most: Tensor, who: Tensor, at: Tensor | slice, found: tuple[Tensor, Tensor], whose: Tensor) -> None:
+    """Where values that were ``found``, and their indices among ``whose``, exceed the ``most`` so far, ``at`` places of
+    it, they take theirs.
+    """
+    values, index = found
+    had = most[at]
+    more = values > had
+    who[at] = torch.where(more, whose[index], who[at])
+    most[at] = torch.where(more, values, had)

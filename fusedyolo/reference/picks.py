@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from ..heads import PickHead
 from .overlap import Corners, area, iou
-from .pairs import chunks
+from .pick_pairs import Pairs, Points, cells, pairs_of, pairs_within, row_chunks, widest
 from .primitives import at_hand, constants, pow_pos
 from .rows import Regions, read_rows
 from .terms import BOX_TERMS
@@ -30,13 +30,6 @@ INSIDE = 1e-9  # pixels; a cell's middle lies deeper than this in a region
 BEYOND = 1.01  # below so many numbers less than reg_max a distance lies
 IOU_WEIGHT, IOU_EPS = 3.0, 1e-8  # of SimOTA's cost, 3 (-ln(IoU + 1e-8))
 LOWEST_LOG = -100.0  # of the logarithms in its cross-entropies
-
-
-class Points(NamedTuple):
-    """The N cells of all levels."""
-
-    middle: Tensor  # [N, 2] in pixels, float64
-    stride: Tensor  # [N] pixels per cell, float64
 
 
 class Objects(NamedTuple):
@@ -70,31 +63,22 @@ class Picked(NamedTuple):
 
 
 class Wish(NamedTuple):
-    """What a chunk of rows wants, each of [rows, N]. Of several tiers all of one come before any of the next, whatever
-    their worth; :data:`NONE` is what cannot be.
+    """What some rows want. Of several tiers all of one come before any of the next, whatever their worth; :data:`NONE`
+    is what cannot be.
     """
 
-    worth: Sequence[Tensor]  # how much a row wants a prediction, a tensor a tier
-    claim: Sequence[Tensor]  # how strong its claim is where several picked it, likewise
+    pairs: Pairs
+    worth: Sequence[Tensor]  # [P]: how much a row wants a prediction, a tensor a tier
+    claim: Sequence[Tensor]  # [P]: how strong its claim is where several picked it, likewise
     picks: Tensor  # [rows] int64: so many each picks
 
 
 class Assigner(NamedTuple):
     """What one kind has of its own."""
 
-    want: Callable[[slice], Wish]  # what the rows of a slice want
+    wishes: Callable[[], Iterator[Wish]]  # of all rows, some at a time
     score: Callable[[Tensor], tuple[Tensor, Tensor]]  # of rows [B, N], M for none, those that stay; their soft scores
     nans: Tensor  # 0-dim: NaN if a class logit is that a row had to look at, else 0
-
-
-def points_of(maps: Sequence[tuple[int, int]], strides: Sequence[float], device: torch.device) -> Points:
-    """The cells of maps of such (height, width), level by level, row by row."""
-    middles, each = [], []
-    for (H, W), stride in zip(maps, strides, strict=True):
-        x, y = (torch.arange(n, device=device, dtype=torch.float64) for n in (W, H))
-        middles.append((torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).flatten(0, 1) + 0.5) * stride)
-        each.append(x.new_full((H * W,), stride))
-    return Points(torch.cat(middles), torch.cat(each))
 
 
 def read_objects(
@@ -115,9 +99,9 @@ def read_objects(
     return Objects(read.valid, read.image, label, boxes[:, :2], boxes[:, 2:].to(dtype), weight, regions)
 
 
-def offsets(centre: Tensor, points: Points, dtype: torch.dtype) -> Tensor:
-    """Centres [..., N, 2] or [rows, 1, 2] in pixels, from the middles of the cells."""
-    return (centre - points.middle).to(dtype)
+def offsets(centre: Tensor, middle: Tensor, dtype: torch.dtype) -> Tensor:
+    """Centres [..., 2] in pixels, from the middles of cells; float64 both."""
+    return (centre - middle).to(dtype)
 
 
 def pick(seen: Seen, objects: Objects, head: PickHead) -> Picked:
@@ -132,11 +116,9 @@ def pick(seen: Seen, objects: Objects, head: PickHead) -> Picked:
         return Picked(torch.where(row < M, row, -1), torch.where(row < M, soft, 0.0), assigner.nans, hidden)
 
 
-def wishes(seen: Seen, objects: Objects, head: PickHead) -> Iterator[tuple[slice, Wish]]:
+def wishes(seen: Seen, objects: Objects, head: PickHead) -> Iterator[Wish]:
     """What rows want, some at a time."""
-    assigner = _ASSIGNERS[head.assigner](seen, objects, head)
-    for now in _chunks(len(objects.valid), seen.boxes.shape[1]):
-        yield now, assigner.want(now)
+    yield from _ASSIGNERS[head.assigner](seen, objects, head).wishes()
 
 
 def _settle(assigner: Assigner, objects: Objects, shape: Sequence[int], head: PickHead) -> Tensor:
@@ -146,21 +128,20 @@ def _settle(assigner: Assigner, objects: Objects, shape: Sequence[int], head: Pi
     picks = image.new_zeros(B * N + 1)  # how many rows picked a prediction; the last place is none
     picker = image.new_full((B * N + 1,), M)  # the first of them
     claims: list[tuple[Tensor, Tensor]] = []
-    for now in _chunks(M, N):
-        wish = assigner.want(now)
-        index, worth = best(wish.worth, min(head.topk, N))
-        order = torch.arange(index.shape[1], device=index.device)
-        chosen = (worth > NONE) & (order < wish.picks[:, None])
-        place = torch.where(chosen, image[now, None] * N + index, B * N).flatten()
-        row = torch.arange(now.start, now.start + len(index), device=index.device)[:, None]
+    for wish in assigner.wishes():
+        pair, worth = best(wish, min(head.topk, N))
+        chosen = (worth > NONE) & (torch.arange(pair.shape[1], device=image.device) < wish.picks[:, None])
+        at, row = image[wish.pairs.row] * N + wish.pairs.cell, wish.pairs.row
+        place = torch.where(chosen, at[pair], B * N).flatten()
         picks.scatter_add_(0, place, torch.ones_like(place))
-        picker.scatter_reduce_(0, place, row.expand_as(index).flatten(), "amin")
+        picker.scatter_reduce_(0, place, row[pair].flatten(), "amin")
+        claim = wish.claim
         if head.region == "range":
-            own = torch.zeros_like(wish.worth[0]).scatter_reduce(1, index, chosen.to(worth.dtype), "amax")
-            wish = wish._replace(claim=[torch.where(own > 0, claim, NONE) for claim in wish.claim])
+            own = at.new_zeros(len(at) + 1).scatter_(0, torch.where(chosen, pair, len(at)).flatten(), 1)[:-1]
+            claim = [torch.where(own > 0, each, NONE) for each in claim]
         if not claims:
-            claims = [(torch.full_like(nothing, NONE, dtype=claim.dtype), nothing) for claim in wish.claim]
-        claims = [_running(*had, claim, image[now], row, M) for had, claim in zip(claims, wish.claim, strict=True)]
+            claims = [(torch.full_like(nothing, NONE, dtype=each.dtype), nothing) for each in claim]
+        claims = [_running(*had, each, at, row, M) for had, each in zip(claims, claim, strict=True)]
     owner = nothing
     for strength, who in reversed(claims):
         owner = torch.where(strength > NONE, who, owner)
@@ -168,42 +149,27 @@ def _settle(assigner: Assigner, objects: Objects, shape: Sequence[int], head: Pi
     return torch.where(picks > 1, owner, picker)
 
 
-def _chunks(M: int, N: int) -> Iterator[slice]:
-    """Those of M rows, without the one behind them."""
-    for now in chunks(M, N):
-        yield slice(now.start, min(now.stop, M))
+def best(wish: Wish, k: int) -> tuple[Tensor, Tensor]:
+    """The k pairs that each row wants most, best first, equals by their order: which, and worth, [rows, k].
 
-
-def best(tiers: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k predictions that each row wants most, best first, equals by their index: indices and worth, [rows, k].
-
-    Of each of the ``tiers`` [rows, N] all come before those of the next.
+    Of each tier all come before those of the next. What cannot be is any pair, or -1.
     """
-    found = [_largest(tier, k) for tier in tiers]
+    table = wish.pairs.table
+    found = [largest_of(torch.where(table < 0, NONE, worth[table]), k) for worth in wish.worth]
     index, worth = (torch.cat(each, 1) for each in zip(*found, strict=True))
-    order = (worth == NONE).to(torch.uint8).sort(dim=1, stable=True).indices[:, :k]
-    return index.gather(1, order), worth.gather(1, order)
+    if len(found) > 1:
+        order = (worth == NONE).to(torch.uint8).sort(dim=1, stable=True).indices[:, :k]
+        index, worth = index.gather(1, order), worth.gather(1, order)
+    return table.gather(1, index), worth
 
 
-def _largest(worth: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest_of(worth: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Indices and values of the k largest of each row, largest first, equals by their index, whatever topk does."""
-    if at_hand(worth):
-        row, column = (worth > NONE).nonzero(as_tuple=True)
-        count = row.bincount(minlength=len(worth))
-        width = max(k, int(count.max())) if len(worth) else k
-        if 2 * width < worth.shape[1]:  # most are nothing: the others side by side
-            place = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
-            columns = worth.new_zeros(len(worth), width, dtype=torch.int64).index_put((row, place), column)
-            index, values = _largest_of(
-                worth.new_full((len(worth), width), NONE).index_put((row, place), worth[row, column]), k
-            )
-            return columns.gather(1, index), values
-    return _largest_of(worth, k)
-
-
-def _largest_of(worth: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """:func:`_largest`, whatever they are."""
     N = worth.shape[1]
+    if at_hand(worth):
+        values, index = worth.topk(min(k + 1, N), 1)
+        if not ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > NONE)).any():  # no equals
+            return index[:, :k], values[:, :k]
     least = worth.topk(k, 1).values[:, -1:]
     more, equal = worth > least, worth == least
     chosen = more | (equal & (equal.cumsum(1) <= k - more.sum(1, keepdim=True)))
@@ -212,20 +178,15 @@ def _largest_of(worth: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return index.gather(1, order), values
 
 
-def _running(most: Tensor, who: Tensor, claim: Tensor, image: Tensor, row: Tensor, M: int) -> tuple[Tensor, Tensor]:
-    """The strongest claim [B, N] to each prediction so far and the first row that has it, with those of more rows."""
-    top, first = torch.full_like(most, NONE), torch.full_like(who, M)
-    if at_hand(claim):  # most are none
-        own, cell = (claim > NONE).nonzero(as_tuple=True)
-        at, claim = image[own] * most.shape[1] + cell, claim[own, cell]
-        top.view(-1).scatter_reduce_(0, at, claim, "amax")
-        first.view(-1).scatter_reduce_(0, at, torch.where(claim == top.view(-1)[at], row[own, 0], M), "amin")
-    else:
-        at = image[:, None].expand_as(claim)
-        top = top.scatter_reduce(0, at, claim, "amax")
-        first = first.scatter_reduce(0, at, torch.where(claim == top.index_select(0, image), row, M), "amin")
-    stronger = top > most
-    return torch.where(stronger, top, most), torch.where(stronger, first, who)
+def _running(most: Tensor, who: Tensor, claim: Tensor, at: Tensor, row: Tensor, M: int) -> tuple[Tensor, Tensor]:
+    """The strongest claim [B, N] to each prediction so far and the first row that has it, with those of pairs [P], to
+    the predictions ``at``.
+    """
+    top = torch.full_like(most, NONE).flatten().scatter_reduce(0, at, claim, "amax")
+    row = torch.where(claim == top[at], row, M)
+    first = torch.full_like(who, M).flatten().scatter_reduce(0, at, row, "amin").view(who.shape)
+    stronger = top.view(most.shape) > most
+    return torch.where(stronger, top.view(most.shape), most), torch.where(stronger, first, who)
 
 
 def _similarity(boxes: Tensor, off: Tensor, sides: Tensor, head: PickHead) -> Tensor:
@@ -252,71 +213,85 @@ def _aligned(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
         can = can & (overlap > 0) if head.beta > 0 else can
         return torch.where(can & (wanted > 0), wanted, NONE), torch.where(can, overlap, NONE)
 
-    def want(now: slice) -> Wish:
-        image, label, sides = objects.image[now], objects.label[now], objects.sides[now]
-        region = (
-            _in_range(objects, now, seen.points, head) if ranged else _in_region(objects, now, seen.points, head.small)
-        )
+    def regions() -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some rows, and the columns [rows, .] and the lines [rows, .] that a cell they can have lies in: so many that
+        their pairs fit a chunk, with as many places for each row as one of them has cells.
+        """
+        points = seen.points
+        few = at_hand(points.stride) and not ranged  # there a row without a cell is to look at all
+        for now in row_chunks(M, len(points.columns.stride) + len(points.before) if few else len(points.stride)):
+            x, y = _in_range(objects, now, points, head) if ranged else _in_region(objects, now, points, head.small)
+            y = y & objects.valid[now, None]
+            most = widest(x, y, points) if few else len(points.stride)
+            for part in row_chunks(len(y), most) if most else ():
+                yield slice(now.start + part.start, now.start + part.stop), x[part], y[part]
 
-        def wanted(cells: Tensor) -> tuple[Tensor, Tensor]:
-            """Worth and claim of some cells."""
-            if at_hand(cells):  # most pairs need no arithmetic
-                row, cell = cells.nonzero(as_tuple=True)
-                points = Points(seen.points.middle[cell], seen.points.stride[cell])
-                off = offsets(objects.centre[now][row], points, sides.dtype)
-                overlap = _similarity(seen.boxes[image[row], cell], off, sides[row], head)
-                found = taken(metric(seen.cls[image[row], label[row], cell], overlap), overlap, row >= 0)
-                nothing = torch.full(cells.shape, NONE, dtype=sides.dtype)
-                worth, claim = (nothing.index_put((row, cell), each) for each in found)
-                return worth, claim
-            off = offsets(objects.centre[now, None], seen.points, sides.dtype)
-            overlap = _similarity(seen.boxes.index_select(0, image), off, sides[:, None], head)
-            overlap = torch.where(cells, overlap, 0.0)
-            return taken(metric(seen.cls[image, label], overlap), overlap, cells)
+    def wanted(pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Worth and claim."""
+        row, cell, image = pairs.row, pairs.cell, objects.image[pairs.row]
+        off = offsets(objects.centre[row], seen.points.middle[cell], objects.sides.dtype)
+        overlap = _similarity(seen.boxes[image, cell], off, objects.sides[row], head)
+        overlap = torch.where(pairs.can, overlap, 0.0)
+        return taken(metric(seen.cls[image, objects.label[row], cell], overlap), overlap, pairs.can)
 
-        worth, claim = wanted(region & objects.valid[now, None])
-        picks = torch.full_like(image, head.topk)
-        if not ranged:
-            return Wish((worth,), (claim,), picks)
-        without = (worth == NONE).all(1) & objects.valid[now]
-        other, other_claim = wanted(without[:, None].expand_as(worth))
-        return Wish((worth, other), (torch.maximum(claim, other_claim),), torch.where(without, 1, picks))
+    def wishes() -> Iterator[Wish]:
+        k = min(head.topk, len(seen.points.stride))
+        for now, x, y in regions():
+            pairs = pairs_within(now, x, y, seen.points, k)
+            worth, claim = wanted(pairs)
+            picks = torch.full_like(objects.image[now], head.topk)
+            if ranged:
+                has = picks.new_zeros(len(picks)).index_add(0, pairs.row - now.start, (worth > NONE).long())
+                without = (has == 0) & objects.valid[now]
+                pairs = pairs_within(now, x | without[:, None], y | without[:, None], seen.points, k)
+                worth, claim = wanted(pairs)
+                picks = torch.where(without, 1, picks)
+            if len(pairs.row):
+                yield Wish(pairs, (worth,), (claim,), picks)
 
     def score(row: Tensor) -> tuple[Tensor, Tensor]:
-        off = offsets(objects.centre[row], seen.points, seen.boxes.dtype)
+        off = offsets(objects.centre[row], seen.points.middle, seen.boxes.dtype)
         overlap = _similarity(seen.boxes, off, objects.sides[row], head)
         wanted = metric(seen.cls.gather(1, objects.label[row].clamp(min=0)[:, None])[:, 0], overlap)
         if head.topk2 is not None and head.topk2 != head.topk:
             row = torch.where(_ranks(wanted, row) < head.topk2, row, M)
         return row, _soft_scores(wanted, overlap, row, M)
 
-    return Assigner(want, score, seen.cls.new_zeros(()))  # the class loss looks at all of them
+    return Assigner(wishes, score, seen.cls.new_zeros(()))  # the class loss looks at all of them
 
 
-def _in_region(objects: Objects, now: slice, points: Points, small: float) -> Tensor:
-    """[rows, N]: whether the middle of a cell lies in the box of a row, of which a side below ``small`` counts as so
-    much. In float32 as the peer takes the steps, whatever the compute type: edges of boxes in whole pixels lie on the
-    middles of cells, and which side of these they fall on is a matter of its rounding.
+def _in_region(objects: Objects, now: slice, points: Points, small: float) -> tuple[Tensor, Tensor]:
+    """[rows, columns] and [rows, lines]: whether their middle lies in the box of a row, of which a side below ``small``
+    counts as so much. In float32 as the peer takes the steps, whatever the compute type: edges of boxes in whole pixels
+    lie on the middles of cells, and which side of these they fall on is a matter of its rounding.
     """
     centre, half = objects.centre[now].float(), objects.sides[now].float() / 2
     low, high = centre - half, centre + half
     centre, side = (low + high) / 2, high - low
     half = torch.where(side < small, small, side) / 2
-    low, high = centre - half, centre + half
-    axes = zip(points.middle.float().unbind(1), low[:, None].unbind(2), high[:, None].unbind(2), strict=True)
-    x, y = ((middle - low > INSIDE) & (high - middle > INSIDE) for middle, low, high in axes)
-    return x & y
+    x, y = (
+        (lines.middle.float() - low[:, None] > INSIDE) & (high[:, None] - lines.middle.float() > INSIDE)
+        for lines, low, high in zip((points.columns, points.lines), *_by_axis(centre, half), strict=True)
+    )
+    return x, y
 
 
-def _in_range(objects: Objects, now: slice, points: Points, head: PickHead) -> Tensor:
-    """[rows, N]: whether the middle of a cell lies in the box of a row, or on its border, and distributions can say how
-    far each side is from there. In float32, likewise.
+def _by_axis(centre: Tensor, half: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The lower and the upper edges [rows] of boxes on each axis."""
+    return (centre - half).unbind(1), (centre + half).unbind(1)
+
+
+def _in_range(objects: Objects, now: slice, points: Points, head: PickHead) -> tuple[Tensor, Tensor]:
+    """[rows, columns] and [rows, lines]: whether their middle lies in the box of a row, or on its border, and
+    distributions can say how far each side is from there. In float32, likewise.
     """
-    centre, half = objects.centre[now, None].float(), objects.sides[now, None].float() / 2
-    middle, stride = points.middle.float(), points.stride.float()[:, None]
-    before, behind = (middle - (centre - half)) / stride, ((centre + half) - middle) / stride
-    most = head.reg_max - BEYOND
-    return ((torch.minimum(before, behind) >= 0) & (torch.maximum(before, behind) <= most)).all(-1)
+    centre, half = objects.centre[now].float(), objects.sides[now].float() / 2
+    found, most = [], head.reg_max - BEYOND
+    for lines, low, high in zip((points.columns, points.lines), *_by_axis(centre, half), strict=True):
+        middle, stride = lines.middle.float(), lines.stride.float()
+        before, behind = (middle - low[:, None]) / stride, (high[:, None] - middle) / stride
+        found.append((torch.minimum(before, behind) >= 0) & (torch.maximum(before, behind) <= most))
+    return found[0], found[1]
 
 
 def _ranks(wanted: Tensor, row: Tensor) -> Tensor:
@@ -346,40 +321,50 @@ def _simota(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
     apart, shared = class_costs(seen.cls, seen.obj)
     edges = Corners(*seen.boxes.permute(2, 0, 1).contiguous())
 
-    def geometry(now: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Offsets, the cells of each row's own, and those that it makes candidates."""
-        sides = objects.sides[now, None]
-        off = offsets(objects.centre[now, None], seen.points, sides.dtype)
-        reach = (head.radius * seen.points.stride).to(sides.dtype)[:, None]
-        near = (off.abs() < reach).all(-1) & objects.valid[now, None]
+    def near(now: slice) -> tuple[Tensor, Tensor]:
+        """[rows, N] bool: the cells of each row's own, and those that it makes candidates."""
+        centre, half = objects.centre[now], objects.sides[now] / 2
+        close, within = [], []
+        for axis, lines in enumerate((seen.points.columns, seen.points.lines)):
+            off = offsets(centre[:, axis, None], lines.middle, half.dtype).abs()
+            close.append(off < (head.radius * lines.stride).to(half.dtype))
+            within.append(off < half[:, axis, None])
+        own = cells(close[0], close[1] & objects.valid[now, None], seen.points)
         if not head.inside:
-            return off, near, near
-        inside = (off.abs() < sides / 2).all(-1) & objects.valid[now, None]
-        return off, near & inside, near | inside
+            return own, own
+        inside = cells(within[0], within[1] & objects.valid[now, None], seen.points)
+        return own & inside, own | inside
 
     candidate = torch.zeros(B, N, dtype=torch.uint8, device=seen.cls.device)
-    for now in _chunks(M, N):
-        found = geometry(now)[2].to(torch.uint8)
+    for now in row_chunks(M, N):
+        found = near(now)[1].to(torch.uint8)
         candidate.scatter_reduce_(0, objects.image[now, None].expand_as(found), found, "amax")
 
-    def want(now: slice) -> Wish:
-        image = objects.image[now]
-        off, own, _ = geometry(now)
-        possible = (candidate.index_select(0, image) > 0) & objects.valid[now, None]
-        overlap = _ious(Corners(*(edge.index_select(0, image) for edge in edges)), off, objects.sides[now, None])
-        cost = shared.index_select(0, image) + apart[image, objects.label[now]]
-        cost = cost - IOU_WEIGHT * (overlap + IOU_EPS).log()
-        possible = possible & ~cost.isnan()
-        largest = torch.where(possible, overlap, 0.0).topk(min(head.topk, N), 1).values
-        worth = [torch.where(possible & which, -cost, NONE) for which in (own, ~own)]
-        return Wish(worth, worth, largest.sum(1).long().clamp(min=1))
+    def wishes() -> Iterator[Wish]:
+        k = min(head.topk, N)
+        for now in row_chunks(M, N):
+            image, sides = objects.image[now], objects.sides[now, None]
+            off = offsets(objects.centre[now, None], seen.points.middle, sides.dtype)
+            overlap = _ious(Corners(*(edge.index_select(0, image) for edge in edges)), off, sides)
+            cost = shared.index_select(0, image) + apart[image, objects.label[now]]
+            cost = cost - IOU_WEIGHT * (overlap + IOU_EPS).log()
+            possible = (candidate.index_select(0, image) > 0) & objects.valid[now, None] & ~cost.isnan()
+            pairs = pairs_of(now, possible, k)
+            if not len(pairs.row):
+                continue
+            at = (pairs.row - now.start) * N + pairs.cell
+            overlap, cost, own = (each.flatten()[at] for each in (overlap, cost, near(now)[0]))
+            overlap = torch.where(pairs.can, overlap, 0.0)
+            largest = torch.where(pairs.table < 0, 0.0, overlap[pairs.table]).topk(k, 1).values
+            worth = [torch.where(pairs.can & which, -cost, NONE) for which in (own, ~own)]
+            yield Wish(pairs, worth, worth, largest.sum(1).long().clamp(min=1))
 
     def score(row: Tensor) -> tuple[Tensor, Tensor]:
-        off = offsets(objects.centre[row], seen.points, seen.boxes.dtype)
+        off = offsets(objects.centre[row], seen.points.middle, seen.boxes.dtype)
         return row, _ious(edges, off, objects.sides[row])
 
     nans = torch.where((candidate > 0) & shared.isnan(), shared, 0.0).sum()
-    return Assigner(want, score, nans)
+    return Assigner(wishes, score, nans)
 
 
 def _ious(boxes: Corners, off: Tensor, sides: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Losses over cells that predict a box each, and decoding these.
 
 Boxes of a cell are known by ``shift``, the centre from the middle of the cell, and ``size``, both [..., 2] in cells.
-Raw boxes are [..., 4, reg_max].
+Raw boxes are [..., 4, reg_max, N], as they are predicted: so are all of a distribution's logits known in passes over
+planes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from ..heads import PickHead
 from .overlap import corners_of
-from .picks import Objects, Picked, Points, Seen, pick, points_of, read_objects
-from .primitives import constants, held
+from .pick_pairs import Points, points_of
+from .picks import Objects, Picked, Seen, pick, read_objects
+from .primitives import constants, held, weighed
 from .terms import BOX_TERMS, DECODE, LABEL_TERMS, OFFSET_TERMS
 from .terms.box import boxes_of_sizes
 from .terms.decode import FARTHEST
@@ -38,20 +40,21 @@ class Planes(NamedTuple):
 
 
 def distances(raw: Tensor, head: PickHead) -> Tensor:
-    """How far left, upper, right and lower side are from the middle, [..., 4] in cells."""
+    """How far left, upper, right and lower side are from the middle, [..., 4, N] in cells."""
     if head.decode == "distance":
-        return raw[..., 0]
+        return raw[..., 0, :]
     bins = torch.arange(head.reg_max, device=raw.device, dtype=raw.dtype)
-    return (raw.softmax(-1) * bins).sum(-1)
+    return (raw.softmax(-2) * bins[:, None]).sum(-2)
 
 
 def decode_points(raw: Tensor, head: PickHead) -> tuple[Tensor, Tensor]:
-    """Shift and size, [..., 2] in cells, of raw boxes [..., 4, reg_max]."""
+    """Shift and size, [..., N, 2] in cells, of raw boxes [..., 4, reg_max, N]."""
     if head.decode == "exp":
-        a, b = raw[..., :2, 0], raw[..., 2:, 0]
+        a, b = raw[..., 0, :].transpose(-1, -2).split(2, -1)
         return held(a, -FARTHEST, FARTHEST) - 0.5, DECODE["exp"](a, b, torch.ones_like(b), 1.0, 1.0)[1]
-    sides, one = distances(raw, head), torch.ones_like(raw[..., :2, 0])
-    return DECODE["ltrb"](sides[..., :2], sides[..., 2:], one, one, one)
+    before, behind = distances(raw, head).transpose(-1, -2).split(2, -1)
+    one = torch.ones_like(before)
+    return DECODE["ltrb"](before, behind, one, one, one)
 
 
 def encode_points(off: Tensor, sides: Tensor, head: PickHead) -> Tensor:
@@ -64,8 +67,8 @@ def encode_points(off: Tensor, sides: Tensor, head: PickHead) -> Tensor:
 
 
 def _raw(box: Tensor, head: PickHead) -> Tensor:
-    """[B, N, 4, reg_max] of [B, 4 * reg_max, N]."""
-    return box.unflatten(1, (4, head.reg_max)).permute(0, 3, 1, 2)
+    """[B, 4, reg_max, N] of [B, 4 * reg_max, N]."""
+    return box.unflatten(1, (4, head.reg_max))
 
 
 def see(planes: Planes, points: Points, head: PickHead) -> Seen:
@@ -122,22 +125,21 @@ def pick_loss(
             return values.sum()
         return values.new_zeros(len(has)).index_add(0, places.image, values)
 
-    terms = [total(box * weight) + _nans(seen.boxes).sum()]
+    terms = [total(weighed(box, weight)) + _nans(seen.boxes).sum()]
     found, score = (each[places.image, places.cell] for each in (label, picked.score))
     if planes.obj is None:
         terms.append(_class_loss(planes.cls, places, found.clamp(min=0), score, head, class_weights, share))
     else:
         obj = LABEL_TERMS["bce"](planes.obj[:, 0], has.to(dtype))
-        terms.append(_sum_of(obj if share is None else obj * share, head))
+        terms.append(_sum_of(obj if share is None else weighed(obj, share), head))
         cls = torch.where(places.used[:, None], planes.cls[places.image, :, places.cell], 0.0)
         loss = _class_losses(cls, found, score, head, class_weights)
-        loss = loss if share is None else loss * share[places.image, places.cell]
+        loss = loss if share is None else weighed(loss, share[places.image, places.cell])
         terms.append(total(torch.where(places.used, loss, 0.0)) + picked.nans)
-    terms.append(total(distance * weight))
+    terms.append(total(weighed(distance, weight)))
     known = objects.valid if objects.regions is None else objects.valid | objects.regions.valid
     counts = torch.stack((has.sum(), (~known).sum())).to(torch.int32)
-    terms = [term if gain else torch.where(term.isinf(), 0.0, term) for gain, term in zip(gains, terms, strict=True)]
-    return tuple(gain * (term / divisor) for gain, term in zip(gains, terms, strict=True)), counts, weights[None]
+    return tuple(weighed(term / divisor, gain) for gain, term in zip(gains, terms, strict=True)), counts, weights[None]
 
 
 class _Places(NamedTuple):
@@ -172,7 +174,7 @@ def _box_losses(
     off = torch.where(used[:, None], off, 0.0)
     sides = torch.where(used[:, None], objects.sides[row] / stride, 1.0)
     extent = constants((size[1], size[0]), box) / stride
-    shift, sizes = decode_points(raw, head)
+    shift, sizes = decode_points(raw.permute(1, 2, 0), head)
     loss = BOX_TERMS[head.box](*boxes_of_sizes(sizes, sides, off - shift), head.box_args, extent)
     return loss, _distance_loss(raw, encode_points(off, sides, head), extent, head)
 
@@ -211,9 +213,9 @@ def _class_loss(
     true = torch.where(places.used, term(torch.where(places.used, own, 0.0), score, head.label_args), 0.0)
     if class_weights is not None:
         class_weights = class_weights.to(logits.dtype)
-        background, true = background * class_weights[:, None], true * class_weights[label]
+        background, true = weighed(background, class_weights[:, None]), weighed(true, class_weights[label])
     if share is not None:
-        background, true = background * share[:, None], true * share[places.image, places.cell]
+        background, true = weighed(background, share[:, None]), weighed(true, share[places.image, places.cell])
     if not head.by_image:
         return background.sum() + true.sum()
     return background.sum((1, 2)).index_add(0, places.image, true)
@@ -230,7 +232,7 @@ def _class_losses(logits: Tensor, label: Tensor, score: Tensor, head: PickHead, 
     """
     target = torch.zeros_like(logits).scatter(1, label.clamp(min=0)[:, None], score[:, None])
     loss = LABEL_TERMS[head.label](logits, target, head.label_args)
-    return (loss if class_weights is None else loss * class_weights.to(loss.dtype)).sum(1)
+    return (loss if class_weights is None else weighed(loss, class_weights.to(loss.dtype))).sum(1)
 
 
 def _nans(values: Tensor) -> Tensor:

@@ -384,7 +384,24 @@ def test_anchors_against_the_order_of_strides(make):
         warnings.simplefilter("error")
         make(anchors=several, strides=strides)
         make(anchors=several[::-1], strides=strides[::-1])
-        make(anchors=[[(10, 13)]] * len(several), strides=strides)
+        make(anchors=[[(20, 13)]] * len(several), strides=strides)
+
+
+@pytest.mark.parametrize("make", [loss, v5, scaled])
+def test_anchors_in_cells(make):
+    """As the checkpoints of YOLOv5 have them, each in cells of its level, and as YOLOv2's files."""
+    pixels = [[(10, 13), (16, 30)], [(30, 61), (62, 45)], [(116, 90), (373, 326)]][: len(make().head.levels)]
+    strides = (8, 16, 32)[: len(pixels)]
+    for anchors in (
+        [[(w / stride, h / stride) for w, h in level] for level, stride in zip(pixels, strides, strict=True)],
+        [[(0.57, 0.68)], [(3.3, 5.5)], [(7.9, 3.5)]][: len(pixels)],
+    ):
+        with pytest.warns(UserWarning, match=f"^anchors: no side reaches {strides[-1] / 2:g} pixels, half a cell"):
+            make(anchors=anchors, strides=strides)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(anchors=pixels, strides=strides)
+        YOLOv2Loss([(0.57, 0.68), (1.9, 2.1)], 3)
 
 
 SPARSE = "a tensor of layout torch.sparse_coo, not torch.strided"

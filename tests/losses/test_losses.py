@@ -802,6 +802,15 @@ def test_half_predictions_have_a_float32_loss(dtype, which):
     assert [grad.dtype for grad in torch.autograd.grad(out.total, preds)] == [dtype] * 2
 
 
+@pytest.mark.parametrize("use", [
+    lambda out: out * 2, lambda out: 0.5 * out, lambda out: out / 2, lambda out: out + out, lambda out: sum([out]),
+])  # fmt: skip
+def test_output_is_no_number(use):
+    """And no tuple to be made longer."""
+    with pytest.raises(TypeError, match=r"^a LossOutput is a tuple, no number: take its \.total"):
+        use(criterion()(maps(), objects()))
+
+
 def test_output():
     out = criterion()(maps(), objects())
     assert isinstance(out, LossOutput)

@@ -423,6 +423,17 @@ def test_the_picture():
     ]
 
 
+def test_repr():
+    criterion = YOLOv8Loss(3, STRIDES, assign_iou="iou", cls_loss="varifocal", rule="libreyolo", backend="torch")
+    assert repr(criterion) == (
+        "YOLOv8Loss(num_classes=3, strides=(8, 16, 32), backend='torch', box=7.5, cls=0.5, dfl=1.5, rule='libreyolo', "
+        "assign_iou='iou', cls_loss='varifocal')"
+    )
+    text = repr(E2ELoss(3, STRIDES, recipe="yolov10", epochs=5, assign_iou="giou", backend="torch"))
+    assert text.startswith("E2ELoss(\n  recipe='yolov10', epochs=5\n")
+    assert text.count("assign_iou='giou', cls_loss='bce'") == 2
+
+
 # ---- bad input
 
 
@@ -431,7 +442,9 @@ WRONG = {
     r"^preds: 2 levels, want 3, one for each of strides": [torch.zeros(2, 67, 8, 12)] * 2,
     r"^preds: a tensor of shape \(1,\), want a list of 3 maps, or a dict with 'boxes', 'scores'": torch.zeros(1),
     r"^preds: a dict with \['boxes'\], want": {"boxes": torch.zeros(1)},
-    r"^preds\[0\]: shape \(2, 66, 8, 12\), want \(B, 67, H, W\)": [torch.zeros(2, 66, *hw) for hw in MAPS],
+    r"^preds\[0\]: shape \(2, 66, 8, 12\), want \(B, 67, H, W\): boxes 4 \* 16, scores 3$": [
+        torch.zeros(2, 66, *hw) for hw in MAPS
+    ],
     r"^preds\[1\]: a map of 8 x 12 cells, want 4 x 6 cells of 16 pixels": [torch.zeros(2, 67, 8, 12)] * 3,
     r"^boxes: shape \(2, 4, 126\), want \(B, 64, 126\)": GOOD | {"boxes": torch.zeros(2, 4, 126)},
     r"^scores: shape \(2, 3, 125\), want \(B, 3, 126\)": GOOD | {"scores": torch.zeros(2, 3, 125)},

@@ -13,7 +13,7 @@ import fusedyolo
 from fusedyolo import YOLOv8Loss, YOLOXLoss, reference
 from fusedyolo.drivers.picks import planes, views
 from fusedyolo.heads import PickHead, pick_head_from_key
-from fusedyolo.reference import pairs, picks, points
+from fusedyolo.reference import pairs, pick_pairs, picks, points
 
 MAPS, STRIDES = ((8, 12), (4, 6), (2, 3)), (8, 16, 32)
 NONE = picks.NONE
@@ -24,13 +24,12 @@ def test_the_assigner_of_ultralytics_alone(name):
     """With scores and boxes as they were recorded, in float64."""
     data = arrays(name)
     meta = data["meta"]
+    points = reference.points_of([tuple(sides) for sides in meta["level_hw"]], meta["strides"], torch.device("cpu"))
     middle = data["anc_points"].double()
-    stride = torch.cat([
-        torch.full((h * w,), s).double() for (h, w), s in zip(meta["level_hw"], meta["strides"], strict=True)
-    ])  # fmt: skip
+    assert torch.equal(points.middle, middle)
     boxes = data["pd_bboxes"].double() - middle.repeat(1, 2)
     cls = data["pd_scores"].double().logit().transpose(1, 2)
-    seen = reference.Seen(boxes, cls, None, reference.Points(middle, stride))
+    seen = reference.Seen(boxes, cls, None, points)
     head = PickHead(
         meta["nc"], tuple(meta["strides"]), topk=meta["topk"], alpha=meta["alpha"], beta=meta["beta"],
         small=meta["stride_val"],
@@ -66,25 +65,69 @@ def test_a_row_is_its_key():
 # ---- steps
 
 
-def test_best_is_in_order_and_equals_by_index():
+def _best(tiers: list[Tensor], k: int, every: bool) -> tuple[Tensor, Tensor]:
+    """Which predictions rows want most, by what ``tiers`` [rows, N] say, and how much; of ``every`` pair, or of those
+    alone that can be.
+    """
+    rows, can = slice(0, len(tiers[0])), torch.stack(tiers).amax(0) > NONE
+    pairs = pick_pairs.all_pairs(rows, can) if every else pick_pairs.listed_pairs(rows, *can.nonzero(as_tuple=True), k)
+    wish = picks.Wish(pairs, [tier[pairs.row, pairs.cell] for tier in tiers], (), torch.tensor([]))
+    pair, worth = picks.best(wish, k)
+    return pairs.cell[pair], worth
+
+
+EVERY = pytest.mark.parametrize("every", [False, True])
+
+
+def test_pairs_within_columns_and_lines():
+    """Of levels of different sides, in the order of rows and cells; what lies in no row, or in all."""
+    points = reference.points_of(MAPS, STRIDES, torch.device("cpu"))
+    gen = torch.Generator().manual_seed(0)
+    x = torch.rand(9, len(points.columns.stride), generator=gen) < 0.5
+    y = torch.rand(9, len(points.lines.stride), generator=gen) < 0.3
+    x[3], y[5], x[8], y[8] = False, False, True, True
+    can = pick_pairs.cells(x, y, points)
+    found = pick_pairs.pairs_within(slice(20, 29), x, y, points, 5)
+    assert torch.equal(torch.stack((found.row - 20, found.cell), 1), can.nonzero())
+    assert found.table.shape[1] == can.sum(1).max() == pick_pairs.widest(x, y, points)
+    assert torch.equal(found.cell[found.table[8]], torch.arange(can.shape[1]))
+    assert [row.tolist() for row in (found.table[3, :2], found.table[0, :2])] == [[-1, -1], [0, 1]]
+
+
+@EVERY
+def test_best_is_in_order_and_equals_by_index(every):
     first = torch.tensor([[1.0, 3.0, 3.0, NONE, 1.0, 3.0], [NONE] * 6, [2.0] * 6])
-    index, worth = picks.best((first,), 4)
+    index, worth = _best([first], 4, every)
     assert index[0].tolist() == [1, 2, 5, 0]
     assert worth[0].tolist() == [3.0, 3.0, 3.0, 1.0]
     assert (worth[1] == NONE).all()
     assert index[2].tolist() == [0, 1, 2, 3]
     next_tier = torch.tensor([[NONE, NONE, NONE, 9.0, NONE, NONE], [5.0, 7.0] + [NONE] * 4, [NONE] * 6])
-    index, worth = picks.best((first, next_tier), 6)
+    index, worth = _best([first, next_tier], 6, every)
     assert index[0].tolist() == [1, 2, 5, 0, 4, 3]  # however much the last is worth
     assert index[1, :2].tolist() == [1, 0]
     assert worth[1].tolist() == [7.0, 5.0] + [NONE] * 4
 
 
-def test_best_against_a_sort():
+@EVERY
+def test_the_last_place_of_equals_goes_to_the_first(every):
+    """Where nothing else is equal."""
     gen = torch.Generator().manual_seed(0)
-    worth = torch.randint(0, 12, (50, 40), generator=gen).double()  # full of equals
+    worth = torch.rand(300, 40, generator=gen).double()
+    order = worth.argsort(dim=1, descending=True)
+    worth.scatter_(1, order[:, 9:10], worth.gather(1, order[:, 8:9]))
+    index, _ = _best([worth], 9, every)
+    assert torch.equal(index[:, 8], order[:, 8:10].amin(1))
+
+
+@EVERY
+@pytest.mark.parametrize("values", [12, 1 << 40], ids=["equals", "none equal"])
+def test_best_against_a_sort(values, every):
+    gen = torch.Generator().manual_seed(0)
+    worth = torch.randint(0, values, (50, 40), generator=gen).double()
     worth[torch.rand(50, 40, generator=gen) < 0.4] = NONE
-    index, values = picks.best((worth,), 9)
+    worth[:5, 3:] = NONE  # fewer than are asked for
+    index, values = _best([worth], 9, every)
     want = worth.sort(dim=1, descending=True, stable=True)
     assert torch.equal(values, want.values[:, :9])
     found = values > NONE
@@ -166,13 +209,19 @@ class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("asked", [False, True], ids=["shapes", "values"])
 @KINDS
-def test_memory_does_not_grow_with_pairs(kind, monkeypatch):
-    """5,000 objects in an image: no tensor of as many numbers as pairs, nor of a tenth of them."""
+def test_memory_does_not_grow_with_pairs(kind, asked, monkeypatch):
+    """5,000 objects in an image, of which some are as large as that: no tensor of as many numbers as pairs, nor of a
+    tenth of them, whether or not values are asked for.
+    """
     maps = ((40, 40), (20, 20), (10, 10))
     rows = loops.some_rows(1, 1, 5000, 3, 0.01, 0.1)
+    rows[::10, 2:] = torch.tensor((0.5, 0.5, 1.0, 1.0))
     preds = [pred.float() for pred in _predictions(kind, rows, images=1, maps=maps)]
     monkeypatch.setattr(pairs, "PAIRS_CHUNK", 1 << 16)
+    for module in (pick_pairs, picks):
+        monkeypatch.setattr(module, "at_hand", lambda values: asked)
     with _Largest() as largest:
         out = _criterion(kind)(preds, rows)
     assert largest.found < 5000 * 2100 // 10

@@ -9,7 +9,7 @@ import torch
 
 from fusedyolo import reference
 from fusedyolo.heads import DenseHead
-from fusedyolo.reference import dense, grid, pairs, picks, primitives
+from fusedyolo.reference import choose, dense, grid, pairs, pick_pairs, picks, primitives
 from fusedyolo.reference.primitives import Places, at_hand
 from fusedyolo.reference.terms.label import LOW, cross_entropy
 from fusedyolo.tools.registry import CASES, Workload
@@ -87,6 +87,22 @@ def test_places():
         assert not at_hand(torch.zeros(2))
 
 
+@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize("values", [4, 1 << 30], ids=["equals", "none equal"])
+def test_the_hardest_are_those_of_a_sort(values, spoilt, monkeypatch):
+    gen = torch.Generator().manual_seed(0)
+    hardness = torch.randint(0, values, (5, 400), generator=gen).double()
+    hardness[:, ::7] = -1.0
+    if spoilt:
+        hardness[1, 50] = math.nan
+    for count in (torch.tensor((0, 1, 30, 99, 100)), torch.tensor((0, 0, 0, 0, 0)), torch.tensor((3, 401, 390, 0, 7))):
+        found = dense._hardest(hardness, count)
+        with monkeypatch.context() as patched:
+            patched.setattr(dense, "at_hand", lambda values: False)
+            assert torch.equal(found, dense._hardest(hardness, count))
+        assert found.sum(1).tolist() == count.clamp(max=400).tolist()
+
+
 LOSSES = ["YOLOv3/darknet", "YOLOv5", "RetinaNet", "SSD", "FCOS", "YOLOX", "YOLOv8", "E2E/yolo26"]
 
 
@@ -107,7 +123,7 @@ def test_shapes_that_depend_on_data_change_nothing(name, spoilt, monkeypatch):
         return [out.total.detach(), *out.parts.values(), out.num_pos, *(pred.grad for pred in preds)]
 
     quick = step()
-    for module in (primitives, dense, grid, pairs, picks):
+    for module in (primitives, choose, pick_pairs, dense, grid, pairs, picks):
         monkeypatch.setattr(module, "at_hand", lambda values: False)
     slow = step()
     assert quick[0].isnan() == spoilt or name in ("YOLOX", "YOLOv5")  # which do not read every logit
@@ -143,7 +159,7 @@ def test_overlaps_are_kept_where_they_are_few(monkeypatch):
     assert len(made) == 1
     monkeypatch.setattr(reference.pairs, "PAIRS_KEPT", 0)
     assert criterion(preds, targets).total == wanted
-    assert len(made) == 4
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 18])

@@ -159,6 +159,38 @@ def test_weights_of_0_of_a_hundredth_of_the_largest(name):
         assert not any(bool(number.isnan().any()) for number in (out.total, *out.parts.values(), *grads)), dtype
 
 
+GAINS = {
+    "YOLOv1/paper": ("lambda_coord", "lambda_noobj"),
+    "YOLOv2/region": ("lambda_coord", "lambda_obj", "lambda_noobj", "lambda_class"),
+    "YOLOv2/darknet": ("coord_scale", "object_scale", "noobject_scale", "class_scale"),
+    "YOLOv3/darknet": ("iou_normalizer", "obj_normalizer", "cls_normalizer"),
+    "YOLOv5": ("box", "obj", "cls"),
+    "YOLOv8": ("box", "cls", "dfl"),
+}
+"""Arguments that are 0 one at a time, which the reference withstands up to the largest number of a type."""
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+def test_nothing_infinite_is_weighed_with_0(case):
+    """Weights of rows, of one class and of all, and gains, of 0: a term that leaves its type and its slope count for
+    nothing. A NaN shows all the same.
+    """
+    plain = Problem(case)
+    one, *others = [0.0] + [1.0] * (plain.criterion("torch").head.num_classes - 1)
+    rows = torch.cat((plain.rows(6), torch.tensor([[1.0], [0.0], [2.0]] * 2, device=DEVICE)), 1)
+    options = [{}, {"class_weights": [one, *others]}, {"class_weights": [0.0] * (1 + len(others))}]
+    for given in [*options, *({name: 0.0} for name in GAINS.get(case.name, ()))]:
+        problem = Problem(case, options=given)
+        for dtype, largest in LARGEST.items():
+            preds = [pred.requires_grad_() for pred in with_huge(problem, dtype, largest, 0.6)]
+            for targets in (plain.rows(6), rows):
+                out = problem.bind("torch")(preds, targets)
+                grads = torch.autograd.grad(out.total.sum(), preds)
+                assert not any(bool(number.isnan().any()) for number in (out.total, *out.parts.values(), *grads)), given
+        spoilt = [pred.detach().fill_(float("nan")) for pred in preds]
+        assert problem.bind("torch")(spoilt, rows).total.isnan(), given
+
+
 @pytest.mark.parametrize("target", [False, True, 0.0, 0.3, 1.0])
 @pytest.mark.parametrize("term", ["focal", "qfl", "varifocal"])
 def test_slopes_of_the_largest_logits(term, target):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...terms import TERMS
+from ..primitives import weighed
 from . import box, decode, label, offset
 
 
@@ -32,5 +33,5 @@ def label_term(name: str, x: Tensor, t: Tensor, args: Sequence[float], weights: 
     if weights is None:
         return LABEL_TERMS[name](x, t, args)
     if TERMS[name].elementwise:
-        return weights * LABEL_TERMS[name](x, t, args)
+        return weighed(LABEL_TERMS[name](x, t, args), weights)
     return LABEL_TERMS[name](x, weights * t, args)

@@ -47,9 +47,10 @@ def _pair(p: Tensor, g: Tensor, eps: float) -> _Pair:
     """The family is invariant under scaling; without it an area of 1e28 pixels by 1e28 leaves float32."""
     p1, p2, g1, g2 = p[..., :2], p[..., 2:], g[..., :2], g[..., 2:]
     overlap = torch.minimum(p2, g2) - torch.maximum(p1, g1)
-    overlap = torch.where((overlap > 0).all(-1, keepdim=True), overlap, 0.0)
+    meet = (overlap > 0).unbind(-1)  # of two numbers operators are quicker than reductions
+    overlap = torch.where((meet[0] & meet[1])[..., None], overlap, 0.0)
     enclosing = torch.maximum(p2, g2) - torch.minimum(p1, g1)
-    unit = enclosing.detach().amax(-1, keepdim=True)
+    unit = torch.maximum(*enclosing.detach().unbind(-1))[..., None]
     unit = torch.where(unit > 0, unit, 1.0)
     distance = (g1 + g2) / 2 - (p1 + p2) / 2
     eps_scaled = eps / unit[..., 0] ** 2 if eps else 0.0
@@ -97,7 +98,8 @@ def giou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = No
 
 def _spread(b: _Pair) -> Tensor:
     """rho^2 / (c^2 + eps): distance of the centres over the enclosing box's diagonal."""
-    return safe_div((b.distance**2).sum(-1), (b.enclosing**2).sum(-1) + b.eps)
+    (dx, dy), (cx, cy) = (b.distance**2).unbind(-1), (b.enclosing**2).unbind(-1)
+    return safe_div(dx + dy, cx + cy + b.eps)
 
 
 def diou(p: Tensor, g: Tensor, args: Sequence[float], extent: Tensor | None = None) -> Tensor:

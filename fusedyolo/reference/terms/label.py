@@ -2,7 +2,8 @@
 
 ``label(x, t, args) -> loss`` of logits x and targets t in [0, 1] of one dtype. Elementwise but for :func:`softmax_ce`,
 and smooth but for :func:`qfl` where p = t. A negative alpha means no factor; a pos_weight multiplies the positive half
-of BCE. The elementwise ones also take a bool, 0 or 1 for all logits, and leave out what that multiplies by 0.
+of BCE. The elementwise ones also take a bool, 0 or 1 for all logits, or a tensor of bools, and leave out what these
+multiply by 0.
 """
 
 from __future__ import annotations
@@ -27,18 +28,29 @@ def bce(x: Tensor, t: Target, args: Sequence[float] = ()) -> Tensor:
 
     PyTorch's own, (1 - t) x - logsigmoid(x), has no digit left in float32 for a background logit of -17.
     """
+    weight = args[0] if args else 1.0
     if t is False:
         return softplus(x, threshold=40)  # beyond which the difference from x is none in float64
-    positive = t * args[0] if len(args) == 1 else t
+    if isinstance(t, Tensor) and t.dtype == torch.bool:
+        loss = bce(_turned(x, t), False)
+        return loss if weight == 1 else torch.where(t, weight * loss, loss)
+    positive = t if weight == 1 else t * weight
     if t is True:
         return -(positive * logsigmoid(x))
     return -(positive * logsigmoid(x) + (1 - t) * logsigmoid(-x))
+
+
+def _turned(x: Tensor, t: Tensor) -> Tensor:
+    """-x where a logit's target is true: that of its complement is false."""
+    return x * torch.where(t, -1.0, 1.0).to(x.dtype)
 
 
 def _mix(t: Target, zero: Callable[[], Tensor], one: Callable[[], Tensor]) -> Tensor:
     """zero (1 - t) + one t."""
     if isinstance(t, bool):
         return one() if t else zero()
+    if t.dtype == torch.bool:
+        return torch.where(t, one(), zero())
     return zero() * (1 - t) + one() * t
 
 
@@ -53,11 +65,12 @@ def _sloped(x: Tensor) -> Tensor:
     return x.clamp(LOW, -LOW)
 
 
-def _balance(t: Target, alpha: float) -> Tensor | float:
+def _balance(t: Target, alpha: float, dtype: torch.dtype) -> Tensor | float:
     if alpha < 0:
         return 1.0
     if isinstance(t, bool):
         return alpha if t else 1 - alpha
+    t = t.to(dtype)
     return alpha * t + (1 - alpha) * (1 - t)
 
 
@@ -70,14 +83,14 @@ def focal(x: Tensor, t: Target, args: Sequence[float]) -> Tensor:
     alpha, gamma = args[:2]
     z = _sloped(x)
     q = _mix(t, z.sigmoid, lambda: (-z).sigmoid())
-    return pow_pos(q, gamma) * _balance(t, alpha) * bce(x, t, args[2:])
+    return pow_pos(q, gamma) * _balance(t, alpha, x.dtype) * bce(x, t, args[2:])
 
 
 def qfl(x: Tensor, t: Target, args: Sequence[float]) -> Tensor:
     """alpha_t |t - p|^gamma BCE, args = (alpha, gamma); quality focal loss, Li et al. 2020. |.| has no slope at 0."""
     alpha, gamma = args
     miss = _miss(_sloped(x), t).abs()
-    return pow_pos(miss, gamma, 0.0**gamma) * _balance(t, alpha) * bce(x, t)
+    return pow_pos(miss, gamma, 0.0**gamma) * _balance(t, alpha, x.dtype) * bce(x, t)
 
 
 def varifocal(x: Tensor, t: Target, args: Sequence[float]) -> Tensor:
