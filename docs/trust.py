@@ -46,7 +46,7 @@ GROUPS: dict[str, list[Property]] = {
         Property(
             "sizes become symbols", ROOM + "graph.py::test_sizes_become_symbols_when_they_change[{case}]", when="long"
         ),
-        Property("the reference compiled", ROOM + "graph.py::test_the_reference_compiles_once[{case}]", when="long"),
+        Property("the reference compiled", ROOM + "graph.py::test_the_reference_compiles_once[{case}]", when="once"),
         Property("Inductor", ROOM + "graph.py::test_inductor[{driver}-triton]", when="long"),
         Property("exported", ROOM + "graph.py::test_exports[{driver}]"),
         Property("opcheck", ROOM + "graph.py::test_opcheck[{case}]", when="once"),

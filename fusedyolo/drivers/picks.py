@@ -273,9 +273,10 @@ def _complete_picks(head: PickHead, arguments: Mapping[str, Any]) -> None:
     decoded.picker_ptr.fill_(M)
     picked.index_ptr.fill_(-1)
     for wish in reference.wishes(seen, objects, head):
-        (overlap,), (now, row, cell, *_) = wish.claim, wish.pairs
+        (overlap,), (first, row, cell, *_) = wish.claim, wish.pairs
         pair, worth = reference.best(wish, min(head.topk, N))
         chosen, count, at = worth > reference.NONE, pair.shape[1], objects.image[row] * N + cell
+        now = slice(first, first + len(pair))
         place = torch.where(chosen, at[pair], B * N)
         picks.scatter_add_(0, place.flatten(), torch.ones_like(place, dtype=picks.dtype).flatten())
         decoded.picker_ptr.view(-1)[place[chosen]] = row[pair][chosen].to(torch.int32)

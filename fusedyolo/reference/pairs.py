@@ -24,6 +24,9 @@ FEWEST = 256  # boxes of a block
 def chunks(rows: int, boxes: int) -> Iterator[slice]:
     """Slices of the rows, so many that their pairs with all boxes of an image fit a chunk."""
     step = max(1, PAIRS_CHUNK // boxes)
+    if 0 < rows <= step:  # a range would make a number of a symbol
+        yield slice(0, rows)
+        return
     for start in range(0, rows, step):
         yield slice(start, start + step)
 

@@ -38,7 +38,7 @@ class Points(NamedTuple):
 class Pairs(NamedTuple):
     """P pairs of one of some rows and a prediction of its image, by row, and of a row by prediction."""
 
-    rows: slice  # of all
+    first: int  # row of these; where they end may be a symbol, which a record would make a number
     row: Tensor  # [P] int64
     cell: Tensor  # [P] int64: the prediction
     can: Tensor  # [P] bool: others are here for their shape
@@ -88,14 +88,14 @@ def listed_pairs(rows: slice, row: Tensor, cell: Tensor, k: int) -> Pairs:
     order = torch.arange(len(row))
     table = order.new_full((len(count), max(k, int(count.max()))), -1)
     table[row, order - (count.cumsum(0) - count)[row]] = order
-    return Pairs(rows, row + rows.start, cell, torch.ones_like(row, dtype=torch.bool), table)
+    return Pairs(rows.start, row + rows.start, cell, torch.ones_like(row, dtype=torch.bool), table)
 
 
 def all_pairs(rows: slice, can: Tensor) -> Pairs:
     """Pairs of ``rows`` and all predictions, [rows, N] of which can be."""
     N = can.shape[1]
     order = torch.arange(can.numel(), device=can.device)
-    return Pairs(rows, rows.start + order // N, order % N, can.flatten(), order.view_as(can))
+    return Pairs(rows.start, rows.start + order // N, order % N, can.flatten(), order.view_as(can))
 
 
 def pairs_of(rows: slice, can: Tensor, k: int) -> Pairs:

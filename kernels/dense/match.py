@@ -311,22 +311,25 @@ def is_ignored(match):
 
 
 @triton.jit
-def _claiming(g0, rows, claims):
-    """Which of LANES rows may claim an anchor of the block, as bits."""
+def _claiming(g0, b, rows, claims):
+    """Which of LANES rows may claim an anchor of the block, one of image b, as bits."""
     lane = tl.arange(0, LANES)
     key = tl.load(claims.best_ptr + g0 + lane, mask=g0 + lane < rows.last, other=0)
+    # between the rows of an image may lie those of others, of which bits say nothing where they meet no anchor at all
+    image = tl.load(rows.ptr + (g0 + lane) * 6, mask=key == MET, other=-1.0)
+    alone = (image >= b) & (image < b + 1)
     words = plain(claims.words)
     word = (g0 - rows.first) // LANES
     bits = tl.load(claims.bits_ptr + tl.program_id(0) * words + word, mask=word < words, other=-1)
-    return lane_bits((key == MET) | ((((bits >> lane) & 1) != 0) & (key > MET)))
+    return lane_bits(alone | ((((bits >> lane) & 1) != 0) & (key > MET)))
 
 
 @triton.jit
-def _any_claims(rows, claims):
+def _any_claims(b, rows, claims):
     """Whether a row may claim an anchor of the block: of most blocks none does, and nothing else is read."""
     bits = tl.cast(0, tl.int64)
     for g0 in range(rows.first, rows.last, LANES):
-        bits |= _claiming(g0, rows, claims)
+        bits |= _claiming(g0, b, rows, claims)
     return bits != 0
 
 
@@ -337,7 +340,7 @@ def _claimed(match, own, rows, claims, frame, SPEC: tl.constexpr):
     areas = _area(own.corners)
     saved = tl.zeros([BLOCK], tl.int32) + BACKGROUND
     for g0 in range(rows.first, rows.last, LANES):
-        bits = _claiming(g0, rows, claims)
+        bits = _claiming(g0, own.b, rows, claims)
         while bits != 0:
             g = g0 + lowest_bit(bits)
             bits = bits & (bits - 1)
@@ -392,7 +395,7 @@ def _settle_claims(anchors_ptr, targets, N, M, frame, levels, claims, matched, S
     else:
         first, last = held_range(targets.offsets_ptr, M, b)
     rows = Range(targets.ptr, first, last, targets.row_weights_ptr)
-    if _any_claims(rows, claims):
+    if _any_claims(b, rows, claims):
         at = matched.match_ptr + b.to(tl.int64) * N + position
         match = tl.load(at, mask=mask, other=IGNORED)
         saved = _claimed(match, _load_block(anchors_ptr, N, levels, SPEC), rows, claims, frame, SPEC)

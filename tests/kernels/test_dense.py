@@ -449,6 +449,25 @@ def test_an_object_that_meets_no_anchor_claims_those_that_it_does_not_meet():
         assert int(without.num_pos) == 0
 
 
+@pytest.mark.parametrize("kind", ["retinanet", "ssd"])
+def test_an_object_that_meets_no_anchor_claims_none_of_another_image(kind):
+    """Packed rows in no order: between those of an image lies one of another, which no anchor there answers for."""
+    rows = torch.tensor(
+        [[1, 1, 0.5, 0.5, 0.2, 0.2], [0, 2, 0.95, 0.05, 0.004, 0.004], [1, 1, 0.4, 0.6, 0.2, 0.3]], device=DEVICE
+    )
+    anchors = torch.tensor([[8.0, 40, 24, 56], [20, 20, 44, 44], [24, 16, 40, 48]], device=DEVICE)
+    make = {"retinanet": RetinaNetLoss, "ssd": SSDLoss}[kind]
+    found = []
+    for backend in BACKENDS:
+        generator = torch.Generator().manual_seed(1)
+        preds = [torch.randn(2, 3, c, generator=generator).to(DEVICE).requires_grad_() for c in (C, 4)]
+        out = make(C, backend=backend)(preds, rows, anchors=anchors, image_size=64)
+        out.total.backward()
+        found.append((out.total.detach(), out.num_pos, *(pred.grad for pred in preds)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_hard_negatives_at_equal_losses_come_first_by_their_index():
     """Equal logits: of 40 negatives the 3 that count are the first."""
     place = torch.arange(40, device=DEVICE).float()[:, None] * 10

@@ -153,8 +153,7 @@ def test_inductor(case, backend):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.long
-@ALL
+@RECIPES
 def test_the_reference_compiles_once(case):
     """For nine numbers of objects."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
