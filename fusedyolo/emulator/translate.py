@@ -9,7 +9,7 @@ import numpy as np
 
 from . import arithmetic
 from .operands import Operands, code_of
-from .ptx import Instruction, Program, Segment, width
+from .ptx import Instruction, Program, Segment, register_class, width
 
 _NEEDS_PLACE = re.compile(r"E\.(load|store|atom|matrix_|shuffle|reduce|barrier|warp_barrier|branch)")
 _SIMPLE = {
@@ -177,7 +177,8 @@ class _Translator(Operands):
         if name in self.program.parameters:
             self.put(to, f"P[{self.program.parameters[name].number}]", kind)
         else:  # chosen at run time
-            self.put(to, f"E.parameter({self.address(address, 'u64')}, '{code_of(kind)}')", kind)
+            place = self.address(address, f"u{width(register_class(name.partition('+')[0].strip())[0]) * 8}")
+            self.put(to, f"E.parameter({place}, '{code_of(kind)}')", kind)
 
     def _op_st(self, op: list[str], args: list[str]) -> None:
         space, size = self._space(op), width(op[-1])

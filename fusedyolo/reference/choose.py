@@ -108,8 +108,8 @@ def _owners(own: Tensor, boxes: Tensor, rows: Rows, offers: _Offers) -> Tensor:
     M, E = len(boxes), len(offers.image)
     picks, picker = own.new_zeros(E + 1), own.new_full((E + 1,), M)
     least, claimant = offers.shared.new_full((E,), NONE), own.new_full((E,), M)
-    step = chunks(len(own), max(1, E)) if at_hand(own) else (slice(0, len(own)),)
-    for now in step:
+    # what is compiled has all at once: a symbol of rows beside one of candidates, no chunk of which has a size
+    for now in (slice(0, len(own)),) if torch.compiler.is_compiling() else chunks(len(own), max(1, E)):
         row = own[now]
         overlap, worth = _pairs(boxes[row], rows.label[row], offers)
         possible = (offers.image == rows.image[row, None]) & rows.valid[row, None] & ~worth.isnan()

@@ -46,7 +46,7 @@ def prediction_at(maps, levels, image, level, anchor, x, y):
         base = tl.where(level == i, maps[i].to(tl.int64), base)
     by = strides_of(levels.by, level)
     plane = image.to(tl.int64) * by.image + anchor.to(tl.int64) * by.anchor
-    return base.to(maps[0].dtype) + (plane + (y * by.row + x * by.column)), by.channel
+    return base.to(maps[0].dtype) + (plane + (y * by.row + x * by.column)), by.channel + level * 0
 
 
 @triton.jit

@@ -67,8 +67,8 @@ def cost_kernel(predictions, levels, decoded, tally, SPEC: tl.constexpr, CELLS: 
         cells = cells_at(tl.load(decoded.list_ptr + (first + i), mask=mask, other=0), levels, SPEC)
         obj = load_channel(predictions.obj, b, 0, cells, mask, SPEC)[None, :]
         at = channel_at(predictions.cls, b, 0, cells)[None, :]
-        step = strides_of(predictions.cls.by, cells.level).channel[None, :]
-        shared = class_costs(at, obj, mask, step, SPEC.C, SPEC.ACC)
+        step = strides_of(predictions.cls.by, cells.level).channel + cells.level * 0  # of one level it is a number
+        shared = class_costs(at, obj, mask, step[None, :], SPEC.C, SPEC.ACC)
         known = shared == shared
         tl.store(decoded.cost_ptr + (first + cells.n), tl.where(known, shared, float("inf")), mask=mask)
         if tl.max((mask & ~known).to(tl.int32), axis=0) > 0:

@@ -6,7 +6,10 @@ from functools import cache
 from typing import Any
 
 import pytest
+from conftest import PINNED_TRITON
 from process import call
+
+pytestmark = PINNED_TRITON  # another names other lines
 
 # Functions that decide, and the losses whose launches hold them. A row's validity (row_valid) is none: it compares
 # numbers as they were loaded, so that it may be asked for anywhere.

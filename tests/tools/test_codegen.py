@@ -16,6 +16,7 @@ def compiled(name: str, dtype: str, target: str, size: int = 640) -> dict[str, A
     return found
 
 
+@PINNED_TRITON
 @pytest.mark.parametrize(
     ("name", "dtype", "target", "planes"),
     [
