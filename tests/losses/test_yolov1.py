@@ -15,7 +15,7 @@ import torch
 import torch._dynamo.testing
 import triton
 import triton.language as tl
-from conftest import DEVICE
+from conftest import DEVICE, PINNED_TRITON
 from formulas import plain_iou
 from fusedyolo.kernels import cells as kernels
 from fusedyolo.kernels import launch
@@ -704,6 +704,7 @@ def test_a_step_is_two_launches_and_little_more_than_the_gradient(layout, packed
     assert other.bytes > 2 * counts.bytes_stored  # a gradient that has to be made anew is made anew
 
 
+@PINNED_TRITON
 @pytest.mark.parametrize(
     ("dtype", "target"),
     [

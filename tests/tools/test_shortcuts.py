@@ -9,7 +9,10 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 shortcuts = pytest.importorskip("fusedyolo.tools.shortcuts")
-pytestmark = pytest.mark.interpreter("it is the interpreter that is shortened")
+pytestmark = [
+    pytest.mark.interpreter("it is the interpreter that is shortened"),
+    pytest.mark.skipif(triton.__version__.startswith("3.9."), reason="another sign of NaNs, wider integers"),
+]
 
 
 class Long(interpreter.TritonSemantic):
