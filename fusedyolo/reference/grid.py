@@ -132,7 +132,7 @@ def _level_loss(
 
     # classes, where a candidate leads
     named = torch.where(names, group * C + label, R * C)
-    there = named.new_zeros(R * C + 1, dtype=torch.bool).scatter_(0, named, True)[:-1].view(R, C)
+    there = named.new_zeros(R * C + 1, dtype=torch.bool).scatter(0, named, True)[:-1].view(R, C)
     target = there
     if head.class_targets != (1.0, 0.0) or not TERMS[head.label].elementwise:
         positive, negative = constants(head.class_targets, pred)

@@ -137,7 +137,7 @@ def _settle(assigner: Assigner, objects: Objects, shape: Sequence[int], head: Pi
         picker.scatter_reduce_(0, place, row[pair].flatten(), "amin")
         claim = wish.claim
         if head.region == "range":
-            own = at.new_zeros(len(at) + 1).scatter_(0, torch.where(chosen, pair, len(at)).flatten(), 1)[:-1]
+            own = at.new_zeros(len(at) + 1).scatter(0, torch.where(chosen, pair, len(at)).flatten(), 1)[:-1]
             claim = [torch.where(own > 0, each, NONE) for each in claim]
         if not claims:
             claims = [(torch.full_like(nothing, NONE, dtype=each.dtype), nothing) for each in claim]

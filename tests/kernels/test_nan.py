@@ -63,6 +63,7 @@ CASES = {
     "YOLOv2/region": (grid("YOLOv2Loss", recipe="region"), {(0, X): EVERYWHERE, (0, OBJ): EVERYWHERE}),
     "YOLOv4": (grid("YOLOv4Loss"), {(0, X): EVERYWHERE, (0, W): EVERYWHERE, (0, OBJ): EVERYWHERE, (0, CLASS): OBJECT}),
     "YOLOv5": (grid("YOLOv5Loss"), {(0, X): OBJECT, (0, W): OBJECT, (0, OBJ): EVERYWHERE, (0, CLASS): OBJECT}),
+    "YOLOv7": (grid("YOLOv7Loss"), {(0, X): OBJECT, (0, W): OBJECT}),  # with any other it is not picked
     "YOLOv5/giou": (grid("YOLOv5Loss", iou_loss="giou"), {(0, X): OBJECT, (0, W): OBJECT}),
     "YOLOv5/iou": (grid("YOLOv5Loss", iou_loss="iou"), {(0, X): OBJECT, (0, W): OBJECT}),
     "RetinaNet": (anchors("RetinaNetLoss"), {(0, 1): EVERYWHERE, (1, X): OBJECT, (1, W): OBJECT}),
