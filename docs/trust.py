@@ -120,6 +120,7 @@ GROUPS: dict[str, list[Property]] = {
             own={
                 "cell": COMPILED + "[other edges]",
                 "grid": COMPILED + "[grids and offsets]",
+                "YOLOv7": COMPILED + "[picked by cost]",
                 "dense": COMPILED + "[other edges]",
                 "pick": COMPILED + "[loss of picks]",
             },

@@ -23,6 +23,7 @@ PARTS = {  # which tests, and how they are run
     "thresholds": (NOISY, "tests/kernels/test_edges.py", "thresholds"),
     "picks": (LAST, "tests/kernels/test_picks.py", "equals or half or crowd and three or counts_for_nothing"),
     "loss of picks": (LAST, "tests/kernels/test_picks_loss.py", "and_gradient and (v8/4 or x/l1) or types and dtype2"),
+    "picked by cost": (LAST, "tests/losses/test_yolov7.py", "Targets-20 or (far_may or without) and triton or half"),
     "variants of grids": (LAST, VARIANTS, "(like_enough or each_image and YOLOv5) and triton or kernels and YOLOv5"),
     "variants of others": (LAST, VARIANTS, "fcos_iou-triton or EfficientDet-rows-triton or kernels and YOLOv1"),
     "weights": (LAST, "tests/losses/test_weights.py", "kernels_equal and (v1 or v2 or FCOS or X)"),

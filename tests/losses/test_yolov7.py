@@ -67,6 +67,14 @@ def test_kernels_are_the_reference(form, count):
     same(step(loss_of("triton"), preds, targets), step(loss_of("torch"), preds, targets))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """Picked and computed in float32: of the gradient alone the last digits are the type's."""
+    preds, rows = [pred.to(dtype) for pred in predictions()], objects(12)
+    want = step(loss_of("torch"), [pred.double() for pred in preds], rows)
+    same(step(loss_of("triton"), preds, rows), want, torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("options", [{"neighbours": 0}, {"neighbours": 4, "anchor_t": 3.0}, {"reduction": "none"}])
 def test_variants(options):
     preds, rows = predictions(seed=3), objects(11)
