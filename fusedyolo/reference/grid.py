@@ -133,8 +133,8 @@ def _level_loss(
     # classes, where a candidate leads
     named = torch.where(names, group * C + label, R * C)
     there = named.new_zeros(R * C + 1, dtype=torch.bool).scatter(0, named, True)[:-1].view(R, C)
-    target = there
-    if head.class_targets != (1.0, 0.0) or not TERMS[head.label].elementwise:
+    target, (one, zero) = there, head.class_targets
+    if one != 1 or zero != 0 or not TERMS[head.label].elementwise:
         positive, negative = constants(head.class_targets, pred)
         target = torch.where(there, positive, negative)
     columns = weights if head.weigh_classes else None
