@@ -211,7 +211,9 @@ def award_kernel(maps, levels, targets, M, offers, head, SPEC: tl.constexpr, WID
         entry = tl.load(offers.clash_ptr + c)
         at = _in_list(entry, M, offers, SPEC, WIDTH)
         level, _kind, _anchor = taken_apart(entry // M, SPEC)
-        image = tl.load(offers.code_ptr + at) // (integer_of(levels.widths, level) * integer_of(levels.heights, level))
+        image = tl.load(offers.cell_ptr + entry) // (
+            integer_of(levels.widths, level) * integer_of(levels.heights, level)
+        )
         first, last = image_rows(targets.ptr, targets.offsets_ptr, M, image, SCANNED)
         top = none_of(tl.zeros([], SPEC.ACC))
         who = entry * 0 + M

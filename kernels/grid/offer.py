@@ -7,8 +7,9 @@ import triton.language as tl
 
 from ..assign import row_cell, row_valid
 from ..levels import strides_of
+from ..overlap import Corners
 from ..picks.costs import class_costs
-from ..picks.site import divided
+from ..picks.site import divided, store_boxes
 from ..primitives import plain
 from ..rows import Row, in_its_range, load_row, of_kind, rows_end
 from .assign import matches
@@ -47,14 +48,6 @@ def prediction_at(maps, levels, image, level, anchor, x, y):
     by = strides_of(levels.by, level)
     plane = image.to(tl.int64) * by.image + anchor.to(tl.int64) * by.anchor
     return base.to(maps[0].dtype) + (plane + (y * by.row + x * by.column)), by.channel + level * 0
-
-
-@triton.jit
-def _store_boxes(ptr, at, corners, mask):
-    """Boxes by their corners, in one access."""
-    x1, y1, x2, y2 = corners
-    boxes = tl.reshape(tl.join(tl.join(x1, x2), tl.join(y1, y2)), (at.shape[0], 4))
-    tl.store(ptr + at.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :], boxes, mask=mask[:, None])
 
 
 @triton.jit
@@ -106,7 +99,7 @@ def _price(g, count, image, maps, levels, offers, head, terms, SPEC: tl.constexp
         y1 = y.centre - 0.5 * y.size
         x2 = x.centre + 0.5 * x.size
         y2 = y.centre + 0.5 * y.size
-        _store_boxes(offers.boxes_ptr, at, (x1, y1, x2, y2), mask)
+        store_boxes(offers.boxes_ptr, at.to(tl.int64), Corners(x1, y1, x2, y2), mask)
         tl.store(offers.obj_ptr + at, obj, mask=mask)
         shared = class_costs((first + 5 * step)[None, :], obj[None, :], mask, step[None, :], head.C, SPEC.ACC)
         tl.store(offers.cost_ptr + at, tl.where(shared == shared, shared, float("inf")), mask=mask)

@@ -9,7 +9,7 @@ from ..regions import Candidates, Points, in_regions
 from ..rows import image_rows, load_rows
 from ..terms.decode import exp, ltrb
 from .region import reach
-from .site import Cells, Object, object_of, offsets, stride_of
+from .site import Cells, Object, object_of, offsets, store_boxes, stride_of
 from .views import as_wide, cells_in, is_wide, step_of, tile_of, tiles_of, view_of, wide_mask
 from .wish import LAST, near_and_own
 
@@ -55,7 +55,7 @@ def _axis(a, b, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _store_boxes(view, tile, mask, stride, ptr, SPEC: tl.constexpr, BINS: tl.constexpr, LAYOUT: tl.constexpr):
+def _decode_boxes(view, tile, mask, stride, ptr, SPEC: tl.constexpr, BINS: tl.constexpr, LAYOUT: tl.constexpr):
     """Corners in pixels, from the middles of cells."""
     left = _side(view, tile, 0, mask, SPEC, BINS, LAYOUT)
     right = _side(view, tile, 2, mask, SPEC, BINS, LAYOUT)
@@ -67,10 +67,9 @@ def _store_boxes(view, tile, mask, stride, ptr, SPEC: tl.constexpr, BINS: tl.con
     y1 = (y - 0.5 * height) * stride
     x2 = (x + 0.5 * width) * stride
     y2 = (y + 0.5 * height) * stride
-    boxes = tl.reshape(tl.join(tl.join(x1, x2), tl.join(y1, y2)), (tile.cells.shape[0], 4))
-    at = tile.b.to(tl.int64) * tile.N + tile.first + tile.cells
-    tl.store(ptr + at[:, None] * 4 + tl.arange(0, 4)[None, :], boxes, mask=mask[:, None])
-    return Corners(x1, y1, x2, y2)
+    boxes = Corners(x1, y1, x2, y2)
+    store_boxes(ptr, tile.b.to(tl.int64) * tile.N + tile.first + tile.cells, boxes, mask)
+    return boxes
 
 
 # ------------------------------------------------------------------------------------------------- SimOTA: candidates
@@ -190,9 +189,9 @@ def decode_kernel(
     if wide:
         own = as_wide(view, LAYOUT)
         mask = wide_mask(view, tile, LAYOUT)
-        boxes = _store_boxes(own, tile, mask, stride, decoded.boxes_ptr, SPEC, BINS, LAYOUT)
+        boxes = _decode_boxes(own, tile, mask, stride, decoded.boxes_ptr, SPEC, BINS, LAYOUT)
     else:
-        boxes = _store_boxes(view, tile, tile.mask, stride, decoded.boxes_ptr, SPEC, BINS, LAYOUT)
+        boxes = _decode_boxes(view, tile, tile.mask, stride, decoded.boxes_ptr, SPEC, BINS, LAYOUT)
     unknown = (boxes.x1 != boxes.x1) | (boxes.y1 != boxes.y1) | (boxes.x2 != boxes.x2) | (boxes.y2 != boxes.y2)
     if tl.max((unknown & tile.mask).to(tl.int32), axis=0) > 0:
         tl.atomic_max(tally.done_ptr + 3, 1, sem="relaxed")

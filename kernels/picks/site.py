@@ -131,6 +131,13 @@ def load_boxes(ptr, at, mask):
 
 
 @triton.jit
+def store_boxes(ptr, at, box, mask):
+    """Stores what :func:`load_boxes` loads."""
+    tile = tl.reshape(tl.join(tl.join(box.x1, box.x2), tl.join(box.y1, box.y2)), (at.shape[0], 4))
+    tl.store(ptr + at[:, None] * 4 + tl.arange(0, 4)[None, :], tile, mask=mask[:, None])
+
+
+@triton.jit
 def channel_at(part, b, channel, cells):
     """Where a channel of a part of the predictions of image b lies, of each cell."""
     at = _channel_of(part, 0, b, channel).to(tl.int64)  # AMD's compiler chooses no pointers by tensors
