@@ -318,7 +318,6 @@ def _simota(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
     """Simplified optimal transport (Ge et al. 2021, arXiv 2107.08430), as YOLOX trains."""
     assert seen.obj is not None
     (B, N), M = seen.obj.shape, len(objects.valid)
-    apart, shared = class_costs(seen.cls, seen.obj)
     edges = Corners(*seen.boxes.permute(2, 0, 1).contiguous())
 
     def near(now: slice) -> tuple[Tensor, Tensor]:
@@ -339,6 +338,7 @@ def _simota(seen: Seen, objects: Objects, head: PickHead) -> Assigner:
     for now in row_chunks(M, N):
         found = near(now)[1].to(torch.uint8)
         candidate.scatter_reduce_(0, objects.image[now, None].expand_as(found), found, "amax")
+    apart, shared = _costs_of(candidate, seen.cls, seen.obj)
 
     def wishes() -> Iterator[Wish]:
         k = min(head.topk, N)
@@ -373,6 +373,16 @@ def _ious(boxes: Corners, off: Tensor, sides: Tensor) -> Tensor:
     areas = (boxes.x2 - boxes.x1) * (boxes.y2 - boxes.y1)
     value = iou(boxes, Corners(x1, y1, x2, y2), areas, area(sides))
     return torch.where(value > 0, value, 0.0)
+
+
+def _costs_of(candidate: Tensor, cls: Tensor, obj: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`class_costs` of the candidates [B, N]; of others anything, 0 where values are at hand: few are."""
+    if not at_hand(candidate):
+        return class_costs(cls, obj)
+    image, cell = candidate.nonzero(as_tuple=True)
+    apart, shared = class_costs(cls[image, :, cell].T[None], obj[image, cell][None])
+    of_all = torch.zeros_like(cls).permute(0, 2, 1).index_put((image, cell), apart[0].T)
+    return of_all.permute(0, 2, 1), torch.zeros_like(obj).index_put((image, cell), shared[0])
 
 
 def class_costs(cls: Tensor, obj: Tensor) -> tuple[Tensor, Tensor]:
