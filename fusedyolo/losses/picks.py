@@ -109,11 +109,18 @@ class PickLoss(WeightedLoss):
         """Those of the predictions that ``head`` is of."""
         return preds
 
-    def read(self, preds: Any, targets: Any, weight: float = 1.0) -> PickCall:
-        """The arguments of :meth:`forward`, checked, in the form in which they are used; gains times ``weight``."""
+    def read(self, preds: Any, targets: Any, weight: float = 1.0, other: PickCall | None = None) -> PickCall:
+        """The arguments of :meth:`forward`, checked, in the form in which they are used; gains times ``weight``.
+
+        Targets that an ``other`` call has read, on the same images, are not read again.
+        """
         form, tensors, maps, size = check(self.head, preds, self.image_size)
         pred = tensors[0]
-        rows, offsets, weights = as_targets(targets, pred.shape[0], size, pred.device, self.form)
+        images = pred.shape[0], size, pred.device
+        if other is not None and images == (other.preds[0].shape[0], other.size, other.preds[0].device):
+            rows, offsets, weights = other.rows, other.offsets, other.weights
+        else:
+            rows, offsets, weights = as_targets(targets, pred.shape[0], size, pred.device, self.form)
         factor = weight * len(range(pred.shape[0])) if self.batch_factor else weight  # range: a number of a symbol
         gains = tuple([gain * factor for gain in self.gains()])
         class_weights = None if self._weights is None else self._weights_for(pred)

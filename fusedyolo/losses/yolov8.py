@@ -283,10 +283,9 @@ class E2ELoss(nn.Module):
     def _calls(self, preds: Any, targets: Any) -> list[tuple[str, YOLOv8Loss, PickCall]]:
         """Of each branch how the names of its parts begin, and its call."""
         many, one = _branch(preds, "one2many"), _branch(preds, "one2one")
-        return [
-            ("one2many_", self.one2many, self.one2many.read(many, targets, self.o2m)),
-            ("one2one_", self.one2one, self.one2one.read(one, targets, self.o2o)),
-        ]
+        first = self.one2many.read(many, targets, self.o2m)
+        second = self.one2one.read(one, targets, self.o2o, first)
+        return [("one2many_", self.one2many, first), ("one2one_", self.one2one, second)]
 
     def apart(self, preds: Any, targets: Any) -> Apart:
         """The loss in pieces, each divided by numbers of its own; arguments and errors of :meth:`forward`."""

@@ -35,9 +35,9 @@ from .launch import (
     Launch,
     Layout,
     accumulator,
+    alike,
     counters_and_maxima,
     float_parts,
-    layout,
     layouts,
     odd,
     planned,
@@ -223,19 +223,19 @@ def _dense_launch(
     own: Outline,
     key: str,
     preds: tuple[Layout, ...],
-    grads: tuple[Layout, ...] | None,
     geometry: Geometry,
     anchors: int,
     with_loss: bool,
+    with_grad: bool,
     skip_one: bool = False,
 ) -> Launch:
-    """Of the driver after the match, the loss, the gradient where there are ``grads``, or both; ``anchors`` in an
-    image. Calls bring what :func:`_brought` says, and ``grad_outs`` where there is no loss.
+    """Of the driver after the match, the loss, the gradient, or both; ``anchors`` in an image. Calls bring what
+    :func:`_loss_steps` says, or :func:`_grad_steps`.
     """
     head, config, row, batch = dense_head_from_key(key), _config(key, preds), _row(key), preds[0].shape[0]
     if not with_loss:
         config = dense_gradient(config, head.negatives > 0)
-    layout = _layout(key, preds, preds if grads is None else grads)
+    layout = _layout(key, preds, alike(preds) if with_grad else preds)
     cls_programs, box_programs = _programs(layout, head, batch, config)
     programs, ranked = sum(cls_programs) + sum(box_programs), head.negatives > 0
     triton_acc, acc = accumulator(preds[0].dtype)
@@ -250,7 +250,7 @@ def _dense_launch(
         SUMS=32 if config.threads == WARP else 256,
         NEAR=layout.near,
         WITH_LOSS=with_loss,
-        WITH_GRAD=grads is not None,
+        WITH_GRAD=with_grad,
         SKIP_ONE=skip_one,
         ACC=triton_acc,
         BLOCK=config.block,
@@ -271,7 +271,7 @@ def _dense_launch(
             done_ptr=own.tensor("done"),
         )
     arguments = {
-        "predictions": _maps(own, layout, len(preds), grads is not None, head),
+        "predictions": _maps(own, layout, len(preds), with_grad, head),
         "matched": loss.Matched(
             *[own.tensor(name) for name in ("anchors", "rows", "weights", "match", "found", "class_weights")],
             own.tensor("ce") if head.box_weight else None,
@@ -395,26 +395,18 @@ def _rank_launches(own: Outline, key: str, preds: tuple[Layout, ...], anchors: i
 def _plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors: int, with_grad: bool, words: int) -> Steps:
     """Of all launches of a loss, ``with_grad`` of its gradient too."""
     own, ranked = Outline(), dense_head_from_key(key).negatives > 0
-    grads = tuple([layout(torch.empty_like(pred.meta())) for pred in preds]) if with_grad else None
     launches = _match_launches(own, key, preds, geometry, anchors, words)
-    launches.append(_dense_launch(own, key, preds, grads, geometry, anchors, True))
+    launches.append(_dense_launch(own, key, preds, geometry, anchors, True, with_grad))
     if ranked:
         launches += _rank_launches(own, key, preds, anchors)
     return own.steps(*launches)
 
 
 @planned
-def _grad_plan(
-    key: str,
-    preds: tuple[Layout, ...],
-    grads: tuple[Layout, ...],
-    geometry: Geometry,
-    anchors: int,
-    skip_one: bool,
-) -> Steps:
+def _grad_plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors: int, skip_one: bool) -> Steps:
     """Of the gradient alone."""
     own = Outline()
-    return own.steps(_dense_launch(own, key, preds, grads, geometry, anchors, False, skip_one))
+    return own.steps(_dense_launch(own, key, preds, geometry, anchors, False, True, skip_one))
 
 
 def _loss_steps(
@@ -473,7 +465,7 @@ def _grad_steps(
     given: dict[str, Any] = dict(zip(names, saved, strict=True))
     given |= {"preds": preds, "grads": grads, "grad_outs": grad_outs}
     given |= {"class_weights": class_weights, "weights": weights}
-    return _grad_plan(head.key, layouts(preds), layouts(grads), geometry, saved[0].shape[0], skip_one), given
+    return _grad_plan(head.key, layouts(preds), geometry, saved[0].shape[0], skip_one), given
 
 
 def grad_launch(
@@ -488,7 +480,8 @@ def grad_launch(
     weights: Tensor | None = None,
 ) -> Launch:
     """The launch of the gradient alone, times ``grad_outs``, of the total and of the parts; if ``skip_one`` it is left
-    as it is where that is 1. ``saved`` as :func:`dense_loss_grad` takes it.
+    as it is where that is 1. ``grads`` lie as ``torch.empty_like`` has them, ``saved`` is as :func:`dense_loss_grad`
+    takes it.
     """
     plan, given = _grad_steps(preds, saved, head, geometry, grads, grad_outs, skip_one, class_weights, weights)
     return plan.launches(saved[1].device, saved[1].shape[0], **given)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from ..operator import call, differentiable, fake, operator
 from ..reference.candidates import NEIGHBOURS, neighbour_reach
 from ..terms import TERMS
 from ..tuned import wishes
-from .launch import Launch, Layout, accumulator, done_counter, layouts, odd, planned, refuse_double_backward
+from .launch import Launch, Layout, accumulator, alike, done_counter, layouts, odd, planned, refuse_double_backward
 from .steps import Outline, Steps
 from .strides import map_strides
 
@@ -168,13 +167,13 @@ def _room(shapes: Sequence[Sequence[int]], head: GridHead) -> _Room:
 
 
 def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> GridOutputs:
-    acc, channels = accumulator(pred.dtype)[1], 5 + head.num_classes
+    acc, kept = accumulator(pred.dtype)[1], -(-(5 + head.num_classes) // 8) * 8
     means = 2 * len(head.levels) if head.mean_rows or head.obj_mean == "used" else 0
     size = places = targets = 0
     if room is not None:
         size = room.states + room.programs
-        # no more assignments than predictions, nor than rows can make; in a compiled graph both are symbols
-        places = torch.sym_min(room.predictions, rows.shape[0] * head.places_per_row)
+        # no more assignments than predictions, nor than rows can make
+        places = _least(room.predictions, rows.shape[0] * head.places_per_row)
         targets = room.padded if any(head.smooth) else 0
     images, levels = pred.shape[0] if head.by_image else 1, len(head.levels)
     columns = loss.N_PARTS.value * levels if head.by_level else 0
@@ -183,9 +182,14 @@ def _outputs(pred: Tensor, rows: Tensor, head: GridHead, room: _Room | None) -> 
         pred.new_empty(3 * images + means + columns, dtype=acc),
         pred.new_empty(2, dtype=torch.int32),
         pred.new_empty(size, dtype=torch.int32),
-        pred.new_empty((places, -(-channels // 8) * 8), dtype=acc),
+        pred.new_empty(places, kept, dtype=acc),
         pred.new_empty(targets, dtype=acc),
     )
+
+
+def _least(a: Any, b: Any) -> Any:
+    """Of two integers, which are symbols in a compiled graph."""
+    return min(a, b) if type(a) is int and type(b) is int else torch.sym_min(a, b)
 
 
 def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: bool) -> GridOutputs:
@@ -195,12 +199,11 @@ def grid_outputs(preds: list[Tensor], rows: Tensor, head: GridHead, with_state: 
 
 
 class _Plan(NamedTuple):
-    """Both launches of a step but for what calls bring, what their configuration hangs on, and how much they leave."""
+    """Both launches of a step but for what calls bring, and how much they leave."""
 
     loss: Steps  # with what the gradient needs
     loss_alone: Steps
-    grad: Launch  # for gradients that lie as the predictions do
-    outline: Outline  # of that
+    grad: Steps
     room: _Room
 
 
@@ -244,19 +247,19 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
     numbers = programs * (loss.N_PARTS.value + 5 * (rows_read + config.cells) * spec.IGNORES)  # boxes met by a tile too
     spread = 4 * places * (spec.SHARING in ("each", "sum"))  # numbers a row, see there
 
-    def listed(M: int) -> tuple[int]:
-        each = 4 * rows_read + config.cells - (-M * spec.KINDS // rows_read) - (-M // rows_read)
-        return (lists * M + programs * each,)
+    # of each program some blocks, and integers for blocks of candidates and rows; these are rounded up with all rows
+    fixed = programs * (4 * rows_read + config.cells + 2)
+    listed = lists - (-programs * (spec.KINDS + 1) // rows_read)
 
     def loss_steps(with_state: bool) -> Steps:
         own = Outline()
-        partial = own.scratch(acc, lambda M: (numbers + spread * M,))
+        partial = own.scratch(acc, (numbers,), spread)
         weights = (own.tensor("class_weights"), None)[:: -1 if head.weigh_classes else 1]
         given = {
             "maps": own.tensors("preds", len(preds)),
             "targets": records.Targets(own.tensor("rows"), own.tensor("offsets"), *weights, own.tensor("weights")),
             "M": own.M,
-            "lists_ptr": own.scratch(torch.int32, listed),
+            "lists_ptr": own.scratch(torch.int32, (fixed,), listed),
             "offers": None,
             "saved": _saved(own, room, head) if with_state else records.Saved(*(None,) * 5),
             "outputs": records.Outputs(
@@ -283,8 +286,13 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         "grad_out_ptr": own.tensor("grad_total"),
     }
     grid, settings = (programs * spec.PARTS,), (config.threads, config.max_registers)
+    grads = alike(preds)
+    grads_by = [map_strides(grad, 5 + head.num_classes) for grad in grads]
+    given["grads_by"] = odd(tuple(grads_by))
+    if _layout(grads_by, grads) != spec.LAYOUT:
+        given["SPEC"] = spec._replace(LAYOUT="strided")
     grad = Launch(gradient.grid_grad_kernel, grid, common | given, *settings, stages=config.stages)
-    return _Plan(loss_steps(True), loss_steps(False), grad, own, room)
+    return _Plan(loss_steps(True), loss_steps(False), own.steps(grad), room)
 
 
 def _offers(own: Outline, tables: int, acc: torch.dtype) -> records.Offers:
@@ -332,18 +340,6 @@ def _near_places(head: GridHead, shapes: Sequence[Sequence[int]], cells: int) ->
     return sum(count * min(-(-height * width // cells), 2 + 3 * width // cells) for count, height, width in maps)
 
 
-@planned
-def _grad_plan(key: str, preds: tuple[Layout, ...], grads: tuple[Layout, ...]) -> Steps:
-    """The gradient launch with the strides of the gradients; of one layout with the predictions' only if both are."""
-    plan, head = _plan(key, preds), head_from_key(key)
-    strides = [map_strides(grad, 5 + head.num_classes) for grad in grads]
-    spec = plan.grad.arguments["SPEC"]
-    if _layout(strides, grads) != spec.LAYOUT:
-        spec = spec._replace(LAYOUT="strided")
-    arguments = {**plan.grad.arguments, "grads_by": odd(tuple(strides)), "SPEC": spec}
-    return plan.outline.steps(replace(plan.grad, arguments=arguments))
-
-
 def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:
     """That of a :class:`~fusedyolo.kernels.grid.records.Spec`."""
     if all(by.row == by.column * each.shape[3] for by, each in zip(strides, maps, strict=True)):
@@ -373,8 +369,15 @@ def _loss_given(
     weights: Tensor | None = None,
 ) -> dict[str, Any]:
     """What a call brings to a loss launch; ``weights`` are those of the rows."""
-    given = {"preds": preds, "rows": rows, "offsets": offsets, "class_weights": class_weights, "weights": weights}
-    return given | outputs._asdict() | {"done": done_counter(rows.device, workspace)}
+    return {
+        "preds": preds,
+        "rows": rows,
+        "offsets": offsets,
+        "class_weights": class_weights,
+        "weights": weights,
+        "done": done_counter(rows.device, workspace),
+        **outputs._asdict(),
+    }
 
 
 def grid_launches(
@@ -403,9 +406,11 @@ def grid_grad_launch(
     outputs: GridOutputs,
     weights: Tensor | None = None,
 ) -> Launch:
-    """The launch that leaves the gradient, times ``grad_total``, after a loss launch with state."""
+    """The launch that leaves the gradient, times ``grad_total``, after a loss launch with state; ``grads`` lie as
+    ``torch.empty_like`` has them.
+    """
     given = outputs._asdict() | {"preds": preds, "grads": grads, "grad_total": grad_total, "weights": weights}
-    return _grad_plan(head.key, layouts(preds), layouts(grads)).launches(grad_total.device, 0, **given)[0]
+    return _plan(head.key, layouts(preds)).grad.launches(grad_total.device, 0, **given)[0]
 
 
 @operator
@@ -449,8 +454,7 @@ def grid_loss_grad(
     """Gradient of :func:`grid_loss`'s total by every map, times ``grad_total`` (as the total), in one launch."""
     grads = [torch.empty_like(pred) for pred in preds]
     saved = {"parts": parts, "state": state, "kept": kept, "true_obj": true_obj, "weights": weights}
-    plan = _grad_plan(key, layouts(preds), layouts(grads))
-    plan.run(grad_total.device, 0, preds=preds, grads=grads, grad_total=grad_total, **saved)
+    _plan(key, layouts(preds)).grad.run(grad_total.device, 0, preds=preds, grads=grads, grad_total=grad_total, **saved)
     return grads
 
 

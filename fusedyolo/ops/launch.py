@@ -70,6 +70,11 @@ def layouts(tensors: Sequence[Tensor]) -> tuple[Layout, ...]:
     return tuple([_new(Layout, (t.shape, t.stride(), t.dtype, t.device)) for t in tensors])
 
 
+def alike(preds: Sequence[Layout]) -> tuple[Layout, ...]:
+    """Of what ``torch.empty_like`` makes of tensors with these."""
+    return tuple([layout(torch.empty_like(pred.meta())) for pred in preds])
+
+
 PLANS = 512  # of a driver; a plan is a few kilobytes
 _plans: list[Any] = []  # the caches, of all drivers
 

@@ -15,7 +15,7 @@ from ..kernels.launch import pick_config, power_of_two
 from ..kernels.picks import loss, records
 from ..operator import call, differentiable, fake, operator
 from ..terms import TERMS
-from .launch import Launch, Layout, accumulator, done_counter, layout, layouts, planned, refuse_double_backward
+from .launch import Launch, Layout, accumulator, alike, done_counter, layouts, planned, refuse_double_backward
 from .picking import Maps, brought, fill_parts, levels_of, lies_as, parts_of, picking, shift_for, tuned_for
 from .steps import Outline, Steps
 
@@ -65,13 +65,13 @@ def _head_launch(
     own: Outline,
     key: str,
     preds: tuple[Layout, ...],
-    grads: tuple[Layout, ...] | None,
     geometry: Geometry,
     assigned: loss.Assigned,
     with_loss: bool,
+    with_grad: bool,
     skip_one: bool = False,
 ) -> Launch:
-    """What comes after the assignment: the loss, the gradient where there are ``grads``, or both.
+    """What comes after the assignment: the loss, the gradient, or both.
 
     Calls bring ``preds``, ``rows``, their ``weights``, ``class_weights`` and ``gains``; ``total``, ``parts`` and
     ``done`` for the loss; ``grads`` for the gradient, and ``grad_outs`` for that alone.
@@ -79,7 +79,7 @@ def _head_launch(
     head, batch = pick_head_from_key(key), preds[0].shape[0]
     form, maps, (height, width) = geometry
     at = parts_of(form, preds, key, maps)
-    grads_at = at if grads is None else parts_of(form, grads, key, maps)
+    grads_at = parts_of(form, alike(preds), key, maps) if with_grad else at
     lies = lies_as((at, grads_at), maps)
     areas = [rows * columns for rows, columns in maps]
     config = pick_config(max(areas), lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
@@ -96,7 +96,7 @@ def _head_launch(
         ACC=triton_acc,
         LAYOUT=lies,
         WITH_LOSS=with_loss,
-        WITH_GRAD=grads is not None,
+        WITH_GRAD=with_grad,
         SKIP_ONE=skip_one,
         CELLS=config.cells,
         PLANES=config.planes,
@@ -114,7 +114,7 @@ def _head_launch(
     grad_outs = (None,) * (1 + parts) if with_loss else own.tensors("grad_outs", 1 + parts)
     arguments = {
         "predictions": fill_parts(at, own.tensors("preds", len(preds))),
-        "gradient": None if grads is None else fill_parts(grads_at, own.tensors("grads", len(grads))),
+        "gradient": fill_parts(grads_at, own.tensors("grads", len(preds))) if with_grad else None,
         "M": own.M,
         "levels": levels_of(maps, head),
         "B": batch,
@@ -135,15 +135,15 @@ def _head_launch(
 def _last_plan(
     key: str,
     preds: tuple[Layout, ...],
-    grads: tuple[Layout, ...] | None,
     geometry: Geometry,
     with_loss: bool,
+    with_grad: bool,
     skip_one: bool,
 ) -> Steps:
     own = Outline()
     nans = own.tensor("nans") if with_loss else None
     assigned = loss.Assigned(own.tensor("row"), own.tensor("score"), own.tensor("norm"), nans)
-    return own.steps(_head_launch(own, key, preds, grads, geometry, assigned, with_loss, skip_one))
+    return own.steps(_head_launch(own, key, preds, geometry, assigned, with_loss, with_grad, skip_one))
 
 
 @planned
@@ -154,8 +154,7 @@ def _plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, with_grad: bo
     first = picking(own, form, preds, key, maps, size, shift)
     decoded, settled = first.decoded, first.settled
     assigned = loss.Assigned(decoded.row_ptr, decoded.score_ptr, settled.norm_ptr, settled.nans_ptr)
-    grads = tuple([layout(torch.empty_like(pred.meta())) for pred in preds]) if with_grad else None
-    return own.steps(*first.launches, _head_launch(own, key, preds, grads, geometry, assigned, True))
+    return own.steps(*first.launches, _head_launch(own, key, preds, geometry, assigned, True, with_grad))
 
 
 def head_launch(
@@ -175,15 +174,14 @@ def head_launch(
     """A launch of what comes after the assignment: the loss where there are ``results``, total and parts, for it; the
     gradient with ``grads``; or both.
 
-    The gradient is multiplied by ``grad_outs``, of the total and of each part; if ``skip_one`` it is left as it is
-    where that is 1.
+    ``grads`` lie as ``torch.empty_like`` has them. The gradient is multiplied by ``grad_outs``, of the total and of
+    each part; if ``skip_one`` it is left as it is where that is 1.
     """
     given = assignment._asdict() | {"preds": preds, "rows": rows, "class_weights": class_weights, "gains": gains}
     given |= {"grads": grads, "grad_outs": grad_outs, "weights": weights}
     if results is not None:
         given |= {"total": results[0], "parts": results[1], "done": done_counter(rows.device)}
-    d_layouts = None if grads is None else layouts(grads)
-    plan = _last_plan(head.key, layouts(preds), d_layouts, geometry, results is not None, skip_one)
+    plan = _last_plan(head.key, layouts(preds), geometry, results is not None, grads is not None, skip_one)
     return plan.launches(rows.device, rows.shape[0], **given)[0]
 
 
@@ -295,7 +293,7 @@ def _gradient(
     weights: Tensor | None,
 ) -> None:
     rows, row, score, norm = saved
-    plan = _last_plan(key, layouts(preds), layouts(grads), geometry, False, skip_one)
+    plan = _last_plan(key, layouts(preds), geometry, False, True, skip_one)
     plan.run(
         rows.device,
         rows.shape[0],

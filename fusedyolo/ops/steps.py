@@ -7,7 +7,7 @@ What follows from shapes, strides, types, devices and the row alone is a *plan*,
     def _plan(key: str, preds: tuple[Layout, ...]) -> Steps:
         own = Outline()
         maps, rows = own.tensors("preds", len(preds)), own.tensor("rows")
-        found = own.scratch(torch.int32, lambda M: (M, 8))
+        found = own.scratch_of_rows(torch.int32, 8)
         first = Launch(kernel, (programs,), {"maps": maps, "rows_ptr": rows, "M": own.M, "found_ptr": found}, threads)
         return own.steps(first, ...)
 
@@ -15,7 +15,8 @@ What follows from shapes, strides, types, devices and the row alone is a *plan*,
 
 Scratch is what launches leave for one another and nobody else reads: one allocation a call, of which kernels are given
 addresses. No Python object is made for a piece of it, and none of a plan's records is walked through: the code that
-puts a call's addresses into them is made with the plan, as that of a NamedTuple is with its class. Before kernels of
+reads what a call brings, and puts its addresses into them, is made with the plan, as that of a NamedTuple is with its
+class. Before kernels of
 a plan are compiled for what a call brings, and where Triton interprets or emulates them, tensors are filled in, each
 piece of scratch an allocation of its own.
 """
@@ -65,21 +66,23 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Of scratch: its shape, or that for so many rows; or that of each row."""
+    """Of scratch: its shape, and so many numbers behind it for each row; or with ``of_rows`` the shape is a row's."""
 
     dtype: torch.dtype
-    shape: Shape | Callable[[int], Shape]
+    shape: Shape
+    a_row: int = 0
     of_rows: bool = False
 
     def shape_for(self, rows: int) -> Shape:
         """All of it."""
-        if callable(self.shape):
-            return self.shape(rows)
-        return (rows, *self.shape) if self.of_rows else self.shape
+        if self.of_rows:
+            return (rows, *self.shape)
+        return (self.shape[0] + self.a_row * rows,) if self.a_row else self.shape
 
-    def size(self, rows: int) -> int:
-        """In bytes, so that the next one is aligned."""
-        return _aligned(math.prod(self.shape_for(rows)) * self.dtype.itemsize)
+    def sizes(self) -> tuple[int, int]:
+        """In bytes, without rows and with each more, so that the next piece is aligned for as many as are aligned."""
+        fixed, a_row = (0, math.prod(self.shape)) if self.of_rows else (math.prod(self.shape), self.a_row)
+        return _aligned(fixed * self.dtype.itemsize), a_row * self.dtype.itemsize
 
 
 def _aligned(size: int) -> int:
@@ -116,14 +119,14 @@ class Outline:
         """So many integers or floats."""
         return self._named("numbers", name, count)
 
-    def scratch(self, dtype: torch.dtype, shape: Shape | Callable[[int], Shape]) -> Slot:
-        """Memory for the launches of a call, of this shape, or of that for so many rows."""
-        self._pieces.append(_Piece(dtype, shape))
+    def scratch(self, dtype: torch.dtype, shape: Shape, a_row: int = 0) -> Slot:
+        """Memory for the launches of a call, of this shape; of one dimension with so many numbers more for each row."""
+        self._pieces.append(_Piece(dtype, shape, a_row))
         return Slot("scratch", len(self._pieces) - 1)
 
     def scratch_of_rows(self, dtype: torch.dtype, *shape: int) -> Slot:
         """So much for each row."""
-        self._pieces.append(_Piece(dtype, shape, True))
+        self._pieces.append(_Piece(dtype, shape, of_rows=True))
         return Slot("scratch", len(self._pieces) - 1)
 
     def steps(self, *launches: Launch) -> Steps:
@@ -141,38 +144,30 @@ class Steps:
         tensors: Names,
         pieces: list[_Piece],
     ):
-        self._launches, self._pieces, self._flat = launches, pieces, _flattener(numbers, tensors)
+        self._launches, self._pieces, self._read = launches, pieces, _reader(numbers, tensors)
         self._grids = [None if callable(launch.grid) else (*launch.grid, 1, 1)[:3] for launch in launches]
         self._takers = [_taker([launch.arguments[name] for name in launch.kernel.arg_names]) for launch in launches]
-        # where in memory a piece begins, how much more a row, of so many that all pieces are aligned; others follow
+        # where in memory a piece begins, and how much more for each row
         self._places: list[tuple[int, int]] = []
-        self._fixed = sum([piece.size(0) for piece in pieces if not callable(piece.shape)])
-        self._a_row, fixed = 0, 0
+        self._fixed = self._a_row = 0
         for piece in pieces:
-            self._places.append((self._fixed, self._a_row) if piece.of_rows else (fixed, 0))
-            if piece.of_rows:
-                self._a_row += math.prod(piece.shape_for(1)) * piece.dtype.itemsize
-            elif not callable(piece.shape):
-                fixed += piece.size(0)
-        self._others = [(at, piece) for at, piece in enumerate(pieces) if callable(piece.shape)]
+            self._places.append((self._fixed, self._a_row))
+            fixed, a_row = piece.sizes()
+            self._fixed += fixed
+            self._a_row += a_row
         self._compiled: dict[tuple[Any, ...], list[Any]] = {}
 
     def launches(self, device: torch.device, M: int, **given: Any) -> list[Launch]:
         """For a call with so many rows, each with all its arguments."""
-        return self._filled(device, *self._flat(M, given))
+        numbers, tensors, _addresses, _kinds = self._read(M, given)
+        return self._filled(device, numbers, tensors)
 
     def run(self, device: torch.device, M: int, **given: Any) -> None:
         """Launch them on the current stream of the ``device`` of a call's tensors.
 
         What :func:`~.launch.zeros` has given is forgotten if one of them fails or is interrupted.
         """
-        numbers, tensors = self._flat(M, given)
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        kinds = (  # what the code of kernels hangs on
-            tuple([tensor is not None and tensor.dtype for tensor in tensors]),
-            tuple([address is None or address % ALIGNED == 0 for address in addresses]),
-            tuple([(n == 1, n % ALIGNED == 0, -LIMIT <= n < LIMIT) if type(n) is int else type(n) for n in numbers]),
-        )
+        numbers, tensors, addresses, kinds = self._read(M, given)
         nvidia = torch.version.hip is None  # elsewhere Triton specializes on the size of memory, too
         kernels = self._compiled.get(kinds) if nvidia else None
         if kernels is None:
@@ -209,17 +204,9 @@ class Steps:
         if not self._pieces:
             return None, []
         rows = _aligned(M)
-        size = self._fixed + self._a_row * rows
-        varying = []
-        for at, piece in self._others:
-            varying.append((at, size))
-            size += piece.size(M)
-        memory = torch.empty(size, dtype=torch.uint8, device=device)
+        memory = torch.empty(self._fixed + self._a_row * rows, dtype=torch.uint8, device=device)
         base = memory.data_ptr()
-        places = [base + fixed + a_row * rows for fixed, a_row in self._places]
-        for at, start in varying:
-            places[at] = base + start
-        return memory, places
+        return memory, [base + fixed + a_row * rows for fixed, a_row in self._places]
 
 
 def _fill(item: Any, values: Mapping[str, Sequence[Any]]) -> Any:
@@ -232,13 +219,31 @@ def _fill(item: Any, values: Mapping[str, Sequence[Any]]) -> Any:
     return type(item)(*filled) if hasattr(item, "_fields") else tuple(filled)
 
 
-def _flattener(numbers: Names, tensors: Names) -> Callable[[int, dict[str, Any]], tuple[list[Any], list[Any]]]:
-    """A function of the number of rows and of what a call brings, by name, that returns all numbers and all tensors."""
-    texts = [
-        "".join(f"{'' if count is None else '*'}given[{name!r}], " for name, count in names)
-        for names in (numbers, tensors)
-    ]
-    return eval(f"lambda M, given: ([M, {texts[0]}], [{texts[1]}])")
+Given = tuple[list[Any], list[Any], list[Any], tuple[Any, ...]]
+
+
+def _reader(numbers: Names, tensors: Names) -> Callable[[int, dict[str, Any]], Given]:
+    """A function of the number of rows and of what a call brings, by name, that returns all numbers, all tensors, their
+    addresses, and what the code of kernels hangs on: the types of tensors, how they are aligned, kinds of numbers.
+    """
+    of_numbers, of_tensors, lines, kinds = ["M"], list[str](), list[str](), list[str]()
+    for names, found, letter in ((numbers, of_numbers, "n"), (tensors, of_tensors, "t")):
+        for name, count in names:
+            own = [f"{letter}{len(found) + i}" for i in range(1 if count is None else count)]
+            found += own
+            if own:
+                lines.append(f"{', '.join(own)}{'' if count is None else ','} = given[{name!r}]")
+    addresses = [f"a{i}" for i in range(len(of_tensors))]
+    for tensor, address in zip(of_tensors, addresses, strict=True):
+        lines.append(f"{address} = None if {tensor} is None else {tensor}.data_ptr()")
+        kinds.append(f"{tensor} is not None and ({tensor}.dtype, {address} % {ALIGNED} == 0)")
+    for n in of_numbers:
+        kinds.append(f"({n} == 1, {n} % {ALIGNED} == 0, -{LIMIT} <= {n} < {LIMIT}) if type({n}) is int else type({n})")
+    listed = ["[" + ", ".join(each) + "]" for each in (of_numbers, of_tensors, addresses)]
+    body = "\n    ".join([*lines, f"return {', '.join(listed)}, ({', '.join(kinds)},)"])
+    space: dict[str, Any] = {}
+    exec(f"def read(M, given):\n    {body}", space)
+    return space["read"]
 
 
 def _taker(items: Sequence[Any]) -> Callable[[list[Any], list[Any], list[int]], tuple[Any, ...]]:

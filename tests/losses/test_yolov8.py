@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fusedyolo
 from fusedyolo import E2ELoss, Targets, YOLOv8Loss
+from fusedyolo.losses import picks
 from fusedyolo.terms import term_names
 
 V8 = golden.names("torch", "ultra_v8*")
@@ -278,6 +279,25 @@ def test_forms_of_targets_agree():
         corners = torch.cat((own[:, 2:4] - own[:, 4:] / 2, own[:, 2:4] + own[:, 4:] / 2), 1) * size.repeat(2)
         listed.append({"boxes": corners, "labels": own[:, 1].long()})
     close(criterion(preds, listed).total, want.total, 1e-6)
+
+
+@pytest.mark.parametrize(("scale", "times"), [(1, 1), (2, 2)])
+def test_two_branches_read_targets_once_of_images_of_one_size(scale, times, monkeypatch):
+    """Pixels of an image of another size are other boxes."""
+    boxes, scores = torch.randn(2, 4, 126), torch.randn(2, 3, 126)
+    larger = torch.randn(2, 4, 126 * scale**2), torch.randn(2, 3, 126 * scale**2)
+    preds = {
+        "one2many": planes(boxes, scores),
+        "one2one": planes(*larger, [(height * scale, width * scale) for height, width in MAPS]),
+    }
+    listed = [{"boxes": torch.tensor([[3.0, 5.0, 40.0, 60.0]]), "labels": torch.tensor([2])} for _ in range(2)]
+    criterion = E2ELoss(3, STRIDES, backend="torch")
+    alone = [getattr(criterion, name)(preds[name], listed).total for name in preds]
+    read, calls = picks.as_targets, []
+    monkeypatch.setattr(picks, "as_targets", lambda *given: calls.append(given) or read(*given))
+    total = criterion(preds, listed).total
+    assert len(calls) == times
+    close(total, criterion.o2m * alone[0] + criterion.o2o * alone[1], 1e-6)
 
 
 @pytest.mark.parametrize("reg_max", [1, 16])
