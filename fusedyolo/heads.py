@@ -43,7 +43,8 @@ class GridHead(_Row):
     cell the 2 nearest, all 4, or 0 for its own cell alone) or ``"iou_band"`` (with ``band``, the IoU below which a
     prediction is negative and that above which it is positive). ``per_level``: the anchors of each level compete among
     themselves. ``by_cost``: rows do not take the predictions that they may be assigned to, but offer them to all rows
-    of their image, and each of these picks the ones that cost it least. ``shared`` says what becomes of a prediction
+    of their image, and each of these picks the ones that cost it least, ``topk`` at most: as many as that many of its
+    overlaps add up to. ``shared`` says what becomes of a prediction
     that several rows want: ``"sum"``, ``"last"``, ``"each"`` or ``"merge"`` (the box of the last, the classes of all).
     ``edge``: a centre on the right or lower border of the image belongs to its last cell.
 
@@ -80,6 +81,7 @@ class GridHead(_Row):
     band: tuple[float, float] = (0.3, 0.7)
     per_level: bool = False
     by_cost: bool = False
+    topk: int = 10
     shared: str = "sum"
     edge: bool = False
     decode: str = "exp"
@@ -154,9 +156,6 @@ def reach(overlap: float) -> float:
     t = max(overlap, 1e-3)
     return max(1 - t, (1 / t - 1) / 2)
 
-
-PICKS = 10
-"""Predictions that a row picks at most ``by_cost``, and overlaps that it adds up to know how many."""
 
 CENTRE_LIMIT, EDGE_LIMIT = 1.0, 1.0 + 2.0**-23
 """Centres of valid rows lie below this, in images, without and with ``edge``: 1, or the next float32."""

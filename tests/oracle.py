@@ -200,7 +200,7 @@ def check_grid(
     want = torch.autograd.grad(total, truth)
 
     leaves = [p.detach().requires_grad_() for p in preds]
-    got_total, got_parts, got_counts, *_ = ops.grid_loss(leaves, rows, offsets, class_weights, head.key, True)
+    got_total, got_parts, got_counts, *_ = ops.grid_loss(leaves, rows, offsets, class_weights, head.key, True, [])
     grad_out = torch.tensor(0.5, dtype=got_total.dtype, device=got_total.device)
     got = torch.autograd.grad(got_total, leaves, grad_out)
 

@@ -30,6 +30,7 @@ class GridCall(NamedTuple):
     size: tuple[float, float]  # (height, width) of the image
     class_weights: Tensor | None
     weights: Tensor | None = None  # [M], of the rows
+    lead: Sequence[Tensor] = ()  # maps by whose cost rows pick, in place of preds
 
 
 class GridDriver(Driver):
@@ -44,17 +45,21 @@ class GridDriver(Driver):
 
     def read(self, criterion: Any, preds: Any, targets: Any, **geometry: Any) -> GridCall:
         shared.refuse(geometry)
-        head = criterion.head
-        maps, anchors = _maps(preds, head), tuple(map(len, head.levels))
-        batch, size = checks.grid_predictions(maps, anchors, head.strides, head.num_classes, criterion.image_size, True)
-        maps = checks.grid_views(maps, anchors, head.num_classes)
+        maps, batch, size = self.maps_of(criterion, criterion.own(preds))
         rows, offsets, weights = as_targets(targets, batch, size, maps[0].device, criterion.form)
         return GridCall(maps, rows, offsets, size, criterion.class_weights, weights)
 
+    def maps_of(self, criterion: Any, preds: Any) -> tuple[list[Tensor], int, tuple[float, float]]:
+        """Checked predictions, the number of images, and their (height, width)."""
+        head = criterion.head
+        maps, anchors = _maps(preds, head), tuple(map(len, head.levels))
+        batch, size = checks.grid_predictions(maps, anchors, head.strides, head.num_classes, criterion.image_size, True)
+        return checks.grid_views(maps, anchors, head.num_classes), batch, size
+
     def reference_loss(self, head: GridHead, call: GridCall) -> tuple[Tensor, Tensor, Tensor, None]:
-        views = [reference.grid_view(pred, len(level)) for pred, level in zip(call.preds, head.levels, strict=True)]
         rows, spare = without_spare(call.rows, call.offsets)
-        total, parts, counts = reference.grid_loss(views, rows, head, call.class_weights, call.weights)
+        preds, lead = _views(call.preds, head), _views(call.lead, head)
+        total, parts, counts = reference.grid_loss(preds, rows, head, call.class_weights, call.weights, lead)
         return total, parts, shared.counts_without_spare(counts, spare), None
 
     def launches(self, head: GridHead, call: GridCall) -> dict[str, Launch]:
@@ -63,15 +68,14 @@ class GridDriver(Driver):
         preds = list(call.preds)
         outputs = ops.grid_outputs(preds, call.rows, head, True)
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=preds[0].device)
-        given = preds, call.rows, call.offsets, call.class_weights, head, outputs, True, call.weights
+        given = preds, call.rows, call.offsets, call.class_weights, head, outputs, True, call.weights, call.lead
         grad = ops.grid_grad_launch(preds, grads, one, head, outputs, call.weights)
         return ops.grid_launches(*given) | {"grad": grad}
 
     def assign(self, head: GridHead, call: GridCall) -> Assignment:
         rows, _ = without_spare(call.rows, call.offsets)
         with torch.no_grad():
-            views = [reference.grid_view(pred, len(own)) for pred, own in zip(call.preds, head.levels, strict=True)]
-            views = [view.to(shared.wide(view.dtype)) for view in views]
+            views = [view.to(shared.wide(view.dtype)) for view in _views(call.preds, head)]
             read = reference.read_rows(rows, head, len(views[0]), call.weights)
             found = reference.assigned(views, read, head)
             levels = tuple(_level(view, level, read, found[level], head) for level, view in enumerate(views))
@@ -84,7 +88,8 @@ class GridDriver(Driver):
         head = criterion.head
         size = shared.image_size(criterion, image_size)
         shared.own_anchors(anchors)
-        maps = _maps(preds, head) if len(head.levels) == 1 else preds
+        own = criterion.own(preds)
+        maps = _maps(own, head) if len(head.levels) == 1 else own
         strides = tuple(int(s) if s.is_integer() else s for s in head.strides)
         anchors_of = tuple(map(len, head.levels))
         checks.grid_predictions(maps, anchors_of, strides, head.num_classes, size, True)
@@ -172,6 +177,11 @@ def _by_level(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     sides = [[shared.even(n) for n in each] for each in (levels.widths, levels.heights)]
     anchors = arguments["SPEC"].ANCHORS
     return [(level, w * h, anchors[level]) for level, (w, h) in enumerate(zip(*sides, strict=True))][::-1]
+
+
+def _views(preds: Sequence[Tensor], head: GridHead) -> list[Tensor]:
+    """Maps as [B, A, H, W, 5 + C], if there are some."""
+    return [reference.grid_view(pred, len(head.levels[level])) for level, pred in enumerate(preds)]
 
 
 def _maps(preds: Any, head: GridHead) -> Any:

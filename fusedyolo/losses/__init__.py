@@ -6,7 +6,8 @@ from .output import LossOutput, rounded
 from .yolov1 import CELL_RECIPES, YOLOv1Loss
 from .yolov2 import YOLOv2Loss
 from .yolov3 import YOLOv3Loss, YOLOv4Loss
-from .yolov5 import ScaledYOLOv4Loss, YOLOv5Loss, YOLOv7Loss
+from .yolov5 import ScaledYOLOv4Loss, YOLOv5Loss
+from .yolov7 import YOLOv7AuxLoss, YOLOv7Loss
 from .yolov8 import E2ELoss, YOLOv8Loss
 from .yolox import YOLOXLoss
 
@@ -26,6 +27,7 @@ __all__ = [
     "YOLOv3Loss",
     "YOLOv4Loss",
     "YOLOv5Loss",
+    "YOLOv7AuxLoss",
     "YOLOv7Loss",
     "YOLOv8Loss",
     "rounded",

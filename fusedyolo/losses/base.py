@@ -141,7 +141,14 @@ class GridLoss(WeightedLoss):
         if preds[0].dim() == 5 == preds[-1].dim():
             preds = checks.grid_views(preds, self._anchors, self.head.num_classes)
         rows, offsets, weights = as_targets(targets, batch, size, preds[0].device, self.form)
-        call = GridCall(preds, rows, offsets, size, self._weights_for(preds[0]), weights)
+        return self.of_call(GridCall(preds, rows, offsets, size, self._weights_for(preds[0]), weights), batch)
+
+    def own(self, preds: Any) -> Any:
+        """Those of the predictions that ``head`` is of."""
+        return preds
+
+    def of_call(self, call: GridCall, batch: int) -> LossOutput:
+        """The loss of so many images, their arguments checked."""
         head, key = self._head_of(batch)
         total, parts, counts = self._compute(call, head, key)
         if head.by_image:
@@ -156,8 +163,11 @@ class GridLoss(WeightedLoss):
             out = self(preds, targets)
             return apart_by_images(out, (preds if isinstance(preds, Tensor) else preds[0]).shape[0], self.batch_power)
         call = GRID.read(self, preds, targets)
+        return self.levels_apart(call._replace(class_weights=self._weights_for(call.preds[0])))
+
+    def levels_apart(self, call: GridCall) -> Apart:
+        """The loss of a call level by level, where box and classes are divided by the rows of each."""
         images = call.preds[0].shape[0]
-        call = call._replace(class_weights=self._weights_for(call.preds[0]))
         total, table, counts = self._compute(call, *_level_head(self._head_of(images)[1]))
         places = (slice(0, None, 2), slice(1, None, 2), slice(0, None, 2))  # of levels, box and classes are one piece
         terms = {name: (term, where) for name, term, where in zip(PARTS, table[:, :3].unbind(1), places, strict=True)}
@@ -173,12 +183,12 @@ class GridLoss(WeightedLoss):
             from .. import ops
 
             with_state = torch.is_grad_enabled() and any([pred.requires_grad for pred in preds])
-            own = ops.workspace(preds[0].device)
+            own, lead = ops.workspace(preds[0].device), checks.of_one_type(call.lead) if call.lead else []
             for pred in preds:  # a call is not worth it
                 if pred.dtype != preds[0].dtype:
                     preds = checks.of_one_type(preds)
                     break
-            given = list(preds), call.rows, call.offsets, call.class_weights, key, with_state, own, call.weights
+            given = list(preds), call.rows, call.offsets, call.class_weights, key, with_state, lead, own, call.weights
             total, parts, counts, *_ = ops.call(ops.grid_loss, *given)
             if head.by_level:
                 parts = parts[3 + 2 * len(head.levels) :].view(len(head.levels), -1)

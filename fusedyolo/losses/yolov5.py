@@ -1,4 +1,4 @@
-"""YOLOv5, YOLOv7 and Scaled-YOLOv4."""
+"""YOLOv5 and Scaled-YOLOv4."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..heads import GridHead
 from ..terms import find_term
 from .base import GridLoss, box_arguments, class_targets, focal_bce, hyper_parameters, of_repository
 
-Own = TypeVar("Own", bound="_RatioLoss")
+Own = TypeVar("Own", bound="RatioLoss")
 
 
-class _RatioLoss(GridLoss):
-    """What the two share; a subclass is a handful of constants."""
+class RatioLoss(GridLoss):
+    """What losses of the ratio of sides share; a subclass is a handful of constants."""
 
     gain: ClassVar[str]  # the name of the box gain
     defaults: ClassVar[dict[str, Any]]
@@ -64,6 +64,7 @@ class _RatioLoss(GridLoss):
             anchor_t=checks.number("anchor_t", hyp["anchor_t"], 1),
             neighbours=checks.neighbours(hyp["neighbours"]),
             by_cost=checks.flag("loss_ota", hyp.get("loss_ota", 0)),
+            topk=checks.count("topk", hyp.get("topk", 10)),
             shared="each",
             edge=True,
             decode="sigmoid_square",
@@ -139,7 +140,7 @@ _HYP: dict[str, Any] = {
 }
 
 
-class YOLOv5Loss(_RatioLoss):
+class YOLOv5Loss(RatioLoss):
     """Training loss of YOLOv5: ``batch size * (box + objectness + class)``.
 
     An object takes, on every level, each anchor of which no side differs from it by a factor of ``anchor_t`` or more,
@@ -204,45 +205,7 @@ class YOLOv5Loss(_RatioLoss):
     }
 
 
-class YOLOv7Loss(_RatioLoss):
-    """Training loss of YOLOv7 (Wang et al. 2022, arXiv 2207.02696): YOLOv5's, of predictions that objects pick by cost.
-
-    An object does not take the predictions that :class:`YOLOv5Loss` gives it. It offers them to all objects of its
-    image, and each of these picks those that cost it least (SimOTA, Ge et al. 2021, arXiv 2107.08430): with IoU that of
-    the decoded box and the object, and q the square root of the probability of class times objectness,
-
-        sum over classes of BCE(q, one-hot) - 3 ln(IoU + 1e-8)
-
-    and as many as its ten largest IoUs add up to, rounded down, at least one. What several objects pick goes to the one
-    of the image that it costs least, of equals the first. A prediction that several objects offer counts as many times:
-    it may be picked, and trained, as often. Which prediction of equal cost is picked the peer leaves to a sort; here it
-    is the first, by level, neighbour, anchor and row.
-
-    As in the peer, objects are measured in heights of the image on both axes where costs are reckoned, not in the loss
-    itself: in images that are not square the picks are those of boxes that are stretched. ``loss_ota=0`` gives each
-    object its own predictions, as the peer's plain ``ComputeLoss``.
-
-    Args:
-        anchors: as of :class:`YOLOv5Loss`, like all that follow but ``**hyp``.
-        **hyp: as there, with ``box=0.05``, ``obj=0.7``, ``cls=0.3``; and ``loss_ota=1``, or 0. :meth:`from_hyp` takes
-            the whole of the repository's ``hyp``.
-
-    Shapes: as of :class:`YOLOv5Loss`.
-
-    Raises:
-        ValueError: an argument of the constructor or of a call does not fit; it says which, what came and what was
-            wanted.
-
-    Source: the published behaviour of ``ComputeLossOTA`` in WongKinYiu/yolov7, and the papers named.
-    """
-
-    gain = "box"
-    defaults: ClassVar[dict[str, Any]] = {**YOLOv5Loss.defaults, "obj": 0.7, "cls": 0.3, "loss_ota": 1}
-    eps = YOLOv5Loss.eps
-    balances = YOLOv5Loss.balances
-
-
-class ScaledYOLOv4Loss(_RatioLoss):
+class ScaledYOLOv4Loss(RatioLoss):
     """Training loss of Scaled-YOLOv4 (Wang et al. 2021, arXiv 2011.08036): YOLOv5's with other weights.
 
     The box gain is called ``giou``; with n levels, the box and class terms are multiplied by ``3 / n``, objectness by

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..heads import PICKS, GridHead, head_from_key, obj_scales, reach
+from ..heads import GridHead, head_from_key, obj_scales, reach
 from ..kernels import assign
 from ..kernels.grid import choose, gradient, loss, offer, records
 from ..kernels.launch import (
@@ -208,7 +208,8 @@ class _Plan(NamedTuple):
 
 
 @planned
-def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
+def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) -> _Plan:
+    """Where rows pick by cost it is that of the maps ``lead``, if there are some."""
     head = head_from_key(key)
     parts, shapes = _parts(key, preds[0].dtype), [pred.shape for pred in preds]
     strides = [map_strides(pred, 5 + head.num_classes) for pred in preds]
@@ -268,10 +269,12 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
         }
         first = []
         if head.by_cost:
-            given["offers"] = _offers(own, spec.TABLES, acc)
-            first = _picking(
-                {**common, **{name: given[name] for name in ("maps", "targets", "M", "offers")}}, spec, acc
-            )
+            given["offers"] = _offers(own, spec.TABLES, head.topk, acc)
+            judged = {**common, **{name: given[name] for name in ("maps", "targets", "M", "offers")}}
+            if lead:
+                by = odd(tuple([map_strides(pred, 5 + head.num_classes) for pred in lead]))
+                judged |= {"maps": own.tensors("lead", len(lead)), "levels": levels._replace(by=by)}
+            first = _picking(judged, spec, head.topk, acc)
         # the peers' operators decide with products and sums that are rounded one by one
         settings = config.threads, config.max_registers
         last = Launch(loss.grid_kernel, (programs,), common | given, *settings, exact=True, stages=config.stages)
@@ -295,8 +298,8 @@ def _plan(key: str, preds: tuple[Layout, ...]) -> _Plan:
     return _Plan(loss_steps(True), loss_steps(False), own.steps(grad), room)
 
 
-def _offers(own: Outline, tables: int, acc: torch.dtype) -> records.Offers:
-    """Memory for what rows offer."""
+def _offers(own: Outline, tables: int, most: int, acc: torch.dtype) -> records.Offers:
+    """Memory for what rows offer, of which each picks so many at ``most``."""
     return records.Offers(
         M=own.M,
         cell_ptr=own.scratch_of_rows(torch.int32, tables),
@@ -308,17 +311,17 @@ def _offers(own: Outline, tables: int, acc: torch.dtype) -> records.Offers:
         obj_ptr=own.scratch_of_rows(acc, tables),
         cost_ptr=own.scratch_of_rows(acc, tables),
         bounds_ptr=own.scratch_of_rows(acc, 4),
-        clash_ptr=own.scratch_of_rows(torch.int32, PICKS),
+        clash_ptr=own.scratch_of_rows(torch.int32, most),
         clashes_ptr=own.scratch(torch.int32, (1,)),
     )
 
 
-def _picking(given: dict[str, Any], spec: records.Spec, acc: torch.dtype) -> list[Launch]:
+def _picking(given: dict[str, Any], spec: records.Spec, count: int, acc: torch.dtype) -> list[Launch]:
     """The launches by which rows pick predictions by their cost."""
     common = {name: value for name, value in given.items() if name != "terms"}
     width = {"WIDTH": power_of_two(spec.TABLES)}
     most = PICK_REGISTERS if acc == torch.float64 else None
-    each, shared = common | {"COUNT": PICKS, "K": power_of_two(PICKS)}, common | width | {"BLOCK": AWARDED}
+    each, shared = common | {"COUNT": count, "K": power_of_two(count)}, common | width | {"BLOCK": AWARDED}
     return [
         Launch(offer.offer_kernel, _one_a_row, given | width, PICK_THREADS, most, exact=True),
         Launch(choose.choose_kernel, _one_a_row, each, PICK_THREADS, most, exact=True),
@@ -365,12 +368,14 @@ def _loss_given(
     offsets: Tensor | None,
     class_weights: Tensor | None,
     outputs: GridOutputs,
-    workspace: Tensor | None = None,
-    weights: Tensor | None = None,
+    workspace: Tensor | None,
+    weights: Tensor | None,
+    lead: list[Tensor],
 ) -> dict[str, Any]:
     """What a call brings to a loss launch; ``weights`` are those of the rows."""
     return {
         "preds": preds,
+        "lead": lead,
         "rows": rows,
         "offsets": offsets,
         "class_weights": class_weights,
@@ -389,10 +394,11 @@ def grid_launches(
     outputs: GridOutputs,
     with_state: bool,
     weights: Tensor | None = None,
+    lead: Sequence[Tensor] = (),
 ) -> dict[str, Launch]:
     """The launches that leave the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
-    plan = _plan(head.key, layouts(preds))
-    given = _loss_given(preds, rows, offsets, class_weights, outputs, None, weights)
+    plan = _plan(head.key, layouts(preds), layouts(lead))
+    given = _loss_given(preds, rows, offsets, class_weights, outputs, None, weights, list(lead))
     steps = plan.loss if with_state else plan.loss_alone
     names = ("offer", "choose", "award", "loss") if head.by_cost else ("loss",)
     return dict(zip(names, steps.launches(rows.device, rows.shape[0], **given), strict=True))
@@ -421,22 +427,24 @@ def grid_loss(
     class_weights: Tensor | None,
     key: str,
     with_state: bool,
+    lead: list[Tensor],
     workspace: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss of an anchor-grid head in one launch; returns :class:`GridOutputs`, of use to a gradient ``with_state``.
 
-    A compiled graph brings its ``workspace``; ``weights`` are those of the rows.
+    A compiled graph brings its ``workspace``; ``weights`` are those of the rows. Where rows pick by cost it is that of
+    the maps ``lead``, if there are some.
     """
-    plan = _plan(key, layouts(preds))
+    plan = _plan(key, layouts(preds), layouts(lead) if lead else ())
     outputs = _outputs(preds[0], rows, head_from_key(key), plan.room if with_state else None)
-    given = _loss_given(preds, rows, offsets, class_weights, outputs, workspace, weights)
+    given = _loss_given(preds, rows, offsets, class_weights, outputs, workspace, weights, lead)
     (plan.loss if with_state else plan.loss_alone).run(rows.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
 @fake(grid_loss)
-def _(preds, rows, offsets, class_weights, key, with_state, workspace=None, weights=None):
+def _(preds, rows, offsets, class_weights, key, with_state, lead, workspace=None, weights=None):
     return tuple(grid_outputs(preds, rows, head_from_key(key), with_state))
 
 
@@ -464,7 +472,7 @@ def _(grad_total, preds, parts, state, kept, true_obj, key, weights=None):
 
 
 def _save_grid(ctx, inputs, output):
-    preds, ctx.key, weights = inputs[0], inputs[4], inputs[7]
+    preds, ctx.key, weights = inputs[0], inputs[4], inputs[8]
     outputs = GridOutputs(*output)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(outputs.parts, outputs.state, outputs.kept, outputs.true_obj, weights, *preds)

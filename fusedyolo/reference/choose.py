@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..heads import PICKS, GridHead
+from ..heads import GridHead
 from .candidates import Candidates, level_anchors
 from .overlap import Corners, area, corner_areas, corners_of, iou
 from .pairs import chunks
@@ -37,7 +37,8 @@ def choose(found: Sequence[Candidates], preds: Sequence[Tensor], rows: Rows, hea
     Simplified optimal transport (Ge et al. 2021, arXiv 2107.08430) as YOLOv7 trains: a row may pick any candidate of
     its image, whoever offers it, and one that several rows offer counts as many times. True boxes are relative to the
     *height* of the image on both axes. Of equal costs the first candidate is picked; what several rows pick goes to the
-    row of the image that it costs least, of equals the first. ``preds`` are [B, A, H, W, 5 + C].
+    row of the image that it costs least, of equals the first. ``preds``, which they are priced by, are
+    [B, A, H, W, 5 + C].
     """
     with torch.no_grad():
         amounts = [pred[..., 0].numel() for pred in preds]
@@ -50,7 +51,7 @@ def choose(found: Sequence[Candidates], preds: Sequence[Tensor], rows: Rows, hea
         boxes = rows.boxes.to(offers.boxes.dtype) * (preds[0].shape[2] * head.strides[0])
         owner = torch.full_like(offers.image, len(boxes))
         for own, now in _meetings(rows, offers, preds[0].shape[0]):
-            owner[now] = _owners(own, boxes, rows, _Offers(*(part[now] for part in offers)))
+            owner[now] = _owners(own, boxes, rows, _Offers(*(part[now] for part in offers)), head.topk)
         return [
             _chosen(each, now, who, len(boxes), amount)
             for each, now, who, amount in zip(found, pairs, owner.split(list(map(len, pairs))), amounts, strict=True)
@@ -101,9 +102,9 @@ def _meetings(rows: Rows, offers: _Offers, batch_size: int) -> Iterator[tuple[Te
             yield own, now
 
 
-def _owners(own: Tensor, boxes: Tensor, rows: Rows, offers: _Offers) -> Tensor:
-    """[E]: of the rows ``own``, the one that has each candidate; the number of all rows where none has. ``boxes`` of
-    all rows, by centre and size in pixels.
+def _owners(own: Tensor, boxes: Tensor, rows: Rows, offers: _Offers, most: int) -> Tensor:
+    """[E]: of the rows ``own``, which pick so many at ``most``, the one that has each candidate; the number of all rows
+    where none has. ``boxes`` of all rows, by centre and size in pixels.
     """
     M, E = len(boxes), len(offers.image)
     picks, picker = own.new_zeros(E + 1), own.new_full((E + 1,), M)
@@ -114,8 +115,8 @@ def _owners(own: Tensor, boxes: Tensor, rows: Rows, offers: _Offers) -> Tensor:
         overlap, worth = _pairs(boxes[row], rows.label[row], offers)
         possible = (offers.image == rows.image[row, None]) & rows.valid[row, None] & ~worth.isnan()
         worth = torch.where(possible, worth, NONE)
-        largest = torch.where(possible, overlap, 0.0).topk(min(PICKS, E), 1).values
-        index, value = largest_of(worth, min(PICKS, E))
+        largest = torch.where(possible, overlap, 0.0).topk(min(most, E), 1).values
+        index, value = largest_of(worth, min(most, E))
         order = torch.arange(index.shape[1], device=index.device)
         chosen = (value > NONE) & (order < largest.sum(1).long().clamp(min=1)[:, None])
         place = torch.where(chosen, index, E).flatten()

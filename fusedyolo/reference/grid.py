@@ -41,6 +41,7 @@ def grid_loss(
     head: GridHead,
     class_weights: Tensor | None = None,
     row_weights: Tensor | None = None,
+    lead: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of prediction maps [B, A, H, W, 5 + C] against target rows [M, 6]; computed in float64 for float64 maps,
     else in float32.
@@ -52,7 +53,7 @@ def grid_loss(
     objectness, are divided by where that is at least 1.
 
     ``class_weights`` [C] are the m of the contract, or weights of the class terms, ``row_weights`` [M] the weights of
-    the rows.
+    the rows. Where rows pick by cost it is that of the maps ``lead``, if there are some.
     """
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in preds) else torch.float32
     batch_size = preds[0].shape[0]
@@ -63,9 +64,10 @@ def grid_loss(
     cells = tuple(len(own) * len(range(H)) * len(range(W)) for own, (H, W) in zip(head.levels, maps, strict=True))
     scales = _obj_scales(head.obj_balance, head.obj_mean, cells)
     preds = [pred.to(dtype) for pred in preds]
+    judged = [pred.to(dtype) for pred in lead] or preds
     levels = [
         _level_loss(pred, level, read, _pairs_alone(found, pred[..., 0].numel()), head, weights, scales[level])
-        for level, (pred, found) in enumerate(zip(preds, assigned(preds, read, head), strict=True))
+        for level, (pred, found) in enumerate(zip(preds, assigned(judged, read, head), strict=True))
     ]
     positives = torch.stack([level[3] for level in levels]).sum()
     counts = torch.stack([positives, read.invalid]).to(torch.int32)

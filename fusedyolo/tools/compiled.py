@@ -48,12 +48,29 @@ def _loss(case: LossCase, work: Workload, weighed: bool = False) -> Step:
 
     def step(backend: str, exact: bool) -> Outputs:
         preds = [_as(pred, exact).requires_grad_() for pred in case.predictions(work)]
-        out = case.bind(case.build(work.classes, backend), work)(preds, targets)
-        found = {"total": out.total, **out.parts, "num_pos": out.num_pos, "num_invalid": out.num_invalid}
-        for weight in WEIGHTS:
-            grads = torch.autograd.grad(out.total, preds, out.total.new_tensor(weight), retain_graph=True)
-            found |= {f"gradient {i} of {weight}": grad for i, grad in enumerate(grads)}
-        return found
+        return _outputs(case.bind(case.build(work.classes, backend), work)(preds, targets), preds)
+
+    return step
+
+
+def _outputs(out: fusedyolo.LossOutput, preds: list[Tensor]) -> Outputs:
+    found = {"total": out.total, **out.parts, "num_pos": out.num_pos, "num_invalid": out.num_invalid}
+    for weight in WEIGHTS:
+        grads = torch.autograd.grad(out.total, preds, out.total.new_tensor(weight), retain_graph=True)
+        found |= {f"gradient {i} of {weight}": grad for i, grad in enumerate(grads)}
+    return found
+
+
+def _auxiliary(work: Workload) -> Step:
+    """YOLOv7 with auxiliary heads, of which objects pick by what other maps cost."""
+    case = CASES["YOLOv7"]
+    targets = case.targets(work)
+
+    def step(backend: str, exact: bool) -> Outputs:
+        maps = case.predictions(work) + case.predictions(replace(work, seed=work.seed + 1))
+        preds = [_as(pred, exact).requires_grad_() for pred in maps]
+        loss = fusedyolo.YOLOv7AuxLoss(case.anchors, case.strides, work.classes, backend=backend)
+        return _outputs(loss(preds, targets), preds)
 
     return step
 
@@ -118,11 +135,12 @@ def _as(value: Tensor, exact: bool) -> Tensor:
 
 @lru_cache(maxsize=1)
 def cases() -> dict[str, Case]:
-    """All cases by name: every loss, one of each way to share and to match with weights, ``select`` once for each class
-    term where kernels read predictions, the rest.
+    """All cases by name: every loss, auxiliary heads, one of each way to share and to match with weights, ``select``
+    once for each class term where kernels read predictions, the rest.
     """
     scanned = {case.head(SMALL.classes).label: case for case in reversed(CASES.values()) if case.driver.scans}
     found: dict[str, Case] = {name: partial(_loss, case) for name, case in CASES.items()}
+    found["YOLOv7/aux"] = _auxiliary
     found |= {f"weighed/{CASES[name].loss}": partial(_loss, CASES[name], weighed=True) for name in WEIGHED}
     found |= {f"select/{case.loss}": partial(_select, case) for case in scanned.values()}
     return found | {"pointwise": _pointwise}

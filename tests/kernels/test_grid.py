@@ -177,7 +177,7 @@ def test_the_ratio_rule_without_and_with_offsets_gives_the_same_bits():
     found = []
     for r, o in ((rows, None), (sorted_rows, offsets)):
         leaves = [p.clone().requires_grad_() for p in preds]
-        total, parts, counts, *_ = ops.grid_loss(leaves, r, o, None, RATIO.key, True)
+        total, parts, counts, *_ = ops.grid_loss(leaves, r, o, None, RATIO.key, True, [])
         found.append((total.detach(), parts, counts, *torch.autograd.grad(total, leaves)))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
@@ -198,7 +198,7 @@ def test_half_precision_is_as_good_as_eager(dtype):
     fused = [p.clone().requires_grad_() for p in preds]
     want = torch.autograd.grad(_reference(truth, rows, HEAD)[0], truth)
     theirs = torch.autograd.grad(_reference(eager, rows, HEAD)[0], eager)
-    ours = torch.autograd.grad(ops.grid_loss(fused, rows, None, None, HEAD.key, True)[0], fused)
+    ours = torch.autograd.grad(ops.grid_loss(fused, rows, None, None, HEAD.key, True, [])[0], fused)
     for t, e, o in zip(want, theirs, ours, strict=True):
         assert o.dtype == dtype
         rounding = torch.finfo(dtype).eps * t.abs() + torch.finfo(dtype).smallest_normal
@@ -227,7 +227,7 @@ def _layouts(preds: list[Tensor]) -> dict[str, list[Tensor]]:
 def _step(preds: list[Tensor], rows: Tensor, head: GridHead) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
     """What a loss leaves, and gradients."""
     preds = [p.requires_grad_() for p in preds]
-    outputs = ops.grid_loss(preds, rows, None, None, head.key, True)
+    outputs = ops.grid_loss(preds, rows, None, None, head.key, True, [])
     return outputs, torch.autograd.grad(outputs[0], preds)
 
 
@@ -244,7 +244,7 @@ def test_layouts_give_the_same_bits(layout):
     """Any strides: no copy, and the very gradient of the contiguous maps."""
     (total, parts, counts, *_), want = contiguous("layouts")
     views = [p.detach().requires_grad_() for p in _layouts(make_preds(size=(32, 48)))[layout]]
-    got_total, got_parts, got_counts, *_ = ops.grid_loss(views, make_rows(n=6), None, None, DARKNET.key, True)
+    got_total, got_parts, got_counts, *_ = ops.grid_loss(views, make_rows(n=6), None, None, DARKNET.key, True, [])
     got = torch.autograd.grad(got_total, views)
     torch.testing.assert_close(got_total, total, rtol=1e-6, atol=0)
     torch.testing.assert_close(got_parts, parts, rtol=1e-6, atol=0)
@@ -308,7 +308,7 @@ def test_offsets_give_the_same_bits(capacity):
     found = []
     for r, o in ((rows, None), (sorted_rows, offsets)):
         leaves = [p.clone().requires_grad_() for p in preds]
-        total, parts, counts, *_ = ops.grid_loss(leaves, r, o, None, DARKNET.key, True)
+        total, parts, counts, *_ = ops.grid_loss(leaves, r, o, None, DARKNET.key, True, [])
         found.append((total.detach(), parts, counts, *torch.autograd.grad(total, leaves)))
     assert found[0][2].tolist()[1] == 11
     for a, b in zip(*found, strict=True):
@@ -366,7 +366,7 @@ def test_a_nan_stays_with_its_prediction(place):
     dirty = [p.clone() for p in preds]
     canonical(dirty[0], 3)[(*where, channel)] = float("nan")
     dirty = [p.requires_grad_() for p in dirty]
-    total, _, _, *_ = ops.grid_loss(dirty, rows, None, None, HEAD.key, True)
+    total, _, _, *_ = ops.grid_loss(dirty, rows, None, None, HEAD.key, True, [])
     assert total.isnan()
     got = torch.autograd.grad(total, dirty)
     for level, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -378,12 +378,12 @@ def test_a_nan_stays_with_its_prediction(place):
 
 def test_without_grad_no_state_is_kept():
     preds = make_preds()
-    assert ops.grid_loss(preds, make_rows(), None, None, HEAD.key, False)[3].numel() == 0
+    assert ops.grid_loss(preds, make_rows(), None, None, HEAD.key, False, [])[3].numel() == 0
 
 
 def test_backward_twice_and_scaled():
     leaves = [p.requires_grad_() for p in make_preds(torch.float64)]
-    total = ops.grid_loss(leaves, make_rows(), None, None, HEAD.key, True)[0]
+    total = ops.grid_loss(leaves, make_rows(), None, None, HEAD.key, True, [])[0]
     once = torch.autograd.grad(total, leaves, retain_graph=True)
     scaled = torch.autograd.grad(total * 3, leaves, retain_graph=True)
     again = torch.autograd.grad(total, leaves)
@@ -399,7 +399,7 @@ def test_gradcheck(head):
     pred = make_preds(torch.float64)[0][:1, :8, :1, :2].contiguous().requires_grad_()
     rows = torch.tensor([[0, 0, 0.3, 0.5, 0.9, 3.0], [0, 2, 0.2, 0.4, 1.0, 3.5]], device=DEVICE)
     assert torch.autograd.gradcheck(
-        lambda p: ops.grid_loss([p], rows, None, None, head.key, True)[0], pred, atol=1e-6, fast_mode=True
+        lambda p: ops.grid_loss([p], rows, None, None, head.key, True, [])[0], pred, atol=1e-6, fast_mode=True
     )
 
 
@@ -412,8 +412,8 @@ def test_maps_beyond_2_to_the_31_elements_are_addressed():
     far = torch.empty(2**31 + small[0].numel(), device=DEVICE).as_strided(small.shape, (2**31, *small.stride()[1:]))
     far.copy_(small)
     rows = torch.tensor([[1, 0, 0.5, 0.5, 0.7, 0.9]], device=DEVICE)
-    near = ops.grid_loss([small], rows, None, None, head.key, False)
-    assert torch.equal(ops.grid_loss([far], rows, None, None, head.key, False)[0], near[0])
+    near = ops.grid_loss([small], rows, None, None, head.key, False, [])
+    assert torch.equal(ops.grid_loss([far], rows, None, None, head.key, False, [])[0], near[0])
 
 
 def _can_reserve() -> bool:

@@ -185,7 +185,7 @@ def run_operators() -> None:
     rows, one = torch.empty(3, 6), torch.ones(())
     preds = [torch.empty(1, 8, side, side) for side in (8, 4)]
     key = loss("yolov4", backend="torch").head.key
-    outputs = inside(ops.grid_loss)(preds, rows, None, None, key, True)
+    outputs = inside(ops.grid_loss)(preds, rows, None, None, key, True, [])
     inside(ops.grid_loss_grad)(one, preds, outputs[1], *outputs[3:], key)
 
     pred, key = torch.empty(1, 7, 7, 13), loss("yolov1", backend="torch").head.key
@@ -603,7 +603,7 @@ def test_opcheck_with_a_workspace(cleared):
     rows[:, 0] = 0
     first = {kind: [pred[:1].detach().requires_grad_() for pred in predictions(kind)] for kind in LOSSES}
     key = CRITERIA["yolov4"].head.key
-    torch.library.opcheck(ops.grid_loss, (first["yolov4"], rows, None, None, key, True, own))
+    torch.library.opcheck(ops.grid_loss, (first["yolov4"], rows, None, None, key, True, [], own))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     key = CRITERIA["yolov1"].head.key
     torch.library.opcheck(ops.cell_loss, (first["yolov1"][0], rows, None, key, False, own), test_utils=tests)

@@ -41,12 +41,12 @@ def cleared(monkeypatch):
 def test_opcheck_loss(cleared):
     preds = [p.requires_grad_() for p in small_preds()]
     rows = make_rows(batch=1, n=3)
-    torch.library.opcheck(ops.grid_loss, (preds, rows, None, None, HEAD.key, True))
+    torch.library.opcheck(ops.grid_loss, (preds, rows, None, None, HEAD.key, True, []))
     sorted_rows, offsets = sort_rows(rows, 1)
     weights = torch.ones(3, device=DEVICE)
-    torch.library.opcheck(ops.grid_loss, (preds, sorted_rows, offsets, weights, DARKNET.key, True))
-    torch.library.opcheck(ops.grid_loss, (preds, rows, None, None, SMOOTH.key, True))
-    torch.library.opcheck(ops.grid_loss, (small_preds(), rows, None, None, HEAD.key, False))
+    torch.library.opcheck(ops.grid_loss, (preds, sorted_rows, offsets, weights, DARKNET.key, True, []))
+    torch.library.opcheck(ops.grid_loss, (preds, rows, None, None, SMOOTH.key, True, []))
+    torch.library.opcheck(ops.grid_loss, (small_preds(), rows, None, None, HEAD.key, False, []))
 
 
 @pytest.mark.parametrize("make", [lambda: make_v5(), lambda: fusedyolo.YOLOv2Loss([(1, 2)], 3, 8)])
@@ -55,7 +55,7 @@ def test_opcheck_of_losses_with_means(make, cleared):
     head = make().head
     preds = [p.requires_grad_() for p in small_preds()[: len(head.levels)]]
     rows = make_rows(batch=1, n=2, invalid=1)
-    torch.library.opcheck(ops.grid_loss, (preds, rows, None, None, head.key, True))
+    torch.library.opcheck(ops.grid_loss, (preds, rows, None, None, head.key, True, []))
 
 
 def test_opcheck_gradient():
@@ -63,7 +63,7 @@ def test_opcheck_gradient():
     rows = make_rows(batch=1, n=3)
     one = torch.ones((), device=DEVICE)
     for key in (HEAD.key, SMOOTH.key):
-        outputs = GridOutputs(*ops.grid_loss(preds, rows, None, None, key, True))
+        outputs = GridOutputs(*ops.grid_loss(preds, rows, None, None, key, True, []))
         saved = (outputs.parts, outputs.state, outputs.kept, outputs.true_obj)
         torch.library.opcheck(ops.grid_loss_grad, (one, preds, *saved, key))
 
