@@ -24,6 +24,9 @@ class GridConfig:
     stages: int | None = None  # of a loop's loads under way at a time; None leaves it to the compiler
 
 
+WEIGHED_REGISTERS = 24
+"""Of a thread, more, where rows or classes have weights: without these nothing spills, with them a few do."""
+
 SMALLEST_TILE = 64
 FEWEST_TURNS = 4
 

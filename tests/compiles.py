@@ -21,6 +21,24 @@ def step(name: str, dtype: str, target: str, size: int) -> dict[str, Any]:
     return compile_step(CASES[name], Workload(batch=2, dtype=dtype, size=size), target)
 
 
+def weighed(name: str, dtype: str, target: str) -> dict[str, Any]:
+    """Those of a step with weights of rows and of classes."""
+    case, work = CASES[name], Workload(batch=2, dtype=dtype, size=640)
+    rows = case.targets(work)
+    criterion = getattr(fusedyolo, case.cls)(
+        **({"anchors": case.anchors, "strides": case.strides} if case.anchors else {}),
+        **({"recipe": case.recipe} if case.recipe else {}),
+        num_classes=work.classes,
+        class_weights=[1.0] * work.classes,
+    )
+    targets = torch.cat((rows, torch.ones(len(rows), 1)), 1)
+    call = case.driver.read(
+        criterion, case.pack(case.predictions(work, empty=True), work), targets, **case.geometry(work)
+    )
+    launches = case.driver.launches(criterion.head, call)
+    return {name: _resources(launch, target) for name, launch in launches.items()}
+
+
 def selection(form: str, dtype: str, target: str) -> list[list[Any]]:
     """Names, stacks and spills of the launches that select detections."""
     if form == "softmax":

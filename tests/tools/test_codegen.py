@@ -9,7 +9,10 @@ from process import call
 
 def compiled(name: str, dtype: str, target: str, size: int = 640) -> dict[str, Any]:
     """Resources of each launch, none of them with spills; in a process without the interpreter."""
-    found = call("compiles", "step", name, dtype, target, size)
+    return spills_nothing(call("compiles", "step", name, dtype, target, size))
+
+
+def spills_nothing(found: dict[str, Any]) -> dict[str, Any]:
     for mode, resources in found.items():
         assert resources["stack"] == 0, (mode, resources)
         assert resources["spills"] == 0, (mode, resources)
@@ -44,6 +47,21 @@ def test_no_spills_of_small_maps():
 
 def test_no_spills_of_costs_in_float64():
     compiled("YOLOX", "float64", "sm_80")
+
+
+@PINNED_TRITON
+@pytest.mark.parametrize(
+    ("name", "dtype", "target"),
+    [
+        ("YOLOv5", "float32", "sm_90"),
+        ("YOLOv4/darknet", "bfloat16", "sm_100"),
+        ("RetinaNet", "bfloat16", "sm_80"),
+        ("FCOS", "float32", "sm_100"),
+    ],
+)
+def test_no_spills_with_weights(name, dtype, target):
+    """The variants that would spill with as few registers as those without weights."""
+    spills_nothing(call("compiles", "weighed", name, dtype, target))
 
 
 @PINNED_TRITON
