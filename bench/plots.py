@@ -26,6 +26,7 @@ PARTS = {  # of a prediction, by metric
     "issue_us": ("instructions / issue rate", "#1f7a5c"),
     "longest_us": ("issue of the longest program with a multiprocessor to itself", "#c2410c"),
 }
+LEAST = 0.01  # microseconds that are told apart
 
 
 class Bar(NamedTuple):
@@ -71,15 +72,14 @@ def plot(out: Path, found: Sequence[Row], cases: Sequence[Case], gpu: str = "H10
         ]
         paths.append(_bars(out / "time.png", title, time, keys))
     predicted = {
-        f"{case.name}  {launch}": [Bar(each[part], colour, f"{each[part]:.3g}") for part, (_, colour) in PARTS.items()]
+        f"{case.name}  {launch}": [each[part] for part in PARTS]
         for case in cases
         for launch, each in launches(values, case, f"predicted.{gpu}").items()
         if launch != "step"
     }
     if predicted:
-        panels = [(f"microseconds predicted for {gpu}, not measured", predicted)]
         title = f"{title}\nEach launch on {gpu}: predicted, not measured"
-        paths.append(_bars(out / "issue_time.png", title, panels, list(PARTS.values()), 8.4))
+        paths.append(_dots(out / "issue_time.png", title, f"microseconds predicted for {gpu}, not measured", predicted))
     return paths
 
 
@@ -97,12 +97,38 @@ def _providers(values: Mapping[str, Mapping[str, Any]], metric: str, form: str) 
     return bars
 
 
-def _bars(path: Path, title: str, panels: Sequence[Panel], keys: Keys, width: float = 5.2) -> Path:
+def _dots(path: Path, title: str, label: str, rows: Mapping[str, Sequence[float]]) -> Path:
+    """A row a launch, with a dot for each of :data:`PARTS` on a logarithmic scale, and the numbers behind them."""
+    figure = Figure(figsize=(9, 1.6 + 0.17 * len(rows)), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    places, columns = range(len(rows)), list(zip(*rows.values(), strict=True))
+    low, high = LEAST / 1.5, max(map(max, columns))
+    ends = [high * 2 * 2.6**i for i in range(len(columns))]
+    axis.hlines(places, low, [max(values) for values in rows.values()], color="#e5e7eb", lw=0.8, zorder=0)
+    for values, (_, colour) in zip(columns, PARTS.values(), strict=True):
+        axis.scatter([max(value, LEAST) for value in values], places, 18, colour)
+    for place, values in enumerate(rows.values()):
+        for value, (_, colour), end in zip(values, PARTS.values(), ends, strict=True):
+            note = f"< {LEAST}" if value < LEAST else f"{value:.3g}"
+            axis.text(end, place, note, size=7, color=colour, va="center", ha="right")
+    axis.set_yticks(places, list(rows))
+    axis.set_ylim(len(rows) - 0.3, -0.7)
+    axis.set_xscale("log")
+    axis.set_xlim(low, ends[-1])
+    axis.set_xlabel(f"{label} (log scale)", size=9)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.tick_params(labelsize=7.5)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    return _save(figure, path, title, [Patch(color=colour, label=words) for words, colour in PARTS.values()])
+
+
+def _bars(path: Path, title: str, panels: Sequence[Panel], keys: Keys) -> Path:
     """Groups of horizontal bars on a logarithmic scale, each with its note behind it."""
     sizes = [len(bars) for bars in panels[0][1].values()]
     places = [[sum(sizes[:g]) + 0.7 * g + i for i in range(size)] for g, size in enumerate(sizes)]
     flat = [place for own in places for place in own]
-    figure = Figure(figsize=(width * len(panels), 1.6 + 0.2 * flat[-1]), dpi=160, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(panels), 1.6 + 0.2 * flat[-1]), dpi=160, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (label, groups) in zip(axes, panels, strict=True):
         bars = [bar for of in groups.values() for bar in of]
