@@ -150,6 +150,20 @@ def test_the_pieces_add_up(backend):
     assert float(GlobalLoss(criterion)(preds, rows).total) == float(out.total)
 
 
+def test_halves_of_a_batch_make_the_whole():
+    """As two processes have it, each with an image, of which one has more objects than the other."""
+    preds, rows = maps(), objects(9)
+    criterion = loss_of("torch")
+    halves = []
+    for image in range(2):
+        own = rows[rows[:, 0] == image].clone()
+        own[:, 0] = 0
+        halves.append(criterion.apart([pred[image : image + 1] for pred in preds], own))
+    every = halves[0].amounts + halves[1].amounts
+    means = [(2 * own.shares(every) / own.shares(own.amounts) * own.pieces).sum() for own in halves]
+    torch.testing.assert_close(sum(means) / 2, criterion(preds, rows).total, rtol=1e-9, atol=0)
+
+
 def test_what_detects_is_the_lead_head():
     preds, rows = maps(), objects(9)
     criterion = loss_of("torch")
