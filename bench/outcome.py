@@ -72,15 +72,17 @@ def draw_curves(path: Path, result: Result) -> None:
         for (name, steps), line in zip(runs.items(), ("C0-", "C1:"), strict=True):
             if part in steps[0]:
                 marker = "." if len(steps) <= 50 else ""
-                axis.plot([step[part] for step in steps], line, marker=marker, linewidth=1, label=name)
+                axis.plot(range(1, len(steps) + 1), [s[part] for s in steps], line, marker=marker, lw=1, label=name)
         axis.set_title(part)
         axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    last.semilogy([max(each, 1e-9) for each in result["difference"]], ".-", linewidth=1)
+    shared = range(1, len(result["difference"]) + 1)
+    last.semilogy(shared, [max(each, 1e-9) for each in result["difference"]], ".-", linewidth=1)
     last.axhline(BOUND, color="grey", linestyle=":")
     for axis in (*axes, last):
         axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlabel("step")
     last.set_title(f"relative difference (1e-9: none), bound {BOUND:g}")
     figure.savefig(path, dpi=110)
 
