@@ -39,16 +39,20 @@ def draw_assignment(
         A matplotlib figure; ``figure.savefig("assignment.png")`` writes it.
 
     Raises:
-        ValueError: there is no such image in the batch.
+        ValueError: no picture, no assignment, or no such image in its batch.
         ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("draw_assignment needs matplotlib: pip install 'fusedyolo[bench]'") from error
+    if not isinstance(assignment, Assignment | AnchorAssignment):
+        checks.fail("assignment", checks.describe(assignment), "what fusedyolo.assign returns")
     if not 0 <= index < assignment.batch:
         checks.fail("index", index, f"0 <= index < {assignment.batch}, the images of the batch")
     pixels, panels = _pixels(image), assignment.panels(index)
+    if pixels.ndim not in (2, 3) or pixels.dtype == object:
+        checks.fail("image", checks.describe(image), "a PIL image, an array [H, W, 3] or a tensor [3, H, W]")
     zoom = 1.5 if len(panels) == 1 else 1.0
     size = 5.4 * zoom * len(panels), zoom * (5.4 * pixels.shape[0] / pixels.shape[1] + 0.6)
     figure = Figure(figsize=size, layout="constrained")

@@ -65,10 +65,9 @@ class Targets:
 
     def __init__(self, rows: Tensor, offsets: Tensor, batch_size: int, weights: Tensor | None = None):
         checks.count("batch_size", batch_size, 0)
-        checks.rows("rows", rows, 6, 2, "(M, 6)")
-        if rows.dtype != torch.float32 or not rows.is_contiguous():
-            got = f"dtype {rows.dtype}" if rows.dtype != torch.float32 else "a strided view"
-            checks.fail("rows", got, "a contiguous tensor of torch.float32")
+        checks.rows("rows", rows, 6, 2, "(M, 6)", dtypes=(torch.float32,))
+        if not rows.is_contiguous():
+            checks.fail("rows", "a strided view", "a contiguous tensor")
         if not isinstance(offsets, Tensor) or offsets.shape != (batch_size + 2,):
             checks.fail("offsets", checks.describe(offsets), f"a tensor of shape ({batch_size + 2},)")
         if offsets.dtype != torch.int32:
@@ -198,7 +197,7 @@ class Targets:
 
         Args:
             num_classes: the number of classes, or the loss itself. Some take a centre on the right or the lower border
-                of the image, 1, as their peers do (YOLOv5, Scaled-YOLOv4, YOLOX, YOLOv8, end-to-end heads), and
+                of the image, 1, as their peers do (YOLOv5, YOLOv7, Scaled-YOLOv4, YOLOX, YOLOv8, end-to-end heads), and
                 ``SSDLoss`` has no object of class 0; a number stands for a loss that does neither.
 
         Raises:
@@ -409,7 +408,8 @@ def corner_rows(
         ValueError: no such list, or for another batch size, or on another device than ``device``.
     """
     if len(targets) != batch_size:
-        checks.fail("targets", f"a list of {len(targets)}", f"{batch_size} dicts, one an image of preds")
+        kinds = "dicts" if targets and isinstance(targets[0], dict) else "dicts or tensors (n, 5)"
+        checks.fail("targets", f"a list of {len(targets)}", f"{batch_size} {kinds}, one an image of preds")
     items = [(*checks.image_boxes(i, item), _weights_of(i, item)) for i, item in enumerate(targets)]
     return _listed(items, "targets[{}]['boxes']", device)
 

@@ -18,6 +18,9 @@ BATCHES = 3
 FEWEST = 8
 """Rows that must have come before anything is said of them."""
 
+LONGEST = 32
+"""Calls after which it ends, however few rows have come."""
+
 SMALLEST = 16
 """Pixels of an image's side, from which on no data set has all its boxes in the first one."""
 
@@ -40,6 +43,8 @@ class _Seen(NamedTuple):
 class Watch:
     """Looks at the targets of the first calls of a loss, and warns once of what makes it skip them, or learn nothing.
 
+    There are more of these calls while too few rows have come to judge by.
+
     On a GPU what it looks at is copied on the stream of the loss, and read in a later call, when it has arrived. What
     is captured in a graph, or has no values, is not looked at; of what is compiled the caller leaves it out.
 
@@ -51,7 +56,7 @@ class Watch:
 
     def __init__(self, name: str, labels: range, refuses: bool = False):
         self.name, self.labels, self.refuses = name, labels, refuses
-        self.left = BATCHES
+        self.left, self.calls = BATCHES, 0
         self.pending: list[_Seen] = []
         self.known = np.zeros((0, 6), np.float32)
         self.rows = self.invalid = self.counting = 0
@@ -81,7 +86,7 @@ class Watch:
         if not _plain(rows, counts):  # a capture is given up, too, if an earlier event is asked for meanwhile
             return self
         if self.left:
-            self.left -= 1
+            self.left, self.calls = self.left - 1, self.calls + 1
             event = None
             if _on_gpu(rows):
                 stream, event = torch.cuda.current_stream(rows.device), torch.cuda.Event()
@@ -115,6 +120,7 @@ class Watch:
         if self.refuses and (rows[:, 1] < first).any():
             checks.fail("labels", "0, the background", f"{first} to {last}")
         if len(known) < FEWEST:
+            self.left = max(self.left, int(self.calls < LONGEST))
             return ""
         low, high = known[:, 1].min(), known[:, 1].max()
         if first == 0 and low == 1 and high == last + 1:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import FLOATS, describe, fail, one_of
+from .values import describe, fail, one_of
 
 UNITS = ("relative", "pixel")
 BOXES = ("cxcywh", "xyxy", "xywh")
@@ -43,18 +43,26 @@ def same_device(name: str, value: Tensor, device: torch.device | None) -> None:
         fail(name, f"device {value.device}", f"{device} as preds")
 
 
-def rows(name: str, value: Any, columns: int, ndim: int, layout: str, weights: bool = False) -> Tensor:
-    """``value``, a tensor of float32 or float64 of ``ndim`` dimensions and ``columns`` columns, or with ``weights`` one
+def rows(
+    name: str,
+    value: Any,
+    columns: int,
+    ndim: int,
+    layout: str,
+    weights: bool = False,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+) -> Tensor:
+    """``value``, a tensor of one of ``dtypes``, of ``ndim`` dimensions and ``columns`` columns, or with ``weights`` one
     more.
     """
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         fail(name, describe(value), f"a tensor of shape {layout}")
     if value.dim() != ndim or value.shape[-1] not in (columns, columns + weights):
         fail(name, f"shape {tuple(value.shape)}", layout + ", or a column more, of weights" * weights)
-    if value.dtype not in (torch.float32, torch.float64):
-        halved = value.dtype in FLOATS
+    if value.dtype not in dtypes:
+        halved = value.dtype in (torch.float16, torch.bfloat16)
         why = ": halves hold no class above 256 or 2048, and move centres; keep targets out of casts" * halved
-        fail(name, f"dtype {value.dtype}", f"torch.float32{why}")
+        fail(name, f"dtype {value.dtype}", " or ".join(map(str, dtypes)) + why)
     return value
 
 
@@ -62,7 +70,7 @@ def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
     """The boxes ``[N, 4]`` and labels ``[N]`` of the ``i``-th image of a torchvision target list."""
     name = f"targets[{i}]"
     if not isinstance(item, dict):
-        fail(name, describe(item), "a dict with 'boxes' and 'labels'")
+        fail(name, describe(item), "a dict with 'boxes' and 'labels'" + ", or of each image a tensor (n, 5)" * (i == 0))
     if "boxes" not in item or "labels" not in item:
         fail(name, f"keys {list(item)}", "'boxes' and 'labels'")
     boxes, labels = item["boxes"], item["labels"]

@@ -120,6 +120,11 @@ def test_wrong_arguments_are_named():
     found = fusedyolo.assign(criterion, preds, rows)
     with pytest.raises(ValueError, match=r"^index: 2, want 0 <= index < 2"):
         fusedyolo.draw_assignment(torch.zeros(3, 8, 8), found, index=2)
+    with pytest.raises(ValueError, match=r"^assignment: a tensor of shape \(3, 8, 8\), want what fusedyolo.assign"):
+        fusedyolo.draw_assignment(found, torch.zeros(3, 8, 8))
+    for image in (None, torch.zeros(8), torch.zeros(2, 3, 8, 8)):
+        with pytest.raises(ValueError, match=r"^image: .*, want a PIL image, an array \[H, W, 3\] or a tensor"):
+            fusedyolo.draw_assignment(image, found)
 
 
 def test_the_picture_shows_boxes_cells_and_anchors(tmp_path):

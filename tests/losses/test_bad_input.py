@@ -528,15 +528,19 @@ def image(n=2):
         (torch.zeros(6), "targets: shape (6,), want (M, 6) or (B, G, 5), or a column more, of weights"),
         (torch.zeros(3, 5), "targets: shape (3, 5), want (M, 6) or (B, G, 5), or a column more, of weights"),
         (torch.zeros(2, 3, 7), "targets: shape (2, 3, 7), want (M, 6) or (B, G, 5), or a column more, of weights"),
-        (torch.zeros(3, 6, dtype=torch.long), "targets: dtype torch.int64, want torch.float32"),
-        (torch.zeros(2, 3, 5, dtype=torch.int32), "targets: dtype torch.int32, want torch.float32"),
+        (torch.zeros(3, 6, dtype=torch.long), "targets: dtype torch.int64, want torch.float32 or torch.float64"),
+        (torch.zeros(2, 3, 5, dtype=torch.int32), "targets: dtype torch.int32, want torch.float32 or torch.float64"),
         (torch.zeros(3, 6, device="meta"), "targets: device meta, want cpu as preds"),
         (torch.zeros(2, 3, 5, device="meta"), "targets: device meta, want cpu as preds"),
         (torch.zeros(3, 4, 5), "targets: shape (3, 4, 5), want (2, G, 5), as many images as preds"),
         (Targets.from_packed(torch.zeros(0, 6), 3), "targets: Targets of 3 images, want 2 as preds"),
         (Targets.from_packed(torch.zeros(0, 6), 2).to("meta"), "targets: device meta, want cpu as preds"),
-        ([], "targets: a list of 0, want 2 dicts, one an image of preds"),
+        ([], "targets: a list of 0, want 2 dicts or tensors (n, 5), one an image of preds"),
         ([image()], "targets: a list of 1, want 2 dicts, one an image of preds"),
+        (
+            [[[1, 0.5, 0.5, 0.2]], []],
+            "targets[0]: [[1, 0.5, 0.5, 0.2]], want a dict with 'boxes' and 'labels', or of each image a tensor (n, 5)",
+        ),
         ([image(), torch.zeros(2, 6)], "targets[1]: a tensor of shape (2, 6), want a dict with 'boxes' and 'labels'"),
         ([image(), {"boxes": torch.zeros(0, 4)}], "targets[1]: keys ['boxes'], want 'boxes' and 'labels'"),
         (
@@ -589,7 +593,10 @@ def test_targets(targets, message):
             lambda: Targets.from_packed(torch.zeros(3, 5), 1),
             "packed: shape (3, 5), want (M, 6), or a column more, of weights",
         ),
-        (lambda: Targets.from_packed(torch.zeros(3, 6).long(), 1), "packed: dtype torch.int64, want torch.float32"),
+        (
+            lambda: Targets.from_packed(torch.zeros(3, 6).long(), 1),
+            "packed: dtype torch.int64, want torch.float32 or torch.float64",
+        ),
         (lambda: Targets.from_packed(torch.zeros(3, 6), -1), "batch_size: -1, want an integer >= 0"),
         (lambda: Targets.from_packed(torch.zeros(3, 6), 1.5), "batch_size: 1.5, want an integer >= 0"),
         (lambda: Targets.from_packed(torch.zeros(3, 6), 1, capacity=2), "packed: 3 rows, want at most 2, the capacity"),
@@ -622,8 +629,12 @@ def test_targets(targets, message):
             "keep targets out of casts",
         ),
         (
+            lambda: Targets(torch.zeros(3, 6).double(), torch.zeros(3).int(), 1),
+            "rows: dtype torch.float64, want torch.float32",
+        ),
+        (
             lambda: Targets(torch.zeros(6, 3).t(), torch.zeros(3).int(), 1),
-            "rows: a strided view, want a contiguous tensor of torch.float32",
+            "rows: a strided view, want a contiguous tensor",
         ),
         (
             lambda: Targets(torch.zeros(3, 6), torch.zeros(4).int(), 1),

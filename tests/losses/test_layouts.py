@@ -143,7 +143,10 @@ def test_lists_of_rows():
         ([torch.zeros(2, 5)], "targets: a list of 1, want 2 tensors (n, 5), one an image of preds"),
         ([torch.zeros(2, 5), torch.zeros(2, 7)], "targets[1]: shape (2, 7), want (n, 5), or a column more, of weights"),
         ([torch.zeros(2, 5), {}], "targets[1]: {}, want a tensor of shape (n, 5)"),
-        ([torch.zeros(2, 5), torch.zeros(2, 5).long()], "targets[1]: dtype torch.int64, want torch.float32"),
+        (
+            [torch.zeros(2, 5), torch.zeros(2, 5).long()],
+            "targets[1]: dtype torch.int64, want torch.float32 or torch.float64",
+        ),
         ([torch.zeros(2, 5), torch.zeros(2, 5, device="meta")], "targets[1]: device meta, want cpu as targets[0]"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 
 import fusedyolo
 from fusedyolo import Targets, watch
-from fusedyolo.watch import BATCHES, FEWEST, Watch
+from fusedyolo.watch import BATCHES, FEWEST, LONGEST, Watch
 
 ANCHORS, STRIDES, CLASSES, SIDE = [[(10, 13), (16, 30)], [(30, 61)]], (8, 16), 3, 64
 
@@ -119,6 +119,28 @@ def test_rows_add_up_over_batches():
     call(few)
     with pytest.warns(UserWarning, match=f"{2 * len(few)} of {2 * len(few)} target rows"):
         call(few)
+
+
+def test_a_few_rows_in_each_batch_are_enough():
+    call, one = grid(), pixels(rows()[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(FEWEST - 1):
+            call(one)
+    with pytest.warns(UserWarning, match=f"{FEWEST} of {FEWEST} target rows"):
+        call(one)
+
+
+def test_it_ends():
+    looks, counts = Watch("Loss", range(CLASSES)), torch.zeros(2, dtype=torch.int32)
+    for number in range(LONGEST):
+        assert looks is not None, number
+        looks = looks.after(rows()[:0], None, counts)
+    assert looks is None
+    looks = Watch("Loss", range(CLASSES))
+    for _ in range(BATCHES):
+        looks = looks.after(rows(), None, counts)
+    assert looks is None
 
 
 def test_capacity_is_no_row():
