@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
     main.add_argument("--classes", type=positive, default=80)
     main.add_argument("--dtype", default="float32", choices=[name for name in DTYPES if name != "float64"])
     add_loss(main, "each loss in its default recipe")
-    main.add_argument("--recipes", action="store_true", help="every recipe of every loss")
+    main.add_argument("--recipes", action="store_true", help="every recipe listed above")
     main.add_argument("--labels", type=existing, metavar="PATH", help=f"objects of a {LABELS}")
     main.add_argument("--form", default="packed", choices=FORMS, help="targets as packed rows or fusedyolo.Targets")
     main.add_argument("--layout", default="", choices=LAYOUTS, help="of predictions, where a loss takes it")

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from fusedyolo.tools import codegen, processes, timing
+from fusedyolo.tools import codegen, processes, terminal, timing
 from fusedyolo.tools.env import environment
 from fusedyolo.tools.parity import parity, parity_table
 from fusedyolo.tools.registry import CASES, Workload
@@ -84,9 +83,7 @@ class Session:
         self.host, self.failures = environment(), list[str]()
         self.gpu = self.host["gpu"] is not None
         self.device = "cuda" if self.gpu else "cpu"
-        self.console = Console()
-        if not self.console.is_terminal:
-            self.console = Console(width=120)
+        self.console = terminal.console()
 
     def run(self, tasks: Sequence[Task], title: str, keep: Keep = lambda results: None) -> dict[Task, Any]:
         """The results that tasks have, ``jobs`` of them at a time. Those that are timed are one at a time, with nothing

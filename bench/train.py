@@ -23,7 +23,7 @@ from rich.progress import Progress
 from torch.profiler import ProfilerActivity, profile
 
 import fusedyolo
-from fusedyolo.tools import interpreter
+from fusedyolo.tools import interpreter, terminal
 from fusedyolo.tools.env import environment, version
 from fusedyolo.tools.parity import Loss, step
 from fusedyolo.tools.registry import SHOWN, Case, RefusedError, Workload, select
@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         RefusedError: a peer that does not compute the loss, or nothing to train on.
     """
-    gpu, console, out = torch.cuda.is_available(), Console(), options.out
+    gpu, console, out = torch.cuda.is_available(), terminal.console(), options.out
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
         interpreter.prepare()  # before peers are looked for: some import Triton

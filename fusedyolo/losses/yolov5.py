@@ -189,6 +189,9 @@ class YOLOv5Loss(RatioLoss):
           Rows may have weights, and be ignored regions, see there.
         - output: :class:`~fusedyolo.LossOutput`; ``parts`` have the factor of the batch size too.
 
+    Rows that cannot be (class or image out of range, not finite, no area, centre outside the image) are skipped and
+    counted in ``num_invalid``.
+
     Raises:
         ValueError: an argument of the constructor or of a call does not fit; it says which, what came and what was
             wanted.

@@ -11,17 +11,16 @@ import argparse
 import itertools
 
 import torch
-from rich.console import Console
 from rich.progress import track
 
-from . import compiled, interpreter
+from . import compiled, interpreter, terminal
 from .parity import parity, parity_table
 from .registry import RefusedError, Workload, select
 
 
 def run(options: argparse.Namespace) -> int:
     """Compare, and print a table: 0 if all pass, 1 if not."""
-    console, dtypes = Console(), options.dtype or ["float32"]
+    console, dtypes = terminal.console(), options.dtype or ["float32"]
     if options.compiled:
         return compiled.run(options, dtypes, console)
     for name in ("arch", "seeds", "fusion", "noise", "fine", "markdown"):

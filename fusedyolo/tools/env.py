@@ -25,7 +25,7 @@ from .. import tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = ("FUSEDYOLO_DISABLE", "FUSEDYOLO_CONFIG_DIR", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
-PEERS = ("torchvision", "ultralytics", "yolov5", "lightnet")
+PEERS = ("torchvision", "ultralytics", "yolov5", "yolox", "libreyolo", "lightnet")
 
 
 def environment() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .registry import CASES, RefusedError
 
+WIDTH = 160  # where there is no terminal: in 80 columns the numbers of wide tables are cut off
 PASSES = {True: "[green]passes[/]", False: "[bold red]FAILS[/]"}
 
 
@@ -61,6 +62,12 @@ def add_loss(parser: ArgumentParser, usual: str) -> None:
     """Give a command ``--loss``, names for :func:`~fusedyolo.tools.registry.select`; ``usual`` says what none means."""
     names = f"one of {', '.join(CASES)}; repeat for more ({usual})"
     parser.add_argument("--loss", action="append", default=[], metavar="NAME", help=names)
+
+
+def console() -> Console:
+    """What a command prints its tables on."""
+    made = Console()
+    return made if made.is_terminal else Console(width=max(WIDTH, made.width))
 
 
 @contextmanager

@@ -22,17 +22,15 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
-from rich.console import Console
 from rich.progress import Progress
 
 from .. import tuned
 from ..kernels.launch import REGISTERS, Wishes, legal_wishes
-from . import codegen, timing
+from . import codegen, terminal, timing
 from .env import environment, kernels_digest
 from .parity import Step, bound
 from .processes import Call, Failed, run_all
 from .registry import Case, RefusedError, Workload, first_recipes, select
-from .terminal import table
 
 GAIN = 0.02  # of the time that a configuration must save to be preferred to the heuristic
 TURNS = 3  # in which the best one and the heuristic are timed once more
@@ -271,13 +269,13 @@ def run(
     inspector: Callable[..., dict[Wishes, Resources | str]] | None = None,
 ) -> int:
     """Tune. Tests put in a timer and an inspector that need no GPU."""
-    console, todo, where = Console(), points(options, device), torch.device(device)
+    console, todo, where = terminal.console(), points(options, device), torch.device(device)
     if device == "cuda" and not torch.cuda.is_available():
         raise RefusedError("no GPU: there is nothing to tune; launches are configured by a heuristic")
     gpu, target = tuned.gpu_name(where), _target(where)
     records = Records(options.out or tuned.folder(), gpu, provenance(gpu, target))
     inspector = inspector or partial(inspect_all, target=target, jobs=options.jobs)
-    made = table("Forward + backward, milliseconds", ("loss",), ("heuristic", "best", "saved", "timed"))
+    made = terminal.table("Forward + backward, milliseconds", ("loss",), ("heuristic", "best", "saved", "timed"))
     made.columns[0].no_wrap = False
     made.add_column("configuration")
     made.add_column("not timed")

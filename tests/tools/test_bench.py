@@ -410,6 +410,13 @@ def test_what_ends_a_command_is_one_line(error, status, message, tmp_path, monke
     assert "".join(capsys.readouterr()) == f"{message}\n"
 
 
+def test_a_table_is_not_cut_off_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert terminal.console().width == terminal.WIDTH
+    monkeypatch.setenv("COLUMNS", "200")
+    assert terminal.console().width == 200
+
+
 def test_a_module_of_ours_that_is_not_there_is_no_package_to_install(monkeypatch, tmp_path):
     def ends(*arguments):
         raise ModuleNotFoundError("No module named 'bench.nothing'", name="bench.nothing")
