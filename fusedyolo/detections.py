@@ -31,6 +31,10 @@ class Detections(NamedTuple):
     labels: Tensor
     count: Tensor  # type: ignore[assignment]  # tuple has a method of that name
 
+    def __repr__(self) -> str:
+        images, most = self.scores.shape
+        return f"Detections(images={images}, max_det={most}, device={self.boxes.device})"
+
     def images(self) -> list[dict[str, Tensor]]:
         """The detections of each image as torchvision's detectors return them: ``boxes``, ``scores``, ``labels``.
 

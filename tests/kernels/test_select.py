@@ -295,6 +295,7 @@ def test_padding_and_images(backend):
     assert [tuple(value.shape) for value in found] == [(2, 100, 4), (2, 100), (2, 100), (2,)]
     assert [value.dtype for value in found] == [torch.float32, torch.float32, torch.int64, torch.int32]
     assert found.count.tolist() == [0, 1]
+    assert repr(found) == f"Detections(images=2, max_det=100, device={raw.device})"
     assert (found.labels == -1).sum() == 199
     assert found.boxes[0].count_nonzero() + found.boxes[1, 1:].count_nonzero() + found.scores.count_nonzero() == 1
     first, second = found.images()
