@@ -14,6 +14,8 @@ from .values import describe, fail, number
 
 Pair = tuple[float, float]
 
+LARGEST_IMAGE = 4096  # pixels of a side, beyond which an anchor must be a mistake
+
 
 def _pairs(name: str, value: Any, want: str) -> tuple[Pair, ...]:
     try:
@@ -165,6 +167,19 @@ def in_pixels(levels: Sequence[Sequence[Pair]], strides: Sequence[float]) -> Non
             "as YOLOv2's files and YOLOv5's checkpoints have them, multiply each by the stride of its level",
             stacklevel=5,
         )
+
+
+def in_cells(levels: Sequence[Sequence[Pair]], strides: Sequence[float]) -> None:
+    """Warn of anchors that seem to be given in pixels, where they are to be in cells: one is larger than any image."""
+    for level, stride in zip(levels, strides, strict=True):
+        side = max(side for anchor in level for side in anchor)
+        if side * stride > LARGEST_IMAGE:
+            warnings.warn(
+                f"anchors: a side of {side:g} cells of stride {stride:g} is {side * stride:g} pixels. If they are in "
+                "pixels, divide each by the stride of its level",
+                stacklevel=3,
+            )
+            return
 
 
 def strides(value: Any, levels: int) -> tuple[float, ...]:

@@ -135,6 +135,7 @@ class YOLOv2Loss(GridLoss):
         strides = checks.strides(stride if several else [stride], len(levels))
         if several and len(levels) < 2:
             checks.fail("stride", checks.describe(stride), "a number, or at least two")
+        checks.in_cells(levels, strides)
         pixels = tuple(
             tuple((w * step, h * step) for w, h in level) for level, step in zip(levels, strides, strict=True)
         )

@@ -404,6 +404,22 @@ def test_anchors_in_cells(make):
         YOLOv2Loss([(0.57, 0.68), (1.9, 2.1)], 3)
 
 
+@pytest.mark.parametrize(
+    ("anchors", "stride", "recipe"),
+    [
+        ([(42, 55), (102, 128), (359, 320)], 32, "region"),
+        ([[(10, 13)], [(30, 61)], [(116, 90), (373, 326)]], (8, 16, 32), "lightnet"),
+    ],
+)
+def test_anchors_in_pixels(anchors, stride, recipe):
+    """Which YOLOv2, unlike all others, takes in cells."""
+    with pytest.warns(UserWarning, match="^anchors: a side of 3.. cells of stride 32 is 1.... pixels. If they are in"):
+        YOLOv2Loss(anchors, 3, stride, recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        YOLOv2Loss([(1.3221, 1.73145), (11.2364, 10.0071)], 3)
+
+
 SPARSE = "a tensor of layout torch.sparse_coo, not torch.strided"
 
 
