@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 
@@ -56,48 +56,68 @@ def bind(kernel: Any, args: Sequence[Any], kwargs: Mapping[str, Any], arch: int,
         arch: 90 for sm_90.
         fusion: ``False`` to compile with ``enable_fp_fusion=False`` whatever the launch asks for.
     """
-    from triton.compiler.compiler import ASTSource
-
     options = dict(kwargs)
     if fusion is False:
         options["enable_fp_fusion"] = False
-    gpu, backend = _target(arch)
-    bound, specialization, rest = _binder(kernel, arch)(*args, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
-    source = ASTSource(kernel, signature, constants, attributes)
-    key = source.hash(), parsed.hash(), arch
+    made, bound = specialise(kernel, args, options, ("cuda", arch, 32))
+    key = made.source.hash(), made.options.hash(), arch
     if key not in _compiled:
-        _compiled[key] = _compile(source, gpu, parsed)
-    passed = [each for name, kind in signature.items() for each in _flat(kind, bound[name])]
-    return Call(_compiled[key], dict(bound), passed)
+        _compiled[key] = _compile(made)
+    passed = [each for name, kind in made.source.signature.items() for each in _flat(kind, bound[name])]
+    return Call(_compiled[key], bound, passed)
+
+
+class Specialised(NamedTuple):
+    """What Triton compiles: the ``source`` of a kernel for the arguments of a launch, for a GPU, with options."""
+
+    source: Any
+    gpu: Any
+    options: Any
+
+    def compile(self) -> Any:
+        """As Triton does."""
+        import triton
+
+        return triton.compile(self.source, target=self.gpu, options=self.options.__dict__)
+
+
+def specialise(
+    kernel: Any, args: Sequence[Any], kwargs: Mapping[str, Any], target: tuple[str, int | str, int]
+) -> tuple[Specialised, dict[str, Any]]:
+    """What a launch ``kernel[grid](*args, **kwargs)`` compiles for ``target``: backend, architecture, threads of a
+    warp; and its arguments by name.
+    """
+    from triton.compiler.compiler import ASTSource
+
+    gpu, backend = _target(target)
+    bound, specialization, rest = _binder(kernel, target)(*args, **kwargs)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, rest)
+    return Specialised(ASTSource(kernel, signature, constants, attributes), gpu, parsed), dict(bound)
 
 
 @lru_cache
-def _target(arch: int) -> tuple[Any, Any]:
+def _target(target: tuple[str, int | str, int]) -> tuple[Any, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
 
-    gpu = GPUTarget("cuda", arch, 32)
+    gpu = GPUTarget(*target)
     return gpu, make_backend(gpu)
 
 
 @lru_cache
-def _binder(kernel: Any, arch: int) -> Any:
+def _binder(kernel: Any, target: tuple[str, int | str, int]) -> Any:
     from triton.runtime.jit import create_function_from_signature
 
-    return create_function_from_signature(kernel.signature, kernel.params, _target(arch)[1])
+    return create_function_from_signature(kernel.signature, kernel.params, _target(target)[1])
 
 
-def _compile(source: Any, gpu: Any, parsed: Any) -> Compiled:
-    import triton
-
+def _compile(what: Specialised) -> Compiled:
     with _no_ptxas():
-        made = triton.compile(source, target=gpu, options=parsed.__dict__)
-    if getattr(made.metadata, "global_scratch_size", 0):
-        raise NotImplementedError(f"{source.name}: scratch memory of the compiler is not emulated")
-    return Compiled(
-        source.name, made.asm["ptx"], made.metadata.shared, made.metadata.num_warps, bool(parsed.enable_fp_fusion)
-    )
+        made = what.compile()
+    name, metadata = what.source.name, made.metadata
+    if getattr(metadata, "global_scratch_size", 0):
+        raise NotImplementedError(f"{name}: scratch memory of the compiler is not emulated")
+    return Compiled(name, made.asm["ptx"], metadata.shared, metadata.num_warps, bool(what.options.enable_fp_fusion))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..emulator.compile import specialise
 from .registry import Case, Workload
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -88,23 +89,13 @@ def compile_launch(kernel, arguments: Mapping[str, Any], options: Mapping[str, i
     ``kernel`` must be a real ``JITFunction``: it must have been imported without ``TRITON_INTERPRET``. Tensors count as
     aligned as they are.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler.compiler import ASTSource, make_backend
-    from triton.runtime.jit import JITFunction, create_function_from_signature
+    from triton.runtime.jit import JITFunction
 
     if not isinstance(kernel, JITFunction):
         raise ValueError(f"kernel: {type(kernel).__name__}, want a JITFunction; is TRITON_INTERPRET set?")
-    gpu = GPUTarget(*target_of(target))
-    backend = make_backend(gpu)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(**arguments, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=gpu, options=parsed.__dict__)
-    if gpu.backend == "cuda":
-        return _read_cubin(target, compiled.asm["cubin"])
-    return read_amdgcn(target, compiled.asm["amdgcn"])
+    made, _ = specialise(kernel, (), {**arguments, **options}, target_of(target))
+    text = made.compile().asm
+    return _read_cubin(target, text["cubin"]) if "cubin" in text else read_amdgcn(target, text["amdgcn"])
 
 
 def _read_cubin(target: str, cubin: bytes) -> Resources:
