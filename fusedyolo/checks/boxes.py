@@ -15,6 +15,10 @@ BoxForm = tuple[str | None, str | None] | None
 """What was said of boxes in targets: their unit and their four numbers, None for what is usual."""
 
 
+_HALVES = (torch.float16, torch.bfloat16)
+_HALVED = ": halves hold no class above 256 or 2048, and move centres; keep targets out of casts"
+
+
 def box_form(unit: Any, boxes: Any) -> BoxForm:
     """The unit of boxes in targets and their four numbers, as far as they are given; None where neither is."""
     if unit is None and boxes is None:
@@ -60,9 +64,7 @@ def rows(
     if value.dim() != ndim or value.shape[-1] not in (columns, columns + weights):
         fail(name, f"shape {tuple(value.shape)}", layout + ", or a column more, of weights" * weights)
     if value.dtype not in dtypes:
-        halved = value.dtype in (torch.float16, torch.bfloat16)
-        why = ": halves hold no class above 256 or 2048, and move centres; keep targets out of casts" * halved
-        fail(name, f"dtype {value.dtype}", " or ".join(map(str, dtypes)) + why)
+        fail(name, f"dtype {value.dtype}", " or ".join(map(str, dtypes)) + _HALVED * (value.dtype in _HALVES))
     return value
 
 
@@ -83,6 +85,8 @@ def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
     for key, value in (("boxes", boxes), ("labels", labels)):
         if value.is_complex() or value.dtype == torch.bool:
             fail(f"{name}['{key}']", f"dtype {value.dtype}", "a real number type")
+        if value.dtype in _HALVES:
+            fail(f"{name}['{key}']", f"dtype {value.dtype}", f"torch.float32{_HALVED}")
     if labels.device != boxes.device:
         fail(f"{name}['labels']", f"device {labels.device}", f"{boxes.device} as the boxes")
     return boxes, labels

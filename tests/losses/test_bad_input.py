@@ -580,6 +580,16 @@ def image(n=2):
             "targets[1]['labels']: dtype torch.complex64, want a real number type",
         ),
         (
+            [image(), {**image(), "boxes": torch.zeros(2, 4, dtype=torch.bfloat16)}],
+            "targets[1]['boxes']: dtype torch.bfloat16, want torch.float32: halves hold no class above 256 or "
+            "2048, and move centres; keep targets out of casts",
+        ),
+        (
+            [{**image(), "labels": torch.zeros(2, dtype=torch.float16)}, image()],
+            "targets[0]['labels']: dtype torch.float16, want torch.float32: halves hold no class above 256 or "
+            "2048, and move centres; keep targets out of casts",
+        ),
+        (
             [image(), {**image(), "labels": torch.zeros(2, device="meta")}],
             "targets[1]['labels']: device meta, want cpu as the boxes",
         ),
