@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .assign import row_cell, row_valid
-from .primitives import larger, smaller
+from .primitives import larger, smaller, weigh
 from .regions import edges_of, within
 from .rows import in_its_range, load_rows, of_kind, row_weights, rows_end, wrong_offsets
 from .sums import column, column_sums, finish, is_last, leave_counts
@@ -103,6 +103,7 @@ class Spec(NamedTuple):
     ROOT: Any
     NEAREST: Any
     RESCORE: Any
+    ZEROS: Any  # among the gains
     BY_IMAGE: Any  # a loss of each image
     ACC: Any
     CELLS: Any
@@ -325,9 +326,10 @@ def _squares(tile, k, held, gains, SPEC: tl.constexpr):
         free = tl.where(held.hidden, 0.0, 1.0).to(SPEC.ACC)[None, :, None]
         gain *= tl.where(is_conf & ~mine, free, held.weight[None, :, None])
     used = tl.where(is_cls, (held.chosen >= 0)[None, :, None], is_conf | mine)
+    ZEROS: tl.constexpr = SPEC.ZEROS or held.weight is not None or gains.columns_ptr is not None
     error = tile - target
-    loss = tl.where(used, gain * (error * error), 0.0)
-    return tl.where(tile != tile, tile, loss), tl.where(used, 2.0 * gain * error, 0.0)
+    loss = tl.where(used, weigh(gain, error * error, ZEROS), 0.0)
+    return tl.where(tile != tile, tile, loss), tl.where(used, weigh(2.0 * gain, error, ZEROS), 0.0)
 
 
 @triton.jit

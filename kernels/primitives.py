@@ -52,6 +52,18 @@ def finite(d):
 
 
 @triton.jit
+def weigh(weight, value, ZEROS: tl.constexpr = True):
+    """A value times its weight, or gain; 0 if either is, though the other be infinite. A NaN of the value stays NaN.
+
+    Without ZEROS, where no weight can be 0 or no value infinite, it is the plain product.
+    """
+    product = weight * value
+    if ZEROS:
+        product = tl.where(((weight == 0) & (value == value)) | (value == 0), 0.0, product)
+    return product
+
+
+@triton.jit
 def vanishes(q):
     """Whether q >= 0 lies below the normal numbers, where a quotient by it may be inf, and an operation of the GPU may
     take it for 0 while another does not. NaN does not vanish."""

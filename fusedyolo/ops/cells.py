@@ -76,6 +76,7 @@ def _plan(key: str, pred: Layout, grad: Layout | None, skip_one: bool | None) ->
             ROOT=head.root,
             NEAREST=head.nearest,
             RESCORE=head.rescore,
+            ZEROS=0 in (head.box_gain, head.obj_gain, head.other_gain, head.noobj_gain, head.cls_gain),
             BY_IMAGE=head.by_image,
             ACC=accumulator(pred.dtype)[0],
             CELLS=config.cells,

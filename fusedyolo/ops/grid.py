@@ -104,6 +104,7 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         "AVERAGE": head.average_box,
         "SMOOTH": any(head.smooth),
         "PRIOR": head.prior_gain > 0,
+        "ZEROS": _zeros(head),
         "MEAN_ROWS": head.mean_rows,
         "MEAN_USED": head.obj_mean == "used",
         "BY_IMAGE": head.by_image,
@@ -118,6 +119,15 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
     }
     competing = [head.anchors[t] for t in own] if head.per_level else head.anchors
     return _Parts(terms, numbers, spec, tuple(side for anchor in competing for side in anchor))
+
+
+def _zeros(head: GridHead) -> bool:
+    """Whether something may be 0 that multiplies what may be infinite, where neither rows nor classes have weights."""
+    gains = (head.box_gain, head.obj_gain, head.noobj_gain, head.cls_gain, *head.obj_balance)
+    label = TERMS[head.label]
+    numbers = dict(zip((*label.numbers, *label.optional), head.label_args, strict=False))
+    larger = any(number > 1 for name, number in numbers.items() if name != "gamma")  # than the largest logit
+    return 0 in gains or (head.shared == "each" and larger)
 
 
 def _half_step(value: float, dtype: torch.dtype) -> float:

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from ..levels import are_wide, as_wide, integer_of, pointer_of, strides_of
-from ..primitives import log1p, near_divide, ordered_bits, plain
+from ..primitives import log1p, near_divide, ordered_bits, plain, weigh
 from ..rows import load_rows, row_weights
 from ..sums import column, column_sums, is_last
 from ..terms.decode import chain
@@ -353,7 +353,7 @@ def _class_terms(x, is_label, columns_ptr, k, keep, used, terms, numbers):
     loss, d = terms.label(x, is_label, numbers.label_args)
     if columns_ptr is not None:
         column = tl.load(columns_ptr + k, mask=keep, other=0.0).to(x.dtype)
-        loss *= column
+        loss = weigh(column, loss)
         d *= column
     return tl.where(used | (x != x), loss, 0.0), tl.where(used, d, 0.0)  # a NaN shows, used or not
 
@@ -429,11 +429,12 @@ def _stream_classes(chunk, view, level, batch, matched, terms, numbers, grads, S
             x.to(SPEC.ACC), is_label, matched.columns_ptr, k0[:, None] + k, keep, used, terms, numbers=numbers
         )
         if SPEC.WITH_LOSS:
+            loss = weigh(weight[:, None], loss, matched.row_weights_ptr is not None)
             if SPEC.IMAGES:
-                total += tl.where(after[:, None], 0.0, weight[:, None] * loss)
-                second += tl.where(after[:, None], weight[:, None] * loss, 0.0)
+                total += tl.where(after[:, None], 0.0, loss)
+                second += tl.where(after[:, None], loss, 0.0)
             else:
-                total += weight[:, None] * loss
+                total += loss
         if SPEC.WITH_GRAD:
             if SPEC.IMAGES:
                 weight *= tl.where(after, grads.after, grads.classes)
@@ -473,7 +474,7 @@ def _plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPE
         x = tl.load(x_ptr[None, :] + k * view.by.channel, mask=keep, other=0.0).to(SPEC.ACC)
         loss, d = _class_terms(x, label == k, matched.columns_ptr, k, k < SPEC.C, used & keep, terms, numbers=numbers)
         if matched.row_weights_ptr is not None:
-            loss *= own
+            loss = weigh(own, loss)
             d *= own
         if SPEC.WITH_LOSS:
             total += loss
@@ -559,9 +560,9 @@ def _ranked_loss(ptr, by_channel, site, label, match, matched, ce_ptr, SPEC: tl.
     x = tl.where(label > 0, x, tl.sum(background, axis=1))
     ce = log1p(tl.sum(rest, axis=1)) - (x - tl.sum(largest, axis=1))
     if matched.columns_ptr is not None:
-        ce *= tl.load(matched.columns_ptr + label).to(SPEC.ACC)
+        ce = weigh(tl.load(matched.columns_ptr + label).to(SPEC.ACC), ce)
     if matched.row_weights_ptr is not None:
-        ce *= _ranked_share(matched, match, ce, SPEC.ACC)
+        ce = weigh(_ranked_share(matched, match, ce, SPEC.ACC), ce)
     ce = ce + 0.0  # of -0, too, the bits are to be those of 0
     tl.store(ce_ptr + site.n, ce, mask=site.mask)
 
@@ -785,8 +786,10 @@ def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads
         if matched.norm_ptr is not None:
             own_box *= centreness(place.shift, place.true)
         if matched.norm_ptr is not None or matched.row_weights_ptr is not None:
-            loss *= own_box
-            d_raw = Raw(own_box * d_raw.x, own_box * d_raw.y, own_box * d_raw.w, own_box * d_raw.h)
+            loss = weigh(own_box, loss)
+            dx = weigh(own_box, d_raw.x)
+            dy = weigh(own_box, d_raw.y)
+            d_raw = Raw(dx, dy, weigh(own_box, d_raw.w), weigh(own_box, d_raw.h))
         box = of_box * tl.sum(tl.where(has, loss, 0.0), axis=0)
         if SPEC.WITH_GRAD:
             even = tl.join(d_raw.x, d_raw.w)
@@ -798,7 +801,7 @@ def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads
             x = tl.load(at, mask=has, other=0.0).to(SPEC.ACC)
             loss, d_x = terms.centre(x, centreness(place.shift, place.true), ())
             if matched.row_weights_ptr is not None:
-                loss *= own
+                loss = weigh(own, loss)
                 d_x *= own
             centre = weight * tl.sum(tl.where(has, loss, 0.0), axis=0)
             if SPEC.WITH_GRAD:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..assign import row_valid
 from ..levels import pointer_of, strides_of
-from ..primitives import plain
+from ..primitives import plain, weigh
 from ..regions import Candidates, Points, in_regions
 from ..rows import image_rows, in_its_range, load_rows, of_kind, rows_end, wrong_offsets
 from ..sums import column, column_sums, finish, is_last, leave_counts
@@ -128,7 +128,8 @@ def _tile(view, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constex
         if rows.row_weights_ptr is not None:  # those of rows take their weight
             counts = counts & (state < ASSIGNED)
     loss_obj, _d_obj = terms.objectness(logit, true_obj, head.obj_args)
-    loss_obj = tl.where(bad, float("nan"), tl.where(counts, site.obj_scale * head.noobj_gain * loss_obj, 0.0))
+    loss_obj = weigh(site.obj_scale * head.noobj_gain, loss_obj, SPEC.ZEROS)
+    loss_obj = tl.where(bad, float("nan"), tl.where(counts, loss_obj, 0.0))
     obj = tl.sum(tl.where(mask, loss_obj, 0.0), axis=0)
     box = tl.cast(0.0, SPEC.ACC)
     cls = tl.cast(0.0, SPEC.ACC)

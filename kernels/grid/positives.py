@@ -8,7 +8,7 @@ classes lanes are predictions, which meet their rows in order, round by round, a
 import triton
 import triton.language as tl
 
-from ..primitives import logistic
+from ..primitives import logistic, weigh
 from ..rows import load_rows, row_weights
 from .box import box_term, true_box
 from .site import cells_at, channel_step, kept_stride
@@ -90,7 +90,8 @@ def _label_of_each(z, times, is_class, amount, rows, k, head, terms, SPEC: tl.co
     if SPEC.APART:  # there are but two targets: each logit is judged by both
         named, d_named = terms.label(z, _targets(tl.full(z.shape, True, tl.int1), head, SPEC), head.label_args)
         other, d_other = terms.label(z, _targets(tl.full(z.shape, False, tl.int1), head, SPEC), head.label_args)
-        loss = times * named + rest * other
+        ZEROS: tl.constexpr = SPEC.ZEROS or rows.row_weights_ptr is not None
+        loss = weigh(times, named, ZEROS) + weigh(rest, other, ZEROS)
         d = times * d_named + rest * d_other
     else:  # linear in its targets
         y = tl.where(is_class, times * head.positive + rest * head.negative, 0.0)
@@ -111,6 +112,8 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
     k = tl.arange(0, SPEC.K_PAD)[:, None]  # classes begin at 5
     is_class = (k >= 5) & (k < 5 + head.C)
     total = tl.zeros([K_PAD, PICKS], SPEC.ACC)
+    WEIGHED: tl.constexpr = rows.weights_ptr is not None or rows.columns_ptr is not None
+    ZEROS: tl.constexpr = SPEC.ZEROS or WEIGHED or rows.row_weights_ptr is not None
     for slot0 in range(0, found.picks, SPEC.PICKS):
         slot = slot0 + tl.arange(0, SPEC.PICKS)
         cell, first, count = _picked(slot, found, lists, site, SPEC)
@@ -157,7 +160,7 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
         if rows.columns_ptr is not None:
             if SPEC.APART:
                 weight *= _column_weights(rows, k, is_class, SPEC.ACC)
-        total += tl.where(here, weight * loss, 0.0)
+        total += tl.where(here, weigh(weight, loss, ZEROS), 0.0)
         if SPEC.AVERAGE:
             p, _q, _e = logistic(z)
             y = tl.where(times > 0, head.positive, head.negative)
@@ -167,7 +170,7 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
             whole = (slot < found.picks)[None, :] & (k < kept_stride(head.C))  # box and objectness will be overwritten
             tl.store(at[None, :] + k, head.cls_gain * weight * d, mask=whole)
-    return head.cls_gain * tl.sum(tl.sum(total, axis=0), axis=0)
+    return weigh(head.cls_gain, tl.sum(tl.sum(total, axis=0), axis=0), SPEC.ZEROS)
 
 
 @triton.jit
@@ -233,6 +236,7 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
     box = tl.zeros([ROWS], SPEC.ACC)
     obj = tl.zeros([ROWS], SPEC.ACC)
     slots = site.pid * 0
+    ZEROS: tl.constexpr = SPEC.ZEROS or rows.weights_ptr is not None or rows.row_weights_ptr is not None
     in_use = found.picks
     if (SPEC.SHARING != "last") & (SPEC.SHARING != "merge"):
         in_use = found.rows
@@ -266,7 +270,8 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
         if SPEC.AVERAGE:
             pushed = tl.load(lists.pushed_ptr + found.pick + slot, mask=used, other=1)
             scale = scale / tl.maximum(pushed, 1).to(SPEC.ACC)
-        box += tl.where(used, scale * (m * loss), 0.0)
+        scale *= m
+        box += tl.where(used, weigh(scale, loss, ZEROS), 0.0)
         target = 1.0 - head.quality_ratio + head.quality_ratio * similarity
         loss_obj, d_obj = terms.objectness(logit, target, head.obj_args)
         gain = head.obj_gain * site.obj_scale * m
@@ -281,18 +286,19 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
         elif SPEC.SMOOTH:  # of the whole tile, assigned or not
             loss_obj = tl.where(site.smooth, 0.0, loss_obj)
             d_obj = tl.where(site.smooth, 0.0, d_obj)
-        obj += tl.where(closes, gain * loss_obj, 0.0)
+        obj += tl.where(closes, weigh(gain, loss_obj, ZEROS), 0.0)
         if kept_ptr is not None:
-            by_box = scale * m
+            d0 = weigh(scale, d[0], ZEROS)
+            d1 = weigh(scale, d[1], ZEROS)
+            d2 = weigh(scale, d[2], ZEROS)
+            d3 = weigh(scale, d[3], ZEROS)
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
             tl.store(at + 4, gain * d_obj, mask=closes)
-            _store_box(at, by_box * d[0], by_box * d[1], by_box * d[2], by_box * d[3], alone, SPEC)
+            _store_box(at, d0, d1, d2, d3, alone, SPEC)
             if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
                 if found.rows > found.picks:
                     at = lists.spread_ptr + (found.base + r) * 4
-                    _store_box(
-                        at, by_box * d[0], by_box * d[1], by_box * d[2], by_box * d[3], used & (alone == 0), SPEC
-                    )
+                    _store_box(at, d0, d1, d2, d3, used & (alone == 0), SPEC)
     if kept_ptr is not None:
         if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
             if found.rows > found.picks:

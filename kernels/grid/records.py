@@ -35,6 +35,7 @@ class Spec(NamedTuple):
     AVERAGE: bool
     SMOOTH: bool  # of some level
     PRIOR: bool
+    ZEROS: bool  # some gain is 0, or label terms of classes that no row names may be infinite
     MEAN_ROWS: bool
     MEAN_USED: bool
     BY_IMAGE: bool  # a loss of each image

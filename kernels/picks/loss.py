@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..levels import number_of
-from ..primitives import log1p
+from ..primitives import log1p, weigh
 from ..rows import load_rows, row_weights
 from ..sums import column, column_sums, is_last
 from ..terms.decode import chain, exp, ltrb
@@ -265,10 +265,10 @@ def _background(
         factor = scale
         if task.targets.weights_ptr is not None:
             weight = _class_weight(task.targets.weights_ptr, k, k < last, SPEC.ACC)
-            loss = weight * loss
+            loss = weigh(weight, loss)
             factor = scale * weight
         if task.targets.row_weights_ptr is not None:
-            loss *= share[None, :]
+            loss = weigh(share[None, :], loss)
             d *= share[None, :]
         if SPEC.WITH_LOSS:
             total += tl.where(label[None, :] == k, 0.0, loss)
@@ -334,11 +334,11 @@ def _true_classes(view, d_view, site, label, first, last, task, scale, SPEC):
     loss, d = task.head.label(x, score, task.head.label_args)
     if task.targets.weights_ptr is not None:
         weight = _class_weight(task.targets.weights_ptr, label, own, SPEC.ACC)
-        loss = weight * loss
+        loss = weigh(weight, loss)
         d = weight * d
     if task.targets.row_weights_ptr is not None:
         weight = row_weights(task.targets.row_weights_ptr, site.row, own, SPEC.ACC)
-        loss *= weight
+        loss = weigh(weight, loss)
         d *= weight
     if SPEC.WITH_GRAD:
         at = cells_in(d_view, site.tile.cells, site.tile, LAYOUT) + label * step_of(d_view, LAYOUT)
@@ -364,11 +364,11 @@ def _listed_classes(view, d_view, site, list_ptr, count, first, last, task, scal
         loss, d = task.head.label(x, tl.where(label[:, None] == k, score[:, None], 0.0), task.head.label_args)
         if task.targets.weights_ptr is not None:
             weight = _class_weight(task.targets.weights_ptr, k, k < last, SPEC.ACC)
-            loss = weight * loss
+            loss = weigh(weight, loss)
             d = weight * d
         if task.targets.row_weights_ptr is not None:
             weight = row_weights(task.targets.row_weights_ptr, picks.row, picks.mask, SPEC.ACC)[:, None]
-            loss *= weight
+            loss = weigh(weight, loss)
             d *= weight
         total += tl.where(keep, loss, 0.0)
         if SPEC.WITH_GRAD:
@@ -539,8 +539,8 @@ def _picked_bins(view, d_view, site, picks, place, head, weight, scales, SPEC: t
     low = _spread(below.to(tl.int32), AXIS)
     target = tl.where(bins == low, 1.0 - behind, tl.where(bins == low + 1, behind, 0.0))
     mean = 0.25 * _spread(weight[:, None] + tl.zeros_like(true), AXIS)
-    ce = target * (log1p(rest) - (logits - largest))
-    distance = tl.sum(tl.where(keep, mean * ce, 0.0), axis=AXIS)
+    ce = weigh(mean * target, log1p(rest) - (logits - largest))
+    distance = tl.sum(tl.where(keep, ce, 0.0), axis=AXIS)
     if SPEC.WITH_GRAD:
         d_sides = _spread(_together(d_box) * (scales.box * weight)[:, None], AXIS)
         d_ce = softmax_slope(e, first, rest, target, 1.0)
@@ -551,8 +551,12 @@ def _picked_bins(view, d_view, site, picks, place, head, weight, scales, SPEC: t
 
 
 @triton.jit
-def _picked_numbers(view, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr):
-    """Box and distance loss of some boxes that four numbers say, each a sum, and the gradient."""
+def _picked_numbers(
+    view, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr, ZEROS: tl.constexpr
+):  # fmt: skip
+    """Box and distance loss of some boxes that four numbers say, each a sum, and the gradient. ZEROS may be among the
+    weights.
+    """
     DISTANCE: tl.constexpr = SPEC.DISTANCE
     LAYOUT: tl.constexpr = SPEC.LAYOUT
     off, sides, extent = place
@@ -562,13 +566,13 @@ def _picked_numbers(view, d_view, site, picks, place, head, weight, scales, SPEC
     loss_box, d_box = _overlap(raw, off, sides, extent, head, SPEC)
     loss, d = _differences(raw, _encode(off, sides, SPEC), extent, DISTANCE)
     if SPEC.WITH_GRAD:
-        by_box = _together(d_box) * (scales.box * weight)[:, None]
+        by_box = weigh((scales.box * weight)[:, None], _together(d_box), ZEROS)
         by_distance = _together(d) * (scales.distance * weight)[:, None]
         at = cells_in(d_view, picks.cells, site.tile, LAYOUT)[:, None]
         at = at + tl.arange(0, 4)[None, :] * step_of(d_view, LAYOUT)
         tl.store(at, (by_box + by_distance).to(d_view.ptr.dtype.element_ty), mask=picks.mask[:, None])
-    box = tl.sum(tl.where(picks.mask, weight * loss_box, 0.0), axis=0)
-    return box, tl.sum(tl.where(picks.mask, weight * loss, 0.0), axis=0)
+    box = tl.sum(tl.where(picks.mask, weigh(weight, loss_box, ZEROS), 0.0), axis=0)
+    return box, tl.sum(tl.where(picks.mask, weigh(weight, loss, ZEROS), 0.0), axis=0)
 
 
 @triton.jit
@@ -595,8 +599,9 @@ def _box_program(view, d_view, site, list_ptr, stride, task, scales, SPEC: tl.co
                     view, d_view, site, picks, place, task.head, weight, scales, SPEC=SPEC
                 )
             else:
+                ZEROS: tl.constexpr = SPEC.SOFT or task.targets.row_weights_ptr is not None
                 more_box, more_distance = _picked_numbers(
-                    view, d_view, site, picks, place, task.head, weight, scales, SPEC=SPEC
+                    view, d_view, site, picks, place, task.head, weight, scales, SPEC=SPEC, ZEROS=ZEROS
                 )
             box += more_box
             distance += more_distance
@@ -612,7 +617,7 @@ def _objectness(view, d_view, site, task, scale, SPEC: tl.constexpr):
     loss, d = bce(x, site.has, ())
     if task.targets.row_weights_ptr is not None:
         share = _shares(site, task, SPEC.ACC)
-        loss *= share
+        loss = weigh(share, loss)
         d *= share
     if SPEC.WITH_GRAD:
         at = cells_in(d_view, site.tile.cells, site.tile, LAYOUT)

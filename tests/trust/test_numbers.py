@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -11,6 +13,7 @@ from trust.cases import ALL, BACKENDS, CASES, RECIPES, Problem, Result, step
 from fusedyolo.drivers.protocol import LOGIT, POSITIVE, UNIT
 from fusedyolo.reference import LABEL_TERMS
 from fusedyolo.terms import term_names
+from fusedyolo.tools.registry import Case
 
 SCALE = 2.0**16  # a GradScaler's first one
 TURNED = 0.0 if DEVICE == "cpu" else torch.finfo(torch.float32).eps  # of the largest: a rounding the other way
@@ -170,25 +173,66 @@ GAINS = {
 """Arguments that are 0 one at a time, which the reference withstands up to the largest number of a type."""
 
 
+WEIGHTS = {
+    "none": None,
+    "some": [1.0, 0.0, 2.0] * 2,
+    "zeros": [0.0] * 6,
+    "large": [1e30, 0.0, 1e20] * 2,
+}
+"""Of six rows."""
+
+
+def weighed_rows(problem: Problem, kind: str) -> Tensor:
+    rows, weights = problem.rows(6), WEIGHTS[kind]
+    return rows if weights is None else torch.cat((rows, torch.tensor(weights, device=DEVICE)[:, None]), 1)
+
+
+def with_zeros(case: Case) -> list[dict[str, Any]]:
+    """Options by which something is weighed with 0: nothing, one class, all classes, each part."""
+    plain = Problem(case).criterion("torch")
+    one, *others = [0.0] + [1.0] * (plain.head.num_classes - 1)
+    of_classes = [{"class_weights": [one, *others]}, {"class_weights": [0.0] * (1 + len(others))}]
+    return [{}, *of_classes, *({name: 0.0} for name in GAINS.get(case.name, ()))]
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 def test_nothing_infinite_is_weighed_with_0(case):
     """Weights of rows, of one class and of all, and gains, of 0: a term that leaves its type and its slope count for
     nothing. A NaN shows all the same.
     """
-    plain = Problem(case)
-    one, *others = [0.0] + [1.0] * (plain.criterion("torch").head.num_classes - 1)
-    rows = torch.cat((plain.rows(6), torch.tensor([[1.0], [0.0], [2.0]] * 2, device=DEVICE)), 1)
-    options = [{}, {"class_weights": [one, *others]}, {"class_weights": [0.0] * (1 + len(others))}]
-    for given in [*options, *({name: 0.0} for name in GAINS.get(case.name, ()))]:
+    for given in with_zeros(case):
         problem = Problem(case, options=given)
         for dtype, largest in LARGEST.items():
             preds = [pred.requires_grad_() for pred in with_huge(problem, dtype, largest, 0.6)]
-            for targets in (plain.rows(6), rows):
-                out = problem.bind("torch")(preds, targets)
+            for kind in ("none", "some"):
+                out = problem.bind("torch")(preds, weighed_rows(problem, kind))
                 grads = torch.autograd.grad(out.total.sum(), preds)
                 assert not any(bool(number.isnan().any()) for number in (out.total, *out.parts.values(), *grads)), given
         spoilt = [pred.detach().fill_(float("nan")) for pred in preds]
-        assert problem.bind("torch")(spoilt, rows).total.isnan(), given
+        for backend in ("torch", "triton"):
+            rows = weighed_rows(problem, "some")
+            assert problem.bind(backend)([pred.float() for pred in spoilt], rows).total.isnan(), given
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+def test_kernels_weigh_nothing_infinite_with_0(case, kind):
+    """As the reference in float64, as far as float32 goes; sums before they are divided may leave it."""
+    # of boxes whose squared distances are all infinite float32 knows no nearest
+    one_box = {"num_boxes": 1} if case.name == "YOLOv1/darknet" else {}
+    for given in with_zeros(case):
+        problem = Problem(case, options=given | one_box)
+        rows, largest = weighed_rows(problem, kind), max(WEIGHTS[kind] or [1.0])
+        for huge in (1e30, LARGEST[torch.float32]):
+            preds = with_huge(problem, torch.float32, huge, 0.6)
+            got = step(problem.bind("triton"), preds, rows)
+            want = step(problem.bind("torch"), [pred.detach().double() for pred in preds], rows)
+            assert got.counts == want.counts
+            for a, b in zip(got.tensors, want.tensors, strict=True):
+                assert not a.isnan().any(), (given, huge)
+                finite = a.isfinite() | (b.abs() < 1e36)
+                near = ((a.double() - b)[finite].abs() <= 1e-4 * (b[finite].abs() + largest)).all()
+                assert near, (given, huge)
 
 
 @pytest.mark.parametrize("target", [False, True, 0.0, 0.3, 1.0])
