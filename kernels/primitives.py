@@ -53,13 +53,13 @@ def finite(d):
 
 @triton.jit
 def weigh(weight, value, ZEROS: tl.constexpr = True):
-    """A value times its weight, or gain; 0 if either is, though the other be infinite. A NaN of the value stays NaN.
+    """A value times its weight, or gain: of one of 0 nothing but a NaN, for a value that leaves its type is infinite.
 
     Without ZEROS, where no weight can be 0 or no value infinite, it is the plain product.
     """
     product = weight * value
     if ZEROS:
-        product = tl.where(((weight == 0) & (value == value)) | (value == 0), 0.0, product)
+        product = tl.where((weight == 0) & (value == value), 0.0, product)
     return product
 
 

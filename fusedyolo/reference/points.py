@@ -189,7 +189,7 @@ def _distance_loss(raw: Tensor, true: Tensor, extent: Tensor, head: PickHead) ->
         behind = true - below
         log = raw.log_softmax(-1)
         low, high = (log.gather(-1, (below.long() + step)[..., None])[..., 0] for step in (0, 1))
-        return -(low * (1 - behind) + high * behind).mean(-1)
+        return -(weighed(low, 1 - behind) + weighed(high, behind)).mean(-1)
     a, b = raw[..., :2, 0], raw[..., 2:, 0]
     off = OFFSET_TERMS["l1"](a, b, true[..., :2], true[..., 2:], 1.0)
     return (off / extent).sum(-1) / 4 if head.distance == "image" else off.sum(-1)

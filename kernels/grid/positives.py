@@ -270,8 +270,7 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
         if SPEC.AVERAGE:
             pushed = tl.load(lists.pushed_ptr + found.pick + slot, mask=used, other=1)
             scale = scale / tl.maximum(pushed, 1).to(SPEC.ACC)
-        scale *= m
-        box += tl.where(used, weigh(scale, loss, ZEROS), 0.0)
+        box += tl.where(used, weigh(scale * m, loss, ZEROS), 0.0)
         target = 1.0 - head.quality_ratio + head.quality_ratio * similarity
         loss_obj, d_obj = terms.objectness(logit, target, head.obj_args)
         gain = head.obj_gain * site.obj_scale * m
@@ -288,12 +287,13 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
             d_obj = tl.where(site.smooth, 0.0, d_obj)
         obj += tl.where(closes, weigh(gain, loss_obj, ZEROS), 0.0)
         if kept_ptr is not None:
-            d0 = weigh(scale, d[0], ZEROS)
-            d1 = weigh(scale, d[1], ZEROS)
-            d2 = weigh(scale, d[2], ZEROS)
-            d3 = weigh(scale, d[3], ZEROS)
+            by_box = scale * m
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
             tl.store(at + 4, gain * d_obj, mask=closes)
+            d0 = weigh(by_box, d[0], ZEROS)
+            d1 = weigh(by_box, d[1], ZEROS)
+            d2 = weigh(by_box, d[2], ZEROS)
+            d3 = weigh(by_box, d[3], ZEROS)
             _store_box(at, d0, d1, d2, d3, alone, SPEC)
             if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
                 if found.rows > found.picks:

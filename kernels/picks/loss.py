@@ -566,7 +566,8 @@ def _picked_numbers(
     loss_box, d_box = _overlap(raw, off, sides, extent, head, SPEC)
     loss, d = _differences(raw, _encode(off, sides, SPEC), extent, DISTANCE)
     if SPEC.WITH_GRAD:
-        by_box = weigh((scales.box * weight)[:, None], _together(d_box), ZEROS)
+        d_box = _together(d_box)
+        by_box = weigh((scales.box * weight)[:, None], d_box, ZEROS)
         by_distance = _together(d) * (scales.distance * weight)[:, None]
         at = cells_in(d_view, picks.cells, site.tile, LAYOUT)[:, None]
         at = at + tl.arange(0, 4)[None, :] * step_of(d_view, LAYOUT)

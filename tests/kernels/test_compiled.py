@@ -27,6 +27,11 @@ PARTS = {  # which tests, and how they are run
     "variants of grids": (LAST, VARIANTS, "(like_enough or each_image and YOLOv5) and triton or kernels and YOLOv5"),
     "variants of others": (LAST, VARIANTS, "fcos_iou-triton or EfficientDet-rows-triton or kernels and YOLOv1"),
     "weights": (LAST, "tests/losses/test_weights.py", "kernels_equal and (v1 or v2 or FCOS or X)"),
+    "weighed with 0": (
+        LAST,
+        "tests/trust/test_numbers.py",
+        "some and (v1/paper or v2/region or RetinaNet or SSD or X)",
+    ),
     "NaN": (LAST, "tests/kernels/test_nan.py", "YOLOv5/iou or RetinaNet/giou"),
 }
 

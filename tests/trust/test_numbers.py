@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from conftest import DEVICE
 from torch import Tensor
 from trust.cases import ALL, BACKENDS, CASES, RECIPES, Problem, Result, step
@@ -143,23 +146,29 @@ def test_iou_terms_of_huge_predictions(name, term, backend):
         assert term == "mpdiou" or bool(grad.isfinite().all())
 
 
-WEIGHED = {  # with weights of 0, by which no infinite term may be multiplied
-    "RetinaNet": {"class_weights": [0.0, 1.0, 3.0], "gamma": 2.5, "alpha": -1},
-    "SSD": {"class_weights": [1.0, 0.0, 2.0, 3.0], "reduction": "none"},
-    "YOLOv5": {"class_weights": [0.0, 1.0, 3.0], "fl_gamma": 2.5},
-    "YOLOv8": {"rule": "libreyolo", "beta": 0.0, "assign_iou": "giou", "cls_loss": "qfl", "reg_max": 4},
+VARIANTS = {  # whose terms are other ones
+    "RetinaNet": [{"class_weights": [0.0, 1.0, 3.0], "gamma": 2.5, "alpha": -1}, {"loss_type": "mpdiou"}],
+    "SSD": [{"class_weights": [1.0, 0.0, 2.0, 3.0], "reduction": "none"}],
+    "YOLOv5": [{"class_weights": [0.0, 1.0, 3.0], "fl_gamma": 2.5, "cls_pw": 2.0}, {"cls_pw": 3.0, "obj_pw": 3.0}],
+    "YOLOv8": [{"rule": "libreyolo", "beta": 0.0, "assign_iou": "giou", "cls_loss": "qfl", "reg_max": 4}],
+    "YOLOX": [{"iou_loss": "mpdiou"}, {"class_weights": [0.0, 1e3, 1.0]}],
+    "YOLOv4/paper": [{"iou_loss": "mpdiou"}, {"class_weights": [0.0, 1e3, 1.0], "cls_loss": "focal"}],
 }
 
 
-@pytest.mark.parametrize("name", WEIGHED)
-def test_weights_of_0_of_a_hundredth_of_the_largest(name):
-    problem = Problem(CASES[name], options=WEIGHED[name])
-    rows = torch.cat((problem.rows(6), torch.tensor([[1.0], [0.0], [2.0]] * 2, device=DEVICE)), 1)
-    for dtype, largest in LARGEST.items():
-        preds = [pred.requires_grad_() for pred in with_huge(problem, dtype, largest / 100, 0.6)]
-        out = problem.bind("torch")(preds, rows)
-        grads = torch.autograd.grad(out.total.sum(), preds)
-        assert not any(bool(number.isnan().any()) for number in (out.total, *out.parts.values(), *grads)), dtype
+@BACKENDS
+@pytest.mark.parametrize("name", VARIANTS)
+def test_weights_of_0_of_the_largest(name, backend):
+    kinds = [kind for kind in WEIGHTS if kind != "large" or backend == "triton"]  # autograd multiplies by them first
+    for options in VARIANTS[name]:
+        problem = Problem(CASES[name], options=options)
+        for kind in kinds:
+            for dtype, largest in LARGEST.items():
+                preds = [pred.requires_grad_() for pred in with_huge(problem, dtype, largest, 0.6)]
+                out = problem.bind(backend)(preds, weighed_rows(problem, kind))
+                grads = torch.autograd.grad(out.total.sum(), preds)
+                found = (out.total, *out.parts.values(), *grads)
+                assert not any(bool(number.isnan().any()) for number in found), (options, kind, dtype)
 
 
 GAINS = {
@@ -233,6 +242,44 @@ def test_kernels_weigh_nothing_infinite_with_0(case, kind):
                 finite = a.isfinite() | (b.abs() < 1e36)
                 near = ((a.double() - b)[finite].abs() <= 1e-4 * (b[finite].abs() + largest)).all()
                 assert near, (given, huge)
+
+
+@triton.jit
+def times(weight, value, ZEROS: tl.constexpr = True):
+    """What ``weigh`` is not."""
+    return weight * value
+
+
+@pytest.mark.interpreter("compiled kernels keep the functions they were compiled with")
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("YOLOv1/paper", "cells"), ("YOLOv3/paper", "grid.positives"), ("SSD", "dense.loss"), ("YOLOX", "picks.loss")],
+)
+def test_a_plain_product_is_seen(name, module, monkeypatch):
+    monkeypatch.setattr(import_module(f"fusedyolo.kernels.{module}"), "weigh", times)
+    with pytest.raises(AssertionError):
+        test_kernels_weigh_nothing_infinite_with_0(CASES[name], "some")
+
+
+@BACKENDS
+@pytest.mark.parametrize("side", [1.0, 0.9])
+def test_distributions_next_to_the_largest(side, backend):
+    """Of distances, each sure to be one cell; the true ones are that, or lie between two of which one has no chance."""
+    problem = Problem(CASES["YOLOv8"])
+    assert problem.maps == ((2, 2),)
+    rows = torch.tensor([[0, 1, 0.25, 0.25, side, side], [1, 0, 0.75, 0.25, side, side]], device=DEVICE)
+    for huge in (1e30, LARGEST[torch.float32]):
+        boxes, scores = problem.predictions()
+        sides = torch.full_like(boxes, -huge).detach().unflatten(1, (4, -1))
+        sides[:, :, 1] = huge
+        preds = [sides.flatten(1, 2), scores]
+        got = step(problem.bind(backend), preds, rows)
+        want = step(problem.bind("torch"), [pred.detach().double() for pred in preds], rows)
+        assert got.counts == want.counts == (2, 0)
+        assert not any(bool(number.isnan().any()) for number in got.tensors)
+        assert got.parts["dfl"] == 0 if side == 1 else got.parts["dfl"] > 1e27
+        for a, b in zip(got.grads, want.grads, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("target", [False, True, 0.0, 0.3, 1.0])
