@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import peers
 import pytest
 import torch
 import triton
@@ -13,6 +14,7 @@ from conftest import DEVICE
 from torch import Tensor
 from trust.cases import ALL, BACKENDS, CASES, RECIPES, Problem, Result, step
 
+import fusedyolo
 from fusedyolo.drivers.protocol import LOGIT, POSITIVE, UNIT
 from fusedyolo.reference import LABEL_TERMS
 from fusedyolo.terms import term_names
@@ -280,6 +282,43 @@ def test_distributions_next_to_the_largest(side, backend):
         assert got.parts["dfl"] == 0 if side == 1 else got.parts["dfl"] > 1e27
         for a, b in zip(got.grads, want.grads, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def of_torchvision(problem: Problem, preds: list[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """FCOS's box loss by the formula of the peer, in float64, and its gradient."""
+    ops = peers.torchvision().ops
+    anchors = problem.geometry["anchors"].double()
+    row = fusedyolo.assign(problem.criterion("torch"), problem.pack(preds), rows, **problem.geometry).row
+    has = row >= 0
+    centre, side = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
+    raw = preds[1].detach().double().requires_grad_()
+    boxes = torch.cat((centre - raw[..., :2] * side, centre + raw[..., 2:] * side), -1)[has]
+    true = rows[row[has], 2:6].double() * torch.tensor(problem.size[::-1] * 2, device=DEVICE)
+    true = torch.cat((true[:, :2] - true[:, 2:] / 2, true[:, :2] + true[:, 2:] / 2), 1)
+    loss = ops.generalized_box_iou_loss(boxes, true, "sum") / has.sum()
+    return loss.detach(), torch.autograd.grad(loss, raw)[0]
+
+
+@pytest.mark.parametrize("far", [10.0, 1e5, 1e8])
+def test_distances_far_below_0(far):
+    """Of boxes turned inside out, whose enclosing box is the true one. In float32 all that is left of the sum of a far
+    and a near distance is the far one: there a box is right if all of its distances are as far.
+    """
+    problem = Problem(CASES["FCOS"])
+    rows = problem.rows(6)
+    for some in (True, False):
+        preds = [pred.detach() for pred in problem.predictions()]
+        drawn = torch.rand(preds[1].shape, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+        kept = drawn < 0.5 if some else torch.zeros_like(drawn) > 0
+        preds[1] = torch.where(kept, preds[1], -far * drawn)
+        value, slope = of_torchvision(problem, preds, rows)
+        for backend, dtype in (("torch", torch.float64), ("triton", torch.float64), ("triton", torch.float32)):
+            if some and dtype == torch.float32 and far > 10:
+                continue
+            got = step(problem.bind(backend), [pred.to(dtype) for pred in preds], rows)
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(got.parts["bbox_regression"].double(), value, rtol=tolerance, atol=0)
+            assert (got.grads[1].double() - slope).abs().max() <= tolerance * slope.abs().max(), (some, backend, dtype)
 
 
 @pytest.mark.parametrize("target", [False, True, 0.0, 0.3, 1.0])
