@@ -72,8 +72,13 @@ def yolov8(
     gains: tuple[float, float, float] = (7.5, 0.5, 1.5),
     class_weights: Tensor | None = None,
     taller: float = EPS,
+    rule: str = "ultralytics",
+    small: float | None = None,
 ) -> Found:
-    """boxes [B, 4 * reg_max, N], scores [B, C, N]. ``taller`` joins heights in CIoU, in the loss in cells."""
+    """boxes [B, 4 * reg_max, N], scores [B, C, N]. ``taller`` joins heights in CIoU, in the loss in cells; ``small`` is
+    the second stride, or the only one, unless given. By the rule "libreyolo" a cell is an object's if its distributions
+    can say all four distances, an object without one takes the best of all, and only who picked a cell may get it.
+    """
     B, C, N = scores.shape
     H, W = maps[0][0] * strides[0], maps[0][1] * strides[0]
     x, y, s = cells(maps, strides)
@@ -85,40 +90,48 @@ def yolov8(
     pred = torch.stack((middle[:, 0] - left, middle[:, 1] - top, middle[:, 0] + right, middle[:, 1] + bottom), 2)
     target, of = torch.zeros(B, N, C, dtype=torch.float64), torch.full((B, N), -1)
     truth = torch.zeros(B, N, 4, dtype=torch.float64)
-    small = strides[1] if len(strides) > 1 else strides[0]
+    small = strides[min(1, len(strides) - 1)] if small is None else small
+    reaches = rule == "libreyolo"
     for b in range(B):
         own, xywh = own_rows(rows, b, W, H)
         if not own:
             continue
         corners = torch.cat((xywh[:, :2] - xywh[:, 2:] / 2, xywh[:, :2] + xywh[:, 2:] / 2), 1)
         overlap, metric = torch.full((len(own), N), -1.0).double(), torch.zeros(len(own), N, dtype=torch.float64)
+        most = [topk] * len(own)
         for g, (x1, y1, x2, y2) in enumerate(corners):
             cx, cy, w, h = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
-            w, h = (side if side >= small else torch.tensor(float(small)) for side in (w, h))
+            w, h = (side if side >= small or reaches else torch.tensor(float(small)) for side in (w, h))
             px, py = middle[:, 0] * s, middle[:, 1] * s
-            deep = torch.stack((px - (cx - w / 2), py - (cy - h / 2), cx + w / 2 - px, cy + h / 2 - py)).amin(0)
-            inside = deep > 1e-9
+            deep = torch.stack((px - (cx - w / 2), py - (cy - h / 2), cx + w / 2 - px, cy + h / 2 - py))
+            inside = deep.amin(0) > 1e-9
             values = ciou(pred[b].detach() * s[:, None], corners[g].expand(N, 4), taller).clamp(min=0)
-            overlap[g] = torch.where(inside, values, -1.0)  # with beta 0 those that do not overlap may have a cell
             score = scores[b, int(rows[own[g], 1])].detach().sigmoid()
-            metric[g] = torch.where(inside, score**alpha * values**beta, 0.0)
+            wanted = score**alpha * values**beta
+            if reaches:
+                inside = (deep.amin(0) >= 0) & ((deep / s).amax(0) <= reg_max - 1.01)
+                if not (inside & (wanted > 0)).any():
+                    inside, most[g] = torch.ones(N, dtype=torch.bool), 1
+            overlap[g] = torch.where(inside, values, -1.0)  # with beta 0 those that do not overlap may have a cell
+            metric[g] = torch.where(inside, wanted, 0.0)
         taken = torch.zeros(len(own), N, dtype=torch.bool)
         for g in range(len(own)):
-            order = metric[g].sort(descending=True, stable=True).indices[:topk].tolist()
+            order = metric[g].sort(descending=True, stable=True).indices[: most[g]].tolist()
             for a in order:
                 taken[g, a] = metric[g, a] > 0
         for a in range(N):
             if taken[:, a].sum() > 1:
+                of_pickers = torch.where(taken[:, a], overlap[:, a], -1.0)
                 taken[:, a] = False
-                taken[int(overlap[:, a].argmax()), a] = True
+                taken[int((of_pickers if reaches else overlap[:, a]).argmax()), a] = True
         if topk2 is not None and topk2 != topk:
             for g in range(len(own)):
                 order = (metric[g] * taken[g]).sort(descending=True, stable=True).indices[topk2:]
                 taken[g, order] = False
         for g, row in enumerate(own):
-            most, widest = (metric[g] * taken[g]).max(), (overlap[g].clamp(min=0) * taken[g]).max()
+            best, widest = (metric[g] * taken[g]).max(), (overlap[g].clamp(min=0) * taken[g]).max()
             for a in taken[g].nonzero().flatten().tolist():
-                target[b, a, int(rows[row, 1])] = metric[g, a] * widest / (most + 1e-9)
+                target[b, a, int(rows[row, 1])] = metric[g, a] * widest / (best + 1e-9)
                 of[b, a], truth[b, a] = row, corners[g] / s[a]
     weight = target.sum(2)
     total = weight.sum().clamp(min=1)
@@ -141,7 +154,8 @@ def yolov8(
             found = ((d[b, :, a] * s[a] - t * s[a]) / size).abs().mean()
         side = side + weight[b, a] * found / total
     names = "box", "cls", "dfl" if reg_max > 1 else "l1"
-    parts = {name: B * gain * part for name, gain, part in zip(names, gains, (box, cls, side), strict=True)}
+    factor = 1 if reaches else B
+    parts = {name: factor * gain * part for name, gain, part in zip(names, gains, (box, cls, side), strict=True)}
     return Found(parts, of, weight)
 
 

@@ -144,6 +144,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "one class": {"seed": 15, "classes": 1},
     "uneven maps": {"seed": 16, "maps": ((7, 13), (4, 7), (2, 4))},
+    "small sides reach": {"seed": 17, "objects": 12, "smallest": 0.01, "largest": 0.06, "small": 40},
+    "ranges": {"seed": 18, "rule": "libreyolo"},
+    "ranges of four bins": {"seed": 19, "rule": "libreyolo", "reg_max": 4, "topk": 13, "topk2": 4},
+    "ranges, one at least": {
+        "seed": 20, "rule": "libreyolo", "reg_max": 4, "objects": 20, "smallest": 0.01, "largest": 1.5
+    },
+    "ranges, a crowd": {
+        "seed": 21, "rule": "libreyolo", "images": 1, "objects": 150, "smallest": 0.03, "largest": 0.3, "beta": 1.0
+    },
 }  # fmt: skip
 
 

@@ -89,7 +89,7 @@ _OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "YOLOv8": _iou()
     | _POWERS
     | {"reg_max": st.sampled_from([1, 5]), "topk": _numbers(1, 3), "topk2": _numbers(1, 2), "alpha": _numbers(0, 1)}
-    | {"beta": _numbers(0, 1), "small": _numbers(0, 20), "weighted": st.just(True)},
+    | {"beta": _numbers(0, 1), "small": _numbers(0, 20), "weighted": st.just(True), "rule": st.just("libreyolo")},
     "E2E": _iou() | {"reg_max": st.sampled_from([4, 16])},
 }
 

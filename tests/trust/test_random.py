@@ -130,12 +130,13 @@ def of_loops(problem: Problem, preds: list[Tensor], rows: Tensor) -> tuple[Tenso
         found = loop_picks.yolov8(
             *preds, rows, problem.maps, problem.strides, reg_max=criterion.head.reg_max, topk=criterion.head.topk,
             topk2=criterion.head.topk2, alpha=criterion.head.alpha, beta=criterion.head.beta, taller=0.0,
+            rule=criterion.rule, small=criterion.head.small,
         )  # fmt: skip
     return torch.stack(list(found.parts.values())).sum(), int((found.row >= 0).sum())
 
 
 LOOPS = [case for case in CASES.values() if case.driver.kind == "grid" or case.loss in ("YOLOX", "YOLOv8")]
-KNOWN = ("rule", "use_l1", "center_radius", "reg_max", "topk", "topk2", "alpha", "beta")  # to the loops of picks
+KNOWN = ("rule", "use_l1", "center_radius", "reg_max", "topk", "topk2", "alpha", "beta", "small")  # to loops of picks
 
 
 @pytest.mark.parametrize("case", LOOPS, ids=lambda case: case.name)
