@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .heads import LARGEST_SIDE
 
 SORT_ABOVE = 4096
 """Packed rows beyond this many are sorted by image, so that a kernel reads only those of its own image."""
@@ -227,6 +228,7 @@ class Targets:
             (misplaced, "not in the range of its image", "offsets[image] <= row < offsets[image + 1]"),
             ((label < first) | (label >= num_classes), "class out of range", f"{first} <= class < {num_classes}"),
             ((w <= 0) | (h <= 0), "zero area", "w > 0 and h > 0"),
+            ((w >= LARGEST_SIDE) | (h >= LARGEST_SIDE), "too large", f"w < {LARGEST_SIDE:g} and h < {LARGEST_SIDE:g}"),
             (
                 (cx < 0) | (cx >= limit) | (cy < 0) | (cy >= limit),
                 "centre outside the image",

@@ -10,17 +10,20 @@ import triton.language as tl
 
 from .primitives import larger, near_divide, smaller
 
+LARGEST_SIDE: tl.constexpr = tl.constexpr(2.0**100)  # in images; a box of more has no finite side in pixels
+
 
 @triton.jit
 def row_valid(row, first_image, last_image, classes, limit):
-    """All six finite, image and class in range, positive area, centre inside the image. NaN compares false.
+    """All six finite, image and class in range, sides above 0 and below the largest, centre inside the image. NaN
+    compares false.
 
     ``row`` is image, class, cx, cy, w, h; the image must lie in [first_image, last_image), the class in [0, classes),
     the centre in [0, limit).
     """
     image, label, cx, cy, w, h = row
     known = (image >= first_image) & (image < last_image) & (label < classes)
-    area = (smaller(w, h) > 0) & (larger(w, h) < float("inf"))
+    area = (smaller(w, h) > 0) & (larger(w, h) < LARGEST_SIDE)
     return known & area & (smaller(label, smaller(cx, cy)) >= 0) & (larger(cx, cy) < limit)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..heads import CENTRE_LIMIT, EDGE_LIMIT, CellHead, DenseHead, GridHead, PickHead
+from ..heads import CENTRE_LIMIT, EDGE_LIMIT, LARGEST_SIDE, CellHead, DenseHead, GridHead, PickHead
 from .overlap import corners_of
 from .pairs import chunks
 from .primitives import constants
@@ -69,7 +69,7 @@ def _valid(
     """
     image, label = rows[:, 0], rows[:, 1]
     cx, cy, w, h = box
-    possible = rows.isfinite().all(1) & (w > 0) & (h > 0) & w.isfinite() & h.isfinite()
+    possible = rows.isfinite().all(1) & (w > 0) & (h > 0) & (w < LARGEST_SIDE) & (h < LARGEST_SIDE)
     known = (image >= 0) & (image < batch_size) & (label >= labels.start) & (label < labels.stop)
     return possible & known & (cx >= 0) & (cx < limit) & (cy >= 0) & (cy < limit)
 

@@ -254,6 +254,7 @@ def test_valid_targets_validate_to_themselves():
         (4, 0, "zero area, want w > 0 and h > 0"),
         (4, -0.5, "zero area, want w > 0 and h > 0"),
         (5, 0, "zero area, want w > 0 and h > 0"),
+        (4, 1e38, r"too large, want w < 1.26765e\+30 and h < 1.26765e\+30"),
         (5, -INF, "not finite, want six finite numbers"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import peers
 import pytest
 import torch
@@ -16,6 +17,7 @@ from trust.cases import ALL, BACKENDS, CASES, RECIPES, Problem, Result, step
 
 import fusedyolo
 from fusedyolo.drivers.protocol import LOGIT, POSITIVE, UNIT
+from fusedyolo.heads import LARGEST_SIDE
 from fusedyolo.reference import LABEL_TERMS
 from fusedyolo.terms import term_names
 from fusedyolo.tools.registry import Case
@@ -244,6 +246,23 @@ def test_kernels_weigh_nothing_infinite_with_0(case, kind):
                 finite = a.isfinite() | (b.abs() < 1e36)
                 near = ((a.double() - b)[finite].abs() <= 1e-4 * (b[finite].abs() + largest)).all()
                 assert near, (given, huge)
+
+
+SIDES = (1e-38, 1e-12, 1e12, 1e30, float(np.nextafter(np.float32(LARGEST_SIDE), np.float32(0))), LARGEST_SIDE, 3e38)
+
+
+@BACKENDS
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+def test_boxes_of_any_side(case, backend):
+    """Up to 2^100 images, which float32 still holds in pixels; what is larger is invalid, as what is infinite is."""
+    problem = Problem(case)
+    wide = problem.rows(2 * len(SIDES))
+    wide[:, 4], wide[::2, 5] = torch.tensor(SIDES).repeat_interleave(2), torch.tensor(SIDES)
+    for rows in (wide, wide[:, [0, 1, 3, 2, 5, 4]]):
+        for row in (*rows.split(1), rows):
+            got = step(problem.bind(backend), problem.predictions(), row.to(DEVICE))
+            assert got.counts[1] == int((row[:, 4:] >= LARGEST_SIDE).any(1).sum())
+            assert all(bool(number.isfinite().all()) for number in got.tensors), row
 
 
 @triton.jit
