@@ -15,8 +15,7 @@ LARGEST_SIDE: tl.constexpr = tl.constexpr(2.0**100)  # in images; a box of more 
 
 @triton.jit
 def row_valid(row, first_image, last_image, classes, limit):
-    """All six finite, image and class in range, sides above 0 and below the largest, centre inside the image. NaN
-    compares false.
+    """All six finite, image, class and sides in range, centre inside the image. NaN compares false.
 
     ``row`` is image, class, cx, cy, w, h; the image must lie in [first_image, last_image), the class in [0, classes),
     the centre in [0, limit).
