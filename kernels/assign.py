@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .primitives import larger, near_divide, smaller
 
-LARGEST_SIDE: tl.constexpr = tl.constexpr(2.0**100)  # in images; a box of more has no finite side in pixels
+PIXELS: tl.constexpr = tl.constexpr(2.0**28)  # of an image, in which valid sides are finite, too: below 2^100 images
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def row_valid(row, first_image, last_image, classes, limit):
     """
     image, label, cx, cy, w, h = row
     known = (image >= first_image) & (image < last_image) & (label < classes)
-    area = (smaller(w, h) > 0) & (larger(w, h) < LARGEST_SIDE)
+    area = (smaller(w, h) > 0) & (larger(w, h) * PIXELS < float("inf"))
     return known & area & (smaller(label, smaller(cx, cy)) >= 0) & (larger(cx, cy) < limit)
 
 
