@@ -76,6 +76,11 @@ GROUPS: dict[str, list[Property]] = {
             when="once",
         ),
         Property(
+            "infinite terms of weight 0",
+            ROOM + "numbers.py::test_kernels_weigh_nothing_infinite_with_0[{case}-some]",
+        ),
+        Property("boxes of any side", ROOM + "numbers.py::test_boxes_of_any_side[{case}-triton]"),
+        Property(
             "NaN predictions",
             own={
                 "cell": NANS + "[YOLOv1]",
