@@ -551,9 +551,7 @@ def _picked_bins(view, d_view, site, picks, place, head, weight, scales, SPEC: t
 
 
 @triton.jit
-def _picked_numbers(
-    view, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr, ZEROS: tl.constexpr
-):  # fmt: skip
+def _picked_numbers(view, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr, ZEROS: tl.constexpr):
     """Box and distance loss of some boxes that four numbers say, each a sum, and the gradient. ZEROS may be among the
     weights.
     """

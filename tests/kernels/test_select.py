@@ -37,6 +37,9 @@ class Criterion(nn.Module):
         super().__init__()
         self.head, self._key, self.image_size = head, head.key, None
 
+    def own(self, preds):
+        return preds
+
 
 # ---- the truth: loops and plain formulas in float64
 
