@@ -73,7 +73,7 @@ def _normalise(x, y):
 
     The family is invariant under scaling, except for eps, which :func:`_scaled_eps` adjusts.
     """
-    inv = inverse_power(tl.maximum(_reach(x), _reach(y)))
+    inv = inverse_power(tl.maximum(_enclose(x), _enclose(y)))
     return (
         Axis(x.size * inv, x.true_size * inv, x.before * inv, x.behind * inv),
         Axis(y.size * inv, y.true_size * inv, y.before * inv, y.behind * inv),
@@ -98,16 +98,11 @@ def _shared(x):
 
 
 @triton.jit
-def _reach(x):
-    """max(p2, g2) - min(p1, g1), of a predicted size that is not far below 0: else no digit of it may be left."""
-    return x.size + tl.maximum(x.before, 0.0) + tl.maximum(x.behind, 0.0)
-
-
-@triton.jit
 def _enclose(x):
-    """The same of any size: what sticks out is put on the longer interval."""
-    g = x.true_size - tl.minimum(x.before, 0.0) - tl.minimum(x.behind, 0.0)
-    return tl.where(x.size < x.true_size, g, _reach(x))
+    """max(p2, g2) - min(p1, g1): what sticks out of the true interval is put on it, of a predicted size that may be far
+    below 0, too, beside which no digit of another sum would be left.
+    """
+    return x.true_size - tl.minimum(x.before, 0.0) - tl.minimum(x.behind, 0.0)
 
 
 @triton.jit
