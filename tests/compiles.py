@@ -12,7 +12,7 @@ from triton.runtime.jit import create_function_from_signature
 import fusedyolo
 from fusedyolo import detections, ops
 from fusedyolo.ops import select
-from fusedyolo.tools.codegen import compile_launch, compile_step
+from fusedyolo.tools.codegen import compile_launch, compile_step, options_of
 from fusedyolo.tools.registry import CASES, Workload
 
 
@@ -72,8 +72,7 @@ def cells(dtype: str, target: str) -> dict[str, Any]:
 
 
 def _resources(launch: Any, target: str) -> dict[str, Any]:
-    options = launch.options(not target.startswith("gfx"))
-    return compile_launch(launch.kernel, launch.arguments, options, target).as_dict()
+    return compile_launch(launch.kernel, launch.arguments, options_of(launch, target), target).as_dict()
 
 
 def variants_by_size() -> dict[str, int]:

@@ -121,11 +121,26 @@ class Launch:
         """Launch on the current device and stream: :func:`run_all` sees to it that they are the right ones. Returns
         what the kernel was compiled to.
         """
-        return self.kernel[self.grid](**self.arguments, **self.options(torch.version.hip is None))
+        nvidia = torch.version.hip is None
+        return self.kernel[self.grid](**self.arguments, **self.options(nvidia, _generation() if nvidia else 0))
 
-    def options(self, nvidia: bool) -> dict[str, int]:
-        """Compiler options: a warp is 32 threads on NVIDIA's GPUs, 64 on AMD's data-centre GPUs."""
-        return dict(_options(self.threads, self.max_registers, self.exact, self.stages, nvidia))
+    def options(self, nvidia: bool, generation: int = 9) -> dict[str, int]:
+        """Compiler options: a warp is 32 threads on NVIDIA's GPUs, 64 on AMD's data-centre GPUs. ``generation`` is the
+        first number of a compute capability.
+        """
+        limit = self.max_registers
+        if limit is not None and generation >= 10:
+            limit = min(limit + NEWER_REGISTERS, MOST_REGISTERS)
+        return dict(_options(self.threads, limit, self.exact, self.stages, nvidia))
+
+
+NEWER_REGISTERS, MOST_REGISTERS = 24, 255
+"""Of a thread: more from compute capability 10 on, where ptxas spills some of what fits on older ones; and at most."""
+
+
+def _generation() -> int:
+    """Of the current GPU; of the one before where there is none."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
 
 
 @lru_cache(maxsize=256)

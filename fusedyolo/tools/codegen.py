@@ -74,11 +74,17 @@ def target_of(name: str) -> tuple[str, int | str, int]:
     return "hip", name, 32 if name.startswith(("gfx10", "gfx11", "gfx12")) else 64
 
 
+def options_of(launch: Any, target: str) -> dict[str, int]:
+    """The compiler options of a launch for a name as in ``TARGETS``."""
+    backend, arch, _ = target_of(target)
+    return launch.options(True, int(arch) // 10) if backend == "cuda" else launch.options(False)
+
+
 def compile_step(case: Case, work: Workload, target: str) -> dict[str, dict[str, Any]]:
     """What each launch of a training step compiles to, by name: :class:`Resources`, its ``threads`` and ``grid``."""
-    nvidia, found = target_of(target)[0] == "cuda", {}
+    found = {}
     for name, launch in launches(case, work).items():
-        compiled = compile_launch(launch.kernel, launch.arguments, launch.options(nvidia), target)
+        compiled = compile_launch(launch.kernel, launch.arguments, options_of(launch, target), target)
         found[name] = compiled.as_dict() | {"threads": launch.threads, "grid": launch.grid}
     return found
 

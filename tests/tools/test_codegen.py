@@ -40,6 +40,15 @@ def test_no_spills_and_wide_accesses(name, dtype, target, planes):
     assert loads[4 * element] >= planes  # that a tile reads, four cells a thread
 
 
+@PINNED_TRITON
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("YOLOv4/darknet", "float32"), ("FCOS", "float32"), ("EfficientDet", "bfloat16")]
+)
+def test_no_spills_on_newer_gpus(name, dtype):
+    """These would with as few registers as older ones make do with."""
+    compiled(name, dtype, "sm_100")
+
+
 def test_no_spills_of_small_maps():
     """Few cells are few threads, and what a program searches at a time must be as few."""
     compiled("YOLOv3/darknet", "float32", "sm_90", size=128)

@@ -127,6 +127,7 @@ def test_wishes_reach_the_launch_as_far_as_it_can_take_them():
     assert other.grid[0] > usual.grid[0]
     rest = {"num_stages": 4, "enable_fp_fusion": not other.exact}
     assert other.options(True) == {"num_warps": 4, "maxnreg": 96, **rest}
+    assert other.options(True, 10) == {"num_warps": 4, "maxnreg": 120, **rest}
     assert other.options(False) == {"num_warps": 2, **rest}
     assert grid_config(100, True, 4, (("cells", 2048),)).cells == 128  # no wider than the largest map asks for
     cut = dense_config(3000, 64, 10**8, 80, 4, False, True, "offset", (("block", 8192), ("steps", 64)))
