@@ -175,6 +175,7 @@ class DenseDriver(Driver):
             yield from shared.products(cells=(8, 16, 32, 64), steps=(8, 16), threads=(128, 256, 512))
         elif layout == "rows":
             yield from shared.products(block=(1024, 2048, 4096), steps=(4, 8, 16), threads=(128, 256, 512))
+            yield from shared.products(anchors=(128, 256))
         else:
             yield from shared.products(cells=(256, 512, 1024), planes=(2, 4, 8), threads=(128, 256, 512))
         yield from shared.products(match_threads=(64, 128, 512))
