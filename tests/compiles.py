@@ -26,7 +26,8 @@ def weighed(name: str, dtype: str, target: str) -> dict[str, Any]:
     case, work = CASES[name], Workload(batch=2, dtype=dtype, size=640)
     rows = case.targets(work)
     criterion = getattr(fusedyolo, case.cls)(
-        **({"anchors": case.anchors, "strides": case.strides} if case.anchors else {}),
+        **({"anchors": case.anchors} if case.anchors else {}),
+        **({} if case.boxes else {"strides": case.strides}),
         **({"recipe": case.recipe} if case.recipe else {}),
         num_classes=work.classes,
         class_weights=[1.0] * work.classes,

@@ -66,6 +66,7 @@ def test_no_spills_of_costs_in_float64():
         ("YOLOv4/darknet", "bfloat16", "sm_100"),
         ("RetinaNet", "bfloat16", "sm_80"),
         ("FCOS", "float32", "sm_100"),
+        ("YOLOv8", "bfloat16", "sm_80"),
     ],
 )
 def test_no_spills_with_weights(name, dtype, target):
