@@ -25,13 +25,7 @@ def weighed(name: str, dtype: str, target: str) -> dict[str, Any]:
     """Those of a step with weights of rows and of classes."""
     case, work = CASES[name], Workload(batch=2, dtype=dtype, size=640)
     rows = case.targets(work)
-    criterion = getattr(fusedyolo, case.cls)(
-        **({"anchors": case.anchors} if case.anchors else {}),
-        **({} if case.boxes else {"strides": case.strides}),
-        **({"recipe": case.recipe} if case.recipe else {}),
-        num_classes=work.classes,
-        class_weights=[1.0] * work.classes,
-    )
+    criterion = case.build(work.classes, "auto", class_weights=[1.0] * (work.classes + case.background))
     targets = torch.cat((rows, torch.ones(len(rows), 1)), 1)
     call = case.driver.read(
         criterion, case.pack(case.predictions(work, empty=True), work), targets, **case.geometry(work)

@@ -21,7 +21,6 @@ from ..kernels.launch import (
     RANK_PART,
     RANK_REGISTERS,
     WARP,
-    WEIGHED_REGISTERS,
     DenseConfig,
     dense_config,
     dense_gradient,
@@ -228,11 +227,10 @@ def _dense_launch(
     anchors: int,
     with_loss: bool,
     with_grad: bool,
-    weighed: bool,
     skip_one: bool = False,
 ) -> Launch:
-    """Of the driver after the match, the loss, the gradient, or both; ``anchors`` in an image; ``weighed`` says that
-    rows or classes have weights. Calls bring what :func:`_loss_steps` says, or :func:`_grad_steps`.
+    """Of the driver after the match, the loss, the gradient, or both; ``anchors`` in an image. Calls bring what
+    :func:`_loss_steps` says, or :func:`_grad_steps`.
     """
     head, config, row, batch = dense_head_from_key(key), _config(key, preds), _row(key), preds[0].shape[0]
     if not with_loss:
@@ -291,8 +289,15 @@ def _dense_launch(
         "numbers": loss.Numbers(row.weights, row.beta, row.box_gain, row.box_args, row.label_args, geometry.size),
         "SPEC": spec,
     }
-    settings = config.threads, config.max_registers + WEIGHED_REGISTERS * weighed
-    return Launch(loss.dense_kernel, (programs,), arguments, *settings, stages=config.stages)
+    settings = config.threads, config.max_registers
+    return Launch(
+        loss.dense_kernel,
+        (programs,),
+        arguments,
+        *settings,
+        stages=config.stages,
+        weights=(own.tensor("weights"), own.tensor("class_weights")),
+    )
 
 
 def _match_launches(
@@ -401,25 +406,22 @@ def _plan(
     geometry: Geometry,
     anchors: int,
     with_grad: bool,
-    weighed: bool,
     words: int,
 ) -> Steps:
     """Of all launches of a loss, ``with_grad`` of its gradient too."""
     own, ranked = Outline(), dense_head_from_key(key).negatives > 0
     launches = _match_launches(own, key, preds, geometry, anchors, words)
-    launches.append(_dense_launch(own, key, preds, geometry, anchors, True, with_grad, weighed))
+    launches.append(_dense_launch(own, key, preds, geometry, anchors, True, with_grad))
     if ranked:
         launches += _rank_launches(own, key, preds, anchors)
     return own.steps(*launches)
 
 
 @planned
-def _grad_plan(
-    key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors: int, weighed: bool, skip_one: bool
-) -> Steps:
+def _grad_plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, anchors: int, skip_one: bool) -> Steps:
     """Of the gradient alone."""
     own = Outline()
-    return own.steps(_dense_launch(own, key, preds, geometry, anchors, False, True, weighed, skip_one))
+    return own.steps(_dense_launch(own, key, preds, geometry, anchors, False, True, skip_one))
 
 
 def _loss_steps(
@@ -438,8 +440,7 @@ def _loss_steps(
     ``weights`` are those of the rows.
     """
     (batch, N), M = outputs.match.shape, rows.shape[0]
-    weighed = class_weights is not None or weights is not None
-    plan = _plan(head.key, layouts(preds), geometry, N, bool(outputs.grads), weighed, _words(head, M))
+    plan = _plan(head.key, layouts(preds), geometry, N, bool(outputs.grads), _words(head, M))
     done, maxima = counters_and_maxima(rows.device, M, workspace, COUNTERS + batch + 1)
     # a counter for each image and one more, behind two others: of a workspace, which these come last in, a maximum
     tally = done if workspace is None else workspace[COUNTERS + M - 1 :].view(torch.int32)
@@ -479,8 +480,7 @@ def _grad_steps(
     given: dict[str, Any] = dict(zip(names, saved, strict=True))
     given |= {"preds": preds, "grads": grads, "grad_outs": grad_outs}
     given |= {"class_weights": class_weights, "weights": weights}
-    weighed = class_weights is not None or weights is not None
-    return _grad_plan(head.key, layouts(preds), geometry, saved[0].shape[0], weighed, skip_one), given
+    return _grad_plan(head.key, layouts(preds), geometry, saved[0].shape[0], skip_one), given
 
 
 def grad_launch(

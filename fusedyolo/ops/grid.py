@@ -19,7 +19,6 @@ from ..kernels.launch import (
     PICK_REGISTERS,
     PICK_THREADS,
     SMALLEST_TILE,
-    WEIGHED_REGISTERS,
     grad_parts,
     grid_config,
     power_of_two,
@@ -219,10 +218,8 @@ class _Plan(NamedTuple):
 
 
 @planned
-def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = (), weighed: bool = False) -> _Plan:
-    """Where rows pick by cost it is that of the maps ``lead``, if there are some; ``weighed`` says that rows or classes
-    have weights.
-    """
+def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) -> _Plan:
+    """Where rows pick by cost it is that of the maps ``lead``, if there are some."""
     head = head_from_key(key)
     parts, shapes = _parts(key, preds[0].dtype), [pred.shape for pred in preds]
     strides = [map_strides(pred, 5 + head.num_classes) for pred in preds]
@@ -289,8 +286,16 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = (), we
                 judged |= {"maps": own.tensors("lead", len(lead)), "levels": levels._replace(by=by)}
             first = _picking(judged, spec, head.topk, acc)
         # the peers' operators decide with products and sums that are rounded one by one
-        settings = config.threads, config.max_registers + WEIGHED_REGISTERS * weighed
-        last = Launch(loss.grid_kernel, (programs,), common | given, *settings, exact=True, stages=config.stages)
+        settings = config.threads, config.max_registers
+        last = Launch(
+            loss.grid_kernel,
+            (programs,),
+            common | given,
+            *settings,
+            exact=True,
+            stages=config.stages,
+            weights=given["targets"][2:],
+        )
         return own.steps(*first, last)
 
     own = Outline()
@@ -410,8 +415,7 @@ def grid_launches(
     lead: Sequence[Tensor] = (),
 ) -> dict[str, Launch]:
     """The launches that leave the loss and, ``with_state``, what :func:`grid_grad_launch` needs."""
-    weighed = class_weights is not None or weights is not None
-    plan = _plan(head.key, layouts(preds), layouts(lead), weighed)
+    plan = _plan(head.key, layouts(preds), layouts(lead))
     given = _loss_given(preds, rows, offsets, class_weights, outputs, None, weights, list(lead))
     steps = plan.loss if with_state else plan.loss_alone
     names = ("offer", "choose", "award", "loss") if head.by_cost else ("loss",)
@@ -450,8 +454,7 @@ def grid_loss(
     A compiled graph brings its ``workspace``; ``weights`` are those of the rows. Where rows pick by cost it is that of
     the maps ``lead``, if there are some.
     """
-    weighed = class_weights is not None or weights is not None
-    plan = _plan(key, layouts(preds), layouts(lead) if lead else (), weighed)
+    plan = _plan(key, layouts(preds), layouts(lead) if lead else ())
     outputs = _outputs(preds[0], rows, head_from_key(key), plan.room if with_state else None)
     given = _loss_given(preds, rows, offsets, class_weights, outputs, workspace, weights, lead)
     (plan.loss if with_state else plan.loss_alone).run(rows.device, rows.shape[0], **given)

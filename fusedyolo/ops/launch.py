@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..kernels.launch import power_of_two
+from ..kernels.launch import WEIGHED_REGISTERS, power_of_two
 
 import triton.language as tl  # isort: skip
 
@@ -106,7 +106,8 @@ def forget_plans() -> None:
 class Launch:
     """One kernel launch, ready to run, compile or count, or one of a plan that lacks what calls bring, see
     :mod:`.steps`. ``max_registers``, a thread's, is of NVIDIA only; ``exact`` keeps products and sums apart, as
-    PyTorch's operators do; ``stages`` is how many loads of a loop are under way.
+    PyTorch's operators do; ``stages`` is how many loads of a loop are under way; of launches with some
+    of ``weights``, tensors or Nones, programs need more registers.
     """
 
     kernel: Any
@@ -116,6 +117,7 @@ class Launch:
     max_registers: int | None = None
     exact: bool = False
     stages: int | None = None
+    weights: tuple[Any, ...] = ()
 
     def run(self) -> Any:
         """Launch on the current device and stream: :func:`run_all` sees to it that they are the right ones. Returns
@@ -129,8 +131,10 @@ class Launch:
         first number of a compute capability.
         """
         limit = self.max_registers
-        if limit is not None and generation >= 10:
-            limit = min(limit + NEWER_REGISTERS, MOST_REGISTERS)
+        if limit is not None:
+            weighed = any(each is not None for each in self.weights)
+            more = WEIGHED_REGISTERS * weighed + NEWER_REGISTERS * (generation >= 10)
+            limit = min(limit + more, MOST_REGISTERS)
         return dict(_options(self.threads, limit, self.exact, self.stages, nvidia))
 
 

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.types import Number
 
 from ..heads import PickHead, pick_head_from_key
-from ..kernels.launch import WEIGHED_REGISTERS, pick_config, power_of_two
+from ..kernels.launch import pick_config, power_of_two
 from ..kernels.picks import loss, records
 from ..operator import call, differentiable, fake, operator
 from ..terms import TERMS
 from .launch import (
-    MOST_REGISTERS,
     Launch,
     Layout,
     accumulator,
@@ -79,11 +78,9 @@ def _head_launch(
     assigned: loss.Assigned,
     with_loss: bool,
     with_grad: bool,
-    weighed: bool,
     skip_one: bool = False,
 ) -> Launch:
-    """What comes after the assignment: the loss, the gradient, or both; ``weighed`` says that rows or classes have
-    weights.
+    """What comes after the assignment: the loss, the gradient, or both.
 
     Calls bring ``preds``, ``rows``, their ``weights``, ``class_weights`` and ``gains``; ``total``, ``parts`` and
     ``done`` for the loss; ``grads`` for the gradient, and ``grad_outs`` for that alone.
@@ -140,8 +137,8 @@ def _head_launch(
         "sums": sums,
         "SPEC": spec,
     }
-    registers = min(config.max_registers + WEIGHED_REGISTERS * weighed, MOST_REGISTERS)
-    return Launch(loss.pick_loss_kernel, (programs,), arguments, config.threads, registers)
+    settings = config.threads, config.max_registers
+    return Launch(loss.pick_loss_kernel, (programs,), arguments, *settings, weights=arguments["task"].targets[2:])
 
 
 @planned
@@ -151,24 +148,23 @@ def _last_plan(
     geometry: Geometry,
     with_loss: bool,
     with_grad: bool,
-    weighed: bool,
     skip_one: bool,
 ) -> Steps:
     own = Outline()
     nans = own.tensor("nans") if with_loss else None
     assigned = loss.Assigned(own.tensor("row"), own.tensor("score"), own.tensor("norm"), nans)
-    return own.steps(_head_launch(own, key, preds, geometry, assigned, with_loss, with_grad, weighed, skip_one))
+    return own.steps(_head_launch(own, key, preds, geometry, assigned, with_loss, with_grad, skip_one))
 
 
 @planned
-def _plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, with_grad: bool, weighed: bool, shift: int) -> Steps:
+def _plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, with_grad: bool, shift: int) -> Steps:
     """Of all launches of a loss."""
     own = Outline()
     form, maps, size = geometry
     first = picking(own, form, preds, key, maps, size, shift)
     decoded, settled = first.decoded, first.settled
     assigned = loss.Assigned(decoded.row_ptr, decoded.score_ptr, settled.norm_ptr, settled.nans_ptr)
-    return own.steps(*first.launches, _head_launch(own, key, preds, geometry, assigned, True, with_grad, weighed))
+    return own.steps(*first.launches, _head_launch(own, key, preds, geometry, assigned, True, with_grad))
 
 
 def head_launch(
@@ -195,8 +191,7 @@ def head_launch(
     given |= {"grads": grads, "grad_outs": grad_outs, "weights": weights}
     if results is not None:
         given |= {"total": results[0], "parts": results[1], "done": done_counter(rows.device)}
-    weighed = class_weights is not None or weights is not None
-    plan = _last_plan(head.key, layouts(preds), geometry, results is not None, grads is not None, weighed, skip_one)
+    plan = _last_plan(head.key, layouts(preds), geometry, results is not None, grads is not None, skip_one)
     return plan.launches(rows.device, rows.shape[0], **given)[0]
 
 
@@ -213,8 +208,7 @@ def _loss_steps(
     weights: Tensor | None = None,
 ) -> tuple[Steps, dict[str, Any], PickOutputs]:
     """The plan of a loss, what a call brings to it, and what its launches will leave."""
-    weighed = class_weights is not None or weights is not None
-    plan = _plan(head.key, layouts(preds), geometry, with_grad, weighed, shift_for(head, rows.shape[0]))
+    plan = _plan(head.key, layouts(preds), geometry, with_grad, shift_for(head, rows.shape[0]))
     outputs = _outputs(preds, geometry.maps, head, with_grad)
     given = brought(preds, rows, offsets, workspace, weights) | outputs._asdict()
     given["class_weights"], given["gains"] = class_weights, gains
@@ -309,8 +303,7 @@ def _gradient(
     weights: Tensor | None,
 ) -> None:
     rows, row, score, norm = saved
-    weighed = class_weights is not None or weights is not None
-    plan = _last_plan(key, layouts(preds), geometry, False, True, weighed, skip_one)
+    plan = _last_plan(key, layouts(preds), geometry, False, True, skip_one)
     plan.run(
         rows.device,
         rows.shape[0],

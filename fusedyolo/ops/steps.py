@@ -195,6 +195,7 @@ class Steps:
                 launch,
                 grid=launch.grid(numbers[0]) if callable(launch.grid) else launch.grid,
                 arguments={name: _fill(item, values) for name, item in launch.arguments.items()},
+                weights=_fill(launch.weights, values),
             )
             for launch in self._launches
         ]

@@ -70,9 +70,9 @@ class Case:
         """As in ``--loss``: the loss, or the loss and its recipe."""
         return self.loss if self.recipe is None else f"{self.loss}/{self.recipe}"
 
-    def build(self, num_classes: int, backend: str) -> Any:
-        """The loss module on one backend, past its warm-up."""
-        arguments: dict[str, Any] = {"num_classes": num_classes + self.background, "backend": backend}
+    def build(self, num_classes: int, backend: str, **options: Any) -> Any:
+        """The loss module on one backend, past its warm-up; with more ``options`` of its constructor."""
+        arguments: dict[str, Any] = {"num_classes": num_classes + self.background, "backend": backend, **options}
         if self.one_map:
             arguments |= {"anchors": self.anchors[0], "stride": self.strides[0]}
         elif self.anchors:

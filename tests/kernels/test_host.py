@@ -436,6 +436,18 @@ def test_contraction_is_always_said(nvidia):
         assert options == ({"num_warps": 2, "maxnreg": 96} if nvidia else {"num_warps": 1})
 
 
+def test_registers_are_no_more_than_there_are():
+    """Of launches in float64, which are given all there are, too."""
+
+    def most(limit, generation, weighed):
+        return Launch(kernels.nms_kernel, (1,), {}, 64, limit, weights=(None, weighed or None)).options(
+            True, generation
+        )["maxnreg"]
+
+    assert [most(64, generation, weighed) for generation in (9, 10) for weighed in (False, True)] == [64, 88, 88, 112]
+    assert {most(255, generation, weighed) for generation in (9, 10) for weighed in (False, True)} == {255}
+
+
 # ---- zeros that launches share
 
 
