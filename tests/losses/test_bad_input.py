@@ -453,9 +453,10 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_kernels_know_nothing_of_transforms(name):
     """Of a vmap there is no rule, and a jvp would have had a gradient of 0, silently. The reference has all of them."""
-    first, second = [pred.detach() for pred in maps()]
+    first, second = [pred.detach() for pred in maps(device=DEVICE)]
+    rows = torch.zeros(0, 6, device=DEVICE)
     calls = {
-        "loss": lambda backend: lambda pred: loss(backend=backend)([pred, second], torch.zeros(0, 6)).total,
+        "loss": lambda backend: lambda pred: loss(backend=backend)([pred, second], rows).total,
         "function": lambda backend: lambda x: functional.sigmoid_focal_loss(x, x * 0, backend=backend).sum(),
     }
     for call in calls.values():

@@ -50,10 +50,10 @@ def compare(got: Result, want: Result, tolerance: float) -> None:
     assert got.counts == want.counts
     scale = max(1.0, float(want.total.abs()))
     for a, b in zip([got.total, *got.parts.values()], [want.total, *want.parts.values()], strict=True):
-        torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=tolerance * scale)
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * scale)
     largest = max(float(grad.abs().max()) for grad in want.grads)
     for a, b in zip(got.grads, want.grads, strict=True):
-        torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=tolerance * max(largest, 1e-30))
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * max(largest, 1e-30))
 
 
 def told_apart(problem: Problem, targets: Tensor | Targets) -> bool:
@@ -62,7 +62,7 @@ def told_apart(problem: Problem, targets: Tensor | Targets) -> bool:
     """
     if problem.case.loss != "SSD":
         return True
-    head, anchors = problem.criterion("torch").head, problem.geometry["anchors"].double()
+    head, anchors = problem.criterion("torch").head, problem.geometry["anchors"].cpu().double()
     read = reference.read_corners(plain(targets), head, problem.batch, problem.size, False, torch.float64)
     boxes = read.boxes[read.valid, None]
     shared = (torch.minimum(boxes[..., 2:], anchors[:, 2:]) - torch.maximum(boxes[..., :2], anchors[:, :2])).clamp(
