@@ -157,9 +157,6 @@ def reach(overlap: float) -> float:
     return max(1 - t, (1 / t - 1) / 2)
 
 
-LARGEST_SIDE = 2.0**100
-"""Sides of valid rows lie below this, in images: a box of more has no finite side in pixels."""
-
 CENTRE_LIMIT, EDGE_LIMIT = 1.0, 1.0 + 2.0**-23
 """Centres of valid rows lie below this, in images, without and with ``edge``: 1, or the next float32."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .heads import LARGEST_SIDE
+from .kernels.launch import LARGEST_SIDE
 
 SORT_ABOVE = 4096
 """Packed rows beyond this many are sorted by image, so that a kernel reads only those of its own image."""

@@ -8,9 +8,10 @@ h0, w1, h1, ...), or with PER_LEVEL only with those from ``first`` to ``end`` th
 import triton
 import triton.language as tl
 
+from .launch import LARGEST_SIDE
 from .primitives import larger, near_divide, smaller
 
-PIXELS: tl.constexpr = tl.constexpr(2.0**28)  # of an image, in which valid sides are finite, too: below 2^100 images
+TOO_LARGE: tl.constexpr = tl.constexpr(LARGEST_SIDE)  # for a side
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def row_valid(row, first_image, last_image, classes, limit):
     """
     image, label, cx, cy, w, h = row
     known = (image >= first_image) & (image < last_image) & (label < classes)
-    area = (smaller(w, h) > 0) & (larger(w, h) * PIXELS < float("inf"))
+    area = (smaller(w, h) > 0) & (larger(w, h) < TOO_LARGE)
     return known & area & (smaller(label, smaller(cx, cy)) >= 0) & (larger(cx, cy) < limit)
 
 

@@ -1,4 +1,6 @@
-"""Block sizes, warps and stages: a pure function of the launch and of wishes, never of a measurement at run time."""
+"""Block sizes, warps and stages: a pure function of the launch and of wishes, never of a measurement at run time. And
+limits that both backends keep to.
+"""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -23,6 +25,9 @@ class GridConfig:
     max_registers: int = 128
     stages: int | None = None  # of a loop's loads under way at a time; None leaves it to the compiler
 
+
+LARGEST_SIDE = 2.0**100
+"""Sides of valid rows lie below this, in images: a box of more has no finite side in pixels."""
 
 WEIGHED_REGISTERS = 24
 """Of a thread, more, where rows or classes have weights: without these nothing spills, with them a few do."""
@@ -213,6 +218,9 @@ class PickConfig:
 PICK_NUMBERS = 10240  # at most that many a program, of classes
 PICK_DECODED = 128  # cells of a program that decodes boxes: four, or eight halves, a thread are an access
 PICK_THREADS = 32  # of programs that have no more to share: those that decode, pick and settle
+PRICE_THREADS = 128  # of programs that read all classes of candidates: the more at a time, the fewer waits for memory
+OFFER_THREADS = 64  # the same of those that decode them, too, and have no registers for more
+A_CLASS = 4  # threads that share a class of candidates
 PICK_REGISTERS = 255  # of these in float64, all there are: told of no limit, ptxas keeps to 168, and spills
 PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
 AWARDED = 32  # rows at a time, to one of which goes what several picked

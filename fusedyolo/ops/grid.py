@@ -14,8 +14,10 @@ from ..heads import GridHead, head_from_key, obj_scales, reach
 from ..kernels import assign
 from ..kernels.grid import choose, gradient, loss, offer, records
 from ..kernels.launch import (
+    A_CLASS,
     AWARDED,
     AWARDING,
+    OFFER_THREADS,
     PICK_REGISTERS,
     PICK_THREADS,
     SMALLEST_TILE,
@@ -339,9 +341,10 @@ def _picking(given: dict[str, Any], spec: records.Spec, count: int, acc: torch.d
     common = {name: value for name, value in given.items() if name != "terms"}
     width = {"WIDTH": power_of_two(spec.TABLES)}
     most = PICK_REGISTERS if acc == torch.float64 else None
+    offered = given | width | {"ACROSS": OFFER_THREADS // A_CLASS}
     each, shared = common | {"COUNT": count, "K": power_of_two(count)}, common | width | {"BLOCK": AWARDED}
     return [
-        Launch(offer.offer_kernel, _one_a_row, given | width, PICK_THREADS, most, exact=True),
+        Launch(offer.offer_kernel, _one_a_row, offered, OFFER_THREADS, most, exact=True),
         Launch(choose.choose_kernel, _one_a_row, each, PICK_THREADS, most, exact=True),
         Launch(choose.award_kernel, _awarding, shared, PICK_THREADS, most, exact=True),
     ]

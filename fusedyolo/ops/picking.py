@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..heads import PickHead, pick_head_from_key
 from ..kernels.launch import (
+    A_CLASS,
     PICK_DECODED,
     PICK_REGISTERS,
     PICK_SETTLED,
     PICK_THREADS,
+    PRICE_THREADS,
     Wishes,
     pick_config,
     pick_shift,
@@ -209,9 +211,10 @@ def picking(
     block = PICK_THREADS if priced else PICK_SETTLED  # of SimOTA cells that several picked: one a thread
     ends = {**common, "settled": settled, "BLOCK": block, "K2": 0 if limit is None else power_of_two(limit)}
     prices = {name: first[name] for name in ("predictions", "levels", "decoded", "tally", "SPEC", "CELLS")}
+    prices["ACROSS"] = PRICE_THREADS // A_CLASS
     most = PICK_REGISTERS if acc == torch.float64 else None
     decode = Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, most, exact=True)
-    cost = Launch(costs.cost_kernel, (batch * tiles,), prices, PICK_THREADS, most, exact=True)
+    cost = Launch(costs.cost_kernel, (batch * tiles,), prices, PRICE_THREADS, most, exact=True)
     # where there is no row, one program finishes
     select = Launch(pick.pick_kernel, lambda M: (max(1, M << shift),), picks, PICK_THREADS, most, exact=True)
     end = Launch(settle.settle_kernel, lambda M: (max(1, M),), ends, PICK_THREADS, exact=True)

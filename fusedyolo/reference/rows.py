@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..heads import CENTRE_LIMIT, EDGE_LIMIT, LARGEST_SIDE, CellHead, DenseHead, GridHead, PickHead
+from ..heads import CENTRE_LIMIT, EDGE_LIMIT, CellHead, DenseHead, GridHead, PickHead
+from ..kernels.launch import LARGEST_SIDE
 from .overlap import corners_of
 from .pairs import chunks
 from .primitives import constants

@@ -71,7 +71,7 @@ def _list_offers(row, g, there, image, levels, offers, head, terms, SPEC: tl.con
 
 
 @triton.jit
-def _price(g, count, image, maps, levels, offers, head, terms, SPEC: tl.constexpr):
+def _price(g, count, image, maps, levels, offers, head, terms, SPEC: tl.constexpr, ACROSS: tl.constexpr):
     """Decodes what a row offers, and reckons what its classes cost; returns bounds of the boxes, in pixels."""
     low_x = tl.zeros([], SPEC.ACC) + float("inf")
     low_y = low_x
@@ -101,7 +101,8 @@ def _price(g, count, image, maps, levels, offers, head, terms, SPEC: tl.constexp
         y2 = y.centre + 0.5 * y.size
         store_boxes(offers.boxes_ptr, at.to(tl.int64), Corners(x1, y1, x2, y2), mask)
         tl.store(offers.obj_ptr + at, obj, mask=mask)
-        shared = class_costs((first + 5 * step)[None, :], obj[None, :], mask, step[None, :], head.C, SPEC.ACC)
+        at_class = (first + 5 * step)[None, :]
+        shared = class_costs(at_class, obj[None, :], mask, step[None, :], head.C, ACROSS, SPEC.ACC)
         tl.store(offers.cost_ptr + at, tl.where(shared == shared, shared, float("inf")), mask=mask)
         left = column.to(SPEC.ACC) * site.side
         top = line.to(SPEC.ACC) * site.side
@@ -113,7 +114,9 @@ def _price(g, count, image, maps, levels, offers, head, terms, SPEC: tl.constexp
 
 
 @triton.jit(do_not_specialize=["M"])
-def offer_kernel(maps, levels, targets, M, offers, head, terms, SPEC: tl.constexpr, WIDTH: tl.constexpr):
+def offer_kernel(
+    maps, levels, targets, M, offers, head, terms, SPEC: tl.constexpr, WIDTH: tl.constexpr, ACROSS: tl.constexpr
+):
     """Fills tables and lists, see :class:`.records.Offers`; grid: a program a row, one at least. WIDTH is the least
     power of two that is no less than the number of tables.
     """
@@ -132,7 +135,7 @@ def offer_kernel(maps, levels, targets, M, offers, head, terms, SPEC: tl.constex
         tl.store(offers.count_ptr + g, count)
         if count > 0:
             tl.debug_barrier()
-            x1, y1, x2, y2 = _price(g, count, image, maps, levels, offers, head, terms, SPEC)
+            x1, y1, x2, y2 = _price(g, count, image, maps, levels, offers, head, terms, SPEC, ACROSS)
             slack = SLACK * (tl.abs(x1) + tl.abs(y1) + tl.abs(x2) + tl.abs(y2))
             tl.store(offers.bounds_ptr + g * 4, x1 - slack)
             tl.store(offers.bounds_ptr + g * 4 + 1, y1 - slack)

@@ -10,7 +10,6 @@ from .views import tiles_of
 from .wish import LOWEST_LOG, log_miss
 
 CHOSEN: tl.constexpr = tl.constexpr(16)  # candidates whose classes are read at a time
-ACROSS: tl.constexpr = tl.constexpr(8)  # classes of each
 
 
 @triton.jit
@@ -21,9 +20,9 @@ def _split(q):
 
 
 @triton.jit
-def class_costs(at, obj, mask, step, C, ACC: tl.constexpr):
+def class_costs(at, obj, mask, step, C, ACROSS: tl.constexpr, ACC: tl.constexpr):
     """Sums of -:func:`~.wish.log_miss` of all classes of cells, ``at`` pointers [1, cells] to the first, ``step``
-    elements to the next; ``obj`` likewise.
+    elements to the next, ACROSS of them at a time; ``obj`` likewise.
 
     In float32 one logarithm of a product does for many: what it grows, or shrinks, by is kept apart.
     """
@@ -53,7 +52,9 @@ def class_costs(at, obj, mask, step, C, ACC: tl.constexpr):
 
 
 @triton.jit
-def cost_kernel(predictions, levels, decoded, tally, SPEC: tl.constexpr, CELLS: tl.constexpr):
+def cost_kernel(
+    predictions, levels, decoded, tally, SPEC: tl.constexpr, CELLS: tl.constexpr, ACROSS: tl.constexpr
+):  # fmt: skip
     """As many programs of an image as tiles of CELLS cells, which share out its list of candidates by the block; see
     :class:`.records.Decoded`.
     """
@@ -68,7 +69,7 @@ def cost_kernel(predictions, levels, decoded, tally, SPEC: tl.constexpr, CELLS: 
         obj = load_channel(predictions.obj, b, 0, cells, mask, SPEC)[None, :]
         at = channel_at(predictions.cls, b, 0, cells)[None, :]
         step = strides_of(predictions.cls.by, cells.level).channel + cells.level * 0  # of one level it is a number
-        shared = class_costs(at, obj, mask, step[None, :], SPEC.C, SPEC.ACC)
+        shared = class_costs(at, obj, mask, step[None, :], SPEC.C, ACROSS, SPEC.ACC)
         known = shared == shared
         tl.store(decoded.cost_ptr + (first + cells.n), tl.where(known, shared, float("inf")), mask=mask)
         if tl.max((mask & ~known).to(tl.int32), axis=0) > 0:

@@ -363,14 +363,14 @@ class ByAddress(CompiledKernel):
     def __init__(self, launch: Launch, run: Callable[[Launch], None]):
         self.launch, self.interpret = launch, run
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def run(*arguments: Any) -> None:
-            named = dict(zip(self.launch.kernel.arg_names, arguments, strict=True))
-            placed = {name: at(value, self.launch.arguments[name]) for name, value in named.items()}
-            self.interpret(replace(self.launch, grid=grid[:1], arguments=placed))
-            ByAddress.count += 1
+    function = packed_metadata = None
 
-        return run
+    def run(self, programs: int, _y: int, _z: int, _stream: int, *arguments: Any) -> None:
+        names = self.launch.kernel.arg_names
+        named = dict(zip(names, arguments[-len(names) :], strict=True))  # behind what is for Triton and for hooks
+        placed = {name: at(value, self.launch.arguments[name]) for name, value in named.items()}
+        self.interpret(replace(self.launch, grid=(programs,), arguments=placed))
+        ByAddress.count += 1
 
 
 LAUNCHES = {"yolov5": 2, "yolov4": 2, "yolov1": 2, "retinanet": 4, "ssd": 6, "fcos": 3, "yolox": 6, "yolov8": 5}
@@ -410,14 +410,14 @@ def test_what_is_at_the_addresses_that_kernels_are_given(kind, by_address):
 def test_an_error_between_compiled_launches_spoils_no_later_call(by_address, monkeypatch):
     want = step("retinanet")
 
-    def stop(self: ByAddress, grid: tuple[int, ...]) -> Any:
+    def stop(self: ByAddress, *arguments: Any) -> None:
         if self.launch.kernel.__name__ == "match_kernel":
             raise RuntimeError("stopped")
-        return run(self, grid)
+        run(self, *arguments)
 
     with monkeypatch.context() as patch:
-        run = ByAddress.__getitem__
-        patch.setattr(ByAddress, "__getitem__", stop)
+        run = ByAddress.run
+        patch.setattr(ByAddress, "run", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             step("retinanet", seed=1)
     assert launch.shared_zeros() == []

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
 
 import fusedyolo
@@ -107,11 +108,18 @@ def allowed(name: str, tensors: int) -> int:
 class Compiled(CompiledKernel):
     """Stands for what a kernel was compiled to."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, calls: list[Any] | None = None):
         self.calls = calls
 
+    def run(self, x: int, y: int, z: int, *given: Any) -> None:
+        if self.calls is not None:
+            assert given[:6] == (0, "function", "metadata", None, None, None)  # first the stream, then what hooks want
+            self.calls.append(((x, y, z), given[6:]))
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments: None if self.calls is None else self.calls.append((grid, arguments))
+        return lambda *arguments: self.calls.append(("by Triton", arguments))
 
 
 @pytest.fixture
@@ -263,6 +271,20 @@ def test_a_kernel_is_bound_once_for_what_it_is_compiled_for(monkeypatch):
     assert kernel.calls[-1][0] == (9, 1, 1)
     monkeypatch.setattr(torch.version, "hip", "7")  # code hangs on more there
     assert bound() == 2
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_of_triton_see_every_launch(name):
+    """Those of its profiler, which Triton calls where it launches itself."""
+    kernel, memory, hook = Kernel(), torch.zeros(64), lambda metadata: None
+    plan, hooks = plan_of(kernel), getattr(knobs.runtime, name)
+    ways = []
+    for change in (hooks.add, hooks.remove):
+        change(hook)
+        for _ in range(2):
+            plan.run(torch.device("cpu"), 5, ptr=memory, several=(memory, None), gains=[0.5])
+        ways.append(kernel.calls[-1][0])
+    assert ways == ["by Triton", (4, 2, 1)]
 
 
 @pytest.mark.parametrize("M", [0, 1, 15, 16, 17, 1000])

@@ -596,8 +596,8 @@ def anchor_of_the_first(maps, levels, image, level, anchor, x, y):
 
 
 @triton.jit
-def class_costs_forgotten(at, obj, mask, step, C, ACC):
-    return real_class_costs(at, obj, mask, step, C, ACC) * 0.0
+def class_costs_forgotten(at, obj, mask, step, C, ACROSS, ACC):
+    return real_class_costs(at, obj, mask, step, C, ACROSS, ACC) * 0.0
 
 
 @triton.jit

@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from conftest import DEVICE
+from fusedyolo.kernels.launch import LARGEST_SIDE
 from torch import Tensor
 from trust.cases import ALL, BACKENDS, CASES, RECIPES, Problem, Result, step
 
 import fusedyolo
 from fusedyolo.drivers.protocol import LOGIT, POSITIVE, UNIT
-from fusedyolo.heads import LARGEST_SIDE
 from fusedyolo.reference import LABEL_TERMS
 from fusedyolo.terms import term_names
 from fusedyolo.tools.registry import Case
