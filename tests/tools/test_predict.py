@@ -14,10 +14,10 @@ CLOSE = 0.01
 
 # Instructions of PTX that the warps of all programs execute, sm_90, as constraints.txt's Triton compiles them.
 EXECUTED = {
-    "YOLOv1/paper": {"cell_kernel": 21392, "cell_grad_kernel": 112},
-    "YOLOv2/region": {"grid_kernel": 55628, "grid_grad_kernel": 17824},
+    "YOLOv1/paper": {"cell_kernel": 21712, "cell_grad_kernel": 112},
+    "YOLOv2/region": {"grid_kernel": 56098, "grid_grad_kernel": 17824},
     "SSD": {
-        "overlap_kernel": 13110,
+        "overlap_kernel": 13118,
         "match_kernel": 2630,
         "dense_kernel": 138353,
         "count_kernel": 11736,
