@@ -99,7 +99,7 @@ def count_compiled(case: Case, work: Workload) -> dict[str, int]:
 def time_step(case: Case, work: Workload, provider: str, device: str = "cuda") -> dict[str, float]:
     """Forward and backward: milliseconds at p20, p50 and p80 with a cold cache, forward alone at p50, most bytes in
     use, microseconds until the host goes on, milliseconds in which the GPU works; of the fused loss also milliseconds
-    by replay of a graph, without its time on the host.
+    by replay of a graph, without its time on the host, and microseconds of each launch.
     """
     step = ready(case, work, provider, device)
     found = dict(zip(FULL, timing.by_events(step, step.preds), strict=True))
@@ -108,6 +108,8 @@ def time_step(case: Case, work: Workload, provider: str, device: str = "cuda") -
     found["host_us"] = timing.host_microseconds(step, step.preds, device)
     found["busy_ms"] = timing.busy(step, step.preds)
     if provider == FUSED:
+        launches = timing.by_launch(step, step.preds)
+        found |= {f"{name}.p50_us": microseconds for name, microseconds in launches.items()}
         found["graph_ms_p50"] = timing.by_replay(step, step.preds)[1]
     return found
 

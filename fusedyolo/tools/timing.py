@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,6 +47,42 @@ def busy(fn: Callable[[], Any], leaves: Sequence[torch.Tensor], calls: int = 5) 
         torch.cuda.synchronize()
     events = [event for event in found.events() if event.device_type == DeviceType.CUDA]
     return sum(event.time_range.elapsed_us() for event in events) / 1000 / calls
+
+
+def by_launch(fn: Callable[[], Any], leaves: Sequence[torch.Tensor], calls: int = 15) -> dict[str, float]:
+    """Median microseconds of each Triton kernel of a call, the cache cleared before; what has one name is numbered."""
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    cache = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(calls):
+            for leaf in leaves:
+                leaf.grad = None
+            cache.zero_()
+            fn()
+        torch.cuda.synchronize()
+    events = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    return by_name([(event.name, event.time_range.elapsed_us()) for event in events], calls)
+
+
+def by_name(seen: Sequence[tuple[str, float]], calls: int) -> dict[str, float]:
+    """Medians over so many calls, each of which launched the same; PyTorch's own kernels, which are templates, and
+    copies are left out.
+
+    Raises:
+        ValueError: they cannot have launched the same.
+    """
+    own = [(name, time) for name, time in seen if name.isidentifier()]
+    each, rest = divmod(len(own), calls)
+    if rest or any(name != own[i % each][0] for i, (name, _) in enumerate(own)):
+        raise ValueError(f"calls: {calls} launched {len(own)} kernels, want the same ones each time")
+    names, found = [name for name, _ in own[:each]], dict[str, float]()
+    for i, name in enumerate(names):
+        number = f".{names[: i + 1].count(name)}" if names.count(name) > 1 else ""
+        found[name + number] = median(time for _, time in own[i::each])
+    return found
 
 
 def copy_bandwidth(bytes_moved: int = 1 << 30) -> float:

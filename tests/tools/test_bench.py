@@ -153,6 +153,7 @@ def test_a_timed_step_gives_every_quantile(provider, monkeypatch):
     monkeypatch.setattr(timing, "peak_memory", lambda fn, leaves: calls.append(fn()) or 7)
     monkeypatch.setattr(timing, "by_replay", lambda fn, leaves=None: calls.append(fn()) or (0.1, 0.2, 0.3))
     monkeypatch.setattr(timing, "busy", lambda fn, leaves: calls.append(fn()) or 0.05)
+    monkeypatch.setattr(timing, "by_launch", lambda fn, leaves: {"grid_kernel": 8.0})
     fused = provider == "fused"
     if fused:  # which takes minutes in the interpreter
         monkeypatch.setattr(timing, "host_microseconds", lambda fn, leaves, device: 9.0)
@@ -162,7 +163,19 @@ def test_a_timed_step_gives_every_quantile(provider, monkeypatch):
     assert found.pop("host_us") > 0
     times = {"full_ms_p20": 1.0, "full_ms_p50": 2.0, "full_ms_p80": 3.0, "forward_ms_p50": 2.0, "peak_bytes": 7}
     times["busy_ms"] = 0.05
-    assert found == times | ({"graph_ms_p50": 0.2} if fused else {})
+    assert found == times | ({"graph_ms_p50": 0.2, "grid_kernel.p50_us": 8.0} if fused else {})
+
+
+def test_launches_have_medians_by_name():
+    seen = []
+    for x in (5.0, 1.0, 2.0):
+        seen += [("void at::native::fill<unsigned char>(...)", 90.0), ("a_kernel", x), ("Memset (Device)", 1.0)]
+        seen += [("b_kernel", 2 * x), ("a_kernel", 3 * x)]
+    assert timing.by_name(seen, 3) == {"a_kernel.1": 2.0, "b_kernel": 4.0, "a_kernel.2": 6.0}
+    swapped = [*seen[:-2], seen[-1], seen[-2]]
+    for other in (seen[:-1], swapped):
+        with pytest.raises(ValueError, match="want the same ones each time"):
+            timing.by_name(other, 3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
