@@ -135,7 +135,7 @@ def offer_kernel(
         tl.store(offers.count_ptr + g, count)
         if count > 0:
             tl.debug_barrier()
-            x1, y1, x2, y2 = _price(g, count, image, maps, levels, offers, head, terms, SPEC, ACROSS)
+            x1, y1, x2, y2 = _price(g, count, image, maps, levels, offers, head, terms, SPEC=SPEC, ACROSS=ACROSS)
             slack = SLACK * (tl.abs(x1) + tl.abs(y1) + tl.abs(x2) + tl.abs(y2))
             tl.store(offers.bounds_ptr + g * 4, x1 - slack)
             tl.store(offers.bounds_ptr + g * 4 + 1, y1 - slack)

@@ -52,9 +52,7 @@ def class_costs(at, obj, mask, step, C, ACROSS: tl.constexpr, ACC: tl.constexpr)
 
 
 @triton.jit
-def cost_kernel(
-    predictions, levels, decoded, tally, SPEC: tl.constexpr, CELLS: tl.constexpr, ACROSS: tl.constexpr
-):  # fmt: skip
+def cost_kernel(predictions, levels, decoded, tally, SPEC: tl.constexpr, CELLS: tl.constexpr, ACROSS: tl.constexpr):
     """As many programs of an image as tiles of CELLS cells, which share out its list of candidates by the block; see
     :class:`.records.Decoded`.
     """
