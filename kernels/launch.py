@@ -1,5 +1,5 @@
 """Block sizes, warps and stages: a pure function of the launch and of wishes, never of a measurement at run time. And
-limits that both backends keep to.
+a limit that both backends keep to.
 """
 
 import math
@@ -218,9 +218,8 @@ class PickConfig:
 PICK_NUMBERS = 10240  # at most that many a program, of classes
 PICK_DECODED = 128  # cells of a program that decodes boxes: four, or eight halves, a thread are an access
 PICK_THREADS = 32  # of programs that have no more to share: those that decode, pick and settle
-PRICE_THREADS = 128  # of programs that read all classes of candidates: the more at a time, the fewer waits for memory
-OFFER_THREADS = 64  # the same of those that decode them, too, and have no registers for more
-A_CLASS = 4  # threads that share a class of candidates
+PRICE_THREADS = 128  # of programs that read all classes of candidates, at most
+OFFER_THREADS = 64  # of those that decode them, too, and have no registers for more
 PICK_REGISTERS = 255  # of these in float64, all there are: told of no limit, ptxas keeps to 168, and spills
 PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
 AWARDED = 32  # rows at a time, to one of which goes what several picked
@@ -311,3 +310,11 @@ def legal_wishes(kind: str, wishes: dict[str, int]) -> bool:
 
 POINTWISE_BLOCK = 512
 POINTWISE_THREADS = 128
+
+
+def price_tile(classes: int, threads: int) -> tuple[int, int]:
+    """Classes of candidates that are read at a time, and the threads for that: of so many at most, and of classes no
+    more than there are. The more, the fewer turns wait for memory.
+    """
+    across = min(threads // 4, max(8, power_of_two(classes)))
+    return across, 4 * across

@@ -141,7 +141,7 @@ def _caller(rooms: frozenset[Path], name: str, line: int, column: int, callee: s
     found = [at for at in places if leads_to(at, callee)]
     if len(found) > 1:  # by its own name, then
         own = callee.split(".")[-1]
-        found = [at for at in found if any(each.split(".")[-1] == own for each in calls_at(at))]
+        found = [at for at in found if any(each.split(".")[-1] == own for each in calls_at(at))] or found
     if len(found) > 1:
         raise ValueError(f"{name}:{line}:{column}: {callee} is called in {found}, want one file")
     return (found or places)[0]

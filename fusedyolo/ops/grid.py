@@ -14,7 +14,6 @@ from ..heads import GridHead, head_from_key, obj_scales, reach
 from ..kernels import assign
 from ..kernels.grid import choose, gradient, loss, offer, records
 from ..kernels.launch import (
-    A_CLASS,
     AWARDED,
     AWARDING,
     OFFER_THREADS,
@@ -24,6 +23,7 @@ from ..kernels.launch import (
     grad_parts,
     grid_config,
     power_of_two,
+    price_tile,
 )
 from ..kernels.levels import Strides
 from ..operator import call, differentiable, fake, operator
@@ -286,7 +286,7 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
             if lead:
                 by = odd(tuple([map_strides(pred, 5 + head.num_classes) for pred in lead]))
                 judged |= {"maps": own.tensors("lead", len(lead)), "levels": levels._replace(by=by)}
-            first = _picking(judged, spec, head.topk, acc)
+            first = _picking(judged, spec, head, acc)
         # the peers' operators decide with products and sums that are rounded one by one
         settings = config.threads, config.max_registers
         last = Launch(
@@ -336,15 +336,16 @@ def _offers(own: Outline, tables: int, most: int, acc: torch.dtype) -> records.O
     )
 
 
-def _picking(given: dict[str, Any], spec: records.Spec, count: int, acc: torch.dtype) -> list[Launch]:
+def _picking(given: dict[str, Any], spec: records.Spec, head: GridHead, acc: torch.dtype) -> list[Launch]:
     """The launches by which rows pick predictions by their cost."""
     common = {name: value for name, value in given.items() if name != "terms"}
     width = {"WIDTH": power_of_two(spec.TABLES)}
     most = PICK_REGISTERS if acc == torch.float64 else None
-    offered = given | width | {"ACROSS": OFFER_THREADS // A_CLASS}
-    each, shared = common | {"COUNT": count, "K": power_of_two(count)}, common | width | {"BLOCK": AWARDED}
+    across, threads = price_tile(head.num_classes, OFFER_THREADS)
+    offered, each = given | width | {"ACROSS": across}, common | {"COUNT": head.topk, "K": power_of_two(head.topk)}
+    shared = common | width | {"BLOCK": AWARDED}
     return [
-        Launch(offer.offer_kernel, _one_a_row, offered, OFFER_THREADS, most, exact=True),
+        Launch(offer.offer_kernel, _one_a_row, offered, threads, most, exact=True),
         Launch(choose.choose_kernel, _one_a_row, each, PICK_THREADS, most, exact=True),
         Launch(choose.award_kernel, _awarding, shared, PICK_THREADS, most, exact=True),
     ]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..heads import PickHead, pick_head_from_key
 from ..kernels.launch import (
-    A_CLASS,
     PICK_DECODED,
     PICK_REGISTERS,
     PICK_SETTLED,
@@ -21,6 +20,7 @@ from ..kernels.launch import (
     pick_config,
     pick_shift,
     power_of_two,
+    price_tile,
 )
 from ..kernels.levels import Strides
 from ..kernels.picks import boxes, costs, pick, records, settle, site, wish
@@ -211,10 +211,10 @@ def picking(
     block = PICK_THREADS if priced else PICK_SETTLED  # of SimOTA cells that several picked: one a thread
     ends = {**common, "settled": settled, "BLOCK": block, "K2": 0 if limit is None else power_of_two(limit)}
     prices = {name: first[name] for name in ("predictions", "levels", "decoded", "tally", "SPEC", "CELLS")}
-    prices["ACROSS"] = PRICE_THREADS // A_CLASS
+    prices["ACROSS"], threads = price_tile(head.num_classes, PRICE_THREADS)
     most = PICK_REGISTERS if acc == torch.float64 else None
     decode = Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, most, exact=True)
-    cost = Launch(costs.cost_kernel, (batch * tiles,), prices, PRICE_THREADS, most, exact=True)
+    cost = Launch(costs.cost_kernel, (batch * tiles,), prices, threads, most, exact=True)
     # where there is no row, one program finishes
     select = Launch(pick.pick_kernel, lambda M: (max(1, M << shift),), picks, PICK_THREADS, most, exact=True)
     end = Launch(settle.settle_kernel, lambda M: (max(1, M),), ends, PICK_THREADS, exact=True)

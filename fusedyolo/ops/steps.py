@@ -187,9 +187,9 @@ class Steps:
                     arguments = take(numbers, addresses, places)
                     if hooked:
                         kernel[programs](*arguments)
-                    else:  # as Triton does, but for asking again, and for what it would tell hooks
-                        of_kernel = kernel.function, kernel.packed_metadata
-                        kernel.run(*programs, stream, *of_kernel, None, None, None, *arguments)
+                    else:  # as ``kernel[programs]`` does, without asking for the stream or telling hooks
+                        function, packed = kernel.function, kernel.packed_metadata
+                        kernel.run(*programs, stream, function, packed, None, None, None, *arguments)
         except BaseException:
             forget_zeros()
             raise

@@ -25,7 +25,8 @@ def test_later_steps_launch_what_the_first_did(name, tmp_path):
     built = (COMPILER, "-shared", "-fPIC", "-w", "-o", str(library), str(ROOT / "tests" / "no_driver.c"))
     subprocess.run(built, check=True)
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"LD_LIBRARY_PATH": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, [str(tmp_path), env.get("LD_LIBRARY_PATH")]))
+    env |= {"LD_LIBRARY_PATH": paths, "TRITON_LIBCUDA_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = (sys.executable, "-W", "ignore", str(ROOT / "tests" / "launched.py"), name, str(library))
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
