@@ -15,16 +15,7 @@ from ..kernels.launch import pick_config, power_of_two
 from ..kernels.picks import loss, records
 from ..operator import call, differentiable, fake, operator
 from ..terms import TERMS
-from .launch import (
-    Launch,
-    Layout,
-    accumulator,
-    alike,
-    done_counter,
-    layouts,
-    planned,
-    refuse_double_backward,
-)
+from .launch import Launch, Layout, accumulator, alike, done_counter, layouts, planned, refuse_double_backward
 from .picking import Maps, brought, fill_parts, levels_of, lies_as, parts_of, picking, shift_for, tuned_for
 from .steps import Outline, Steps
 

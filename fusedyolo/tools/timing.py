@@ -36,35 +36,34 @@ def by_replay(fn: Callable[[], Any], leaves: Sequence[torch.Tensor] = ()) -> tup
 
 def busy(fn: Callable[[], Any], leaves: Sequence[torch.Tensor], calls: int = 5) -> float:
     """Milliseconds in which the device works for a call: all its kernels and copies added up, one behind the other."""
-    from torch.profiler import DeviceType, ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(calls):
-            for leaf in leaves:
-                leaf.grad = None
-            fn()
-        torch.cuda.synchronize()
-    events = [event for event in found.events() if event.device_type == DeviceType.CUDA]
-    return sum(event.time_range.elapsed_us() for event in events) / 1000 / calls
+    return sum(time for _, time in _profiled(fn, leaves, calls)) / 1000 / calls
 
 
 def by_launch(fn: Callable[[], Any], leaves: Sequence[torch.Tensor], calls: int = 15) -> dict[str, float]:
     """Median microseconds of each Triton kernel of a call, the cache cleared before; what has one name is numbered."""
+    cache = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+
+    def cold() -> None:
+        cache.zero_()
+        fn()
+
+    return by_name(_profiled(cold, leaves, calls), calls)
+
+
+def _profiled(fn: Callable[[], Any], leaves: Sequence[torch.Tensor], calls: int) -> list[tuple[str, float]]:
+    """Names and microseconds of all kernels and copies of so many calls, in order."""
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
-    cache = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(calls):
             for leaf in leaves:
                 leaf.grad = None
-            cache.zero_()
             fn()
         torch.cuda.synchronize()
     events = [event for event in found.events() if event.device_type == DeviceType.CUDA]
     events.sort(key=lambda event: event.time_range.start)
-    return by_name([(event.name, event.time_range.elapsed_us()) for event in events], calls)
+    return [(event.name, event.time_range.elapsed_us()) for event in events]
 
 
 def by_name(seen: Sequence[tuple[str, float]], calls: int) -> dict[str, float]:
