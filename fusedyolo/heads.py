@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -387,3 +388,14 @@ def pick_head_from_key(key: str) -> PickHead:
     fields = json.loads(key).items()
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields}
     return PickHead(**values)
+
+
+def key_of_branches(heads: Sequence[PickHead]) -> str:
+    """The keys of the heads of several branches as one, which differ in ``topk`` and ``topk2`` alone."""
+    return "\n".join([head.key for head in heads])
+
+
+@lru_cache(maxsize=256)
+def branches_from_key(key: str) -> tuple[PickHead, ...]:
+    """The rows that :func:`key_of_branches` was given."""
+    return tuple(map(pick_head_from_key, key.split("\n")))

@@ -34,6 +34,7 @@ class PickCall(NamedTuple):
     gains: tuple[float, ...]  # of head.parts, the factor of the batch in them
     class_weights: Tensor | None  # [C] float32
     weights: Tensor | None = None  # [M], of the rows
+    beside: tuple[PickHead, PickCall] | None = None  # of a branch before it, which the same launches compute
 
 
 class PickDriver(Driver):
@@ -66,16 +67,19 @@ class PickDriver(Driver):
     def launches(self, head: PickHead, call: PickCall) -> dict[str, Launch]:
         from ..ops import picks as ops
 
-        preds, geometry = call.preds, ops.Geometry(call.form, call.maps, call.size)
-        weights, gains = call.class_weights, call.gains
+        heads, preds, gains = [head], call.preds, call.gains
+        if call.beside is not None:
+            other, first = call.beside
+            heads, preds, gains = [other, head], first.preds + preds, first.gains + gains
+        geometry, weights = ops.Geometry(call.form, call.maps, call.size), call.class_weights
         forward, found = ops.loss_launches(
-            preds, call.rows, call.offsets, weights, head, geometry, gains, True, call.weights
+            preds, call.rows, call.offsets, weights, heads, geometry, gains, True, call.weights
         )
         grads, one = [torch.empty_like(pred) for pred in preds], torch.ones((), device=call.rows.device)
-        ones = (one, *(None,) * len(head.parts))
+        ones = (one, *(None,) * len(gains))
         assigned = ops.Assignment(found.row, found.score, found.norm, None)
         backward = ops.head_launch(
-            preds, call.rows, weights, head, geometry, gains, assigned, None, grads, ones, True, call.weights
+            preds, call.rows, weights, heads, geometry, gains, assigned, None, grads, ones, True, call.weights
         )
         return {_LAUNCHES[launch.kernel.__name__]: launch for launch in forward} | {"grad": backward}
 
@@ -165,15 +169,19 @@ class PickDriver(Driver):
 
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
         """Of boxes and of classes the levels; where later launches need what each has left, each is of its own."""
+        branches = len(arguments["branches"])
         if kernel == "pick_loss_kernel":
-            tiles = _levels_of_tiles(arguments, arguments["B"], arguments["SPEC"].CELLS)
+            tiles = _levels_of_tiles(arguments["levels"], arguments["B"], arguments["SPEC"].CELLS)
             levels = len(arguments["levels"].widths)
-            return [level + levels * (i > 0) for i in range(programs // len(tiles)) for level in tiles]
-        if arguments["SPEC"].ASSIGNER == "aligned":
+            own = [level + levels * (i > 0) for i in range(programs // branches // len(tiles)) for level in tiles]
+            return [kind + 2 * levels * i for i in range(branches) for kind in own]
+        if arguments["SPECS"][0].ASSIGNER == "aligned":
+            problem = arguments["branches"][0].problem
             if kernel == "decode_kernel":
-                return _levels_of_tiles(arguments, shared.even(arguments["frame"].batch), arguments["CELLS"])
+                own = _levels_of_tiles(problem.levels, shared.even(problem.frame.batch), arguments["CELLS"])
+                return own * branches
             if kernel == "pick_kernel":
-                return [0] * programs
+                return [i for i in range(branches) for _ in range(programs // branches)]
         return range(programs)
 
     def efforts(
@@ -182,35 +190,44 @@ class PickDriver(Driver):
         """Of a loss by the cells of a tile that have a row, which launches before have left; of a row that looks at the
         cells in its box by their number, of which its programs have a share each, or none.
         """
+        branches = arguments["branches"]
         if kernel == "pick_loss_kernel":
             block, areas = arguments["SPEC"].CELLS, [height * width for height, width in _maps(arguments["levels"])]
-            has = arguments["task"].assigned.row_ptr != arguments["M"]
-            tiles = [int(part.sum()) for level in has.split(areas, 1) for image in level for part in image.split(block)]
-            counts = tiles * (len(kinds) // len(tiles))
+            counts: list[int] = []
+            for branch in branches:
+                rows = branch.task.assigned.row_ptr.flatten()[
+                    : arguments["B"] * sum(areas)
+                ]  # the first has all before it
+                has = (rows != arguments["M"]).view(-1, sum(areas))
+                own = [int(part.sum()) for level in has.split(areas, 1) for each in level for part in each.split(block)]
+                counts += own * (len(kinds) // len(branches) // len(own))
             return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
-        if kernel == "pick_kernel" and arguments["SPEC"].ASSIGNER == "aligned":
+        if kernel == "pick_kernel" and arguments["SPECS"][0].ASSIGNER == "aligned":
             shares = _shares(arguments)
             used = (shares > 0).sum(1, keepdim=True).expand_as(shares)
             finer = [
-                (bool(share > 0), bool(several > 1))
+                (branch, bool(share > 0), bool(several > 1))
+                for branch in range(len(branches))
                 for share, several in zip(shares.flatten(), used.flatten(), strict=True)
             ]
-            return finer or kinds, [float(share) for share in shares.flatten()] or [0.0]
+            return finer or kinds, [float(share) for share in shares.flatten()] * len(branches) or [0.0] * len(kinds)
         return super().efforts(kernel, kinds, arguments, known)
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
         """By the reference: boxes, and what rows pick."""
-        spec = arguments["SPEC"]
-        if kernel == "decode_kernel" and spec.ASSIGNER == "aligned":
-            decoded = arguments["decoded"]
-            decoded.boxes_ptr.copy_(_seen(known.head, arguments["predictions"], arguments["levels"], decoded).boxes)
+        if kernel not in ("decode_kernel", "pick_kernel") or arguments["SPECS"][0].ASSIGNER != "aligned":
+            return
+        for branch, spec in zip(arguments["branches"], arguments["SPECS"], strict=True):
+            if kernel == "pick_kernel":
+                _complete_picks(replace(known.head, topk=spec.TOPK), branch, arguments)
+                continue
+            decoded = branch.decoded
+            decoded.boxes_ptr.copy_(_seen(known.head, branch).boxes)
             decoded.picker_ptr.fill_(arguments["M"])
             decoded.row_ptr.fill_(arguments["M"])
             decoded.done_ptr.zero_()
             decoded.claim_ptr.zero_()
             decoded.score_ptr.zero_()
-        if kernel == "pick_kernel" and spec.ASSIGNER == "aligned":
-            _complete_picks(replace(known.head, topk=spec.TOPK), arguments)
 
 
 PICKS = PickDriver()
@@ -235,7 +252,7 @@ def _shares(arguments: Mapping[str, Any]) -> Tensor:
     """``[M, programs of a row]``: about how many cells each of a launch that picks them goes through, as its kernel has
     it; of a row that is not to reach any, one."""
     block, programs = arguments["BLOCK"], 1 << arguments["shift"]
-    N = sum(height * width for height, width in _maps(arguments["problem"].levels))
+    N = sum(height * width for height, width in _maps(arguments["branches"][0].problem.levels))
     areas = arguments["targets"].ptr[:, 4:].nan_to_num(0.0).clamp(0, 1).prod(1, keepdim=True)
     own = (areas * N).ceil().clamp(min=1)
     each = (own / block / programs).ceil() * block
@@ -252,21 +269,21 @@ def _in_one_piece(part: Any, width: int, maps: Sequence[tuple[int, int]], like: 
     return torch.cat(levels, 2).to(like.dtype)
 
 
-def _seen(head: PickHead, predictions: Any, levels: Any, decoded: Any) -> reference.Seen:
-    """What the reference sees of a launch's predictions, without objectness."""
-    maps, like = _maps(levels), decoded.boxes_ptr
+def _seen(head: PickHead, branch: Any) -> reference.Seen:
+    """What the reference sees of the predictions of a branch of a launch, without objectness."""
+    predictions, maps, like = branch.problem.predictions, _maps(branch.problem.levels), branch.decoded.boxes_ptr
     parts = zip((predictions.box, predictions.cls), head.widths, strict=True)
     box, cls = (_in_one_piece(part, width, maps, like) for part, width in parts)
     points = reference.points_of(maps, head.strides, like.device)
     return reference.see(reference.Planes(box, cls, None), points, head)
 
 
-def _complete_picks(head: PickHead, arguments: Mapping[str, Any]) -> None:
-    """What a launch of all rows leaves of task-aligned ones, see ``kernels/picks/records.py``."""
+def _complete_picks(head: PickHead, branch: Any, arguments: Mapping[str, Any]) -> None:
+    """What a launch of all rows leaves of task-aligned ones of a branch, see ``kernels/picks/records.py``."""
     from ..kernels.picks.wish import LAST, NONE
 
-    problem, decoded, picked, M = (arguments[name] for name in ("problem", "decoded", "picked", "M"))
-    seen = _seen(head, problem.predictions, problem.levels, decoded)
+    (problem, decoded, picked, tally, _), M = branch, arguments["M"]
+    seen = _seen(head, branch)
     (B, N), size = seen.boxes.shape[:2], (problem.frame.height, problem.frame.width)
     objects = reference.read_objects(arguments["targets"].ptr, head, B, size, decoded.boxes_ptr.dtype)
     picks, claims = decoded.picker_ptr.new_zeros(B * N + 1), decoded.claim_ptr.zero_().view(B, N)
@@ -288,15 +305,15 @@ def _complete_picks(head: PickHead, arguments: Mapping[str, Any]) -> None:
         claims.view(-1).scatter_reduce_(0, at, claim, "amax")
     several = (picks[:-1] > 1).view(B, N)
     decoded.picker_ptr[several] = -1
-    arguments["tally"].found_ptr[2 : 2 + B].copy_(several.sum(1))
+    tally.found_ptr[2 : 2 + B].copy_(several.sum(1))
     cells = several.sort(dim=1, descending=True, stable=True).indices  # and after these all others
     picked.clash_ptr.view(B, N).copy_(cells + N * torch.arange(B, device=cells.device)[:, None])
 
 
-def _levels_of_tiles(arguments: Mapping[str, Any], batch: int, cells: int) -> list[int]:
+def _levels_of_tiles(levels: Any, batch: int, cells: int) -> list[int]:
     """The level of each tile of so many cells, of all images."""
     found: list[int] = []
-    for level, (height, width) in enumerate(_maps(arguments["levels"])):
+    for level, (height, width) in enumerate(_maps(levels)):
         found += [level] * (batch * -(-height * width // cells))
     return found
 

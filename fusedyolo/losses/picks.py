@@ -44,6 +44,45 @@ def _shares(power: int, amounts: Tensor) -> Tensor:
     return amounts[:1] ** power / amounts[1:].clamp(min=1)
 
 
+def by_kernels(key: str, calls: Sequence[PickCall], outputs: int | None = None) -> Computed:
+    """What :meth:`PickLoss.compute` returns, of one call or of those of several branches, on the same rows and of the
+    same form and maps: the total of all, the others branch by branch; ``key`` is that of their heads.
+    """
+    from .. import ops
+
+    first, count = calls[0], len(calls)
+    pred, preds, gains = first.preds[0], first.preds, list(first.gains)
+    for call in calls[1:]:
+        preds = preds + call.preds
+        gains += call.gains
+    # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In float16
+    # small gradients would be lost before a GradScaler's factor reaches them.
+    own = ops.workspace(pred.device, ops.workspace_rows(pred.shape[0], count))
+    for each in preds:
+        if each.dtype != pred.dtype:
+            preds = checks.of_one_type(preds)
+            break
+    asked = torch.is_grad_enabled() and any([p.requires_grad for p in preds])
+    with_grad = asked and preds[0].dtype != torch.float16 and own is None
+    total, parts, counts, _, _, weights, _ = ops.call(
+        ops.picked_loss,
+        preds,
+        first.rows,
+        first.offsets,
+        first.class_weights,
+        key,
+        first.form,
+        [side for sides in first.maps for side in sides],
+        list(first.size),
+        gains,
+        with_grad,
+        own,
+        first.weights,
+        outputs=outputs,
+    )
+    return total, tuple(parts), counts, weights
+
+
 class PickLoss(WeightedLoss):
     """A module around a :class:`~fusedyolo.heads.PickHead`; a subclass makes the head of its arguments.
 
@@ -130,44 +169,19 @@ class PickLoss(WeightedLoss):
         """Total, parts, counts and what ends in the sum of weights, see :func:`.reference.pick_loss`; with ``outputs``
         1 the parts need have no gradient.
         """
-        pred = call.preds[0]
-        if backends.resolve(self.backend, pred.device) == "triton":
-            from .. import ops
-
-            # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In
-            # float16 small gradients would be lost before a GradScaler's factor reaches them.
-            own = ops.workspace(pred.device, ops.workspace_rows(pred.shape[0]))
-            preds = call.preds
-            for each in preds:
-                if each.dtype != preds[0].dtype:
-                    preds = checks.of_one_type(preds)
-                    break
-            asked = torch.is_grad_enabled() and any([p.requires_grad for p in preds])
-            with_grad = asked and preds[0].dtype != torch.float16 and own is None
-            total, parts, counts, _, _, weights, _ = ops.call(
-                ops.pick_loss,
-                preds,
-                call.rows,
-                call.offsets,
-                call.class_weights,
-                self._key,
-                call.form,
-                [side for sides in call.maps for side in sides],
-                list(call.size),
-                list(call.gains),
-                with_grad,
-                own,
-                call.weights,
-                outputs=outputs,
-            )
-            terms = tuple(parts)
+        if backends.resolve(self.backend, call.preds[0].device) == "triton":
+            found = by_kernels(self._key, [call], outputs)
         else:
-            total, terms, counts, weights = PICKS.reference_loss(self.head, call)
+            found = PICKS.reference_loss(self.head, call)
+        self.note(call, found[2])
+        return found
+
+    def note(self, call: PickCall, counts: Tensor) -> None:
+        """What a call has left, for who asks, and for the look at the first batches."""
         if not torch.compiler.is_compiling():
             self._last.counts = counts
             if self._watch is not None:
                 self._watch = self._watch.after(call.rows, call.offsets, counts, call.size, weights=call.weights)
-        return total, terms, counts, weights
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""

@@ -14,7 +14,7 @@ from .dense import Geometry, dense_loss, dense_loss_grad, dense_loss_rescale, de
 from .grid import GridOutputs, grid_grad_launch, grid_launches, grid_loss, grid_loss_grad, grid_outputs
 from .launch import Launch, accumulator, forget_plans, run_all, shared_zeros, workspace
 from .picking import workspace_rows
-from .picks import pick_loss, pick_loss_grad, pick_loss_rescale
+from .picks import picked_loss, picked_loss_grad, picked_loss_rescale
 from .pointwise import box_loss, box_loss_grad, label_loss, label_loss_grad
 
 __all__ = [
@@ -46,9 +46,9 @@ __all__ = [
     "label_loss",
     "label_loss_grad",
     "loss_launches",
-    "pick_loss",
-    "pick_loss_grad",
-    "pick_loss_rescale",
+    "picked_loss",
+    "picked_loss_grad",
+    "picked_loss_rescale",
     "run_all",
     "shared_zeros",
     "workspace",

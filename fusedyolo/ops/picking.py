@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..heads import PickHead, pick_head_from_key
+from ..heads import PickHead, branches_from_key, pick_head_from_key
 from ..kernels.launch import (
     PICK_DECODED,
     PICK_REGISTERS,
@@ -26,11 +26,12 @@ from ..kernels.levels import Strides
 from ..kernels.picks import boxes, costs, pick, records, settle, site, wish
 from ..terms import TERMS
 from ..tuned import wishes
-from .launch import Launch, Layout, accumulator, counters_and_maxima, layouts, odd, planned
-from .steps import Outline, Steps
+from .launch import COUNTERS, Launch, Layout, accumulator, counters_and_maxima, layouts, odd, planned
+from .steps import Outline, Slot, Steps
 from .strides import map_strides
 
 Maps = tuple[tuple[int, int], ...]
+R = TypeVar("R")
 
 
 @planned
@@ -109,12 +110,81 @@ def levels_of(maps: Maps, head: PickHead) -> records.Levels:
     return records.Levels(odd(widths), odd(heights), tuple(head.strides), odd(begins))
 
 
-class Picking(NamedTuple):
-    """Of a plan, the launches that settle which row each cell goes to, and what they leave."""
+class Found(NamedTuple):
+    """Of a plan, what the launches that settle which row each cell goes to leave of a branch."""
 
-    launches: tuple[Launch, ...]
     decoded: records.Decoded
     settled: records.Settled
+
+
+def in_branches(items: Sequence[R], count: int) -> list[Sequence[R]]:
+    """Those of each of so many branches, of which each has as many."""
+    each = len(items) // count
+    return [items[i * each : (i + 1) * each] for i in range(count)]
+
+
+def share_of(own: Outline, name: str, i: int, each: int, dtype: torch.dtype) -> Slot:
+    """Of a tensor that has ``each`` numbers a branch, those of the i-th."""
+    slot = own.tensor(name)
+    return slot.after(i * each * dtype.itemsize, dtype) if i else slot
+
+
+class _Branches:
+    """What is said of each of the branches of a plan."""
+
+    def __init__(self, own: Outline, batch: int, N: int, count: int):
+        self.own, self.batch, self.N, self.count = own, batch, N, count
+
+    def tally(self, i: int) -> records.Tally:
+        """Of zeros of :func:`workspace_rows`; the first has counters apart, which others of our launches count in."""
+        sums, size, each = self.own.tensor("sums"), torch.int64.itemsize, workspace_rows(self.batch)
+        first = i * each
+        done = sums.after((first + each - COUNTERS) * size, torch.int32)
+        return records.Tally(
+            done if i else self.own.tensor("done"),
+            sums.after(first * size, torch.int64) if i else sums,
+            sums.after((first + 1) * size, torch.int32),
+        )
+
+    def settled(self, i: int, acc: torch.dtype) -> records.Settled:
+        """Of the i-th."""
+        return records.Settled(
+            share_of(self.own, "norm", i, 2, acc),
+            share_of(self.own, "counts", i, 2, torch.int32),
+            self.own.scratch(acc, (2,)),
+        )
+
+    def decoded(self, i: int, acc: torch.dtype, costs: int, tiles: int) -> records.Decoded:
+        """Of the i-th, of which so many cells of an image may have costs, and so many tiles candidates."""
+        own, batch, N = self.own, self.batch, self.N
+        return records.Decoded(
+            boxes_ptr=own.scratch(acc, (batch, N, 4)),
+            picker_ptr=own.scratch(torch.int32, (batch, N)),
+            claim_ptr=own.scratch(torch.int64, (batch, N)),
+            row_ptr=share_of(own, "row", i, batch * N, torch.int32),
+            score_ptr=share_of(own, "score", i, batch * N, acc),
+            done_ptr=own.scratch_of_rows(torch.int32),
+            cost_ptr=own.scratch(acc, (batch, costs)),
+            list_ptr=own.scratch(torch.int32, (batch, costs)),
+            tiles_ptr=own.scratch(torch.int32, (batch, tiles, 2)),
+            bounds_ptr=own.scratch(acc, (batch, tiles, 4)),
+        )
+
+    def picked(self, spec: records.Spec, acc: torch.dtype, programs: int) -> records.Picked:
+        """Of one whose rows have so many programs, or 0 where it is one."""
+        own, K, priced = self.own, spec.K, spec.ASSIGNER == "simota"
+        bits = torch.int64 if acc == torch.float64 else torch.int32
+        return records.Picked(
+            index_ptr=own.scratch_of_rows(torch.int32, K),
+            overlap_ptr=own.scratch_of_rows(acc, K),
+            worth_ptr=own.scratch_of_rows(acc, 0 if priced else K),
+            clash_ptr=own.scratch_of_rows(torch.int32, K)
+            if priced
+            else own.scratch(torch.int32, (self.batch * self.N,)),
+            part_key_ptr=own.scratch_of_rows(bits, programs, K),
+            part_cell_ptr=own.scratch_of_rows(torch.int32, programs, K),
+            part_overlap_ptr=own.scratch_of_rows(bits, programs, K),
+        )
 
 
 def picking(
@@ -125,100 +195,87 @@ def picking(
     maps: Maps,
     size: tuple[float, float],
     shift: int,
-) -> Picking:
-    """``preds`` of a ``form`` as :func:`fusedyolo.checks.point_predictions` gives them, maps and image of such (height,
-    width), two to the power of ``shift`` programs of a row, see :func:`shift_for`.
+) -> tuple[list[Launch], list[Found]]:
+    """The launches that settle which row each cell goes to, of all branches of a ``key``, and what they leave of each.
 
-    Calls bring what :func:`brought` says, and ``row`` and ``score`` [B, N], ``norm`` and ``counts`` to be filled, see
-    :class:`~fusedyolo.kernels.picks.records.Decoded` and ``Settled``.
+    ``preds`` of a ``form`` as :func:`fusedyolo.checks.point_predictions` gives them, branch by branch, maps and image
+    of such (height, width), two to the power of ``shift`` programs of a row, see :func:`shift_for`.
+
+    Calls bring what :func:`brought` says, and ``row`` and ``score`` [branches * B, N], ``norm`` and ``counts``
+    [branches * 2] to be filled, see :class:`~fusedyolo.kernels.picks.records.Decoded` and ``Settled``.
     """
-    head, batch = pick_head_from_key(key), preds[0].shape[0]
-    limit = head.topk2 if head.assigner == "aligned" and head.topk2 != head.topk else None
-    spec = spec_of(head, preds[0].dtype)
-    numbers = records.Numbers(
-        alpha=wish.power(head.alpha),
-        beta=wish.power(head.beta),
-        small=head.small,
-        radius=head.radius,
-        reach=reach_of(head),
-        overlap_args=head.overlap_args,
-    )
-    predictions = fill_parts(at := parts_of(form, preds, key, maps), own.tensors("preds", len(preds)))
-    problem = wish.Problem(
-        predictions=predictions,
-        levels=levels_of(maps, head),
-        frame=site.Frame(head.centre_limit, size[1], size[0], 2 * batch + 3),
-        numbers=numbers,
-        terms=records.Terms(TERMS[head.overlap].kernel),
-    )
-    lies = lies_as((at,), maps)
+    heads, batch = branches_from_key(key), preds[0].shape[0]
+    head = heads[0]
+    specs = tuple([spec_of(each, preds[0].dtype) for each in heads])
+    at = [parts_of(form, each, head.key, maps) for each in in_branches(preds, len(heads))]
+    filled = in_branches(own.tensors("preds", len(preds)), len(heads))
+    predictions = [fill_parts(part, each) for part, each in zip(at, filled, strict=True)]
+    lies = lies_as(at, maps)
     largest = max(height * width for height, width in maps)
     config = pick_config(largest, lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
-    N, K, tiles = sum(height * width for height, width in maps), spec.K, _tiles(maps)
-    priced = head.assigner == "simota"
-    costs_of, cost_tiles = (N, tiles) if priced else (0, 0)
-    acc, bits = accumulator(preds[0].dtype)[1], torch.int64 if preds[0].dtype == torch.float64 else torch.int32
-    programs = 1 << shift if shift else 0  # of a row, where there are several
-    decoded = records.Decoded(
-        boxes_ptr=own.scratch(acc, (batch, N, 4)),
-        picker_ptr=own.scratch(torch.int32, (batch, N)),
-        claim_ptr=own.scratch(torch.int64, (batch, N)),
-        row_ptr=own.tensor("row"),
-        score_ptr=own.tensor("score"),
-        done_ptr=own.scratch_of_rows(torch.int32),
-        cost_ptr=own.scratch(acc, (batch, costs_of)),
-        list_ptr=own.scratch(torch.int32, (batch, costs_of)),
-        tiles_ptr=own.scratch(torch.int32, (batch, cost_tiles, 2)),
-        bounds_ptr=own.scratch(acc, (batch, cost_tiles, 4)),
+    N, tiles = sum(height * width for height, width in maps), _tiles(maps)
+    priced, acc = head.assigner == "simota", accumulator(preds[0].dtype)[1]
+    each = _Branches(own, batch, N, len(heads))
+    problem = wish.Problem(
+        predictions=None,
+        levels=levels_of(maps, head),
+        frame=site.Frame(head.centre_limit, size[1], size[0], 2 * batch + 3),
+        numbers=records.Numbers(
+            alpha=wish.power(head.alpha),
+            beta=wish.power(head.beta),
+            small=head.small,
+            radius=head.radius,
+            reach=reach_of(head),
+            overlap_args=head.overlap_args,
+        ),
+        terms=records.Terms(TERMS[head.overlap].kernel),
     )
-    picked = records.Picked(
-        index_ptr=own.scratch_of_rows(torch.int32, K),
-        overlap_ptr=own.scratch_of_rows(acc, K),
-        worth_ptr=own.scratch_of_rows(acc, 0 if priced else K),
-        clash_ptr=own.scratch_of_rows(torch.int32, K) if priced else own.scratch(torch.int32, (batch * N,)),
-        part_key_ptr=own.scratch_of_rows(bits, programs, K),
-        part_cell_ptr=own.scratch_of_rows(torch.int32, programs, K),
-        part_overlap_ptr=own.scratch_of_rows(bits, programs, K),
-    )
-    settled = records.Settled(own.tensor("norm"), own.tensor("counts"), own.scratch(acc, (2,)))
-    sums = own.tensor("sums")
-    tally = records.Tally(own.tensor("done"), sums, sums.after(torch.int64.itemsize, torch.int32))
+    branches = [
+        records.Branch(
+            problem._replace(predictions=predictions[i]),
+            each.decoded(i, acc, *((N, tiles) if priced else (0, 0))),
+            each.picked(spec, acc, 1 << shift if shift else 0),
+            each.tally(i),
+            each.settled(i, acc),
+        )
+        for i, spec in enumerate(specs)
+    ]
     targets = records.Targets(own.tensor("rows"), own.tensor("offsets"), None, own.tensor("weights"))
-    common = {
-        "problem": problem,
-        "targets": targets,
-        "M": own.M,
-        "decoded": decoded,
-        "picked": picked,
-        "tally": tally,
-        "SPEC": spec,
-    }
-    first = {
-        "predictions": predictions,
-        "targets": targets,
-        "M": own.M,
-        "decoded": decoded,
-        "tally": tally,
-        "levels": problem.levels,
-        "frame": problem.frame,
-        "numbers": numbers,
-        "SPEC": spec,
+    common = {"targets": targets, "M": own.M, "SPECS": specs}
+    boxes_lie = {_layout(each.box, maps) for each in at}
+    decoding = common | {
+        "branches": tuple([branch._replace(picked=None, settled=None) for branch in branches]),
         "CELLS": PICK_DECODED,
         "BINS": power_of_two(head.reg_max),
-        "LAYOUT": _layout(predictions.box, maps),
+        "LAYOUT": boxes_lie.pop() if len(boxes_lie) == 1 else "strided",
     }
-    picks = {**common, "shift": shift, "BLOCK": config.region, "CELLS": PICK_DECODED}
-    block = PICK_THREADS if priced else PICK_SETTLED  # of SimOTA cells that several picked: one a thread
-    ends = {**common, "settled": settled, "BLOCK": block, "K2": 0 if limit is None else power_of_two(limit)}
-    prices = {name: first[name] for name in ("predictions", "levels", "decoded", "tally", "SPEC", "CELLS")}
+    prices = {name: decoding[name] for name in ("branches", "SPECS", "CELLS")}
     prices["ACROSS"], threads = price_tile(head.num_classes, PRICE_THREADS)
+    picks = common | {
+        "branches": tuple([branch._replace(settled=None) for branch in branches]),
+        "shift": shift,
+        "BLOCK": config.region,
+        "CELLS": PICK_DECODED,
+    }
+    ends = common | {
+        "branches": tuple(branches),
+        "BLOCK": PICK_THREADS if priced else PICK_SETTLED,  # of SimOTA cells that several picked: one a thread
+        "K2S": tuple([0 if (limit := _limit(each)) is None else power_of_two(limit) for each in heads]),
+    }
     most = PICK_REGISTERS if acc == torch.float64 else None
-    decode = Launch(boxes.decode_kernel, (batch * tiles,), first, PICK_THREADS, most, exact=True)
-    cost = Launch(costs.cost_kernel, (batch * tiles,), prices, threads, most, exact=True)
+    programs, count = (len(heads) * batch * tiles,), len(heads)
+    decode = Launch(boxes.decode_kernel, programs, decoding, PICK_THREADS, most, exact=True)
+    cost = Launch(costs.cost_kernel, programs, prices, threads, most, exact=True)
     # where there is no row, one program finishes
-    select = Launch(pick.pick_kernel, lambda M: (max(1, M << shift),), picks, PICK_THREADS, most, exact=True)
-    end = Launch(settle.settle_kernel, lambda M: (max(1, M),), ends, PICK_THREADS, exact=True)
-    return Picking((decode, *([cost] if priced else ()), select, end), decoded, settled)
+    select = Launch(pick.pick_kernel, lambda M: (max(1, M << shift) * count,), picks, PICK_THREADS, most, exact=True)
+    end = Launch(settle.settle_kernel, lambda M: (max(1, M) * count,), ends, PICK_THREADS, exact=True)
+    found = [Found(branch.decoded, branch.settled) for branch in branches]
+    return [decode, *([cost] if priced else ()), select, end], found
+
+
+def _limit(head: PickHead) -> int | None:
+    """How many cells a row keeps, if not all that it has."""
+    return head.topk2 if head.assigner == "aligned" and head.topk2 != head.topk else None
 
 
 def _tiles(maps: Maps) -> int:
@@ -235,13 +292,14 @@ def brought(
     preds: Sequence[Tensor],
     rows: Tensor,
     offsets: Tensor | None,
+    branches: int = 1,
     workspace: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What calls bring to :func:`picking`; a ``workspace`` has a place for each of :func:`workspace_rows`, ``weights``
-    are those of the rows.
+    """What calls of so many ``branches`` bring to :func:`picking`; a ``workspace`` has a place for each of
+    :func:`workspace_rows`, ``weights`` are those of the rows.
     """
-    done, sums = counters_and_maxima(rows.device, workspace_rows(preds[0].shape[0]), workspace)
+    done, sums = counters_and_maxima(rows.device, workspace_rows(preds[0].shape[0], branches), workspace)
     return {"preds": preds, "rows": rows, "offsets": offsets, "weights": weights, "done": done, "sums": sums}
 
 
@@ -264,15 +322,17 @@ def spec_of(head: PickHead, dtype: torch.dtype) -> records.Spec:
     )
 
 
-def workspace_rows(batch: int) -> int:
-    """For how many rows a :func:`.launch.workspace` is to be that :func:`pick_launches` takes."""
-    return 2 + (batch + 1) // 2
+def workspace_rows(batch: int, branches: int = 1) -> int:
+    """For how many rows a :func:`.launch.workspace` is to be that the launches of so many branches take: for each the
+    int64s of a :class:`~fusedyolo.kernels.picks.records.Tally`, its counters at the end.
+    """
+    return branches * (2 + (batch + 1) // 2 + COUNTERS)
 
 
 @planned
 def _plan(form: str, preds: tuple[Layout, ...], key: str, maps: Maps, size: tuple[float, float], shift: int) -> Steps:
     own = Outline()
-    return own.steps(*picking(own, form, preds, key, maps, size, shift).launches)
+    return own.steps(*picking(own, form, preds, key, maps, size, shift)[0])
 
 
 def pick_launches(
@@ -297,8 +357,8 @@ def pick_launches(
         norm=pred.new_empty(2, dtype=acc),
         counts=pred.new_empty(2, dtype=torch.int32),
     )
-    last = launches[-1].arguments
-    return launches, last["decoded"], last["settled"]
+    (branch,) = launches[-1].arguments["branches"]
+    return launches, branch.decoded, branch.settled
 
 
 def reach_of(head: PickHead) -> tuple[float, float, float]:

@@ -10,14 +10,26 @@ import torch
 from torch import Tensor
 from torch.types import Number
 
-from ..heads import PickHead, pick_head_from_key
+from ..heads import PickHead, branches_from_key, key_of_branches
 from ..kernels.launch import pick_config, power_of_two
 from ..kernels.picks import loss, records
 from ..operator import call, differentiable, fake, operator
 from ..terms import TERMS
 from .launch import Launch, Layout, accumulator, alike, done_counter, layouts, planned, refuse_double_backward
-from .picking import Maps, brought, fill_parts, levels_of, lies_as, parts_of, picking, shift_for, tuned_for
-from .steps import Outline, Steps
+from .picking import (
+    Maps,
+    brought,
+    fill_parts,
+    in_branches,
+    levels_of,
+    lies_as,
+    parts_of,
+    picking,
+    share_of,
+    shift_for,
+    tuned_for,
+)
+from .steps import Outline, Slot, Steps
 
 
 def _ceil(a: int, b: int) -> int:
@@ -33,7 +45,7 @@ class Geometry(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """What the launches before the last one leave for it; the gradient alone needs no nans."""
+    """What the launches before the last one leave for it, branch by branch; the gradient alone needs no nans."""
 
     row: Tensor  # int32 [B, N]; the number of rows where there is none
     score: Tensor  # [B, N], of no meaning where there is no row
@@ -42,21 +54,23 @@ class Assignment(NamedTuple):
 
 
 class PickOutputs(NamedTuple):
-    """What the launches of a loss leave; the last one is empty where no gradient is asked for."""
+    """What the launches of a loss leave, but for the total branch by branch; the last one is empty where no gradient is
+    asked for.
+    """
 
     total: Tensor  # 0-dim, or [B] of each image
     parts: list[Tensor]  # likewise, in the order of the head's
-    counts: Tensor  # int32 [2]: predictions with a row, invalid rows
-    row: Tensor  # as in Assignment, like the next two
+    counts: Tensor  # int32 [branches * 2]: predictions with a row, invalid rows
+    row: Tensor  # as in Assignment, [branches * B, N], like the next one
     score: Tensor
-    norm: Tensor
+    norm: Tensor  # [branches * 2]
     grads: list[Tensor]  # as the predictions
 
 
 @lru_cache(maxsize=256)
 def _head(key: str, width: float, height: float) -> loss.Head:
     """A head as the kernel takes it, for images of this size."""
-    head = pick_head_from_key(key)
+    (head, *_) = branches_from_key(key)
     box, label = TERMS[head.box], TERMS[head.label]
     return loss.Head(box.kernel, label.kernel, (width, height), head.box_args, label.kernel_args(head.label_args))
 
@@ -66,7 +80,7 @@ def _head_launch(
     key: str,
     preds: tuple[Layout, ...],
     geometry: Geometry,
-    assigned: loss.Assigned,
+    assigned: Sequence[loss.Assigned],
     with_loss: bool,
     with_grad: bool,
     skip_one: bool = False,
@@ -76,11 +90,12 @@ def _head_launch(
     Calls bring ``preds``, ``rows``, their ``weights``, ``class_weights`` and ``gains``; ``total``, ``parts`` and
     ``done`` for the loss; ``grads`` for the gradient, and ``grad_outs`` for that alone.
     """
-    head, batch = pick_head_from_key(key), preds[0].shape[0]
+    count, batch = len(assigned), preds[0].shape[0]
+    head = branches_from_key(key)[0]
     form, maps, (height, width) = geometry
-    at = parts_of(form, preds, key, maps)
-    grads_at = parts_of(form, alike(preds), key, maps) if with_grad else at
-    lies = lies_as((at, grads_at), maps)
+    at = [parts_of(form, each, head.key, maps) for each in in_branches(preds, count)]
+    grads_at = [parts_of(form, each, head.key, maps) for each in in_branches(alike(preds), count)] if with_grad else at
+    lies = lies_as([*at, *grads_at], maps)
     areas = [rows * columns for rows, columns in maps]
     config = pick_config(max(areas), lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
     triton_acc, acc = accumulator(preds[0].dtype)
@@ -107,29 +122,39 @@ def _head_launch(
     tiles, parts = batch * sum(_ceil(area, config.cells) for area in areas), len(head.parts)
     programs = tiles * (1 + _ceil(head.num_classes, config.group))
     listed = (programs if head.objectness else tiles) * config.cells  # room for cells that have a row
-    sums = loss.Sums(None, (), None, None)
+    sums, part_slots = loss.Sums(None, None, None), list[Sequence[Slot]]([()] * count)
     if with_loss:
-        partial = own.scratch(acc, (programs * loss.N_PARTS.value,))
-        sums = loss.Sums(own.tensor("total"), own.tensors("parts", parts), partial, own.tensor("done"))
-    grad_outs = (None,) * (1 + parts) if with_loss else own.tensors("grad_outs", 1 + parts)
+        partial = own.scratch(acc, (count * programs * loss.N_PARTS.value,))
+        sums = loss.Sums(own.tensor("total"), partial, own.tensor("done"))
+        part_slots = in_branches(own.tensors("parts", count * parts), count)
+    total_out, *part_outs = (None,) * (1 + count * parts) if with_loss else own.tensors("grad_outs", 1 + count * parts)
+    targets = records.Targets(own.tensor("rows"), None, own.tensor("class_weights"), own.tensor("weights"))
+    whole = _head(key, float(width), float(height))
+    numbers, outs = own.numbers("gains", count * parts), in_branches(part_outs, count)
+    filled = [
+        in_branches(own.tensors(name, len(preds)), count) for name in ("preds", *(("grads",) if with_grad else ()))
+    ]
+    branches = [
+        loss.Branch(
+            fill_parts(at[i], filled[0][i]),
+            fill_parts(grads_at[i], filled[1][i]) if with_grad else None,
+            loss.Task(whole, targets, assigned[i]),
+            loss.Weights(in_branches(numbers, count)[i], (total_out, *outs[i])),
+            part_slots[i],
+            own.scratch(torch.int32, (listed,)),
+        )
+        for i in range(count)
+    ]
     arguments = {
-        "predictions": fill_parts(at, own.tensors("preds", len(preds))),
-        "gradient": fill_parts(grads_at, own.tensors("grads", len(preds))) if with_grad else None,
-        "M": own.M,
+        "branches": tuple(branches),
         "levels": levels_of(maps, head),
+        "M": own.M,
         "B": batch,
-        "task": loss.Task(
-            _head(key, float(width), float(height)),
-            records.Targets(own.tensor("rows"), None, own.tensor("class_weights"), own.tensor("weights")),
-            assigned,
-        ),
-        "weights": loss.Weights(own.numbers("gains", parts), grad_outs),
-        "list_ptr": own.scratch(torch.int32, (listed,)),
         "sums": sums,
         "SPEC": spec,
     }
     settings = config.threads, config.max_registers
-    return Launch(loss.pick_loss_kernel, (programs,), arguments, *settings, weights=arguments["task"].targets[2:])
+    return Launch(loss.pick_loss_kernel, (count * programs,), arguments, *settings, weights=targets[2:])
 
 
 @planned
@@ -141,9 +166,17 @@ def _last_plan(
     with_grad: bool,
     skip_one: bool,
 ) -> Steps:
-    own = Outline()
-    nans = own.tensor("nans") if with_loss else None
-    assigned = loss.Assigned(own.tensor("row"), own.tensor("score"), own.tensor("norm"), nans)
+    own, count, acc = Outline(), len(branches_from_key(key)), accumulator(preds[0].dtype)[1]
+    cells = preds[0].shape[0] * sum(height * width for height, width in geometry.maps)
+    assigned = [
+        loss.Assigned(
+            share_of(own, "row", i, cells, torch.int32),
+            share_of(own, "score", i, cells, acc),
+            share_of(own, "norm", i, 2, acc),
+            share_of(own, "nans", i, 2, acc) if with_loss else None,
+        )
+        for i in range(count)
+    ]
     return own.steps(_head_launch(own, key, preds, geometry, assigned, with_loss, with_grad, skip_one))
 
 
@@ -152,19 +185,21 @@ def _plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, with_grad: bo
     """Of all launches of a loss."""
     own = Outline()
     form, maps, size = geometry
-    first = picking(own, form, preds, key, maps, size, shift)
-    decoded, settled = first.decoded, first.settled
-    assigned = loss.Assigned(decoded.row_ptr, decoded.score_ptr, settled.norm_ptr, settled.nans_ptr)
-    return own.steps(*first.launches, _head_launch(own, key, preds, geometry, assigned, True, with_grad))
+    launches, found = picking(own, form, preds, key, maps, size, shift)
+    assigned = [
+        loss.Assigned(decoded.row_ptr, decoded.score_ptr, settled.norm_ptr, settled.nans_ptr)
+        for decoded, settled in found
+    ]
+    return own.steps(*launches, _head_launch(own, key, preds, geometry, assigned, True, with_grad))
 
 
 def head_launch(
     preds: Sequence[Tensor],
     rows: Tensor,
     class_weights: Tensor | None,
-    head: PickHead,
+    heads: Sequence[PickHead],
     geometry: Geometry,
-    gains: tuple[float, ...],
+    gains: Sequence[float],
     assignment: Assignment,
     results: tuple[Tensor, Sequence[Tensor]] | None,
     grads: Sequence[Tensor] | None = None,
@@ -172,8 +207,8 @@ def head_launch(
     skip_one: bool = False,
     weights: Tensor | None = None,
 ) -> Launch:
-    """A launch of what comes after the assignment: the loss where there are ``results``, total and parts, for it; the
-    gradient with ``grads``; or both.
+    """A launch of what comes after the assignment, of a head or of the ``heads`` of branches: the loss where there are
+    ``results``, total and parts, for it; the gradient with ``grads``; or both.
 
     ``grads`` lie as ``torch.empty_like`` has them. The gradient is multiplied by ``grad_outs``, of the total and of
     each part; if ``skip_one`` it is left as it is where that is 1.
@@ -182,7 +217,9 @@ def head_launch(
     given |= {"grads": grads, "grad_outs": grad_outs, "weights": weights}
     if results is not None:
         given |= {"total": results[0], "parts": results[1], "done": done_counter(rows.device)}
-    plan = _last_plan(head.key, layouts(preds), geometry, results is not None, grads is not None, skip_one)
+    plan = _last_plan(
+        key_of_branches(heads), layouts(preds), geometry, results is not None, grads is not None, skip_one
+    )
     return plan.launches(rows.device, rows.shape[0], **given)[0]
 
 
@@ -191,7 +228,7 @@ def _loss_steps(
     rows: Tensor,
     offsets: Tensor | None,
     class_weights: Tensor | None,
-    head: PickHead,
+    key: str,
     geometry: Geometry,
     gains: Sequence[float],
     with_grad: bool,
@@ -199,9 +236,10 @@ def _loss_steps(
     weights: Tensor | None = None,
 ) -> tuple[Steps, dict[str, Any], PickOutputs]:
     """The plan of a loss, what a call brings to it, and what its launches will leave."""
-    plan = _plan(head.key, layouts(preds), geometry, with_grad, shift_for(head, rows.shape[0]))
-    outputs = _outputs(preds, geometry.maps, head, with_grad)
-    given = brought(preds, rows, offsets, workspace, weights) | outputs._asdict()
+    heads = branches_from_key(key)
+    plan = _plan(key, layouts(preds), geometry, with_grad, shift_for(heads[0], rows.shape[0]))
+    outputs = _outputs(preds, geometry, heads, with_grad)
+    given = brought(preds, rows, offsets, len(heads), workspace, weights) | outputs._asdict()
     given["class_weights"], given["gains"] = class_weights, gains
     return plan, given, outputs
 
@@ -211,31 +249,31 @@ def loss_launches(
     rows: Tensor,
     offsets: Tensor | None,
     class_weights: Tensor | None,
-    head: PickHead,
+    heads: Sequence[PickHead],
     geometry: Geometry,
-    gains: tuple[float, ...],
+    gains: Sequence[float],
     with_grad: bool,
     weights: Tensor | None = None,
 ) -> tuple[list[Launch], PickOutputs]:
-    """All launches of a loss, and what they will leave."""
+    """All launches of a loss, of a head or of the ``heads`` of branches, and what they will leave."""
     plan, given, outputs = _loss_steps(
-        preds, rows, offsets, class_weights, head, geometry, gains, with_grad, weights=weights
+        preds, rows, offsets, class_weights, key_of_branches(heads), geometry, gains, with_grad, weights=weights
     )
     return plan.launches(rows.device, rows.shape[0], **given), outputs
 
 
-def _outputs(preds: Sequence[Tensor], maps: Sequence[tuple[int, int]], head: PickHead, with_grad: bool) -> PickOutputs:
+def _outputs(preds: Sequence[Tensor], geometry: Geometry, heads: Sequence[PickHead], with_grad: bool) -> PickOutputs:
     """Memory for what a loss leaves."""
-    pred, acc = preds[0], accumulator(preds[0].dtype)[1]
-    shape = (pred.shape[0],) if head.by_image else ()
-    places = (pred.shape[0], sum([height * width for height, width in maps]))
+    pred, acc, count = preds[0], accumulator(preds[0].dtype)[1], len(heads)
+    shape = (pred.shape[0],) if heads[0].by_image else ()
+    places = (count * pred.shape[0], sum([height * width for height, width in geometry.maps]))
     return PickOutputs(
         pred.new_empty(shape, dtype=acc),
-        [pred.new_empty(shape, dtype=acc) for _ in head.parts],
-        pred.new_empty(2, dtype=torch.int32),
+        [pred.new_empty(shape, dtype=acc) for _ in range(count * len(heads[0].parts))],
+        pred.new_empty(count * 2, dtype=torch.int32),
         pred.new_empty(places, dtype=torch.int32),
         pred.new_empty(places, dtype=acc),
-        pred.new_empty(2, dtype=acc),
+        pred.new_empty(count * 2, dtype=acc),
         [torch.empty_like(pred) for pred in preds] if with_grad else [],
     )
 
@@ -246,7 +284,7 @@ def _geometry(form: str, maps: Sequence[int], size: Sequence[float]) -> Geometry
 
 
 @operator
-def pick_loss(
+def picked_loss(
     preds: list[Tensor],
     rows: Tensor,
     offsets: Tensor | None,
@@ -260,30 +298,31 @@ def pick_loss(
     workspace: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Loss of cells that objects pick; returns :class:`PickOutputs`.
+    """Loss of cells that objects pick, of a head or of several branches; returns :class:`PickOutputs`.
 
-    ``preds`` and ``form`` are as :func:`fusedyolo.checks.point_predictions` gives them, ``maps`` height and width of
-    each level, ``size`` those of the image. The gradients, if asked for, are those of the total; the first backward
-    takes them. A compiled graph brings its ``workspace``, see :func:`.picking.workspace_rows`; ``weights`` are those of
-    the rows.
+    ``preds`` and ``form`` are as :func:`fusedyolo.checks.point_predictions` gives them, branch by branch, of one form
+    and of one type; ``key`` that of :func:`fusedyolo.heads.key_of_branches`; ``maps`` height and width of each level,
+    ``size`` those of the image; ``gains`` of all parts. The gradients, if asked for, are those of the total; the first
+    backward takes them. A compiled graph brings its ``workspace``, see :func:`.picking.workspace_rows`; ``weights`` are
+    those of the rows.
     """
-    head, geometry = pick_head_from_key(key), _geometry(form, maps, size)
+    geometry = _geometry(form, maps, size)
     plan, given, outputs = _loss_steps(
-        preds, rows, offsets, class_weights, head, geometry, gains, with_grad, workspace, weights
+        preds, rows, offsets, class_weights, key, geometry, gains, with_grad, workspace, weights
     )
     plan.run(rows.device, rows.shape[0], **given)
     return tuple(outputs)  # type: ignore[return-value]
 
 
-@fake(pick_loss)
+@fake(picked_loss)
 def _(preds, rows, offsets, class_weights, key, form, maps, size, gains, with_grad, workspace=None, weights=None):
-    levels = list(zip(maps[::2], maps[1::2], strict=True))
-    return tuple(_outputs(preds, levels, pick_head_from_key(key), with_grad))
+    return tuple(_outputs(preds, _geometry(form, maps, size), branches_from_key(key), with_grad))
 
 
 def _gradient(
     grads: list[Tensor],
-    grad_outs: Sequence[Tensor | None],
+    grad_outs: Sequence[Tensor],
+    places: Sequence[int],
     preds: list[Tensor],
     saved: Sequence[Tensor],
     class_weights: Tensor | None,
@@ -294,6 +333,9 @@ def _gradient(
     weights: Tensor | None,
 ) -> None:
     rows, row, score, norm = saved
+    outs: list[Tensor | None] = [None] * (1 + len(gains))
+    for place, grad in zip(places, grad_outs, strict=True):
+        outs[place] = grad
     plan = _last_plan(key, layouts(preds), geometry, False, True, skip_one)
     plan.run(
         rows.device,
@@ -307,17 +349,14 @@ def _gradient(
         score=score,
         norm=norm,
         grads=grads,
-        grad_outs=grad_outs[: 1 + len(gains)],
+        grad_outs=outs,
     )
 
 
 @operator
-def pick_loss_grad(
-    grad_total: Tensor | None,
-    grad_0: Tensor | None,
-    grad_1: Tensor | None,
-    grad_2: Tensor | None,
-    grad_3: Tensor | None,
+def picked_loss_grad(
+    grad_outs: list[Tensor],
+    places: list[int],
     preds: list[Tensor],
     saved: list[Tensor],
     class_weights: Tensor | None,
@@ -328,31 +367,26 @@ def pick_loss_grad(
     gains: list[float],
     weights: Tensor | None = None,
 ) -> list[Tensor]:
-    """Gradient of :func:`pick_loss`'s total and parts by every prediction, times those given (0-dim), in one launch.
+    """Gradient of :func:`picked_loss`'s total and parts by every prediction, in one launch.
 
-    ``saved`` are the rows and, of :class:`PickOutputs`, ``row``, ``score`` and ``norm``.
+    Times ``grad_outs``, which are those of the total, the first of the ``places``, and of each part; where there is
+    none that is 0. ``saved`` are the rows and, of :class:`PickOutputs`, ``row``, ``score`` and ``norm``.
     """
-    grads = [torch.empty_like(pred) for pred in preds]
-    grad_outs, geometry = (grad_total, grad_0, grad_1, grad_2, grad_3), _geometry(form, maps, size)
-    _gradient(grads, grad_outs, preds, saved, class_weights, key, geometry, gains, False, weights)
+    grads, geometry = [torch.empty_like(pred) for pred in preds], _geometry(form, maps, size)
+    _gradient(grads, grad_outs, places, preds, saved, class_weights, key, geometry, gains, False, weights)
     return grads
 
 
-@fake(pick_loss_grad)
-def _(
-    grad_total, grad_0, grad_1, grad_2, grad_3, preds, saved, class_weights, key, form, maps, size, gains, weights=None
-):
+@fake(picked_loss_grad)
+def _(grad_outs, places, preds, saved, class_weights, key, form, maps, size, gains, weights=None):
     return [torch.empty_like(pred) for pred in preds]
 
 
 @partial(operator, mutates=("grads",))
-def pick_loss_rescale(
+def picked_loss_rescale(
     grads: list[Tensor],
-    grad_total: Tensor | None,
-    grad_0: Tensor | None,
-    grad_1: Tensor | None,
-    grad_2: Tensor | None,
-    grad_3: Tensor | None,
+    grad_outs: list[Tensor],
+    places: list[int],
     preds: list[Tensor],
     saved: list[Tensor],
     class_weights: Tensor | None,
@@ -363,31 +397,15 @@ def pick_loss_rescale(
     gains: list[float],
     weights: Tensor | None = None,
 ) -> None:
-    """Turns ``grads``, the gradients for a total multiplied by 1, into those of :func:`pick_loss_grad`: a launch whose
-    programs are over at once where nothing changes, which only the device knows.
+    """Turns ``grads``, the gradients for a total multiplied by 1, into those of :func:`picked_loss_grad`: a launch
+    whose programs are over at once where nothing changes, which only the device knows.
     """
-    grad_outs, geometry = (grad_total, grad_0, grad_1, grad_2, grad_3), _geometry(form, maps, size)
-    _gradient(grads, grad_outs, preds, saved, class_weights, key, geometry, gains, True, weights)
+    geometry = _geometry(form, maps, size)
+    _gradient(grads, grad_outs, places, preds, saved, class_weights, key, geometry, gains, True, weights)
 
 
-@fake(pick_loss_rescale)
-def _(
-    grads,
-    grad_total,
-    grad_0,
-    grad_1,
-    grad_2,
-    grad_3,
-    preds,
-    saved,
-    class_weights,
-    key,
-    form,
-    maps,
-    size,
-    gains,
-    weights=None,
-):
+@fake(picked_loss_rescale)
+def _(grads, grad_outs, places, preds, saved, class_weights, key, form, maps, size, gains, weights=None):
     return None
 
 
@@ -404,18 +422,19 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_total, grad_parts=()):
     rows, row, score, norm, class_weights, weights, *preds = ctx.saved_tensors
     saved = [rows, row, score, norm]
-    grad_outs = (grad_total, *grad_parts, *(None,) * (loss.N_PARTS.value - len(grad_parts)))
-    if all([grad is None for grad in grad_outs]):
+    outs = (grad_total, *grad_parts)
+    places = [place for place, grad in enumerate(outs) if grad is not None]
+    if not places:
         return [None] * len(preds)
-    if any([grad is not None and grad.dim() > 0 for grad in grad_outs]):  # that of a sum is one number many times
-        grad_outs = [None if grad is None else grad.contiguous() for grad in grad_outs]
+    # that of a sum is one number many times
+    grad_outs = [outs[place] if outs[place].dim() == 0 else outs[place].contiguous() for place in places]
     grads, ctx.stored = ctx.stored, None
     if grads is None or torch.is_grad_enabled():  # with create_graph, they are to know that they have none themselves
-        grads = call(pick_loss_grad, *grad_outs, preds, saved, class_weights, *ctx.settings, weights)
+        grads = call(picked_loss_grad, grad_outs, places, preds, saved, class_weights, *ctx.settings, weights)
     else:
-        call(pick_loss_rescale, grads, *grad_outs, preds, saved, class_weights, *ctx.settings, weights)
+        call(picked_loss_rescale, grads, grad_outs, places, preds, saved, class_weights, *ctx.settings, weights)
     return list(grads)
 
 
-differentiable(pick_loss, _backward, _save, outputs=2)
-differentiable(pick_loss_grad, refuse_double_backward(pick_loss_grad))
+differentiable(picked_loss, _backward, _save, outputs=2)
+differentiable(picked_loss_grad, refuse_double_backward(picked_loss_grad))

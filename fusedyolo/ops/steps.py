@@ -54,7 +54,7 @@ class Slot:
     dtype: torch.dtype | None = None
 
     def after(self, skipped: int, dtype: torch.dtype) -> Slot:
-        """What follows so many bytes of a tensor of one dimension, as one of this type."""
+        """What follows so many bytes of a contiguous tensor, as one of this type and of one dimension."""
         return replace(self, skipped=skipped, dtype=dtype)
 
     def found_in(self, values: Mapping[str, Sequence[Any]]) -> Any:
@@ -62,7 +62,7 @@ class Slot:
         value = values[self.of][self.at]
         if self.dtype is None or value is None:
             return value
-        return value.view(torch.uint8)[self.skipped :].view(self.dtype)
+        return value.view(-1).view(torch.uint8)[self.skipped :].view(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

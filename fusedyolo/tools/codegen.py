@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from ..emulator.compile import specialise
@@ -55,16 +56,11 @@ def widths(counts: Mapping[int, int]) -> str:
 
 def launches(case: Case, work: Workload) -> dict[str, Any]:
     """The launches of a training step by name, on memory that is never touched."""
-    criterion, driver = case.build(work.classes, "auto"), case.driver
-    preds, targets, geometry = case.predictions(work, empty=True), case.targets(work), case.geometry(work)
-    forward: dict[str, Any] = {}
-    backward: dict[str, Any] = {}
-    for branch, loss, own in case.parts(criterion, case.pack(preds, work)):
-        found = driver.launches(loss.head, driver.read(loss, own, targets, **geometry))
-        *first, last = [(f"{branch} {name}".strip(), launch) for name, launch in found.items()]
-        forward |= first
-        backward = dict([last]) | backward  # the branch that came last comes first
-    return forward | backward
+    criterion, driver, geometry = case.build(work.classes, "auto"), case.driver, case.geometry(work)
+    read = criterion.read_both if case.branches else partial(driver.read, criterion)
+    call = read(case.pack(case.predictions(work, empty=True), work), case.targets(work), **geometry)
+    found: dict[str, Any] = driver.launches(criterion.head, call)
+    return found
 
 
 def target_of(name: str) -> tuple[str, int | str, int]:

@@ -10,7 +10,7 @@ from ..rows import image_rows, load_rows
 from ..terms.decode import exp, ltrb
 from .region import reach
 from .site import Cells, Object, object_of, offsets, store_boxes, stride_of
-from .views import as_wide, cells_in, is_wide, step_of, tile_of, tiles_of, view_of, wide_mask
+from .views import as_wide, cells_in, entry_of, is_of_branch, is_wide, step_of, tile_of, tiles_of, view_of, wide_mask
 from .wish import LAST, near_and_own
 
 SEARCHED: tl.constexpr = tl.constexpr(256)  # rows that are searched at a time for those of an image
@@ -171,18 +171,18 @@ def _hidden(tile, stride, targets, M, frame, SPEC: tl.constexpr):
     return in_regions(points, candidates, SPEC.C, frame.limit)
 
 
-@triton.jit(do_not_specialize=["M"])
-def decode_kernel(
-    predictions, levels, targets, M, frame, numbers, decoded, tally, SPEC: tl.constexpr, CELLS: tl.constexpr,
-    BINS: tl.constexpr, LAYOUT: tl.constexpr,
+@triton.jit
+def _decode(
+    pid, programs, branch, targets, M, SPEC: tl.constexpr, CELLS: tl.constexpr, BINS: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Boxes of a tile of CELLS cells of an image and level, a program each; see :class:`.records.Decoded`.
-
-    ``BINS``: REG_MAX, a power of two; ``LAYOUT``: of boxes, see :mod:`.views`.
-    """
-    tile = tile_of(tl.program_id(0), levels, plain(frame.batch), CELLS)
+    """What a program of a branch does, which has so many."""
+    decoded = branch.decoded
+    levels = branch.problem.levels
+    frame = branch.problem.frame
+    tile = tile_of(pid, levels, plain(frame.batch), CELLS)
     stride = stride_of(tile.level, levels, SPEC)
-    view = view_of(predictions.box, tile.level)
+    view = view_of(branch.problem.predictions.box, tile.level)
     wide = tile.HW < 0
     if LAYOUT != "strided":
         wide = is_wide(view, tile, LAYOUT)
@@ -194,8 +194,8 @@ def decode_kernel(
         boxes = _decode_boxes(view, tile, tile.mask, stride, decoded.boxes_ptr, SPEC, BINS, LAYOUT)
     unknown = (boxes.x1 != boxes.x1) | (boxes.y1 != boxes.y1) | (boxes.x2 != boxes.x2) | (boxes.y2 != boxes.y2)
     if tl.max((unknown & tile.mask).to(tl.int32), axis=0) > 0:
-        tl.atomic_max(tally.done_ptr + 3, 1, sem="relaxed")
-    for g0 in range(tl.program_id(0) * CELLS, M, tl.num_programs(0) * CELLS):
+        tl.atomic_max(branch.tally.done_ptr + 3, 1, sem="relaxed")
+    for g0 in range(pid * CELLS, M, programs * CELLS):
         g = g0 + tl.arange(0, CELLS)
         tl.store(decoded.done_ptr + g, g * 0, mask=g < M)
     at = tile.b.to(tl.int64) * tile.N + tile.first + tile.cells
@@ -209,6 +209,23 @@ def decode_kernel(
     if SPEC.ASSIGNER == "simota":
         line = tile.cells // tile.W
         cells = Cells(tile.first + tile.cells, tile.level, line, tile.cells - line * tile.W, stride)
-        found = _candidates(tile, cells, targets, M, frame, numbers, SPEC)
+        found = _candidates(tile, cells, targets, M, frame, branch.problem.numbers, SPEC)
         tiles = tiles_of(levels, CELLS)
-        _store_candidates(tile, cells, boxes, found, tiles, decoded, frame, tally, SPEC=SPEC)
+        _store_candidates(tile, cells, boxes, found, tiles, decoded, frame, branch.tally, SPEC=SPEC)
+
+
+@triton.jit(do_not_specialize=["M"])
+def decode_kernel(
+    branches, targets, M, SPECS: tl.constexpr, CELLS: tl.constexpr, BINS: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Boxes of a tile of CELLS cells of an image and level, a program each, branch by branch; see
+    :class:`.records.Decoded`.
+
+    ``SPECS``: one a branch; ``BINS``: REG_MAX, a power of two; ``LAYOUT``: of boxes, see :mod:`.views`.
+    """
+    BRANCHES: tl.constexpr = len(branches)
+    programs = tl.num_programs(0) // BRANCHES
+    for i in tl.static_range(BRANCHES):
+        pid = tl.program_id(0) - i * programs
+        if is_of_branch(pid, programs, BRANCHES):
+            _decode(pid, programs, branches[i], targets, M, entry_of(SPECS, i), CELLS, BINS=BINS, LAYOUT=LAYOUT)

@@ -6,7 +6,7 @@ import triton.language as tl
 from ..levels import strides_of
 from ..primitives import logistic
 from .site import all_cells, cells_at, channel_at, load_channel
-from .views import tiles_of
+from .views import entry_of, is_of_branch, tiles_of
 from .wish import LOWEST_LOG, log_miss
 
 CHOSEN: tl.constexpr = tl.constexpr(16)  # candidates whose classes are read at a time
@@ -52,15 +52,16 @@ def class_costs(at, obj, mask, step, C, ACROSS: tl.constexpr, ACC: tl.constexpr)
 
 
 @triton.jit
-def cost_kernel(predictions, levels, decoded, tally, SPEC: tl.constexpr, CELLS: tl.constexpr, ACROSS: tl.constexpr):
-    """As many programs of an image as tiles of CELLS cells, which share out its list of candidates by the block; see
-    :class:`.records.Decoded`.
-    """
+def _cost(pid, branch, SPEC: tl.constexpr, CELLS: tl.constexpr, ACROSS: tl.constexpr):
+    """What a program of a branch does."""
+    decoded = branch.decoded
+    levels = branch.problem.levels
+    predictions = branch.problem.predictions
     programs = tiles_of(levels, CELLS)
-    b = tl.program_id(0) // programs
-    count = tl.load(tally.found_ptr + 2 + b)
+    b = pid // programs
+    count = tl.load(branch.tally.found_ptr + 2 + b)
     first = b.to(tl.int64) * all_cells(levels)
-    for i0 in range((tl.program_id(0) - b * programs) * CHOSEN, count, programs * CHOSEN):
+    for i0 in range((pid - b * programs) * CHOSEN, count, programs * CHOSEN):
         i = i0 + tl.arange(0, CHOSEN)
         mask = i < count
         cells = cells_at(tl.load(decoded.list_ptr + (first + i), mask=mask, other=0), levels, SPEC)
@@ -71,4 +72,17 @@ def cost_kernel(predictions, levels, decoded, tally, SPEC: tl.constexpr, CELLS: 
         known = shared == shared
         tl.store(decoded.cost_ptr + (first + cells.n), tl.where(known, shared, float("inf")), mask=mask)
         if tl.max((mask & ~known).to(tl.int32), axis=0) > 0:
-            tl.atomic_max(tally.done_ptr + 2, 1, sem="relaxed")
+            tl.atomic_max(branch.tally.done_ptr + 2, 1, sem="relaxed")
+
+
+@triton.jit
+def cost_kernel(branches, SPECS: tl.constexpr, CELLS: tl.constexpr, ACROSS: tl.constexpr):
+    """Of each branch as many programs of an image as tiles of CELLS cells, which share out its list of candidates by
+    the block; see :class:`.records.Decoded`.
+    """
+    BRANCHES: tl.constexpr = len(branches)
+    programs = tl.num_programs(0) // BRANCHES
+    for i in tl.static_range(BRANCHES):
+        pid = tl.program_id(0) - i * programs
+        if is_of_branch(pid, programs, BRANCHES):
+            _cost(pid, branches[i], entry_of(SPECS, i), CELLS, ACROSS)

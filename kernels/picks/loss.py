@@ -24,7 +24,7 @@ from ..terms.decode import chain, exp, ltrb
 from ..terms.label import bce, exponentials, softmax_slope
 from ..terms.offset import l1
 from ..terms.records import Jacobian, Span, axis_of_sizes
-from .views import as_wide, cells_in, is_wide, step_of, tile_of, tiles_of, view_of, wide_mask
+from .views import as_wide, cells_in, is_of_branch, is_wide, step_of, tile_of, tiles_of, view_of, wide_mask
 
 N_PARTS: tl.constexpr = tl.constexpr(4)  # room for as many parts as there may be
 LOW: tl.constexpr = tl.constexpr(-1e4)  # a logit of which a term, and its derivative, is 0 for the background
@@ -89,13 +89,27 @@ class Task(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Where the loss goes; ``parts`` are pointers to its parts, in the order of the head's; of each, with BY_IMAGE, as
-    many numbers as images."""
+    """Where the loss goes, that of all branches; with BY_IMAGE as many numbers as images. ``partial_ptr`` is room for
+    N_PARTS numbers a program."""
 
     total_ptr: Any
-    parts: Any
     partial_ptr: Any
     done_ptr: Any
+
+
+class Branch(NamedTuple):
+    """Of a head with several sets of predictions one of these. ``predictions`` and ``gradient`` are as in
+    ``records.py``; ``parts`` pointers to the parts of the loss, in the order of the head's, of each, with BY_IMAGE, as
+    many numbers as images. ``list_ptr`` is room for CELLS numbers a program, with objectness of all, else of those that
+    own boxes.
+    """
+
+    predictions: Any
+    gradient: Any
+    task: Any
+    weights: Any
+    parts: Any
+    list_ptr: Any
 
 
 class Site(NamedTuple):
@@ -647,82 +661,85 @@ def _load_grad(ptr, b, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _finish(sums, gains, assigned, programs, B, SPEC: tl.constexpr):
-    """The loss from the partial sums of all programs, or of each image from those that follow each other."""
+def _finish(branches, sums, programs, B, SPEC: tl.constexpr):
+    """The loss from the partial sums of all branches, each of so many programs, or of each image from those that follow
+    each other."""
     if SPEC.BY_IMAGE:
         for b in range(0, B):
-            _add_up(b, programs // B, sums, gains, assigned, SPEC)
+            _add_up(b, b * (programs // B), programs // B, branches, sums, programs, SPEC)
     else:
-        _add_up(0, programs, sums, gains, assigned, SPEC)
+        _add_up(0, 0, programs, branches, sums, programs, SPEC)
     tl.store(sums.done_ptr, 0)  # ready for the next launch
 
 
 @triton.jit
-def _add_up(b, programs, sums, gains, assigned, SPEC: tl.constexpr):
-    """The b-th loss, from the partial sums of so many programs. A NaN among boxes is in all of them."""
-    totals = column_sums(sums.partial_ptr + b * programs * N_PARTS, programs, N_PARTS, SPEC.ACC)
-    norm = tl.load(assigned.norm_ptr)
-    total = tl.cast(0.0, SPEC.ACC)
-    for i in tl.static_range(len(sums.parts)):
-        part = column(totals, i)
-        if i == 0:
-            part += tl.load(assigned.nans_ptr)
-        elif i == len(sums.parts) - 2:  # that of classes
-            part += tl.load(assigned.nans_ptr + 1)
-        part = tl.where((gains[i] == 0) & (part == float("inf")), 0.0, part)  # whose product would be NaN
-        part = tl.cast(gains[i], SPEC.ACC) * (part / norm)
-        tl.store(sums.parts[i] + b, part)
-        total += part
+def _add_up(b, first, count, branches, sums, programs, SPEC: tl.constexpr):
+    """The b-th loss, from the partial sums of so many programs of each branch, from the ``first`` on."""
+    total = _total_of(b, first, count, branches[0], sums, SPEC)
+    for i in tl.static_range(1, len(branches)):
+        total += _total_of(b, i * programs + first, count, branches[i], sums, SPEC)
     tl.store(sums.total_ptr + b, total)
 
 
-@triton.jit(do_not_specialize=["M", "B"])
-def pick_loss_kernel(
-    predictions,
-    gradient,
-    levels,
-    M,
-    B,
-    task,
-    weights,
-    list_ptr,
-    sums,
-    SPEC: tl.constexpr,
-):
-    """Loss and gradient of picked cells; grid: all tiles for their boxes, then for each GROUP of classes.
+@triton.jit
+def _total_of(b, first, count, branch, sums, SPEC: tl.constexpr):
+    """The b-th loss of a branch, of whose parts each is stored. A NaN among boxes is in all of them."""
+    gains = branch.weights.gains
+    totals = column_sums(sums.partial_ptr + first * N_PARTS, count, N_PARTS, SPEC.ACC)
+    norm = tl.load(branch.task.assigned.norm_ptr)
+    total = tl.cast(0.0, SPEC.ACC)
+    for i in tl.static_range(len(branch.parts)):
+        part = column(totals, i)
+        if i == 0:
+            part += tl.load(branch.task.assigned.nans_ptr)
+        elif i == len(branch.parts) - 2:  # that of classes
+            part += tl.load(branch.task.assigned.nans_ptr + 1)
+        part = tl.where((gains[i] == 0) & (part == float("inf")), 0.0, part)  # whose product would be NaN
+        part = tl.cast(gains[i], SPEC.ACC) * (part / norm)
+        tl.store(branch.parts[i] + b, part)
+        total += part
+    return total
 
-    ``predictions``, ``gradient`` and ``levels`` as in ``records.py``, of B images with M rows.
-    ``list_ptr`` is room for CELLS numbers a program, with objectness of all, else of those that own boxes.
-    """
-    pid = tl.program_id(0)
+
+@triton.jit
+def _grads_out(weights, image, SPEC: tl.constexpr):
+    """What the gradients of the parts are multiplied by, before gains."""
     CLS: tl.constexpr = 2 if SPEC.OBJECTNESS else 1  # places of parts
-    tiles = B * tiles_of(levels, SPEC.CELLS)
-    kind = pid // tiles
-    image = pid * 0
-    if SPEC.BY_IMAGE:
-        image = tile_of(pid - kind * tiles, levels, B, SPEC.CELLS).b
-    grad = Scales(
+    return Scales(
         _grad_out(weights.grads, 0, image, SPEC),
         _grad_out(weights.grads, 1, image, SPEC),
         _grad_out(weights.grads, CLS, image, SPEC),
         _grad_out(weights.grads, CLS + 1, image, SPEC),
     )
+
+
+@triton.jit
+def _is_done(grad, kind, SPEC: tl.constexpr):
+    """Whether a gradient that is there for ones is that already, of a program of this kind."""
+    same = kind != kind
     if SPEC.SKIP_ONE:
         same = (grad.box == 1.0) & (grad.distance == 1.0)
         if SPEC.OBJECTNESS:
             same = same & (grad.obj == 1.0)
-        if tl.where(kind == 0, same, grad.cls == 1.0):
-            return
+        same = tl.where(kind == 0, same, grad.cls == 1.0)
+    return same
 
-    site = _site(pid - kind * tiles, levels, B, M, task.assigned.row_ptr, SPEC.CELLS)
-    inverse = 1.0 / tl.load(task.assigned.norm_ptr)
+
+@triton.jit
+def _partial(pid, kind, site, branch, levels, grad, SPEC: tl.constexpr):
+    """Loss of a program of a branch, by parts [N_PARTS], and the gradient."""
+    CLS: tl.constexpr = 2 if SPEC.OBJECTNESS else 1  # places of parts
+    predictions = branch.predictions
+    gradient = branch.gradient
+    gains = branch.weights.gains
+    inverse = 1.0 / tl.load(branch.task.assigned.norm_ptr)
     scales = Scales(
-        grad.box * (weights.gains[0] * inverse),
-        grad.obj * (weights.gains[1] * inverse),
-        grad.cls * (weights.gains[CLS] * inverse),
-        grad.distance * (weights.gains[CLS + 1] * inverse),
+        grad.box * (gains[0] * inverse),
+        grad.obj * (gains[1] * inverse),
+        grad.cls * (gains[CLS] * inverse),
+        grad.distance * (gains[CLS + 1] * inverse),
     )
-    own_list = list_ptr + pid * SPEC.CELLS
+    own_list = branch.list_ptr + pid * SPEC.CELLS
     box = tl.cast(0.0, SPEC.ACC)
     obj = tl.cast(0.0, SPEC.ACC)
     cls = tl.cast(0.0, SPEC.ACC)
@@ -733,31 +750,58 @@ def pick_loss_kernel(
         if SPEC.WITH_GRAD:
             d_view = view_of(gradient.box, site.tile.level)
         stride = tl.cast(number_of(levels.strides, site.tile.level), SPEC.ACC)
-        box, distance = _box_program(view, d_view, site, own_list, stride, task, scales, SPEC)
+        box, distance = _box_program(view, d_view, site, own_list, stride, branch.task, scales, SPEC)
         if SPEC.OBJECTNESS:
             view = view_of(predictions.obj, site.tile.level)
             d_view = view
             if SPEC.WITH_GRAD:
                 d_view = view_of(gradient.obj, site.tile.level)
-            obj = _objectness(view, d_view, site, task, scales.obj, SPEC)
+            obj = _objectness(view, d_view, site, branch.task, scales.obj, SPEC)
     else:
         view = view_of(predictions.cls, site.tile.level)
         d_view = view
         if SPEC.WITH_GRAD:
             d_view = view_of(gradient.cls, site.tile.level)
         first = (kind - 1) * SPEC.GROUP
-        cls = _class_program(view, d_view, site, own_list, first, task, scales.cls, SPEC)
+        cls = _class_program(view, d_view, site, own_list, first, branch.task, scales.cls, SPEC)
+    part = tl.arange(0, N_PARTS)
+    if SPEC.OBJECTNESS:
+        partial = tl.where(part == 0, box, tl.where(part == 1, obj, tl.where(part == 2, cls, distance)))
+    else:
+        partial = tl.where(part == 0, box, tl.where(part == 1, cls, tl.where(part == 2, distance, 0.0)))
+    return partial
 
+
+@triton.jit
+def _program(pid, programs, before, branch, levels, M, B, sums, SPEC: tl.constexpr):
+    """What a program of a branch does, which has so many, and those ``before`` it."""
+    tiles = B * tiles_of(levels, SPEC.CELLS)
+    kind = pid // tiles
+    image = pid * 0
+    if SPEC.BY_IMAGE:
+        image = tile_of(pid - kind * tiles, levels, B, SPEC.CELLS).b
+    grad = _grads_out(branch.weights, image, SPEC)
+    if ~_is_done(grad, kind, SPEC):
+        site = _site(pid - kind * tiles, levels, B, M, branch.task.assigned.row_ptr, SPEC.CELLS)
+        partial = _partial(pid, kind, site, branch, levels, grad, SPEC)
+        if SPEC.WITH_LOSS:
+            place = pid
+            if SPEC.BY_IMAGE:
+                place = site.tile.b * (programs // B) + kind * (tiles // B) + site.tile.place
+            tl.store(sums.partial_ptr + (before + place) * N_PARTS + tl.arange(0, N_PARTS), partial)
+
+
+@triton.jit(do_not_specialize=["M", "B"])
+def pick_loss_kernel(branches, levels, M, B, sums, SPEC: tl.constexpr):
+    """Loss and gradient of picked cells of B images with M rows, branch by branch: all tiles for their boxes, then for
+    each GROUP of classes. ``levels`` are as in ``records.py``.
+    """
+    BRANCHES: tl.constexpr = len(branches)
+    programs = tl.num_programs(0) // BRANCHES
+    for i in tl.static_range(BRANCHES):
+        pid = tl.program_id(0) - i * programs
+        if is_of_branch(pid, programs, BRANCHES):
+            _program(pid, programs, i * programs, branches[i], levels, M, B, sums, SPEC)
     if SPEC.WITH_LOSS:
-        part = tl.arange(0, N_PARTS)
-        if SPEC.OBJECTNESS:
-            partial = tl.where(part == 0, box, tl.where(part == 1, obj, tl.where(part == 2, cls, distance)))
-        else:
-            partial = tl.where(part == 0, box, tl.where(part == 1, cls, tl.where(part == 2, distance, 0.0)))
-        programs = tl.num_programs(0)
-        place = pid
-        if SPEC.BY_IMAGE:
-            place = site.tile.b * (programs // B) + kind * (tiles // B) + site.tile.place
-        tl.store(sums.partial_ptr + place * N_PARTS + part, partial)
-        if is_last(sums.done_ptr, programs):
-            _finish(sums, weights.gains, task.assigned, programs, B, SPEC)
+        if is_last(sums.done_ptr, tl.num_programs(0)):
+            _finish(branches, sums, programs, B, SPEC)

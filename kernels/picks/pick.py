@@ -11,7 +11,7 @@ from ..sums import is_last
 from .kept import Kept, best_of, dynamic_k, keep, keys_of, nothing_kept
 from .region import cells_reached, reached, reached_at_most
 from .site import all_cells, cells_at, divided, load_boxes, load_object, offsets
-from .views import tiles_of
+from .views import entry_of, is_of_branch, tiles_of
 from .wish import FAR, LAST, bits_of, claim_of, is_own, key_of_other, look_at, none_of, overlap_of
 
 SEVERAL: tl.constexpr = tl.constexpr(-1)  # rows picked a cell
@@ -304,41 +304,61 @@ def _pick(one, g, M, key, chosen, kept, problem, decoded, picked, tally, SPEC: t
         _list_clashes(one, cell, again, problem, picked, tally, decoded, SPEC)
 
 
-@triton.jit(do_not_specialize=["M", "shift"])
-def pick_kernel(
-    problem, targets, M, shift, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr
-):
-    """Picks and claims of a row, see :class:`.records.Picked`; 1 << ``shift`` programs each, of which those have
-    something to do for which there are cells. CELLS as of ``decode``.
-    """
-    g = tl.program_id(0) >> shift
-    part = tl.program_id(0) - (g << shift)
+@triton.jit
+def _pick_aligned(one, g, M, part, shift, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program of a row of task-aligned assignment does."""
+    none = none_of(tl.zeros([], SPEC.ACC))
+    cells = reached(one, problem, SPEC)
+    anywhere = False
+    if SPEC.REGION == "range":
+        anywhere = cells == 0
+        cells = tl.where(anywhere, all_cells(problem.levels), cells)
+    share = _share_of(cells, part, shift, BLOCK)
+    if one.valid & (part < share.used):
+        kept, final = _best_of_region(
+            one, g, part, share, shift, anywhere, problem, decoded, picked, SPEC=SPEC, BLOCK=BLOCK
+        )
+        if final:
+            key = keys_of(kept, none, SPEC.TOPK)
+            chosen = key > none
+            if SPEC.REGION == "range":
+                kept, chosen = _taken(kept, one, g, anywhere, problem, decoded, SPEC, BLOCK)
+                key = kept.key
+            _pick(one, g, M, key, chosen, kept, problem, decoded, picked, tally=tally, SPEC=SPEC)
+
+
+@triton.jit
+def _pick_row(pid, branch, targets, M, shift, SPEC: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):
+    """What a program of a branch does."""
+    g = pid >> shift
+    part = pid - (g << shift)
+    used = g == g
     if SPEC.ASSIGNER == "aligned":
         if SPEC.REGION == "box":
-            if not _has_share(targets, g, M, part, problem, BLOCK):
-                return
-    one = load_object(targets, g, M, problem.frame, SPEC, "object")
-    none = none_of(tl.zeros([], SPEC.ACC))
-    if SPEC.ASSIGNER == "aligned":
-        cells = reached(one, problem, SPEC)
-        anywhere = False
-        if SPEC.REGION == "range":
-            anywhere = cells == 0
-            cells = tl.where(anywhere, all_cells(problem.levels), cells)
-        share = _share_of(cells, part, shift, BLOCK)
-        if one.valid & (part < share.used):
-            kept, final = _best_of_region(
-                one, g, part, share, shift, anywhere, problem, decoded, picked, SPEC=SPEC, BLOCK=BLOCK
-            )
-            if final:
-                key = keys_of(kept, none, SPEC.TOPK)
-                chosen = key > none
-                if SPEC.REGION == "range":
-                    kept, chosen = _taken(kept, one, g, anywhere, problem, decoded, SPEC, BLOCK)
-                    key = kept.key
-                _pick(one, g, M, key, chosen, kept, problem, decoded, picked, tally=tally, SPEC=SPEC)
-    elif one.valid:
-        kept, picks = _best_candidates(one, g, problem, decoded, tally, SPEC, BLOCK, CELLS)
-        key = keys_of(kept, none, SPEC.TOPK)
-        chosen = best_of(key, kept.n, picks, none)
-        _pick(one, g, M, key, chosen, kept, problem, decoded, picked, tally=tally, SPEC=SPEC)
+            used = _has_share(targets, g, M, part, branch.problem, BLOCK)
+    if used:
+        one = load_object(targets, g, M, branch.problem.frame, SPEC, "object")
+        decoded = branch.decoded
+        picked = branch.picked
+        tally = branch.tally
+        if SPEC.ASSIGNER == "aligned":
+            _pick_aligned(one, g, M, part, shift, branch.problem, decoded, picked, tally=tally, SPEC=SPEC, BLOCK=BLOCK)
+        elif one.valid:
+            none = none_of(tl.zeros([], SPEC.ACC))
+            kept, picks = _best_candidates(one, g, branch.problem, decoded, tally, SPEC, BLOCK, CELLS)
+            key = keys_of(kept, none, SPEC.TOPK)
+            chosen = best_of(key, kept.n, picks, none)
+            _pick(one, g, M, key, chosen, kept, branch.problem, decoded, picked, tally=tally, SPEC=SPEC)
+
+
+@triton.jit(do_not_specialize=["M", "shift"])
+def pick_kernel(branches, targets, M, shift, SPECS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):
+    """Picks and claims of a row, see :class:`.records.Picked`; branch by branch 1 << ``shift`` programs each, of which
+    those have something to do for which there are cells. CELLS as of ``decode``.
+    """
+    BRANCHES: tl.constexpr = len(branches)
+    programs = tl.num_programs(0) // BRANCHES
+    for i in tl.static_range(BRANCHES):
+        pid = tl.program_id(0) - i * programs
+        if is_of_branch(pid, programs, BRANCHES):
+            _pick_row(pid, branches[i], targets, M, shift, entry_of(SPECS, i), BLOCK, CELLS)

@@ -79,6 +79,18 @@ class Spec(NamedTuple):
     K: int  # TOPK, a power of two
 
 
+class Branch(NamedTuple):
+    """Of a head whose objects pick cells of several sets of predictions, each for itself: what launches know and leave
+    of one; None what a launch does not ask for. ``problem`` is a :class:`.wish.Problem`.
+    """
+
+    problem: Any
+    decoded: Any
+    picked: Any
+    tally: Any
+    settled: Any
+
+
 class Decoded(NamedTuple):
     """What ``decode`` leaves of each prediction, and of rows, and later launches change.
 

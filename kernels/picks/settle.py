@@ -12,6 +12,7 @@ from .kept import Kept, Worst, keep, nothing_kept, worst_of
 from .pick import SEVERAL
 from .region import cells_reached, reached
 from .site import all_cells, cells_at, load_boxes, load_channel, load_object, object_of, offsets
+from .views import entry_of, is_of_branch
 from .wish import (
     LAST,
     UNIT,
@@ -249,15 +250,15 @@ def _strongest(cell, targets, M, problem, decoded, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _clashes(g, targets, M, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
-    """Of SimOTA, where a score hangs on its cell alone: those that several rows picked, some a program; how many, and
-    the sum of their scores.
+def _clashes(g, programs, targets, M, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """Of SimOTA, where a score hangs on its cell alone: those that several rows picked, shared out over so many
+    ``programs``; how many, and the sum of their scores.
     """
     N = all_cells(problem.levels)
     count = tl.load(tally.done_ptr + 1)
     found = g * 0
     total = found.to(tl.int64)
-    for i0 in range(g * BLOCK, count, tl.num_programs(0) * BLOCK):
+    for i0 in range(g * BLOCK, count, programs * BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         mask = i < count
         cell = tl.load(picked.clash_ptr + i, mask=mask, other=0)
@@ -301,8 +302,42 @@ def _row(g, one, M, problem, decoded, picked, tally, SPEC: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _finish(settled, tally, batch, SPEC: tl.constexpr):
-    """What the last program does: sums go where they are read, and are cleared for the next call."""
+def _settle_row(g, programs, branch, targets, M, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr):
+    """What a program of a branch does, which has so many."""
+    decoded = branch.decoded
+    picked = branch.picked
+    tally = branch.tally
+    batch = plain(branch.problem.frame.batch)
+    one = load_object(targets, g, M, branch.problem.frame, SPEC, "object")
+    known = one.valid
+    if targets.row_weights_ptr is not None:
+        known = load_object(targets, g, M, branch.problem.frame, SPEC, "any").valid
+    invalid = ((g < rows_end(targets.offsets_ptr, M, batch)) & ~known).to(tl.int32)
+    if g == 0:
+        invalid += wrong_offsets(targets.offsets_ptr, M, batch, ROWS)
+    if invalid > 0:
+        tl.atomic_add(tally.found_ptr + 1, invalid, sem="relaxed")
+    found = g * 0
+    total = found.to(tl.int64)
+    if one.valid:
+        found, total = _row(g, one, M, branch.problem, decoded, picked, tally, SPEC=SPEC, BLOCK=BLOCK, K2=K2)
+    if SPEC.ASSIGNER == "simota":
+        more_found, more_total = _clashes(
+            g, programs, targets, M, branch.problem, decoded, picked, tally=tally, SPEC=SPEC, BLOCK=BLOCK
+        )
+        found += more_found
+        total += more_total
+    if found > 0:
+        tl.atomic_add(tally.found_ptr, found, sem="relaxed")
+        tl.atomic_add(tally.sum_ptr, total, sem="relaxed")
+
+
+@triton.jit
+def _finish(branch, SPEC: tl.constexpr):
+    """What the last program does: sums of a branch go where they are read, and are cleared for the next call."""
+    settled = branch.settled
+    tally = branch.tally
+    batch = plain(branch.problem.frame.batch)
     found = tl.load(tally.found_ptr, cache_modifier=".cg")
     invalid = tl.load(tally.found_ptr + 1, cache_modifier=".cg")
     weights = found.to(SPEC.ACC)
@@ -325,34 +360,18 @@ def _finish(settled, tally, batch, SPEC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def settle_kernel(
-    problem, targets, M, decoded, picked, tally, settled, SPEC: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr
-):
-    """The cells of a row, a program each: see :class:`.records.Decoded` and :class:`.records.Settled`.
+def settle_kernel(branches, targets, M, SPECS: tl.constexpr, BLOCK: tl.constexpr, K2S: tl.constexpr):
+    """The cells of a row, a program each, branch by branch: see :class:`.records.Decoded` and
+    :class:`.records.Settled`. The first branch counts the programs of all.
 
-    ``K2``: of a row that leaves all but TOPK2 cells, this, a power of two; else 0.
+    ``K2S``: of a branch whose rows leave all but TOPK2 cells, this, a power of two; else 0.
     """
-    g = tl.program_id(0)
-    batch = plain(problem.frame.batch)
-    one = load_object(targets, g, M, problem.frame, SPEC, "object")
-    known = one.valid
-    if targets.row_weights_ptr is not None:
-        known = load_object(targets, g, M, problem.frame, SPEC, "any").valid
-    invalid = ((g < rows_end(targets.offsets_ptr, M, batch)) & ~known).to(tl.int32)
-    if g == 0:
-        invalid += wrong_offsets(targets.offsets_ptr, M, batch, ROWS)
-    if invalid > 0:
-        tl.atomic_add(tally.found_ptr + 1, invalid, sem="relaxed")
-    found = g * 0
-    total = found.to(tl.int64)
-    if one.valid:
-        found, total = _row(g, one, M, problem, decoded, picked, tally, SPEC=SPEC, BLOCK=BLOCK, K2=K2)
-    if SPEC.ASSIGNER == "simota":
-        more_found, more_total = _clashes(g, targets, M, problem, decoded, picked, tally, SPEC, BLOCK)
-        found += more_found
-        total += more_total
-    if found > 0:
-        tl.atomic_add(tally.found_ptr, found, sem="relaxed")
-        tl.atomic_add(tally.sum_ptr, total, sem="relaxed")
-    if is_last(tally.done_ptr, tl.num_programs(0)):
-        _finish(settled, tally, batch, SPEC)
+    BRANCHES: tl.constexpr = len(branches)
+    programs = tl.num_programs(0) // BRANCHES
+    for i in tl.static_range(BRANCHES):
+        g = tl.program_id(0) - i * programs
+        if is_of_branch(g, programs, BRANCHES):
+            _settle_row(g, programs, branches[i], targets, M, entry_of(SPECS, i), BLOCK, entry_of(K2S, i))
+    if is_last(branches[0].tally.done_ptr, tl.num_programs(0)):
+        for i in tl.static_range(BRANCHES):
+            _finish(branches[i], entry_of(SPECS, i))

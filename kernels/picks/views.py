@@ -36,6 +36,21 @@ class Tile(NamedTuple):
     HW: Any
 
 
+@triton.constexpr_function
+def entry_of(items, branch):
+    """What a tuple of constants says of a branch: as an index would, which Triton has of numbers alone."""
+    return items[branch]
+
+
+@triton.jit
+def is_of_branch(pid, programs, BRANCHES: tl.constexpr):
+    """Whether a program, counted from the first one of a branch, is of this one; each of BRANCHES has as many."""
+    here = pid == pid
+    if BRANCHES > 1:
+        here = (pid >= 0) & (pid < programs)
+    return here
+
+
 @triton.jit
 def tiles_of(levels, CELLS: tl.constexpr):
     """Tiles of an image."""

@@ -289,7 +289,7 @@ OPERATORS = {
     "yolov1": ["cell_loss", "cell_loss_rescale"],
     "retinanet": ["dense_loss", "dense_loss_rescale"],
     "ssd": ["dense_loss", "dense_loss_grad"],
-    "yolov8": ["pick_loss", "pick_loss_rescale"],
+    "yolov8": ["picked_loss", "picked_loss_rescale"],
 }
 
 

@@ -76,7 +76,7 @@ def check(
     """Run the launches, and compare all that they leave with the reference in float64."""
     size = (float(maps[0][0] * STRIDES[0]), float(maps[0][1] * STRIDES[0]))
     launches, decoded, settled = pick_launches(preds, form, maps, rows, offsets, head, size)
-    picks = launches[-2].arguments
+    (picks,) = launches[-2].arguments["branches"]
     run_all(launches, rows.device)
     safe, spare = without_spare(rows, offsets)
     seen_planes = planes(form, preds, head).to(torch.float64)
@@ -124,7 +124,7 @@ def test_crowd(name):
     found = check(head, predictions(head, 1, 3), some_rows(1, 12, 4))
     several = found["decoded"].picker_ptr == -1
     assert several.sum() > (1 if head.objectness else 7)
-    row, index = found["decoded"].row_ptr.flatten(), found["picks"]["picked"].index_ptr
+    row, index = found["decoded"].row_ptr.flatten(), found["picks"].picked.index_ptr
     further = [cell for cell in several.flatten().nonzero().flatten().tolist() if cell not in index[row[cell] % 12]]
     if head.region == "range":
         assert not further
@@ -198,7 +198,7 @@ def test_clashes_are_met_on_a_list_or_in_a_region(name, seed):
     rows[:, 2:4] = 0.5 + (rows[:, 2:4] - 0.5) * 0.4
     found = check(head, predictions(head, 1, seed), rows)
     several, row = found["decoded"].picker_ptr.flatten() == -1, found["decoded"].row_ptr.flatten()
-    index = found["picks"]["picked"].index_ptr
+    index = found["picks"].picked.index_ptr
     cells = [cell for cell in several.nonzero().flatten().tolist() if row[cell] < count]
     gaining = cells_reached(head, rows, MAPS)[[int(row[cell]) for cell in cells if cell not in index[row[cell]]]]
     assert gaining.min() < several.sum() < gaining.max()
@@ -231,7 +231,7 @@ def test_a_cell_that_is_nobodys_own_goes_to_whom_it_costs_least():
     large = [0.5, 0.5, 72 / 96, 56 / 64]
     rows = [[0, 0, 34 / 96, 34 / 64, *tiny], [0, 1, 66 / 96, 26 / 64, *tiny], [0, 2, *large]]
     found = check(head, preds, torch.tensor(rows, device=DEVICE))
-    assert [at in row for row in found["picks"]["picked"].index_ptr.tolist()] == [True, True, False]
+    assert [at in row for row in found["picks"].picked.index_ptr.tolist()] == [True, True, False]
     assert found["decoded"].row_ptr[0, at] == 2
 
 
@@ -259,7 +259,7 @@ def test_an_object_without_a_cell_takes_the_best_of_all():
     preds[2][1, 4:16, 2, 1] = torch.tensor([0.0, 0, -9, -9, -9, -9, 0, 0.8, 0.85, 0, -9, -9], device=DEVICE)
     boxes = [[0.5, 0.5, 0.01, 0.01], [0.5, 0.5, 0.98, 0.97], [0.3, 0.3, 0.1, 0.1], [0.75, 0.75, 0.005, 0.005]]
     rows = torch.tensor([[i // 2, i % 3, *box] for i, box in enumerate(boxes)], device=DEVICE)
-    index = check(head, preds, rows, maps=LARGE)["picks"]["picked"].index_ptr
+    index = check(head, preds, rows, maps=LARGE)["picks"].picked.index_ptr
     assert (index >= 0).sum(1).tolist() == [1, 1, 1, 0]
     assert index[2].max() == 2016 + 32 * 48 + 16 * 24 + 2 * 12 + 1
 

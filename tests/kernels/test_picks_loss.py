@@ -133,7 +133,7 @@ def run(call: Call, with_grad: bool = True, assignment: ops.Assignment | None = 
     grads = [torch.empty_like(pred) for pred in call.preds] if with_grad else []
     assignment = assignment or assignment_of(call)
     last = ops.head_launch(
-        call.preds, call.rows, call.class_weights, call.head, ops.Geometry(call.form, call.maps, call.size),
+        call.preds, call.rows, call.class_weights, [call.head], ops.Geometry(call.form, call.maps, call.size),
         call.gains, assignment, (total, parts), grads or None,
     )  # fmt: skip
     run_all([last], call.rows.device)
@@ -145,7 +145,7 @@ def gradient_only(call: Call, grad_outs: Sequence[float | None], grads: list[Ten
     outs = [None if g is None else torch.tensor(g, device=DEVICE) for g in grad_outs]
     skip, grads = grads is not None, [torch.empty_like(pred) for pred in call.preds] if grads is None else grads
     last = ops.head_launch(
-        call.preds, call.rows, call.class_weights, call.head, ops.Geometry(call.form, call.maps, call.size),
+        call.preds, call.rows, call.class_weights, [call.head], ops.Geometry(call.form, call.maps, call.size),
         call.gains, assignment_of(call), None, grads, outs, skip,
     )  # fmt: skip
     run_all([last], call.rows.device)
@@ -382,5 +382,5 @@ def test_a_second_derivative_is_refused():
     seen = call.seen(torch.float32)
     total = criterion_of("v8/1", backend="triton")(seen, call.rows).total
     (grad, *_) = torch.autograd.grad(total, seen, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"pick_loss_grad.*double backward"):
+    with pytest.raises(NotImplementedError, match=r"picked_loss_grad.*double backward"):
         grad.sum().backward()

@@ -315,7 +315,7 @@ def test_picks_that_are_put_down_are_those_of_the_launch():
     with torch.no_grad():
         decode.run()
         pick.run()
-        decoded, picked, tally = (pick.arguments[name] for name in ("decoded", "picked", "tally"))
+        (_, decoded, picked, tally, _), *_ = pick.arguments["branches"]
         marks = decoded.picker_ptr, tally.found_ptr, decoded.claim_ptr
         run, by_launch = [each.clone() for each in marks], _by_cell(picked)
         case.driver.complete("pick_kernel", pick.arguments, known)
