@@ -68,10 +68,12 @@ class PickDriver(Driver):
         from ..ops import picks as ops
 
         heads, preds, gains = [head], call.preds, call.gains
+        weights = [] if call.class_weights is None else [call.class_weights]
         if call.beside is not None:
             other, first = call.beside
             heads, preds, gains = [other, head], first.preds + preds, first.gains + gains
-        geometry, weights = ops.Geometry(call.form, call.maps, call.size), call.class_weights
+            weights = [] if first.class_weights is None else [first.class_weights, *weights]
+        geometry = ops.Geometry(call.form, call.maps, call.size)
         forward, found = ops.loss_launches(
             preds, call.rows, call.offsets, weights, heads, geometry, gains, True, call.weights
         )

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 import ultralytics
 from torch import Tensor
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils.loss import BboxLoss, DFLoss, v8DetectionLoss
+from ultralytics.utils.loss import BboxLoss, DFLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.tal import TaskAlignedAssigner
 
 from .. import YOLOv8Loss, checks
+from ..drivers.picks import PickCall
+from ..losses.picks import Together, compute_all, together
 from . import shared
 
 EPS = 1e-9  # of the assigner
 
 _patched: Any = v8DetectionLoss  # a type checker lets nobody assign to a method of a class it knows
+_patched_pair: Any = E2ELoss
 _kept: dict[type, Any] = {}  # the methods that were replaced
 _criteria: shared.Criteria[YOLOv8Loss] = shared.Criteria()
+_pairs: WeakKeyDictionary[Any, tuple[YOLOv8Loss, YOLOv8Loss, Together | None]] = WeakKeyDictionary()
 
 
 def patch() -> None:
     """Replace the loss of every detector of Ultralytics that trains by ``v8DetectionLoss``; training stays what it was.
 
     These are v3, v5, v6, v8, v9, 11 and 12, and, by the two of its ``E2ELoss``, v10 and 26. The method ``loss`` of the
-    class is replaced, and nothing else; models that are there already take part. It returns what it returned: the
-    three parts times the batch size, with their gradient, and a dictionary of them, detached. Gains are read from the
-    model's ``args`` at each call, class weights once.
+    class is replaced, and the call of ``E2ELoss``, whose branches one set of launches computes; nothing else, and
+    models that are there already take part. They return what they returned: the three parts times the batch size, with
+    their gradient, and a dictionary of them, detached. Gains are read from the model's ``args`` at each call, class
+    weights once.
 
     Losses of derived classes (segmentation, pose, oriented boxes) stay as they are, so does one whose assigner, box
     loss or cross-entropy is not Ultralytics' own: then a warning says why. Nothing is stored in a model, so that a
@@ -43,14 +50,20 @@ def patch() -> None:
     if v8DetectionLoss.loss is _loss:
         return
     _probe()
+    pair = _is_known_pair()
     _kept[v8DetectionLoss] = v8DetectionLoss.loss
     _patched.loss = _loss
+    if pair and E2ELoss.__call__ is not _both:
+        _kept[E2ELoss] = E2ELoss.__call__
+        _patched_pair.__call__ = _both
 
 
 def unpatch() -> None:
-    """Give ``v8DetectionLoss`` its own loss back; nothing happens if that is not :func:`patch`'s."""
+    """Give ``v8DetectionLoss`` and ``E2ELoss`` their own back; nothing happens to what is not :func:`patch`'s."""
     if v8DetectionLoss.loss is _loss:
         _patched.loss = _kept.pop(v8DetectionLoss)
+    if E2ELoss.__call__ is _both:
+        _patched_pair.__call__ = _kept.pop(E2ELoss)
 
 
 class Trainer(DetectionTrainer):
@@ -75,23 +88,66 @@ def _loss(self: Any, preds: dict[str, Any], batch: dict[str, Any]) -> tuple[Tens
     criterion = _criterion(self)
     if criterion is None:
         return _kept[v8DetectionLoss](self, preds, batch)
-    criterion.box, criterion.cls, criterion.dfl = self.hyp.box, self.hyp.cls, self.hyp.dfl
     return _call(criterion, self.loss_names, preds, batch)
+
+
+def _both(self: Any, preds: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """In place of the call of ``E2ELoss``."""
+    pair = None if torch.compiler.is_compiling() else _pair(self)
+    if pair is None:
+        return _kept[E2ELoss](self, preds, batch)
+    return _call_both(self, pair, self.one2many.parse_output(preds), batch)
+
+
+def _call_both(
+    loss: Any, pair: tuple[YOLOv8Loss, YOLOv8Loss, Together | None], preds: dict[str, Any], batch: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    *criteria, known = pair
+    many, one = preds["one2many"], preds["one2one"]
+    parts = _parts(known, criteria, (many, one), batch)
+    first, second = parts.tensor_split(2)
+    items = second.detach() / len(one["boxes"])
+    return first * loss.o2m + second * loss.o2o, dict(zip(loss.one2one.loss_names, items, strict=True))
 
 
 def _call(
     criterion: YOLOv8Loss, names: tuple[str, ...], preds: dict[str, Any], batch: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    boxes, scores = preds["boxes"], preds["scores"]
-    dtype = torch.promote_types(boxes.dtype, scores.dtype)  # text heads have float32 scores under autocast
-    planes = {"boxes": boxes.to(dtype), "scores": scores.to(dtype), "feats": preds["feats"]}
+    parts = _parts(None, [criterion], [preds], batch)
+    return parts, dict(zip(names, parts.detach() / len(preds["boxes"]), strict=True))
+
+
+def _parts(
+    known: Together | None, criteria: Sequence[YOLOv8Loss], preds: Sequence[dict[str, Any]], batch: dict[str, Any]
+) -> Tensor:
+    """Those of each criterion on predictions of its own, one after the other."""
     rows = torch.cat((batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]), 1)
-    parts = torch.stack(tuple(criterion.terms(planes, rows.to(boxes.device)).values()))
-    return parts, dict(zip(names, parts.detach() / len(boxes), strict=True))
+    calls: list[PickCall] = []
+    for criterion, own in zip(criteria, preds, strict=True):
+        boxes, scores = own["boxes"], own["scores"]
+        dtype = torch.promote_types(boxes.dtype, scores.dtype)  # text heads have float32 scores under autocast
+        planes = {"boxes": boxes.to(dtype), "scores": scores.to(dtype), "feats": own["feats"]}
+        calls.append(criterion.read(planes, rows.to(boxes.device), 1.0, calls[0] if calls else None))
+    _, terms, _ = compute_all(known, criteria, calls)
+    return torch.stack(terms)
+
+
+def _pair(loss: Any) -> tuple[YOLOv8Loss, YOLOv8Loss, Together | None] | None:
+    """What stands in for the two losses of an ``E2ELoss``; None where one of them, or both, are to be called."""
+    branches = loss.one2many, loss.one2one
+    if type(loss) is not E2ELoss or v8DetectionLoss.loss is not _loss or any("loss" in vars(each) for each in branches):
+        return None
+    many, one = map(_criterion, branches)
+    if many is None or one is None:
+        return None
+    found = _pairs.get(loss)
+    if found is None or found[0] is not many or found[1] is not one:
+        found = _pairs[loss] = many, one, together((many, one))
+    return found
 
 
 def _criterion(loss: Any) -> YOLOv8Loss | None:
-    """What stands in for a loss of Ultralytics, as this is now; None if it keeps its own."""
+    """What stands in for a loss of Ultralytics, as this is now, gains too; None if it keeps its own."""
     if type(loss) is not v8DetectionLoss:
         return None
     # what may be exchanged or set after it was made; modules are compared by identity, and held
@@ -105,7 +161,11 @@ def _criterion(loss: Any) -> YOLOv8Loss | None:
         loss.assigner,
         *(getattr(loss.assigner, name, None) for name in ("topk", "topk2", "alpha", "beta", "stride_val", "eps")),
     )
-    return _criteria.find(loss, settings, lambda: _of(loss))
+    found = _criteria.find(loss, settings, lambda: _of(loss))
+    if found is not None:
+        hyp: Any = loss.hyp
+        found.box, found.cls, found.dfl = hyp.box, hyp.cls, hyp.dfl
+    return found
 
 
 def _of(loss: Any, backend: str = "auto") -> YOLOv8Loss:
@@ -178,6 +238,23 @@ def _probe() -> None:
                 _refuse(f"v8DetectionLoss with reg_max {reg_max} computes something else: {why}")
             if _differs(found, criterion, loss.loss_names, preds, _batch(LARGE + SMALL)):
                 _refuse("its assigner does otherwise with objects smaller than its second stride")
+
+
+def _is_known_pair() -> bool:
+    """Whether ``E2ELoss`` does with its two losses what it is known to do; else it goes on calling them."""
+    with shared.probing():
+        preds, batch = {"one2many": _predictions(1), "one2one": _predictions(1)}, _batch(LARGE)
+        try:
+            loss = E2ELoss(_model(1))
+            loss.o2m, loss.o2o = 0.7, 0.4
+            found = loss((None, dict(preds)), batch)
+            many, one = (_of(each, "torch") for each in (loss.one2many, loss.one2one))
+            own = _call_both(loss, (many, one, None), preds, batch)
+            return list(found[1]) == list(own[1]) and not shared.apart(
+                [found[0].detach(), *found[1].values()], [own[0].detach(), *own[1].values()]
+            )
+        except Exception:  # whatever other code does with what it does not know
+            return False
 
 
 def _differs(found: Any, criterion: YOLOv8Loss, names: Any, preds: Any, batch: Any) -> str:

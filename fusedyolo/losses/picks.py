@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import backend as backends
 from .. import checks
 from ..drivers.picks import PICKS, PickCall, check
-from ..heads import PickHead
+from ..heads import PickHead, key_of_branches
 from ..targets import Targets, as_targets
 from ..watch import Watch
 from .base import WeightedLoss
@@ -44,6 +45,58 @@ def _shares(power: int, amounts: Tensor) -> Tensor:
     return amounts[:1] ** power / amounts[1:].clamp(min=1)
 
 
+class Together(NamedTuple):
+    """The heads of losses that differ in how many cells objects pick alone, and their key: one set of launches computes
+    all of these.
+    """
+
+    heads: tuple[PickHead, ...]
+    key: str
+
+
+def together(losses: Sequence[PickLoss]) -> Together | None:
+    """Of some losses, if they are such."""
+    heads = tuple([loss.head for loss in losses])
+    alike = {replace(head, topk=heads[0].topk, topk2=heads[0].topk2) for head in heads}
+    return Together(heads, key_of_branches(heads)) if len(alike) == 1 else None
+
+
+def compute_all(
+    known: Together | None, losses: Sequence[PickLoss], calls: Sequence[PickCall], outputs: int | None = None
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Total of several losses, their parts one after the other, and counts of each; ``outputs`` as of
+    :meth:`PickLoss.compute`. At once where they are ``known`` for it, and predictions lie on the same maps in the same
+    form; else one by one.
+    """
+    if known is not None and _are_alike(known, losses, calls):
+        total, terms, all_counts, _ = by_kernels(known.key, calls, outputs)
+        counts = all_counts.split(2)
+        for loss, call, own in zip(losses, calls, counts, strict=True):
+            loss.note(call, own)
+        return total, terms, counts
+    found = [loss.compute(call, outputs) for loss, call in zip(losses, calls, strict=True)]
+    totals, terms_of, counts_of, _ = zip(*found, strict=True)
+    total = totals[0]
+    for more in totals[1:]:
+        total = total + more
+    return total, tuple([term for terms in terms_of for term in terms]), counts_of
+
+
+def _are_alike(known: Together, losses: Sequence[PickLoss], calls: Sequence[PickCall]) -> bool:
+    first, device = calls[0], calls[0].preds[0].device
+    for loss, head, call in zip(losses, known.heads, calls, strict=True):
+        if (
+            loss.head is not head
+            or call.form != first.form
+            or call.maps != first.maps
+            or call.rows is not first.rows
+            or (call.class_weights is None) != (first.class_weights is None)
+            or backends.resolve(loss.backend, device) != "triton"
+        ):
+            return False
+    return True
+
+
 def by_kernels(key: str, calls: Sequence[PickCall], outputs: int | None = None) -> Computed:
     """What :meth:`PickLoss.compute` returns, of one call or of those of several branches, on the same rows and of the
     same form and maps: the total of all, the others branch by branch; ``key`` is that of their heads.
@@ -52,9 +105,11 @@ def by_kernels(key: str, calls: Sequence[PickCall], outputs: int | None = None) 
 
     first, count = calls[0], len(calls)
     pred, preds, gains = first.preds[0], first.preds, list(first.gains)
+    class_weights = [] if first.class_weights is None else [first.class_weights]
     for call in calls[1:]:
         preds = preds + call.preds
         gains += call.gains
+        class_weights += [] if call.class_weights is None else [call.class_weights]
     # The first backward changes the gradient that the loss leaves: a compiled graph is better off without. In float16
     # small gradients would be lost before a GradScaler's factor reaches them.
     own = ops.workspace(pred.device, ops.workspace_rows(pred.shape[0], count))
@@ -69,7 +124,7 @@ def by_kernels(key: str, calls: Sequence[PickCall], outputs: int | None = None) 
         preds,
         first.rows,
         first.offsets,
-        first.class_weights,
+        class_weights,
         key,
         first.form,
         [side for sides in first.maps for side in sides],

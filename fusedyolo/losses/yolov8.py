@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import backend as backends
 from .. import checks
 from ..drivers.picks import PickCall
-from ..heads import PickHead, key_of_branches
+from ..heads import PickHead
 from ..terms import TERMS, find_term, term_names
 from .base import box_arguments
 from .output import Apart, LossOutput, detached
-from .picks import AnyTargets, PickLoss, Predicted, apart_of, by_kernels
+from .picks import AnyTargets, PickLoss, Predicted, apart_of, compute_all, together
 
 RULES = {"ultralytics": "box", "libreyolo": "range"}
 """The region of cells that an object may have. The first is the default."""
@@ -240,8 +239,7 @@ class E2ELoss(nn.Module):
         self.one2many = YOLOv8Loss(num_classes, strides, reg_max, **many, **options)
         self.one2one = YOLOv8Loss(num_classes, strides, reg_max, **one, **options)
         self.one2one._watch = None  # it has the same targets
-        self._heads = self.one2many.head, self.one2one.head
-        self._key = key_of_branches(self._heads)
+        self._together = together((self.one2many, self.one2one))
         self.epochs = checks.count("epochs", epochs)
         self.updates = 0
         self.o2m, self.o2o = (FIRST, 1 - FIRST) if recipe == "yolo26" else (1.0, 1.0)
@@ -271,31 +269,11 @@ class E2ELoss(nn.Module):
         self, preds: Any, targets: Any, outputs: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Total, parts, predictions with an object and invalid rows; ``outputs`` as of a branch."""
-        (_, many, first), (_, one, second) = self._calls(preds, targets)
-        if self._are_alike(first, second):
-            total, terms, both, _ = by_kernels(self._key, (first, second), outputs)
-            counts, others = both.split(2)
-            many.note(first, counts)
-            one.note(second, others)
-        else:
-            total, terms, counts, _ = many.compute(first, outputs)
-            other, more, others, _ = one.compute(second, outputs)
-            total, terms = total + other, terms + more
-        names = [f"one2many_{part}" for part in many.head.parts] + [f"one2one_{part}" for part in one.head.parts]
+        prefixes, losses, calls = zip(*self._calls(preds, targets), strict=True)
+        total, terms, (counts, others) = compute_all(self._together, losses, calls, outputs)
+        names = [prefix + part for prefix, loss in zip(prefixes, losses, strict=True) for part in loss.head.parts]
         found, invalid = counts.unbind()
         return total, dict(zip(names, terms, strict=True)), found + others[0], invalid
-
-    def _are_alike(self, first: PickCall, second: PickCall) -> bool:
-        """Whether the kernels can take the calls of both branches at once: heads are as they were made, predictions lie
-        on the same maps in the same form."""
-        device = first.preds[0].device
-        return (
-            self.one2many.head is self._heads[0]
-            and self.one2one.head is self._heads[1]
-            and (first.form, first.maps) == (second.form, second.maps)
-            and first.rows is second.rows
-            and all([backends.resolve(each.backend, device) == "triton" for each in (self.one2many, self.one2one)])
-        )
 
     def _calls(self, preds: Any, targets: Any) -> list[tuple[str, YOLOv8Loss, PickCall]]:
         """Of each branch how the names of its parts begin, and its call."""

@@ -128,7 +128,8 @@ def _head_launch(
         sums = loss.Sums(own.tensor("total"), partial, own.tensor("done"))
         part_slots = in_branches(own.tensors("parts", count * parts), count)
     total_out, *part_outs = (None,) * (1 + count * parts) if with_loss else own.tensors("grad_outs", 1 + count * parts)
-    targets = records.Targets(own.tensor("rows"), None, own.tensor("class_weights"), own.tensor("weights"))
+    class_weights = own.tensors("class_weights", count)
+    targets = records.Targets(own.tensor("rows"), None, None, own.tensor("weights"))
     whole = _head(key, float(width), float(height))
     numbers, outs = own.numbers("gains", count * parts), in_branches(part_outs, count)
     filled = [
@@ -138,7 +139,7 @@ def _head_launch(
         loss.Branch(
             fill_parts(at[i], filled[0][i]),
             fill_parts(grads_at[i], filled[1][i]) if with_grad else None,
-            loss.Task(whole, targets, assigned[i]),
+            loss.Task(whole, targets._replace(weights_ptr=class_weights[i]), assigned[i]),
             loss.Weights(in_branches(numbers, count)[i], (total_out, *outs[i])),
             part_slots[i],
             own.scratch(torch.int32, (listed,)),
@@ -154,7 +155,13 @@ def _head_launch(
         "SPEC": spec,
     }
     settings = config.threads, config.max_registers
-    return Launch(loss.pick_loss_kernel, (count * programs,), arguments, *settings, weights=targets[2:])
+    return Launch(
+        loss.pick_loss_kernel,
+        (count * programs,),
+        arguments,
+        *settings,
+        weights=(*class_weights, targets.row_weights_ptr),
+    )
 
 
 @planned
@@ -196,7 +203,7 @@ def _plan(key: str, preds: tuple[Layout, ...], geometry: Geometry, with_grad: bo
 def head_launch(
     preds: Sequence[Tensor],
     rows: Tensor,
-    class_weights: Tensor | None,
+    class_weights: Sequence[Tensor],
     heads: Sequence[PickHead],
     geometry: Geometry,
     gains: Sequence[float],
@@ -213,7 +220,8 @@ def head_launch(
     ``grads`` lie as ``torch.empty_like`` has them. The gradient is multiplied by ``grad_outs``, of the total and of
     each part; if ``skip_one`` it is left as it is where that is 1.
     """
-    given = assignment._asdict() | {"preds": preds, "rows": rows, "class_weights": class_weights, "gains": gains}
+    given = assignment._asdict() | {"preds": preds, "rows": rows, "gains": gains}
+    given["class_weights"] = class_weights or [None] * len(heads)
     given |= {"grads": grads, "grad_outs": grad_outs, "weights": weights}
     if results is not None:
         given |= {"total": results[0], "parts": results[1], "done": done_counter(rows.device)}
@@ -227,7 +235,7 @@ def _loss_steps(
     preds: Sequence[Tensor],
     rows: Tensor,
     offsets: Tensor | None,
-    class_weights: Tensor | None,
+    class_weights: Sequence[Tensor],
     key: str,
     geometry: Geometry,
     gains: Sequence[float],
@@ -240,7 +248,7 @@ def _loss_steps(
     plan = _plan(key, layouts(preds), geometry, with_grad, shift_for(heads[0], rows.shape[0]))
     outputs = _outputs(preds, geometry, heads, with_grad)
     given = brought(preds, rows, offsets, len(heads), workspace, weights) | outputs._asdict()
-    given["class_weights"], given["gains"] = class_weights, gains
+    given["class_weights"], given["gains"] = class_weights or [None] * len(heads), gains
     return plan, given, outputs
 
 
@@ -248,7 +256,7 @@ def loss_launches(
     preds: Sequence[Tensor],
     rows: Tensor,
     offsets: Tensor | None,
-    class_weights: Tensor | None,
+    class_weights: Sequence[Tensor],
     heads: Sequence[PickHead],
     geometry: Geometry,
     gains: Sequence[float],
@@ -288,7 +296,7 @@ def picked_loss(
     preds: list[Tensor],
     rows: Tensor,
     offsets: Tensor | None,
-    class_weights: Tensor | None,
+    class_weights: list[Tensor],
     key: str,
     form: str,
     maps: list[int],
@@ -301,10 +309,10 @@ def picked_loss(
     """Loss of cells that objects pick, of a head or of several branches; returns :class:`PickOutputs`.
 
     ``preds`` and ``form`` are as :func:`fusedyolo.checks.point_predictions` gives them, branch by branch, of one form
-    and of one type; ``key`` that of :func:`fusedyolo.heads.key_of_branches`; ``maps`` height and width of each level,
-    ``size`` those of the image; ``gains`` of all parts. The gradients, if asked for, are those of the total; the first
-    backward takes them. A compiled graph brings its ``workspace``, see :func:`.picking.workspace_rows`; ``weights`` are
-    those of the rows.
+    and of one type; ``class_weights`` none, or those of each branch; ``key`` that of
+    :func:`fusedyolo.heads.key_of_branches`; ``maps`` height and width of each level, ``size`` those of the image;
+    ``gains`` of all parts. The gradients, if asked for, are those of the total; the first backward takes them. A
+    compiled graph brings its ``workspace``, see :func:`.picking.workspace_rows`; ``weights`` are those of the rows.
     """
     geometry = _geometry(form, maps, size)
     plan, given, outputs = _loss_steps(
@@ -325,7 +333,7 @@ def _gradient(
     places: Sequence[int],
     preds: list[Tensor],
     saved: Sequence[Tensor],
-    class_weights: Tensor | None,
+    class_weights: Sequence[Tensor],
     key: str,
     geometry: Geometry,
     gains: Sequence[float],
@@ -343,7 +351,7 @@ def _gradient(
         preds=preds,
         rows=rows,
         weights=weights,
-        class_weights=class_weights,
+        class_weights=class_weights or [None] * (norm.shape[0] // 2),
         gains=gains,
         row=row,
         score=score,
@@ -359,7 +367,7 @@ def picked_loss_grad(
     places: list[int],
     preds: list[Tensor],
     saved: list[Tensor],
-    class_weights: Tensor | None,
+    class_weights: list[Tensor],
     key: str,
     form: str,
     maps: list[int],
@@ -389,7 +397,7 @@ def picked_loss_rescale(
     places: list[int],
     preds: list[Tensor],
     saved: list[Tensor],
-    class_weights: Tensor | None,
+    class_weights: list[Tensor],
     key: str,
     form: str,
     maps: list[int],
@@ -413,15 +421,16 @@ def _save(ctx, inputs, output):
     preds, rows, _offsets, class_weights, *ctx.settings, _with_grad, _workspace, weights = inputs
     outputs = PickOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(rows, outputs.row, outputs.score, outputs.norm, class_weights, weights, *preds)
+    ctx.weighed = len(class_weights)
+    ctx.save_for_backward(rows, outputs.row, outputs.score, outputs.norm, weights, *class_weights, *preds)
     # Not among the saved tensors, which must not change: the first backward changes them and gives them away. Tensors
     # of another type belong to a tracer, and a traced graph must not change what its forward returns.
     ctx.stored = outputs.grads if outputs.grads and type(outputs.grads[0]) is Tensor else None
 
 
 def _backward(ctx, grad_total, grad_parts=()):
-    rows, row, score, norm, class_weights, weights, *preds = ctx.saved_tensors
-    saved = [rows, row, score, norm]
+    rows, row, score, norm, weights, *others = ctx.saved_tensors
+    saved, class_weights, preds = [rows, row, score, norm], others[: ctx.weighed], others[ctx.weighed :]
     outs = (grad_total, *grad_parts)
     places = [place for place, grad in enumerate(outs) if grad is not None]
     if not places:

@@ -126,6 +126,11 @@ def assignment_of(call: Call) -> ops.Assignment:
     )
 
 
+def weights_of(call: Call) -> list[Tensor]:
+    """As launches take them."""
+    return [] if call.class_weights is None else [call.class_weights]
+
+
 def run(call: Call, with_grad: bool = True, assignment: ops.Assignment | None = None) -> Result:
     """The launch with loss."""
     acc = accumulator(call.preds[0].dtype)[1]
@@ -133,7 +138,7 @@ def run(call: Call, with_grad: bool = True, assignment: ops.Assignment | None = 
     grads = [torch.empty_like(pred) for pred in call.preds] if with_grad else []
     assignment = assignment or assignment_of(call)
     last = ops.head_launch(
-        call.preds, call.rows, call.class_weights, [call.head], ops.Geometry(call.form, call.maps, call.size),
+        call.preds, call.rows, weights_of(call), [call.head], ops.Geometry(call.form, call.maps, call.size),
         call.gains, assignment, (total, parts), grads or None,
     )  # fmt: skip
     run_all([last], call.rows.device)
@@ -145,7 +150,7 @@ def gradient_only(call: Call, grad_outs: Sequence[float | None], grads: list[Ten
     outs = [None if g is None else torch.tensor(g, device=DEVICE) for g in grad_outs]
     skip, grads = grads is not None, [torch.empty_like(pred) for pred in call.preds] if grads is None else grads
     last = ops.head_launch(
-        call.preds, call.rows, call.class_weights, [call.head], ops.Geometry(call.form, call.maps, call.size),
+        call.preds, call.rows, weights_of(call), [call.head], ops.Geometry(call.form, call.maps, call.size),
         call.gains, assignment_of(call), None, grads, outs, skip,
     )  # fmt: skip
     run_all([last], call.rows.device)

@@ -188,6 +188,48 @@ def test_random_cases_of_two_branches(seed, wide, strict):
     both(lambda: E2ELoss(model), preds, batch, RTOL, update=seed % 6)
 
 
+def operators_of(loss, preds, batch, monkeypatch):
+    """How often a call asks for the kernels."""
+    from fusedyolo import ops
+
+    through, seen = ops.call, []
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "call", lambda op, *given, **more: seen.append(op) or through(op, *given, **more))
+        loss(preds, batch)
+    return len(seen)
+
+
+def test_both_branches_at_once(kernels, patched, monkeypatch):
+    """As long as both are replaced, and alike."""
+    model, preds, batch = case(0, e2e=True)
+    loss = E2ELoss(model)
+    assert operators_of(loss, preds, batch, monkeypatch) == 1
+    assert operators_of(loss, (None, preds), batch, monkeypatch) == 1  # as in validation
+    loss.one2one.assigner.alpha = 0.7
+    assert operators_of(loss, preds, batch, monkeypatch) == 2
+    loss.one2one = v8(model, tal_topk=7, tal_topk2=1)
+    loss.one2many.bbox_loss = nn.Identity()
+    with pytest.warns(UserWarning, match="keeps its own loss"), pytest.raises(TypeError):
+        loss(preds, batch)
+    loss = E2ELoss(model)
+    loss.one2one.loss = lambda preds, batch: (torch.ones(3), {"box_loss": 4})
+    assert loss(preds, batch)[1] == {"box_loss": 4}
+
+    class Derived(E2ELoss):
+        pass
+
+    assert operators_of(Derived(model), preds, batch, monkeypatch) == 2
+
+
+def test_a_pair_that_does_otherwise_goes_on_calling_its_losses(monkeypatch, kernels):
+    monkeypatch.setattr(E2ELoss, "__call__", lambda self, preds, batch: self.one2one.loss(preds["one2one"], batch))
+    own = E2ELoss.__call__
+    patch()
+    assert E2ELoss.__call__ is own
+    model, preds, batch = case(0, e2e=True)
+    assert operators_of(E2ELoss(model), preds, batch, monkeypatch) == 1  # of one branch
+
+
 @pytest.mark.parametrize("seed", [seed for seed in range(SEEDS) if MODES[seed % 6] == "plain"])
 def test_random_cases_of_the_peer_as_it_is_in_float32(seed):
     model, preds, batch = case(seed)
@@ -435,7 +477,7 @@ def test_unpatch_leaves_the_package_as_it_was():
     patch()
     after = snapshot(*modules)
     changed = {key for key, value in after.items() if before[key] != value}
-    assert {key[1:] for key in changed} == {("v8DetectionLoss", "loss")}
+    assert {key[1:] for key in changed} == {("v8DetectionLoss", "loss"), ("E2ELoss", "__call__")}
     unpatch()
     assert snapshot(*modules) == before
 
