@@ -112,7 +112,7 @@ def test_opcheck(case, no_kernels, monkeypatch):
     monkeypatch.setattr(ops, "call", watched)
     problem = Problem(case)
     problem.bind("triton")(_preds(problem), problem.rows(4))
-    assert len(called) == max(1, len(case.branches))
+    assert len(called) == 1
     op, given = called[-1]
     tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
     assert set(torch.library.opcheck(op, given, test_utils=tests).values()) == {"SUCCESS"}
