@@ -170,20 +170,23 @@ class PickDriver(Driver):
         yield from shared.products(region=(32, 128))
 
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
-        """Of boxes and of classes the levels; where later launches need what each has left, each is of its own."""
+        """Of boxes, of classes and of what is left of these the kinds of tiles; where later launches need what each has
+        left, each is of its own.
+        """
         branches = len(arguments["branches"])
         if kernel == "pick_loss_kernel":
-            tiles = _levels_of_tiles(arguments["levels"], arguments["B"], arguments["SPEC"].CELLS)
-            levels = len(arguments["levels"].widths)
-            own = [level + levels * (i > 0) for i in range(programs // branches // len(tiles)) for level in tiles]
-            return [kind + 2 * levels * i for i in range(branches) for kind in own]
+            spec = arguments["SPEC"]
+            tiles = _kinds_of_tiles(arguments["levels"], arguments["B"], spec.CELLS)
+            count = 1 + max(tiles)
+            groups = [0] + [1] * (spec.C // spec.GROUP) + [2] * (spec.C % spec.GROUP > 0)
+            return [kind + count * group for group in groups for kind in tiles] * branches
         if arguments["SPECS"][0].ASSIGNER == "aligned":
             problem = arguments["branches"][0].problem
             if kernel == "decode_kernel":
-                own = _levels_of_tiles(problem.levels, shared.even(problem.frame.batch), arguments["CELLS"])
-                return own * branches
+                tiles = _kinds_of_tiles(problem.levels, shared.even(problem.frame.batch), arguments["CELLS"])
+                return tiles * branches
             if kernel == "pick_kernel":
-                return [i for i in range(branches) for _ in range(programs // branches)]
+                return [0] * programs
         return range(programs)
 
     def efforts(
@@ -197,10 +200,8 @@ class PickDriver(Driver):
             block, areas = arguments["SPEC"].CELLS, [height * width for height, width in _maps(arguments["levels"])]
             counts: list[int] = []
             for branch in branches:
-                rows = branch.task.assigned.row_ptr.flatten()[
-                    : arguments["B"] * sum(areas)
-                ]  # the first has all before it
-                has = (rows != arguments["M"]).view(-1, sum(areas))
+                rows = branch.task.assigned.row_ptr.flatten()  # where the first one lies there are those of all
+                has = (rows[: arguments["B"] * sum(areas)] != arguments["M"]).view(-1, sum(areas))
                 own = [int(part.sum()) for level in has.split(areas, 1) for each in level for part in each.split(block)]
                 counts += own * (len(kinds) // len(branches) // len(own))
             return [(kind, n > 0) for kind, n in zip(kinds, counts, strict=True)], [float(n) for n in counts]
@@ -208,11 +209,11 @@ class PickDriver(Driver):
             shares = _shares(arguments)
             used = (shares > 0).sum(1, keepdim=True).expand_as(shares)
             finer = [
-                (branch, bool(share > 0), bool(several > 1))
-                for branch in range(len(branches))
+                (bool(share > 0), bool(several > 1))
                 for share, several in zip(shares.flatten(), used.flatten(), strict=True)
             ]
-            return finer or kinds, [float(share) for share in shares.flatten()] * len(branches) or [0.0] * len(kinds)
+            efforts = [float(share) for share in shares.flatten()]
+            return finer * len(branches) or kinds, efforts * len(branches) or [0.0] * len(kinds)
         return super().efforts(kernel, kinds, arguments, known)
 
     def complete(self, kernel: str, arguments: Mapping[str, Any], known: Known) -> None:
@@ -312,11 +313,12 @@ def _complete_picks(head: PickHead, branch: Any, arguments: Mapping[str, Any]) -
     picked.clash_ptr.view(B, N).copy_(cells + N * torch.arange(B, device=cells.device)[:, None])
 
 
-def _levels_of_tiles(levels: Any, batch: int, cells: int) -> list[int]:
-    """The level of each tile of so many cells, of all images."""
+def _kinds_of_tiles(levels: Any, batch: int, cells: int) -> list[int]:
+    """Of each tile of so many cells, of all images, its level and whether it is a whole one, as a number."""
     found: list[int] = []
     for level, (height, width) in enumerate(_maps(levels)):
-        found += [level] * (batch * -(-height * width // cells))
+        whole, left = divmod(height * width, cells)
+        found += batch * ([2 * level] * whole + [2 * level + 1] * (left > 0))
     return found
 
 
