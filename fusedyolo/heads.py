@@ -391,7 +391,7 @@ def pick_head_from_key(key: str) -> PickHead:
 
 
 def key_of_branches(heads: Sequence[PickHead]) -> str:
-    """The keys of the heads of several branches as one, which differ in ``topk`` and ``topk2`` alone."""
+    """The keys of the heads of several branches as one, which differ only in ``topk`` and ``topk2``."""
     return "\n".join([head.key for head in heads])
 
 

@@ -34,7 +34,7 @@ class PickCall(NamedTuple):
     gains: tuple[float, ...]  # of head.parts, the factor of the batch in them
     class_weights: Tensor | None  # [C] float32
     weights: Tensor | None = None  # [M], of the rows
-    beside: tuple[PickHead, PickCall] | None = None  # of a branch before it, which the same launches compute
+    beside: tuple[PickHead, PickCall] | None = None  # of a branch before it, that ``launches`` computes, too
 
 
 class PickDriver(Driver):
@@ -200,7 +200,7 @@ class PickDriver(Driver):
             block, areas = arguments["SPEC"].CELLS, [height * width for height, width in _maps(arguments["levels"])]
             counts: list[int] = []
             for branch in branches:
-                rows = branch.task.assigned.row_ptr.flatten()  # where the first one lies there are those of all
+                rows = branch.task.assigned.row_ptr.flatten()  # the first one's tensor holds those of all
                 has = (rows[: arguments["B"] * sum(areas)] != arguments["M"]).view(-1, sum(areas))
                 own = [int(part.sum()) for level in has.split(areas, 1) for each in level for part in each.split(block)]
                 counts += own * (len(kinds) // len(branches) // len(own))

@@ -33,15 +33,17 @@ class Criteria(Generic[Loss]):
         """What stands in for an object, any that there is, if something does."""
         return next((had[1] for kept, had in list(self.kept.items()) if kept is owner), None)
 
-    def find(self, owner: Any, settings: tuple[Any, ...], make: Callable[[], Loss]) -> Loss | None:
-        """What ``make`` returned, or None where it raised a ``ValueError``, which is told; anew for other settings."""
+    def find(self, owner: Any, settings: tuple[Any, ...], make: Callable[[], Loss], above: int = 0) -> Loss | None:
+        """What ``make`` returned, or None where it raised a ``ValueError``, which is told; anew for other settings.
+        The warning is of a caller so many calls further ``above``.
+        """
         had = self.kept.get(owner)
         if had is None or had[0] != settings:
             try:
                 with torch.inference_mode(False):  # whose tensors no later training step could use
                     had = settings, make()
             except ValueError as error:
-                warnings.warn(f"a {type(owner).__name__} keeps its own loss. {error}", stacklevel=4)
+                warnings.warn(f"a {type(owner).__name__} keeps its own loss. {error}", stacklevel=4 + above)
                 had = settings, None
             self.kept[owner] = had
         return had[1]

@@ -51,10 +51,10 @@ def patch() -> None:
         return
     _probe()
     pair = _is_known_pair()
-    _kept[v8DetectionLoss] = v8DetectionLoss.loss
+    _kept.setdefault(v8DetectionLoss, v8DetectionLoss.loss)  # who wrapped ours meanwhile is not what ours falls back to
     _patched.loss = _loss
     if pair and E2ELoss.__call__ is not _both:
-        _kept[E2ELoss] = E2ELoss.__call__
+        _kept.setdefault(E2ELoss, E2ELoss.__call__)
         _patched_pair.__call__ = _both
 
 
@@ -122,12 +122,12 @@ def _parts(
 ) -> Tensor:
     """Those of each criterion on predictions of its own, one after the other."""
     rows = torch.cat((batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]), 1)
-    calls: list[PickCall] = []
+    rows, calls = rows.to(preds[0]["boxes"].device), list[PickCall]()
     for criterion, own in zip(criteria, preds, strict=True):
         boxes, scores = own["boxes"], own["scores"]
         dtype = torch.promote_types(boxes.dtype, scores.dtype)  # text heads have float32 scores under autocast
         planes = {"boxes": boxes.to(dtype), "scores": scores.to(dtype), "feats": own["feats"]}
-        calls.append(criterion.read(planes, rows.to(boxes.device), 1.0, calls[0] if calls else None))
+        calls.append(criterion.read(planes, rows, 1.0, calls[0] if calls else None))
     _, terms, _ = compute_all(known, criteria, calls)
     return torch.stack(terms)
 
@@ -137,7 +137,7 @@ def _pair(loss: Any) -> tuple[YOLOv8Loss, YOLOv8Loss, Together | None] | None:
     branches = loss.one2many, loss.one2one
     if type(loss) is not E2ELoss or v8DetectionLoss.loss is not _loss or any("loss" in vars(each) for each in branches):
         return None
-    many, one = map(_criterion, branches)
+    many, one = (_criterion(each, above=2) for each in branches)
     if many is None or one is None:
         return None
     found = _pairs.get(loss)
@@ -146,8 +146,10 @@ def _pair(loss: Any) -> tuple[YOLOv8Loss, YOLOv8Loss, Together | None] | None:
     return found
 
 
-def _criterion(loss: Any) -> YOLOv8Loss | None:
-    """What stands in for a loss of Ultralytics, as this is now, gains too; None if it keeps its own."""
+def _criterion(loss: Any, above: int = 0) -> YOLOv8Loss | None:
+    """What stands in for a loss of Ultralytics, as this is now, gains too; None if it keeps its own. ``above`` as of
+    :meth:`.shared.Criteria.find`.
+    """
     if type(loss) is not v8DetectionLoss:
         return None
     # what may be exchanged or set after it was made; modules are compared by identity, and held
@@ -161,7 +163,7 @@ def _criterion(loss: Any) -> YOLOv8Loss | None:
         loss.assigner,
         *(getattr(loss.assigner, name, None) for name in ("topk", "topk2", "alpha", "beta", "stride_val", "eps")),
     )
-    found = _criteria.find(loss, settings, lambda: _of(loss))
+    found = _criteria.find(loss, settings, lambda: _of(loss), above)
     if found is not None:
         hyp: Any = loss.hyp
         found.box, found.cls, found.dfl = hyp.box, hyp.cls, hyp.dfl
@@ -249,10 +251,10 @@ def _is_known_pair() -> bool:
             loss.o2m, loss.o2o = 0.7, 0.4
             found = loss((None, dict(preds)), batch)
             many, one = (_of(each, "torch") for each in (loss.one2many, loss.one2one))
-            own = _call_both(loss, (many, one, None), preds, batch)
-            return list(found[1]) == list(own[1]) and not shared.apart(
-                [found[0].detach(), *found[1].values()], [own[0].detach(), *own[1].values()]
-            )
+            own = _call_both(loss, (many, one, None), loss.one2many.parse_output((None, preds)), batch)
+            inputs = [branch[name] for branch in preds.values() for name in ("boxes", "scores")]
+            theirs, ours = (_numbers(each, inputs) for each in (found, own))
+            return list(found[1]) == list(own[1]) and not shared.apart(theirs, ours)
         except Exception:  # whatever other code does with what it does not know
             return False
 
@@ -262,12 +264,17 @@ def _differs(found: Any, criterion: YOLOv8Loss, names: Any, preds: Any, batch: A
     own = _call(criterion, names, preds, batch)
     if list(found[1]) != list(own[1]):
         return f"its items are {list(found[1])}, ours {list(own[1])}"
-    inputs, weights = (preds["boxes"], preds["scores"]), torch.tensor((1.0, 0.75, 1.25))  # else errors may cancel
-    theirs, ours = (
-        [total.detach(), *items.values(), *torch.autograd.grad((total * weights).sum(), inputs, retain_graph=True)]
-        for total, items in (found, own)
-    )
+    inputs = preds["boxes"], preds["scores"]
+    theirs, ours = (_numbers(each, inputs) for each in (found, own))
     return shared.apart(theirs, ours)
+
+
+def _numbers(found: tuple[Tensor, dict[str, Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What is compared of what a loss returned."""
+    total, items = found
+    weights = torch.tensor((1.0, 0.75, 1.25))  # else errors may cancel
+    grads = torch.autograd.grad((total * weights).sum(), inputs, retain_graph=True)
+    return [total.detach(), *items.values(), *grads]
 
 
 def _model(reg_max: int) -> Any:

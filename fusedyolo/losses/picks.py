@@ -46,7 +46,7 @@ def _shares(power: int, amounts: Tensor) -> Tensor:
 
 
 class Together(NamedTuple):
-    """The heads of losses that differ in how many cells objects pick alone, and their key: one set of launches computes
+    """The heads of losses that differ only in how many cells objects pick, and their key: one set of launches computes
     all of these.
     """
 
@@ -83,17 +83,25 @@ def compute_all(
 
 
 def _are_alike(known: Together, losses: Sequence[PickLoss], calls: Sequence[PickCall]) -> bool:
+    """Whether one set of launches can compute calls, and what it computes is what they are each for itself: on the same
+    images and rows, of the same types, with a gradient for both or for neither.
+    """
     first, device = calls[0], calls[0].preds[0].device
     for loss, head, call in zip(losses, known.heads, calls, strict=True):
         if (
-            loss.head is not head
+            (loss.head is not head and loss.head != head)
             or call.form != first.form
             or call.maps != first.maps
+            or call.size != first.size
             or call.rows is not first.rows
+            or call.preds[0].shape[0] != first.preds[0].shape[0]
             or (call.class_weights is None) != (first.class_weights is None)
             or backends.resolve(loss.backend, device) != "triton"
         ):
             return False
+        for own, other in zip(call.preds, first.preds, strict=True):
+            if own.dtype != other.dtype or own.requires_grad != other.requires_grad:
+                return False
     return True
 
 

@@ -13,7 +13,7 @@ from ..heads import PickHead
 from ..terms import TERMS, find_term, term_names
 from .base import box_arguments
 from .output import Apart, LossOutput, detached
-from .picks import AnyTargets, PickLoss, Predicted, apart_of, compute_all, together
+from .picks import AnyTargets, PickLoss, Predicted, Together, apart_of, compute_all, together
 
 RULES = {"ultralytics": "box", "libreyolo": "range"}
 """The region of cells that an object may have. The first is the default."""
@@ -220,6 +220,8 @@ class E2ELoss(nn.Module):
         ValueError: an argument of the constructor or of a call does not fit; it says which, what came and what was
             wanted.
     """
+
+    _together: Together | None = None  # in a pickle of an older version, too
 
     def __init__(
         self,

@@ -132,8 +132,8 @@ def share_of(own: Outline, name: str, i: int, each: int, dtype: torch.dtype) -> 
 class _Branches:
     """What is said of each of the branches of a plan."""
 
-    def __init__(self, own: Outline, batch: int, N: int, count: int):
-        self.own, self.batch, self.N, self.count = own, batch, N, count
+    def __init__(self, own: Outline, batch: int, N: int):
+        self.own, self.batch, self.N = own, batch, N
 
     def tally(self, i: int) -> records.Tally:
         """Of zeros of :func:`workspace_rows`; the first has counters apart, which others of our launches count in."""
@@ -215,7 +215,7 @@ def picking(
     config = pick_config(largest, lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
     N, tiles = sum(height * width for height, width in maps), _tiles(maps)
     priced, acc = head.assigner == "simota", accumulator(preds[0].dtype)[1]
-    each = _Branches(own, batch, N, len(heads))
+    each = _Branches(own, batch, N)
     problem = wish.Problem(
         predictions=None,
         levels=levels_of(maps, head),

@@ -377,8 +377,9 @@ def picked_loss_grad(
 ) -> list[Tensor]:
     """Gradient of :func:`picked_loss`'s total and parts by every prediction, in one launch.
 
-    Times ``grad_outs``, which are those of the total, the first of the ``places``, and of each part; where there is
-    none that is 0. ``saved`` are the rows and, of :class:`PickOutputs`, ``row``, ``score`` and ``norm``.
+    Times ``grad_outs``, each in one of the ``places`` of the total, which is the first, and of the parts, branch by
+    branch; of the others the gradient is 0. ``saved`` are the rows and, of :class:`PickOutputs`, ``row``, ``score`` and
+    ``norm``.
     """
     grads, geometry = [torch.empty_like(pred) for pred in preds], _geometry(form, maps, size)
     _gradient(grads, grad_outs, places, preds, saved, class_weights, key, geometry, gains, False, weights)
@@ -435,6 +436,7 @@ def _backward(ctx, grad_total, grad_parts=()):
     places = [place for place, grad in enumerate(outs) if grad is not None]
     if not places:
         return [None] * len(preds)
+    gains = ctx.settings[-1]
     # that of a sum is one number many times
     grad_outs = [outs[place] if outs[place].dim() == 0 else outs[place].contiguous() for place in places]
     grads, ctx.stored = ctx.stored, None
@@ -442,7 +444,16 @@ def _backward(ctx, grad_total, grad_parts=()):
         grads = call(picked_loss_grad, grad_outs, places, preds, saved, class_weights, *ctx.settings, weights)
     else:
         call(picked_loss_rescale, grads, grad_outs, places, preds, saved, class_weights, *ctx.settings, weights)
-    return list(grads)
+    return list(grads) if places[0] == 0 else _of_branches(grads, places, len(gains), norm.shape[0] // 2)
+
+
+def _of_branches(grads: list[Tensor], places: Sequence[int], parts: int, count: int) -> list[Tensor | None]:
+    """The gradients of those of so many branches, with so many parts in all, of which a part has a gradient: none of a
+    branch that nobody asks.
+    """
+    asked = {(place - 1) // (parts // count) for place in places}
+    each = len(grads) // count
+    return [grad if i // each in asked else None for i, grad in enumerate(grads)]
 
 
 differentiable(picked_loss, _backward, _save, outputs=2)

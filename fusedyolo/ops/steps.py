@@ -246,7 +246,7 @@ def _reader(numbers: Names, tensors: Names) -> Callable[[int, dict[str, Any]], G
     addresses = [f"a{i}" for i in range(len(of_tensors))]
     for tensor, address in zip(of_tensors, addresses, strict=True):
         lines.append(f"{address} = None if {tensor} is None else {tensor}.data_ptr()")
-        kinds.append(f"{tensor} is not None and ({tensor}.dtype, {address} % {ALIGNED} == 0)")
+        kinds.append(f"{tensor} is not None and ({tensor}.dtype, {address} % {ALIGNED})")  # what lies behind it, too
     for n in of_numbers:
         kinds.append(f"({n} == 1, {n} % {ALIGNED} == 0, -{LIMIT} <= {n} < {LIMIT}) if type({n}) is int else type({n})")
     listed = ["[" + ", ".join(each) + "]" for each in (of_numbers, of_tensors, addresses)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -115,6 +116,20 @@ def test_of_the_layouts_of_both():
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-9)
 
 
+def test_a_branch_that_nobody_asks_has_no_gradient():
+    """Of parts; with a NaN in it, too."""
+    criterion = E2ELoss(CLASSES, STRIDES, backend="triton")
+    many, one = branch(1, "nchw", 4 + CLASSES), branch(2, "nchw", 4 + CLASSES)
+    with torch.no_grad():
+        many[0][:, 5] = float("nan")
+    terms = criterion.terms({"one2many": many, "one2one": one}, some_rows())
+    terms["one2one_box"].backward(retain_graph=True)
+    assert all(leaf.grad is None for leaf in many)
+    assert all(leaf.grad.isfinite().all() for leaf in one)
+    (terms["one2one_box"] + terms["one2many_box"]).backward()
+    assert all(leaf.grad is not None for leaf in many)
+
+
 def called(criterion: E2ELoss, preds: dict[str, Any], monkeypatch) -> int:
     """Operators of a call."""
     through, seen = ops.call, []
@@ -134,6 +149,17 @@ def test_what_cannot_be_at_once_is_not(monkeypatch):
     assert called(criterion, preds("planes"), monkeypatch) == 2
     larger = [torch.rand(2, 4 + CLASSES, 2 * h, 2 * w, device=DEVICE) for h, w in MAPS]
     assert called(criterion, preds() | {"one2one": larger}, monkeypatch) == 2
+    frozen = preds() | {"one2many": [each.detach() for each in branch(1, "nchw", 4 + CLASSES)]}
+    assert called(criterion, frozen, monkeypatch) == 2
+    halves = preds() | {"one2many": [each.half() for each in branch(1, "nchw", 4 + CLASSES)]}
+    assert called(criterion, halves, monkeypatch) == 2
+    more_images = preds() | {"one2one": [torch.cat((each, each)) for each in branch(2, "nchw", 4 + CLASSES)]}
+    assert called(criterion, more_images, monkeypatch) == 2
+    criterion.one2one.image_size = (60.0, 92.0)
+    assert called(criterion, preds(), monkeypatch) == 2
+    criterion = copy.deepcopy(E2ELoss(CLASSES, STRIDES, backend="triton"))
+    criterion.one2one = copy.deepcopy(criterion.one2one)
+    assert called(criterion, preds(), monkeypatch) == 1
     criterion.one2many.backend = "torch"
     assert called(criterion, preds(), monkeypatch) == 1  # of the other
     weighed = E2ELoss(CLASSES, STRIDES, backend="triton", class_weights=[1.0] * CLASSES)

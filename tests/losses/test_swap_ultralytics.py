@@ -209,8 +209,9 @@ def test_both_branches_at_once(kernels, patched, monkeypatch):
     assert operators_of(loss, preds, batch, monkeypatch) == 2
     loss.one2one = v8(model, tal_topk=7, tal_topk2=1)
     loss.one2many.bbox_loss = nn.Identity()
-    with pytest.warns(UserWarning, match="keeps its own loss"), pytest.raises(TypeError):
+    with pytest.warns(UserWarning, match="keeps its own loss") as told, pytest.raises(TypeError):
         loss(preds, batch)
+    assert told[0].filename == __file__
     loss = E2ELoss(model)
     loss.one2one.loss = lambda preds, batch: (torch.ones(3), {"box_loss": 4})
     assert loss(preds, batch)[1] == {"box_loss": 4}
@@ -480,6 +481,22 @@ def test_unpatch_leaves_the_package_as_it_was():
     assert {key[1:] for key in changed} == {("v8DetectionLoss", "loss"), ("E2ELoss", "__call__")}
     unpatch()
     assert snapshot(*modules) == before
+
+
+def test_a_wrapper_of_ours_is_not_what_ours_falls_back_to(monkeypatch):
+    model, preds, batch = case(0, e2e=True)
+    patch()
+    inner = E2ELoss.__call__
+    monkeypatch.setattr(E2ELoss, "__call__", lambda *given: inner(*given))
+    unpatch()
+    patch()
+
+    class Derived(E2ELoss):
+        pass
+
+    assert Derived(model)(preds, batch)[0].shape == (3,)
+    monkeypatch.undo()
+    unpatch()
 
 
 def test_what_another_has_put_there_since_is_left_alone(monkeypatch):
