@@ -165,12 +165,6 @@ class Case:
         boxes = self.boxes(self.maps(work), work.size, device=device)
         return {"anchors": boxes, "num_anchors_per_level": self.frame(work).sizes, "image_size": work.size}
 
-    def parts(self, criterion: Any, preds: Any) -> list[tuple[str, Any, Any]]:
-        """Of each branch its name, loss and predictions, of the only one without a name."""
-        if not self.branches:
-            return [("", criterion, preds)]
-        return [(name, getattr(criterion, name), preds[name]) for name in self.branches]
-
     def bind(self, criterion: Any, work: Workload, device: str = "cpu") -> Callable[[Any, Any], Any]:
         """The loss as a function of predictions and targets alone."""
         geometry, pack = self.geometry(work, device), self._packing(work)

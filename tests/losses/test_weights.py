@@ -105,11 +105,18 @@ def test_an_object_of_weight_0_takes_no_part(case):
     assert seen
 
 
+def parts(case, criterion, preds):
+    """Of each branch the loss and the predictions."""
+    if not case.branches:
+        return [(criterion, preds)]
+    return [(getattr(criterion, name), preds[name]) for name in case.branches]
+
+
 def answers(case, before, after, rows):
     """Of each map, or of all anchors: two gradients [predictions, numbers], the row of each prediction, -1 for none,
     and whether it has several."""
     criterion, geometry, kind = case.build(WORK.classes, "torch"), case.geometry(WORK), case.driver.kind
-    for i, (_, loss, own) in enumerate(case.parts(criterion, case.pack(predictions(case), WORK))):
+    for i, (loss, own) in enumerate(parts(case, criterion, case.pack(predictions(case), WORK))):
         levels = maps(fusedyolo.assign(loss, own, rows, **geometry))
         row = [level.row.flatten() for level in levels]
         if kind == "pick":
@@ -156,7 +163,7 @@ def test_a_region_hides_background_and_nothing_else(case):
     rows, covered = case.targets(WORK), packed(case, None, REGION, TINY)
     criterion, geometry = case.build(WORK.classes, "torch"), case.geometry(WORK)
     leaves = [pred.clone().requires_grad_() for pred in predictions(case)]
-    for i, (_, loss, own) in enumerate(case.parts(criterion, case.pack(leaves, WORK))):
+    for i, (loss, own) in enumerate(parts(case, criterion, case.pack(leaves, WORK))):
         plain, found = (fusedyolo.assign(loss, own, each, **geometry) for each in (rows, covered))
         hidden = []
         for level, before, points in zip(maps(found), maps(plain), middles(case, loss.head), strict=True):
