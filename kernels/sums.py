@@ -54,3 +54,23 @@ def leave_counts(assigned, outputs):
     """The count of assigned predictions; counters are 0 again."""
     tl.store(outputs.counts_ptr, assigned.to(tl.int32))
     tl.store(outputs.done_ptr + tl.arange(0, 4), tl.zeros([4], tl.int32))  # ready for the next launch
+
+
+@triton.jit
+def grad_out(grads, part: tl.constexpr, b, WITH_LOSS: tl.constexpr, BY_IMAGE: tl.constexpr, ACC: tl.constexpr):
+    """What the gradient of a part is multiplied by: that of the total, whose pointer is the first of ``grads``, and its
+    own; 1 with the loss. With BY_IMAGE those of image b.
+    """
+    grad = tl.cast(1.0 if WITH_LOSS else 0.0, ACC)
+    if grads[0] is not None:
+        grad += _load_grad(grads[0], b, BY_IMAGE, ACC)
+    if grads[1 + part] is not None:
+        grad += _load_grad(grads[1 + part], b, BY_IMAGE, ACC)
+    return grad
+
+
+@triton.jit
+def _load_grad(ptr, b, BY_IMAGE: tl.constexpr, ACC: tl.constexpr):
+    if BY_IMAGE:
+        ptr += b
+    return tl.load(ptr).to(ACC)

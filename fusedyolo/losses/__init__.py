@@ -1,8 +1,10 @@
 """The losses, as modules."""
 
 from .anchor_recipes import RECIPES
-from .dense import EfficientDetLoss, FCOSLoss, RetinaNetLoss, SSDLoss
+from .fcos import FCOSLoss
 from .output import LossOutput, rounded
+from .retinanet import EfficientDetLoss, RetinaNetLoss
+from .ssd import SSDLoss
 from .yolov1 import CELL_RECIPES, YOLOv1Loss
 from .yolov2 import YOLOv2Loss
 from .yolov3 import YOLOv3Loss, YOLOv4Loss

@@ -1,4 +1,4 @@
-"""RetinaNet, EfficientDet, SSD and FCOS: losses over anchors that each predict a box and the logits of all classes."""
+"""Losses over anchors that each predict a box and the logits of all classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ TERMS = ("classification", "bbox_regression", "bbox_ctrness")
 """Names of the parts, torchvision's."""
 
 RECIPES = ("torchvision", "mmdet")
-ANYWHERE = 1e30  # a radius beyond any anchor
 
 Maps = Tensor | Sequence[Tensor]
 AnyTargets = Tensor | Sequence[dict[str, Tensor]] | Targets
@@ -199,7 +198,7 @@ def _shares(mean: str, amounts: Tensor) -> Tensor:
     return 1 / torch.stack((of_batch, *[weights.clamp(min=1e-6) for weights in of_boxes]))
 
 
-def _box(loss_type: Any, beta: Any, *roles: str) -> dict[str, Any]:
+def box_fields(loss_type: Any, beta: Any, *roles: str) -> dict[str, Any]:
     """Fields of the head that say what boxes cost."""
     box = find_term("loss_type", loss_type, *roles, users=True)
     return {
@@ -209,7 +208,7 @@ def _box(loss_type: Any, beta: Any, *roles: str) -> dict[str, Any]:
     }
 
 
-def _focal(alpha: Any, gamma: Any) -> dict[str, Any]:
+def focal_fields(alpha: Any, gamma: Any) -> dict[str, Any]:
     """Fields of the head that say what classes cost."""
     alpha = checks.number("alpha", alpha)
     if not 0 <= alpha <= 1 and alpha != -1:
@@ -217,345 +216,9 @@ def _focal(alpha: Any, gamma: Any) -> dict[str, Any]:
     return {"label": "focal", "label_args": (alpha, checks.number("gamma", gamma, 0))}
 
 
-def _weights(value: Any) -> tuple[float, float, float, float]:
+def delta_weights(value: Any) -> tuple[float, float, float, float]:
+    """What deltas of x, y, w and h are multiplied by."""
     if not isinstance(value, list | tuple) or len(value) != 4:
         checks.fail("weights", checks.describe(value), "four positive numbers, of x, y, w and h")
     x, y, w, h = (checks.number("weights", item, 0, open_low=True) for item in value)
     return x, y, w, h
-
-
-class RetinaNetLoss(DenseLoss):
-    """Training loss of RetinaNet (Lin et al. 2017, arXiv 1708.02002), that of torchvision.
-
-    An anchor with an IoU of ``fg_iou_thresh`` or more takes the object that it overlaps most, with one from
-    ``bg_iou_thresh`` to there it is ignored. With ``allow_low_quality_matches`` every anchor that overlaps some object
-    as much as any anchor does takes the object that it overlaps most itself; an object that meets no anchor thus claims
-    all anchors that it does not meet, as in torchvision. With n the anchors of an image that have an object, not below
-    1,
-
-        mean over images of sum over anchors not ignored of focal(class logits, one-hot) / n
-        + mean over images of sum over anchors with an object of loss_type(box) / n
-
-    With ``recipe="mmdet"`` (``RetinaHead`` of mmdet 3) an anchor that overlaps some object as much as any anchor does
-    takes that object, of several the last one; and sums over the batch are divided by the sum of n.
-
-    Args:
-        num_classes: C.
-        recipe: ``"torchvision"`` or ``"mmdet"``.
-        normalizer: that of the recipe unless given. ``"image"``, see above, of torchvision; ``"images"``, the sum of n,
-            in which an image without an object counts as one, of mmdet; ``"batch"``, the anchors of the batch that have
-            an object, not below 1.
-        fg_iou_thresh: IoU of a match, from there on.
-        bg_iou_thresh: IoU below which an anchor is background.
-        allow_low_quality_matches: see above.
-        loss_type: ``"l1"`` or ``"smooth_l1"`` on box deltas, or on decoded boxes ``"iou"``, ``"giou"``, ``"ciou"``
-            or another IoU term for users in the table of ``fusedyolo/terms.py``.
-        beta: of ``"smooth_l1"``, the difference below which it is quadratic.
-        alpha: weight of positives in the focal loss, -1 for no weights.
-        gamma: exponent of its modulating factor.
-        weights: of x, y, w and h, what deltas are multiplied by.
-        class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
-        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
-            up to these.
-        image_size: (height, width) in pixels; needed where targets are relative to the image.
-        unit: of boxes in targets: ``"relative"`` to the image, or ``"pixel"``. Relative unless given; pixels in a list
-            of dicts.
-        boxes: in targets: ``"cxcywh"``, ``"xyxy"`` (corners) or ``"xywh"`` (left upper corner, width, height). Centre
-            and sides unless given; corners in a list of dicts.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-
-    Shapes:
-        - preds: ``(cls_logits, bbox_regression)``, ``[B, N, C]`` and ``[B, N, 4]`` (dx, dy, dw, dh), N counting levels,
-          rows, columns and the anchors of a cell; or for each a list of maps ``[B, A * C, H, W]`` and
-          ``[B, A * 4, H, W]``.
-        - targets: a list of ``{"boxes", "labels"}``, boxes x1, y1, x2, y2 in pixels unless ``unit`` and ``boxes`` say
-          otherwise; or, with ``image_size``, ``[M, 6]`` of image, class and box, in any order, ``[B, G, 5]`` of class
-          and box, or a list of ``[n, 5]``, one an image, boxes cx, cy, w, h relative to the image, likewise; or
-          :class:`~fusedyolo.Targets`. Labels are indices of class logits. Rows may have weights, and be ignored
-          regions, see there: of these torchvision knows nothing.
-        - anchors: ``[N, 4]``, x1, y1, x2, y2 in pixels.
-        - output: :class:`~fusedyolo.LossOutput` with the parts ``classification`` and ``bbox_regression``; ``num_pos``
-          is the number of anchors with an object.
-
-    Rows that cannot be (class or image out of range, not finite, no area, centre outside the image as far as its size
-    is known) are skipped and counted in ``num_invalid``.
-
-    Raises:
-        ValueError: an argument of the constructor or of a call does not fit; it says which, what came and what was
-            wanted.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        recipe: str = "torchvision",
-        *,
-        normalizer: str | None = None,
-        fg_iou_thresh: float = 0.5,
-        bg_iou_thresh: float = 0.4,
-        allow_low_quality_matches: bool = True,
-        loss_type: str = "l1",
-        beta: float = 1.0,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-        weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-        class_weights: Any = None,
-        reduction: str = "sum",
-        image_size: int | tuple[int, int] | None = None,
-        unit: str | None = None,
-        boxes: str | None = None,
-        backend: str = "auto",
-    ):
-        high = checks.number("fg_iou_thresh", fg_iou_thresh, 0, 1)
-        low = checks.number("bg_iou_thresh", bg_iou_thresh, 0, 1)
-        if low > high:
-            checks.fail("bg_iou_thresh", bg_iou_thresh, f"at most fg_iou_thresh, {fg_iou_thresh}")
-        is_mmdet = checks.one_of("recipe", recipe, RECIPES) == "mmdet"
-        if normalizer is None:
-            normalizer = "images" if is_mmdet else "image"
-        num_classes = checks.count("num_classes", num_classes)
-        low_quality = checks.flag("allow_low_quality_matches", allow_low_quality_matches)
-        head = DenseHead(
-            num_classes=num_classes,
-            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
-            matcher="iou",
-            band=(low, high),
-            rescue=("own" if is_mmdet else "equal") if low_quality else None,
-            decode="delta",
-            weights=_weights(weights),
-            mean=checks.one_of("normalizer", normalizer, ("image", "images", "batch")),
-            **_box(loss_type, beta, "delta", "iou"),
-            **_focal(alpha, gamma),
-        )
-        of_classes = checks.class_weights(class_weights, num_classes)
-        super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)
-
-
-class EfficientDetLoss(DenseLoss):
-    """Training loss of EfficientDet (Tan et al. 2020, arXiv 1911.09070), that of automl and of effdet.
-
-    An anchor with an IoU of ``match_threshold`` or more takes the object that it overlaps most; beside that, the best
-    anchor of every object takes that object, the first one of several. With n the anchors of the batch that have an
-    object, and one more,
-
-        sum over anchors of focal(class logits, one-hot) / n
-        + box_loss_weight * sum over anchors with an object of huber(box deltas) / (4 n)
-
-    huber(d) is d^2 / 2 for |d| below ``delta``, beyond it ``delta * (|d| - delta / 2)``. The peer leaves out deltas
-    whose target is exactly 0, which count here as all others.
-
-    Args:
-        num_classes: C, without the background.
-        match_threshold: IoU of a match, from there on.
-        alpha: weight of positives in the focal loss, -1 for no weights.
-        gamma: exponent of its modulating factor.
-        delta: see above; above 0.
-        box_loss_weight: see above.
-        class_weights: C numbers that the class terms are multiplied by, one each, whether the class is there or not.
-        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
-            up to these.
-        image_size: (height, width) in pixels; needed where targets are relative to the image.
-        unit: of boxes in targets, as in :class:`RetinaNetLoss`.
-        boxes: in targets, likewise.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-
-    Shapes, output and errors are those of :class:`RetinaNetLoss`; box deltas are dx, dy, dw, dh, where the peer has dy,
-    dx, dh, dw, and anchors y1, x1, y2, x2: hand in ``[..., [1, 0, 3, 2]]`` of both. Part ``bbox_regression`` has the
-    ``box_loss_weight`` in it. Labels are indices of class logits; in the peer's files they count from 1.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        match_threshold: float = 0.5,
-        alpha: float = 0.25,
-        gamma: float = 1.5,
-        delta: float = 0.1,
-        box_loss_weight: float = 50.0,
-        class_weights: Any = None,
-        reduction: str = "sum",
-        image_size: int | tuple[int, int] | None = None,
-        unit: str | None = None,
-        boxes: str | None = None,
-        backend: str = "auto",
-    ):
-        num_classes = checks.count("num_classes", num_classes)
-        thresh = checks.number("match_threshold", match_threshold, 0, 1)
-        delta = checks.number("delta", delta, 0, open_low=True)
-        head = DenseHead(
-            num_classes=num_classes,
-            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
-            matcher="iou",
-            band=(thresh, thresh),
-            rescue="best_first",
-            decode="delta",
-            mean="one more",
-            box="smooth_l1",  # which times delta is the other's huber
-            beta=delta,
-            box_args=(1e-7, 1e-7),
-            box_gain=checks.number("box_loss_weight", box_loss_weight, 0) * delta / 4,
-            **_focal(alpha, gamma),
-        )
-        of_classes = checks.class_weights(class_weights, num_classes)
-        super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)
-
-
-class SSDLoss(DenseLoss):
-    """Training loss of SSD (Liu et al. 2016, arXiv 1512.02325), that of torchvision: the MultiBox loss.
-
-    An anchor with an IoU of ``iou_thresh`` or more takes the object that it overlaps most; beside that, the best anchor
-    of every object takes that object, the last one of several. Of the anchors left, ``neg_to_pos_ratio`` times as many
-    as an image has with an object count, those of the largest cross-entropy. With n the anchors of the batch that have
-    an object, at least 1,
-
-        sum over anchors that count of cross-entropy(class logits, class or background) / n
-        + sum over anchors with an object of loss_type(box) / n
-
-    Should an image not have that many anchors left, some with an object count twice, as in torchvision; which ones
-    torchvision leaves open, here the first. Of equal cross-entropies the first anchors count, too.
-
-    Args:
-        num_classes: C, counting the background, which is class 0, as in torchvision.
-        iou_thresh: IoU of a match, from there on.
-        neg_to_pos_ratio: negatives that count for each positive.
-        loss_type: as in :class:`RetinaNetLoss`.
-        beta: as in :class:`RetinaNetLoss`.
-        weights: as in :class:`RetinaNetLoss`.
-        class_weights: C numbers, one a class, the background the first: what the cross-entropy of an anchor of that
-            class is multiplied by.
-        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
-            up to these.
-        image_size: (height, width) in pixels; needed where targets are relative to the image.
-        unit: of boxes in targets, as in :class:`RetinaNetLoss`.
-        boxes: in targets, likewise.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-
-    Shapes, output and errors are those of :class:`RetinaNetLoss`. Labels are 1 ... C - 1, in every form of targets;
-    rows of class 0 are skipped and counted in ``num_invalid``.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        iou_thresh: float = 0.5,
-        neg_to_pos_ratio: float = 3.0,
-        loss_type: str = "smooth_l1",
-        beta: float = 1.0,
-        weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
-        class_weights: Any = None,
-        reduction: str = "sum",
-        image_size: int | tuple[int, int] | None = None,
-        unit: str | None = None,
-        boxes: str | None = None,
-        backend: str = "auto",
-    ):
-        thresh = checks.number("iou_thresh", iou_thresh, 0, 1)
-        num_classes = checks.count("num_classes", num_classes, 2)
-        head = DenseHead(
-            num_classes=num_classes,
-            background=True,
-            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
-            matcher="iou",
-            band=(thresh, thresh),
-            rescue="best",
-            decode="delta",
-            weights=_weights(weights),
-            label="softmax_ce",
-            label_args=(),
-            negatives=checks.number("neg_to_pos_ratio", neg_to_pos_ratio, 0, open_low=True),
-            mean="batch",
-            **_box(loss_type, beta, "delta", "iou"),
-        )
-        of_classes = checks.class_weights(class_weights, num_classes)
-        super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)
-
-
-class FCOSLoss(DenseLoss):
-    """Training loss of FCOS (Tian et al. 2019, arXiv 1904.01355), that of torchvision.
-
-    An anchor takes the smallest object (the first of equals) among those that hold its centre, whose own is less than
-    ``center_sampling_radius`` anchor sides away on both axes, and whose farthest side is between 4 and 8 anchor sides
-    away; the first level also takes those nearer, the last those farther. With n the anchors of the batch that have an
-    object, at least 1, and BCE of the centreness towards sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)),
-
-        (sum over anchors of focal(class logits, one-hot) + sum over anchors with an object of loss_type(box) + BCE) / n
-
-    Areas are compared as torchvision does: in float32 those closer than 8 square pixels are equal.
-
-    With ``recipe="mmdet"`` (``FCOSHead`` of mmdet 3, and of its authors) every anchor whose centre is in an object's
-    box may take it, boxes cost ``-ln IoU``, each is weighed by the target of its centreness, and they are divided by
-    the sum of these weights. Anchors are squares of the level's stride around the middles of cells; predicted distances
-    in pixels are to be divided by it.
-
-    Args:
-        num_classes: C.
-        recipe: ``"torchvision"`` or ``"mmdet"``.
-        center_sampling_radius: see above; ``math.inf`` for any distance. Unless given 1.5, of mmdet ``math.inf``.
-        scale_range: in anchor sides, see above; ``(4, 8)`` are the usual ``regress_ranges`` of mmdet.
-        loss_type: ``"iou"``, ``"giou"``, ``"ciou"``, ``"iou_log"`` (-ln IoU, of an IoU of at least 1e-6; of anchors
-            inside their object, as here, float32 has its digits) or another IoU term for users of
-            ``fusedyolo/terms.py``. ``"giou"`` or ``"iou_log"`` unless given.
-        box_weight: ``"none"``, or ``"centreness"``, as the recipe says unless given.
-        alpha: as in :class:`RetinaNetLoss`.
-        gamma: as in :class:`RetinaNetLoss`.
-        class_weights: as in :class:`RetinaNetLoss`.
-        reduction: ``"sum"``, as above; or ``"none"``, by which total and parts are ``[B]``, one of each image, and add
-            up to these.
-        image_size: (height, width) in pixels; needed where targets are relative to the image.
-        unit: of boxes in targets, as in :class:`RetinaNetLoss`.
-        boxes: in targets, likewise.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-
-    Shapes:
-        - preds: ``(cls_logits, bbox_regression, bbox_ctrness)``, ``[B, N, C]``, ``[B, N, 4]`` (left, top, right, bottom
-          in units of the anchor's side, not negative) and ``[B, N, 1]``; or for each a list of maps. In one piece, the
-          call needs ``num_anchors_per_level``.
-        - anchors: ``[N, 4]`` squares, x1, y1, x2, y2 in pixels.
-
-    Other shapes, output (with the third part ``bbox_ctrness``) and errors are those of :class:`RetinaNetLoss`.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        recipe: str = "torchvision",
-        *,
-        center_sampling_radius: float | None = None,
-        scale_range: tuple[float, float] = (4.0, 8.0),
-        loss_type: str | None = None,
-        box_weight: str | None = None,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-        class_weights: Any = None,
-        reduction: str = "sum",
-        image_size: int | tuple[int, int] | None = None,
-        unit: str | None = None,
-        boxes: str | None = None,
-        backend: str = "auto",
-    ):
-        is_mmdet = checks.one_of("recipe", recipe, RECIPES) == "mmdet"
-        num_classes = checks.count("num_classes", num_classes)
-        if center_sampling_radius is None:
-            center_sampling_radius = math.inf if is_mmdet else 1.5
-        radius = ANYWHERE if center_sampling_radius == math.inf else center_sampling_radius
-        if box_weight is None:
-            box_weight = "centreness" if is_mmdet else "none"
-        weighed = checks.one_of("box_weight", box_weight, ("none", "centreness")) == "centreness"
-        head = DenseHead(
-            num_classes=num_classes,
-            by_image=checks.one_of("reduction", reduction, ("sum", "none")) == "none",
-            matcher="centre",
-            rescue=None,
-            radius=checks.number("center_sampling_radius", radius, 0, open_low=True),
-            scale_range=checks.ascending_pair("scale_range", scale_range),
-            decode="ltrb",
-            mean="batch",
-            centreness=True,
-            box_weight="centreness" if weighed else None,
-            **_box(("iou_log" if is_mmdet else "giou") if loss_type is None else loss_type, 1.0, "iou", "boxes"),
-            **_focal(alpha, gamma),
-        )
-        of_classes = checks.class_weights(class_weights, num_classes)
-        super().__init__(head, image_size, backend, checks.box_form(unit, boxes), of_classes)

@@ -23,7 +23,7 @@ from ..kernels.launch import (
     price_tile,
 )
 from ..kernels.levels import Strides
-from ..kernels.picks import boxes, costs, pick, records, settle, site, wish
+from ..kernels.picks import costs, decode, pick, records, settle, site, wish
 from ..terms import TERMS
 from ..tuned import wishes
 from .launch import COUNTERS, Launch, Layout, accumulator, counters_and_maxima, layouts, odd, planned
@@ -264,13 +264,13 @@ def picking(
     }
     most = PICK_REGISTERS if acc == torch.float64 else None
     programs, count = (len(heads) * batch * tiles,), len(heads)
-    decode = Launch(boxes.decode_kernel, programs, decoding, PICK_THREADS, most, exact=True)
+    boxes = Launch(decode.decode_kernel, programs, decoding, PICK_THREADS, most, exact=True)
     cost = Launch(costs.cost_kernel, programs, prices, threads, most, exact=True)
     # where there is no row, one program finishes
     select = Launch(pick.pick_kernel, lambda M: (max(1, M << shift) * count,), picks, PICK_THREADS, most, exact=True)
     end = Launch(settle.settle_kernel, lambda M: (max(1, M) * count,), ends, PICK_THREADS, exact=True)
     found = [Found(branch.decoded, branch.settled) for branch in branches]
-    return [decode, *([cost] if priced else ()), select, end], found
+    return [boxes, *([cost] if priced else ()), select, end], found
 
 
 def _limit(head: PickHead) -> int | None:

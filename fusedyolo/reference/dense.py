@@ -1,5 +1,5 @@
-"""Losses over anchors that each predict a box and the logits of all classes: the twin of ``kernels/match.py`` and
-``kernels/dense.py``. Boxes are x1, y1, x2, y2 in pixels.
+"""Losses over anchors that each predict a box and the logits of all classes: the twin of ``kernels/dense``.
+Boxes are x1, y1, x2, y2 in pixels.
 """
 
 from __future__ import annotations

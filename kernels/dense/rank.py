@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from ..sums import column, column_sums, is_last
-from .loss import rank_key, share
+from .ranked import rank_key
+from .taken import share
 
 BINS: tl.constexpr = tl.constexpr(256)
 LEAST: tl.constexpr = tl.constexpr(-16)  # all below two to this are in the first bin, an octave are eight

@@ -19,8 +19,8 @@ DECIDE = {
     "YOLOv4/darknet": {"assign.row_cell", "assign.best_anchor", "assign._candidates", "ignore.ignored"},
     "YOLOv5": {"assign.row_cell", "assign.ratio", "assign._candidates"},
     "YOLOv7": {"assign.row_cell", "assign.ratio", "offer._list_offers", "choose._best_offered", "choose._pick"},
-    "RetinaNet": {"match._most_overlap", "match._claimed"},
-    "FCOS": {"match._smallest_around"},
+    "RetinaNet": {"by_iou.most_overlap", "by_iou.claimed"},
+    "FCOS": {"by_centre.smallest_around"},
     "YOLOv8": {"wish.in_region", "wish.overlap_of", "pick._best_reached"},
 }
 

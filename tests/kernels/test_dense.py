@@ -18,8 +18,7 @@ from torch import Tensor
 import fusedyolo
 from bench.count import count
 from fusedyolo import FCOSLoss, RetinaNetLoss, SSDLoss, anchors, ops, reference
-from fusedyolo.ops import dense as dense_ops
-from fusedyolo.ops import launch
+from fusedyolo.ops import dense_plan, launch
 from fusedyolo.ops.dense import dense_outputs
 from fusedyolo.targets import corner_rows
 from fusedyolo.terms import TERMS, term_names
@@ -482,7 +481,7 @@ def test_hard_negatives_at_equal_losses_come_first_by_their_index():
 @pytest.mark.parametrize(("ratio", "dtype"), [(0.5, torch.float32), (3.0, torch.float64), (40.0, torch.float32)])
 def test_a_ranking_by_several_programs(monkeypatch, ratio, dtype):
     """Parts of 64 anchors, ties within and across them, a NaN, and with a large ratio fewer negatives than wanted."""
-    monkeypatch.setattr(dense_ops, "RANK_PART", 64)
+    monkeypatch.setattr(dense_plan, "RANK_PART", 64)
     preds, targets = make_preds("ssd", 2, dtype), make_targets("ssd", 2, n=6)
     with torch.no_grad():
         preds[0].copy_(preds[0].round())  # of few values: many are as hard as each other
@@ -510,7 +509,7 @@ def test_rows_that_meet_no_anchor_of_a_block(kind):
     want = reference.dense_match(boxes, read, head, 1, tuple(ends))
     for block in (16, 256):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dense_ops, "MATCH_BLOCK", block)
+            patch.setattr(dense_plan, "MATCH_BLOCK", block)
             outputs = ops.dense_loss(preds, boxes, rows, offsets, head.key, [math.inf] * 2, True, ends, False)
         assert torch.equal(matches(outputs), want)
         assert outputs[6].tolist() == [int((want >= 0).sum())] * 2

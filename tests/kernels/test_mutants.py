@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from fusedyolo.kernels import assign, primitives, rows
-from fusedyolo.kernels.dense import loss, match, rank
+from fusedyolo.kernels.dense import blocks, by_centre, by_iou, classes, place, rank, ranked, taken
+from fusedyolo.kernels.dense import box as dense_box
 from fusedyolo.kernels.grid import assign as listing
 from fusedyolo.kernels.grid import box as grid_box
 from fusedyolo.kernels.grid import choose, ignore, offer, positives
@@ -24,7 +25,7 @@ from test_dense import make_targets as dense_targets
 from test_grid import DARKNET, HEAD, HEADS, LIGHTNET, RATIO, make_preds, make_rows
 
 from fusedyolo import ops
-from fusedyolo.ops import dense as dense_ops
+from fusedyolo.ops import dense_plan
 from fusedyolo.ops import grid as grid_ops
 
 pytestmark = pytest.mark.interpreter("compiled kernels keep the functions they were compiled with")
@@ -149,7 +150,7 @@ def check_ssd() -> None:
 def check_blocks() -> None:
     """Few anchors a program, so that most rows do not meet a block."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense_ops, "MATCH_BLOCK", 16)
+        patch.setattr(dense_plan, "MATCH_BLOCK", 16)
         for kind in ("retinanet", "fcos"):
             check_loss(kind, dense_preds(kind, 1, torch.float64), dense_targets(kind, 1, n=12), 1e-11)
 
@@ -705,7 +706,7 @@ def iou_of_areas_off(p, q, p_area, q_area, QUOTIENT):
 
 @triton.jit
 def first_key_of_nobody(key):
-    return tl.where(key == 0, -1, match.LOWEST.value - (key & 0xFFFFFFFF)).to(tl.int32)
+    return tl.where(key == 0, -1, by_iou.LOWEST.value - (key & 0xFFFFFFFF)).to(tl.int32)
 
 
 @triton.jit
@@ -786,9 +787,9 @@ def l1_of_the_centre(a, b, ta, tb, scale):
     return tl.abs(a - ta), primitives.sign(a - ta), primitives.sign(b - b)
 
 
-real_match_iou, real_row_corners, real_centreness = match.iou, rows.row_corners, loss.centreness
-real_share, real_ranked_weight, real_cut = loss.share, loss._ranked_weight, rank._cut
-real_bin_reached, real_reached = rank._reached, match._reached
+real_match_iou, real_row_corners, real_centreness = by_iou.iou, rows.row_corners, place.centreness
+real_share, real_ranked_weight, real_cut = taken.share, ranked._ranked_weight, rank._cut
+real_bin_reached, real_reached = rank._reached, by_centre._reached
 real_delta, real_ltrb = decode.delta, decode.ltrb
 
 
@@ -800,17 +801,19 @@ MUTANTS = [
     (choose, "cost", cost_of_classes_alone, check_picking),
     (choose, "prediction_at", anchor_of_the_first, check_picking),
     (offer, "class_costs", class_costs_forgotten, check_picking),
-    (match, "iou", iou_of_areas_off, check_retinanet),
-    (match, "_meets", meets_inside, check_blocks),
-    (match, "_reached", reached_by_less, check_blocks),
-    (match, "row_corners", corners_of_any_class, check_ssd_classes),
-    (match, "best_anchor_of", first_key_of_nobody, check_far_object),
-    (loss, "share", share_of_the_batch, check_retinanet),
-    (loss, "share", share_of_the_image, check_fcos),
-    (loss, "centreness", centreness_squared, check_fcos),
-    (match, "centreness", centreness_squared, check_weighed_fcos),
-    (loss, "_ranked_weight", weight_never_twice, check_ssd),
-    (loss, "_ranked_weight", weight_of_positives, check_ssd),
+    (by_iou, "iou", iou_of_areas_off, check_retinanet),
+    (by_iou, "_meets", meets_inside, check_blocks),
+    (by_centre, "_reached", reached_by_less, check_blocks),
+    (blocks, "row_corners", corners_of_any_class, check_ssd_classes),
+    (by_iou, "best_anchor_of", first_key_of_nobody, check_far_object),
+    (classes, "share", share_of_the_batch, check_retinanet),
+    (classes, "share", share_of_the_image, check_fcos),
+    (dense_box, "share", share_of_the_batch, check_retinanet),
+    (dense_box, "share", share_of_the_image, check_fcos),
+    (dense_box, "centreness", centreness_squared, check_fcos),
+    (by_centre, "centreness", centreness_squared, check_weighed_fcos),
+    (ranked, "_ranked_weight", weight_never_twice, check_ssd),
+    (ranked, "_ranked_weight", weight_of_positives, check_ssd),
     (rank, "_cut", cut_one_lower, check_ssd),
     (rank, "_reached", bin_of_the_largest, check_ssd),
     (decode, "delta", delta_unclipped, check_retinanet),
@@ -903,7 +906,7 @@ CHECKS = [
 
 def forget() -> None:
     ops.forget_plans()
-    for constants in (grid_ops._parts, dense_ops._row):
+    for constants in (grid_ops._parts, dense_plan._row):
         constants.cache_clear()
 
 

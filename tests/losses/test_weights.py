@@ -300,7 +300,7 @@ def weights_of_1(matched, match, ACC: tl.constexpr):
         ("YOLOv2/region", "regions", "within", within_both),
         ("FCOS", "regions", "within", within_both),
         ("YOLOv2/region", "grid.assign", "of_kind", of_any),
-        ("FCOS", "dense.loss", "_own_weights", weights_of_1),
+        ("FCOS", "dense.classes", "own_weights", weights_of_1),
     ],
 )
 def test_a_broken_kernel_differs(name, module, function, broken, monkeypatch):

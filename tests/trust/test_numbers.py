@@ -274,7 +274,12 @@ def times(weight, value, ZEROS: tl.constexpr = True):
 @pytest.mark.interpreter("compiled kernels keep the functions they were compiled with")
 @pytest.mark.parametrize(
     ("name", "module"),
-    [("YOLOv1/paper", "cells"), ("YOLOv3/paper", "grid.positives"), ("SSD", "dense.loss"), ("YOLOX", "picks.loss")],
+    [
+        ("YOLOv1/paper", "cells"),
+        ("YOLOv3/paper", "grid.positives"),
+        ("SSD", "dense.ranked"),
+        ("YOLOX", "picks.box"),
+    ],
 )
 def test_a_plain_product_is_seen(name, module, monkeypatch):
     monkeypatch.setattr(import_module(f"fusedyolo.kernels.{module}"), "weigh", times)
