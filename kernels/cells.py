@@ -29,6 +29,8 @@ from .terms.records import axis_of_sizes
 
 LOW: tl.constexpr = tl.constexpr(4)
 N_PARTS: tl.constexpr = tl.constexpr(8)  # box, confidence, class, cells with an object, invalid rows; the rest is empty
+GROUPS: tl.constexpr = tl.constexpr(16)  # of cells, warps where there are so many
+REGIONS: tl.constexpr = tl.constexpr(16)  # rows at a time, where some may be ignored regions
 
 
 class Part(NamedTuple):
@@ -155,42 +157,64 @@ def _box(tile, k, j):
 
 
 @triton.jit
-def _first_rows(targets, M, B, cells, SPEC: tl.constexpr):
-    """The first object in each of the cells, M where there is none; how many rows that can be lie in them all; and
-    which cells have their middle in an ignored region."""
+def _first_rows(targets, first, last, M, B, SPEC: tl.constexpr):
+    """Of rows from ``first`` to ``last`` the first object in each cell of the program, M where there is none; and how
+    many rows that can be lie in them, to be added up over lanes.
+
+    Each of GROUPS of the cells looks at all rows, a lane each: where a group is a warp none waits for another.
+    """
     CELLS: tl.constexpr = SPEC.CELLS
     BLOCK_G: tl.constexpr = SPEC.BLOCK_G
+    EACH: tl.constexpr = SPEC.CELLS // GROUPS
     AREA: tl.constexpr = SPEC.S * SPEC.S
-    lane = tl.arange(0, CELLS)[:, None]
-    # A tile of cells and rows, rows along a warp: of what is computed a row, a thread computes one or two. The first
-    # of each cell is found once, after the loop.
-    owner = tl.zeros([CELLS, BLOCK_G], tl.int32) + M
-    valid = tl.zeros([BLOCK_G], tl.int32)
-    covered = tl.zeros([CELLS, BLOCK_G], tl.int32)
-    first = M * 0
-    last = M
-    if targets.offsets_ptr is not None:  # from the first row of any of their images to the last
-        ranges = targets.offsets_ptr + tl.minimum(cells // AREA, B - 1)
-        first = tl.minimum(tl.maximum(tl.min(tl.load(ranges), axis=0), 0), M)
-        last = tl.minimum(tl.max(tl.load(ranges + 1), axis=0), M)
-    c0 = tl.program_id(0) * CELLS
+    lane = tl.arange(0, GROUPS * BLOCK_G)
+    own = tl.arange(0, EACH)[None, :, None]
+    owner = tl.zeros([GROUPS, EACH, BLOCK_G], tl.int32) + M  # the first of each cell is found once, after the loop
+    valid = tl.zeros([GROUPS * BLOCK_G], tl.int32)
+    c0 = tl.program_id(0) * CELLS + lane // BLOCK_G * EACH
     for g0 in range(first, last, BLOCK_G):
-        g = g0 + tl.arange(0, BLOCK_G)
-        row = of_kind(load_rows(targets.ptr, g, g < last, BLOCK_G), g, g < last, targets.row_weights_ptr, "any")
+        g = g0 + lane % BLOCK_G
+        row = load_rows(targets.ptr, g, g < last, GROUPS * BLOCK_G)
+        row = of_kind(row, g, g < last, targets.row_weights_ptr, "any")
         b = tl.where((row.image >= 0) & (row.image < B), row.image, -1.0).to(tl.int32)
         cell = row_cell(row.cx, row.cy, row_valid(row, 0, B, SPEC.C, 1.0), 0, SPEC.S, SPEC.S, 0.0)
         at = b * AREA + cell - c0
-        here = (b >= 0) & (cell >= 0) & (at >= 0) & (at < CELLS)
+        here = (b >= 0) & (cell >= 0) & (at >= 0) & (at < EACH)
         here = in_its_range(b, g, here, targets.offsets_ptr)
         valid += here.to(tl.int32)
         if targets.row_weights_ptr is not None:
             here = here & (of_kind(row, g, g < last, targets.row_weights_ptr, "object").image >= 0)
-            region = of_kind(row, g, g < last, targets.row_weights_ptr, "region")
-            there = in_its_range(b, g, row_valid(region, 0, B, SPEC.C, 1.0), targets.offsets_ptr)
-            covered |= (there[None, :] & _covers(region, b, cells, SPEC)).to(tl.int32)
-        hit = tl.where(here, at, -1)[None, :] == lane
-        owner = tl.minimum(owner, tl.where(hit, g[None, :], M))
-    return tl.min(owner, axis=1), tl.sum(valid, axis=0), tl.max(covered, axis=1) > 0
+        at = tl.reshape(tl.where(here, at, -1), (GROUPS, 1, BLOCK_G))
+        owner = tl.minimum(owner, tl.where(at == own, tl.reshape(g, (GROUPS, 1, BLOCK_G)), M))
+    return tl.min(tl.reshape(owner, (CELLS, BLOCK_G)), axis=1), valid
+
+
+@triton.jit
+def _hidden(targets, first, last, B, cells, SPEC: tl.constexpr):
+    """Which of the cells have their middle in an ignored region, of rows from ``first`` to ``last``."""
+    CELLS: tl.constexpr = SPEC.CELLS
+    covered = tl.zeros([CELLS], tl.int32)
+    for g0 in range(first, last, REGIONS):
+        g = g0 + tl.arange(0, REGIONS)
+        row = of_kind(load_rows(targets.ptr, g, g < last, REGIONS), g, g < last, targets.row_weights_ptr, "region")
+        b = tl.where((row.image >= 0) & (row.image < B), row.image, -1.0).to(tl.int32)
+        there = in_its_range(b, g, row_valid(row, 0, B, SPEC.C, 1.0), targets.offsets_ptr)
+        if tl.max(there.to(tl.int32), axis=0) > 0:
+            covers = there[None, :] & _covers(row, b, cells, SPEC)
+            covered = tl.maximum(covered, tl.max(covers.to(tl.int32), axis=1))
+    return covered > 0
+
+
+@triton.jit
+def _rows_of(targets, M, B, cells, SPEC: tl.constexpr):
+    """Where the rows begin and end that the cells' images have."""
+    first = M * 0
+    last = M
+    if targets.offsets_ptr is not None:  # from the first row of any of their images to the last
+        ranges = targets.offsets_ptr + tl.minimum(cells // (SPEC.S * SPEC.S), B - 1)
+        first = tl.minimum(tl.maximum(tl.min(tl.load(ranges), axis=0), 0), M)
+        last = tl.minimum(tl.max(tl.load(ranges + 1), axis=0), M)
+    return first, last
 
 
 @triton.jit
@@ -204,13 +228,13 @@ def _covers(rows, b, cells, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _places(at, cells, k, SPEC: tl.constexpr):
-    """Where channels k of the cells lie: elements from the first one, as a tile."""
+def _places(part, cells, k, SPEC: tl.constexpr):
+    """Pointers to channels k of the cells, as a tile."""
     N: tl.constexpr = SPEC.N
     S: tl.constexpr = SPEC.S
-    boxes = at.boxes
-    confidences = at.confidences
-    scores = at.scores
+    boxes = part.at.boxes
+    confidences = part.at.confidences
+    scores = part.at.scores
     j = k // 5
     e = k % 5
     is_cls = k >= 5 * N
@@ -222,7 +246,7 @@ def _places(at, cells, k, SPEC: tl.constexpr):
     y = ((cells % (S * S)) // S)[None, :, None]
     x = (cells % S)[None, :, None]
     inside = start[:, None, :] + y * down[:, None, :] + x * right[:, None, :]
-    return ((cells // (S * S)).to(tl.int64) * at.image)[None, :, None] + inside
+    return (part.ptr + (cells // (S * S)).to(tl.int64) * part.at.image)[None, :, None] + inside
 
 
 @triton.jit
@@ -232,7 +256,7 @@ def _load_tile(pred, k, cells, inside, has, SPEC: tl.constexpr):
     always = ((k % 5 == 4) & ~is_cls)[:, None, :]
     there = inside[None, :, None] & (k < 5 * SPEC.N + SPEC.C)[:, None, :]
     mask = there & (always | has[None, :, None])
-    return tl.load(pred.ptr + _places(pred.at, cells, k, SPEC), mask=mask, other=0.0).to(SPEC.ACC)
+    return tl.load(_places(pred, cells, k, SPEC), mask=mask, other=0.0).to(SPEC.ACC)
 
 
 @triton.jit
@@ -358,7 +382,8 @@ def _terms(tile, k, cells, inside, held, gains, grad, grad_out, SPEC: tl.constex
         obj = tl.sum(tl.where(is_conf, sums, 0.0))
         cls = tl.sum(tl.where(is_cls, sums, 0.0))
     if grad.ptr is not None:
-        to = grad.ptr + _places(grad.at, cells, k, SPEC)
+        # plus 0, which the compiler does not know to be: else it would hold on to all places of the loads
+        to = _places(grad, cells + (tl.num_programs(1) - 1), k, SPEC)
         tl.store(to, (grad_out * d).to(grad.ptr.dtype.element_ty), mask=keep)
     return box, obj, cls
 
@@ -401,10 +426,15 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
     CELLS: tl.constexpr = SPEC.CELLS
     cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     inside = cells < B * (SPEC.S * SPEC.S)
-    owner, valid, hidden = _first_rows(targets, M, B, cells, SPEC)
-    invalid = -valid  # of the whole batch, once all programs are added up
+    first, last = _rows_of(targets, M, B, cells, SPEC)
+    owner, valid = _first_rows(targets, first, last, M, B, SPEC)
+    hidden = cells < 0
+    if targets.row_weights_ptr is not None:
+        hidden = _hidden(targets, first, last, B, cells, SPEC)
+    invalid = -valid  # in all lanes, of the whole batch once all programs are added up
     if tl.program_id(0) == 0:
-        invalid += rows_end(targets.offsets_ptr, M, B) + wrong_offsets(targets.offsets_ptr, M, B, SPEC.BLOCK_G)
+        all_rows = rows_end(targets.offsets_ptr, M, B) + wrong_offsets(targets.offsets_ptr, M, B, SPEC.BLOCK_G)
+        invalid += tl.where(tl.arange(0, invalid.shape[0]) == 0, all_rows, 0)
     has = owner < M
     truth, label = _truth(targets.ptr, owner, has, cells, SPEC)
     k = _channels(0, SPEC.CHANNELS)
@@ -437,7 +467,7 @@ def cell_kernel(pred_ptr, pred_at, grad_ptr, grad_at, targets, gains, outputs, M
         cls = tl.sum(cls, axis=0)
     part = tl.arange(0, N_PARTS)
     used = tl.sum((chosen >= 0).to(tl.int32), axis=0).to(SPEC.ACC)
-    partial = tl.where(part == 3, used, tl.where(part == 4, invalid.to(SPEC.ACC), 0.0))
+    partial = tl.where(part == 3, used, tl.where(part == 4, tl.sum(invalid, axis=0).to(SPEC.ACC), 0.0))
     partial = tl.where(part == 0, box, tl.where(part == 1, obj, tl.where(part == 2, cls, partial)))
     tl.store(outputs.partial_ptr + tl.program_id(0) * N_PARTS + part, partial)
     programs = tl.num_programs(0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..kernels.launch import WEIGHED_REGISTERS, power_of_two
+from ..kernels.launch import REGISTERS, WEIGHED_REGISTERS, power_of_two
 
 import triton.language as tl  # isort: skip
 
@@ -134,12 +134,13 @@ class Launch:
         if limit is not None:
             weighed = any(each is not None for each in self.weights)
             more = WEIGHED_REGISTERS * weighed + NEWER_REGISTERS * (generation >= 10)
-            limit = min(limit + more, MOST_REGISTERS)
+            limit = min(limit + more, MOST_REGISTERS, REGISTERS // self.threads)
         return dict(_options(self.threads, limit, self.exact, self.stages, nvidia))
 
 
 NEWER_REGISTERS, MOST_REGISTERS = 24, 255
-"""Of a thread: more from compute capability 10 on, where ptxas spills some of what fits on older ones; and at most."""
+"""Of a thread: more from compute capability 10 on, where ptxas spills some of what fits on older ones; and at most, as
+long as a multiprocessor has so many for all threads."""
 
 
 def _generation() -> int:

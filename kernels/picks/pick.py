@@ -18,6 +18,7 @@ SEVERAL: tl.constexpr = tl.constexpr(-1)  # rows picked a cell
 TILES: tl.constexpr = tl.constexpr(32)  # that are looked at at a time
 FEW: tl.constexpr = tl.constexpr(1024)  # candidates of an image that are all looked at, wherever their boxes are
 MERGED: tl.constexpr = tl.constexpr(256)  # cells that programs of a row have left, at a time
+LISTED: tl.constexpr = tl.constexpr(128)  # candidates at a time
 
 
 class Share(NamedTuple):
@@ -207,8 +208,8 @@ def _best_listed(
             record = decoded.tiles_ptr + (one.image * tiles + tile).to(tl.int64) * 2
             begin = tl.load(record, mask=~everywhere, other=0)
             end = begin + tl.load(record + 1, mask=~everywhere, other=0) + tl.where(everywhere, listed, 0)
-            for i0 in range(begin, end, BLOCK):
-                there, cells = _listed(one, i0 + tl.arange(0, BLOCK), end, problem, decoded, SPEC)
+            for i0 in range(begin, end, LISTED):
+                there, cells = _listed(one, i0 + tl.arange(0, LISTED), end, problem, decoded, SPEC)
                 if BY == "overlap":
                     off_x, off_y = offsets(one, cells, problem.frame, SPEC)
                     at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n

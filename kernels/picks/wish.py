@@ -223,18 +223,21 @@ def look_at(one, cells, mask, anywhere, problem, decoded, SPEC: tl.constexpr):
     off_x, off_y = offsets(one, cells, problem.frame, SPEC)
     can = mask & in_region(one, cells, off_x, anywhere, problem.frame, problem.numbers, SPEC)
     at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n
-    overlap = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, can), problem, SPEC)
-    overlap = tl.where(can, overlap, 0.0)
+    # whether it will be asked for or not, so that all is waited for at once
+    cls = load_channel(problem.predictions.cls, one.image, one.label, cells, can, SPEC)
     if SPEC.ASSIGNER == "aligned":
+        overlap = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, can), problem, SPEC)
+        overlap = tl.where(can, overlap, 0.0)
         can = can & ((overlap > 0) | (problem.numbers.beta.exponent == 0))  # which asks for no overlap
-        worth = metric(load_channel(problem.predictions.cls, one.image, one.label, cells, can, SPEC), overlap, problem)
+        worth = metric(cls, overlap, problem)
         key = _by_worth(worth, can)
         strength = _by_worth(overlap.to(tl.float32), can)
     else:
-        shared = tl.load(decoded.cost_ptr + at, mask=can, other=float("inf"))
-        can = can & (shared < float("inf"))
-        cls = load_channel(problem.predictions.cls, one.image, one.label, cells, can, SPEC)
         obj = load_channel(problem.predictions.obj, one.image, 0, cells, can, SPEC)
+        shared = tl.load(decoded.cost_ptr + at, mask=can, other=float("inf"))
+        overlap = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, can), problem, SPEC)
+        overlap = tl.where(can, overlap, 0.0)
+        can = can & (shared < float("inf"))
         worth = cost(shared, cls, obj, overlap)
         _near, own = near_and_own(one, off_x, off_y, cells.stride, problem.numbers, SPEC)
         key = by_cost(worth, own, can)

@@ -437,15 +437,15 @@ def test_contraction_is_always_said(nvidia):
 
 
 def test_registers_are_no_more_than_there_are():
-    """Of launches in float64, which are given all there are, too."""
+    """Of launches in float64, which are given all there are, too; and a multiprocessor has 65,536 for all threads."""
 
-    def most(limit, generation, weighed):
-        return Launch(kernels.nms_kernel, (1,), {}, 64, limit, weights=(None, weighed or None)).options(
-            True, generation
-        )["maxnreg"]
+    def most(limit, generation, weighed, threads=64):
+        launch = Launch(kernels.nms_kernel, (1,), {}, threads, limit, weights=(None, weighed or None))
+        return launch.options(True, generation)["maxnreg"]
 
     assert [most(64, generation, weighed) for generation in (9, 10) for weighed in (False, True)] == [64, 88, 88, 112]
     assert {most(255, generation, weighed) for generation in (9, 10) for weighed in (False, True)} == {255}
+    assert {most(128, generation, weighed, 512) for generation in (9, 10) for weighed in (False, True)} == {128}
 
 
 # ---- zeros that launches share
