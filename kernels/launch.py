@@ -221,6 +221,7 @@ PICK_THREADS = 32  # of programs that have no more to share: those that decode, 
 PRICE_THREADS = 128  # of programs that read all classes of candidates, at most
 OFFER_THREADS = 64  # of those that decode them, too, and have no registers for more
 PICK_REGISTERS = 255  # of these in float64, all there are: told of no limit, ptxas keeps to 168, and spills
+CANDIDATE_REGISTERS = 128  # of those that decode candidates, or look at many: told of none, on some GPUs it spills
 PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
 AWARDED = 32  # rows at a time, to one of which goes what several picked
 AWARDING = 1024  # programs, at most, that share that out

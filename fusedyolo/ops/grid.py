@@ -16,6 +16,7 @@ from ..kernels.grid import choose, gradient, loss, offer, records
 from ..kernels.launch import (
     AWARDED,
     AWARDING,
+    CANDIDATE_REGISTERS,
     OFFER_THREADS,
     PICK_REGISTERS,
     PICK_THREADS,
@@ -345,7 +346,7 @@ def _picking(given: dict[str, Any], spec: records.Spec, head: GridHead, acc: tor
     offered, each = given | width | {"ACROSS": across}, common | {"COUNT": head.topk, "K": power_of_two(head.topk)}
     shared = common | width | {"BLOCK": AWARDED}
     return [
-        Launch(offer.offer_kernel, _one_a_row, offered, threads, most, exact=True),
+        Launch(offer.offer_kernel, _one_a_row, offered, threads, most or CANDIDATE_REGISTERS, exact=True),
         Launch(choose.choose_kernel, _one_a_row, each, PICK_THREADS, most, exact=True),
         Launch(choose.award_kernel, _awarding, shared, PICK_THREADS, most, exact=True),
     ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..heads import PickHead, branches_from_key, pick_head_from_key
 from ..kernels.launch import (
+    CANDIDATE_REGISTERS,
     PICK_DECODED,
     PICK_REGISTERS,
     PICK_SETTLED,
@@ -267,7 +268,8 @@ def picking(
     boxes = Launch(decode.decode_kernel, programs, decoding, PICK_THREADS, most, exact=True)
     cost = Launch(costs.cost_kernel, programs, prices, threads, most, exact=True)
     # where there is no row, one program finishes
-    select = Launch(pick.pick_kernel, lambda M: (max(1, M << shift) * count,), picks, PICK_THREADS, most, exact=True)
+    limit = CANDIDATE_REGISTERS if priced and most is None else most
+    select = Launch(pick.pick_kernel, lambda M: (max(1, M << shift) * count,), picks, PICK_THREADS, limit, exact=True)
     end = Launch(settle.settle_kernel, lambda M: (max(1, M) * count,), ends, PICK_THREADS, exact=True)
     found = [Found(branch.decoded, branch.settled) for branch in branches]
     return [boxes, *([cost] if priced else ()), select, end], found
