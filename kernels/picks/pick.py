@@ -18,7 +18,6 @@ SEVERAL: tl.constexpr = tl.constexpr(-1)  # rows picked a cell
 TILES: tl.constexpr = tl.constexpr(32)  # that are looked at at a time
 FEW: tl.constexpr = tl.constexpr(1024)  # candidates of an image that are all looked at, wherever their boxes are
 MERGED: tl.constexpr = tl.constexpr(256)  # cells that programs of a row have left, at a time
-LISTED: tl.constexpr = tl.constexpr(128)  # candidates at a time
 
 
 class Share(NamedTuple):
@@ -195,6 +194,7 @@ def _best_listed(
     """The best of those kept and of the candidates of an image: all of them, if it is to be ``everywhere``, else those
     of tiles that the object meets. ``BY`` "overlap", or "cost" of those that are not its own.
     """
+    LISTED: tl.constexpr = BLOCK if SPEC.ACC == tl.float64 else 2 * BLOCK  # candidates at a time, as registers allow
     none = none_of(tl.zeros([], SPEC.ACC))
     key = kept.key
     n = kept.n
