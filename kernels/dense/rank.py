@@ -20,6 +20,7 @@ from .taken import share
 BINS: tl.constexpr = tl.constexpr(256)
 LEAST: tl.constexpr = tl.constexpr(-16)  # all below two to this are in the first bin, an octave are eight
 LISTED: tl.constexpr = tl.constexpr(1024)  # of a list at a time
+HELD: tl.constexpr = tl.constexpr(4)  # times as many that are read but once, as it is cut
 AT_A_TIME: tl.constexpr = tl.constexpr(8)  # parts whose bins are read
 
 
@@ -41,9 +42,7 @@ class Scratch(NamedTuple):
     bins_ptr: Any  # int32 [B, 4]: the bin of the least that counts, how many count there, how many there are
     earlier_ptr: Any  # int32 [programs]: how many of these belong to earlier parts
     twice_ptr: Any  # int32 [programs]: the end of the anchors that count twice
-    partial_ptr: (
-        Any  # [2, programs]: sums over anchors with a row, and over those without one above the bin of the least
-    )
+    partial_ptr: Any  # [2, programs]: sums over anchors with a row; and over these and those above the least one's bin
     images_ptr: Any  # [B]: sums of images
     index_ptr: Any  # int32 [B, N]: the anchors in the bin of the least that counts, in their order, and
     listed_ptr: Any  # their cross-entropies
@@ -181,22 +180,31 @@ def _list(ce_ptr, match_ptr, first, N, own_bin, own_list, SPEC: tl.constexpr):
 
 @triton.jit
 def _listed(i, count, own_list, SPEC: tl.constexpr):
-    """LISTED anchors of a list from the i-th on: where they are, cross-entropies and keys.
+    """LISTED anchors of a list from the i-th on: where they are, cross-entropies and keys, -1 where there is none.
 
     Loads are .cg: other programs wrote these, so a line this multiprocessor has cached would be stale.
     """
     at = i + tl.arange(0, LISTED)
     ce = tl.load(own_list.listed_ptr + at, mask=at < count, other=-1.0, cache_modifier=".cg")
-    return at, ce, _keys(ce, SPEC.KEY)
+    return at, ce, tl.maximum(_keys(ce, SPEC.KEY), -1)
 
 
 @triton.jit
-def _reaching(keys, key, own_bin, own_list, SPEC: tl.constexpr):
-    """How many keys of an image's list are at least ``key``; ``keys`` are the first of them."""
-    count = tl.sum((keys >= key).to(tl.int32), axis=0)
-    for i in range(LISTED, own_bin.all, LISTED):
+def _below(keys, key, SPEC: tl.constexpr):
+    """-1 of keys below one >= 0, else 0: the sign of a difference, for of each comparison AMD keeps a mask."""
+    return ((keys - key) >> SPEC.BITS).to(tl.int32)
+
+
+@triton.jit
+def _reaching(held, key, own_bin, own_list, SPEC: tl.constexpr):
+    """How many keys of an image's list are at least ``key``; ``held`` are the first of them, in blocks."""
+    below = _below(held[0], key, SPEC)
+    for i in tl.static_range(1, HELD):
+        below += _below(held[i], key, SPEC)
+    count = HELD * LISTED + tl.sum(below, axis=0)
+    for i in range(HELD * LISTED, own_bin.all, LISTED):
         _at, _ce, others = _listed(i, own_bin.all, own_list, SPEC)
-        count += tl.sum((others >= key).to(tl.int32), axis=0)
+        count += LISTED + tl.sum(_below(others, key, SPEC), axis=0)
     return count
 
 
@@ -204,15 +212,18 @@ def _reaching(keys, key, own_bin, own_list, SPEC: tl.constexpr):
 def _cut(own_bin, own_list, SPEC: tl.constexpr):
     """The least key that counts of an image's list, and how many of those equal to it do."""
     EXPONENT: tl.constexpr = 8 if SPEC.BITS == 31 else 11
-    _at, _ce, keys = _listed(0, own_bin.all, own_list, SPEC)
+    held = ()
+    for i in tl.static_range(HELD):
+        _at, _ce, keys = _listed(i * LISTED, own_bin.all, own_list, SPEC)
+        held = held + (keys,)  # noqa: RUF005 - as Triton knows it
     inner = (own_bin.number > 0) & (own_bin.number < BINS - 1)
     bit = tl.where(inner, SPEC.BITS - EXPONENT - 3, SPEC.BITS) - 1  # those above are of the bin
     cut = tl.where(inner, _edge(own_bin.number, SPEC), 0).to(SPEC.KEY)
     while bit >= 0:
         higher = cut | (tl.full([], 1, SPEC.KEY) << bit)
-        cut = tl.where(_reaching(keys, higher, own_bin, own_list, SPEC) >= own_bin.left, higher, cut)
+        cut = tl.where(_reaching(held, higher, own_bin, own_list, SPEC) >= own_bin.left, higher, cut)
         bit -= 1
-    return cut, own_bin.left - _reaching(keys, cut + 1, own_bin, own_list, SPEC)
+    return cut, own_bin.left - _reaching(held, cut + 1, own_bin, own_list, SPEC)
 
 
 @triton.jit
@@ -288,36 +299,40 @@ def rank_kernel(ce_ptr, match_ptr, found_ptr, N, B, ratio, picks_ptr, scratch, o
     part = pid % parts
     base = b.to(tl.int64) * N
     picks_ptr += 4 * b
+    # all that is read of earlier launches at once, so that nobody waits for it in the end
     wanted = _wanted(tl.load(found_ptr + b), N, ratio)
+    weight = share(found_ptr, b, B, SPEC.BY_IMAGE, SPEC.ACC)
+    own_sum = tl.load(scratch.partial_ptr + pid)
+    boxes = tl.load(outcome.box_ptr + (b if SPEC.IMAGES else 0))
     own_bin = Bin(part * 0, part * 0, part * 0, part * 0)
     own_list = List(scratch.index_ptr + base, scratch.listed_ptr + base)
-    above = tl.cast(0.0, SPEC.ACC)
     if wanted.hardest > 0:
         bins_ptr = scratch.bins_ptr + 4 * b
         earlier = tl.load(scratch.earlier_ptr + pid)
         own_bin = Bin(tl.load(bins_ptr), tl.load(bins_ptr + 1), earlier, tl.load(bins_ptr + 2))
-        above = _list(ce_ptr + base, match_ptr + base, part * SPEC.PART, N, own_bin, own_list, SPEC)
-    tl.store(scratch.partial_ptr + programs + pid, above)
+        own_sum += _list(ce_ptr + base, match_ptr + base, part * SPEC.PART, N, own_bin, own_list, SPEC)
+    tl.store(scratch.partial_ptr + programs + pid, own_sum)
     if is_last(picks_ptr + 3, parts):
         key = tl.full([], (1 << SPEC.BITS) - 1, SPEC.KEY)  # above any
         limit = wanted.hardest * 0
+        twice = limit
         total = tl.cast(0.0, SPEC.ACC)
         if wanted.hardest > 0:
             key, left = _cut(own_bin, own_list, SPEC)
             total, limit = _least(own_bin, key, left, own_list, SPEC)
+        if wanted.twice > 0:
+            twice = _twice_of_image(b * parts, parts, scratch)
         tl.store(picks_ptr, key.to(tl.int64))
         tl.store(picks_ptr + 1, limit.to(tl.int64))
-        tl.store(picks_ptr + 2, _twice_of_image(b * parts, parts, scratch).to(tl.int64))
-        total += column(column_sums(scratch.partial_ptr + b * parts, parts, 1, SPEC.ACC, 64), 0)
+        tl.store(picks_ptr + 2, twice.to(tl.int64))
         total += column(column_sums(scratch.partial_ptr + programs + b * parts, parts, 1, SPEC.ACC, 64), 0)
-        weight = share(found_ptr, b, B, SPEC.BY_IMAGE, SPEC.ACC)
         if SPEC.IMAGES:
             tl.store(outcome.class_ptr + b, weight * total)
-            tl.store(outcome.total_ptr + b, weight * total + tl.load(outcome.box_ptr + b))
+            tl.store(outcome.total_ptr + b, weight * total + boxes)
         else:
             tl.store(scratch.images_ptr + b, weight * total)
             if is_last(outcome.done_ptr, B):
                 classes = column(column_sums(scratch.images_ptr, B, 1, SPEC.ACC, 64), 0)
                 tl.store(outcome.class_ptr, classes)
-                tl.store(outcome.total_ptr, classes + tl.load(outcome.box_ptr))
+                tl.store(outcome.total_ptr, classes + boxes)
                 tl.store(outcome.done_ptr, 0)

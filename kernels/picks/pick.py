@@ -194,7 +194,8 @@ def _best_listed(
     """The best of those kept and of the candidates of an image: all of them, if it is to be ``everywhere``, else those
     of tiles that the object meets. ``BY`` "overlap", or "cost" of those that are not its own.
     """
-    LISTED: tl.constexpr = BLOCK if SPEC.ACC == tl.float64 else 2 * BLOCK  # candidates at a time, as registers allow
+    acc: tl.constexpr = SPEC.ACC
+    LISTED: tl.constexpr = BLOCK if acc == tl.float64 else 2 * BLOCK  # candidates at a time, as registers allow
     none = none_of(tl.zeros([], SPEC.ACC))
     key = kept.key
     n = kept.n

@@ -478,6 +478,25 @@ def test_hard_negatives_at_equal_losses_come_first_by_their_index():
         assert preds[0].grad[0].abs().sum(1).nonzero().flatten().tolist() == [0, 1, 2, 5]
 
 
+@pytest.mark.parametrize("count", [4000, 5300])
+def test_hard_negatives_of_a_long_list(count):
+    """All anchors cost about as much as each other, many the same: more than are held, or nearly, are gone through."""
+    place = torch.arange(count, device=DEVICE).float()[:, None] * 10
+    boxes = torch.cat((place, place, place + 8, place + 8), 1)
+    targets = [{"boxes": boxes[::7].clone(), "labels": torch.ones(len(boxes[::7]), dtype=torch.int64, device=DEVICE)}]
+    logits = torch.randint(64, (1, count, C), generator=torch.Generator().manual_seed(3)) / 4096
+    found = []
+    for backend in BACKENDS:
+        preds = [
+            logits.to(DEVICE, copy=True).requires_grad_(),
+            torch.zeros(1, count, 4, device=DEVICE, requires_grad=True),
+        ]
+        SSDLoss(C, neg_to_pos_ratio=2.5, backend=backend)(preds, targets, boxes).total.backward()
+        found.append(preds[0].grad)
+    assert torch.equal(found[0] != 0, found[1] != 0)
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize(("ratio", "dtype"), [(0.5, torch.float32), (3.0, torch.float64), (40.0, torch.float32)])
 def test_a_ranking_by_several_programs(monkeypatch, ratio, dtype):
     """Parts of 64 anchors, ties within and across them, a NaN, and with a large ratio fewer negatives than wanted."""
