@@ -67,10 +67,15 @@ def _one_of(row, valid, levels, ACC: tl.constexpr):
 @triton.jit
 def _look_at(one, at, there, maps, levels, offers, SPEC: tl.constexpr):
     """Predictions offered, ``at`` their places in lists; rows look at those of their image."""
+    # all that was left of them at once
+    box = load_boxes(offers.boxes_ptr, at.to(tl.int64), there)
+    shared = tl.load(offers.cost_ptr + at, mask=there, other=float("inf"))
+    obj = tl.load(offers.obj_ptr + at, mask=there, other=0.0)
+    code = tl.load(offers.code_ptr + at, mask=there, other=-1)
     level, _kind, anchor = taken_apart(tl.load(offers.place_ptr + at, mask=there, other=0), SPEC)
     W = integer_of(levels.widths, level)
     HW = W * integer_of(levels.heights, level)
-    cell = tl.load(offers.code_ptr + at, mask=there, other=-1) - one.image * HW
+    cell = code - one.image * HW
     mask = there & (cell >= 0) & (cell < HW)
     cell = tl.where(mask, cell, 0)
     y = divided(cell, W)
@@ -82,12 +87,9 @@ def _look_at(one, at, there, maps, levels, offers, SPEC: tl.constexpr):
     off_y = tl.fma(zero + one.cy, height, -(y.to(SPEC.ACC) * side))
     hx = 0.5 * one.width
     hy = 0.5 * one.height
-    box = load_boxes(offers.boxes_ptr, at.to(tl.int64), mask)
     true = Corners(off_x - hx, off_y - hy, off_x + hx, off_y + hy)
     overlap = iou(box, true, (box.x2 - box.x1) * (box.y2 - box.y1), one.width * one.height, divide)
     overlap = tl.where(mask & (overlap > 0), overlap, 0.0)
-    shared = tl.load(offers.cost_ptr + at, mask=mask, other=float("inf"))
-    obj = tl.load(offers.obj_ptr + at, mask=mask, other=0.0)
     first, step = prediction_at(maps, levels, one.image, level, anchor, x, y)
     cls = tl.load(first + (5 + one.label).to(tl.int64) * step, mask=mask, other=0.0).to(SPEC.ACC)
     can = mask & (shared < float("inf"))
@@ -124,11 +126,11 @@ def _best_offered(
     overlap = most.overlap
     for r0 in range(first, last, TOGETHER):
         r = r0 + tl.arange(0, TOGETHER)
-        some = tl.load(offers.count_ptr + r, mask=r < last, other=0) > 0
-        left = some & (_meets(one, r, some, levels, offers, SPEC.ACC) | everywhere)
+        counts = tl.load(offers.count_ptr + r, mask=r < last, other=0)
+        left = (counts > 0) & (_meets(one, r, counts > 0, levels, offers, SPEC.ACC) | everywhere)
         by = tl.min(tl.where(left, r, LAST), axis=0)
         while by < LAST:
-            count = tl.load(offers.count_ptr + by)
+            count = tl.max(tl.where(r == by, counts, 0), axis=0)  # sooner there than what is loaded
             for k0 in range(0, count, TOGETHER):
                 k = k0 + tl.arange(0, TOGETHER)
                 at = by * SPEC.TABLES + k
