@@ -22,6 +22,7 @@ LEAST: tl.constexpr = tl.constexpr(-16)  # all below two to this are in the firs
 LISTED: tl.constexpr = tl.constexpr(1024)  # of a list at a time
 HELD: tl.constexpr = tl.constexpr(4)  # times as many that are read but once, as it is cut
 AT_A_TIME: tl.constexpr = tl.constexpr(8)  # parts whose bins are read
+PARTS: tl.constexpr = tl.constexpr(64)  # parts of which one number is read
 
 
 class RankSpec(NamedTuple):
@@ -141,9 +142,10 @@ def _find_bin(first_program, parts, wanted, bins_ptr, scratch):
         counts += tl.load(at + i * BINS, mask=(i + row < parts)[:, None], other=0, cache_modifier=".cg")
     number, left = _reached(tl.sum(counts, axis=0), wanted)
     earlier = number * 0
-    for i in range(0, parts, AT_A_TIME):
-        there = i + row < parts
-        program = first_program + i + row
+    part = tl.arange(0, PARTS)
+    for i in range(0, parts, PARTS):
+        there = i + part < parts
+        program = first_program + i + part
         own = tl.load(scratch.counts_ptr + program * BINS + number, mask=there, other=0, cache_modifier=".cg")
         tl.store(scratch.earlier_ptr + program, earlier + tl.cumsum(own, axis=0) - own, mask=there)
         earlier += tl.sum(own, axis=0)
@@ -155,9 +157,9 @@ def _find_bin(first_program, parts, wanted, bins_ptr, scratch):
 @triton.jit
 def _twice_of_image(first_program, parts, scratch):
     """The end of the anchors that count twice."""
-    part = tl.arange(0, AT_A_TIME)
-    twice = tl.zeros([AT_A_TIME], tl.int32)
-    for i in range(0, parts, AT_A_TIME):
+    part = tl.arange(0, PARTS)
+    twice = tl.zeros([PARTS], tl.int32)
+    for i in range(0, parts, PARTS):
         twice = tl.maximum(twice, tl.load(scratch.twice_ptr + first_program + i + part, mask=i + part < parts, other=0))
     return tl.max(twice, axis=0)
 
