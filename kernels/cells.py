@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .assign import row_cell, row_valid
+from .launch import CELL_GROUPS
 from .primitives import larger, smaller, weigh
 from .regions import edges_of, within
 from .rows import in_its_range, load_rows, of_kind, row_weights, rows_end, wrong_offsets
@@ -29,7 +30,7 @@ from .terms.records import axis_of_sizes
 
 LOW: tl.constexpr = tl.constexpr(4)
 N_PARTS: tl.constexpr = tl.constexpr(8)  # box, confidence, class, cells with an object, invalid rows; the rest is empty
-GROUPS: tl.constexpr = tl.constexpr(16)  # of cells, warps where there are so many
+GROUPS: tl.constexpr = tl.constexpr(CELL_GROUPS)
 REGIONS: tl.constexpr = tl.constexpr(16)  # rows at a time, where some may be ignored regions
 
 

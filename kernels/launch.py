@@ -67,6 +67,7 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
 
 CELL_TILE = 32768  # bytes of a tile of the driver of cells
 CELL_PAIRS = 8192  # of cells and rows that are compared at a time
+CELL_GROUPS = 16  # of the cells of a program, each of which looks at all rows: warps, of 512 threads
 WIDEST = 128  # channels in it, unless the boxes of a cell have more
 
 
@@ -76,7 +77,8 @@ def cell_config(cells: int, channels: int, box_channels: int, itemsize: int, wis
     several = width < channels  # what is kept from one tile to the next takes registers
     height = max(16, min(power_of_two(cells), CELL_TILE // width // itemsize // (1 + several)))
     config = replace(GridConfig(cells=height, channels=width, threads=512), **dict(wishes))
-    return config if "rows" in dict(wishes) else replace(config, rows=max(16, min(128, CELL_PAIRS // config.cells)))
+    rows = max(16, min(config.threads // CELL_GROUPS, CELL_PAIRS // config.cells))  # at most one a thread
+    return config if "rows" in dict(wishes) else replace(config, rows=rows)
 
 
 def power_of_two(n: int) -> int:

@@ -67,7 +67,8 @@ def cells(dtype: str, target: str) -> dict[str, Any]:
 
 
 def _resources(launch: Any, target: str) -> dict[str, Any]:
-    return compile_launch(launch.kernel, launch.arguments, options_of(launch, target), target).as_dict()
+    made = compile_launch(launch.kernel, launch.arguments, options_of(launch, target), target)
+    return made.as_dict() | {"threads": launch.threads}
 
 
 def variants_by_size() -> dict[str, int]:

@@ -192,22 +192,23 @@ def _listed(i, count, own_list, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _below(keys, key, SPEC: tl.constexpr):
-    """-1 of keys below one >= 0, else 0: the sign of a difference, for of each comparison AMD keeps a mask."""
-    return ((keys - key) >> SPEC.BITS).to(tl.int32)
+def _at_least(keys, key, SPEC: tl.constexpr):
+    """-1 of keys that are at least one >= 0, else 0: signs of differences, for AMD keeps a mask of each comparison."""
+    return (((key - 1) - keys) >> SPEC.BITS).to(tl.int32)
 
 
 @triton.jit
 def _reaching(held, key, own_bin, own_list, SPEC: tl.constexpr):
     """How many keys of an image's list are at least ``key``; ``held`` are the first of them, in blocks."""
-    below = _below(held[0], key, SPEC)
+    reached = _at_least(held[0], key, SPEC)
     for i in tl.static_range(1, HELD):
-        below += _below(held[i], key, SPEC)
-    count = HELD * LISTED + tl.sum(below, axis=0)
+        if i * LISTED < own_bin.all:
+            reached += _at_least(held[i], key, SPEC)
+    count = tl.sum(reached, axis=0)
     for i in range(HELD * LISTED, own_bin.all, LISTED):
         _at, _ce, others = _listed(i, own_bin.all, own_list, SPEC)
-        count += LISTED + tl.sum(_below(others, key, SPEC), axis=0)
-    return count
+        count += tl.sum(_at_least(others, key, SPEC), axis=0)
+    return -count
 
 
 @triton.jit

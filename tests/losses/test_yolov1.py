@@ -721,6 +721,13 @@ def test_compiled_without_spills(dtype, target):
         assert resources["spills"] == resources["scalar_spills"] == 0, (mode, resources)
 
 
+@PINNED_TRITON
+def test_registers_for_all_threads():
+    """On GPUs where launches may take more, too: a multiprocessor has 65,536."""
+    for mode, resources in call("compiles", "cells", "float32", "sm_100").items():
+        assert resources["registers"] * resources["threads"] <= 65536, (mode, resources)
+
+
 # ---- the tests tested: each broken piece must fail what the whole one passes
 
 
