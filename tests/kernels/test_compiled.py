@@ -26,6 +26,7 @@ PARTS = {  # which tests, and how they are run
     "picked by cost": (LAST, "tests/losses/test_yolov7.py", "Targets-20 or (far_may or without) and triton or half"),
     "variants of grids": (LAST, VARIANTS, "(like_enough or each_image and YOLOv5) and triton or kernels and YOLOv5"),
     "variants of others": (LAST, VARIANTS, "fcos_iou-triton or EfficientDet-rows-triton or kernels and YOLOv1"),
+    "ranks": (LAST, "tests/kernels/test_dense.py", "long_list or equal_losses"),
     "weights": (LAST, "tests/losses/test_weights.py", "kernels_equal and (v1 or v2 or FCOS or X)"),
     "weighed with 0": (
         LAST,
