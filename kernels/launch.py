@@ -65,6 +65,21 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
     return replace(config, **wanted)
 
 
+HELD = (8, 4)  # classes of a listed prediction that a thread may hold, the more the fewer turns wait for memory
+
+
+def class_tile(classes: int, threads: int, apart: bool) -> dict[str, int]:
+    """How threads share out the classes of listed predictions: where these are judged apart each holds a few, of which
+    the fewest are padding; else one lane holds all channels of a prediction.
+    """
+    if not apart:
+        channels = power_of_two(5 + classes)
+        return {"FIRST": 0, "GROUPS": 1, "HELD": channels, "LANES": max(1, max(HELD) * threads // channels), "REST": 0}
+    held = min(min(max(HELD), power_of_two(classes)), min(HELD), key=lambda n: -(-classes // n) * n)
+    groups = -(-classes // held)
+    return {"FIRST": 5, "GROUPS": groups, "HELD": held, "LANES": threads, "REST": power_of_two(-(-3 // groups))}
+
+
 CELL_TILE = 32768  # bytes of a tile of the driver of cells
 CELL_PAIRS = 8192  # of cells and rows that are compared at a time
 CELL_GROUPS = 16  # of the cells of a program, each of which looks at all rows: warps, of 512 threads
@@ -231,6 +246,14 @@ PICK_PROGRAMS = 4096  # of rows, if those may be shared out
 MOST_SHARES = 32  # of a row
 
 
+def price_tile(classes: int, threads: int) -> tuple[int, int]:
+    """Classes of candidates that are read at a time, and the threads for that: of so many at most, and of classes no
+    more than there are. The more, the fewer turns wait for memory.
+    """
+    across = min(threads // 4, max(8, power_of_two(classes)))
+    return across, 4 * across
+
+
 def pick_shift(rows: int) -> int:
     """Two to this power: programs of a row that picks cells, most of which have nothing to do unless it is large."""
     return max(0, min(MOST_SHARES, PICK_PROGRAMS // max(rows, 1)).bit_length() - 1)
@@ -313,11 +336,3 @@ def legal_wishes(kind: str, wishes: dict[str, int]) -> bool:
 
 POINTWISE_BLOCK = 512
 POINTWISE_THREADS = 128
-
-
-def price_tile(classes: int, threads: int) -> tuple[int, int]:
-    """Classes of candidates that are read at a time, and the threads for that: of so many at most, and of classes no
-    more than there are. The more, the fewer turns wait for memory.
-    """
-    across = min(threads // 4, max(8, power_of_two(classes)))
-    return across, 4 * across

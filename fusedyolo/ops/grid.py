@@ -21,6 +21,7 @@ from ..kernels.launch import (
     PICK_REGISTERS,
     PICK_THREADS,
     SMALLEST_TILE,
+    class_tile,
     grad_parts,
     grid_config,
     power_of_two,
@@ -250,6 +251,7 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
         CELLS=config.cells,
         ROWS=config.rows,
         PICKS=max(1, 8 * config.threads // parts.spec["K_PAD"]),
+        **class_tile(head.num_classes, config.threads, parts.spec["APART"] and not head.average_box),
         CHANNELS=config.channels,
         PARTS=grad_parts(config, 5 + head.num_classes, planes),
     )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..boxes import load_corners
 from ..overlap import Corners
 from ..primitives import WARP_LANES, plain
 from ..rows import load_rows, of_kind, row_corners
@@ -126,14 +127,10 @@ def anchor_at(position, levels, PLANES: tl.constexpr):
 
 
 @triton.jit
-def load_corners(ptr, n, mask, ACC: tl.constexpr):
-    """Some boxes, in one access; 0 where masked out."""
-    corner = tl.arange(0, 4)[None, :]
-    tile = tl.load(ptr + n[:, None] * 4 + corner, mask=mask[:, None], other=0.0).to(ACC)
-    even, odd = tl.split(tl.reshape(tile, (n.shape[0], 2, 2)))
-    x1, x2 = tl.split(even)
-    y1, y2 = tl.split(odd)
-    return Corners(x1, y1, x2, y2)
+def load_anchors(ptr, n, mask, ACC: tl.constexpr):
+    """Some anchors; 0 where masked out."""
+    box = load_corners(ptr, n, mask)
+    return Corners(box.x1.to(ACC), box.y1.to(ACC), box.x2.to(ACC), box.y2.to(ACC))
 
 
 @triton.jit
@@ -152,7 +149,7 @@ def load_block(anchors_ptr, N, levels, SPEC: tl.constexpr):
     """The anchors of a program."""
     b, position, mask = place_of(N, SPEC)
     n = anchor_at(position, levels, SPEC.PLANES)
-    box = load_corners(anchors_ptr, n, mask, SPEC.ACC)
+    box = load_anchors(anchors_ptr, n, mask, SPEC.ACC)
     inf = float("inf")
     around = Corners(
         tl.min(tl.where(mask, box.x1, inf), axis=0),

@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
+from ..boxes import Raw, apart, together
 from ..primitives import near_divide, weigh
 from ..rows import load_rows
 from ..terms.decode import chain
 from ..terms.records import axis_of_sizes
-from .blocks import IGNORED, load_corners
+from .blocks import IGNORED, load_anchors
 from .place import centreness, relative
-from .records import Raw
 from .site import anchors_at, site_of, tiles_of
 from .taken import own_weights, share
 
@@ -19,10 +19,8 @@ def _load_raw(at, by_channel, mask, ACC: tl.constexpr):
     """The four numbers of some boxes, in one access."""
     k = tl.arange(0, 4)[None, :]
     tile = tl.load(at[:, None] + k * by_channel, mask=mask[:, None], other=0.0).to(ACC)
-    even, odd = tl.split(tl.reshape(tile, (at.shape[0], 2, 2)))
-    zero, two = tl.split(even)
-    one, three = tl.split(odd)
-    return Raw(zero, one, two, three)
+    x, y, w, h = apart(tile)
+    return Raw(x, y, w, h)
 
 
 @triton.jit
@@ -89,7 +87,7 @@ def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads
             of_box = 1.0 / tl.load(matched.norm_ptr).to(SPEC.ACC)
         if numbers.box_gain is not None:
             of_box *= numbers.box_gain
-        anchor = load_corners(matched.anchors_ptr, site.n, has, SPEC.ACC)
+        anchor = load_anchors(matched.anchors_ptr, site.n, has, SPEC.ACC)
         row = load_rows(matched.rows_ptr, match, has, ANCHORS)
         place = relative(anchor, row, has, numbers.size, SPEC.CORNERS, SPEC.ACC)
         at, by_channel = anchors_at(boxes.ptr, boxes.by, site, level, 4, SPEC)
@@ -107,9 +105,7 @@ def _box_tile(site, boxes, centres, level, batch, matched, terms, numbers, grads
             d_raw = Raw(dx, dy, weigh(own_box, d_raw.w), weigh(own_box, d_raw.h))
         box = of_box * tl.sum(tl.where(has, loss, 0.0), axis=0)
         if SPEC.WITH_GRAD:
-            even = tl.join(d_raw.x, d_raw.w)
-            odd = tl.join(d_raw.y, d_raw.h)
-            d = grads.boxes * of_box * tl.reshape(tl.join(even, odd), (ANCHORS, 4))
+            d = grads.boxes * of_box * together(d_raw.x, d_raw.y, d_raw.w, d_raw.h)
             d = tl.where(has[:, None], d, 0.0)
         if terms.centre is not None:
             at, _by_channel = anchors_at(centres.ptr, centres.by, site, level, 1, SPEC)

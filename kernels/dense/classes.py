@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..boxes import Pair
 from ..primitives import weigh
 from .blocks import IGNORED
-from .place import Pair
 from .site import cells_at, site_of
 from .taken import is_ignored, labels_of, own_weights, share
 

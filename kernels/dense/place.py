@@ -1,18 +1,12 @@
 """Where the rows that anchors have taken lie, seen from these."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from ..boxes import Pair
 from ..primitives import safe_div, scaled_less
-
-
-class Pair(NamedTuple):
-    """A number of each axis."""
-
-    x: Any
-    y: Any
 
 
 class Relative(NamedTuple):

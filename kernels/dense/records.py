@@ -152,12 +152,3 @@ class Grads(NamedTuple):
     centres: Any
     after: Any
     ptrs: Any
-
-
-class Raw(NamedTuple):
-    """The four numbers that a box is predicted by, or their derivatives."""
-
-    x: Any
-    y: Any
-    w: Any
-    h: Any

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 
 from ..assign import row_valid
+from ..boxes import load_corners
 from ..levels import integer_of, number_of
 from ..overlap import Corners, iou
 from ..picks.kept import Kept, best_of, dynamic_k, keep, keys_of, nothing_kept
-from ..picks.site import divided, load_boxes
+from ..picks.site import divided
 from ..picks.wish import FAR, LAST, bits_of, by_cost, cost, none_of
 from ..primitives import divide, plain
 from ..rows import image_rows, in_its_range, load_row, load_rows, of_kind, rows_end
@@ -68,7 +69,7 @@ def _one_of(row, valid, levels, ACC: tl.constexpr):
 def _look_at(one, at, there, maps, levels, offers, SPEC: tl.constexpr):
     """Predictions offered, ``at`` their places in lists; rows look at those of their image."""
     # all that was left of them at once
-    box = load_boxes(offers.boxes_ptr, at.to(tl.int64), there)
+    box = load_corners(offers.boxes_ptr, at.to(tl.int64), there)
     shared = tl.load(offers.cost_ptr + at, mask=there, other=float("inf"))
     obj = tl.load(offers.obj_ptr + at, mask=there, other=0.0)
     code = tl.load(offers.code_ptr + at, mask=there, other=-1)
@@ -101,7 +102,7 @@ def _look_at(one, at, there, maps, levels, offers, SPEC: tl.constexpr):
 @triton.jit
 def _meets(one, r, mask, levels, offers, ACC: tl.constexpr):
     """Which rows offer predictions that a row may overlap."""
-    bounds = load_boxes(offers.bounds_ptr, r.to(tl.int64), mask)
+    bounds = load_corners(offers.bounds_ptr, r.to(tl.int64), mask)
     height = _height(levels, ACC)
     x = one.cx * height
     y = one.cy * height

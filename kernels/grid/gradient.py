@@ -13,6 +13,7 @@ from .site import (
     as_wide_plane,
     cells_at,
     channel_step,
+    kept_end,
     kept_stride,
     load_logits,
     load_plane,
@@ -71,7 +72,7 @@ def _store_tile(plane, HW, site, known, saved, head, SPEC: tl.constexpr):
             own = is_assigned[None, :]
             whole = own & here
             if SPEC.LAYOUT == "planes":  # else so wide accesses take too many registers
-                whole = own & (k < kept_stride(head.C))[:, None]
+                whole = own & (k < kept_end(head.C))[:, None]
             kept = tl.load(kept_at[None, :] + k[:, None], mask=whole, other=0.0)
             kept *= tl.where(k == 4, per_used, per_row)[:, None]
             if SPEC.SMOOTH and saved.row_weights_ptr is None:  # objectness takes no notice

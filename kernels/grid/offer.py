@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 
 from ..assign import row_cell, row_valid
+from ..boxes import store_corners
 from ..levels import strides_of
 from ..overlap import Corners
 from ..picks.costs import class_costs
-from ..picks.site import divided, store_boxes
+from ..picks.site import divided
 from ..primitives import plain
 from ..rows import Row, in_its_range, load_row, of_kind, rows_end
 from .assign import matches
@@ -99,7 +100,7 @@ def _price(g, count, image, maps, levels, offers, head, terms, SPEC: tl.constexp
         y1 = y.centre - 0.5 * y.size
         x2 = x.centre + 0.5 * x.size
         y2 = y.centre + 0.5 * y.size
-        store_boxes(offers.boxes_ptr, at.to(tl.int64), Corners(x1, y1, x2, y2), mask)
+        store_corners(offers.boxes_ptr, at.to(tl.int64), Corners(x1, y1, x2, y2), mask)
         tl.store(offers.obj_ptr + at, obj, mask=mask)
         at_class = (first + 5 * step)[None, :]
         shared = class_costs(at_class, obj[None, :], mask, step[None, :], head.C, ACROSS, SPEC.ACC)

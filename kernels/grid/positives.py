@@ -8,10 +8,11 @@ classes lanes are predictions, which meet their rows in order, round by round, a
 import triton
 import triton.language as tl
 
+from ..boxes import together
 from ..primitives import logistic, weigh
 from ..rows import load_rows, row_weights
 from .box import box_term, true_box
-from .site import cells_at, channel_step, kept_stride
+from .site import cells_at, channel_step, kept_end, kept_stride
 
 
 @triton.jit
@@ -103,30 +104,37 @@ def _label_of_each(z, times, is_class, amount, rows, k, head, terms, SPEC: tl.co
 def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.constexpr):
     """The class loss of the listed predictions, its gradient kept.
 
-    Of blocks of channels and predictions a thread holds several channels of one prediction where their logits do not
-    follow each other in memory, so that what is done once a prediction is not repeated by others.
+    A lane holds HELD channels of one prediction, so that what is done once a prediction is not repeated for each. Where
+    logits are judged apart GROUPS lanes share out its classes, the next lane having the next class, and few hold none.
     """
-    PICKS: tl.constexpr = SPEC.PICKS
-    K_PAD: tl.constexpr = SPEC.K_PAD
+    LANES: tl.constexpr = SPEC.LANES
+    HELD: tl.constexpr = SPEC.HELD
     step = channel_step(plane.by, SPEC)
-    k = tl.arange(0, SPEC.K_PAD)[:, None]  # classes begin at 5
-    is_class = (k >= 5) & (k < 5 + head.C)
-    total = tl.zeros([K_PAD, PICKS], SPEC.ACC)
+    total = tl.zeros([HELD, LANES], SPEC.ACC)
     WEIGHED: tl.constexpr = rows.weights_ptr is not None or rows.columns_ptr is not None
     ZEROS: tl.constexpr = SPEC.ZEROS or WEIGHED or rows.row_weights_ptr is not None
-    for slot0 in range(0, found.picks, SPEC.PICKS):
-        slot = slot0 + tl.arange(0, SPEC.PICKS)
+    for lane0 in range(0, found.picks * SPEC.GROUPS, SPEC.LANES):
+        lane = lane0 + tl.arange(0, SPEC.LANES)
+        slot = lane // SPEC.GROUPS
+        k = SPEC.FIRST + tl.arange(0, SPEC.HELD)[:, None] * SPEC.GROUPS
+        if SPEC.GROUPS > 1:
+            k += (lane % SPEC.GROUPS)[None, :]
+        is_class = (k >= 5) & (k < 5 + head.C)
         cell, first, count = _picked(slot, found, lists, site, SPEC)
-        here = (slot < found.picks)[None, :] & is_class
         at = cells_at(plane, cell, site, SPEC)
-        asked = (slot < found.picks)[None, :] & (k < 5 + head.C)  # box terms will find theirs in the cache
+        asked = (slot < found.picks)[None, :] & (k < 5 + head.C)
         z = tl.load(at[None, :] + k * step, mask=asked, other=0.0).to(SPEC.ACC)
-        z = tl.where(is_class, z, -1e30)  # adds nothing to a softmax
-        times = tl.zeros([K_PAD, PICKS], SPEC.ACC)
+        here = asked
+        whole = asked
+        if SPEC.FIRST < 5:  # box terms will find theirs in the cache, and overwrite what is stored of them
+            here = asked & is_class
+            whole = (slot < found.picks)[None, :] & (k < kept_end(head.C))
+            z = tl.where(is_class, z, -1e30)  # adds nothing to a softmax
+        times = tl.zeros([HELD, LANES], SPEC.ACC)
         weight = times + 1.0
-        amount = tl.zeros([PICKS], SPEC.ACC)  # of rows, by their weights
+        amount = tl.zeros([LANES], SPEC.ACC)  # of rows, by their weights
         other = amount + 1.0  # the weight of classes that no row names
-        turns = slot0 * 0 + 1
+        turns = lane0 * 0 + 1
         if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum") | (SPEC.SHARING == "merge"):
             turns = tl.max(count, axis=0)
         for i in range(0, turns):
@@ -134,7 +142,7 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
             g = tl.load(lists.order_ptr + first + i, mask=active, other=0)
             label, m = _labels(g, rows, active, SPEC.ACC)
             own = k == 5 + label[None, :]
-            share = tl.full([PICKS], 1.0, SPEC.ACC)
+            share = tl.full([LANES], 1.0, SPEC.ACC)
             if rows.row_weights_ptr is not None:
                 share = tl.where(active, row_weights(rows.row_weights_ptr, g, active, SPEC.ACC), 0.0)
                 amount += share
@@ -168,8 +176,11 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
             tl.store(lists.pushed_ptr + found.pick + slot, pushed, mask=slot < found.picks)
         if kept_ptr is not None:
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
-            whole = (slot < found.picks)[None, :] & (k < kept_stride(head.C))  # box and objectness will be overwritten
             tl.store(at[None, :] + k, head.cls_gain * weight * d, mask=whole)
+            if SPEC.FIRST > 0:
+                rest = 5 + head.C + (lane % SPEC.GROUPS)[None, :] + tl.arange(0, SPEC.REST)[:, None] * SPEC.GROUPS
+                left = (slot < found.picks)[None, :] & (rest < kept_end(head.C))
+                tl.store(at[None, :] + rest, 0.0, mask=left)
     return weigh(head.cls_gain, tl.sum(tl.sum(total, axis=0), axis=0), SPEC.ZEROS)
 
 
@@ -194,11 +205,9 @@ def _in_order(r, slots, found, lists, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _store_box(at, d0, d1, d2, d3, mask, SPEC: tl.constexpr):
+def _store_box(at, d0, d1, d2, d3, mask):
     """Store the gradients of four box logits, side by side."""
-    ROWS: tl.constexpr = SPEC.ROWS
-    d = tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, d3)), (ROWS, 4))
-    tl.store(at[:, None] + tl.arange(0, 4)[None, :], d, mask=mask[:, None])
+    tl.store(at[:, None] + tl.arange(0, 4)[None, :], together(d0, d1, d2, d3), mask=mask[:, None])
 
 
 @triton.jit
@@ -221,7 +230,7 @@ def _add_up(found, lists, kept_ptr, site, head, SPEC: tl.constexpr):
             d2 += tl.load(at + 2, mask=mask, other=0.0)
             d3 += tl.load(at + 3, mask=mask, other=0.0)
         at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
-        _store_box(at, d0, d1, d2, d3, several, SPEC)
+        _store_box(at, d0, d1, d2, d3, several)
 
 
 @triton.jit
@@ -294,11 +303,11 @@ def box_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: tl.
             d1 = weigh(by_box, d[1], ZEROS)
             d2 = weigh(by_box, d[2], ZEROS)
             d3 = weigh(by_box, d[3], ZEROS)
-            _store_box(at, d0, d1, d2, d3, alone, SPEC)
+            _store_box(at, d0, d1, d2, d3, alone)
             if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
                 if found.rows > found.picks:
                     at = lists.spread_ptr + (found.base + r) * 4
-                    _store_box(at, d0, d1, d2, d3, used & (alone == 0), SPEC)
+                    _store_box(at, d0, d1, d2, d3, used & (alone == 0))
     if kept_ptr is not None:
         if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum"):
             if found.rows > found.picks:

@@ -49,8 +49,13 @@ class Spec(NamedTuple):
     ACC: Any
     CELLS: int  # of a tile
     ROWS: int  # candidates, or listed predictions, looked at at a time
-    PICKS: int  # listed predictions whose classes are read at a time
+    PICKS: int  # listed predictions whose channels are read at a time
     K_PAD: int  # channels, a power of two
+    FIRST: int  # channel of listed predictions that is read with their classes
+    GROUPS: int  # lanes that share these out,
+    HELD: int  # of which each holds so many,
+    LANES: int  # at a time
+    REST: int  # of what fills the kept gradient of a prediction, likewise
     CHANNELS: int  # stored at a time
     PARTS: int  # programs that share out the channels of a tile's gradient
 

@@ -226,6 +226,12 @@ def kept_stride(C):
 
 
 @triton.jit
+def kept_end(C):
+    """Numbers that are read of the kept gradient of a prediction, 5 + C and what fills the last access, four."""
+    return (5 + C + 3) // 4 * 4
+
+
+@triton.jit
 def means_of(level, levels, parts_ptr, SPEC: tl.constexpr):
     """Where it stands what box and class terms of a level, and its objectness, are multiplied by for their means."""
     at = parts_ptr + 3 + 2 * level

@@ -1,10 +1,9 @@
 """Loss of boxes that have a row, by overlap and by distance, and its gradient."""
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from ..boxes import Pair, Raw, apart, together
 from ..primitives import log1p, weigh
 from ..rows import load_rows, row_weights
 from ..terms.decode import chain, exp, ltrb
@@ -15,35 +14,17 @@ from .listed import list_cells, listed, store_zeros
 from .views import cells_in, step_of
 
 
-class Pair(NamedTuple):
-    """A number of each axis."""
-
-    x: Any
-    y: Any
-
-
-class Raw(NamedTuple):
-    """The four numbers that say a box: x, y, w, h; or left, upper, right, lower. Or derivatives by these."""
-
-    x: Any
-    y: Any
-    w: Any
-    h: Any
-
-
 @triton.jit
-def _apart(sides):
+def _raw_of(columns):
     """The four numbers of [PICKS, 4]."""
-    even, odd = tl.split(tl.reshape(sides, (sides.shape[0], 2, 2)))
-    zero, two = tl.split(even)
-    one, three = tl.split(odd)
-    return Raw(zero, one, two, three)
+    x, y, w, h = apart(columns)
+    return Raw(x, y, w, h)
 
 
 @triton.jit
-def _together(raw):
+def _columns(raw):
     """The other way round."""
-    return tl.reshape(tl.join(tl.join(raw.x, raw.w), tl.join(raw.y, raw.h)), (raw.x.shape[0], 4))
+    return together(raw.x, raw.y, raw.w, raw.h)
 
 
 @triton.jit
@@ -161,9 +142,9 @@ def _picked_bins(view, d_view, site, picks, place, head, weight, scales, SPEC: t
     p = e / (1.0 + rest)
     # not a product and sum in one, which would differ among the threads that add up the same numbers
     distances = tl.sum(tl.where(keep, p * bins, 0.0), axis=AXIS)
-    loss_box, d_box = _overlap(_apart(distances), off, sides, extent, head, SPEC)
+    loss_box, d_box = _overlap(_raw_of(distances), off, sides, extent, head, SPEC)
     most = tl.full([], SPEC.REG_MAX - 1 - 0.01, tl.float64).to(SPEC.ACC)  # a constant alone would be float32
-    true = tl.minimum(tl.maximum(_together(_encode(off, sides, SPEC)), 0.0), most)
+    true = tl.minimum(tl.maximum(_columns(_encode(off, sides, SPEC)), 0.0), most)
     below = tl.floor(true)
     behind = _spread(true - below, AXIS)
     low = _spread(below.to(tl.int32), AXIS)
@@ -172,7 +153,7 @@ def _picked_bins(view, d_view, site, picks, place, head, weight, scales, SPEC: t
     ce = weigh(mean * target, log1p(rest) - (logits - largest))
     distance = tl.sum(tl.where(keep, ce, 0.0), axis=AXIS)
     if SPEC.WITH_GRAD:
-        d_sides = _spread(_together(d_box) * (scales.box * weight)[:, None], AXIS)
+        d_sides = _spread(_columns(d_box) * (scales.box * weight)[:, None], AXIS)
         d_ce = softmax_slope(e, first, rest, target, 1.0)
         d = d_sides * p * (bins - _spread(distances, AXIS)) + (scales.distance * mean) * d_ce
         tl.store(_bins_at(d_view, picks, site, AXIS, SPEC), d.to(d_view.ptr.dtype.element_ty), mask=keep)
@@ -190,13 +171,13 @@ def _picked_numbers(view, d_view, site, picks, place, head, weight, scales, SPEC
     off, sides, extent = place
     at = cells_in(view, picks.cells, site.tile, LAYOUT)[:, None]
     at = at + tl.arange(0, 4)[None, :] * step_of(view, LAYOUT)
-    raw = _apart(tl.load(at, mask=picks.mask[:, None], other=0.0).to(SPEC.ACC))
+    raw = _raw_of(tl.load(at, mask=picks.mask[:, None], other=0.0).to(SPEC.ACC))
     loss_box, d_box = _overlap(raw, off, sides, extent, head, SPEC)
     loss, d = _differences(raw, _encode(off, sides, SPEC), extent, DISTANCE)
     if SPEC.WITH_GRAD:
-        d_box = _together(d_box)
+        d_box = _columns(d_box)
         by_box = weigh((scales.box * weight)[:, None], d_box, ZEROS)
-        by_distance = _together(d) * (scales.distance * weight)[:, None]
+        by_distance = _columns(d) * (scales.distance * weight)[:, None]
         at = cells_in(d_view, picks.cells, site.tile, LAYOUT)[:, None]
         at = at + tl.arange(0, 4)[None, :] * step_of(d_view, LAYOUT)
         tl.store(at, (by_box + by_distance).to(d_view.ptr.dtype.element_ty), mask=picks.mask[:, None])

@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
+from ..boxes import store_corners
 from ..overlap import Corners
 from ..primitives import plain
 from ..regions import Candidates, Points, in_regions
 from ..rows import image_rows, load_rows
 from ..terms.decode import exp, ltrb
 from .region import reach
-from .site import Cells, Object, object_of, offsets, store_boxes, stride_of
+from .site import Cells, Object, object_of, offsets, stride_of
 from .views import as_wide, cells_in, entry_of, is_of_branch, is_wide, step_of, tile_of, tiles_of, view_of, wide_mask
 from .wish import LAST, near_and_own
 
@@ -68,7 +69,7 @@ def _decode_boxes(view, tile, mask, stride, ptr, SPEC: tl.constexpr, BINS: tl.co
     x2 = (x + 0.5 * width) * stride
     y2 = (y + 0.5 * height) * stride
     boxes = Corners(x1, y1, x2, y2)
-    store_boxes(ptr, tile.b.to(tl.int64) * tile.N + tile.first + tile.cells, boxes, mask)
+    store_corners(ptr, tile.b.to(tl.int64) * tile.N + tile.first + tile.cells, boxes, mask)
     return boxes
 
 

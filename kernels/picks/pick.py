@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..boxes import load_corners
 from ..sums import is_last
 from .kept import Kept, best_of, dynamic_k, keep, keys_of, nothing_kept
 from .region import cells_reached, reached, reached_at_most
-from .site import all_cells, cells_at, divided, load_boxes, load_object, offsets
+from .site import all_cells, cells_at, divided, load_object, offsets
 from .views import entry_of, is_of_branch, tiles_of
 from .wish import FAR, LAST, bits_of, claim_of, is_own, key_of_other, look_at, none_of, overlap_of
 
@@ -178,7 +179,7 @@ def _met(one, t, there, tiles, problem, decoded):
     """Whether the boxes of candidates of these tiles may overlap an object."""
     at = (one.image * tiles + t).to(tl.int64)
     count = tl.load(decoded.tiles_ptr + at * 2 + 1, mask=there, other=0)
-    bounds = load_boxes(decoded.bounds_ptr, at, there & (count > 0))
+    bounds = load_corners(decoded.bounds_ptr, at, there & (count > 0))
     x = one.cx * problem.frame.width
     y = one.cy * problem.frame.height
     across = (bounds.x1 < x + 0.5 * one.width) & (bounds.x2 > x - 0.5 * one.width)
@@ -215,7 +216,7 @@ def _best_listed(
                     off_x, off_y = offsets(one, cells, problem.frame, SPEC)
                     at = one.image.to(tl.int64) * all_cells(problem.levels) + cells.n
                     cost = tl.load(decoded.cost_ptr + at, mask=there, other=float("inf"))
-                    value = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, there), problem, SPEC)
+                    value = overlap_of(one, off_x, off_y, load_corners(decoded.boxes_ptr, at, there), problem, SPEC)
                     wanted = tl.where((cost < float("inf")) & (value > 0), bits_of(value), none)
                 else:
                     look = look_at(one, cells, there, False, problem, decoded, SPEC)

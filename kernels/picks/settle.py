@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..boxes import load_corners
 from ..primitives import plain
 from ..rows import image_rows, load_rows, rows_end, wrong_offsets
 from ..sums import is_last
 from .kept import Kept, Worst, keep, nothing_kept, worst_of
 from .pick import SEVERAL
 from .region import cells_reached, reached
-from .site import all_cells, cells_at, load_boxes, load_channel, load_object, object_of, offsets
+from .site import all_cells, cells_at, load_channel, load_object, object_of, offsets
 from .views import entry_of, is_of_branch
 from .wish import (
     LAST,
@@ -233,7 +234,7 @@ def _strongest(cell, targets, M, problem, decoded, SPEC: tl.constexpr):
     at = lane * 0 + cell
     shared = tl.load(decoded.cost_ptr + at)
     obj = load_channel(problem.predictions.obj, b, 0, cells, lane < ROWS, SPEC)
-    box = load_boxes(decoded.boxes_ptr, at.to(tl.int64), lane < ROWS)
+    box = load_corners(decoded.boxes_ptr, at.to(tl.int64), lane < ROWS)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, b, SEARCHED)
     best = tl.zeros([ROWS], tl.int64)
     for g0 in range(first, last, ROWS):
@@ -274,7 +275,7 @@ def _clashes(g, programs, targets, M, problem, decoded, picked, tally, SPEC: tl.
         rows = object_of(load_rows(targets.ptr, row, mask, BLOCK), row, mask, targets, problem.frame, SPEC, "object")
         cells = cells_at(tl.where(mask, cell - rows.image * N, 0), problem.levels, SPEC)
         off_x, off_y = offsets(rows, cells, problem.frame, SPEC)
-        box = load_boxes(decoded.boxes_ptr, cell.to(tl.int64), mask)
+        box = load_corners(decoded.boxes_ptr, cell.to(tl.int64), mask)
         score = tl.where(mask, overlap_of(rows, off_x, off_y, box, problem, SPEC), 0.0)
         tl.store(decoded.score_ptr + cell, score, mask=mask)
         tl.store(decoded.row_ptr + cell, row, mask=mask)

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from ..assign import row_valid
 from ..levels import integer_of, number_of
-from ..overlap import Corners
 from ..primitives import plain
 from ..rows import Row, in_its_range, of_kind, rows_end
 
@@ -117,24 +116,6 @@ def offsets(one, cells, frame, SPEC: tl.constexpr):
     y = (cells.line.to(SPEC.ACC) + 0.5) * cells.stride
     zero = tl.zeros_like(x)  # a fused operation takes no numbers of different shapes
     return tl.fma(zero + one.cx, zero + frame.width, -x), tl.fma(zero + one.cy, zero + frame.height, -y)
-
-
-@triton.jit
-def load_boxes(ptr, at, mask):
-    """Corners of some boxes, in one access; 0 where masked out. ``at`` counts them as int64."""
-    corner = tl.arange(0, 4)[None, :]
-    tile = tl.load(ptr + at[:, None] * 4 + corner, mask=mask[:, None], other=0.0)
-    even, odd = tl.split(tl.reshape(tile, (at.shape[0], 2, 2)))
-    x1, x2 = tl.split(even)
-    y1, y2 = tl.split(odd)
-    return Corners(x1, y1, x2, y2)
-
-
-@triton.jit
-def store_boxes(ptr, at, box, mask):
-    """Stores what :func:`load_boxes` loads."""
-    tile = tl.reshape(tl.join(tl.join(box.x1, box.x2), tl.join(box.y1, box.y2)), (at.shape[0], 4))
-    tl.store(ptr + at[:, None] * 4 + tl.arange(0, 4)[None, :], tile, mask=mask[:, None])
 
 
 @triton.jit

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..boxes import load_corners
 from ..overlap import Corners, iou
 from ..primitives import divide, larger, log1p_of_share, logistic, pow_pos
 from ..terms.label import Power, power_1, power_half
 from ..terms.records import Axis
 from .region import BEYOND, reach
-from .site import all_cells, load_boxes, load_channel, offsets
+from .site import all_cells, load_channel, offsets
 
 INSIDE: tl.constexpr = tl.constexpr(1e-9)  # the reference's
 IOU_WEIGHT: tl.constexpr = tl.constexpr(3.0)
@@ -226,7 +227,7 @@ def look_at(one, cells, mask, anywhere, problem, decoded, SPEC: tl.constexpr):
     # whether it will be asked for or not, so that all is waited for at once
     cls = load_channel(problem.predictions.cls, one.image, one.label, cells, can, SPEC)
     if SPEC.ASSIGNER == "aligned":
-        overlap = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, can), problem, SPEC)
+        overlap = overlap_of(one, off_x, off_y, load_corners(decoded.boxes_ptr, at, can), problem, SPEC)
         overlap = tl.where(can, overlap, 0.0)
         can = can & ((overlap > 0) | (problem.numbers.beta.exponent == 0))  # which asks for no overlap
         worth = metric(cls, overlap, problem)
@@ -235,7 +236,7 @@ def look_at(one, cells, mask, anywhere, problem, decoded, SPEC: tl.constexpr):
     else:
         obj = load_channel(problem.predictions.obj, one.image, 0, cells, can, SPEC)
         shared = tl.load(decoded.cost_ptr + at, mask=can, other=float("inf"))
-        overlap = overlap_of(one, off_x, off_y, load_boxes(decoded.boxes_ptr, at, can), problem, SPEC)
+        overlap = overlap_of(one, off_x, off_y, load_corners(decoded.boxes_ptr, at, can), problem, SPEC)
         overlap = tl.where(can, overlap, 0.0)
         can = can & (shared < float("inf"))
         worth = cost(shared, cls, obj, overlap)
