@@ -19,6 +19,7 @@ NOISY = ("seed=1,noise=on",)  # approximate instructions are off by what is docu
 VARIANTS = "tests/losses/test_variants.py"
 PARTS = {  # which tests, and how they are run
     "grids and offsets": (LAST, "tests/kernels/test_edges.py", "grid or anchors_of_equal or offsets"),
+    "classes of grids": (LAST, "tests/kernels/test_grid.py", "class_counts and (3-last or 9-each or 300-each)"),
     "other edges": (BOTH, "tests/kernels/test_edges.py", "cell or test_anchors[ or select or functional"),
     "thresholds": (NOISY, "tests/kernels/test_edges.py", "thresholds"),
     "picks": (LAST, "tests/kernels/test_picks.py", "equals or half or crowd and three or counts_for_nothing"),

@@ -259,9 +259,13 @@ def test_odd_sizes(batch, size):
     check_grid(make_preds(batch=batch, size=size), make_rows(batch=batch), HEAD)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 20])
-def test_class_counts(classes):
-    check_grid(make_preds(classes=classes), make_rows(classes=classes), replace(HEAD, num_classes=classes))
+@pytest.mark.parametrize("shared", ["last", "each"])
+@pytest.mark.parametrize("classes", [1, 2, 3, 8, 9, 13, 20, 91, 300])
+def test_class_counts(classes, shared):
+    """Where one lane has all classes of a prediction, where several have, and where one prediction takes all lanes."""
+    check_grid(
+        make_preds(classes=classes), make_rows(classes=classes), replace(HEAD, num_classes=classes, shared=shared)
+    )
 
 
 def test_levels_with_unlike_numbers_of_anchors():
