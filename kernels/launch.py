@@ -14,8 +14,8 @@ Wishes = tuple[tuple[str, int], ...]
 class GridConfig:
     """Tile of a driver: cells a program owns, channels stored at a time, threads, rows searched at a time.
 
-    Told of a limit of ``max_registers`` a thread, ptxas spills nothing, and four programs of 128 threads fit a
-    multiprocessor; left alone it takes up to 154, and keeps a word or two of some variants on the stack.
+    Told of a limit of ``max_registers`` a thread, ptxas spills nothing, and several programs fit a multiprocessor; left
+    alone it takes up to 154, and keeps a word or two of some variants on the stack.
     """
 
     cells: int
@@ -44,16 +44,31 @@ def grad_parts(config: GridConfig, channels: int, cells_contiguous: bool) -> int
     return 2 if cells_contiguous and turns >= 2 * FEWEST_TURNS else 1
 
 
+LOSS_REGISTERS = {True: 128, False: 112}
+"""Of a thread of the loss launch of grids, by whether cells are neighbours in memory: for fewer it spills."""
+
+LEAN_REGISTERS = 96  # where nothing is ignored by IoU: five programs of 128 threads, ten of 64, share a multiprocessor
+GRID_GRADIENT_REGISTERS = {True: 128, False: 168}
+
+
 @lru_cache(maxsize=256)
-def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes: Wishes = ()) -> GridConfig:
+def grid_config(
+    largest_map: int, cells_contiguous: bool, itemsize: int, wishes: Wishes = (), ignores: bool = True
+) -> GridConfig:
     """Tile for maps of at most ``largest_map`` cells; ``cells_contiguous`` says that neighbouring cells are neighbours
-    in memory (NCHW), else neighbouring channels are (channels-last, ``[B, A, H, W, 5 + C]``).
+    in memory (NCHW), else neighbouring channels are (channels-last, ``[B, A, H, W, 5 + C]``), ``ignores`` that boxes
+    are compared with all rows.
 
     Eight channels at a time read whole sectors of what the loss launch has kept; of half predictions four, which take
-    half the registers and no stack on gfx942.
+    half the registers and no stack on gfx942. The less a thread of the loss launch holds, the more programs wait for
+    memory at a time.
     """
+    registers = LOSS_REGISTERS[cells_contiguous] if ignores else LEAN_REGISTERS
+    if itemsize > 4:
+        registers = GRID_GRADIENT_REGISTERS[cells_contiguous]
     if not cells_contiguous:
-        return replace(GridConfig(cells=128, channels=16, threads=64, rows=64, max_registers=168), **dict(wishes))
+        usual = GridConfig(cells=128, channels=16, threads=64, rows=64, max_registers=registers)
+        return replace(usual, **dict(wishes))
     wanted = dict(wishes)
     cells = largest = wanted.pop("cells", 512)
     while cells > SMALLEST_TILE and cells >= 4 * largest_map:  # by fours: a kernel is compiled for each of them
@@ -61,8 +76,13 @@ def grid_config(largest_map: int, cells_contiguous: bool, itemsize: int, wishes:
     threads = max(64, wanted.pop("threads", largest // 4) * cells // largest)
     rows = min(256, threads)  # of more a thread would hold several, and spill
     channels = 8 if itemsize > 2 else 4
-    config = GridConfig(cells=cells, channels=channels, threads=threads, rows=rows)
+    config = GridConfig(cells=cells, channels=channels, threads=threads, rows=rows, max_registers=registers)
     return replace(config, **wanted)
+
+
+def grid_gradient(config: GridConfig, cells_contiguous: bool) -> GridConfig:
+    """Tile of the gradient, which holds many channels of a cell at a time."""
+    return replace(config, max_registers=max(config.max_registers, GRID_GRADIENT_REGISTERS[cells_contiguous]))
 
 
 HELD = (8, 4)  # classes of a listed prediction that a thread may hold, the more the fewer turns wait for memory
@@ -238,7 +258,7 @@ PICK_THREADS = 32  # of programs that have no more to share: those that decode, 
 PRICE_THREADS = 128  # of programs that read all classes of candidates, at most
 OFFER_THREADS = 64  # of those that decode them, too, and have no registers for more
 PICK_REGISTERS = 255  # of these in float64, all there are: told of no limit, ptxas keeps to 168, and spills
-CANDIDATE_REGISTERS = 128  # of those that decode candidates, or look at many: told of none, on some GPUs it spills
+CANDIDATE_REGISTERS = 168  # of those that decode candidates, or look at many: told of none, on some GPUs it spills
 PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
 AWARDED = 32  # rows at a time, to one of which goes what several picked
 AWARDING = 1024  # programs, at most, that share that out

@@ -126,6 +126,7 @@ class GridDriver(Driver):
         if layout == "channels_last":
             yield from shared.products(cells=(64, 128, 256), channels=(16, 32, 64), threads=(64, 128, 256))
             yield from shared.products(stages=(1, 2, 4))
+            yield from shared.products(max_registers=(128, 168))
             return
         for cells, channels, each in itertools.product((512, 1024, 2048), (4, 8, 16), (8, 4, 2)):
             yield {"cells": cells, "channels": channels, "threads": cells // each}

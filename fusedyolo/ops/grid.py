@@ -24,6 +24,7 @@ from ..kernels.launch import (
     class_tile,
     grad_parts,
     grid_config,
+    grid_gradient,
     power_of_two,
     price_tile,
 )
@@ -230,7 +231,7 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
     batch, cells = shapes[0][0], [shape[2] * shape[3] for shape in shapes]
     planes = all(by.column == 1 for by in strides)
     tuned = wishes("grid", _family(key), preds[0], planes, batch, max(cells), head.num_classes)
-    config = grid_config(max(cells), planes, preds[0].dtype.itemsize, tuned)
+    config = grid_config(max(cells), planes, preds[0].dtype.itemsize, tuned, parts.spec["IGNORES"])
     per_plane = tuple(len(own) * n for own, n in zip(head.levels, cells, strict=True))
     near = _near_places(head, shapes, config.cells) if parts.spec["KINDS"] > 1 and not head.by_cost else 0
     levels = records.Levels(
@@ -311,7 +312,7 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
         "parts_ptr": own.tensor("parts"),
         "grad_out_ptr": own.tensor("grad_total"),
     }
-    grid, settings = (programs * spec.PARTS,), (config.threads, config.max_registers)
+    grid, settings = (programs * spec.PARTS,), (config.threads, grid_gradient(config, planes).max_registers)
     grads = alike(preds)
     grads_by = [map_strides(grad, 5 + head.num_classes) for grad in grads]
     given["grads_by"] = odd(tuple(grads_by))

@@ -170,7 +170,7 @@ def _sum_up(levels, outputs, SPEC: tl.constexpr):
         for i in tl.range(0, len(SPEC.ANCHORS), loop_unroll_factor=1):
             level = len(SPEC.ANCHORS) - 1 - i
             programs = _programs(level, levels, SPEC)
-            sums = column_sums(at, programs, N_PARTS, SPEC.ACC)
+            sums = column_sums(at, programs, N_PARTS, SPEC.ACC, 2 * SPEC.ROWS)
             per_row = tl.cast(1.0, SPEC.ACC)
             per_used = tl.cast(1.0, SPEC.ACC)
             if SPEC.MEAN_ROWS:
@@ -188,7 +188,7 @@ def _sum_up(levels, outputs, SPEC: tl.constexpr):
                 tl.store(means_of(len(SPEC.ANCHORS), levels, outputs.parts_ptr, SPEC) + level * N_PARTS + k, sums)
             at += programs * N_PARTS
     else:
-        total = column_sums(outputs.partial_ptr, tl.num_programs(0), N_PARTS, SPEC.ACC)
+        total = column_sums(outputs.partial_ptr, tl.num_programs(0), N_PARTS, SPEC.ACC, 2 * SPEC.ROWS)
     if SPEC.BY_IMAGE:
         tl.debug_barrier()  # means have been left
         for b in range(0, plain(levels.batch)):
@@ -210,7 +210,7 @@ def _sum_up_image(b, levels, outputs, SPEC: tl.constexpr):
     for i in tl.range(0, len(SPEC.ANCHORS), loop_unroll_factor=1):
         level = len(SPEC.ANCHORS) - 1 - i
         own = _programs(level, levels, SPEC) // B
-        sums = column_sums(at + b * own * N_PARTS, own, N_PARTS, SPEC.ACC)
+        sums = column_sums(at + b * own * N_PARTS, own, N_PARTS, SPEC.ACC, 2 * SPEC.ROWS)
         if SPEC.MEAN_ROWS or SPEC.MEAN_USED:
             means_ptr = means_of(level, levels, outputs.parts_ptr, SPEC)
             sums *= tl.where(k == 1, tl.load(means_ptr + 1), tl.load(means_ptr))

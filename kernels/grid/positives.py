@@ -128,7 +128,7 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
         whole = asked
         if SPEC.FIRST < 5:  # box terms will find theirs in the cache, and overwrite what is stored of them
             here = asked & is_class
-            whole = (slot < found.picks)[None, :] & (k < kept_end(head.C))
+            whole = (slot < found.picks)[None, :] & (k < kept_stride(head.C))
             z = tl.where(is_class, z, -1e30)  # adds nothing to a softmax
         times = tl.zeros([HELD, LANES], SPEC.ACC)
         weight = times + 1.0
