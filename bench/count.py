@@ -8,8 +8,9 @@ distinct inputs and outputs.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,77 +121,67 @@ _ACCESSES = {
 }
 
 
-class _CountKernels:
-    """In place of methods of Triton's interpreter: counts the accesses of each program, and runs those planned."""
-
-    def __init__(self, counts: Counts, planned: Planned | None, interpreter: Any):
-        self.counts, self.planned = counts, planned
-        self.launch, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
-        self.place, self.span = builder.set_grid_idx, builder.set_grid_dim
-        self.grid: tuple[int, ...] = ()  # of the launch under way
-        self.chosen: Sequence[int] | None = None  # its programs to run, if not all
-        self.moved: list[list[int]] = []  # what each has loaded and stored
-
-    def launched(self, executor: Any, *args: Any, **kwargs: Any) -> None:
-        self.grid, plan = executor.grid, None
-        if self.planned is not None:
-            plan = self.planned(executor.fn.__name__, self.grid[0], kwargs)
-            executor.grid = (len(plan.chosen),)
-        self.chosen, self.moved = plan and plan.chosen, []
-        self.adding = plan.adding if plan else 0
-        with _disable_current_modes():  # the interpreter's own tensor work is not the package's
-            self.launch(executor, *args, **kwargs)
-        executor.grid = self.grid
-        loaded, stored = np.array(self.moved).T.tolist()
-        programs, read, written = len(loaded), sum(loaded), sum(stored)
-        if plan is not None:
-            programs = self.grid[0]
-            read, written = (
-                round(plan.estimate(dict(zip(plan.chosen, each, strict=True))).sum()) for each in (loaded, stored)
-            )
-        self.counts.triton_launches += 1
-        self.counts.programs_run += len(loaded)
-        self.counts.programs += programs
-        self.counts.bytes_loaded += read
-        self.counts.bytes_stored += written
-        self.counts.kernels.append(KernelLaunch(executor.fn.__name__, programs, read + written))
-
-    def spanned(self, builder: Any, *dims: int) -> Any:
-        return self.span(builder, *(dims if self.chosen is None else (*self.grid, 1, 1)))
-
-    def placed(self, builder: Any, *index: int) -> Any:
-        if self.chosen is not None:
-            if len(self.moved) == len(self.chosen) - 1:
-                pretend_others_finished(sum(p < self.adding for p in self.chosen[:-1]), self.adding)
-            index = (self.chosen[index[0]], 0, 0)
-        self.moved.append([0, 0])
-        return self.place(builder, *index)
-
-    def accessed(self, access: Callable, pointers: int, mask: int | None, loads: bool, stores: bool) -> Callable:
-        def counted(builder, *args):
-            moved = SECTOR * sectors(args[pointers].data, None if mask is None else args[mask].data)
-            self.moved[-1][0] += moved * loads
-            self.moved[-1][1] += moved * stores
-            return access(builder, *args)
-
-        return counted
-
-
 Patch = tuple[Any, str, Any]
 """An object, the name of an attribute of it, and what that is replaced by meanwhile."""
 
 
 def _kernel_patches(counts: Counts, planned: Planned | None) -> list[Patch]:
+    """Methods of Triton's interpreter: each program's accesses are counted, and of a launch those planned are run."""
     from triton.runtime import interpreter
 
-    counting, builder = _CountKernels(counts, planned, interpreter), interpreter.InterpreterBuilder
+    executors, builders = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    launch, place, span = executors.__call__, builders.set_grid_idx, builders.set_grid_dim
+    grid: tuple[int, ...] = ()  # of the launch under way
+    plan: Plan | None = None  # of its programs, if not all are run
+    moved: list[list[int]] = []  # what each has loaded and stored
+
+    def launched(executor: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal grid, plan, moved
+        name, grid, moved = executor.fn.__name__, executor.grid, []
+        plan = planned(name, grid[0], kwargs) if planned else None
+        if plan is not None:
+            executor.grid = (len(plan.chosen),)
+        with _disable_current_modes():  # the interpreter's own tensor work is not the package's
+            launch(executor, *args, **kwargs)
+        executor.grid = grid
+        columns = np.array(moved).T
+        if plan is not None:
+            columns = np.array([plan.estimate(dict(zip(plan.chosen, each, strict=True))) for each in columns])
+        read, written = (round(total) for total in columns.sum(1).tolist())
+        counts.triton_launches += 1
+        counts.programs_run += len(moved)
+        counts.programs += columns.shape[1]
+        counts.bytes_loaded += read
+        counts.bytes_stored += written
+        counts.kernels.append(KernelLaunch(name, columns.shape[1], read + written))
+
+    def spanned(builder: Any, *dims: int) -> Any:
+        return span(builder, *(dims if plan is None else (*grid, 1, 1)))
+
+    def placed(builder: Any, *index: int) -> Any:
+        if plan is not None:
+            if len(moved) == len(plan.chosen) - 1:
+                pretend_others_finished(sum(p < plan.adding for p in plan.chosen[:-1]), plan.adding)
+            index = (plan.chosen[index[0]], 0, 0)
+        moved.append([0, 0])
+        return place(builder, *index)
+
+    def counted(access: Callable, pointers: int, mask: int | None, loads: bool, stores: bool) -> Callable:
+        def accessed(builder: Any, *args: Any) -> Any:
+            touched = SECTOR * sectors(args[pointers].data, None if mask is None else args[mask].data)
+            moved[-1][0] += touched * loads
+            moved[-1][1] += touched * stores
+            return access(builder, *args)
+
+        return accessed
+
     return [
         # it checks integers for overflow with arithmetic of its own, which kernels on a GPU do not
         (interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
-        (interpreter.GridExecutor, "__call__", lambda *args, **kwargs: counting.launched(*args, **kwargs)),
-        (builder, "set_grid_dim", lambda *args: counting.spanned(*args)),
-        (builder, "set_grid_idx", lambda *args: counting.placed(*args)),
-        *((builder, name, counting.accessed(getattr(builder, name), *how)) for name, how in _ACCESSES.items()),
+        (executors, "__call__", launched),
+        (builders, "set_grid_dim", spanned),
+        (builders, "set_grid_idx", placed),
+        *((builders, name, counted(getattr(builders, name), *how)) for name, how in _ACCESSES.items()),
     ]
 
 
@@ -200,14 +191,14 @@ def _tensor_patches(operators: _CountOperators) -> list[Patch]:
     """
     assign = torch.Tensor.__setitem__
 
-    def counted(name: str) -> Callable:
+    def waiting(name: str) -> Patch:
         original = getattr(torch.Tensor, name)
 
         def method(self, *args, **kwargs):
             operators.counts.wait(name)
             return original(self, *args, **kwargs)
 
-        return method
+        return torch.Tensor, name, method
 
     def watched_assign(self, *args):
         operators.assigning += 1
@@ -216,8 +207,7 @@ def _tensor_patches(operators: _CountOperators) -> list[Patch]:
         finally:
             operators.assigning -= 1
 
-    methods = {name: counted(name) for name in ("tolist", "numpy", "cpu")} | {"__setitem__": watched_assign}
-    return [(torch.Tensor, name, method) for name, method in methods.items()]
+    return [*map(waiting, ("tolist", "numpy", "cpu")), (torch.Tensor, "__setitem__", watched_assign)]
 
 
 class _CountOperators(TorchDispatchMode):
@@ -264,8 +254,7 @@ class _CountOperators(TorchDispatchMode):
             return
         loaded, stored = 0 if name in _FACTORIES else _bytes(read), _bytes(written)
         if name in _GATHERS:
-            source, rest = _bytes(read[:1]), _bytes(read[1:])
-            loaded = min(source, stored) + rest
+            loaded = min(_bytes(read[:1]), stored) + _bytes(read[1:])
         elif name in _SCATTERS:
             stored = min(stored, _scattered(name, args, kwargs))
             loaded = _bytes([t for t in read if t is not args[0]])
@@ -299,9 +288,8 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     """Of distinct memory: a broadcast dimension is read once, a tensor handed in twice is one tensor."""
     seen = {}
     for t in tensors:
-        elements = 1
-        for size, stride in zip(t.shape, t.stride(), strict=True):
-            elements *= size if stride else min(size, 1)
+        sides = zip(t.shape, t.stride(), strict=True)
+        elements = math.prod(size if stride else min(size, 1) for size, stride in sides)
         where = t.untyped_storage()._cdata, t.storage_offset()  # on the meta device no tensor has an address
         seen[where, t.shape, t.stride()] = elements * t.element_size()
     return sum(seen.values())
