@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.progress import track
 
 import fusedyolo
-from fusedyolo.tools.registry import SHOWN, Case, RefusedError, Workload, select
+from fusedyolo.tools.registry import SHOWN, RefusedError, Workload, select
 
 from . import labels, pictures
-from .detector import Detector
 from .measure import EAGER
 from .train import DRAWN, Run
 
@@ -32,8 +31,12 @@ def run(options: argparse.Namespace) -> int:
     shown = pictures.load([annotations[index]], options.size)
     work = Workload(batch=1, size=options.size, classes=len(names), layout="nchw")
     preds = [torch.full_like(pred, CALM).detach() for pred in case.predictions(work)]
-    if options.steps:  # as what objects pick is what predicts them best
-        preds = _trained(case, work, pictures.load(annotations, options.size), options.steps)(shown.pixels / 255)
+    if options.steps:  # of a small detector, with the reference, as what objects pick is what predicts them best
+        images = pictures.load(annotations, options.size)
+        training = Run(EAGER, case, replace(work, batch=min(8, len(annotations))), 0, torch.device("cpu"))
+        for number in track(range(options.steps), "training", transient=True):
+            training.step(number, training.loss, images)
+        preds = training.model.requires_grad_(False)(shown.pixels / 255)
     rows = labels.pack(shown.annotations)
     rows[:, 1] += case.background
     criterion = case.build(work.classes, "torch")
@@ -44,12 +47,3 @@ def run(options: argparse.Namespace) -> int:
     figure.savefig(options.out, dpi=110)
     Console().print(f"wrote {options.out}", highlight=False)
     return 0
-
-
-def _trained(case: Case, work: Workload, images: pictures.Pictures, steps: int) -> Detector:
-    """A small detector after so many steps with the reference."""
-    work = replace(work, batch=min(8, len(images.annotations)))
-    run = Run(EAGER, case, work, 0, torch.device("cpu"))
-    for number in track(range(steps), "training", transient=True):
-        run.step(number, run.loss, images)
-    return run.model.requires_grad_(False)

@@ -39,12 +39,6 @@ def plan(cases: Iterable[Case], work: Workload, gpu: bool, options: argparse.Nam
     return [*tasks, *(Task("count", name, work, EAGER) for name in ours), *(timed if gpu else ())]
 
 
-def usual_cases() -> list[Case]:
-    """Each loss in its default recipe, and whatever a peer that is installed here computes."""
-    first = first_recipes()
-    return [case for case in CASES.values() if case in first or peers.of(case)]
-
-
 def workload(options: argparse.Namespace) -> Workload:
     """What is asked for.
 
@@ -65,7 +59,9 @@ def run(options: argparse.Namespace) -> int:
     session, work = Session(options, "bench"), workload(options)
     if options.times and not session.gpu:
         raise RefusedError("--times: there is no GPU to time on")
-    cases = select(options.loss, CASES.values() if options.recipes else usual_cases())
+    first = first_recipes()  # and whatever a peer that is installed here computes
+    usual = (case for case in CASES.values() if options.recipes or case in first or peers.of(case))
+    cases = select(options.loss, usual)
     session.console.print(report.headline(work, session.host), highlight=False)
     session.console.print(report.beside(peer.name for case in cases for peer in peers.of(case)), highlight=False)
     compiled = COMPILE * (session.gpu and not options.quick)

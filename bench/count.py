@@ -220,11 +220,9 @@ class _CountOperators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace not in ("aten", "prim", "prims"):
-            body = _body_of(func)
-            if body is not None:
-                with self:
-                    return body(*args, **kwargs)
+        if func.namespace not in ("aten", "prim", "prims") and (body := _body_of(func)):
+            with self:
+                return body(*args, **kwargs)
         out = func(*args, **kwargs)
         self._tally(func, args, kwargs, out)
         return out

@@ -91,20 +91,17 @@ def compile_launch(kernel, arguments: Mapping[str, Any], options: Mapping[str, i
     ``kernel`` must be a real ``JITFunction``: it must have been imported without ``TRITON_INTERPRET``. Tensors count as
     aligned as they are.
     """
+    from triton import knobs
     from triton.runtime.jit import JITFunction
 
     if not isinstance(kernel, JITFunction):
         raise ValueError(f"kernel: {type(kernel).__name__}, want a JITFunction; is TRITON_INTERPRET set?")
     made, _ = specialise(kernel, (), {**arguments, **options}, target_of(target))
     text = made.compile().asm
-    return _read_cubin(target, text["cubin"]) if "cubin" in text else read_amdgcn(target, text["amdgcn"])
-
-
-def _read_cubin(target: str, cubin: bytes) -> Resources:
-    from triton import knobs
-
+    if "amdgcn" in text:
+        return read_amdgcn(target, text["amdgcn"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(text["cubin"])
         file.flush()
         commands = (knobs.nvidia.cuobjdump.path, "-res-usage", file.name), (knobs.nvidia.nvdisasm.path, "-c", file.name)
         usage, sass = (subprocess.check_output(command, text=True) for command in commands)
@@ -118,9 +115,10 @@ def read_sass(target: str, usage: str, sass: str) -> Resources:
     sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     loads, stores, spills = Counter[int](), Counter[int](), 0
     for name in names + called:
-        head, *modifiers = name.split(".")
+        head = name.partition(".")[0]
         if head in ("LDG", "STG"):
-            (loads if head == "LDG" else stores)[_sass_width(modifiers)] += 1
+            width = re.search(r"\.[US]?(8|16|64|128|256)\b", name)
+            (loads if head == "LDG" else stores)[int(width[1]) if width else 32] += 1
         spills += head in ("LDL", "STL")
     words = sizes["REG"], sizes["STACK"], spills, len(names + called)
     return Resources(target, *words, dict(loads), dict(stores), called=len(called), code=_digest(sass))
@@ -133,11 +131,6 @@ def _sass_names(sass: str) -> list[str]:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _sass_width(modifiers: list[str]) -> int:
-    found = (re.fullmatch(r"[US]?(8|16|64|128|256)", modifier) for modifier in modifiers)
-    return next((int(match[1]) for match in found if match), 32)
 
 
 _AMD_WIDTHS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "sshort": 16, "dword": 32}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -81,8 +80,8 @@ def parity(
     """
     work = work.small()
 
-    def build(backend: str, work: Workload, device: str) -> Loss:
-        return case.bind(case.build(work.classes, backend), work, device)
+    def ours(backend: str) -> Callable[[Workload, str], Loss]:
+        return lambda work, device: case.bind(case.build(work.classes, backend), work, device)
 
     def numbers(make: Callable[[Workload, str], Loss], exact: bool = False) -> tuple[torch.Tensor, torch.Tensor, int]:
         preds = case.predictions(work, device)
@@ -93,9 +92,8 @@ def parity(
         grads = torch.cat([pred.grad.double().flatten() for pred in preds if pred.grad is not None])
         return values, grads, int(getattr(out, "num_pos", 0))
 
-    values, grads, positives = numbers(partial(build, "torch"), exact=True)
-    makers: dict[str, Callable[[Workload, str], Loss]] = {"eager": partial(build, "torch")}
-    makers |= {"fused": partial(build, "triton"), **(others or {})}
+    makers = {"eager": ours("torch"), "fused": ours("triton"), **(others or {})}
+    values, grads, positives = numbers(makers["eager"], exact=True)
     errors, failed, broken = {}, [], {}
     cut = device == "cpu" and work.dtype == "bfloat16"
     tolerance = torch.finfo(torch.bfloat16).eps if cut else TOLERANCE

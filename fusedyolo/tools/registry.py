@@ -223,7 +223,7 @@ _V3 = ((10, 13), (16, 30), (33, 23)), ((30, 61), (62, 45), (59, 119)), ((116, 90
 _V2 = (((1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 4.84053), (11.2364, 10.0071)),)
 _V4 = ((12, 16), (19, 36), (40, 28)), ((36, 75), (76, 55), (72, 146)), ((142, 110), (192, 243), (459, 401))
 _STRIDES = (8, 16, 32)
-_SSD_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
+_SSD = partial(makers.ssd_anchors, aspect_ratios=((2,), (2, 3), (2, 3), (2, 3), (2,), (2,)))
 _CELLS = partial(Case, grid=7, images=12)
 _POINTS = partial(Case, strides=_STRIDES, cell=(1,) * len(_STRIDES))
 _ONE_MAP = partial(Case, anchors=_V2, unit=32, one_map=True)
@@ -245,15 +245,7 @@ CASES = {
         Case("YOLOv7", None, "YOLOv7Loss", _V4, _STRIDES),
         Case("RetinaNet", None, "RetinaNetLoss", strides=PYRAMID, cell=(9,) * 5, boxes=makers.retinanet_anchors),
         Case("EfficientDet", None, "EfficientDetLoss", strides=PYRAMID, cell=(9,) * 5, boxes=makers.retinanet_anchors),
-        Case(
-            "SSD",
-            None,
-            "SSDLoss",
-            strides=(*PYRAMID, 256),
-            cell=(4, 6, 6, 6, 4, 4),
-            boxes=partial(makers.ssd_anchors, aspect_ratios=_SSD_RATIOS),
-            background=1,
-        ),
+        Case("SSD", None, "SSDLoss", strides=(*PYRAMID, 256), cell=(4, 6, 6, 6, 4, 4), boxes=_SSD, background=1),
         Case("FCOS", None, "FCOSLoss", strides=PYRAMID, cell=(1,) * 5, boxes=makers.fcos_anchors),
         _POINTS("YOLOX", None, "YOLOXLoss"),
         _POINTS("YOLOv8", None, "YOLOv8Loss"),

@@ -47,8 +47,7 @@ def install() -> None:
     interpreter.InterpretedFunction.__call__ = _call
     tl.block_type.__new__, tl.block_type.__init__ = _new_block_type, lambda self, element_ty, shape: None
     tl.tensor.__init__ = _init_tensor
-    semantic = interpreter.TritonSemantic
-    semantic.broadcast_impl_value, semantic.cast, semantic.binary_op_type_checking_impl = _broadcast, _cast, _operands
+    interpreter.TritonSemantic.broadcast_impl_value = _broadcast
     tl.where, tl.sort = _where, _sort
     for name in _OPERATORS:
         setattr(tl.tensor, f"__{name}__", _operator(name))
@@ -61,8 +60,7 @@ def install() -> None:
 _find_np_dtype = interpreter._get_np_dtype
 _init_any_block_type = tl.block_type.__init__
 _where_any, _sort_any = tl.where, tl.sort
-_broadcast_any, _cast_any = interpreter.TritonSemantic.broadcast_impl_value, interpreter.TritonSemantic.cast
-_any_operands = interpreter.TritonSemantic.binary_op_type_checking_impl
+_broadcast_any = interpreter.TritonSemantic.broadcast_impl_value
 _np_dtypes: dict[str, np.dtype] = {}
 _block_types: dict[tuple[str, tuple[int, ...]], tl.block_type] = {}
 _patched: set[str] = set()
@@ -215,15 +213,3 @@ def _broadcast(self, lhs, rhs):
     if blocks == 0 or (blocks == 2 and lhs.handle.data.shape == rhs.handle.data.shape):
         return lhs, rhs
     return _broadcast_any(self, lhs, rhs)
-
-
-def _cast(self, input, dst_ty, fp_downcast_rounding=None):
-    """What is of a type already is left as it is."""
-    return input if input.dtype is dst_ty.scalar else _cast_any(self, input, dst_ty, fp_downcast_rounding)
-
-
-def _operands(self, lhs, rhs, *args, **kwargs):
-    """Two tensors of one type have but to be of one shape."""
-    if lhs.__class__ is rhs.__class__ is tl.tensor and lhs.dtype is rhs.dtype and lhs.dtype.name in _TYPES:
-        return self.broadcast_impl_value(lhs, rhs)
-    return _any_operands(self, lhs, rhs, *args, **kwargs)

@@ -251,25 +251,23 @@ def tune_point(
     return Result(times[()], times[best], best, len(times), pruned)
 
 
-def points(options: argparse.Namespace, device: str) -> list[Point]:
-    """Every combination that was asked for, a layout that a loss does not take left out."""
-    wanted = (options.batch, options.size, options.classes, options.dtype, options.layout)
-    return [
-        Point(case, Workload(batch, size, classes, dtype, layout=layout), device)
-        for case in select(options.loss, first_recipes())
-        for batch, size, classes, dtype, layout in itertools.product(*wanted)
-        if layout in ("", *case.layouts)
-    ]
-
-
 def run(
     options: argparse.Namespace,
     device: str = "cuda",
     timer: Timer = milliseconds,
     inspector: Callable[..., dict[Wishes, Resources | str]] | None = None,
 ) -> int:
-    """Tune. Tests put in a timer and an inspector that need no GPU."""
-    console, todo, where = terminal.console(), points(options, device), torch.device(device)
+    """Tune for every combination that was asked for, a layout that a loss does not take left out. Tests put in a timer
+    and an inspector that need no GPU.
+    """
+    asked = (options.batch, options.size, options.classes, options.dtype, options.layout)
+    todo = [
+        Point(case, Workload(batch, size, classes, dtype, layout=layout), device)
+        for case in select(options.loss, first_recipes())
+        for batch, size, classes, dtype, layout in itertools.product(*asked)
+        if layout in ("", *case.layouts)
+    ]
+    console, where = terminal.console(), torch.device(device)
     if device == "cuda" and not torch.cuda.is_available():
         raise RefusedError("no GPU: there is nothing to tune; launches are configured by a heuristic")
     gpu, target = tuned.gpu_name(where), _target(where)

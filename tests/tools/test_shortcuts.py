@@ -19,8 +19,6 @@ class Long(interpreter.TritonSemantic):
     """Triton's own rules."""
 
     broadcast_impl_value = shortcuts._broadcast_any
-    cast = shortcuts._cast_any
-    binary_op_type_checking_impl = shortcuts._any_operands
 
 
 SEMANTIC = Long(interpreter.interpreter_builder)
