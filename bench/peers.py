@@ -140,9 +140,6 @@ class _Detector(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ libraries
 
 
-Outputs = dict[str, Tensor]
-
-
 def _torchvision(case: Case, work: Workload, device: str) -> Bound:
     classes, geometry = work.classes + case.background, case.geometry(work, device)
     anchors, sizes = [geometry["anchors"]] * work.batch, geometry["num_anchors_per_level"]
@@ -155,7 +152,7 @@ def _torchvision(case: Case, work: Workload, device: str) -> Bound:
         targets.append({"boxes": corners.to(device), "labels": rows[:, 0].long().to(device)})
     levels, rows_already = len(case.strides), case.layout(work) == "rows"
     names = ("cls_logits", "bbox_regression", "bbox_ctrness")
-    compute = _MODELS[case.name](_load("torchvision.models.detection"), case, work.size, classes)
+    compute = _compute(case, work.size, classes)
 
     def total(preds: list[Tensor]) -> Tensor:
         if not rows_already:
@@ -165,40 +162,29 @@ def _torchvision(case: Case, work: Workload, device: str) -> Bound:
     return total
 
 
-def _backbone(channels: Any) -> Any:
-    module: Any = nn.Identity()
-    module.out_channels = channels
-    return module
-
-
-def _retinanet(detection: Any, case: Case, size: int, classes: int) -> Callable[..., Outputs]:
-    model = detection.RetinaNet(_backbone(32), classes)
-    return lambda targets, outputs, anchors, sizes: model.compute_loss(targets, outputs, anchors)
-
-
-def _fcos(detection: Any, case: Case, size: int, classes: int) -> Callable[..., Outputs]:
-    return detection.FCOS(_backbone(32), classes).compute_loss
-
-
-def _ssd(detection: Any, case: Case, size: int, classes: int) -> Callable[..., Outputs]:
-    box_iou = _load("torchvision.ops").box_iou
+def _compute(case: Case, size: int, classes: int) -> Callable[..., dict[str, Tensor]]:
+    """The losses of a model that has no backbone: of targets, outputs, anchors, and how many of these a level has."""
+    detection, channels = _load("torchvision.models.detection"), SimpleNamespace(out_channels=32)
+    if case.name == "RetinaNet":
+        retinanet = detection.RetinaNet(channels, classes)
+        return lambda targets, outputs, anchors, sizes: retinanet.compute_loss(targets, outputs, anchors)
+    if case.name == "FCOS":
+        return detection.FCOS(channels, classes).compute_loss
+    box_iou, channels.out_channels = _load("torchvision.ops").box_iou, [32] * len(case.cell)
     default_boxes = detection.anchor_utils.DefaultBoxGenerator([[2] if n == 4 else [2, 3] for n in case.cell])
-    model = detection.ssd.SSD(_backbone([32] * len(case.cell)), default_boxes, (size, size), classes)
+    ssd = detection.ssd.SSD(channels, default_boxes, (size, size), classes)
 
-    def compute(targets: list[Outputs], outputs: Outputs, anchors: list[Tensor], sizes: list[int]) -> Outputs:
+    def compute(targets: list[dict], outputs: dict, anchors: list[Tensor], sizes: list[int]) -> dict[str, Tensor]:
         matched = []  # which its forward does
         for image, boxes in zip(targets, anchors, strict=True):
             if len(image["boxes"]):
-                found = model.proposal_matcher(box_iou(image["boxes"], boxes))
+                found = ssd.proposal_matcher(box_iou(image["boxes"], boxes))
             else:
                 found = torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
             matched.append(found)
-        return model.compute_loss(targets, outputs, anchors, matched)
+        return ssd.compute_loss(targets, outputs, anchors, matched)
 
     return compute
-
-
-_MODELS = {"RetinaNet": _retinanet, "SSD": _ssd, "FCOS": _fcos}
 
 
 def _to_rows(maps: list[Tensor], sizes: list[int]) -> Tensor:
@@ -261,20 +247,20 @@ def _ultralytics(case: Case, work: Workload, device: str) -> Bound:
     nothing = torch.zeros((), dtype=DTYPES[work.dtype], device=device)  # of features the loss asks for their size alone
     features = [nothing.expand(work.batch, 1, *size) for size in case.maps(work)]
 
+    def branch(own: dict[str, Any]) -> dict[str, Any]:
+        """As its head makes it: in one piece ``[B, C, N]`` of maps ``[B, C, H, W]``."""
+        found: dict[str, Any] = {"feats": features}
+        for name in ("boxes", "scores"):
+            maps = own[name]
+            found[name] = maps if isinstance(maps, Tensor) else torch.cat([each.flatten(2) for each in maps], 2)
+        return found
+
     def total(preds: list[Tensor]) -> Tensor:
         packed = case.pack(preds, work)
-        found = {
-            name: {"boxes": _in_one_piece(own["boxes"]), "scores": _in_one_piece(own["scores"]), "feats": features}
-            for name, own in (packed if case.branches else {"": packed}).items()
-        }
-        return criterion(found if case.branches else found[""], objects)[0].sum()
+        found = {name: branch(own) for name, own in packed.items()} if case.branches else branch(packed)
+        return criterion(found, objects)[0].sum()
 
     return total
-
-
-def _in_one_piece(maps: Any) -> Tensor:
-    """``[B, C, N]``, as its head makes it of maps ``[B, C, H, W]``."""
-    return maps if isinstance(maps, Tensor) else torch.cat([each.flatten(2) for each in maps], 2)
 
 
 def _yolox(case: Case, work: Workload, device: str) -> Bound:
@@ -309,7 +295,7 @@ HOST = "matches on the host; copies to it and back are no launches and no waits 
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("torchvision", "torchvision.models.detection", tuple(_MODELS), _torchvision),
+        Peer("torchvision", "torchvision.models.detection", ("RetinaNet", "SSD", "FCOS"), _torchvision),
         Peer("lightnet", "lightnet.network.loss", ("YOLOv2/lightnet",), _lightnet, HOST),
         Peer("yolov5", "yolov5.utils.loss", ("YOLOv5",), _yolov5),
         Peer("ultralytics", "ultralytics.utils.loss", ("YOLOv8", "E2E/yolo26"), _ultralytics),
