@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -37,42 +38,38 @@ Case = Callable[[Workload], Step]
 # ------------------------------------------------------------------------------------------------------------ cases
 
 
-def _loss(case: LossCase, work: Workload, weighed: bool = False) -> Step:
-    """A training step: total, parts, counts, and a gradient for each of :data:`WEIGHTS`; of targets that may be
-    ``weighed``.
+def _step(maps: list[Tensor], targets: Any, build: Callable[[str], Callable[..., Any]]) -> Step:
+    """A training step of a loss, which is built for a backend: total, parts, counts, and a gradient for each of
+    :data:`WEIGHTS`.
     """
-    work = replace(work, batch=max(work.batch, case.images))
-    targets = case.targets(work)
-    if weighed:
-        targets = _weighed(targets, case.background, work.batch)
 
     def step(backend: str, exact: bool) -> Outputs:
-        preds = [_as(pred, exact).requires_grad_() for pred in case.predictions(work)]
-        return _outputs(case.bind(case.build(work.classes, backend), work)(preds, targets), preds)
+        preds = [_as(pred, exact).requires_grad_() for pred in maps]
+        out = build(backend)(preds, targets)
+        found = {"total": out.total, **out.parts, "num_pos": out.num_pos, "num_invalid": out.num_invalid}
+        for weight in WEIGHTS:
+            grads = torch.autograd.grad(out.total, preds, out.total.new_tensor(weight), retain_graph=True)
+            found |= {f"gradient {i} of {weight}": grad for i, grad in enumerate(grads)}
+        return found
 
     return step
 
 
-def _outputs(out: fusedyolo.LossOutput, preds: list[Tensor]) -> Outputs:
-    found = {"total": out.total, **out.parts, "num_pos": out.num_pos, "num_invalid": out.num_invalid}
-    for weight in WEIGHTS:
-        grads = torch.autograd.grad(out.total, preds, out.total.new_tensor(weight), retain_graph=True)
-        found |= {f"gradient {i} of {weight}": grad for i, grad in enumerate(grads)}
-    return found
+def _loss(case: LossCase, work: Workload, weighed: bool = False) -> Step:
+    """Of a case, of targets that may be ``weighed``."""
+    work = replace(work, batch=max(work.batch, case.images))
+    targets = case.targets(work)
+    if weighed:
+        targets = _weighed(targets, case.background, work.batch)
+    return _step(case.predictions(work), targets, lambda on: case.bind(case.build(work.classes, on), work))
 
 
 def _auxiliary(work: Workload) -> Step:
     """YOLOv7 with auxiliary heads, of which objects pick by what other maps cost."""
     case = CASES["YOLOv7"]
-    targets = case.targets(work)
-
-    def step(backend: str, exact: bool) -> Outputs:
-        maps = case.predictions(work) + case.predictions(replace(work, seed=work.seed + 1))
-        preds = [_as(pred, exact).requires_grad_() for pred in maps]
-        loss = fusedyolo.YOLOv7AuxLoss(case.anchors, case.strides, work.classes, backend=backend)
-        return _outputs(loss(preds, targets), preds)
-
-    return step
+    maps = case.predictions(work) + case.predictions(replace(work, seed=work.seed + 1))
+    loss = partial(fusedyolo.YOLOv7AuxLoss, case.anchors, case.strides, work.classes)
+    return _step(maps, case.targets(work), lambda on: loss(backend=on))
 
 
 def _weighed(rows: Tensor, label: int, batch: int) -> Tensor:
