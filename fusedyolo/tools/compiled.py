@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,7 +130,6 @@ def _as(value: Tensor, exact: bool) -> Tensor:
     return value.detach().double() if exact else value.detach()
 
 
-@lru_cache(maxsize=1)
 def cases() -> dict[str, Case]:
     """All cases by name: every loss, auxiliary heads, one of each way to share and to match with weights, ``select``
     once for each class term where kernels read predictions, the rest.
