@@ -111,12 +111,6 @@ def test_larger_and_smaller(name, nan):
             assert found == outcome(long_way, x, y, nan), (x.type, y.type)
 
 
-def test_conversions():
-    for x in (tensor(dtype, shape) for dtype in TYPES for shape in SHAPES):
-        for dtype in (*TYPES, tl.float16):
-            assert outcome(interpreter.interpreter_semantic.cast, x, dtype) == outcome(SEMANTIC.cast, x, dtype)
-
-
 def test_sort(monkeypatch):
     monkeypatch.setattr(shortcuts, "_patched", set())  # outside of a launch the language is what the last one has left
     for x in (tensor(dtype, shape) for dtype in (tl.int32, tl.int64) for shape in ((8,), (2, 4))):
