@@ -97,7 +97,11 @@ def _coco(path: Path) -> Read:
         raise ValueError(f"labels: {path} is no COCO file, it has no images, annotations and categories")
     names = {each["id"]: each["name"] for each in sorted(data["categories"], key=lambda each: each["id"])}
     files = {each["id"]: File(Path(each["file_name"]), (each["width"], each["height"]), []) for each in data["images"]}
+    if not files:
+        raise ValueError(f"labels: {path} has no images")
     for entry in data["annotations"]:
+        if entry["image_id"] not in files:
+            raise ValueError(f"labels: {path}: an annotation of image {entry['image_id']}, want one of its images")
         if not entry.get("iscrowd", 0):
             x, y, w, h = entry["bbox"]
             files[entry["image_id"]].objects.append((list(names).index(entry["category_id"]), x, y, x + w, y + h))
@@ -105,7 +109,7 @@ def _coco(path: Path) -> Read:
 
 
 def _voc(paths: Sequence[Path]) -> Read:
-    roots = [ElementTree.parse(path).getroot() for path in paths]
+    roots = [_root(path) for path in paths]
     names = sorted({found.findtext("name", "") for root in roots for found in root.iter("object")})
     files = []
     for path, root in zip(paths, roots, strict=True):
@@ -117,6 +121,13 @@ def _voc(paths: Sequence[Path]) -> Read:
             corners = (float(found.findtext(f"bndbox/{each}", "nan")) for each in ("xmin", "ymin", "xmax", "ymax"))
             files[-1].objects.append((names.index(found.findtext("name", "")), *corners))
     return files, names
+
+
+def _root(path: Path) -> ElementTree.Element:
+    try:
+        return ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise ValueError(f"labels: {path} is no XML: {error}") from None
 
 
 def _yolo(folder: Path, paths: Sequence[Path]) -> Read:

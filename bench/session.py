@@ -127,6 +127,7 @@ class Session:
         """Write this run's JSON and CSV, and, if tasks broke, what they had to say."""
         paths = [self.out / f"{self.name}.json", self.out / f"{self.name}.csv", self.out / "failed.txt"]
         paths[0].write_text(json.dumps({"environment": self.host, "rows": list(rows)}, indent=1) + "\n")
+        paths[1].unlink(missing_ok=True)
         if rows:
             with paths[1].open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -473,9 +473,11 @@ def answer(monkeypatch, given):
 @pytest.mark.parametrize("broken", [parity(False), processes.Failed("RuntimeError: no")])
 def test_nothing_is_measured_on_a_red_gate(broken, monkeypatch, tmp_path, capsys):
     tasks = answer(monkeypatch, {"parity": broken})
+    (tmp_path / "bench.csv").write_text("rows of another run")
     assert entry.main(["--quick", "--loss", "yolov3", "--out", str(tmp_path)]) == 1
     assert [task.kind for task in tasks] == ["parity", "parity"]
     assert "nothing else was measured" in capsys.readouterr().out
+    assert not (tmp_path / "bench.csv").exists()
 
 
 @pytest.mark.parametrize(("breaks", "status"), [("count", 1), ("codegen", 1), ("execute", 1), ("compile", 0)])

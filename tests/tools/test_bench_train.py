@@ -107,6 +107,15 @@ def test_yolo_labels_without_images(tmp_path):
     assert only.boxes.tolist() == [list(BOX)]
 
 
+ASTRAY = json.dumps(
+    {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 4, "height": 4}],
+        "annotations": [{"image_id": 2, "category_id": 1, "bbox": [0, 0, 1, 1]}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+)
+
+
 @pytest.mark.parametrize(
     ("files", "error"),
     [
@@ -116,6 +125,9 @@ def test_yolo_labels_without_images(tmp_path):
         ({"a.txt": "0 0.5 0.5 0.1 0.1\nhello\n"}, r"a.txt:2: 'hello', want class cx cy w h"),
         ({"a.txt": "0 0.1 0.2 0.3 0.2 0.3 0.6\n"}, r"a.txt:1: .*, want class cx cy w h"),
         ({"a.xml": "<annotation/>"}, r"a.xml has no image size"),
+        ({"a.xml": "<annotation>"}, r"a.xml is no XML: no element found"),
+        ({"a.json": '{"images": [], "annotations": [], "categories": []}'}, r"a.json has no images"),
+        ({"a.json": ASTRAY}, r"a.json: an annotation of image 2, want one of its images"),
     ],
 )
 def test_labels_that_cannot_be_read(tmp_path, files, error):
