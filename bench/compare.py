@@ -19,21 +19,21 @@ from .session import Session, Task
 def plan(cases: Iterable[Case], work: Workload, gpu: bool, options: argparse.Namespace) -> list[Task]:
     """Every task behind the parity gate; the longest first."""
     executed = GPUS[options.gpu].target
-    theirs = {case.name: [peer.name for peer in peers.of(case)] for case in cases}
-    counted = [Task("count", name, work, FUSED, exact=options.exact) for name in theirs]
-    ran = [Task("execute", name, work, executed) for name in theirs]
+    by_case = {case.name: [peer.name for peer in peers.of(case)] for case in cases}
+    counted = [Task("count", name, work, FUSED, exact=options.exact) for name in by_case]
+    ran = [Task("execute", name, work, executed) for name in by_case]
     if options.predict:
-        return [*counted, *ran, *(Task("codegen", name, work, executed) for name in theirs)]
+        return [*counted, *ran, *(Task("codegen", name, work, executed) for name in by_case)]
     providers = [EAGER, FUSED] if options.quick else [EAGER, COMPILE, FUSED]
     timed = [Task("bandwidth", "", work, device="cuda")]
-    timed += [Task("time", name, work, who, "cuda") for name, own in theirs.items() for who in (*own, *providers)]
+    timed += [Task("time", name, work, who, "cuda") for name, own in by_case.items() for who in (*own, *providers)]
     if options.times:
         return timed
     targets = dict.fromkeys([*(options.target or ("sm_90", "gfx942")), executed])
-    tasks = [Task("compile", name, work, COMPILE) for name in theirs if COMPILE in providers]
-    tasks += [*counted, *(Task("count", name, work, peer) for name, own in theirs.items() for peer in own), *ran]
-    tasks += [Task("codegen", name, work, target) for name in theirs for target in targets]
-    return [*tasks, *(Task("count", name, work, EAGER) for name in theirs), *(timed if gpu else ())]
+    tasks = [Task("compile", name, work, COMPILE) for name in by_case if COMPILE in providers]
+    tasks += [*counted, *(Task("count", name, work, peer) for name, own in by_case.items() for peer in own), *ran]
+    tasks += [Task("codegen", name, work, target) for name in by_case for target in targets]
+    return [*tasks, *(Task("count", name, work, EAGER) for name in by_case), *(timed if gpu else ())]
 
 
 def workload(options: argparse.Namespace) -> Workload:

@@ -119,7 +119,6 @@ def _parts(key: str, dtype: torch.dtype) -> _Parts:
         "PLACES": head.places_per_row,
         "TABLES": head.places_per_row if head.by_cost else 0,
         "ACC": acc,
-        "K_PAD": power_of_two(5 + head.num_classes),
     }
     competing = [head.anchors[t] for t in own] if head.per_level else head.anchors
     return _Parts(terms, numbers, spec, tuple(side for anchor in competing for side in anchor))
@@ -246,12 +245,14 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
         smooth=odd(tuple(map(int, head.smooth_levels))),
         anchors=parts.anchors,
     )
+    whole = class_tile(head.num_classes, config.threads, apart=False)
     spec = records.Spec(
         **parts.spec,
         LAYOUT=_layout(strides, preds),
         CELLS=config.cells,
         ROWS=config.rows,
-        PICKS=max(1, 8 * config.threads // parts.spec["K_PAD"]),
+        PICKS=whole["LANES"],
+        K_PAD=whole["HELD"],
         **class_tile(head.num_classes, config.threads, parts.spec["APART"] and not head.average_box),
         CHANNELS=config.channels,
         PARTS=grad_parts(config, 5 + head.num_classes, planes),
