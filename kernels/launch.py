@@ -14,8 +14,8 @@ Wishes = tuple[tuple[str, int], ...]
 class GridConfig:
     """Tile of a driver: cells a program owns, channels stored at a time, threads, rows searched at a time.
 
-    Told of a limit of ``max_registers`` a thread, ptxas spills nothing, and several programs fit a multiprocessor; left
-    alone it takes up to 154, and keeps a word or two of some variants on the stack.
+    Told of a limit of ``max_registers`` a thread, ptxas spills nothing, or a word or two of some variants, and several
+    programs fit a multiprocessor.
     """
 
     cells: int
@@ -33,6 +33,9 @@ WEIGHED_REGISTERS = 24
 """Of a thread, more, where rows or classes have weights: without these nothing spills, with them a few do."""
 
 SMALLEST_TILE = 64
+FEWEST_TILES = 5
+"""Of a plane: the coarser a map, the more objects a cell of it has, and a launch takes as long as its slowest program."""
+
 FEWEST_TURNS = 4
 
 
@@ -44,36 +47,51 @@ def grad_parts(config: GridConfig, channels: int, cells_contiguous: bool) -> int
     return 2 if cells_contiguous and turns >= 2 * FEWEST_TURNS else 1
 
 
-LOSS_REGISTERS = {True: 128, False: 112}
-"""Of a thread of the loss launch of grids, by whether cells are neighbours in memory: for fewer it spills."""
+LOSS_REGISTERS = 112
+"""Of a thread of the loss launch of grids: for fewer it spills. Nine programs share a multiprocessor."""
 
-LEAN_REGISTERS = 96  # where nothing is ignored by IoU: five programs of 128 threads, ten of 64, share a multiprocessor
-GRID_GRADIENT_REGISTERS = {True: 128, False: 168}
+IGNORING_REGISTERS = 168  # where the boxes of eight cells of a plane are compared with rows: six programs
+GRID_GRADIENT_REGISTERS = {True: 128, False: 168}  # by whether cells are neighbours in memory
+
+
+def even_tile(cells: int, largest: int) -> int:
+    """Cells of a program, of a map with so many: evenly, at most ``largest``, and on coarse maps fewer."""
+    programs = max(-(-cells // largest), min(FEWEST_TILES, -(-cells // SMALLEST_TILE)))
+    return -(-cells // programs // 16) * 16
 
 
 @lru_cache(maxsize=256)
 def grid_config(
-    largest_map: int, cells_contiguous: bool, itemsize: int, wishes: Wishes = (), ignores: bool = True
+    largest_map: int,
+    cells_contiguous: bool,
+    itemsize: int,
+    wishes: Wishes = (),
+    ignores: bool = True,
+    few: bool = False,
 ) -> GridConfig:
     """Tile for maps of at most ``largest_map`` cells; ``cells_contiguous`` says that neighbouring cells are neighbours
     in memory (NCHW), else neighbouring channels are (channels-last, ``[B, A, H, W, 5 + C]``), ``ignores`` that boxes
-    are compared with all rows.
+    are compared with all rows, ``few`` that there is one map alone, whose programs do not fill a GPU: they get less.
+
+    A thread of the loss launch has up to eight cells of a plane: what a program does besides, to find out who is
+    assigned, all of its warps do, and that is most of what they execute.
 
     Eight channels at a time read whole sectors of what the loss launch has kept; of half predictions four, which take
     half the registers and no stack on gfx942. The less a thread of the loss launch holds, the more programs wait for
     memory at a time.
     """
-    registers = LOSS_REGISTERS[cells_contiguous] if ignores else LEAN_REGISTERS
+    registers = IGNORING_REGISTERS if ignores and cells_contiguous else LOSS_REGISTERS
     if itemsize > 4:
-        registers = GRID_GRADIENT_REGISTERS[cells_contiguous]
+        registers = 255
     if not cells_contiguous:
-        usual = GridConfig(cells=128, channels=16, threads=64, rows=64, max_registers=registers)
+        cells = 128 if few else 256
+        usual = GridConfig(cells=cells, channels=16, threads=64, rows=64, max_registers=registers)
         return replace(usual, **dict(wishes))
     wanted = dict(wishes)
-    cells = largest = wanted.pop("cells", 512)
+    cells = largest = wanted.pop("cells", 128 if few else 512)
     while cells > SMALLEST_TILE and cells >= 4 * largest_map:  # by fours: a kernel is compiled for each of them
         cells = max(SMALLEST_TILE, cells // 4)
-    threads = max(64, wanted.pop("threads", largest // 4) * cells // largest)
+    threads = max(64, wanted.pop("threads", largest // 8) * cells // largest)
     rows = min(256, threads)  # of more a thread would hold several, and spill
     channels = 8 if itemsize > 2 else 4
     config = GridConfig(cells=cells, channels=channels, threads=threads, rows=rows, max_registers=registers)
@@ -81,8 +99,9 @@ def grid_config(
 
 
 def grid_gradient(config: GridConfig, cells_contiguous: bool) -> GridConfig:
-    """Tile of the gradient, which holds many channels of a cell at a time."""
-    return replace(config, max_registers=max(config.max_registers, GRID_GRADIENT_REGISTERS[cells_contiguous]))
+    """Tile of the gradient, which holds many channels of a cell at a time, of four cells a thread in planes, or two."""
+    threads = max(WARP, config.cells // (4 if cells_contiguous else 2))
+    return replace(config, threads=threads, max_registers=GRID_GRADIENT_REGISTERS[cells_contiguous])
 
 
 HELD = (8, 4)  # classes of a listed prediction that a thread may hold, the more the fewer turns wait for memory

@@ -124,11 +124,11 @@ class GridDriver(Driver):
 
     def candidates(self, head: GridHead, layout: str) -> Iterable[dict[str, int]]:
         if layout == "channels_last":
-            yield from shared.products(cells=(64, 128, 256), channels=(16, 32, 64), threads=(64, 128, 256))
+            yield from shared.products(cells=(128, 256, 512), channels=(16, 32, 64), threads=(64, 128))
             yield from shared.products(stages=(1, 2, 4))
             yield from shared.products(max_registers=(128, 168))
             return
-        for cells, channels, each in itertools.product((512, 1024, 2048), (4, 8, 16), (8, 4, 2)):
+        for cells, channels, each in itertools.product((256, 512, 1024), (4, 8, 16), (16, 8, 4)):
             yield {"cells": cells, "channels": channels, "threads": cells // each}
         yield from shared.products(stages=(1, 2, 4))
         yield from shared.products(max_registers=(96, 168, 255))
@@ -136,10 +136,10 @@ class GridDriver(Driver):
     def kinds(self, kernel: str, programs: int, arguments: Mapping[str, Any]) -> Sequence[int]:
         if kernel not in _BY_TILE:  # of rows, which look at what all others have left: each is run
             return range(programs)
-        cells, parts = arguments["SPEC"].CELLS, self.together(kernel, arguments)
+        most, parts = arguments["SPEC"].CELLS, self.together(kernel, arguments)
         return [
-            (level * (cells + 1) + min(cells, size - tile * cells)) * parts + part
-            for level, size, anchors in _by_level(arguments)
+            (level * (most + 1) + min(cells, size - tile * cells)) * parts + part
+            for level, size, cells, anchors in _by_level(arguments)
             for _ in range(shared.even(arguments["levels"].batch) * anchors)
             for tile in range(-(-size // cells))
             for part in range(parts)
@@ -153,10 +153,10 @@ class GridDriver(Driver):
             return super().efforts(kernel, kinds, arguments, known)
         counts = [
             (int(tile.sum()), known.rows[image])
-            for level, _, _ in _by_level(arguments)
+            for level, _, cells, _ in _by_level(arguments)
             for image, planes in enumerate((known.assignment.levels[level].row >= 0).flatten(2))
             for plane in planes
-            for tile in plane.split(arguments["SPEC"].CELLS)
+            for tile in plane.split(cells)
             for _ in range(self.together(kernel, arguments))
         ]
         finer = [(kind, assigned > 0) for kind, (assigned, _) in zip(kinds, counts, strict=True)]
@@ -172,12 +172,12 @@ _BY_TILE = ("grid_kernel", "grid_grad_kernel")
 """Kernels whose programs are tiles of the maps, or parts of one, level by level, image by image, anchor by anchor."""
 
 
-def _by_level(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
-    """Number, cells and anchors of each level in the order of programs, which begin with the coarsest map."""
+def _by_level(arguments: Mapping[str, Any]) -> list[tuple[int, int, int, int]]:
+    """Number, cells, those of a program, and anchors of each level in the order of programs, which begin with the coarsest map."""
     levels = arguments["levels"]
-    sides = [[shared.even(n) for n in each] for each in (levels.widths, levels.heights)]
+    numbers = [[shared.even(n) for n in each] for each in (levels.widths, levels.heights, levels.tiles)]
     anchors = arguments["SPEC"].ANCHORS
-    return [(level, w * h, anchors[level]) for level, (w, h) in enumerate(zip(*sides, strict=True))][::-1]
+    return [(level, w * h, tile, anchors[level]) for level, (w, h, tile) in enumerate(zip(*numbers, strict=True))][::-1]
 
 
 def _views(preds: Sequence[Tensor], head: GridHead) -> list[Tensor]:
@@ -206,7 +206,7 @@ def _level(
     centre, sides = (torch.cat((part * image, part.new_zeros(1, 2)))[answers.row] for part in boxes.split(2, 1))
     label = torch.cat((rows.label, rows.label.new_full((1,), -1)))[answers.row]
     index = torch.arange(N, device=pred.device)
-    origin = torch.stack((index % W, index // W % H), -1) * stride
+    origin = torch.stack((index % W, index // W % H), -1).to(pred.dtype) * stride
     anchors = reference.level_anchors(head, level, pred)[index // (H * W) % A]
     a, b = reference.ENCODE[head.decode](centre - origin, sides, anchors, stride, scale)
     encoded = torch.where(answers.assigned[:, None], torch.cat((a, b), 1), 0.0)

@@ -22,6 +22,7 @@ from ..kernels.launch import (
     PICK_THREADS,
     SMALLEST_TILE,
     class_tile,
+    even_tile,
     grad_parts,
     grid_config,
     grid_gradient,
@@ -230,9 +231,11 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
     batch, cells = shapes[0][0], [shape[2] * shape[3] for shape in shapes]
     planes = all(by.column == 1 for by in strides)
     tuned = wishes("grid", _family(key), preds[0], planes, batch, max(cells), head.num_classes)
-    config = grid_config(max(cells), planes, preds[0].dtype.itemsize, tuned, parts.spec["IGNORES"])
+    ignores, few = parts.spec["IGNORES"], len(head.levels) == 1
+    config = grid_config(max(cells), planes, preds[0].dtype.itemsize, tuned, ignores, few)
     per_plane = tuple(len(own) * n for own, n in zip(head.levels, cells, strict=True))
-    near = _near_places(head, shapes, config.cells) if parts.spec["KINDS"] > 1 and not head.by_cost else 0
+    tiles = [even_tile(n, config.cells) for n in cells]
+    near = _near_places(head, shapes, tiles) if parts.spec["KINDS"] > 1 and not head.by_cost else 0
     levels = records.Levels(
         batch=2 * batch + 3,
         near_places=2 * near + 3,
@@ -244,6 +247,7 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
         obj_scales=obj_scales(head.obj_balance, head.obj_mean, per_plane),
         smooth=odd(tuple(map(int, head.smooth_levels))),
         anchors=parts.anchors,
+        tiles=odd(tuple(tiles)),
     )
     whole = class_tile(head.num_classes, config.threads, apart=False)
     spec = records.Spec(
@@ -257,7 +261,7 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
         CHANNELS=config.channels,
         PARTS=grad_parts(config, 5 + head.num_classes, planes),
     )
-    programs = sum(batch * len(own) * -(-n // config.cells) for own, n in zip(head.levels, cells, strict=True))
+    programs = sum(batch * len(own) * -(-n // tile) for own, n, tile in zip(head.levels, cells, tiles, strict=True))
     common = {"levels": levels, "head": parts.numbers, "terms": parts.terms, "SPEC": spec}
     room, acc = _room(shapes, head), accumulator(preds[0].dtype)[1]
     places, rows_read = head.places_per_row, config.rows
@@ -313,7 +317,8 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
         "parts_ptr": own.tensor("parts"),
         "grad_out_ptr": own.tensor("grad_total"),
     }
-    grid, settings = (programs * spec.PARTS,), (config.threads, grid_gradient(config, planes).max_registers)
+    whole = grid_gradient(config, planes)
+    grid, settings = (programs * spec.PARTS,), (whole.threads, whole.max_registers)
     grads = alike(preds)
     grads_by = [map_strides(grad, 5 + head.num_classes) for grad in grads]
     given["grads_by"] = odd(tuple(grads_by))
@@ -364,10 +369,10 @@ def _awarding(M: int) -> tuple[int]:
     return (min(max(1, 2 * M), AWARDING),)
 
 
-def _near_places(head: GridHead, shapes: Sequence[Sequence[int]], cells: int) -> int:
+def _near_places(head: GridHead, shapes: Sequence[Sequence[int]], tiles: Sequence[int]) -> int:
     """How many tiles have a part of three lines of cells, at most, on all maps."""
-    maps = [(len(own), shape[2], shape[3]) for own, shape in zip(head.levels, shapes, strict=True)]
-    return sum(count * min(-(-height * width // cells), 2 + 3 * width // cells) for count, height, width in maps)
+    maps = [(len(own), shape[2], shape[3], tile) for own, shape, tile in zip(head.levels, shapes, tiles, strict=True)]
+    return sum(count * min(-(-height * width // tile), 2 + 3 * width // tile) for count, height, width, tile in maps)
 
 
 def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:

@@ -62,14 +62,14 @@ def _places(taken, amount, found, block, blocks_ptr, lists, done_ptr, SPEC: tl.c
 
 
 @triton.jit
-def _near_rows(rows, alone, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
+def _near_rows(rows, held, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     """The rows that match and may have a cell in the lines of cells that the tile has a part of: how many.
 
-    They are listed; or if they are ``alone`` there are all rows, each in a lane for every kind of cell, with its centre
-    and whether it is such a row.
+    They are listed; or if lanes have ``held`` all rows of the image there are all, each in as many lanes as there is
+    room for, with its centre and whether it is such a row.
     """
     first_line = site.first_cell // site.W
-    last_line = (site.first_cell + SPEC.CELLS - 1) // site.W
+    last_line = (site.end_cell - 1) // site.W
     lane = tl.arange(0, SPEC.ROWS)
     every = rows.last - rows.first
     found = site.pid * 0
@@ -79,7 +79,7 @@ def _near_rows(rows, alone, site, lists, done_ptr, head, terms, SPEC: tl.constex
     cy = cx
     taken = lane < 0
     for g0 in range(rows.first, rows.last, SPEC.ROWS):
-        g = g0 + tl.where(alone, lane % every, lane)
+        g = g0 + tl.where(held, lane % every, lane)
         row = load_rows(rows.ptr, g, g < rows.last, SPEC.ROWS)
         row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
         cx = row.cx
@@ -89,13 +89,13 @@ def _near_rows(rows, alone, site, lists, done_ptr, head, terms, SPEC: tl.constex
         taken = (last_line > y - (1.1 + SPEC.REACH)) & (first_line < y + (0.1 + SPEC.REACH))
         taken = taken & row_valid(row, site.b, site.b + 1, head.C, head.limit)
         taken = taken & matches(row, site, head, terms, SPEC)
-        if not alone:
+        if not held:
             amount = tl.sum(taken.to(tl.int32), axis=0)
             if amount > 0:
                 at, block = _places(taken.to(tl.int32), amount, found, block, lists.near_ptr, lists, done_ptr, SPEC)
                 tl.store(lists.row_ptr + at, g, mask=taken)
                 found += amount
-    return tl.where(alone, every, found), g, cx, cy, taken
+    return tl.where(held, every, found), g, cx, cy, taken
 
 
 @triton.jit
@@ -121,26 +121,31 @@ def _candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     lane = tl.arange(0, SPEC.ROWS)
     near = rows.last - rows.first
     alone = near * SPEC.KINDS <= SPEC.ROWS
+    step = near * 0 + SPEC.ROWS
+    held = alone
     g = lane
     cx = lane.to(tl.float32)
     cy = cx
     known = lane < 0
     if SPEC.KINDS > 1 and rows.offers is None:
-        near, g, cx, cy, known = _near_rows(rows, alone, site, lists, done_ptr, head, terms, SPEC)
-        if not alone:
+        held = near <= SPEC.ROWS
+        if held:  # a turn is of as many kinds of cells as there is room for
+            step = SPEC.ROWS // tl.maximum(near, 1) * near
+        near, g, cx, cy, known = _near_rows(rows, held, site, lists, done_ptr, head, terms, SPEC)
+        if not held:
             tl.debug_barrier()
     found = site.pid * 0
     block = lists.listed
     local = lane
     taken = lane < 0
-    for q0 in range(0, near * SPEC.KINDS, SPEC.ROWS):
+    for q0 in range(0, near * SPEC.KINDS, step):
         q = q0 + lane
         if rows.offers is not None:
             g, cell = _picked_by(q, rows, site, SPEC)
         elif SPEC.KINDS > 1:
             kind = q // near
-            there = q < near * SPEC.KINDS
-            if not alone:
+            there = (lane < step) & (q < near * SPEC.KINDS)
+            if not held:
                 i = q % near
                 first = tl.load(lists.near_ptr + i // SPEC.ROWS, mask=there & (i >= SPEC.ROWS), other=lists.near)
                 g = tl.load(lists.row_ptr + first + i % SPEC.ROWS, mask=there, other=0)
@@ -154,7 +159,7 @@ def _candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
             row = of_kind(row, g, g < rows.last, rows.row_weights_ptr, "object")
             known = row_valid(row, site.b, site.b + 1, head.C, head.limit) & matches(row, site, head, terms, SPEC)
             cell = row_cell(row.cx, row.cy, known, 0, site.W, site.H, 0.0)
-        taken = (cell >= site.first_cell) & (cell < site.first_cell + SPEC.CELLS)
+        taken = (cell >= site.first_cell) & (cell < site.end_cell)
         local = tl.where(taken, cell - site.first_cell, 0)
         amount = tl.sum(taken.to(tl.int32), axis=0)
         if not alone:
@@ -207,10 +212,12 @@ def _store_row(lists, at, g, cell, mask):
 
 
 @triton.jit
-def _sorted(local, g, taken, SPEC: tl.constexpr):
-    """Candidates by cell, those of one cell in order: cells and rows of the first lanes."""
-    key = tl.sort(tl.where(taken, local, SPEC.CELLS) * SPEC.ROWS + tl.arange(0, SPEC.ROWS))
-    return key // SPEC.ROWS, tl.gather(g, key % SPEC.ROWS, 0)
+def _before(local, taken, SPEC: tl.constexpr):
+    """How many of the candidates in the lanes before have the cell of each: all pairs at once, none waits for another."""
+    lane = tl.arange(0, SPEC.ROWS)
+    cell = tl.where(taken, local, -1)
+    same = (cell[:, None] == local[None, :]) & (lane[:, None] < lane[None, :])
+    return tl.sum(same.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -260,10 +267,7 @@ def _order_rows(lists, found, picks, base, amounts, first, candidates, SPEC: tl.
     else:
         at = tl.gather(first, local, 0)
         if picks < found:  # a cell has several
-            lane = tl.arange(0, SPEC.ROWS)
-            local, g = _sorted(local, g, taken, SPEC)
-            taken = lane < found
-            at = lane
+            at += _before(local, taken, SPEC)
         _store_row(lists, base + at, g, local, taken)
 
 
@@ -295,7 +299,7 @@ def assigned(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     """
     CELLS: tl.constexpr = SPEC.CELLS
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
-    mask = cells < site.HW
+    mask = cells < site.end_cell
     base = site.pid * 0
     pick = site.pid * 0
     picks = site.pid * 0

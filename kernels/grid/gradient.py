@@ -53,11 +53,11 @@ def _share(head, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(plane, HW, site, known, saved, head, SPEC: tl.constexpr):
-    """The gradient of the tile, of the channels of this program every entry before cell HW once."""
+def _store_tile(plane, end_cell, site, known, saved, head, SPEC: tl.constexpr):
+    """The gradient of the tile, of the channels of this program every entry before ``end_cell`` once."""
     state, d_obj, d_prior, per_row, per_used = known
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
-    mask = cells < HW
+    mask = cells < end_cell
     step = channel_step(plane.by, SPEC)
     at = cells_at(plane, cells, site, SPEC)
     first, end = _share(head, SPEC)
@@ -107,7 +107,7 @@ def grid_grad_kernel(
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
     plane = Plane(pointer_of(maps, site.level), strides_of(levels.by, site.level))
     first, _end = _share(head, SPEC)
-    asked = tl.where(first < 5, site.HW, 0)  # the others store no gradient of what is read here
+    asked = tl.where(first < 5, site.end_cell, 0)  # the others store no gradient of what is read here
     logits, logit = load_logits(plane, site, cells, asked, SPEC.PRIOR, SPEC)
     state = load_state(saved.state_ptr, cells, site)
     true_obj = tl.cast(0.0, SPEC.ACC)
@@ -129,8 +129,8 @@ def grid_grad_kernel(
     known = Known(state, d_obj, d_prior, per_row, per_used)
     if SPEC.LAYOUT == "planes":
         if (site.HW % 16 == 0) & are_wide(plane.by):
-            _store_tile(as_wide_plane(plane), wide(site.HW), site, known, saved, head, SPEC)
+            _store_tile(as_wide_plane(plane), wide(site.end_cell), site, known, saved, head, SPEC)
         else:
-            _store_tile(plane, site.HW, site, known, saved, head, SPEC)
+            _store_tile(plane, site.end_cell, site, known, saved, head, SPEC)
     else:
-        _store_tile(plane, site.HW, site, known, saved, head, SPEC)
+        _store_tile(plane, site.end_cell, site, known, saved, head, SPEC)

@@ -46,11 +46,10 @@ def _window(row, true, site, head, SPEC: tl.constexpr):
     """The :class:`Window` of rows with the boxes ``true``."""
     x0, x1 = _span(0.5 * (true.x1 + true.x2), true.x2 - true.x1, site.side, site.scale, head)
     y0, y1 = _span(0.5 * (true.y1 + true.y2), true.y2 - true.y1, site.side, site.scale, head)
-    end = tl.minimum(site.first_cell + SPEC.CELLS, site.HW)
     x0 = tl.maximum(x0, 0)
     y0 = tl.maximum(y0, site.first_cell // site.W)
     width = tl.minimum(x1, site.W - 1) - x0 + 1
-    height = tl.minimum(y1, (end - 1) // site.W) - y0 + 1
+    height = tl.minimum(y1, (site.end_cell - 1) // site.W) - y0 + 1
     some = (tl.minimum(width, height) > 0) & row_valid(row, site.b, site.b + 1, head.C, head.limit)
     return Window(y0 * site.W + x0, width, tl.where(some, width * height, 0))
 
@@ -74,7 +73,7 @@ def _meet_in_windows(true, area, window, most, lists, site, head, SPEC: tl.const
     cell = window.first - site.first_cell
     column = cell * 0
     for i in tl.range(0, most, loop_unroll_factor=1):
-        inside = (i < window.cells) & (cell >= 0) & (cell < CELLS)
+        inside = (i < window.cells) & (cell >= 0) & (cell < site.end_cell - site.first_cell)
         at = lists.decoded_ptr + cell
         x1 = tl.load(at, mask=inside, other=0.0)
         y1 = tl.load(at + CELLS, mask=inside, other=0.0)
@@ -208,7 +207,7 @@ def ignored(plane, logits, rows, lists, site, head, terms, SPEC: tl.constexpr):
     hit = over > 0
     if SPEC.SMOOTH:
         hit = best > head.ignore_thresh
-    hit = hit & (cells < site.HW)
+    hit = hit & (cells < site.end_cell)
     if SPEC.GATED:
         if tl.max(hit.to(tl.int32), axis=0) > 0:
             hit = _are_hot(plane, hit, lists, site, head, SPEC)

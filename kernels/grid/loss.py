@@ -101,7 +101,7 @@ def _tile(view, site, rows, lists, saved, outputs, head, terms, SPEC: tl.constex
     """The tile of a program: its partial sums, and what the gradient needs."""
     CELLS: tl.constexpr = SPEC.CELLS
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
-    mask = cells < site.HW
+    mask = cells < site.end_cell
     plane, logits, logit = view
     bad = logit != logit  # a NaN that was read shows in the total even where nothing asks for it
     for i in tl.static_range(4):
@@ -237,7 +237,7 @@ def grid_kernel(maps, levels, targets, M, lists_ptr, offers, saved, outputs, hea
     plane = Plane(pointer_of(maps, site.level), strides_of(levels.by, site.level))
     # on their way while the rows of the image are looked for
     cells = site.first_cell + tl.arange(0, SPEC.CELLS)
-    logits, logit = load_logits(plane, site, cells, site.HW, SPEC.IGNORES or SPEC.PRIOR, SPEC)
+    logits, logit = load_logits(plane, site, cells, site.end_cell, SPEC.IGNORES or SPEC.PRIOR, SPEC)
     first, last = image_rows(targets.ptr, targets.offsets_ptr, M, site.b, SPEC.ROWS)
     rows = Rows(targets.ptr, first, last, targets.weights_ptr, targets.columns_ptr, targets.row_weights_ptr, offers)
     lists = _lists(lists_ptr, outputs.partial_ptr, pid, M, plain(levels.near_places), SPEC)

@@ -136,7 +136,8 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
         other = amount + 1.0  # the weight of classes that no row names
         turns = lane0 * 0 + 1
         if (SPEC.SHARING == "each") | (SPEC.SHARING == "sum") | (SPEC.SHARING == "merge"):
-            turns = tl.max(count, axis=0)
+            if found.picks < found.rows:
+                turns = tl.max(count, axis=0)
         for i in range(0, turns):
             active = i < count
             g = tl.load(lists.order_ptr + first + i, mask=active, other=0)

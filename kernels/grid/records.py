@@ -47,7 +47,7 @@ class Spec(NamedTuple):
     PLACES: int  # that a row may take on all levels
     TABLES: int  # of what rows offer, one a level, kind of cell and anchor; 0 where they take what they may
     ACC: Any
-    CELLS: int  # of a tile
+    CELLS: int  # of a tile, those included of which a program has none
     ROWS: int  # candidates, or listed predictions, looked at at a time
     PICKS: int  # listed predictions whose channels are read at a time
     K_PAD: int  # channels, a power of two
@@ -104,6 +104,7 @@ class Levels(NamedTuple):
     obj_scales: Any
     smooth: Any
     anchors: Any
+    tiles: Any  # cells of a program, at most those of a tile
 
 
 class Targets(NamedTuple):
@@ -255,6 +256,7 @@ class Site(NamedTuple):
     level: Any
     anchor: Any  # of the level
     first_cell: Any
+    end_cell: Any  # the first that is no longer of it
     W: Any
     H: Any
     HW: Any

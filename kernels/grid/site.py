@@ -18,7 +18,7 @@ def padded(HW):
 def programs_of(level, levels, SPEC: tl.constexpr):
     """Programs of a level known when compiled."""
     HW = plain(levels.widths[level]) * plain(levels.heights[level])
-    return plain(levels.batch) * SPEC.ANCHORS[level] * tl.cdiv(HW, SPEC.CELLS)
+    return plain(levels.batch) * SPEC.ANCHORS[level] * tl.cdiv(HW, plain(levels.tiles[level]))
 
 
 @triton.jit
@@ -57,12 +57,13 @@ def site_of(pid, levels, SPEC: tl.constexpr):
         level = tl.where(here, COUNT - 1 - i, level)
         local = tl.where(here, pid - start, local)
         start += programs
-    tiles = tl.cdiv(integer_of(levels.widths, level) * integer_of(levels.heights, level), SPEC.CELLS)
+    cells = wide(integer_of(levels.tiles, level))
+    tiles = tl.cdiv(integer_of(levels.widths, level) * integer_of(levels.heights, level), cells)
     anchors = level * 0
     for i in tl.static_range(COUNT):
         anchors = tl.where(level == i, SPEC.ANCHORS[i], anchors)
     b = local // tiles // anchors
-    return level_site(pid, b, level, local // tiles % anchors, local % tiles * SPEC.CELLS, levels, SPEC)
+    return level_site(pid, b, level, local // tiles % anchors, local % tiles * cells, levels, SPEC)
 
 
 @triton.jit
@@ -94,6 +95,7 @@ def level_site(pid, b, level, anchor, first_cell, levels, SPEC: tl.constexpr):
         level=level,
         anchor=anchor,
         first_cell=first_cell,
+        end_cell=tl.minimum(first_cell + integer_of(levels.tiles, level), W * H),
         W=W,
         H=H,
         HW=W * H,
@@ -187,9 +189,9 @@ def store_plane(ptr, values, cells, site):
     """Store a number for each cell of the tile in ``ptr``, planes from multiples of 16 on."""
     at = ptr + wide(site.plane) + cells
     if site.HW % 16 == 0:
-        tl.store(at, values, mask=cells < wide(site.HW))
+        tl.store(at, values, mask=cells < wide(site.end_cell))
     else:
-        tl.store(at, values, mask=cells < site.HW)
+        tl.store(at, values, mask=cells < site.end_cell)
 
 
 @triton.jit
@@ -198,13 +200,13 @@ def store_state(ptr, state, site, SPEC: tl.constexpr):
     SIXTEENTH: tl.constexpr = SPEC.CELLS // 16
     bits = tl.reshape(state, (SIXTEENTH, 16)) << (2 * tl.arange(0, 16))[None, :]
     word = site.first_cell // 16 + tl.arange(0, SIXTEENTH)
-    tl.store(ptr + site.plane // 16 + word, tl.sum(bits, axis=1), mask=word * 16 < site.HW)
+    tl.store(ptr + site.plane // 16 + word, tl.sum(bits, axis=1), mask=word * 16 < site.end_cell)
 
 
 @triton.jit
 def load_state(ptr, cells, site):
     """The states that :func:`store_state` has stored, BACKGROUND beyond the map."""
-    words = tl.load(ptr + site.plane // 16 + cells // 16, mask=cells < site.HW, other=0)
+    words = tl.load(ptr + site.plane // 16 + cells // 16, mask=cells < site.end_cell, other=0)
     return (words >> (2 * (cells % 16))) & 3
 
 
@@ -213,9 +215,9 @@ def load_plane(ptr, cells, site):
     """What :func:`store_plane` has stored, 0 beyond the map."""
     at = ptr + wide(site.plane) + cells
     if site.HW % 16 == 0:
-        values = tl.load(at, mask=cells < wide(site.HW), other=0)
+        values = tl.load(at, mask=cells < wide(site.end_cell), other=0)
     else:
-        values = tl.load(at, mask=cells < site.HW, other=0)
+        values = tl.load(at, mask=cells < site.end_cell, other=0)
     return values
 
 
