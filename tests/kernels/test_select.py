@@ -35,7 +35,7 @@ class Criterion(nn.Module):
 
     def __init__(self, head: GridHead):
         super().__init__()
-        self.head, self._key, self.image_size = head, head.key, None
+        self.head, self.image_size = head, None
 
     def own(self, preds):
         return preds
