@@ -147,9 +147,8 @@ class Targets:
         form = chosen(checks.box_form(unit, boxes), CORNERS)
         rows, offsets, weights = corner_rows(targets, len(targets))
         if form[0] == "pixel":
-            sides = zip(*checks.image_sizes(image_size, len(targets)), strict=True)
-            height, width = (_each(side, [len(item["labels"]) for item in targets], rows) for side in sides)
-            rows = relative(rows, form, (height, width))
+            sizes = checks.image_sizes(image_size, len(targets))
+            rows = relative(rows, form, _each(sizes, [len(item["boxes"]) for item in targets], rows))
         else:
             rows = relative(rows, form, None)
         return cls(_fill("targets", rows, capacity), offsets, len(targets), _fill_weights(weights, capacity))
@@ -464,11 +463,15 @@ def _listed(
     return rows, _offsets(image.to(torch.int32), len(items)), weights
 
 
-def _each(values: Sequence[float], counts: Sequence[int], like: Tensor) -> Tensor | float:
-    """One number for each row of the images of a list, of so many rows each; a single one if all are the same."""
-    if all(value == values[0] for value in values):
-        return values[0]
-    return torch.cat([like.new_full((count,), side) for side, count in zip(values, counts, strict=True)])
+def _each(sizes: Sequence[tuple[float, float]], counts: Sequence[int], like: Tensor) -> tuple[Any, Any]:
+    """The size of the image of each row, of a list of images with so many rows each; one pair if all are the same."""
+    if all(size == sizes[0] for size in sizes):
+        return sizes[0]
+    height, width = (
+        torch.cat([like.new_full((count,), side) for side, count in zip(sides, counts, strict=True)])
+        for sides in zip(*sizes, strict=True)
+    )
+    return height, width
 
 
 def _size_for(form: Boxes, image_size: Any) -> tuple[float, float] | None:

@@ -102,9 +102,12 @@ def test_halves_are_refused(dtype):
             call()
 
 
-def test_labels_of_an_empty_image_may_have_a_column():
-    targets = Targets.from_torchvision([{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, 1)}], 64)
-    assert targets.rows.shape == (0, 6)
+@pytest.mark.parametrize("shape", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("sizes", [64, [(64, 64), (64, 32)]])
+def test_labels_of_an_empty_image_may_be_of_two_dimensions(sizes, shape):
+    image = {"boxes": torch.tensor([[8.0, 8.0, 24.0, 24.0]]), "labels": torch.tensor([1])}
+    targets = Targets.from_torchvision([image, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(shape)}], sizes)
+    assert targets.rows.tolist() == [[0, 1, 0.25, 0.25, 0.25, 0.25]]
 
 
 def test_a_cast_of_a_batch_leaves_them_alone():
@@ -144,8 +147,16 @@ def test_torchvision_lists(dtype):
     assert Targets.from_torchvision(images, (height, width), capacity=8).rows.shape == (8, 6)
 
 
-def test_torchvision_lists_of_images_of_several_sizes():
-    sizes = [(128, 256), (64, 64), (512, 128)]
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(128, 256), (64, 64), (512, 128)],
+        [(128, 256), (128, 64), (128, 128)],
+        [(128, 256), (64, 256), (32, 256)],
+        [(128, 256)] * 3,
+    ],
+)
+def test_torchvision_lists_of_images_of_several_sizes(sizes):
     images = [as_list(PACKED, 3, *size)[b] for b, size in enumerate(sizes)]
     assert torch.equal(Targets.from_torchvision(images, sizes).rows, SORTED)
 
@@ -354,7 +365,8 @@ def test_nothing_waits_for_the_device():
             rows, *_ = as_targets(form, 3, (64, 64), packed.device)
             assert rows.shape[1] == 6
         assert Targets.from_packed(packed, 3, capacity=9).rows.shape == (9, 6)
-        assert Targets.from_torchvision(images, [(64, 64)] * 3, capacity=9).offsets.shape == (5,)
+        for sizes in ([(64, 64)] * 3, [(64, 64), (64, 32), (64, 96)]):
+            assert Targets.from_torchvision(images, sizes, capacity=9).offsets.shape == (5,)
         assert Targets.from_padded(torch.rand(3, 4, 5)).rows.shape == (12, 6)
         with pytest.raises(DynamicOutputShapeException):
             torch.rand(3).nonzero().tolist()  # what this test relies on
