@@ -80,7 +80,8 @@ class Targets:
             if weights.dtype != torch.float32 or not weights.is_contiguous():
                 got = f"dtype {weights.dtype}" if weights.dtype != torch.float32 else "a strided view"
                 checks.fail("weights", got, "a contiguous tensor of torch.float32")
-        self.rows, self.offsets, self.batch_size, self.weights = rows, offsets, batch_size, weights
+        self.rows, self.offsets, self.batch_size = _constant(rows), offsets, batch_size
+        self.weights = None if weights is None else _constant(weights)
 
     @classmethod
     def from_packed(
@@ -339,6 +340,11 @@ def relative(rows: Tensor, form: Boxes, size: tuple[Any, Any] | None) -> Tensor:
         image = torch.stack((width, height), -1)
         centre, sides = centre / image, sides / image
     return torch.cat((rows[:, :2], centre, sides), 1)
+
+
+def _constant(given: Tensor) -> Tensor:
+    """``given``, or where a gradient is asked for, which a loss has none of, the same numbers without."""
+    return given.detach() if given.requires_grad else given
 
 
 def without_spare(rows: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:

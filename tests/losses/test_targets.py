@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -82,6 +83,21 @@ def test_rows_are_float32_contiguous_and_carry_no_gradient():
     assert targets.rows.is_contiguous()
     assert not targets.rows.requires_grad
     assert torch.equal(targets.rows, SORTED)  # the values are dyadic
+
+
+@pytest.mark.parametrize("of", ["rows", "weights"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_targets_that_require_a_gradient_are_constants(of, backend):
+    """They have none, and a loss that looks at its first batches reads them."""
+    made = Targets.from_packed(PACKED, 3)
+    rows, weights = made.rows.clone(), torch.ones(5)
+    (rows if of == "rows" else weights).requires_grad_()
+    targets = Targets(rows, made.offsets, 3, weights)
+    preds = [torch.zeros(3, 9, 4, 4, device=DEVICE, requires_grad=True)]
+    total = fusedyolo.YOLOv5Loss([[(16, 16)]], (8,), 4, backend=backend)(preds, targets.to(DEVICE)).total
+    total.backward()
+    assert not targets.rows.requires_grad
+    assert rows.grad is weights.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
