@@ -194,7 +194,8 @@ class Targets:
         return Targets(rows, offsets, self.batch_size, weights)
 
     def validate(self, num_classes: Any) -> Targets:
-        """These targets, if every row is one that a loss would use; free in ``collate_fn``, a host sync on a GPU.
+        """These targets, if every row is one that a loss would use as it is; free in ``collate_fn``, a host sync on a
+        GPU.
 
         Args:
             num_classes: the number of classes, or the loss itself. Some take a centre on the right or the lower border
@@ -202,7 +203,8 @@ class Targets:
                 ``SSDLoss`` has no object of class 0; a number stands for a loss that does neither.
 
         Raises:
-            ValueError: names the first row, by its place in ``rows``, that a loss would skip and count as invalid.
+            ValueError: names the first row, by its place in ``rows``, that a loss would skip and count as invalid, or
+                whose image or class is no whole number, of which a loss drops the fraction.
         """
         head = getattr(num_classes, "head", None)
         limit, first = getattr(head, "centre_limit", 1.0), int(getattr(head, "background", False))
@@ -227,6 +229,8 @@ class Targets:
             ((image < 0) | (image >= self.batch_size), "no such image", f"0 <= image < {self.batch_size}"),
             (misplaced, "not in the range of its image", "offsets[image] <= row < offsets[image + 1]"),
             ((label < first) | (label >= num_classes), "class out of range", f"{first} <= class < {num_classes}"),
+            (image != image.floor(), "image between two", "a whole number"),
+            (label != label.floor(), "class between two", "a whole number"),
             ((w <= 0) | (h <= 0), "zero area", "w > 0 and h > 0"),
             ((w >= LARGEST_SIDE) | (h >= LARGEST_SIDE), "too large", f"w < {LARGEST_SIDE:g} and h < {LARGEST_SIDE:g}"),
             (

@@ -261,7 +261,7 @@ def test_valid_targets_validate_to_themselves():
     targets = Targets.from_packed(PACKED, 3, capacity=9)
     assert targets.validate(4) is targets
     assert Targets.from_padded(padded()).validate(4).batch_size == 3
-    edge = torch.tensor([[0, 0, 0, 0, 1e-6, 4.0], [0, 3.9, 0.999, 0.999, 1, 1]])
+    edge = torch.tensor([[0, 0, 0, 0, 1e-6, 4.0], [0, 3, 0.999, 0.999, 1, 1]])
     Targets.from_packed(edge, 1).validate(4)
 
 
@@ -274,6 +274,9 @@ def test_valid_targets_validate_to_themselves():
         (1, -1, "class out of range, want 0 <= class < 4"),
         (1, 4, "class out of range, want 0 <= class < 4"),
         (1, INF, "not finite, want six finite numbers"),
+        (0, 1.5, "image between two, want a whole number"),
+        (1, 2.5, "class between two, want a whole number"),
+        (1, 3.9, "class between two, want a whole number"),
         (2, 1, "centre outside the image, want 0 <= cx < 1 and 0 <= cy < 1"),
         (2, -0.01, "centre outside the image, want 0 <= cx < 1 and 0 <= cy < 1"),
         (3, 1.5, "centre outside the image, want 0 <= cx < 1 and 0 <= cy < 1"),
