@@ -366,3 +366,38 @@ def test_autocast_leaves_the_reference_alone(case):
         got = step(problem.bind("torch"), preds, rows)
     assert torch.equal(got.total, want.total)
     assert all(map(torch.equal, got.grads, want.grads))
+
+
+def read_as(dtype: torch.dtype, problem: Problem, rows: Tensor) -> list[Tensor | None]:
+    """A step of the reference, its counts, and what is assigned, where PyTorch's default type is another."""
+    preds, criterion, geometry = problem.predictions(), problem.criterion("torch"), problem.geometry
+    torch.set_default_dtype(dtype)
+    try:
+        out = criterion(problem.pack(preds), rows, **geometry)
+        grads = torch.autograd.grad(out.total, preds)
+        found = fusedyolo.assign(criterion, problem.pack(preds), rows, **geometry)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    fields = [level._asdict() for level in found.levels] if hasattr(found, "levels") else [found._asdict()]
+    if problem.case.driver.kind == "grid":
+        for field in fields:
+            del field["encoded"]  # a product of integers and a stride, which PyTorch gives the default type
+    assigned = [value for field in fields for value in field.values()]
+    return [out.total, *out.parts.values(), out.num_pos, out.num_invalid, *grads, *assigned]
+
+
+@ALL
+def test_the_default_type_is_of_no_account(case):
+    """As Lightning's ``precision="bf16-true"`` sets it: numbers are those of the predictions' type, counts whole."""
+    levels = range(1 if case.grid or case.one_map else 3)
+    problem = Problem(case, maps=tuple((12 >> i, 12 >> i) for i in levels), strides=tuple(4 << i for i in levels))
+    rows = problem.rows(150)
+    rows = torch.cat((rows, torch.linspace(-0.1, 2.0, len(rows), device=DEVICE)[:, None]), 1)
+    want = read_as(torch.float32, problem, rows)
+    for dtype in (torch.bfloat16, torch.float64):
+        for got, other in zip(read_as(dtype, problem, rows), want, strict=True):
+            if other is None:
+                assert got is None
+            else:
+                assert got.dtype == other.dtype
+                assert torch.equal(got, other)
