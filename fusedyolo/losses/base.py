@@ -238,15 +238,15 @@ def of_repository(hyp: Mapping[str, Any], known: Container[str], of: str) -> tup
 
 
 def hyper_parameters(given: dict[str, Any], defaults: dict[str, Any], of: str) -> dict[str, Any]:
-    """``defaults`` overridden by what was given.
+    """``defaults`` overridden by what was given, arrays and tensors by their numbers.
 
     Raises:
-        ValueError: a name that ``of`` does not have.
+        ValueError: a name that ``of`` does not have, or a tensor that would be trained.
     """
     for name in given:
         if name not in defaults:
             checks.fail(name, f"no hyper-parameter of {of}", "one of " + ", ".join(defaults))
-    return {**defaults, **given}
+    return {**defaults, **{name: checks.plain(name, value) for name, value in given.items()}}
 
 
 def box_arguments(eps: tuple[float, float], alpha: Any, gamma: Any) -> tuple[float, ...]:
