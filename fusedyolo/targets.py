@@ -222,7 +222,7 @@ class Targets:
         image, label, cx, cy, w, h = rows.unbind(1)
         emptied, _ = without_spare(rows, self.offsets.cpu())
         misplaced = (emptied == 0).all(1) & (rows != 0).any(1)
-        weights = torch.ones(end) if self.weights is None else self.weights[:end].cpu()
+        weights = torch.ones(end, device="cpu") if self.weights is None else self.weights[:end].cpu()
         faults = (
             (~rows.isfinite().all(1), "not finite", "six finite numbers"),
             (~weights.isfinite(), "its weight is not finite", "a finite weight"),
