@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
+from torch.autograd import forward_ad
 
 from fusedyolo import (
     ScaledYOLOv4Loss,
@@ -487,11 +488,17 @@ def test_sparse_tensors(call, message):
         call(torch.ones(2, 6).to_sparse())
 
 
+def forward_mode(f, x):
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent is not None
+
+
 TRANSFORMS = {
     "vmap": lambda f, x: torch.func.vmap(f)(torch.stack((x, x))),
     "grad": lambda f, x: torch.func.grad(f)(x),
     "vjp": lambda f, x: torch.func.vjp(f, x),
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "dual": forward_mode,
 }
 
 
@@ -506,7 +513,9 @@ def test_kernels_know_nothing_of_transforms(name):
     }
     for call in calls.values():
         TRANSFORMS[name](call("torch"), first)
-        with raises("backend: 'triton', kernels, in torch.func.vmap, grad or jvp, want 'torch', the reference"):
+        with raises(
+            "backend: 'triton', kernels, in torch.func.vmap, grad or jvp, or in forward_ad, want 'torch', the reference"
+        ):
             TRANSFORMS[name](call("triton"), first)
 
 
