@@ -79,8 +79,14 @@ def resolve(backend: str, device: torch.device) -> str:
     """
     checks.one_of("backend", backend, BACKENDS)
     chosen = _choose(backend, device.type)
-    if chosen == "triton" and not torch.compiler.is_compiling() and (
-        peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    if (
+        chosen == "triton"
+        and not torch.compiler.is_compiling()
+        and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
     ):
-        checks.fail("backend", f"{backend!r}, kernels, in torch.func.vmap, grad or jvp, or in forward_ad", "'torch', the reference")
+        checks.fail(
+            "backend",
+            f"{backend!r}, kernels, in torch.func.vmap, grad or jvp, or in forward_ad",
+            "'torch', the reference",
+        )
     return chosen

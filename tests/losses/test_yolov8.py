@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-import copy
 import golden
 import loop_picks as loops
 import pytest
