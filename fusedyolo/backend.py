@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from . import checks
 
@@ -74,10 +75,18 @@ def resolve(backend: str, device: torch.device) -> str:
 
     Raises:
         ValueError: ``backend`` is no known name, or is ``"triton"`` where Triton cannot run; or kernels would run
-            inside a transform of ``torch.func``, of which they know nothing.
+            inside a transform of ``torch.func`` or of ``torch.autograd.forward_ad``, of which they know nothing.
     """
     checks.one_of("backend", backend, BACKENDS)
     chosen = _choose(backend, device.type)
-    if chosen == "triton" and not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
-        checks.fail("backend", f"{backend!r}, kernels, in torch.func.vmap, grad or jvp", "'torch', the reference")
+    if (
+        chosen == "triton"
+        and not torch.compiler.is_compiling()
+        and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
+    ):
+        checks.fail(
+            "backend",
+            f"{backend!r}, kernels, in torch.func.vmap, grad or jvp, or in forward_ad",
+            "'torch', the reference",
+        )
     return chosen

@@ -126,7 +126,8 @@ def select(
     backend = backends.resolve(backend, seen.preds[0].device)
     settings = conf, iou, max_det, bool(class_agnostic), candidates
     if backend == "triton" and driver.scans:
-        return Detections(*select_maps(seen.preds, criterion._key, *settings))
+        head: Any = criterion.head
+        return Detections(*select_maps(checks.of_one_type(seen.preds), head.key, *settings))
     dtype = wide(seen.preds[0].dtype)
     exact = _decode(criterion, seen._replace(preds=[pred.double() for pred in seen.preds]))
     boxes, scores, labels, count = select_decoded(*exact, *settings, backend)

@@ -80,7 +80,8 @@ class Targets:
             if weights.dtype != torch.float32 or not weights.is_contiguous():
                 got = f"dtype {weights.dtype}" if weights.dtype != torch.float32 else "a strided view"
                 checks.fail("weights", got, "a contiguous tensor of torch.float32")
-        self.rows, self.offsets, self.batch_size, self.weights = rows, offsets, batch_size, weights
+        self.rows, self.offsets, self.batch_size = _constant(rows), offsets, batch_size
+        self.weights = None if weights is None else _constant(weights)
 
     @classmethod
     def from_packed(
@@ -147,9 +148,8 @@ class Targets:
         form = chosen(checks.box_form(unit, boxes), CORNERS)
         rows, offsets, weights = corner_rows(targets, len(targets))
         if form[0] == "pixel":
-            sides = zip(*checks.image_sizes(image_size, len(targets)), strict=True)
-            height, width = (_each(side, [len(item["labels"]) for item in targets], rows) for side in sides)
-            rows = relative(rows, form, (height, width))
+            sizes = checks.image_sizes(image_size, len(targets))
+            rows = relative(rows, form, _each(sizes, [len(item["boxes"]) for item in targets], rows))
         else:
             rows = relative(rows, form, None)
         return cls(_fill("targets", rows, capacity), offsets, len(targets), _fill_weights(weights, capacity))
@@ -194,7 +194,8 @@ class Targets:
         return Targets(rows, offsets, self.batch_size, weights)
 
     def validate(self, num_classes: Any) -> Targets:
-        """These targets, if every row is one that a loss would use; free in ``collate_fn``, a host sync on a GPU.
+        """These targets, if every row is one that a loss would use as it is; free in ``collate_fn``, a host sync on a
+        GPU.
 
         Args:
             num_classes: the number of classes, or the loss itself. Some take a centre on the right or the lower border
@@ -202,7 +203,8 @@ class Targets:
                 ``SSDLoss`` has no object of class 0; a number stands for a loss that does neither.
 
         Raises:
-            ValueError: names the first row, by its place in ``rows``, that a loss would skip and count as invalid.
+            ValueError: names the first row, by its place in ``rows``, that a loss would skip and count as invalid, or
+                whose image or class is no whole number, of which a loss drops the fraction.
         """
         head = getattr(num_classes, "head", None)
         limit, first = getattr(head, "centre_limit", 1.0), int(getattr(head, "background", False))
@@ -220,13 +222,15 @@ class Targets:
         image, label, cx, cy, w, h = rows.unbind(1)
         emptied, _ = without_spare(rows, self.offsets.cpu())
         misplaced = (emptied == 0).all(1) & (rows != 0).any(1)
-        weights = torch.ones(end) if self.weights is None else self.weights[:end].cpu()
+        weights = torch.ones(end, device="cpu") if self.weights is None else self.weights[:end].cpu()
         faults = (
             (~rows.isfinite().all(1), "not finite", "six finite numbers"),
             (~weights.isfinite(), "its weight is not finite", "a finite weight"),
             ((image < 0) | (image >= self.batch_size), "no such image", f"0 <= image < {self.batch_size}"),
             (misplaced, "not in the range of its image", "offsets[image] <= row < offsets[image + 1]"),
             ((label < first) | (label >= num_classes), "class out of range", f"{first} <= class < {num_classes}"),
+            (image != image.floor(), "image between two", "a whole number"),
+            (label != label.floor(), "class between two", "a whole number"),
             ((w <= 0) | (h <= 0), "zero area", "w > 0 and h > 0"),
             ((w >= LARGEST_SIDE) | (h >= LARGEST_SIDE), "too large", f"w < {LARGEST_SIDE:g} and h < {LARGEST_SIDE:g}"),
             (
@@ -340,6 +344,11 @@ def relative(rows: Tensor, form: Boxes, size: tuple[Any, Any] | None) -> Tensor:
         image = torch.stack((width, height), -1)
         centre, sides = centre / image, sides / image
     return torch.cat((rows[:, :2], centre, sides), 1)
+
+
+def _constant(given: Tensor) -> Tensor:
+    """``given``, or where a gradient is asked for, which a loss has none of, the same numbers without."""
+    return given.detach() if given.requires_grad else given
 
 
 def without_spare(rows: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -464,11 +473,15 @@ def _listed(
     return rows, _offsets(image.to(torch.int32), len(items)), weights
 
 
-def _each(values: Sequence[float], counts: Sequence[int], like: Tensor) -> Tensor | float:
-    """One number for each row of the images of a list, of so many rows each; a single one if all are the same."""
-    if all(value == values[0] for value in values):
-        return values[0]
-    return torch.cat([like.new_full((count,), side) for side, count in zip(values, counts, strict=True)])
+def _each(sizes: Sequence[tuple[float, float]], counts: Sequence[int], like: Tensor) -> tuple[Any, Any]:
+    """The size of the image of each row, of a list of images with so many rows each; one pair if all are the same."""
+    if all(size == sizes[0] for size in sizes):
+        return sizes[0]
+    height, width = (
+        torch.cat([like.new_full((count,), side) for side, count in zip(sides, counts, strict=True)])
+        for sides in zip(*sizes, strict=True)
+    )
+    return height, width
 
 
 def _size_for(form: Boxes, image_size: Any) -> tuple[float, float] | None:

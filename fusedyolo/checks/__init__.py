@@ -43,7 +43,7 @@ from .predictions import (
     of_one_type,
     point_predictions,
 )
-from .values import count, describe, fail, flag, image_sizes, number, one_of, size
+from .values import count, describe, fail, flag, image_sizes, number, one_of, plain, size
 
 __all__ = [
     "BOXES",
@@ -79,6 +79,7 @@ __all__ = [
     "own_strides",
     "pair",
     "per_level",
+    "plain",
     "point_predictions",
     "row_flags",
     "row_weights",

@@ -75,6 +75,13 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> str:
     return value
 
 
+def plain(name: str, value: Any, want: str = "numbers") -> Any:
+    """``value``, or of an array or a tensor its numbers: one, or a list of them. Nothing trains these."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        fail(name, "a tensor that requires a gradient", want)
+    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+
+
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
     """``value`` as a float, finite and in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
     if type(value) is float and low < value < math.inf and value <= high:
@@ -85,7 +92,7 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     elif low > -math.inf:
         want += f" {'>' if open_low else '>='} {low:g}"
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
-        value = value.item()
+        value = plain(name, value, want)
     if not isinstance(value, Real) or isinstance(value, bool):
         fail(name, describe(value), want)
     result = float(value)

@@ -141,7 +141,8 @@ class _SSDLoss(_Loss):
             if item["labels"].device.type == "cpu" and (item["labels"] == 0).any():
                 classes = head_outputs["cls_logits"].shape[-1]
                 checks.fail(f"targets[{i}]['labels']", "0, the background", f"1 to {classes - 1}")
-        return self.terms(targets, head_outputs, anchors)
+        terms = self.terms(targets, head_outputs, anchors)
+        return {name: terms[name] for name in ("bbox_regression", "classification")}  # in torchvision's order
 
 
 class _FCOSLoss(_Loss):

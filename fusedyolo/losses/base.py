@@ -60,14 +60,18 @@ class WeightedLoss(nn.Module):
         super().__init__()
         self._last = Last()
         self._weights = class_weights
-        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
-        self.register_buffer("class_weights", weights, persistent=False)
+        self.register_buffer("class_weights", None if class_weights is None else self._made(), persistent=False)
+
+    @torch.inference_mode(False)  # whose tensors no later training step could use
+    def _made(self, device: torch.device | None = None) -> Tensor:
+        """The class weights, on that device."""
+        return torch.tensor(self._weights, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Whatever casts or empties a module leaves the weights what they are."""
         super()._apply(fn, recurse)
         if self._weights is not None and self.class_weights is not None and not self.class_weights.is_meta:
-            self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=self.class_weights.device)
+            self.class_weights = self._made(self.class_weights.device)
         return self
 
     def _weights_for(self, pred: Tensor) -> Tensor | None:
@@ -77,7 +81,7 @@ class WeightedLoss(nn.Module):
             return weights
         if torch.compiler.is_compiling():  # what a graph allocates is not to be kept in a module
             return reference.constants(self._weights or (), pred.new_empty(0, dtype=torch.float32))
-        self.class_weights = torch.tensor(self._weights, dtype=torch.float32, device=device)
+        self.class_weights = self._made(device)
         return self.class_weights
 
 
@@ -234,15 +238,15 @@ def of_repository(hyp: Mapping[str, Any], known: Container[str], of: str) -> tup
 
 
 def hyper_parameters(given: dict[str, Any], defaults: dict[str, Any], of: str) -> dict[str, Any]:
-    """``defaults`` overridden by what was given.
+    """``defaults`` overridden by what was given, arrays and tensors by their numbers.
 
     Raises:
-        ValueError: a name that ``of`` does not have.
+        ValueError: a name that ``of`` does not have, or a tensor that would be trained.
     """
     for name in given:
         if name not in defaults:
             checks.fail(name, f"no hyper-parameter of {of}", "one of " + ", ".join(defaults))
-    return {**defaults, **given}
+    return {**defaults, **{name: checks.plain(name, value) for name, value in given.items()}}
 
 
 def box_arguments(eps: tuple[float, float], alpha: Any, gamma: Any) -> tuple[float, ...]:

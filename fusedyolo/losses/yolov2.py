@@ -16,6 +16,7 @@ from ..heads import GridHead
 from ..targets import Targets
 from .base import GridLoss, hyper_parameters
 from .output import LossOutput, rounded
+from .resumed import Resumed
 
 RECIPES: dict[str, dict[str, Any]] = {
     "region": {"lambda_coord": 5.0, "lambda_obj": 1.0, "lambda_noobj": 0.5, "lambda_class": 1.0, "thresh": 0.6},
@@ -42,10 +43,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """The hyper-parameters of each recipe; the first one is the default."""
 
-_EXTRA = "_extra_state"  # of a state_dict
 
-
-class YOLOv2Loss(GridLoss):
+class YOLOv2Loss(Resumed, GridLoss):
     """Training loss of YOLOv2, the region loss: one anchor of its cell for each object, softmax over the classes.
 
     An object takes the anchor of its cell that is most like it (the first of equals); of several objects on one
@@ -93,8 +92,9 @@ class YOLOv2Loss(GridLoss):
 
     Attributes:
         seen: images so far, as a call in training mode counts them before it begins, where there is a warm-up; saved in
-            ``state_dict``. Set it to go on with a training run from elsewhere. Under ``torch.compile`` a number that
-            changes at every step is a recompilation at every step, unless
+            ``state_dict``. Set it to go on with a training run from elsewhere. Replicas of ``torch.nn.DataParallel``
+            count for themselves and are dropped after each step: add the batch to ``seen`` of the loss in the training
+            loop. Under ``torch.compile`` a number that changes at every step is a recompilation at every step, unless
             ``torch._dynamo.config.allow_unspec_int_on_nn_module = True``, or ``coord_prefill=0``.
 
     Shapes:
@@ -110,6 +110,8 @@ class YOLOv2Loss(GridLoss):
         ValueError: an argument of the constructor or of a call does not fit; it says which, what came and what was
             wanted.
     """
+
+    _counter = "seen"
 
     def __init__(
         self,
@@ -191,26 +193,10 @@ class YOLOv2Loss(GridLoss):
                 return self._for_batch(self._prior_head, self._prior_key, batch)
         return super()._head_of(batch)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self._prefill:
-            del destination[prefix + _EXTRA]
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *found: Any
-    ) -> None:
-        """A checkpoint that knows nothing of the loss is complete."""
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *found)
-        missing = found[0]
-        missing[:] = [key for key in missing if key != prefix + _EXTRA]
-
-    def get_extra_state(self) -> dict[str, int]:
-        """``seen``, for ``state_dict``."""
-        return {"seen": self.seen}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """``seen``, from ``load_state_dict``."""
-        self.seen = int(state["seen"])
+    @property
+    def _counting(self) -> bool:
+        """Whether there is a warm-up."""
+        return self._prefill > 0
 
     def extra_repr(self) -> str:
         """The arguments that tell one loss from another."""

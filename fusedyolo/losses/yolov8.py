@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
 from ..drivers.picks import PickCall
@@ -14,6 +14,7 @@ from ..terms import TERMS, find_term, term_names
 from .base import box_arguments
 from .output import Apart, LossOutput, detached
 from .picks import AnyTargets, PickLoss, Predicted, Together, apart_of, compute_all, together
+from .resumed import Resumed
 
 RULES = {"ultralytics": "box", "libreyolo": "range"}
 """The region of cells that an object may have. The first is the default."""
@@ -189,7 +190,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """What the branches of each recipe are given; the first is the default."""
 
 
-class E2ELoss(nn.Module):
+class E2ELoss(Resumed):
     """Training loss of detectors with two branches, of which one learns to give each object a single box.
 
     Both are :class:`YOLOv8Loss`, attributes ``one2many`` and ``one2one``. Recipe ``"yolo26"``: objects pick 10 cells of
@@ -210,6 +211,10 @@ class E2ELoss(nn.Module):
         **options: all others of :class:`YOLOv8Loss` but ``topk`` and ``topk2``, for both branches; its gains are
             attributes of the branches.
 
+    Attributes:
+        updates: calls of :meth:`update` so far; saved in ``state_dict`` where they change anything, and ``o2m`` and
+            ``o2o`` with them. Set it to go on with a training run from elsewhere: the weights follow.
+
     Shapes:
         - preds: ``{"one2many": predictions, "one2one": predictions}``, each as :class:`YOLOv8Loss` takes them.
         - targets: as there.
@@ -221,6 +226,7 @@ class E2ELoss(nn.Module):
             wanted.
     """
 
+    _counter = "updates"
     _together: Together | None = None  # in a pickle of an older version, too
 
     def __init__(
@@ -243,20 +249,34 @@ class E2ELoss(nn.Module):
         self.one2one._watch = None  # it has the same targets
         self._together = together((self.one2many, self.one2one))
         self.epochs = checks.count("epochs", epochs)
+        self.o2m, self.o2o = 1.0, 1.0
         self.updates = 0
-        self.o2m, self.o2o = (FIRST, 1 - FIRST) if recipe == "yolo26" else (1.0, 1.0)
 
     def extra_repr(self) -> str:
         """What is not of a branch."""
         return f"recipe={self.recipe!r}, epochs={self.epochs}"
 
+    @property
+    def _counting(self) -> bool:
+        """Whether weight moves."""
+        return self.recipe == "yolo26"
+
+    @property
+    def updates(self) -> int:
+        """Epochs so far; see the class."""
+        return self.__dict__["updates"]
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        self.__dict__["updates"] = checks.count("updates", value, 0)
+        if self._counting:
+            left = max(1 - value / max(checks.count("epochs", self.epochs) - 1, 1), 0)
+            self.o2m = left * (FIRST - LAST) + LAST
+            self.o2o = max(1 - self.o2m, 0)
+
     def update(self) -> None:
         """Once after each epoch: weight moves to the second branch."""
         self.updates += 1
-        if self.recipe == "yolo26":
-            left = max(1 - self.updates / max(checks.count("epochs", self.epochs) - 1, 1), 0)
-            self.o2m = left * (FIRST - LAST) + LAST
-            self.o2o = max(1 - self.o2m, 0)
 
     def forward(self, preds: Mapping[str, Predicted], targets: AnyTargets) -> LossOutput:
         """The loss of one batch; see the class for arguments and errors."""

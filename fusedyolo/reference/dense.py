@@ -266,7 +266,7 @@ def _ranked_loss(
     free = None if weight is None else (match == IGNORED) & ~hardness.isnan()
     hardness = _weighed(hardness, None if class_weights is None else class_weights[label])
     order = hardness if free is None else torch.where(free, 0.0, hardness)
-    count = (head.negatives * found).ceil().long()
+    count = (head.negatives * found.float()).ceil().long()
     hardest = _hardest(torch.where(has, -1.0, order), count)  # anchors with a row behind all others
     times = has.to(torch.int64) + hardest.to(torch.int64)
     times = (times if free is None else torch.where(free, 0, times)).flatten()

@@ -164,7 +164,8 @@ class PairIoU:
         for row, image, boxes, overlap in self._chunks(batch_size, keep):
             _improve(best[image, boxes], first[image, boxes], slice(None), overlap.max(0), row)
             if self.most is not None:
-                _improve(self.most, box, row, overlap.max(1), torch.arange(boxes.start, boxes.stop))
+                of_box = torch.arange(boxes.start, boxes.stop, device=box.device)
+                _improve(self.most, box, row, overlap.max(1), of_box)
         self.box = box
         return best, torch.where(best == 0, self._first_valid(batch_size), first)
 

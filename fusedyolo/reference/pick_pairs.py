@@ -85,7 +85,7 @@ def cells(x: Tensor, y: Tensor, points: Points) -> Tensor:
 def listed_pairs(rows: slice, row: Tensor, cell: Tensor, k: int) -> Pairs:
     """Pairs of ``rows``, of which ``row`` counts from the first; a place for ``k`` of each at least."""
     count = row.bincount(minlength=rows.stop - rows.start)
-    order = torch.arange(len(row))
+    order = torch.arange(len(row), device=row.device)
     table = order.new_full((len(count), max(k, int(count.max()))), -1)
     table[row, order - (count.cumsum(0) - count)[row]] = order
     return Pairs(rows.start, row + rows.start, cell, torch.ones_like(row, dtype=torch.bool), table)

@@ -106,7 +106,7 @@ def pick_loss(
     seen = see(planes, points, head)
     picked = pick(seen, objects, head)
     has = picked.row >= 0
-    weight = torch.where(has, picked.score if head.soft else 1.0, 0.0)
+    weight = torch.where(has, picked.score, 0.0) if head.soft else has.to(dtype)
     weights = weight.sum()
     divisor = weights.clamp(min=1)
     label = objects.label[picked.row]  # of -1 it is that of nothing

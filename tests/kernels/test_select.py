@@ -35,7 +35,7 @@ class Criterion(nn.Module):
 
     def __init__(self, head: GridHead):
         super().__init__()
-        self.head, self._key, self.image_size = head, head.key, None
+        self.head, self.image_size = head, None
 
     def own(self, preds):
         return preds
@@ -433,6 +433,15 @@ def test_every_loss(name):
     assert min(found) > 3
     if len(preds) == 1:
         assert torch.equal(fusedyolo.decode(preds[0], criterion)[0], fusedyolo.decode(preds, criterion)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_maps_of_several_types(backend):
+    """As autocast leaves them where one map is scaled in float32."""
+    gen = torch.Generator().manual_seed(1)
+    criterion = LOSSES["YOLOv4Loss"](backend="torch")
+    preds = [torch.randn(2, 8, 8, 12, generator=gen).half(), torch.randn(2, 8, 4, 6, generator=gen)]
+    assert min(check(preds, criterion, (backend,), conf=0.2, max_det=20)) > 3
 
 
 def test_yolov1():

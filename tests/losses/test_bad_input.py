@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
+from torch.autograd import forward_ad
 
 from fusedyolo import (
     ScaledYOLOv4Loss,
@@ -17,6 +18,7 @@ from fusedyolo import (
     YOLOv2Loss,
     YOLOv4Loss,
     YOLOv5Loss,
+    YOLOv8Loss,
     backend,
     checks,
     functional,
@@ -158,6 +160,17 @@ PAPER = (
             {"recipe": "darknet", "new_coords": 1, "focal_gamma": 2},
             "new_coords: a class term of its own, want no cls_loss, focal_alpha or focal_gamma beside it",
         ),
+        ({"balance": np.array([4.0, 1.0, 0.4])}, "balance: 3 numbers, want one for each of 2 levels"),
+        ({"balance": torch.tensor([4.0, -1.0])}, "balance[1]: -1.0, want a finite number >= 0"),
+        ({"lambda_coord": np.array([0.5, 0.25])}, "lambda_coord: [0.5, 0.25], want a finite number >= 0"),
+        (
+            {"recipe": "darknet", "counters_per_class": np.array([1, 2])},
+            "counters_per_class: 2 numbers, want 3, one a class",
+        ),
+        (
+            {"lambda_coord": torch.ones((), requires_grad=True)},
+            "lambda_coord: a tensor that requires a gradient, want numbers",
+        ),
         (
             {"recipe": "darknet", "cls_loss": "softmax_ce", "counters_per_class": [1, 2, 3]},
             "cls_loss: 'softmax_ce' with counters_per_class, want a term that judges each class by itself",
@@ -167,6 +180,39 @@ PAPER = (
 def test_constructor(arguments, message):
     with raises(message):
         loss(**arguments)
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["array", "tensor"])
+@pytest.mark.parametrize(
+    ("recipe", "name", "numbers"),
+    [
+        ("paper", "balance", [4.0, 1.0]),
+        ("paper", "iou_band", [0.25, 0.5]),
+        ("paper", "lambda_coord", 2.0),
+        ("darknet", "obj_normalizer", [4.0, 1.0]),
+        ("darknet", "counters_per_class", [5, 1, 2]),
+        ("darknet", "objectness_smooth", [1, 0]),
+    ],
+)
+def test_arrays_and_tensors_are_their_numbers(recipe, name, numbers, make):
+    more = {"assigner": "iou_band"} if name == "iou_band" else {}
+    got, want = (loss(recipe=recipe, **more, **{name: value}) for value in (make(numbers), numbers))
+    assert got.head == want.head
+    assert repr(got) == repr(want)
+    assert (got.class_weights is None) == (want.class_weights is None)
+    assert want.class_weights is None or torch.equal(got.class_weights, want.class_weights)
+
+
+def test_gains_do_not_train():
+    """They are read at each call; a tensor whose gradient would be lost is refused."""
+    criterion = YOLOv8Loss(3, (8,), reg_max=1, backend="torch")
+    preds, rows = [torch.zeros(1, 7, 4, 4)], torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4]])
+    want = criterion(preds, rows).total
+    criterion.box = torch.tensor(7.5)
+    assert criterion(preds, rows).total == want
+    criterion.box.requires_grad_()
+    with raises("box: a tensor that requires a gradient, want a finite number >= 0"):
+        criterion(preds, rows)
 
 
 @pytest.mark.parametrize("counts", [[1, 2, 3], None])
@@ -442,11 +488,17 @@ def test_sparse_tensors(call, message):
         call(torch.ones(2, 6).to_sparse())
 
 
+def forward_mode(f, x):
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent is not None
+
+
 TRANSFORMS = {
     "vmap": lambda f, x: torch.func.vmap(f)(torch.stack((x, x))),
     "grad": lambda f, x: torch.func.grad(f)(x),
     "vjp": lambda f, x: torch.func.vjp(f, x),
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "dual": forward_mode,
 }
 
 
@@ -461,7 +513,9 @@ def test_kernels_know_nothing_of_transforms(name):
     }
     for call in calls.values():
         TRANSFORMS[name](call("torch"), first)
-        with raises("backend: 'triton', kernels, in torch.func.vmap, grad or jvp, want 'torch', the reference"):
+        with raises(
+            "backend: 'triton', kernels, in torch.func.vmap, grad or jvp, or in forward_ad, want 'torch', the reference"
+        ):
             TRANSFORMS[name](call("triton"), first)
 
 

@@ -858,6 +858,27 @@ def test_class_weights_stay_float32_and_follow_the_predictions():
         assert torch.equal(moved.class_weights, weights)
 
 
+@pytest.mark.parametrize("place", ["built", "moved", "called"])
+@pytest.mark.parametrize("which", BACKENDS)
+def test_class_weights_of_inference_mode_can_be_trained_with(which, place):
+    """As of a validation before the training, in which the loss first meets the device of its predictions."""
+    options = {"recipe": "darknet", "counters_per_class": [3, 7, 11, 1], "backend": which}
+    preds, rows = maps(), objects()
+    want = criterion(YOLOv4Loss, **options)(preds, rows).total
+    module = criterion(YOLOv4Loss, **options)
+    with torch.inference_mode():
+        if place == "built":
+            module = criterion(YOLOv4Loss, **options)
+        elif place == "moved":
+            module.to(DEVICE)
+        else:
+            module.to("meta")([pred.detach() for pred in preds], rows)
+    assert not module.class_weights.is_inference()
+    total = module(preds, rows).total
+    total.backward()
+    assert total == want
+
+
 def test_class_weights_survive_deferred_initialisation():
     with torch.device("meta"):
         module = criterion(YOLOv4Loss, recipe="darknet", counters_per_class=[3, 7, 11, 1])

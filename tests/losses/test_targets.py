@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -84,6 +85,21 @@ def test_rows_are_float32_contiguous_and_carry_no_gradient():
     assert torch.equal(targets.rows, SORTED)  # the values are dyadic
 
 
+@pytest.mark.parametrize("of", ["rows", "weights"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_targets_that_require_a_gradient_are_constants(of, backend):
+    """They have none, and a loss that looks at its first batches reads them."""
+    made = Targets.from_packed(PACKED, 3)
+    rows, weights = made.rows.clone(), torch.ones(5)
+    (rows if of == "rows" else weights).requires_grad_()
+    targets = Targets(rows, made.offsets, 3, weights)
+    preds = [torch.zeros(3, 9, 4, 4, device=DEVICE, requires_grad=True)]
+    total = fusedyolo.YOLOv5Loss([[(16, 16)]], (8,), 4, backend=backend)(preds, targets.to(DEVICE)).total
+    total.backward()
+    assert not targets.rows.requires_grad
+    assert rows.grad is weights.grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_refused(dtype):
     """They hold no class 257."""
@@ -102,9 +118,12 @@ def test_halves_are_refused(dtype):
             call()
 
 
-def test_labels_of_an_empty_image_may_have_a_column():
-    targets = Targets.from_torchvision([{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, 1)}], 64)
-    assert targets.rows.shape == (0, 6)
+@pytest.mark.parametrize("shape", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("sizes", [64, [(64, 64), (64, 32)]])
+def test_labels_of_an_empty_image_may_be_of_two_dimensions(sizes, shape):
+    image = {"boxes": torch.tensor([[8.0, 8.0, 24.0, 24.0]]), "labels": torch.tensor([1])}
+    targets = Targets.from_torchvision([image, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(shape)}], sizes)
+    assert targets.rows.tolist() == [[0, 1, 0.25, 0.25, 0.25, 0.25]]
 
 
 def test_a_cast_of_a_batch_leaves_them_alone():
@@ -144,8 +163,16 @@ def test_torchvision_lists(dtype):
     assert Targets.from_torchvision(images, (height, width), capacity=8).rows.shape == (8, 6)
 
 
-def test_torchvision_lists_of_images_of_several_sizes():
-    sizes = [(128, 256), (64, 64), (512, 128)]
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(128, 256), (64, 64), (512, 128)],
+        [(128, 256), (128, 64), (128, 128)],
+        [(128, 256), (64, 256), (32, 256)],
+        [(128, 256)] * 3,
+    ],
+)
+def test_torchvision_lists_of_images_of_several_sizes(sizes):
     images = [as_list(PACKED, 3, *size)[b] for b, size in enumerate(sizes)]
     assert torch.equal(Targets.from_torchvision(images, sizes).rows, SORTED)
 
@@ -234,8 +261,10 @@ def test_valid_targets_validate_to_themselves():
     targets = Targets.from_packed(PACKED, 3, capacity=9)
     assert targets.validate(4) is targets
     assert Targets.from_padded(padded()).validate(4).batch_size == 3
-    edge = torch.tensor([[0, 0, 0, 0, 1e-6, 4.0], [0, 3.9, 0.999, 0.999, 1, 1]])
-    Targets.from_packed(edge, 1).validate(4)
+    edge = torch.tensor([[0, 0, 0, 0, 1e-6, 4.0], [0, 3, 0.999, 0.999, 1, 1]])
+    targets = Targets.from_packed(edge, 1)
+    with torch.device("meta"):  # or another that they are not on
+        targets.validate(4)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +276,9 @@ def test_valid_targets_validate_to_themselves():
         (1, -1, "class out of range, want 0 <= class < 4"),
         (1, 4, "class out of range, want 0 <= class < 4"),
         (1, INF, "not finite, want six finite numbers"),
+        (0, 1.5, "image between two, want a whole number"),
+        (1, 2.5, "class between two, want a whole number"),
+        (1, 3.9, "class between two, want a whole number"),
         (2, 1, "centre outside the image, want 0 <= cx < 1 and 0 <= cy < 1"),
         (2, -0.01, "centre outside the image, want 0 <= cx < 1 and 0 <= cy < 1"),
         (3, 1.5, "centre outside the image, want 0 <= cx < 1 and 0 <= cy < 1"),
@@ -354,7 +386,8 @@ def test_nothing_waits_for_the_device():
             rows, *_ = as_targets(form, 3, (64, 64), packed.device)
             assert rows.shape[1] == 6
         assert Targets.from_packed(packed, 3, capacity=9).rows.shape == (9, 6)
-        assert Targets.from_torchvision(images, [(64, 64)] * 3, capacity=9).offsets.shape == (5,)
+        for sizes in ([(64, 64)] * 3, [(64, 64), (64, 32), (64, 96)]):
+            assert Targets.from_torchvision(images, sizes, capacity=9).offsets.shape == (5,)
         assert Targets.from_padded(torch.rand(3, 4, 5)).rows.shape == (12, 6)
         with pytest.raises(DynamicOutputShapeException):
             torch.rand(3).nonzero().tolist()  # what this test relies on

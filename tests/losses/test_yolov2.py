@@ -255,6 +255,10 @@ def test_images_seen_are_saved(recipe):
     whole.load_state_dict(torch.nn.ModuleDict({"loss": criterion}).state_dict())
     assert whole["loss"].seen == 6
     assert copy.deepcopy(criterion).seen == 6
+    (state,) = criterion.state_dict().values()  # which averages of weights ask for a type and a shape
+    assert (state.dtype, state.shape, int(state)) == (torch.int64, (), 6)
+    other.load_state_dict({"_extra_state": {"seen": 8}})  # of an earlier checkpoint
+    assert other.seen == 8
     assert "seen=6" in repr(criterion)
     # darknet counts the batch before it begins: 12798 + 2 is past the warm-up
     totals = {}

@@ -164,17 +164,21 @@ def test_halves_of_a_batch_make_the_whole():
     torch.testing.assert_close(sum(means) / 2, criterion(preds, rows).total, rtol=1e-9, atol=0)
 
 
-def test_what_detects_is_the_lead_head():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_detects_is_the_lead_head(backend):
     preds, rows = maps(), objects(9)
-    criterion = loss_of("torch")
-    alone = YOLOv7Loss(ANCHORS, STRIDES, 3, topk=20, backend="torch")
+    criterion = loss_of(backend)
+    alone = YOLOv7Loss(ANCHORS, STRIDES, 3, topk=20, backend=backend)
+    detections = fusedyolo.select(preds[:3], alone, 0.3, 0.5, backend=backend)
+    assert detections.count.all()
     for given in (preds, preds[:3], {"lead": preds[:3], "aux": preds[3:]}):
         for got, want in zip(fusedyolo.decode(given, criterion), fusedyolo.decode(preds[:3], alone), strict=True):
             assert torch.equal(got, want)
+        found = fusedyolo.select(given, criterion, 0.3, 0.5, backend=backend)
+        assert all(torch.equal(got, want) for got, want in zip(found, detections, strict=True))
         if given is not preds[:3]:
             found, want = fusedyolo.assign(criterion, given, rows), fusedyolo.assign(alone, preds[:3], rows)
             assert all(torch.equal(a.row, b.row) for a, b in zip(found.levels, want.levels, strict=True))
-    assert fusedyolo.select(preds, criterion, 0.3, 0.5, backend="torch").boxes.shape[0] == 2
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import golden
@@ -396,6 +397,32 @@ def test_weights_of_branches_fall_and_rise():
     old = E2ELoss(3, STRIDES, 16, "yolov10", backend="torch")
     old.update()
     assert (old.o2m, old.o2o) == (1.0, 1.0)
+
+
+def test_updates_are_saved_and_act_at_once():
+    def fresh(recipe="yolo26"):
+        return E2ELoss(3, STRIDES, 1, recipe, epochs=10, backend="torch")
+
+    criterion = fresh()
+    for _ in range(6):
+        criterion.update()
+    other, third = fresh(), fresh()
+    assert other.load_state_dict(criterion.state_dict()) == ([], [])
+    third.updates = 6
+    for each in (other, third, copy.deepcopy(criterion)):
+        assert (each.updates, each.o2m, each.o2o) == (6, criterion.o2m, criterion.o2o)
+    (state,) = criterion.state_dict().values()
+    assert (state.dtype, state.shape, int(state)) == (torch.int64, (), 6)
+    third.updates = 0
+    assert (third.o2m, third.o2o) == (fresh().o2m, fresh().o2o)
+    for wrong in (-1, 2.5):
+        with pytest.raises(ValueError, match=rf"^updates: {wrong}, want an integer >= 0$"):
+            third.updates = wrong
+
+    # a checkpoint that knows nothing of the loss is whole; nor do weights that never move have anything to save
+    assert torch.nn.ModuleDict({"loss": fresh()}).load_state_dict({}) == ([], [])
+    assert not fresh("yolov10").state_dict()
+    assert fresh("yolov10").load_state_dict(criterion.state_dict()) == ([], [])
 
 
 # ---- decoding

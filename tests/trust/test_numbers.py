@@ -366,3 +366,42 @@ def test_autocast_leaves_the_reference_alone(case):
         got = step(problem.bind("torch"), preds, rows)
     assert torch.equal(got.total, want.total)
     assert all(map(torch.equal, got.grads, want.grads))
+
+
+def answers(problem: Problem, rows: Tensor, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Any]:
+    """A step of the reference, its counts, and what is assigned, where PyTorch's defaults are these."""
+    preds, criterion, geometry = problem.predictions(), problem.criterion("torch"), problem.geometry
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        out = criterion(problem.pack(preds), rows, **geometry)
+        grads = torch.autograd.grad(out.total, preds)
+        found = fusedyolo.assign(criterion, problem.pack(preds), rows, **geometry)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    fields = [level._asdict() for level in found.levels] if hasattr(found, "levels") else [found._asdict()]
+    if problem.case.driver.kind == "grid":
+        for field in fields:
+            del field["encoded"]  # a product of integers and a stride, which PyTorch gives the default type
+    assigned = [value for field in fields for value in field.values()]
+    return [out.total, *out.parts.values(), out.num_pos, out.num_invalid, *grads, *assigned]
+
+
+@ALL
+def test_defaults_of_pytorch_are_of_no_account(case):
+    """Numbers are of the type of predictions, counts whole, whatever the default type, which Lightning sets for
+    ``precision="bf16-true"``; and all is made where these are.
+    """
+    levels = range(1 if case.grid or case.one_map else 3)
+    problem = Problem(case, maps=tuple((12 >> i, 12 >> i) for i in levels), strides=tuple(4 << i for i in levels))
+    rows = problem.rows(150)
+    rows = torch.cat((rows, torch.linspace(-0.1, 2.0, len(rows), device=DEVICE)[:, None]), 1)
+    want = answers(problem, rows)
+    for default in ({"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}):
+        for got, other in zip(answers(problem, rows, **default), want, strict=True):
+            if other is None:
+                assert got is None
+            else:
+                assert got.dtype == other.dtype
+                assert torch.equal(got, other)
