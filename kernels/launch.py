@@ -34,7 +34,7 @@ WEIGHED_REGISTERS = 24
 
 SMALLEST_TILE = 64
 FEWEST_TILES = 5
-"""Of a plane: the coarser a map, the more objects a cell of it has, and a launch takes as long as its slowest program."""
+"""Of a plane: the coarser a map, the more objects a cell has, and a launch takes as long as its slowest program."""
 
 FEWEST_TURNS = 4
 

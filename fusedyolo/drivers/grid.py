@@ -173,7 +173,7 @@ _BY_TILE = ("grid_kernel", "grid_grad_kernel")
 
 
 def _by_level(arguments: Mapping[str, Any]) -> list[tuple[int, int, int, int]]:
-    """Number, cells, those of a program, and anchors of each level in the order of programs, which begin with the coarsest map."""
+    """Number, cells, those of a program, and anchors of each level, the last one first, as programs take them."""
     levels = arguments["levels"]
     numbers = [[shared.even(n) for n in each] for each in (levels.widths, levels.heights, levels.tiles)]
     anchors = arguments["SPEC"].ANCHORS

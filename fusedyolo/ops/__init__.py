@@ -1,6 +1,9 @@
 """Custom operators: what the dispatcher, autograd and torch.compile see, and the launches behind them."""
 
+from triton import knobs
+
 from ..operator import call
+from ..tools import interpreter
 from .cells import (
     CellOutputs,
     cell_grad_launch,
@@ -54,3 +57,6 @@ __all__ = [
     "workspace",
     "workspace_rows",
 ]
+
+if knobs.runtime.interpret:  # as it comes it rounds otherwise than a GPU, and takes some truth values for floats
+    interpreter.prepare()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 
+@cache
 def prepare() -> None:
     """Choose the interpreter, before any kernel is imported, let it compute as a GPU does, and make it faster.
 

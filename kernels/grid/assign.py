@@ -130,7 +130,7 @@ def _candidates(rows, site, lists, done_ptr, head, terms, SPEC: tl.constexpr):
     if SPEC.KINDS > 1 and rows.offers is None:
         held = near <= SPEC.ROWS
         if held:  # a turn is of as many kinds of cells as there is room for
-            step = SPEC.ROWS // tl.maximum(near, 1) * near
+            step = SPEC.ROWS // tl.maximum(near, 1) * tl.maximum(near, 1)
         near, g, cx, cy, known = _near_rows(rows, held, site, lists, done_ptr, head, terms, SPEC)
         if not held:
             tl.debug_barrier()
@@ -213,7 +213,7 @@ def _store_row(lists, at, g, cell, mask):
 
 @triton.jit
 def _before(local, taken, SPEC: tl.constexpr):
-    """How many of the candidates in the lanes before have the cell of each: all pairs at once, none waits for another."""
+    """How many candidates in the lanes before have the cell of each: of all pairs at once, none waits for another."""
     lane = tl.arange(0, SPEC.ROWS)
     cell = tl.where(taken, local, -1)
     same = (cell[:, None] == local[None, :]) & (lane[:, None] < lane[None, :])

@@ -178,7 +178,7 @@ def class_losses(plane, rows, found, lists, kept_ptr, site, head, terms, SPEC: t
         if kept_ptr is not None:
             at = kept_ptr + (found.pick + slot).to(tl.int64) * kept_stride(head.C)
             tl.store(at[None, :] + k, head.cls_gain * weight * d, mask=whole)
-            if SPEC.FIRST > 0:
+            if SPEC.FIRST > 0:  # what fills the last access is read with it
                 rest = 5 + head.C + (lane % SPEC.GROUPS)[None, :] + tl.arange(0, SPEC.REST)[:, None] * SPEC.GROUPS
                 left = (slot < found.picks)[None, :] & (rest < kept_end(head.C))
                 tl.store(at[None, :] + rest, 0.0, mask=left)

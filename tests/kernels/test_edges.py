@@ -84,12 +84,13 @@ def test_grid(kind):
 
 @pytest.mark.parametrize(("kind", "cells"), [("YOLOv5Loss", 5), ("YOLOv4Loss", 1)])
 def test_grid_of_a_block_of_candidates(kind, cells):
-    """Images whose candidates, so many ``cells`` a row, are one block, and of a row more, which are listed; many rows
-    on a cell, and none.
+    """Images whose candidates, so many ``cells`` a row, are one block or a block for some of the cells of each row, and
+    of a row more; whose rows are more than that; many rows on a cell, and none.
     """
-    block = grid_config(20 * 20, True, 4).rows // cells
+    lanes = grid_config(20 * 20, True, 4).rows
+    counts = [count + more for kinds in range(1, cells + 1) for count in (lanes // kinds,) for more in (0, 1)]
     images = []
-    for count, apart in ((block, 6.25), (block + 1, 6.25), (0, 1.0), (block, 0.5), (block + 1, 0.5)):
+    for count, apart in ((0, 1.0), *((count, apart) for count in counts for apart in (6.25, 0.5))):
         images.append([(k % 3, 20.0 + apart * (k % 40), 30.0 + 41.0 * (k // 40), 12.0, 14.0) for k in range(count)])
     grid(kind, images, torch.randn(len(images), 16, 20, 20, generator=torch.Generator().manual_seed(0)))
 

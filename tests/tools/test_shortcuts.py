@@ -1,5 +1,8 @@
 """Shortcuts through Triton's interpreter give what its long way gives: type, shape and bits."""
 
+import os
+import subprocess
+import sys
 from importlib import import_module
 
 import numpy as np
@@ -135,3 +138,19 @@ def test_an_index_is_made_of_no_array():
         assert range(5)[found] == 3
     finally:
         scope.restore()
+
+
+def test_the_variable_alone_chooses_an_interpreter_that_computes_as_a_gpu_does():
+    """Nobody prepares it: gains of 0 multiply truth values that are scalars, which it takes for floats as it comes."""
+    code = (
+        "import torch, fusedyolo\n"
+        "from triton.runtime.interpreter import InterpreterBuilder\n"
+        "loss = fusedyolo.YOLOv5Loss([[(10, 13)]], [8], 1, backend='triton')\n"  # one class: classes are not trained
+        "preds = torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()\n"
+        "rows = torch.tensor([[0, 0, 0.4, 0.5, 0.2, 0.2]])\n"
+        "loss([preds], rows).total.backward()\n"
+        "print(preds.grad.abs().sum().item() > 0, InterpreterBuilder.create_fma.__module__)\n"
+    )
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", "fusedyolo.tools.interpreter"]

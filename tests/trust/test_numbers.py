@@ -381,9 +381,6 @@ def answers(problem: Problem, rows: Tensor, dtype: torch.dtype = torch.float32, 
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
     fields = [level._asdict() for level in found.levels] if hasattr(found, "levels") else [found._asdict()]
-    if problem.case.driver.kind == "grid":
-        for field in fields:
-            del field["encoded"]  # a product of integers and a stride, which PyTorch gives the default type
     assigned = [value for field in fields for value in field.values()]
     return [out.total, *out.parts.values(), out.num_pos, out.num_invalid, *grads, *assigned]
 
