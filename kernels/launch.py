@@ -54,10 +54,12 @@ IGNORING_REGISTERS = 168  # where the boxes of eight cells of a plane are compar
 GRID_GRADIENT_REGISTERS = {True: 128, False: 168}  # by whether cells are neighbours in memory
 
 
-def even_tile(cells: int, largest: int) -> int:
-    """Cells of a program, of a map with so many: evenly, at most ``largest``, and on coarse maps fewer."""
-    programs = max(-(-cells // largest), min(FEWEST_TILES, -(-cells // SMALLEST_TILE)))
-    return -(-cells // programs // 16) * 16
+def even_tile(cells: int, largest: int, few: bool = False) -> int:
+    """Cells of a program, of a map with so many: evenly, at most ``largest``, and of coarse maps fewer, unless there is
+    one map alone (``few``), of which what each program reads besides would be too much.
+    """
+    least = 1 if few else min(FEWEST_TILES, -(-cells // SMALLEST_TILE))
+    return -(-cells // max(-(-cells // largest), least) // 16) * 16
 
 
 @lru_cache(maxsize=256)
@@ -71,10 +73,10 @@ def grid_config(
 ) -> GridConfig:
     """Tile for maps of at most ``largest_map`` cells; ``cells_contiguous`` says that neighbouring cells are neighbours
     in memory (NCHW), else neighbouring channels are (channels-last, ``[B, A, H, W, 5 + C]``), ``ignores`` that boxes
-    are compared with all rows, ``few`` that there is one map alone, whose programs do not fill a GPU: they get less.
+    are compared with all rows, ``few`` that there is one map alone, whose programs do not fill a GPU.
 
-    A thread of the loss launch has up to eight cells of a plane: what a program does besides, to find out who is
-    assigned, all of its warps do, and that is most of what they execute.
+    A thread of the loss launch has eight cells of a plane: what a program does besides, to find out who is assigned,
+    all of its warps do, and that is most of what they execute. Of few programs nobody waits for all, and it has four.
 
     Eight channels at a time read whole sectors of what the loss launch has kept; of half predictions four, which take
     half the registers and no stack on gfx942. The less a thread of the loss launch holds, the more programs wait for
@@ -84,14 +86,13 @@ def grid_config(
     if itemsize > 4:
         registers = 255
     if not cells_contiguous:
-        cells = 128 if few else 256
-        usual = GridConfig(cells=cells, channels=16, threads=64, rows=64, max_registers=registers)
+        usual = GridConfig(cells=128 if few else 256, channels=16, threads=64, rows=64, max_registers=registers)
         return replace(usual, **dict(wishes))
     wanted = dict(wishes)
-    cells = largest = wanted.pop("cells", 128 if few else 512)
+    cells = largest = wanted.pop("cells", 512)
     while cells > SMALLEST_TILE and cells >= 4 * largest_map:  # by fours: a kernel is compiled for each of them
         cells = max(SMALLEST_TILE, cells // 4)
-    threads = max(64, wanted.pop("threads", largest // 8) * cells // largest)
+    threads = max(64, wanted.pop("threads", largest // (4 if few else 8)) * cells // largest)
     rows = min(256, threads)  # of more a thread would hold several, and spill
     channels = 8 if itemsize > 2 else 4
     config = GridConfig(cells=cells, channels=channels, threads=threads, rows=rows, max_registers=registers)

@@ -430,12 +430,17 @@ class Engine:
                 part = (value >> U32(16 * half)).astype(np.uint16)
                 self.store(L, "shared", warp.column_places(rows, number, half), 2, (part,), None)
 
-    def matrix_load(self, L: np.ndarray, address: Array, count: int) -> list[np.ndarray]:
-        """ldmatrix."""
+    def matrix_load(self, L: np.ndarray, address: Array, count: int, by_columns: bool) -> list[np.ndarray]:
+        """ldmatrix: rows, or columns, of rows of 16 bytes whose addresses the threads hold."""
         rows = self._matrix_rows(L, address)
         out: list[np.ndarray] = []
         for number in range(count):
-            out += self.load(L, "shared", warp.matrix_places(rows, number), 4, 1, None, None)
+            if not by_columns:
+                out += self.load(L, "shared", warp.matrix_places(rows, number), 4, 1, None, None)
+                continue
+            places = [warp.column_places(rows, number, half) for half in (0, 1)]
+            low, high = [self.load(L, "shared", place, 2, 1, None, None)[0].astype(U32) for place in places]
+            out.append(low | high << U32(16))
         return out
 
     def _matrix_rows(self, L: np.ndarray, address: Array) -> np.ndarray:

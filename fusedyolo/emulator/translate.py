@@ -228,10 +228,9 @@ class _Translator(Operands):
         self.lines.append(f"E.matrix_store(L, {self.address(args[0], 'u32')}, ({values},), {'trans' in op})")
 
     def _op_ldmatrix(self, op: list[str], args: list[str]) -> None:
-        if "trans" in op:
-            raise self.refuse()
         targets = self.several(args[0])
-        self.lines.append(f"out = E.matrix_load(L, {self.address(args[1], 'u32')}, {len(targets)})")
+        address, by_columns = self.address(args[1], "u32"), "trans" in op
+        self.lines.append(f"out = E.matrix_load(L, {address}, {len(targets)}, {by_columns})")
         for index, target in enumerate(targets):
             self.put(target, f"out[{index}]", "b32")
 

@@ -234,7 +234,7 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
     ignores, few = parts.spec["IGNORES"], len(head.levels) == 1
     config = grid_config(max(cells), planes, preds[0].dtype.itemsize, tuned, ignores, few)
     per_plane = tuple(len(own) * n for own, n in zip(head.levels, cells, strict=True))
-    tiles = [even_tile(n, config.cells) for n in cells]
+    tiles = [even_tile(n, config.cells, few) for n in cells]
     near = _near_places(head, shapes, tiles) if parts.spec["KINDS"] > 1 and not head.by_cost else 0
     levels = records.Levels(
         batch=2 * batch + 3,

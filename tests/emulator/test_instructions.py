@@ -197,3 +197,26 @@ def test_a_matrix_is_stored_by_rows_or_by_columns(way):
     assert not report.faults
     found = data[:128].view(np.uint16).reshape(8, 8)
     assert np.array_equal(found, matrix.T if way else matrix)
+
+
+@pytest.mark.parametrize("way", ["", ".trans"])
+def test_a_matrix_is_loaded_by_rows_or_by_columns(way):
+    """Each thread gets two numbers of a row, or of a column."""
+    body = f"""
+	mov.b32 	%r10, global_smem;
+	shl.b32 	%r14, %r1, 2;
+	add.s32 	%r15, %r10, %r14;
+	ld.global.b32 	%r3, [%rd4];
+	st.shared.b32 	[%r15], %r3;
+	bar.sync 	0;
+	and.b32 	%r11, %r1, 7;
+	shl.b32 	%r12, %r11, 4;
+	add.s32 	%r13, %r10, %r12;
+	ldmatrix.sync.aligned.m8n8.x1{way}.shared.b16 	{{%r4}}, [%r13];
+	st.global.b32 	[%rd5], %r4;
+"""
+    matrix = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    data, report = launch(body, matrix, warps=1)
+    assert not report.faults
+    found = data[:128].view(np.uint16).reshape(8, 8)
+    assert np.array_equal(found, matrix.T if way else matrix)
