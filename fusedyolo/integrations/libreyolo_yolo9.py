@@ -14,28 +14,18 @@ from . import decoupled, shared
 
 PARTS = ("box", "dfl", "cls")
 
-kept: dict[type, Any] = {}  # the method that was replaced
 criteria: shared.Criteria[YOLOv8Loss] = shared.Criteria()
-
-
-def patch() -> None:
-    """Replace ``YOLO9Loss.__call__``."""
-    kept[YOLO9Loss] = YOLO9Loss.__call__
-    YOLO9Loss.__call__ = _call
-
-
-def unpatch() -> None:
-    """Give ``YOLO9Loss`` its own back."""
-    if YOLO9Loss.__call__ is _call:
-        YOLO9Loss.__call__ = kept.pop(YOLO9Loss)
 
 
 def _call(self: Any, predictions: Any, targets: Tensor) -> Any:
     """In place of ``YOLO9Loss.__call__``."""
     criterion = _criterion(self)
     if criterion is None or self.vec2box is None:
-        return kept[YOLO9Loss](self, predictions, targets)
+        return method.own(YOLO9Loss)(self, predictions, targets)
     return losses(criterion, self, predictions, targets)
+
+
+method = shared.Method("__call__", _call)
 
 
 def losses(criterion: YOLOv8Loss, loss: Any, predictions: list[Tensor], targets: Tensor) -> dict[str, Tensor]:

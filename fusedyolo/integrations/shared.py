@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,37 @@ from ..counts import STANDING
 CLOSE = 1e-3  # how closely a probe must agree, of the largest number; another formula is off by much more
 
 Loss = TypeVar("Loss")
+
+PATCHING = threading.RLock()
+"""Of who patches or unpatches: another thread would try out a class that is half patched, by other random numbers."""
+
+
+class Method:
+    """A method of other libraries' classes, and what stands in for it."""
+
+    def __init__(self, name: str, ours: Callable[..., Any]):
+        self.name, self.ours = name, ours
+        self.kept: dict[type, Any] = {}  # by class, what was replaced
+
+    def stands(self, cls: type) -> bool:
+        """Whether a class has ours."""
+        return getattr(cls, self.name) is self.ours
+
+    def put(self, cls: type) -> None:
+        """Replace that of a class."""
+        if not self.stands(cls):
+            # who wrapped ours meanwhile is not what ours falls back to
+            self.kept.setdefault(cls, getattr(cls, self.name))
+            setattr(cls, self.name, self.ours)
+
+    def take(self, cls: type) -> None:
+        """Give a class its own back, if it has ours."""
+        if cls in self.kept and self.stands(cls):
+            setattr(cls, self.name, self.kept.pop(cls))
+
+    def own(self, cls: type) -> Any:
+        """What ours stands in for, in a class or one that it is derived from."""
+        return next(self.kept[each] for each in cls.__mro__ if each in self.kept)
 
 
 class Criteria(Generic[Loss]):

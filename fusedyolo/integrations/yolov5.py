@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import YOLOv5Loss, checks
 from . import shared
 
-_kept: dict[type, Any] = {}  # the methods that were replaced, by class
 _criteria: shared.Criteria[tuple[YOLOv5Loss, Tensor]] = shared.Criteria()
 
 
@@ -39,17 +38,17 @@ def patch(compute_loss: type | None = None) -> None:
             ``autobalance=True`` raises it when it is called.
     """
     cls = _class(compute_loss)
-    if cls.__call__ is not _call:
-        _probe(cls)
-        _kept[cls] = cls.__call__
-        cls.__call__ = _call
+    with shared.PATCHING:
+        if not _method.stands(cls):
+            _probe(cls)
+            _method.put(cls)
 
 
 def unpatch(compute_loss: type | None = None) -> None:
     """Give the class its own loss back; nothing happens if it does not have :func:`patch`'s. Arguments as there."""
     cls = _class(compute_loss)
-    if cls.__call__ is _call:
-        cls.__call__ = _kept.pop(cls)
+    with shared.PATCHING:
+        _method.take(cls)
 
 
 def _class(given: type | None) -> Any:
@@ -64,8 +63,11 @@ def _call(self: Any, p: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tens
     """In place of ``ComputeLoss.__call__``."""
     criterion = _criterion(self, p)
     if criterion is None:
-        return next(_kept[cls] for cls in type(self).__mro__ if cls in _kept)(self, p, targets)
+        return _method.own(type(self))(self, p, targets)
     return _losses(criterion, p, targets)
+
+
+_method = shared.Method("__call__", _call)
 
 
 def _losses(criterion: YOLOv5Loss, p: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +77,7 @@ def _losses(criterion: YOLOv5Loss, p: Sequence[Tensor], targets: Tensor) -> tupl
 
 def _criterion(loss: Any, preds: Sequence[Tensor]) -> YOLOv5Loss | None:
     """What stands in for a ``ComputeLoss``, as this is now; None if it keeps its own."""
-    if type(loss) not in _kept:
+    if type(loss) not in _method.kept:
         return None
     for name in ("autobalance", "sort_obj_iou"):
         if getattr(loss, name, False):

@@ -9,7 +9,7 @@ from importlib import import_module
 import peers
 import pytest
 import torch
-from swaps import decoupled_case, slopes, snapshot
+from swaps import check_two_threads, decoupled_case, over_a_wrapper, slopes, snapshot
 
 nn_module = peers.module("libreyolo.models.yolox.nn")
 loss_module = peers.module("libreyolo.models.yolox.loss")
@@ -108,6 +108,18 @@ def test_what_computes_something_else_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"^libreyolo .*computes something else: number"):
         patch()
     assert YOLOXHead.forward is before
+
+
+def test_a_wrapper_of_ours_is_not_what_ours_falls_back_to():
+    head, features, _ = decoupled_case(YOLOXHead, 0)
+    expected = head.eval()(features)
+    with over_a_wrapper(integration, YOLOXHead, "forward"):
+        for own, value in zip(head(features), expected, strict=True):
+            assert torch.equal(own, value)
+
+
+def test_two_threads_patch_at_once():
+    check_two_threads(integration, YOLOXHead, "forward")
 
 
 def test_unpatch_leaves_the_package_as_it_was():

@@ -8,7 +8,7 @@ from importlib import import_module
 import peers
 import pytest
 import torch
-from swaps import MODES, objects, slopes, snapshot
+from swaps import MODES, check_two_threads, objects, over_a_wrapper, slopes, snapshot
 
 loss_module = peers.module("libreyolo.models.yolo9.loss")
 nn_module = peers.module("libreyolo.models.yolo9.nn")
@@ -17,6 +17,7 @@ integration = import_module("fusedyolo.integrations.libreyolo")
 own = import_module("fusedyolo.integrations.libreyolo_yolo9")
 patch, unpatch = integration.patch, integration.unpatch
 YOLO9Loss = loss_module.YOLO9Loss
+YOLOXHead = peers.module("libreyolo.models.yolox.nn").YOLOXHead
 STRIDES = [8, 16, 32]
 
 
@@ -136,6 +137,26 @@ def test_what_computes_something_else_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"^libreyolo .*YOLO9Loss computes something else: number"):
         patch()
     assert YOLO9Loss.__call__ is before
+
+
+@pytest.mark.parametrize(("cls", "name"), [(YOLO9Loss, "__call__"), (YOLOXHead, "forward")])
+def test_a_wrapper_of_ours_is_not_what_ours_falls_back_to(cls, name):
+    """Of this class, nor where one of the other class was patched over."""
+
+    class Derived(YOLO9Loss):
+        pass
+
+    loss, preds, targets = case(0)
+    expected = loss(preds, targets)["total_loss"]
+    loss.__class__ = Derived
+    before = YOLO9Loss.__call__
+    with over_a_wrapper(integration, cls, name):
+        assert torch.equal(loss(preds, targets)["total_loss"], expected)
+    assert YOLO9Loss.__call__ is before
+
+
+def test_two_threads_patch_at_once():
+    check_two_threads(integration, YOLO9Loss, "__call__")
 
 
 def test_unpatch_leaves_the_package_as_it_was():

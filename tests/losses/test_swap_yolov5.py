@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import peers
 import pytest
 import torch
-from swaps import MODES, assert_near, objects, slopes, snapshot
+from swaps import MODES, assert_near, check_two_threads, objects, over_a_wrapper, slopes, snapshot
 
 import fusedyolo
 
@@ -216,6 +216,29 @@ def test_derived_classes_keep_theirs():
     loss = Derived(model, autobalance=True)
     patch()
     assert torch.equal(loss(preds, rows)[0], expected)
+
+
+def test_a_wrapper_of_ours_is_not_what_ours_falls_back_to():
+    class Derived(ComputeLoss):
+        pass
+
+    model, preds, rows = case(0)
+    expected = ComputeLoss(model)(preds, rows)[0]
+    with over_a_wrapper(integration, ComputeLoss, "__call__"):
+        assert torch.equal(Derived(model)(preds, rows)[0], expected)
+
+
+def test_two_threads_patch_at_once():
+    check_two_threads(integration, ComputeLoss, "__call__")
+
+
+def test_a_derived_class_has_nothing_to_get_back():
+    class Derived(ComputeLoss):
+        pass
+
+    patch()
+    unpatch(Derived)
+    assert "__call__" not in vars(Derived)
 
 
 def test_unpatch_leaves_the_package_as_it_was():

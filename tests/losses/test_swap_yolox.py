@@ -11,7 +11,17 @@ from importlib import import_module
 import peers
 import pytest
 import torch
-from swaps import assert_near, decoupled_case, labels_of, objects, run_without_us, slopes, snapshot
+from swaps import (
+    assert_near,
+    check_two_threads,
+    decoupled_case,
+    labels_of,
+    objects,
+    over_a_wrapper,
+    run_without_us,
+    slopes,
+    snapshot,
+)
 from torch import nn
 
 import fusedyolo
@@ -195,6 +205,17 @@ def test_what_computes_something_else_is_refused(change, monkeypatch):
     with pytest.raises(ValueError, match=rf"^yolox .*: .*{REFUSED[change]}.*, want the loss of YOLOX"):
         patch()
     assert YOLOXHead.forward is before
+
+
+def test_a_wrapper_of_ours_is_not_what_ours_falls_back_to():
+    head, features, _ = case(0)
+    expected = head.eval()(features)
+    with over_a_wrapper(integration, YOLOXHead, "forward"):
+        assert torch.equal(head(features), expected)
+
+
+def test_two_threads_patch_at_once():
+    check_two_threads(integration, YOLOXHead, "forward")
 
 
 def test_unpatch_leaves_the_package_as_it_was():
