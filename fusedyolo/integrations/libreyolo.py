@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import libreyolo
 from libreyolo.models.yolo9.loss import YOLO9Loss
 from libreyolo.models.yolox.nn import IoULoss, YOLOXHead
+from libreyolo.training import distributed
 from libreyolo.training.distributed import all_reduce_avg_scalar_tensor
 from torch import Tensor
 
@@ -44,7 +48,8 @@ def patch() -> None:
     with shared.PATCHING:
         if _method.stands(YOLOXHead) and libreyolo_yolo9.method.stands(YOLO9Loss):
             return
-        why = decoupled.differs(YOLOXHead, IoULoss, _numbers) or libreyolo_yolo9.differs()
+        with _alone():
+            why = decoupled.differs(YOLOXHead, IoULoss, _numbers) or libreyolo_yolo9.differs()
         if why:
             shared.refuse("libreyolo", getattr(libreyolo, "__version__", "of no version"), why, WANT)
         _method.put(YOLOXHead)
@@ -78,6 +83,19 @@ def _criterion(head: Any) -> YOLOXLoss | None:
     if type(head) is not YOLOXHead:
         return None
     return _criteria.find(head, decoupled.settings_of(head), lambda: decoupled.criterion_of(head, YOLOXHead, IoULoss))
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Meanwhile losses are of this process alone, where this thread asks for them: a loss that is only tried out would
+    wait for processes that do not patch, and has its numbers where no process group takes them.
+    """
+    thread, is_distributed = get_ident(), distributed.is_distributed
+    distributed.is_distributed = lambda: get_ident() != thread and is_distributed()
+    try:
+        yield
+    finally:
+        distributed.is_distributed = is_distributed
 
 
 def _numbers(found: Any) -> tuple[Any, ...] | None:

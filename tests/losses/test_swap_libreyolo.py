@@ -101,6 +101,18 @@ def test_a_head_with_a_foreign_part_keeps_its_own():
         assert torch.equal(head(features, labels)["total_loss"], expected)
 
 
+def test_nothing_is_asked_of_other_processes_while_patching(monkeypatch):
+    """One of them may patch alone; and CPU tensors are not for every process group."""
+    distributed = peers.module("libreyolo.training.distributed")
+    for name in ("is_distributed", "get_world_size"):
+        monkeypatch.setattr(distributed, name, lambda: 2)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda value: pytest.fail("asked"))
+    asked = distributed.is_distributed
+    patch()
+    assert distributed.is_distributed is asked
+
+
 def test_what_computes_something_else_is_refused(monkeypatch):
     original = loss_module.IoULoss.forward
     monkeypatch.setattr(loss_module.IoULoss, "forward", lambda self, *args: original(self, *args) ** 2)
