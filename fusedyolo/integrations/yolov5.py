@@ -24,8 +24,8 @@ def patch(compute_loss: type | None = None) -> None:
     returns what it returned: the loss times the batch size, ``[1]``, and its three parts, ``[3]``, detached. Gains and
     ``anchor_t`` are read from ``hyp`` at each call, anchors once.
 
-    Objects of derived classes keep their own loss, so does one with other class or objectness losses, or weights of
-    levels, than YOLOv5's own: then a warning says why. Nothing is stored in a model.
+    Objects of derived classes keep their own loss, so does one with other class or objectness losses, weights of levels
+    or methods than YOLOv5's own: then a warning says why. Nothing is stored in a model.
 
     Args:
         compute_loss: the class, which in a checkout of the repository is ``utils.loss.ComputeLoss``; if not given, that
@@ -98,6 +98,7 @@ def _of(loss: Any, strides: Sequence[float], backend: str = "auto") -> YOLOv5Los
     Raises:
         ValueError: it computes something else.
     """
+    shared.plain("compute_loss", loss, type(loss))
     balance = YOLOv5Loss.balances.get(loss.nl, ())
     if tuple(loss.balance[: loss.nl]) != balance:
         checks.fail("compute_loss.balance", loss.balance, list(balance))
