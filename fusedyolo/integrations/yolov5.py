@@ -123,7 +123,11 @@ def _bce(name: str, part: Any) -> tuple[float, float]:
         shared.plain(name, part, sys.modules[type(part).__module__].FocalLoss)
         name, part, gamma, reduction = f"{name}.loss_fcn", part.loss_fcn, part.gamma, "none"
     shared.bce(name, part, reduction, pos_weight=True)
-    return 1.0 if part.pos_weight is None else part.pos_weight.item(), gamma
+    if part.pos_weight is None:
+        return 1.0, gamma
+    if part.pos_weight.numel() != 1:
+        checks.fail(f"{name}.pos_weight", f"{part.pos_weight.numel()} numbers", "one, for all classes")
+    return part.pos_weight.item(), gamma
 
 
 # ---- does it compute what is expected?

@@ -170,6 +170,10 @@ def test_what_computes_something_else_is_refused(change, monkeypatch):
     assert ComputeLoss.__call__ is before
 
 
+def weighted():
+    return torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor((1.0, 2.0, 3.0)))
+
+
 def foreign():
     class Focal(losses.FocalLoss):
         pass
@@ -194,6 +198,11 @@ def foreign():
         "balance": (lambda loss: setattr(loss, "balance", [1.0, 1.0, 1.0]), "balance"),
         "smoothing": (lambda loss: setattr(loss, "cp", 0.8), "cp"),
         "matching": (matching, "compute_loss.build_targets: one of its own"),
+        "weights": (lambda loss: setattr(loss, "BCEcls", weighted()), "BCEcls.pos_weight: 3 numbers, want one"),
+        "focal weights": (
+            lambda loss: setattr(loss, "BCEcls", losses.FocalLoss(weighted())),
+            "BCEcls.loss_fcn.pos_weight: 3 numbers, want one",
+        ),
     }
 
 
@@ -209,6 +218,17 @@ def test_a_loss_with_foreign_parts_keeps_its_own(name):
         found = loss(preds, rows)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def test_a_class_that_weighs_classes_is_refused():
+    class Weighed(ComputeLoss):
+        def __init__(self, model):
+            super().__init__(model)
+            self.BCEcls = weighted()
+
+    with pytest.raises(ValueError, match=r"BCEcls\.pos_weight: 3 numbers, want one"):
+        patch(Weighed)
+    assert "__call__" not in vars(Weighed)
 
 
 def test_derived_classes_keep_theirs():
