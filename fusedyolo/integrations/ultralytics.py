@@ -20,6 +20,7 @@ from ..losses.picks import Together, compute_all, together
 from . import shared
 
 EPS = 1e-9  # of the assigner
+RULE = ("topk", "topk2", "num_classes", "alpha", "beta", "stride_val", "eps")  # of it, too
 
 _criteria: shared.Criteria[YOLOv8Loss] = shared.Criteria()
 _pairs: WeakKeyDictionary[Any, tuple[YOLOv8Loss, YOLOv8Loss, Together | None]] = WeakKeyDictionary()
@@ -152,17 +153,11 @@ def _criterion(loss: Any, above: int = 0) -> YOLOv8Loss | None:
     """
     if type(loss) is not v8DetectionLoss:
         return None
-    # what may be exchanged or set after it was made; modules are compared by identity, and held
-    settings = (
-        loss.nc,
-        loss.reg_max,
-        id(loss.class_weights),
-        id(loss.stride),
-        loss.bce,
-        loss.bbox_loss,
-        loss.assigner,
-        *(getattr(loss.assigner, name, None) for name in ("topk", "topk2", "alpha", "beta", "stride_val", "eps")),
-    )
+    # what may be exchanged or set after it was made
+    settings = [loss.nc, loss.reg_max, loss.class_weights, loss.stride]
+    settings += shared.versions(settings) + shared.methods(loss, loss.assigner)
+    settings += [getattr(loss.assigner, name, None) for name in RULE]
+    settings += shared.state(loss.bce, loss.bbox_loss, getattr(loss.bbox_loss, "dfl_loss", None))
     found = _criteria.find(loss, settings, lambda: _of(loss), above)
     if found is not None:
         hyp: Any = loss.hyp

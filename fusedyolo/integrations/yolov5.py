@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import YOLOv5Loss, checks
 from . import shared
 
-_criteria: shared.Criteria[tuple[YOLOv5Loss, Tensor]] = shared.Criteria()
+_criteria: shared.Criteria[YOLOv5Loss] = shared.Criteria()
 
 
 def patch(compute_loss: type | None = None) -> None:
@@ -82,13 +82,14 @@ def _criterion(loss: Any, preds: Sequence[Tensor]) -> YOLOv5Loss | None:
     for name in ("autobalance", "sort_obj_iou"):
         if getattr(loss, name, False):
             checks.fail(f"compute_loss.{name}", getattr(loss, name), "False, or unpatch() before")
-    # what may be exchanged or set after it was made; modules are compared by identity, and held
+    # what may be exchanged or set after it was made
     strides = tuple(preds[0].shape[2] / pred.shape[2] for pred in preds)
-    hyp = tuple(loss.hyp[name] for name in ("box", "obj", "cls", "anchor_t"))
-    levels = loss.nc, id(loss.anchors), tuple(loss.balance)
-    settings = (*hyp, *levels, strides, loss.gr, loss.cp, loss.cn, loss.BCEcls, loss.BCEobj)
-    found = _criteria.find(loss, settings, lambda: (_of(loss, strides), loss.anchors))
-    return None if found is None else found[0]
+    hyp = (loss.hyp[name] for name in ("box", "obj", "cls", "anchor_t"))
+    settings = [*hyp, *strides, *loss.balance, loss.nc, loss.nl, loss.gr, loss.cp, loss.cn, loss.anchors]
+    terms = (loss.BCEcls, loss.BCEobj)
+    settings += shared.versions(settings) + shared.methods(loss)
+    settings += shared.state(*terms, *(getattr(term, "loss_fcn", None) for term in terms))
+    return _criteria.find(loss, settings, lambda: _of(loss, strides))
 
 
 def _of(loss: Any, strides: Sequence[float], backend: str = "auto") -> YOLOv5Loss:

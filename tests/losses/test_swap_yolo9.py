@@ -100,17 +100,41 @@ def test_labels_in_whole_pixels():
     both(lambda: loss(preds, targets), preds)
 
 
-def test_a_loss_with_a_foreign_part_keeps_its_own():
+class OtherBoxLoss(loss_module.BoxLoss):
+    pass
+
+
+FOREIGN = {
+    "box": (lambda loss: setattr(loss, "box_loss", OtherBoxLoss()), "box_loss: a OtherBoxLoss, want a BoxLoss"),
+    "weights": (lambda loss: setattr(loss.cls_loss.bce, "pos_weight", torch.ones(1)), "bce: with weights"),
+    "matcher": (lambda loss: setattr(loss.matcher, "filter_topk", loss.matcher.filter_topk), "filter_topk: one of its"),
+    "range": (lambda loss: setattr(loss.matcher, "reg_max", 8), "matcher.reg_max: 8, want 16"),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_loss_with_a_foreign_part_keeps_its_own(name, late):
+    change, why = FOREIGN[name]
     loss, preds, targets = case(0)
-
-    class Other(loss_module.BoxLoss):
-        pass
-
-    loss.box_loss = Other()
-    expected = loss(preds, targets)["total_loss"]
     patch()
-    with pytest.warns(UserWarning, match=r"box_loss: a Other, want a BoxLoss"):
-        assert torch.equal(loss(preds, targets)["total_loss"], expected)
+    if late:
+        loss(preds, targets)
+    change(loss)
+    with pytest.warns(UserWarning, match=why):
+        found = loss(preds, targets)["total_loss"]
+    unpatch()
+    assert torch.equal(loss(preds, targets)["total_loss"], found)
+
+
+def test_the_rule_is_that_of_the_matcher():
+    """Which is made for each size of image, of what the loss then says."""
+    loss, preds, targets = case(0)
+    found = both(lambda: loss(preds, targets), preds)
+    loss.topk = 3
+    assert both(lambda: loss(preds, targets), preds)["num_fg"] == found["num_fg"]
+    loss.matcher.topk = 3
+    assert both(lambda: loss(preds, targets), preds)["num_fg"] < found["num_fg"]
 
 
 @pytest.mark.parametrize("seed", [0, 4])

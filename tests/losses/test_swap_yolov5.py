@@ -206,11 +206,16 @@ def foreign():
     }
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize("name", foreign())
-def test_a_loss_with_foreign_parts_keeps_its_own(name):
+def test_a_loss_with_foreign_parts_keeps_its_own(name, late):
     change, why = foreign()[name]
     model, preds, rows = case(0)
     loss = ComputeLoss(model)
+    if late:
+        patch()
+        loss(preds, rows)
+        unpatch()
     change(loss)
     expected = loss(preds, rows)
     patch()
@@ -218,6 +223,31 @@ def test_a_loss_with_foreign_parts_keeps_its_own(name):
         found = loss(preds, rows)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def fill(loss):
+    loss.BCEcls.pos_weight.fill_(3.0)
+
+
+def replace(loss):
+    loss.BCEobj.pos_weight = torch.full((1,), 0.5)
+
+
+def widen(loss):
+    loss.anchors.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [fill, replace, widen], ids=lambda change: change.__name__)
+def test_what_is_set_after_a_call_counts_in_the_next(change):
+    model, preds, rows = case(0)
+    loss = ComputeLoss(model)
+    patch()
+    before = loss(preds, rows)[1]
+    change(loss)
+    found = loss(preds, rows)[1]
+    unpatch()
+    torch.testing.assert_close(found, loss(preds, rows)[1])
+    assert not torch.equal(found, before)
 
 
 def test_a_class_that_weighs_classes_is_refused():

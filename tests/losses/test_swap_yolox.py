@@ -138,16 +138,23 @@ def foreign():
         "giou": (lambda head: setattr(head.iou_loss, "loss_type", "giou"), "loss_type: 'giou', want 'iou'"),
         "derived": (lambda head: setattr(head, "iou_loss", Loss("none")), "iou_loss: a Loss"),
         "bce": (lambda head: setattr(head, "bcewithlog_loss", nn.MSELoss(reduction="none")), "a MSELoss"),
+        "hook": (lambda head: head.iou_loss.register_forward_hook(lambda *args: None), "iou_loss: with hooks"),
         "matching": (lambda head: setattr(head, "get_assignments", head.get_assignments), "get_assignments: one of"),
     }
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize("name", foreign())
-def test_a_head_with_foreign_parts_keeps_its_own(name):
+def test_a_head_with_foreign_parts_keeps_its_own(name, late):
     change, why = foreign()[name]
     head, features, labels = case(0)
-    change(head)
     state = copy.deepcopy(head.state_dict())
+    if late:
+        patch()
+        head(features, labels, None)
+        unpatch()
+    change(head)
+    head.load_state_dict(state)
     expected = head(features, labels, None)[0]
     head.load_state_dict(state)
     patch()
