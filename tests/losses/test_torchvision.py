@@ -318,7 +318,9 @@ def test_ssd_is_spared_its_own_matching(reference, monkeypatch):
     monkeypatch.setattr(utils.SSDMatcher, "__call__", lambda *args: matched.append(1) or original(*args))
     model(*batch)
     assert len(matched) == 2
-    patch(model)(*batch)
+    patch(model)  # which tries it out
+    del matched[2:]
+    model(*batch)
     assert len(matched) == 2
 
 
@@ -532,6 +534,64 @@ def test_a_part_of_its_own_is_refused_and_nothing_changed(kind, change, message)
     with pytest.raises(ValueError, match=f"^{message}.*, want "):
         patch(model)
     assert (vars(model), dict(model.named_modules())) == before
+
+
+def times(factor, original):
+    def changed(*args, **options):
+        found = original(*args, **options)
+        return {name: factor * loss for name, loss in found.items()} if isinstance(found, dict) else factor * found
+
+    return changed
+
+
+def two_values(original):
+    return lambda *args, **options: original(*args, **options) | {"other": 0}
+
+
+def no_values(original):
+    return lambda *args: None
+
+
+RETINANET, FCOS_MODULE, SSD_MODULE = detection.retinanet, detection.fcos, detection.ssd
+REPLACED = [
+    ("retinanet", detection.RetinaNet, "compute_loss", 3.0),
+    ("retinanet", RETINANET.RetinaNetHead, "compute_loss", 3.0),
+    ("retinanet", RETINANET.RetinaNetClassificationHead, "compute_loss", 1.01),
+    ("retinanet", RETINANET.RetinaNetRegressionHead, "compute_loss", 1.01),
+    ("retinanet", RETINANET, "sigmoid_focal_loss", 0.99),
+    ("retinanet", RETINANET, "_box_loss", 0.99),
+    ("retinanet", utils.BoxCoder, "encode_single", 1.01),
+    ("retinanet", boxes_module, "box_iou", 0.8),
+    ("fcos", detection.FCOS, "compute_loss", 3.0),
+    ("fcos", FCOS_MODULE.FCOSHead, "compute_loss", 3.0),
+    ("fcos", FCOS_MODULE, "sigmoid_focal_loss", 0.99),
+    ("fcos", FCOS_MODULE, "generalized_box_iou_loss", 0.99),
+    ("fcos", utils.BoxLinearCoder, "decode", 1.01),
+    ("ssd", SSD, "compute_loss", 3.0),
+    ("ssd", SSD_MODULE.F, "cross_entropy", 0.99),
+    ("ssd", utils.BoxCoder, "encode_single", 1.01),
+]
+
+
+@pytest.mark.parametrize(("kind", "owner", "name", "factor"), REPLACED)
+def test_what_was_replaced_in_the_package_is_refused(kind, owner, name, factor, monkeypatch):
+    """In a class or in a module, which no look at the model shows."""
+    model = make(kind)
+    before = dict(vars(model))
+    monkeypatch.setattr(owner, name, times(factor, getattr(owner, name)))
+    with pytest.raises(ValueError, match=r"^torchvision .*'s loss computes something else: number .*, want the losses"):
+        patch(model)
+    assert vars(model) == before
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [(two_values, "returns .*other"), (no_values, "'s loss stops: TypeError")]
+)
+def test_what_returns_something_else_is_refused(other, message, monkeypatch):
+    model = make("retinanet")
+    monkeypatch.setattr(RETINANET.RetinaNetHead, "compute_loss", other(RETINANET.RetinaNetHead.compute_loss))
+    with pytest.raises(ValueError, match=rf"^torchvision .*: RetinaNet.*{message}.*, want the losses"):
+        patch(model)
 
 
 def test_a_derived_class_with_its_own_loss_is_refused():
