@@ -30,6 +30,7 @@ from . import shared
 
 MODELS = (RetinaNet, SSD, FCOS)
 BOX_LOSSES = ("l1", "smooth_l1", "ciou", "diou", "giou")
+MODULE = frozenset(vars(nn.Module()))  # what each module has
 LARGEST = math.log(1000 / 16)
 """What torchvision clamps the logarithm of a decoded side to."""
 
@@ -182,18 +183,24 @@ class CachedAnchors(nn.Module):
     list that holds the anchors and that such a loop finds empty. In evaluation it is an ordinary one.
 
     Args:
-        original: torchvision's generator; attributes that this module lacks are looked up there.
+        original: torchvision's generator; attributes that this module lacks are looked up and set there. What was made
+            before a change of them is made anew.
         unmatched: the model that is to be spared its own matching.
     """
+
+    OWN = ("original", "unmatched", "kept", "seen")
 
     def __init__(self, original: nn.Module, unmatched: nn.Module | None = None):
         super().__init__()
         self.original = original
         self.unmatched = (unmatched,)  # in a tuple, as this model's parent is not to be its child
         self.kept: dict[Any, Tensor] = {}
+        self.seen: list[Any] = []  # of the original, when it last made some
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """The anchors of each image, one and the same tensor ``[N, 4]`` for all of them."""
+        if not (torch.compiler.is_compiling() or shared.same(self._state(), self.seen)):
+            self.kept.clear()
         first, size = feature_maps[0], tuple(image_list.tensors.shape[-2:])
         key = tuple(tuple(item.shape[-2:]) for item in feature_maps), size, first.dtype, first.device
         found = self.kept.get(key)
@@ -203,9 +210,28 @@ class CachedAnchors(nn.Module):
             if len(self.kept) >= KEPT:
                 del self.kept[next(iter(self.kept))]
             self.kept[key] = found
+            if not torch.compiler.is_compiling():
+                self.seen = self._state()
         anchors = [found] * len(image_list.image_sizes)
         (model,) = self.unmatched
         return _Unmatched(anchors) if model is not None and model.training else anchors
+
+    def _state(self) -> list[Any]:
+        """What anchors are made of; torchvision's generators put it into lists, and into others at each call."""
+        found = list[Any]()
+        for name, value in vars(self.original).items():
+            if isinstance(value, list):
+                found += value
+                found += shared.versions(value)
+            elif name not in MODULE:
+                found.append(value)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.OWN or name in MODULE or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.original, name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -216,7 +242,7 @@ class CachedAnchors(nn.Module):
             return getattr(self.original, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"kept": {}}
+        return self.__dict__ | {"kept": {}, "seen": []}
 
 
 # What the losses need to know of a model, or why they cannot stand in for its own.

@@ -443,6 +443,46 @@ def test_the_generator_answers_for_the_original(kind):
         found.colour  # noqa: B018
 
 
+def enlarge(generator):
+    generator.cell_anchors = [2 * each for each in generator.cell_anchors]
+
+
+def enlarge_in_place(generator):
+    for each in generator.cell_anchors:
+        each.mul_(2)
+
+
+def replace_method(generator):
+    original = generator.grid_anchors
+    generator.grid_anchors = lambda *args: [each + 2 for each in original(*args)]
+
+
+@pytest.mark.parametrize("directly", [False, True])
+@pytest.mark.parametrize("change", [enlarge, enlarge_in_place, replace_method], ids=lambda change: change.__name__)
+def test_what_is_set_on_the_generator_arrives_at_the_original(change, directly, reference):
+    """Nothing that was made before is used, also where the original itself was changed."""
+    model, other, batch = patch(make("retinanet")), make("retinanet"), objects("retinanet", 2)
+    before = model(*batch)
+    other(*batch)
+    change(model.anchor_generator.original if directly else model.anchor_generator)
+    change(other.anchor_generator)
+    expected = gradients(other, *batch)
+    assert not torch.equal(expected[0]["classification"], before["classification"])
+    for _ in range(2):
+        assert_same(gradients(model, *batch), expected, 1e-5)
+    assert_same(gradients(unpatch(model), *batch), expected, 1e-5)
+
+
+def test_new_attributes_of_the_generator_are_the_originals():
+    model = patch(make("ssd"))
+    model.anchor_generator.colour = "red"
+    model.anchor_generator.clip = False
+    model.eval()
+    assert not model.anchor_generator.training
+    assert unpatch(model).anchor_generator.colour == "red"
+    assert model.anchor_generator.clip is False
+
+
 # What cannot be patched.
 
 
