@@ -121,11 +121,16 @@ class _Loss:
     ) -> dict[str, Tensor]:
         """The losses of a batch all of whose images have the same anchors."""
         preds = tuple(head_outputs[name] for name in self.outputs)
-        targets = [{"boxes": item["boxes"], "labels": item["labels"]} for item in targets]
+        targets = [{"boxes": _widened(item["boxes"]), "labels": item["labels"]} for item in targets]
         classes = preds[0].shape[-1]
         if classes not in self.criteria:
             self.criteria[classes] = self.made(classes)
         return self.criteria[classes].terms(preds, targets, anchors=anchors[0], **more)
+
+
+def _widened(boxes: Tensor) -> Tensor:
+    """In float32 where they are halves, as torchvision takes them; a loss refuses halves, which hold few classes."""
+    return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
 
 
 class _RetinaNetLoss(_Loss):

@@ -194,6 +194,19 @@ def test_autocast(kind, backend):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_in_half_precision(kind, dtype, backend):
+    """But for FCOS in float16, where 1e8 less an area is infinite, so that each cell gets an object."""
+    model, (images, targets) = make(kind), objects(kind, 3)
+    targets = [{"boxes": item["boxes"].to(dtype), "labels": item["labels"]} for item in targets]
+    wide = [{"boxes": item["boxes"].float(), "labels": item["labels"]} for item in targets]
+    expected = model(images, wide if kind == "fcos" and dtype == torch.float16 else targets)
+    found = patch(model)(images, targets)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value.float(), rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_loss_has_its_own_gradient(kind, backend):
     model, batch = make(kind), objects(kind, 4)
