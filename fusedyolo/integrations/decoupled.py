@@ -79,9 +79,10 @@ def criterion_of(head: Any, kind: type, iou: type, backend: str = "auto") -> YOL
     return YOLOXLoss(head.num_classes, head.strides, rule=rule, backend=backend)
 
 
-def settings_of(head: Any) -> tuple[Any, ...]:
-    """What a criterion hangs on: modules are compared by identity, and held."""
-    return head.num_classes, tuple(head.strides), head.iou_loss, head.bcewithlog_loss, head.l1_loss
+def settings_of(head: Any) -> list[Any]:
+    """What a criterion hangs on."""
+    numbers = head.num_classes, getattr(head, "n_anchors", 1), *head.strides
+    return [*numbers, *shared.methods(head), *shared.state(head.iou_loss, head.bcewithlog_loss, head.l1_loss)]
 
 
 # ---- a probe

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import libreyolo
+from libreyolo.models.yolo9.loss import YOLO9Loss
 from libreyolo.models.yolox.nn import IoULoss, YOLOXHead
+from libreyolo.training import distributed
 from libreyolo.training.distributed import all_reduce_avg_scalar_tensor
 from torch import Tensor
 
@@ -15,7 +20,6 @@ from . import decoupled, libreyolo_yolo9, shared
 WANT = "the losses of LibreYOLO 1.6"
 NAMES = ("total_loss", "iou_loss", "obj_loss", "cls_loss", "l1_loss", "num_fg")
 
-_kept: dict[type, Any] = {}  # the methods that were replaced
 _criteria: shared.Criteria[YOLOXLoss] = shared.Criteria()
 
 
@@ -41,28 +45,29 @@ def patch() -> None:
     Raises:
         ValueError: the installed LibreYOLO computes something else, which is found by trying it; nothing is changed.
     """
-    if YOLOXHead.forward is _forward:
-        return
-    why = decoupled.differs(YOLOXHead, IoULoss, _numbers) or libreyolo_yolo9.differs()
-    if why:
-        shared.refuse("libreyolo", getattr(libreyolo, "__version__", "of no version"), why, WANT)
-    _kept[YOLOXHead] = YOLOXHead.forward
-    YOLOXHead.forward = _forward
-    libreyolo_yolo9.patch()
+    with shared.PATCHING:
+        if _method.stands(YOLOXHead) and libreyolo_yolo9.method.stands(YOLO9Loss):
+            return
+        with _alone():
+            why = decoupled.differs(YOLOXHead, IoULoss, _numbers) or libreyolo_yolo9.differs()
+        if why:
+            shared.refuse("libreyolo", getattr(libreyolo, "__version__", "of no version"), why, WANT)
+        _method.put(YOLOXHead)
+        libreyolo_yolo9.method.put(YOLO9Loss)
 
 
 def unpatch() -> None:
     """Give both classes their own methods back; nothing happens to one that is not :func:`patch`'s."""
-    if YOLOXHead.forward is _forward:
-        YOLOXHead.forward = _kept.pop(YOLOXHead)
-    libreyolo_yolo9.unpatch()
+    with shared.PATCHING:
+        _method.take(YOLOXHead)
+        libreyolo_yolo9.method.take(YOLO9Loss)
 
 
 def _forward(self: Any, xin: Any, labels: Tensor | None = None, imgs: Tensor | None = None) -> Any:
     """In place of ``YOLOXHead.forward``."""
     criterion = _criterion(self) if self.training and labels is not None else None
     if criterion is None or labels is None:
-        return _kept[YOLOXHead](self, xin, labels, imgs)
+        return _method.own(YOLOXHead)(self, xin, labels, imgs)
     criterion.use_l1 = self.use_l1
     found = decoupled.losses(criterion, decoupled.maps(self, xin), labels)
     divided = all_reduce_avg_scalar_tensor(found.assigned)
@@ -70,11 +75,27 @@ def _forward(self: Any, xin: Any, labels: Tensor | None = None, imgs: Tensor | N
     return dict(zip(NAMES, (*[share * each for each in found[:5]], divided / found.objects), strict=True))
 
 
+_method = shared.Method("forward", _forward)
+
+
 def _criterion(head: Any) -> YOLOXLoss | None:
     """What stands in for the loss of a head, as this is now; None if it keeps its own."""
     if type(head) is not YOLOXHead:
         return None
     return _criteria.find(head, decoupled.settings_of(head), lambda: decoupled.criterion_of(head, YOLOXHead, IoULoss))
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Meanwhile losses are of this process alone, where this thread asks for them: a loss that is only tried out would
+    wait for processes that do not patch, and has its numbers where no process group takes them.
+    """
+    thread, is_distributed = get_ident(), distributed.is_distributed
+    distributed.is_distributed = lambda: get_ident() != thread and is_distributed()
+    try:
+        yield
+    finally:
+        distributed.is_distributed = is_distributed
 
 
 def _numbers(found: Any) -> tuple[Any, ...] | None:

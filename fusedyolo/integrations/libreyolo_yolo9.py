@@ -13,29 +13,20 @@ from .. import YOLOv8Loss, checks
 from . import decoupled, shared
 
 PARTS = ("box", "dfl", "cls")
+RULE = ("topk", "cls_factor", "iou_factor", "num_classes", "reg_max")  # of a matcher
 
-kept: dict[type, Any] = {}  # the method that was replaced
 criteria: shared.Criteria[YOLOv8Loss] = shared.Criteria()
-
-
-def patch() -> None:
-    """Replace ``YOLO9Loss.__call__``."""
-    kept[YOLO9Loss] = YOLO9Loss.__call__
-    YOLO9Loss.__call__ = _call
-
-
-def unpatch() -> None:
-    """Give ``YOLO9Loss`` its own back."""
-    if YOLO9Loss.__call__ is _call:
-        YOLO9Loss.__call__ = kept.pop(YOLO9Loss)
 
 
 def _call(self: Any, predictions: Any, targets: Tensor) -> Any:
     """In place of ``YOLO9Loss.__call__``."""
-    criterion = _criterion(self)
-    if criterion is None or self.vec2box is None:
-        return kept[YOLO9Loss](self, predictions, targets)
+    criterion = None if self.vec2box is None else _criterion(self)
+    if criterion is None:
+        return method.own(YOLO9Loss)(self, predictions, targets)
     return losses(criterion, self, predictions, targets)
+
+
+method = shared.Method("__call__", _call)
 
 
 def losses(criterion: YOLOv8Loss, loss: Any, predictions: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
@@ -59,10 +50,13 @@ def _criterion(loss: Any) -> YOLOv8Loss | None:
     """What stands in for a loss, as this is now; None if it keeps its own."""
     if type(loss) is not YOLO9Loss:
         return None
-    numbers = loss.num_classes, loss.reg_max, tuple(loss.strides), loss.topk, loss.cls_factor, loss.iou_factor
-    gains = loss.box_weight, loss.cls_weight, loss.dfl_weight
-    parts = loss.cls_loss, loss.box_loss, loss.dfl_loss, type(loss.matcher)
-    return criteria.find(loss, (numbers, gains, parts), lambda: criterion_of(loss))
+    matcher, parts = loss.matcher, (loss.cls_loss, loss.box_loss, loss.dfl_loss)
+    numbers = loss.num_classes, loss.reg_max, *loss.strides, loss.box_weight, loss.cls_weight, loss.dfl_weight
+    # there is another matcher for each size of image
+    rule = type(matcher), *shared.methods(matcher)[1:], *(getattr(matcher, name, None) for name in RULE)
+    bce = getattr(loss.cls_loss, "bce", None)
+    settings = [*numbers, *rule, *shared.methods(loss), *shared.state(*parts, bce)]
+    return criteria.find(loss, settings, lambda: criterion_of(loss))
 
 
 def criterion_of(loss: Any, backend: str = "auto") -> YOLOv8Loss:
@@ -76,8 +70,10 @@ def criterion_of(loss: Any, backend: str = "auto") -> YOLOv8Loss:
     shared.bce("loss.cls_loss.bce", loss.cls_loss.bce, "none")
     shared.plain("loss.box_loss", loss.box_loss, BoxLoss)
     shared.plain("loss.dfl_loss", loss.dfl_loss, DFLoss)
-    if loss.matcher is not None:
-        shared.plain("loss.matcher", loss.matcher, BoxMatcher)
+    shared.plain("loss.matcher", loss.matcher, BoxMatcher)
+    for name in ("num_classes", "reg_max"):
+        if getattr(loss.matcher, name) != getattr(loss, name):
+            checks.fail(f"loss.matcher.{name}", getattr(loss.matcher, name), f"{getattr(loss, name)} as the loss")
     for stride in loss.strides:
         if stride % 2:
             checks.fail("loss.strides", stride, "even numbers: anchors are the middles of cells")
@@ -88,9 +84,9 @@ def criterion_of(loss: Any, backend: str = "auto") -> YOLOv8Loss:
         box=loss.box_weight,
         cls=loss.cls_weight,
         dfl=loss.dfl_weight,
-        topk=loss.topk,
-        alpha=loss.cls_factor,
-        beta=loss.iou_factor,
+        topk=loss.matcher.topk,
+        alpha=loss.matcher.cls_factor,
+        beta=loss.matcher.iou_factor,
         rule="libreyolo",
         backend=backend,
     )

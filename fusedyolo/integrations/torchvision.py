@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.models.detection import FCOS, RetinaNet
@@ -20,13 +21,16 @@ from torchvision.models.detection.retinanet import (
     RetinaNetRegressionHead,
 )
 from torchvision.models.detection.ssd import SSD
+from torchvision.ops.boxes import box_iou
 
 from .. import FCOSLoss, RetinaNetLoss, SSDLoss, checks
 from ..anchors import KEPT
 from ..watch import Watch
+from . import shared
 
 MODELS = (RetinaNet, SSD, FCOS)
 BOX_LOSSES = ("l1", "smooth_l1", "ciou", "diou", "giou")
+MODULE = frozenset(vars(nn.Module()))  # what each module has
 LARGEST = math.log(1000 / 16)
 """What torchvision clamps the logarithm of a decoded side to."""
 
@@ -52,7 +56,9 @@ def patch(model: nn.Module) -> nn.Module:
         ``model`` itself, changed.
 
     Raises:
-        ValueError: another model, or one with a part of its own that takes part in the loss; the model is as it was.
+        ValueError: another model, one with a part of its own that takes part in the loss, or a torchvision whose loss
+            computes something else, as where a function or a method of it was replaced, which is found by trying it;
+            the model is as it was.
     """
     detector: Any = _checked(model)
     if isinstance(vars(detector).get("compute_loss"), _Loss):
@@ -66,6 +72,7 @@ def patch(model: nn.Module) -> nn.Module:
         unmatched = getattr(detector.forward, "__func__", None) is SSD.forward
     else:
         loss = _FCOSLoss(FCOSLoss, _fcos_settings(detector))
+    _probe(detector, loss)
     detector.anchor_generator = CachedAnchors(_generator(detector), detector if unmatched else None)
     detector.compute_loss = loss
     return model
@@ -101,6 +108,10 @@ class _Loss:
         self.kind, self.settings = kind, settings
         self.criteria: dict[int, Any] = {}
 
+    def tried(self) -> Any:
+        """Of the same settings, computed by the reference."""
+        return type(self)(self.kind, self.settings | {"backend": "torch"})
+
     def made(self, classes: int) -> Any:
         """The criterion of so many classes."""
         return self.kind(classes, **self.settings)
@@ -110,11 +121,16 @@ class _Loss:
     ) -> dict[str, Tensor]:
         """The losses of a batch all of whose images have the same anchors."""
         preds = tuple(head_outputs[name] for name in self.outputs)
-        targets = [{"boxes": item["boxes"], "labels": item["labels"]} for item in targets]
+        targets = [{"boxes": _widened(item["boxes"]), "labels": item["labels"]} for item in targets]
         classes = preds[0].shape[-1]
         if classes not in self.criteria:
             self.criteria[classes] = self.made(classes)
         return self.criteria[classes].terms(preds, targets, anchors=anchors[0], **more)
+
+
+def _widened(boxes: Tensor) -> Tensor:
+    """In float32 where they are halves, as torchvision takes them; a loss refuses halves, which hold few classes."""
+    return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
 
 
 class _RetinaNetLoss(_Loss):
@@ -173,18 +189,24 @@ class CachedAnchors(nn.Module):
     list that holds the anchors and that such a loop finds empty. In evaluation it is an ordinary one.
 
     Args:
-        original: torchvision's generator; attributes that this module lacks are looked up there.
+        original: torchvision's generator; attributes that this module lacks are looked up and set there. What was made
+            before a change of them is made anew.
         unmatched: the model that is to be spared its own matching.
     """
+
+    OWN = ("original", "unmatched", "kept", "seen")
 
     def __init__(self, original: nn.Module, unmatched: nn.Module | None = None):
         super().__init__()
         self.original = original
         self.unmatched = (unmatched,)  # in a tuple, as this model's parent is not to be its child
         self.kept: dict[Any, Tensor] = {}
+        self.seen: list[Any] = []  # of the original, when it last made some
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """The anchors of each image, one and the same tensor ``[N, 4]`` for all of them."""
+        if not (torch.compiler.is_compiling() or shared.same(self._state(), self.seen)):
+            self.kept.clear()
         first, size = feature_maps[0], tuple(image_list.tensors.shape[-2:])
         key = tuple(tuple(item.shape[-2:]) for item in feature_maps), size, first.dtype, first.device
         found = self.kept.get(key)
@@ -194,9 +216,28 @@ class CachedAnchors(nn.Module):
             if len(self.kept) >= KEPT:
                 del self.kept[next(iter(self.kept))]
             self.kept[key] = found
+            if not torch.compiler.is_compiling():
+                self.seen = self._state()
         anchors = [found] * len(image_list.image_sizes)
         (model,) = self.unmatched
         return _Unmatched(anchors) if model is not None and model.training else anchors
+
+    def _state(self) -> list[Any]:
+        """What anchors are made of; torchvision's generators put it into lists, and into others at each call."""
+        found = list[Any]()
+        for name, value in vars(self.original).items():
+            if isinstance(value, list):
+                found += value
+                found += shared.versions(value)
+            elif name not in MODULE:
+                found.append(value)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.OWN or name in MODULE or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.original, name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -207,7 +248,7 @@ class CachedAnchors(nn.Module):
             return getattr(self.original, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"kept": {}}
+        return self.__dict__ | {"kept": {}, "seen": []}
 
 
 # What the losses need to know of a model, or why they cannot stand in for its own.
@@ -293,3 +334,75 @@ def _weights(name: str, part: Any) -> tuple[float, ...]:
     if coder.bbox_xform_clip != LARGEST:
         checks.fail(f"{name}.bbox_xform_clip", coder.bbox_xform_clip, f"{LARGEST}, log(1000 / 16)")
     return tuple(map(float, coder.weights))
+
+
+# ---- does torchvision compute what is expected?
+
+WANT = "the losses of torchvision 0.28"
+CLASSES, SIDE = 3, 64
+TARGETS = (
+    (((17, 18, 31, 30), 1), ((33, 1, 62, 29), 2), ((3, 34, 29, 63), 1)),
+    (),
+    (((1, 2, 61, 63), 2), ((41, 42, 47, 48), 1), ((16, 1, 47, 16), 1)),
+)  # of three images: boxes and labels; the last box has one anchor at its best, and another between thresholds
+
+
+def _probe(model: Any, loss: _Loss) -> None:
+    """The model's loss is ours, on small predictions and anchors of two levels.
+
+    Raises:
+        ValueError: it is not; how.
+    """
+    kind = next(each for each in MODELS if isinstance(model, each)).__name__
+    with shared.probing():
+        levels = [_anchors(stride) for stride in (8, 16)]
+        anchors = [torch.cat(levels)] * len(TARGETS)
+        preds = [torch.randn(3, len(anchors[0]), channels) for channels in (CLASSES, 4, 1)]
+        preds[1] = preds[1].abs()  # FCOS's distances
+        outputs = dict(zip(_FCOSLoss.outputs, [each.requires_grad_() for each in preds], strict=True))
+        targets = [
+            {
+                "boxes": torch.tensor([box for box, _ in each]).reshape(-1, 4).to(preds[0].dtype),
+                "labels": torch.tensor([label for _, label in each], dtype=torch.int64),
+            }
+            for each in TARGETS
+        ]
+        try:
+            more: list[Any] = []
+            if isinstance(model, FCOS):
+                more = [[len(each) for each in levels]]
+            elif isinstance(model, SSD):
+                more = [[_matched(model, each["boxes"], anchors[0]) for each in targets]]
+            theirs, ours = (each(targets, outputs, anchors, *more) for each in (model.compute_loss, loss.tried()))
+            names = sorted(ours)
+            inputs = [outputs[name] for name in loss.outputs]
+            if sorted(theirs) == names:
+                numbers = [[found[name].detach() for name in names] + _grads(found, inputs) for found in (theirs, ours)]
+                why = shared.apart(*numbers)
+                why = f"{kind}'s loss computes something else: {why}" if why else ""
+            else:
+                why = f"{kind}'s loss returns {', '.join(theirs)}"
+        except Exception as error:  # whatever other code does with what it does not know
+            why = f"{kind}'s loss stops: {type(error).__name__}: {error}".splitlines()[0]
+    if why:
+        shared.refuse("torchvision", torchvision.__version__, why, WANT)
+
+
+def _anchors(stride: int) -> Tensor:
+    """Squares [N, 4] of the side of a cell."""
+    y, x = torch.meshgrid(*[torch.arange(SIDE // stride) * float(stride)] * 2, indexing="ij")
+    corner = torch.stack((x, y), 2).reshape(-1, 2)
+    return torch.cat((corner, corner + stride), 1)
+
+
+def _matched(model: Any, boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Which box each anchor has, -1 where none; SSD's ``forward`` does this before its loss."""
+    if not len(boxes):
+        return torch.full((len(anchors),), -1)
+    return model.proposal_matcher(box_iou(boxes, anchors))
+
+
+def _grads(found: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Of the sum of losses none of which counts as another, else errors may cancel."""
+    weighed = [weight * found[name] for name, weight in zip(sorted(found), (1.0, 0.75, 1.25), strict=False)]
+    return list(torch.autograd.grad(weighed, inputs))

@@ -20,10 +20,8 @@ from ..losses.picks import Together, compute_all, together
 from . import shared
 
 EPS = 1e-9  # of the assigner
+RULE = ("topk", "topk2", "num_classes", "alpha", "beta", "stride_val", "eps")  # of it, too
 
-_patched: Any = v8DetectionLoss  # a type checker lets nobody assign to a method of a class it knows
-_patched_pair: Any = E2ELoss
-_kept: dict[type, Any] = {}  # the methods that were replaced
 _criteria: shared.Criteria[YOLOv8Loss] = shared.Criteria()
 _pairs: WeakKeyDictionary[Any, tuple[YOLOv8Loss, YOLOv8Loss, Together | None]] = WeakKeyDictionary()
 
@@ -47,23 +45,21 @@ def patch() -> None:
         ValueError: the installed Ultralytics computes something else than :class:`~fusedyolo.YOLOv8Loss`, as before
             8.4.128; this is found by trying it. Nothing is changed.
     """
-    if v8DetectionLoss.loss is _loss:
-        return
-    _probe()
-    pair = _is_known_pair()
-    _kept.setdefault(v8DetectionLoss, v8DetectionLoss.loss)  # who wrapped ours meanwhile is not what ours falls back to
-    _patched.loss = _loss
-    if pair and E2ELoss.__call__ is not _both:
-        _kept.setdefault(E2ELoss, E2ELoss.__call__)
-        _patched_pair.__call__ = _both
+    with shared.PATCHING:
+        if _method.stands(v8DetectionLoss):
+            return
+        _probe()
+        pair = _is_known_pair()
+        _method.put(v8DetectionLoss)
+        if pair:
+            _method_of_pair.put(E2ELoss)
 
 
 def unpatch() -> None:
     """Give ``v8DetectionLoss`` and ``E2ELoss`` their own back; nothing happens to what is not :func:`patch`'s."""
-    if v8DetectionLoss.loss is _loss:
-        _patched.loss = _kept.pop(v8DetectionLoss)
-    if E2ELoss.__call__ is _both:
-        _patched_pair.__call__ = _kept.pop(E2ELoss)
+    with shared.PATCHING:
+        _method.take(v8DetectionLoss)
+        _method_of_pair.take(E2ELoss)
 
 
 class Trainer(DetectionTrainer):
@@ -74,7 +70,7 @@ class Trainer(DetectionTrainer):
 
     def train(self) -> Any:
         """Train; see :func:`patch` for what is raised."""
-        before = v8DetectionLoss.loss is _loss
+        before = _method.stands(v8DetectionLoss)
         patch()
         try:
             return super().train()
@@ -87,7 +83,7 @@ def _loss(self: Any, preds: dict[str, Any], batch: dict[str, Any]) -> tuple[Tens
     """In place of ``v8DetectionLoss.loss``."""
     criterion = _criterion(self)
     if criterion is None:
-        return _kept[v8DetectionLoss](self, preds, batch)
+        return _method.own(v8DetectionLoss)(self, preds, batch)
     return _call(criterion, self.loss_names, preds, batch)
 
 
@@ -95,8 +91,11 @@ def _both(self: Any, preds: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[st
     """In place of the call of ``E2ELoss``."""
     pair = None if torch.compiler.is_compiling() else _pair(self)
     if pair is None:
-        return _kept[E2ELoss](self, preds, batch)
+        return _method_of_pair.own(E2ELoss)(self, preds, batch)
     return _call_both(self, pair, self.one2many.parse_output(preds), batch)
+
+
+_method, _method_of_pair = shared.Method("loss", _loss), shared.Method("__call__", _both)
 
 
 def _call_both(
@@ -135,7 +134,9 @@ def _parts(
 def _pair(loss: Any) -> tuple[YOLOv8Loss, YOLOv8Loss, Together | None] | None:
     """What stands in for the two losses of an ``E2ELoss``; None where one of them, or both, are to be called."""
     branches = loss.one2many, loss.one2one
-    if type(loss) is not E2ELoss or v8DetectionLoss.loss is not _loss or any("loss" in vars(each) for each in branches):
+    if type(loss) is not E2ELoss or not _method.stands(v8DetectionLoss):
+        return None
+    if any("loss" in vars(each) for each in branches):
         return None
     many, one = (_criterion(each, above=2) for each in branches)
     if many is None or one is None:
@@ -152,17 +153,11 @@ def _criterion(loss: Any, above: int = 0) -> YOLOv8Loss | None:
     """
     if type(loss) is not v8DetectionLoss:
         return None
-    # what may be exchanged or set after it was made; modules are compared by identity, and held
-    settings = (
-        loss.nc,
-        loss.reg_max,
-        id(loss.class_weights),
-        id(loss.stride),
-        loss.bce,
-        loss.bbox_loss,
-        loss.assigner,
-        *(getattr(loss.assigner, name, None) for name in ("topk", "topk2", "alpha", "beta", "stride_val", "eps")),
-    )
+    # what may be exchanged or set after it was made
+    settings = [loss.nc, loss.reg_max, loss.class_weights, loss.stride]
+    settings += shared.versions(settings) + shared.methods(loss, loss.assigner)
+    settings += [getattr(loss.assigner, name, None) for name in RULE]
+    settings += shared.state(loss.bce, loss.bbox_loss, getattr(loss.bbox_loss, "dfl_loss", None))
     found = _criteria.find(loss, settings, lambda: _of(loss), above)
     if found is not None:
         hyp: Any = loss.hyp

@@ -14,8 +14,7 @@ from torch import Tensor
 from .. import YOLOv5Loss, checks
 from . import shared
 
-_kept: dict[type, Any] = {}  # the methods that were replaced, by class
-_criteria: shared.Criteria[tuple[YOLOv5Loss, Tensor]] = shared.Criteria()
+_criteria: shared.Criteria[YOLOv5Loss] = shared.Criteria()
 
 
 def patch(compute_loss: type | None = None) -> None:
@@ -25,8 +24,8 @@ def patch(compute_loss: type | None = None) -> None:
     returns what it returned: the loss times the batch size, ``[1]``, and its three parts, ``[3]``, detached. Gains and
     ``anchor_t`` are read from ``hyp`` at each call, anchors once.
 
-    Objects of derived classes keep their own loss, so does one with other class or objectness losses, or weights of
-    levels, than YOLOv5's own: then a warning says why. Nothing is stored in a model.
+    Objects of derived classes keep their own loss, so does one with other class or objectness losses, weights of levels
+    or methods than YOLOv5's own: then a warning says why. Nothing is stored in a model.
 
     Args:
         compute_loss: the class, which in a checkout of the repository is ``utils.loss.ComputeLoss``; if not given, that
@@ -39,17 +38,17 @@ def patch(compute_loss: type | None = None) -> None:
             ``autobalance=True`` raises it when it is called.
     """
     cls = _class(compute_loss)
-    if cls.__call__ is not _call:
-        _probe(cls)
-        _kept[cls] = cls.__call__
-        cls.__call__ = _call
+    with shared.PATCHING:
+        if not _method.stands(cls):
+            _probe(cls)
+            _method.put(cls)
 
 
 def unpatch(compute_loss: type | None = None) -> None:
     """Give the class its own loss back; nothing happens if it does not have :func:`patch`'s. Arguments as there."""
     cls = _class(compute_loss)
-    if cls.__call__ is _call:
-        cls.__call__ = _kept.pop(cls)
+    with shared.PATCHING:
+        _method.take(cls)
 
 
 def _class(given: type | None) -> Any:
@@ -64,8 +63,11 @@ def _call(self: Any, p: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tens
     """In place of ``ComputeLoss.__call__``."""
     criterion = _criterion(self, p)
     if criterion is None:
-        return next(_kept[cls] for cls in type(self).__mro__ if cls in _kept)(self, p, targets)
+        return _method.own(type(self))(self, p, targets)
     return _losses(criterion, p, targets)
+
+
+_method = shared.Method("__call__", _call)
 
 
 def _losses(criterion: YOLOv5Loss, p: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,18 +77,19 @@ def _losses(criterion: YOLOv5Loss, p: Sequence[Tensor], targets: Tensor) -> tupl
 
 def _criterion(loss: Any, preds: Sequence[Tensor]) -> YOLOv5Loss | None:
     """What stands in for a ``ComputeLoss``, as this is now; None if it keeps its own."""
-    if type(loss) not in _kept:
+    if type(loss) not in _method.kept:
         return None
     for name in ("autobalance", "sort_obj_iou"):
         if getattr(loss, name, False):
             checks.fail(f"compute_loss.{name}", getattr(loss, name), "False, or unpatch() before")
-    # what may be exchanged or set after it was made; modules are compared by identity, and held
+    # what may be exchanged or set after it was made
     strides = tuple(preds[0].shape[2] / pred.shape[2] for pred in preds)
-    hyp = tuple(loss.hyp[name] for name in ("box", "obj", "cls", "anchor_t"))
-    levels = loss.nc, id(loss.anchors), tuple(loss.balance)
-    settings = (*hyp, *levels, strides, loss.gr, loss.cp, loss.cn, loss.BCEcls, loss.BCEobj)
-    found = _criteria.find(loss, settings, lambda: (_of(loss, strides), loss.anchors))
-    return None if found is None else found[0]
+    hyp = (loss.hyp[name] for name in ("box", "obj", "cls", "anchor_t"))
+    settings = [*hyp, *strides, *loss.balance, loss.nc, loss.nl, loss.gr, loss.cp, loss.cn, loss.anchors]
+    terms = (loss.BCEcls, loss.BCEobj)
+    settings += shared.versions(settings) + shared.methods(loss)
+    settings += shared.state(*terms, *(getattr(term, "loss_fcn", None) for term in terms))
+    return _criteria.find(loss, settings, lambda: _of(loss, strides))
 
 
 def _of(loss: Any, strides: Sequence[float], backend: str = "auto") -> YOLOv5Loss:
@@ -96,6 +99,7 @@ def _of(loss: Any, strides: Sequence[float], backend: str = "auto") -> YOLOv5Los
     Raises:
         ValueError: it computes something else.
     """
+    shared.plain("compute_loss", loss, type(loss))
     balance = YOLOv5Loss.balances.get(loss.nl, ())
     if tuple(loss.balance[: loss.nl]) != balance:
         checks.fail("compute_loss.balance", loss.balance, list(balance))
@@ -120,7 +124,11 @@ def _bce(name: str, part: Any) -> tuple[float, float]:
         shared.plain(name, part, sys.modules[type(part).__module__].FocalLoss)
         name, part, gamma, reduction = f"{name}.loss_fcn", part.loss_fcn, part.gamma, "none"
     shared.bce(name, part, reduction, pos_weight=True)
-    return 1.0 if part.pos_weight is None else part.pos_weight.item(), gamma
+    if part.pos_weight is None:
+        return 1.0, gamma
+    if part.pos_weight.numel() != 1:
+        checks.fail(f"{name}.pos_weight", f"{part.pos_weight.numel()} numbers", "one, for all classes")
+    return part.pos_weight.item(), gamma
 
 
 # ---- does it compute what is expected?

@@ -14,7 +14,6 @@ from . import decoupled, shared
 
 WANT = "the loss of YOLOX 0.3.0 (PyPI) or of its repository"
 
-_kept: dict[type, Any] = {}  # the methods that were replaced
 _criteria: shared.Criteria[YOLOXLoss] = shared.Criteria()
 
 
@@ -34,29 +33,32 @@ def patch() -> None:
         ValueError: the installed YOLOX computes something else than :class:`~fusedyolo.YOLOXLoss`, which is found by
             trying it; nothing is changed.
     """
-    if YOLOXHead.forward is _forward:
-        return
-    why = decoupled.differs(YOLOXHead, IOUloss, _numbers)
-    if why:
-        shared.refuse("yolox", getattr(yolox, "__version__", "of no version"), why, WANT)
-    _kept[YOLOXHead] = YOLOXHead.forward
-    YOLOXHead.forward = _forward
+    with shared.PATCHING:
+        if _method.stands(YOLOXHead):
+            return
+        why = decoupled.differs(YOLOXHead, IOUloss, _numbers)
+        if why:
+            shared.refuse("yolox", getattr(yolox, "__version__", "of no version"), why, WANT)
+        _method.put(YOLOXHead)
 
 
 def unpatch() -> None:
     """Give ``YOLOXHead`` its own ``forward`` back; nothing happens if that is not :func:`patch`'s."""
-    if YOLOXHead.forward is _forward:
-        YOLOXHead.forward = _kept.pop(YOLOXHead)
+    with shared.PATCHING:
+        _method.take(YOLOXHead)
 
 
 def _forward(self: Any, xin: Any, labels: Tensor | None = None, imgs: Tensor | None = None) -> Any:
     """In place of ``YOLOXHead.forward``."""
     criterion = _criterion(self) if self.training else None
     if criterion is None or labels is None:
-        return _kept[YOLOXHead](self, xin, labels, imgs)
+        return _method.own(YOLOXHead)(self, xin, labels, imgs)
     criterion.use_l1 = self.use_l1
     found = decoupled.losses(criterion, decoupled.maps(self, xin), labels)
     return (*found[:5], found.assigned.clamp(min=1) / found.objects)
+
+
+_method = shared.Method("forward", _forward)
 
 
 def _criterion(head: Any) -> YOLOXLoss | None:

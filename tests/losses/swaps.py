@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from threading import Barrier, Thread
 from types import ModuleType
 
 import torch
@@ -95,6 +97,44 @@ def snapshot(*modules: ModuleType):
             if isinstance(value, type):
                 found.update({(module.__name__, name, key): id(each) for key, each in vars(value).items()})
     return found
+
+
+@contextmanager
+def over_a_wrapper(swap, cls, name):
+    """Patched where a wrapper of ours stands, as timers leave it; afterwards a class has its own back."""
+    own = getattr(cls, name)
+    swap.patch()
+    ours = getattr(cls, name)
+    setattr(cls, name, lambda *args, **options: ours(*args, **options))
+    swap.unpatch()  # leaves the wrapper alone
+    try:
+        swap.patch()
+        yield
+        swap.unpatch()
+        assert getattr(cls, name) is own
+    finally:
+        setattr(cls, name, own)
+
+
+def check_two_threads(swap, cls, name):
+    """Which patch at once: what a class gets back is its own."""
+    own, barrier = getattr(cls, name), Barrier(2)
+
+    def patch():
+        barrier.wait()
+        swap.patch()
+
+    threads = [Thread(target=patch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        assert getattr(cls, name) is not own
+        swap.unpatch()
+        assert getattr(cls, name) is own
+    finally:
+        setattr(cls, name, own)
 
 
 TORCHVISION = """

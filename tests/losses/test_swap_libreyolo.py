@@ -9,7 +9,7 @@ from importlib import import_module
 import peers
 import pytest
 import torch
-from swaps import decoupled_case, slopes, snapshot
+from swaps import check_two_threads, decoupled_case, over_a_wrapper, slopes, snapshot
 
 nn_module = peers.module("libreyolo.models.yolox.nn")
 loss_module = peers.module("libreyolo.models.yolox.loss")
@@ -101,6 +101,18 @@ def test_a_head_with_a_foreign_part_keeps_its_own():
         assert torch.equal(head(features, labels)["total_loss"], expected)
 
 
+def test_nothing_is_asked_of_other_processes_while_patching(monkeypatch):
+    """One of them may patch alone; and CPU tensors are not for every process group."""
+    distributed = peers.module("libreyolo.training.distributed")
+    for name in ("is_distributed", "get_world_size"):
+        monkeypatch.setattr(distributed, name, lambda: 2)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda value: pytest.fail("asked"))
+    asked = distributed.is_distributed
+    patch()
+    assert distributed.is_distributed is asked
+
+
 def test_what_computes_something_else_is_refused(monkeypatch):
     original = loss_module.IoULoss.forward
     monkeypatch.setattr(loss_module.IoULoss, "forward", lambda self, *args: original(self, *args) ** 2)
@@ -108,6 +120,18 @@ def test_what_computes_something_else_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"^libreyolo .*computes something else: number"):
         patch()
     assert YOLOXHead.forward is before
+
+
+def test_a_wrapper_of_ours_is_not_what_ours_falls_back_to():
+    head, features, _ = decoupled_case(YOLOXHead, 0)
+    expected = head.eval()(features)
+    with over_a_wrapper(integration, YOLOXHead, "forward"):
+        for own, value in zip(head(features), expected, strict=True):
+            assert torch.equal(own, value)
+
+
+def test_two_threads_patch_at_once():
+    check_two_threads(integration, YOLOXHead, "forward")
 
 
 def test_unpatch_leaves_the_package_as_it_was():

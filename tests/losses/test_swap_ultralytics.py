@@ -144,7 +144,7 @@ def both(make, preds, batch, rtol, update=0):
         assert not any(value.requires_grad for value in items.values())
         weights = total.new_tensor((1.0, 0.75, 1.25))  # else errors of two parts may cancel
         results.append((total, items, slopes((total * weights).sum(), tensors(preds))))
-    assert all(criterion is not None for _, criterion in integration._criteria.kept.values())
+    assert all(criterion is not None for _, criterion, _ in integration._criteria.kept.values())
     assert integration._criteria.kept
     unpatch()
     (total, items, grads), (own_total, own_items, own_grads) = results
@@ -434,15 +434,20 @@ def foreign():
         "forward": (cut, "assigner.forward: one of its own"),
         "decode": (swap("bbox_decode", lambda loss: loss.bbox_decode), "bbox_decode: one of its own"),
         "eps": (lambda loss: setattr(loss.assigner, "eps", 1e-6), "assigner.eps"),
+        "positives": (lambda loss: setattr(loss.bce, "pos_weight", torch.full((3,), 5.0)), "bce: with weights"),
+        "bins": (lambda loss: setattr(loss.bbox_loss.dfl_loss, "reg_max", 8), "dfl_loss.reg_max: 8, want 16"),
     }
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize("name", foreign())
-def test_a_loss_with_foreign_parts_keeps_its_own(name, patched):
+def test_a_loss_with_foreign_parts_keeps_its_own(name, late, patched):
     change, why = foreign()[name]
     model, preds, batch = case(0)
     plain = v8(model)(preds, batch)
     loss = v8(model)
+    if late:
+        loss(preds, batch)
     change(loss)
     if name == "bce":
         loss.bce.forward = lambda x, t: nn.functional.binary_cross_entropy_with_logits(x, t, reduction="none")

@@ -8,7 +8,7 @@ from importlib import import_module
 import peers
 import pytest
 import torch
-from swaps import MODES, objects, slopes, snapshot
+from swaps import MODES, check_two_threads, objects, over_a_wrapper, slopes, snapshot
 
 loss_module = peers.module("libreyolo.models.yolo9.loss")
 nn_module = peers.module("libreyolo.models.yolo9.nn")
@@ -17,6 +17,7 @@ integration = import_module("fusedyolo.integrations.libreyolo")
 own = import_module("fusedyolo.integrations.libreyolo_yolo9")
 patch, unpatch = integration.patch, integration.unpatch
 YOLO9Loss = loss_module.YOLO9Loss
+YOLOXHead = peers.module("libreyolo.models.yolox.nn").YOLOXHead
 STRIDES = [8, 16, 32]
 
 
@@ -99,17 +100,41 @@ def test_labels_in_whole_pixels():
     both(lambda: loss(preds, targets), preds)
 
 
-def test_a_loss_with_a_foreign_part_keeps_its_own():
+class OtherBoxLoss(loss_module.BoxLoss):
+    pass
+
+
+FOREIGN = {
+    "box": (lambda loss: setattr(loss, "box_loss", OtherBoxLoss()), "box_loss: a OtherBoxLoss, want a BoxLoss"),
+    "weights": (lambda loss: setattr(loss.cls_loss.bce, "pos_weight", torch.ones(1)), "bce: with weights"),
+    "matcher": (lambda loss: setattr(loss.matcher, "filter_topk", loss.matcher.filter_topk), "filter_topk: one of its"),
+    "range": (lambda loss: setattr(loss.matcher, "reg_max", 8), "matcher.reg_max: 8, want 16"),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_loss_with_a_foreign_part_keeps_its_own(name, late):
+    change, why = FOREIGN[name]
     loss, preds, targets = case(0)
-
-    class Other(loss_module.BoxLoss):
-        pass
-
-    loss.box_loss = Other()
-    expected = loss(preds, targets)["total_loss"]
     patch()
-    with pytest.warns(UserWarning, match=r"box_loss: a Other, want a BoxLoss"):
-        assert torch.equal(loss(preds, targets)["total_loss"], expected)
+    if late:
+        loss(preds, targets)
+    change(loss)
+    with pytest.warns(UserWarning, match=why):
+        found = loss(preds, targets)["total_loss"]
+    unpatch()
+    assert torch.equal(loss(preds, targets)["total_loss"], found)
+
+
+def test_the_rule_is_that_of_the_matcher():
+    """Which is made for each size of image, of what the loss then says."""
+    loss, preds, targets = case(0)
+    found = both(lambda: loss(preds, targets), preds)
+    loss.topk = 3
+    assert both(lambda: loss(preds, targets), preds)["num_fg"] == found["num_fg"]
+    loss.matcher.topk = 3
+    assert both(lambda: loss(preds, targets), preds)["num_fg"] < found["num_fg"]
 
 
 @pytest.mark.parametrize("seed", [0, 4])
@@ -136,6 +161,26 @@ def test_what_computes_something_else_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"^libreyolo .*YOLO9Loss computes something else: number"):
         patch()
     assert YOLO9Loss.__call__ is before
+
+
+@pytest.mark.parametrize(("cls", "name"), [(YOLO9Loss, "__call__"), (YOLOXHead, "forward")])
+def test_a_wrapper_of_ours_is_not_what_ours_falls_back_to(cls, name):
+    """Of this class, nor where one of the other class was patched over."""
+
+    class Derived(YOLO9Loss):
+        pass
+
+    loss, preds, targets = case(0)
+    expected = loss(preds, targets)["total_loss"]
+    loss.__class__ = Derived
+    before = YOLO9Loss.__call__
+    with over_a_wrapper(integration, cls, name):
+        assert torch.equal(loss(preds, targets)["total_loss"], expected)
+    assert YOLO9Loss.__call__ is before
+
+
+def test_two_threads_patch_at_once():
+    check_two_threads(integration, YOLO9Loss, "__call__")
 
 
 def test_unpatch_leaves_the_package_as_it_was():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import peers
 import pytest
 import torch
-from swaps import MODES, assert_near, objects, slopes, snapshot
+from swaps import MODES, assert_near, check_two_threads, objects, over_a_wrapper, slopes, snapshot
 
 import fusedyolo
 
@@ -170,6 +170,10 @@ def test_what_computes_something_else_is_refused(change, monkeypatch):
     assert ComputeLoss.__call__ is before
 
 
+def weighted():
+    return torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor((1.0, 2.0, 3.0)))
+
+
 def foreign():
     class Focal(losses.FocalLoss):
         pass
@@ -180,6 +184,10 @@ def foreign():
     def focal(loss):
         loss.BCEcls = loss.BCEobj = Focal(loss.BCEcls)
 
+    def matching(loss):
+        own = loss.build_targets
+        loss.build_targets = lambda p, targets: own(p, targets[:1])
+
     def alpha(loss):
         loss.BCEcls = loss.BCEobj = losses.FocalLoss(loss.BCEcls, alpha=0.5)
 
@@ -189,14 +197,25 @@ def foreign():
         "alpha": (alpha, "alpha 0.5"),
         "balance": (lambda loss: setattr(loss, "balance", [1.0, 1.0, 1.0]), "balance"),
         "smoothing": (lambda loss: setattr(loss, "cp", 0.8), "cp"),
+        "matching": (matching, "compute_loss.build_targets: one of its own"),
+        "weights": (lambda loss: setattr(loss, "BCEcls", weighted()), "BCEcls.pos_weight: 3 numbers, want one"),
+        "focal weights": (
+            lambda loss: setattr(loss, "BCEcls", losses.FocalLoss(weighted())),
+            "BCEcls.loss_fcn.pos_weight: 3 numbers, want one",
+        ),
     }
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize("name", foreign())
-def test_a_loss_with_foreign_parts_keeps_its_own(name):
+def test_a_loss_with_foreign_parts_keeps_its_own(name, late):
     change, why = foreign()[name]
     model, preds, rows = case(0)
     loss = ComputeLoss(model)
+    if late:
+        patch()
+        loss(preds, rows)
+        unpatch()
     change(loss)
     expected = loss(preds, rows)
     patch()
@@ -204,6 +223,42 @@ def test_a_loss_with_foreign_parts_keeps_its_own(name):
         found = loss(preds, rows)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def fill(loss):
+    loss.BCEcls.pos_weight.fill_(3.0)
+
+
+def replace(loss):
+    loss.BCEobj.pos_weight = torch.full((1,), 0.5)
+
+
+def widen(loss):
+    loss.anchors.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [fill, replace, widen], ids=lambda change: change.__name__)
+def test_what_is_set_after_a_call_counts_in_the_next(change):
+    model, preds, rows = case(0)
+    loss = ComputeLoss(model)
+    patch()
+    before = loss(preds, rows)[1]
+    change(loss)
+    found = loss(preds, rows)[1]
+    unpatch()
+    torch.testing.assert_close(found, loss(preds, rows)[1])
+    assert not torch.equal(found, before)
+
+
+def test_a_class_that_weighs_classes_is_refused():
+    class Weighed(ComputeLoss):
+        def __init__(self, model):
+            super().__init__(model)
+            self.BCEcls = weighted()
+
+    with pytest.raises(ValueError, match=r"BCEcls\.pos_weight: 3 numbers, want one"):
+        patch(Weighed)
+    assert "__call__" not in vars(Weighed)
 
 
 def test_derived_classes_keep_theirs():
@@ -216,6 +271,29 @@ def test_derived_classes_keep_theirs():
     loss = Derived(model, autobalance=True)
     patch()
     assert torch.equal(loss(preds, rows)[0], expected)
+
+
+def test_a_wrapper_of_ours_is_not_what_ours_falls_back_to():
+    class Derived(ComputeLoss):
+        pass
+
+    model, preds, rows = case(0)
+    expected = ComputeLoss(model)(preds, rows)[0]
+    with over_a_wrapper(integration, ComputeLoss, "__call__"):
+        assert torch.equal(Derived(model)(preds, rows)[0], expected)
+
+
+def test_two_threads_patch_at_once():
+    check_two_threads(integration, ComputeLoss, "__call__")
+
+
+def test_a_derived_class_has_nothing_to_get_back():
+    class Derived(ComputeLoss):
+        pass
+
+    patch()
+    unpatch(Derived)
+    assert "__call__" not in vars(Derived)
 
 
 def test_unpatch_leaves_the_package_as_it_was():

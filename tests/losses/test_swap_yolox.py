@@ -11,7 +11,17 @@ from importlib import import_module
 import peers
 import pytest
 import torch
-from swaps import assert_near, decoupled_case, labels_of, objects, run_without_us, slopes, snapshot
+from swaps import (
+    assert_near,
+    check_two_threads,
+    decoupled_case,
+    labels_of,
+    objects,
+    over_a_wrapper,
+    run_without_us,
+    slopes,
+    snapshot,
+)
 from torch import nn
 
 import fusedyolo
@@ -128,16 +138,23 @@ def foreign():
         "giou": (lambda head: setattr(head.iou_loss, "loss_type", "giou"), "loss_type: 'giou', want 'iou'"),
         "derived": (lambda head: setattr(head, "iou_loss", Loss("none")), "iou_loss: a Loss"),
         "bce": (lambda head: setattr(head, "bcewithlog_loss", nn.MSELoss(reduction="none")), "a MSELoss"),
+        "hook": (lambda head: head.iou_loss.register_forward_hook(lambda *args: None), "iou_loss: with hooks"),
         "matching": (lambda head: setattr(head, "get_assignments", head.get_assignments), "get_assignments: one of"),
     }
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize("name", foreign())
-def test_a_head_with_foreign_parts_keeps_its_own(name):
+def test_a_head_with_foreign_parts_keeps_its_own(name, late):
     change, why = foreign()[name]
     head, features, labels = case(0)
-    change(head)
     state = copy.deepcopy(head.state_dict())
+    if late:
+        patch()
+        head(features, labels, None)
+        unpatch()
+    change(head)
+    head.load_state_dict(state)
     expected = head(features, labels, None)[0]
     head.load_state_dict(state)
     patch()
@@ -195,6 +212,17 @@ def test_what_computes_something_else_is_refused(change, monkeypatch):
     with pytest.raises(ValueError, match=rf"^yolox .*: .*{REFUSED[change]}.*, want the loss of YOLOX"):
         patch()
     assert YOLOXHead.forward is before
+
+
+def test_a_wrapper_of_ours_is_not_what_ours_falls_back_to():
+    head, features, _ = case(0)
+    expected = head.eval()(features)
+    with over_a_wrapper(integration, YOLOXHead, "forward"):
+        assert torch.equal(head(features), expected)
+
+
+def test_two_threads_patch_at_once():
+    check_two_threads(integration, YOLOXHead, "forward")
 
 
 def test_unpatch_leaves_the_package_as_it_was():

@@ -194,6 +194,19 @@ def test_autocast(kind, backend):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_in_half_precision(kind, dtype, backend):
+    """But for FCOS in float16, where 1e8 less an area is infinite, so that each cell gets an object."""
+    model, (images, targets) = make(kind), objects(kind, 3)
+    targets = [{"boxes": item["boxes"].to(dtype), "labels": item["labels"]} for item in targets]
+    wide = [{"boxes": item["boxes"].float(), "labels": item["labels"]} for item in targets]
+    expected = model(images, wide if kind == "fcos" and dtype == torch.float16 else targets)
+    found = patch(model)(images, targets)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value.float(), rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_loss_has_its_own_gradient(kind, backend):
     model, batch = make(kind), objects(kind, 4)
@@ -318,7 +331,9 @@ def test_ssd_is_spared_its_own_matching(reference, monkeypatch):
     monkeypatch.setattr(utils.SSDMatcher, "__call__", lambda *args: matched.append(1) or original(*args))
     model(*batch)
     assert len(matched) == 2
-    patch(model)(*batch)
+    patch(model)  # which tries it out
+    del matched[2:]
+    model(*batch)
     assert len(matched) == 2
 
 
@@ -441,6 +456,46 @@ def test_the_generator_answers_for_the_original(kind):
         found.colour  # noqa: B018
 
 
+def enlarge(generator):
+    generator.cell_anchors = [2 * each for each in generator.cell_anchors]
+
+
+def enlarge_in_place(generator):
+    for each in generator.cell_anchors:
+        each.mul_(2)
+
+
+def replace_method(generator):
+    original = generator.grid_anchors
+    generator.grid_anchors = lambda *args: [each + 2 for each in original(*args)]
+
+
+@pytest.mark.parametrize("directly", [False, True])
+@pytest.mark.parametrize("change", [enlarge, enlarge_in_place, replace_method], ids=lambda change: change.__name__)
+def test_what_is_set_on_the_generator_arrives_at_the_original(change, directly, reference):
+    """Nothing that was made before is used, also where the original itself was changed."""
+    model, other, batch = patch(make("retinanet")), make("retinanet"), objects("retinanet", 2)
+    before = model(*batch)
+    other(*batch)
+    change(model.anchor_generator.original if directly else model.anchor_generator)
+    change(other.anchor_generator)
+    expected = gradients(other, *batch)
+    assert not torch.equal(expected[0]["classification"], before["classification"])
+    for _ in range(2):
+        assert_same(gradients(model, *batch), expected, 1e-5)
+    assert_same(gradients(unpatch(model), *batch), expected, 1e-5)
+
+
+def test_new_attributes_of_the_generator_are_the_originals():
+    model = patch(make("ssd"))
+    model.anchor_generator.colour = "red"
+    model.anchor_generator.clip = False
+    model.eval()
+    assert not model.anchor_generator.training
+    assert unpatch(model).anchor_generator.colour == "red"
+    assert model.anchor_generator.clip is False
+
+
 # What cannot be patched.
 
 
@@ -532,6 +587,64 @@ def test_a_part_of_its_own_is_refused_and_nothing_changed(kind, change, message)
     with pytest.raises(ValueError, match=f"^{message}.*, want "):
         patch(model)
     assert (vars(model), dict(model.named_modules())) == before
+
+
+def times(factor, original):
+    def changed(*args, **options):
+        found = original(*args, **options)
+        return {name: factor * loss for name, loss in found.items()} if isinstance(found, dict) else factor * found
+
+    return changed
+
+
+def two_values(original):
+    return lambda *args, **options: original(*args, **options) | {"other": 0}
+
+
+def no_values(original):
+    return lambda *args: None
+
+
+RETINANET, FCOS_MODULE, SSD_MODULE = detection.retinanet, detection.fcos, detection.ssd
+REPLACED = [
+    ("retinanet", detection.RetinaNet, "compute_loss", 3.0),
+    ("retinanet", RETINANET.RetinaNetHead, "compute_loss", 3.0),
+    ("retinanet", RETINANET.RetinaNetClassificationHead, "compute_loss", 1.01),
+    ("retinanet", RETINANET.RetinaNetRegressionHead, "compute_loss", 1.01),
+    ("retinanet", RETINANET, "sigmoid_focal_loss", 0.99),
+    ("retinanet", RETINANET, "_box_loss", 0.99),
+    ("retinanet", utils.BoxCoder, "encode_single", 1.01),
+    ("retinanet", boxes_module, "box_iou", 0.8),
+    ("fcos", detection.FCOS, "compute_loss", 3.0),
+    ("fcos", FCOS_MODULE.FCOSHead, "compute_loss", 3.0),
+    ("fcos", FCOS_MODULE, "sigmoid_focal_loss", 0.99),
+    ("fcos", FCOS_MODULE, "generalized_box_iou_loss", 0.99),
+    ("fcos", utils.BoxLinearCoder, "decode", 1.01),
+    ("ssd", SSD, "compute_loss", 3.0),
+    ("ssd", SSD_MODULE.F, "cross_entropy", 0.99),
+    ("ssd", utils.BoxCoder, "encode_single", 1.01),
+]
+
+
+@pytest.mark.parametrize(("kind", "owner", "name", "factor"), REPLACED)
+def test_what_was_replaced_in_the_package_is_refused(kind, owner, name, factor, monkeypatch):
+    """In a class or in a module, which no look at the model shows."""
+    model = make(kind)
+    before = dict(vars(model))
+    monkeypatch.setattr(owner, name, times(factor, getattr(owner, name)))
+    with pytest.raises(ValueError, match=r"^torchvision .*'s loss computes something else: number .*, want the losses"):
+        patch(model)
+    assert vars(model) == before
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [(two_values, "returns .*other"), (no_values, "'s loss stops: TypeError")]
+)
+def test_what_returns_something_else_is_refused(other, message, monkeypatch):
+    model = make("retinanet")
+    monkeypatch.setattr(RETINANET.RetinaNetHead, "compute_loss", other(RETINANET.RetinaNetHead.compute_loss))
+    with pytest.raises(ValueError, match=rf"^torchvision .*: RetinaNet.*{message}.*, want the losses"):
+        patch(model)
 
 
 def test_a_derived_class_with_its_own_loss_is_refused():
