@@ -148,19 +148,19 @@ class GridDriver(Driver):
     def efforts(
         self, kernel: str, kinds: Sequence[int], arguments: Mapping[str, Any], known: Known
     ) -> tuple[Sequence[Any], list[float]]:
-        """By the assigned predictions of a tile, and the rows of its image."""
+        """By the rows of a tile, whether some share a prediction, and the rows of its image."""
         if kernel not in _BY_TILE:
             return super().efforts(kernel, kinds, arguments, known)
         counts = [
-            (int(tile.sum()), known.rows[image])
+            (int(tile.sum()), min(int(tile.max()), 2), known.rows[image])
             for level, _, cells, _ in _by_level(arguments)
-            for image, planes in enumerate((known.assignment.levels[level].row >= 0).flatten(2))
+            for image, planes in enumerate(_rows_of(known.assignment.levels[level]))
             for plane in planes
             for tile in plane.split(cells)
             for _ in range(self.together(kernel, arguments))
         ]
-        finer = [(kind, assigned > 0) for kind, (assigned, _) in zip(kinds, counts, strict=True)]
-        return finer, [4.0 * assigned + rows for assigned, rows in counts]
+        finer = [(kind, most) for kind, (_, most, _) in zip(kinds, counts, strict=True)]
+        return finer, [4.0 * assigned + rows for assigned, _, rows in counts]
 
     def together(self, kernel: str, arguments: Mapping[str, Any]) -> int:
         return int(arguments["SPEC"].PARTS) if kernel == "grid_grad_kernel" else 1
@@ -178,6 +178,12 @@ def _by_level(arguments: Mapping[str, Any]) -> list[tuple[int, int, int, int]]:
     numbers = [[shared.even(n) for n in each] for each in (levels.widths, levels.heights, levels.tiles)]
     anchors = arguments["SPEC"].ANCHORS
     return [(level, w * h, tile, anchors[level]) for level, (w, h, tile) in enumerate(zip(*numbers, strict=True))][::-1]
+
+
+def _rows_of(level: LevelAssignment) -> Tensor:
+    """How many rows each prediction of a map is assigned to, ``[B, A, H * W]``."""
+    counts = torch.bincount(level.pairs[1], minlength=level.row.numel() + 1)[:-1]
+    return counts.view(level.row.shape).flatten(2)
 
 
 def _views(preds: Sequence[Tensor], head: GridHead) -> list[Tensor]:

@@ -381,11 +381,12 @@ def picked_with_the_next_ones_row(slot, found, lists, site, SPEC: tl.constexpr):
 
 
 @triton.jit
-def ordered_backwards(local, g, taken, SPEC: tl.constexpr):
+def ordered_backwards(local, taken, SPEC: tl.constexpr):
     """Of a cell's rows in a block the first one becomes the last to count."""
-    last = SPEC.ROWS - 1
-    key = tl.sort(tl.where(taken, local, SPEC.CELLS) * SPEC.ROWS + last - tl.arange(0, SPEC.ROWS))
-    return key // SPEC.ROWS, tl.gather(g, last - key % SPEC.ROWS, 0)
+    lane = tl.arange(0, SPEC.ROWS)
+    cell = tl.where(taken, local, -1)
+    same = (cell[:, None] == local[None, :]) & (lane[:, None] > lane[None, :])
+    return tl.sum(same.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -854,7 +855,7 @@ MUTANTS = [
     (positives, "_column_weights", weights_of_the_class_before, check_weighed_grid),
     (assign, "ratio", ratio_inclusive, check_ratio_grid),
     (assign, "ratio", ratio_of_larger_rows, check_ratio_grid),
-    (listing, "_sorted", ordered_backwards, check_ratio_grid),
+    (listing, "_before", ordered_backwards, check_ratio_grid),
     (listing, "_rank", ranked_backwards, check_crowd),
     (positives, "_in_order", first_row_trains_objectness, check_ratio_grid),
     (positives, "_label_of_each", each_class_once, check_crowd),

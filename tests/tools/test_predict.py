@@ -15,7 +15,7 @@ CLOSE = 0.01
 # Instructions of PTX that the warps of all programs execute, sm_90, as constraints.txt's Triton compiles them.
 EXECUTED = {
     "YOLOv1/paper": {"cell_kernel": 20448, "cell_grad_kernel": 112},
-    "YOLOv2/region": {"grid_kernel": 55412, "grid_grad_kernel": 17872},
+    "YOLOv2/region": {"grid_kernel": 56832, "grid_grad_kernel": 13712},
     "SSD": {
         "overlap_kernel": 13118,
         "match_kernel": 2630,
