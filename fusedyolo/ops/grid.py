@@ -317,8 +317,8 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
         "parts_ptr": own.tensor("parts"),
         "grad_out_ptr": own.tensor("grad_total"),
     }
-    whole = grid_gradient(config, planes)
-    grid, settings = (programs * spec.PARTS,), (whole.threads, whole.max_registers)
+    own_config = grid_gradient(config, planes)
+    grid, settings = (programs * spec.PARTS,), (own_config.threads, own_config.max_registers)
     grads = alike(preds)
     grads_by = [map_strides(grad, 5 + head.num_classes) for grad in grads]
     given["grads_by"] = odd(tuple(grads_by))

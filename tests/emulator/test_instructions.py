@@ -176,6 +176,14 @@ def test_programs_are_read_once_and_refused_without_a_kernel():
     assert faults("\tmov.u32 \t%r4, %nctaid.x;\n", grid=2) == set()
 
 
+def moved(body: str, way: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a warp makes of 8 x 8 numbers, and what it should: them, or where the ``way`` says so their transpose."""
+    matrix = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    data, report = launch(body, matrix, warps=1)
+    assert not report.faults
+    return data[:128].view(np.uint16).reshape(8, 8), matrix.T if way else matrix
+
+
 @pytest.mark.parametrize("way", ["", ".trans"])
 def test_a_matrix_is_stored_by_rows_or_by_columns(way):
     """Of 8 x 8 numbers each thread has two of a row."""
@@ -192,11 +200,7 @@ def test_a_matrix_is_stored_by_rows_or_by_columns(way):
 	ld.shared.b32 	%r4, [%r15];
 	st.global.b32 	[%rd5], %r4;
 """
-    matrix = np.arange(64, dtype=np.uint16).reshape(8, 8)
-    data, report = launch(body, matrix, warps=1)
-    assert not report.faults
-    found = data[:128].view(np.uint16).reshape(8, 8)
-    assert np.array_equal(found, matrix.T if way else matrix)
+    assert np.array_equal(*moved(body, way))
 
 
 @pytest.mark.parametrize("way", ["", ".trans"])
@@ -215,8 +219,4 @@ def test_a_matrix_is_loaded_by_rows_or_by_columns(way):
 	ldmatrix.sync.aligned.m8n8.x1{way}.shared.b16 	{{%r4}}, [%r13];
 	st.global.b32 	[%rd5], %r4;
 """
-    matrix = np.arange(64, dtype=np.uint16).reshape(8, 8)
-    data, report = launch(body, matrix, warps=1)
-    assert not report.faults
-    found = data[:128].view(np.uint16).reshape(8, 8)
-    assert np.array_equal(found, matrix.T if way else matrix)
+    assert np.array_equal(*moved(body, way))
