@@ -24,7 +24,7 @@ STYLES = {
 PARTS = {  # of a prediction, by metric
     "memory_us": ("bytes / bandwidth", "#8fa3bf"),
     "issue_us": ("instructions / issue rate", "#1f7a5c"),
-    "longest_us": ("issue of the longest program with a multiprocessor to itself", "#c2410c"),
+    "chain_us": ("longest chain of instructions that wait for one another", "#c2410c"),
 }
 LEAST = 0.01  # microseconds that are told apart
 

@@ -22,8 +22,8 @@ COST |= {"floor_per_P": ".2f", "programs_run": ".0%", "syncs": ""}
 TIME = dict.fromkeys((*FULL, "forward_ms_p50", "busy_ms", "graph_ms_p50"), ".3f")
 TIME |= {"gb_per_s": ".0f", "copy_gb_per_s": ".0f", "time_over_floor": ".2f", "peak_per_P": ".2f", "host_us": ".0f"}
 CODEGEN = dict.fromkeys(("registers", "stack", "spills", "instructions", "loads", "stores"), "")
-PREDICTED = {"programs": "", "memory_us": ".1f", "issue_us": ".1f", "predicted_us": ".1f"}
-PREDICTED |= {"longest_over_median": ".1f", "longest_us": ".1f"}
+PREDICTED = {"programs": "", "memory_us": ".1f", "issue_us": ".1f", "places_us": ".1f", "chain_us": ".1f"}
+PREDICTED |= {"predicted_us": ".1f", "longest_over_median": ".1f"}
 
 
 def headline(work: Workload, host: Mapping[str, Any]) -> str:
@@ -62,10 +62,10 @@ def print_tables(console: Console, found: Sequence[Row], cases: Sequence[Case], 
         "compile: fused nodes and their bytes, as Inductor schedules them for a CPU.",
     )
     predicted = (
-        f"Predicted for {gpu}, not measured: microseconds of forward + backward, by bytes and by instructions",
-        "predicted: the longer of both, launch by launch. longest: the longest program's instructions over the "
-        "median's; what it takes with a multiprocessor to itself. Latency, occupancy, caches and the host are not "
-        "modelled.",
+        f"Predicted for {gpu}, not measured: microseconds of forward + backward, by bytes, instructions and chains",
+        "places: programs have those of all multiprocessors in turn. chain: the longest, of a program's instructions "
+        "that wait for one another. predicted: the longest of the others, the chain and 1 us. longest over median: of "
+        "the programs' instructions. The host is left out.",
     )
     time = "Milliseconds of forward + backward, cold cache (graph: replayed, warm); ? without a GPU"
     codegen = "What the kernels compile to; loads and stores: instructions x bits"

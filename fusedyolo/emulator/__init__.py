@@ -6,7 +6,8 @@ happens-before. ``device.check()`` raises what was found.
 
 ``compile`` makes PTX of a launch, ``ptx`` reads it, ``translate`` and ``operands`` write it again as functions of numpy
 whose arithmetic is in ``arithmetic`` and ``warp``; ``engine`` runs them on ``memory``, ``order`` knows what happened
-before what, ``report`` holds what was found, and ``compare`` runs a computation on all that against float64.
+before what, ``report`` holds what was found, and ``compare`` runs a computation on all that against float64. How long
+instructions wait for one another is modelled in ``chains``, where that is asked for.
 
 Not modelled: weak memory order itself (values are those of some interleaving; order is checked by happens-before
 instead), caches, what ptxas does with the PTX (but see ``contract``), time, occupancy, forward progress, two kernels at

@@ -22,7 +22,7 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 @dataclass
 class _Allocation:
     storage: StorageWeakRef
-    written: np.ndarray  # of each byte
+    written: np.ndarray | None  # of each byte, or not known
 
 
 def bytes_of(storage: torch.UntypedStorage) -> np.ndarray:
@@ -69,14 +69,18 @@ class Allocations(TorchDispatchMode):
     def _allocated(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         bytes_of(storage)[:] = POISON
-        if self._tracks:
-            self._known = {key: each for key, each in self._known.items() if not each.storage.expired()}
-            self._known[_key(tensor)] = _Allocation(StorageWeakRef(storage), np.zeros(storage.nbytes(), bool))
+        self._known = {key: each for key, each in self._known.items() if not each.storage.expired()}
+        written = np.zeros(storage.nbytes(), bool) if self._tracks else None
+        self._known[_key(tensor)] = _Allocation(StorageWeakRef(storage), written)
 
     def written(self, tensor: Tensor) -> np.ndarray | None:
         """Which bytes of a tensor's storage have been written, to be kept up to date; ``None`` if all."""
         found = self._known.get(_key(tensor))
         return None if found is None else found.written
+
+    def is_new(self, tensor: Tensor) -> bool:
+        """Whether this mode has seen ``torch.empty`` give its memory, and nothing of PyTorch write to it."""
+        return _key(tensor) in self._known
 
     def missing(self, tensor: Tensor) -> int:
         """Bytes of a tensor that nothing has written."""

@@ -63,6 +63,7 @@ class Device:
         sample: given the name of a kernel, the number of its programs and its arguments, the programs to run; ``None``
             for all.
         limit: of steps of a launch.
+        chains: whether reports say how long instructions wait for one another.
 
     Attributes:
         launches: a :class:`Record` of each launch.
@@ -84,11 +85,13 @@ class Device:
         change: Callable[[str, str], str] | None = None,
         sample: Callable[[str, int, Mapping[str, Any]], Sequence[int] | None] | None = None,
         limit: int = LIMIT,
+        chains: bool = False,
     ):
         self.arch, self.seed, self.fusion, self.contraction, self.fine = arch, seed, fusion, contraction, fine
         self.change, self.sample = change, sample
         self._options = {
             "checks": tuple(checks), "noise": noise, "lockstep": lockstep, "resident": resident, "limit": limit,
+            "chains": chains,
         }  # fmt: skip
         self._allocations = Allocations("init" in checks)
         self.launches: list[Record] = []
@@ -187,7 +190,8 @@ class Device:
             buffer = buffers.get(storage.data_ptr())
             if buffer is None:
                 written = self._allocations.written(value)
-                buffer = buffers[storage.data_ptr()] = Buffer(bytes_of(storage), size, written)
+                is_new = self._allocations.is_new(value)
+                buffer = buffers[storage.data_ptr()] = Buffer(bytes_of(storage), size, written, is_new)
             buffer.itemsize = min(buffer.itemsize, size)
             out.append(Pointer(buffer, int(value.storage_offset()) * size))
         return out

@@ -14,6 +14,7 @@ import numpy as np
 
 from . import warp
 from .arithmetic import ATOMICS, S32, S64, TYPES, U8, U32, U64, Array, noisy
+from .chains import Chains
 from .memory import Global, Pointer, Shared, Space
 from .order import IN_PROGRAM, ON_DEVICE, Clocks, History, Releases
 from .ptx import Fault, Program, Segment, register_class, width
@@ -38,6 +39,7 @@ class Options:
     stop: bool = False
     limit: int = LIMIT
     programs: Sequence[int] | None = None
+    chains: bool = False
 
 
 @dataclass
@@ -81,8 +83,8 @@ def run(
         options: ``seed``; ``checks``, of ``"race"`` and ``"init"``, memory never written (bounds and alignment always);
             ``resident``, programs that run at once; ``noise``, approximate instructions off by what is documented;
             ``lockstep``, how often all threads that can go on do; ``stop`` at the first fault; ``limit``, of steps;
-            ``programs``, the numbers of those that are run, all if ``None``; ``fine``, of text: other threads may come
-            in before every access.
+            ``programs``, the numbers of those that are run, all if ``None``; ``chains``, how long instructions wait for
+            one another; ``fine``, of text: other threads may come in before every access.
 
     Raises:
         Fault: an instruction that is not emulated, too many steps, or with ``stop`` the first fault.
@@ -110,6 +112,7 @@ class Engine:
         self._waiting: list[int] = self.random.permutation(chosen).tolist()
         self.threads = num_warps * WARP
         self.slots = max(1, min(options.resident, len(chosen)))
+        self.chains = Chains(program, self.slots, num_warps) if options.chains else None
         self._make_threads(grid)
         self._make_memory(grid, shared_bytes, args)
 
@@ -194,13 +197,18 @@ class Engine:
         self.ctaid[lanes], self.pc[lanes], self.state[lanes] = number, 0, _RUNS
         self.thread[lanes] = number * self.threads + np.arange(self.threads)
         self._executed[slot] = 0
+        if self.chains is not None:
+            self.chains.start(slot)
         self.shared.wipe(slot)
         if self._clocks is not None:
             self._clocks.start(slot)
             self._histories["shared"].forget(self.shared.part(slot))
 
     def _count(self, slot: int) -> None:
-        self.report.by_program[int(self.ctaid[slot * self.threads])] = int(self._executed[slot])
+        number = int(self.ctaid[slot * self.threads])
+        self.report.by_program[number] = int(self._executed[slot])
+        if self.chains is not None:
+            self.report.chains[number] = self.chains.end(slot)
 
     def _finish(self) -> None:
         """Replace programs whose threads have all left."""
@@ -258,6 +266,8 @@ class Engine:
         self.report.steps += 1
         self._executed += len(segment.code) * warps.reshape(self.slots, -1).sum(1)
         segment.run(self, self.registers, self.parameters, lanes)
+        if self.chains is not None:
+            self.chains.run(segment, warps.nonzero()[0])
 
     def _count_active(self, lanes: np.ndarray) -> None:
         if self.findings.at is not None:
@@ -302,6 +312,8 @@ class Engine:
             self.state[lanes] = _RUNS
             if self._clocks is not None:
                 self._clocks.barrier(slot)
+            if self.chains is not None:
+                self.chains.barrier(slot)
 
     def warp_barrier(self, L: np.ndarray) -> None:
         """bar.warp.sync of all threads."""
@@ -377,6 +389,8 @@ class Engine:
     ) -> Any:
         """``count`` words of each thread, 0 where the load does not happen; ``used`` are the bytes that matter."""
         access = self._access(L, space, address, size * count, mask)
+        if self.chains is not None and space == "global":
+            self.chains.load(access.lanes, access.place, self.memory.is_new(access.place))
         words, at = access.space.data.view(f"u{size}"), access.place // size
         out = [words[at + word] for word in range(count)]
         if access.index is not None:

@@ -25,7 +25,8 @@ POISON = 0xFB
 
 @dataclass
 class Buffer:
-    """An allocation: its bytes, the size of its smallest elements, and which bytes hold something (all, if ``None``).
+    """An allocation: its bytes, the size of its smallest elements, which bytes hold something (all, if ``None``), and
+    whether what is in it was put there by a launch just before.
 
     ``data`` and ``init`` are changed in place by a launch.
     """
@@ -33,6 +34,7 @@ class Buffer:
     data: np.ndarray
     itemsize: int = 4
     init: np.ndarray | None = None
+    is_new: bool = False
 
 
 @dataclass
@@ -115,6 +117,7 @@ class Global(Space):
         super().__init__("global", end, 4, tracks_writes)
         self._low = np.zeros(end // PAGE, S64)  # of the buffer of each page
         self._high = np.zeros(end // PAGE, S64)
+        self._new = np.zeros(end // PAGE, bool)  # pages of new buffers
         self._touched = np.zeros(end // PAGE, bool)  # pages that were written
         for buffer in self._buffers:
             self._copy_in(buffer)
@@ -123,7 +126,7 @@ class Global(Space):
         start, stop = self._extent(buffer)
         own = slice(start // PAGE, -(-stop // PAGE))
         self.data[start:stop] = buffer.data
-        self._low[own], self._high[own] = start, stop
+        self._low[own], self._high[own], self._new[own] = start, stop, buffer.is_new
         self.granule_bits[own] = min(buffer.itemsize, 4).bit_length() - 1
         if buffer.init is not None and self.unwritten is not None:
             self.unwritten[start:stop] = ~buffer.init
@@ -145,6 +148,10 @@ class Global(Space):
         near = np.where((place >= 0) & (place < len(self.data)), place, 0)  # nobody's page
         page = near >> PAGE_BITS
         return (place < self._low[page]) | (place + size > self._high[page])
+
+    def is_new(self, place: Array) -> Array:
+        """Whether a launch just before has put there what is there."""
+        return self._new[place >> PAGE_BITS]
 
     def touch(self, place: Array) -> None:
         """A launch writes there."""

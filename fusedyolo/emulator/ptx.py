@@ -20,7 +20,7 @@ _PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+(?:\.ptr\s+\S+\s+)?(?:\.align\s+\d
 _HALF = re.compile(r"\{ \.reg \.b\d+ (\w+); mov\.b64 \{(.*)\}, (%rd\d+); \}")  # of 64 bits, as LLVM writes it
 _TARGET = re.compile(r"bra(?:\.uni)?\s+([$\w]+)")
 _USED_BYTES = re.compile(r"used_bytes_mask (\w+)")
-_REGISTER = re.compile(r"%(?:p|rs|rd|r|fd|f)\d+")
+REGISTER = re.compile(r"%(?:p|rs|rd|r|fd|f)\d+")
 _WARP_WIDE = ("shfl", "redux", "vote", "stmatrix", "ldmatrix", "bar.warp")
 _CLASSES: dict[str, tuple[str, Any]] = {
     "p": ("pred", np.bool_), "rs": ("b16", U16), "r": ("b32", U32), "rd": ("b64", U64), "f": ("b32", U32),
@@ -93,7 +93,7 @@ def register_class(register: str) -> tuple[str, Any]:
 
 def is_register(text: str) -> bool:
     """Whether an operand is a register, not a number, a special register or a name."""
-    return _REGISTER.fullmatch(text) is not None
+    return REGISTER.fullmatch(text) is not None
 
 
 class Program:
@@ -197,6 +197,6 @@ def _registers(segments: list[Segment]) -> tuple[list[str], set[str]]:
     users: defaultdict[str, set[int]] = defaultdict(set)
     for segment in segments:
         for one in segment.code:
-            for register in _REGISTER.findall(" ".join([one.predicate or "", *one.operands])):
+            for register in REGISTER.findall(" ".join([one.predicate or "", *one.operands])):
                 users[register].add(segment.number)
     return sorted(users), {register for register, where in users.items() if len(where) > 1}

@@ -16,13 +16,16 @@ class Report:
 
     ``faults`` are errors; ``notes`` what a GPU does right but a reader might want to know (several threads write one
     value to one place; a branch parts a warp). ``active`` counts threads at accesses, barriers and shuffles, by line.
-    ``by_program`` are executed warp instructions of each program: one for each warp in which a thread executes it.
+    ``by_program`` are executed warp instructions of each program: one for each warp in which a thread executes it;
+    ``chains``, where they were asked for, its cycles until its last instruction, and until its last atomic that orders
+    other accesses.
     """
 
     faults: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     active: Counter[int] = field(default_factory=Counter)
     by_program: dict[int, int] = field(default_factory=dict)
+    chains: dict[int, tuple[int, int]] = field(default_factory=dict)
     steps: int = 0
 
     @property

@@ -216,7 +216,8 @@ class Twice:
 
 def executed(kernel, programs, instructions):
     of_one = {"longest": instructions, "median": instructions / 4}
-    return {"kernel": kernel, "programs": programs, "instructions": instructions, **of_one, "ptx": 10}
+    waits = {"chain": 3510, "chains": 0, "shared": 0}  # 2 us of an H100
+    return {"kernel": kernel, "programs": programs, "instructions": instructions, **of_one, "ptx": 10, **waits}
 
 
 def parity(ok):
@@ -243,8 +244,8 @@ def fake_results(gpu=False):
         session.Task("parity", case.name, load): parity(True),
         session.Task("count", case.name, load, "fused"): {**counts, "bytes_loaded": 2 * size},
         session.Task("codegen", case.name, load, "sm_90"): {
-            "loss": codegen.Resources("sm_90", 96, 0, 0, 25, {128: 2}, {32: 1}, called=5).as_dict(),
-            "grad": codegen.Resources("sm_90", 96, 0, 0, 10, {128: 2}, {32: 1}).as_dict(),
+            "loss": codegen.Resources("sm_90", 96, 0, 0, 25, {128: 2}, {32: 1}, called=5).as_dict() | {"threads": 64},
+            "grad": codegen.Resources("sm_90", 96, 0, 0, 10, {128: 2}, {32: 1}).as_dict() | {"threads": 64},
         },
         session.Task("execute", case.name, load, "sm_90"): [
             executed("grid_kernel", 6, 18_532_800),
@@ -290,14 +291,16 @@ def test_what_is_predicted_says_so_and_for_which_gpu():
     assert all(name.startswith("predicted.H100.") for name in values)
     assert values["predicted.H100.loss.memory_us"] == pytest.approx(1.0)
     assert values["predicted.H100.loss.issue_us"] == pytest.approx(40.0)  # two of the GPU's for one of PTX
-    assert values["predicted.H100.grad.predicted_us"] == values["predicted.H100.grad.memory_us"] == pytest.approx(10.0)
-    assert values["predicted.H100.step.predicted_us"] == pytest.approx(50.0)
+    assert values["predicted.H100.grad.memory_us"] == pytest.approx(10.0)
+    assert values["predicted.H100.grad.chain_us"] == pytest.approx(2.0)
+    assert values["predicted.H100.grad.predicted_us"] == pytest.approx(10.0 + 2.0 + 1)
+    assert values["predicted.H100.step.predicted_us"] == pytest.approx(40.0 + 2.0 + 1 + 13.0)
     console = Console(record=True, width=140, file=io.StringIO())
     report.print_tables(console, found, [case], "H100")
     text = console.export_text()
     assert "Predicted for H100, not measured" in text
     (step,) = [line for line in text.splitlines() if " step " in line]
-    assert step.split()[1:7] == ["step", "9", "11.0", "41.0", "50.0", "4.0"]
+    assert step.split()[1:7] == ["step", "9", "11.0", "41.0", "0.0", "4.0"]
     for gpu, target in (("H200", "sm_90"), ("A100", "sm_80")):  # of another target nothing was executed
         of_another = [row for row in rows.rows(results, HOST, gpu) if row["metric"].startswith("predicted.")]
         assert bool(of_another) == (target == "sm_90")

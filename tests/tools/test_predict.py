@@ -8,6 +8,7 @@ from conftest import PINNED_TRITON
 from process import call
 
 from bench import predict
+from fusedyolo.emulator import Report
 
 ROOT = Path(__file__).parents[2]
 CLOSE = 0.01
@@ -83,27 +84,59 @@ def test_a_part_of_the_programs_stands_for_a_launch():
 
 # ------------------------------------------------------------------------------------------------------------ predicted
 
-GPU = predict.Gpu("sm_90", multiprocessors=10, clock=1e9, bandwidth=1e12)
+GPU = predict.Gpu("sm_90", multiprocessors=10, clock=1e9, bandwidth=1e12, shared=100_000)
 COUNTED = [{"name": "a_kernel", "programs": 40, "bytes": 2_000_000}, {"name": "b_kernel", "programs": 1, "bytes": 1000}]
 RAN = [
-    {"kernel": "a_kernel", "programs": 40, "instructions": 40_000, "longest": 3000, "median": 1000.0, "ptx": 100},
-    {"kernel": "b_kernel", "programs": 1, "instructions": 8000, "longest": 8000, "median": 8000.0, "ptx": 50},
-]
-COMPILED = {"loss": {"instructions": 130, "called": 10}, "grad": {"instructions": 50, "called": 0}}
+    {"kernel": "a_kernel", "programs": 40, "instructions": 40_000, "longest": 3000, "median": 1000.0, "ptx": 100,
+     "chain": 700, "chains": 20_000, "shared": 0},
+    {"kernel": "b_kernel", "programs": 1, "instructions": 8000, "longest": 8000, "median": 8000.0, "ptx": 50,
+     "chain": 9000, "chains": 9000, "shared": 0},
+]  # fmt: skip
+COMPILED = {
+    "loss": {"instructions": 130, "called": 10, "threads": 128, "registers": 128},
+    "grad": {"instructions": 50, "called": 0, "threads": 32, "registers": 32},
+}
 
 
-def test_the_longer_of_memory_and_issue_is_predicted():
+def test_the_longest_of_what_programs_share_and_their_chain_are_predicted():
     found = predict.predict(GPU, COUNTED, RAN, COMPILED)
     loss, grad, step = found["loss"], found["grad"], found["step"]
     assert loss["memory_us"] == pytest.approx(2.0)
     assert loss["instructions"] == pytest.approx(48_000)  # 1.2 of the GPU's for one of PTX; rare routines are left out
     assert loss["issue_us"] == pytest.approx(1.2)  # 40 a nanosecond
-    assert loss["predicted_us"] == loss["memory_us"]
+    assert loss["places_us"] == pytest.approx(0.5)  # four programs a multiprocessor
+    assert loss["chain_us"] == pytest.approx(0.7)
+    assert loss["predicted_us"] == pytest.approx(2.0 + 0.7 + 1)
     assert (grad["issue_us"], grad["memory_us"]) == (pytest.approx(0.2), pytest.approx(0.001))
-    assert grad["predicted_us"] == grad["issue_us"]
-    assert grad["longest_us"] == pytest.approx(2.0)  # 4 a nanosecond
+    assert grad["predicted_us"] == pytest.approx(0.2 + 9 + 1)
     assert (loss["longest_over_median"], step["longest_over_median"]) == (3.0, 3.0)
-    assert step["predicted_us"] == pytest.approx(2.2)
+    assert step["predicted_us"] == pytest.approx(3.7 + 10.2)
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "shared", "wanted"),
+    [
+        (32, 16, 0, 32),  # no more at once
+        (256, 16, 0, 8),
+        (128, 120, 0, 4),
+        (128, 121, 0, 4),  # they come in eights
+        (128, 129, 0, 3),
+        (32, 32, 19_000, 4),
+    ],
+)
+def test_places_are_what_runs_at_once(threads, registers, shared, wanted):
+    assert GPU.places(threads, registers, shared) == 10 * wanted
+
+
+def report(**chains: tuple[int, int]) -> Report:
+    return Report(chains={int(name[1:]): each for name, each in chains.items()})
+
+
+def test_a_chain_is_that_of_the_slowest_program_and_of_the_sum_after_it():
+    assert predict.chain_of([report(p0=(500, 0), p2=(300, 0)), report(p1=(200, 0))]) == 500
+    assert predict.chain_of([report(p0=(500, 450), p2=(300, 250)), report(p1=(400, 200))]) == 500 + 200
+    assert predict.chain_of([report(p0=(100, 90), p2=(300, 250)), report(p1=(700, 350))]) == 700
+    assert predict.chain_of([report(p0=(700, 350))]) == 700
 
 
 @pytest.mark.parametrize(
