@@ -14,8 +14,8 @@ Wishes = tuple[tuple[str, int], ...]
 class GridConfig:
     """Tile of a driver: cells a program owns, channels stored at a time, threads, rows searched at a time.
 
-    Told of a limit of ``max_registers`` a thread, ptxas spills nothing, or a word or two of some variants, and several
-    programs fit a multiprocessor.
+    Told of a limit of ``max_registers`` a thread, ptxas spills nothing but in few variants, of which tests keep count,
+    and several programs fit a multiprocessor.
     """
 
     cells: int
@@ -28,6 +28,9 @@ class GridConfig:
 
 LARGEST_SIDE = 2.0**100
 """Sides of valid rows lie below this, in images: a box of more has no finite side in pixels."""
+
+MOST_REGISTERS = 255
+"""Of a thread. Told of no limit, ptxas keeps launches of float64 to 168, and spills."""
 
 WEIGHED_REGISTERS = 24
 """Of a thread, more, where rows or classes have weights: without these nothing spills, with them a few do."""
@@ -76,7 +79,8 @@ def grid_config(
     are compared with all rows, ``few`` that there is one map alone, whose programs do not fill a GPU.
 
     A thread of the loss launch has eight cells of a plane: what a program does besides, to find out who is assigned,
-    all of its warps do, and that is most of what they execute. Of few programs nobody waits for all, and it has four.
+    all of its warps do, and that is most of what they execute. Where there are ``few`` programs their number decides
+    less than how long each takes, and a thread has four.
 
     Eight channels at a time read whole sectors of what the loss launch has kept; of half predictions four, which take
     half the registers and no stack on gfx942. The less a thread of the loss launch holds, the more programs wait for
@@ -84,7 +88,7 @@ def grid_config(
     """
     registers = IGNORING_REGISTERS if ignores and cells_contiguous else LOSS_REGISTERS
     if itemsize > 4:
-        registers = 255
+        registers = MOST_REGISTERS
     if not cells_contiguous:
         usual = GridConfig(cells=128 if few else 256, channels=16, threads=64, rows=64, max_registers=registers)
         return replace(usual, **dict(wishes))
@@ -271,13 +275,19 @@ class PickConfig:
     region: int = 64
     max_registers: int = 168
 
+    def boxes(self, bins: bool) -> int:
+        """Cells with a row whose boxes are looked at at a time: of four numbers, unlike those of ``bins``, a thread
+        has registers for all.
+        """
+        return self.picks if bins else min(self.cells, self.threads)
+
 
 PICK_NUMBERS = 10240  # at most that many a program, of classes
 PICK_DECODED = 128  # cells of a program that decodes boxes: four, or eight halves, a thread are an access
 PICK_THREADS = 32  # of programs that have no more to share: those that decode, pick and settle
+WIDE_THREADS = 128  # of those that decode float64, of which a warp would have to spill most
 PRICE_THREADS = 128  # of programs that read all classes of candidates, at most
 OFFER_THREADS = 64  # of those that decode them, too, and have no registers for more
-PICK_REGISTERS = 255  # of these in float64, all there are: told of no limit, ptxas keeps to 168, and spills
 CANDIDATE_REGISTERS = 168  # of those that decode candidates, or look at many: told of none, on some GPUs it spills
 PICK_SETTLED = 64  # cells of a row at a time, as it settles what it keeps
 AWARDED = 32  # rows at a time, to one of which goes what several picked
@@ -299,13 +309,16 @@ def pick_shift(rows: int) -> int:
     return max(0, min(MOST_SHARES, PICK_PROGRAMS // max(rows, 1)).bit_length() - 1)
 
 
-def pick_config(largest_map: int, layout: str, classes: int, wishes: Wishes = ()) -> PickConfig:
+def pick_config(largest_map: int, layout: str, classes: int, itemsize: int, wishes: Wishes = ()) -> PickConfig:
     """Tile for maps of at most so many cells. Eight planes of a wide tile at a time, so that enough is under way, or
     where channels follow each other 16 of them, of each cell two sectors; classes are shared out evenly. Of more cells
-    with a row at a time the logits of their distances take more registers than there are.
+    with a row at a time the logits of their distances take more registers than there are; float64 takes two each.
     """
     cells, planes, picks = (64, 16, 8) if layout == "channels" else (512, 8, 16)
-    wanted = replace(PickConfig(cells, planes, group=0, picks=picks), **dict(wishes))
+    usual = PickConfig(cells, planes, group=0, picks=picks)
+    if itemsize > 4:
+        usual = replace(usual, planes=planes // 2, picks=picks // 2, max_registers=MOST_REGISTERS)
+    wanted = replace(usual, **dict(wishes))
     cells = wanted.cells
     while cells > SMALLEST_TILE and cells >= 2 * largest_map:
         cells //= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from ..heads import GridHead, head_from_key, obj_scales, reach
 from ..kernels import assign
+from ..kernels.grid import assign as grid_assign
 from ..kernels.grid import choose, gradient, loss, offer, records
 from ..kernels.launch import (
     AWARDED,
     AWARDING,
     CANDIDATE_REGISTERS,
+    MOST_REGISTERS,
     OFFER_THREADS,
-    PICK_REGISTERS,
     PICK_THREADS,
     SMALLEST_TILE,
     class_tile,
@@ -235,7 +237,10 @@ def _plan(key: str, preds: tuple[Layout, ...], lead: tuple[Layout, ...] = ()) ->
     config = grid_config(max(cells), planes, preds[0].dtype.itemsize, tuned, ignores, few)
     per_plane = tuple(len(own) * n for own, n in zip(head.levels, cells, strict=True))
     tiles = [even_tile(n, config.cells, few) for n in cells]
-    near = _near_places(head, shapes, tiles) if parts.spec["KINDS"] > 1 and not head.by_cost else 0
+    sizes = [shape[2:4] for shape in shapes]
+    near = 0
+    if parts.spec["KINDS"] > 1 and not head.by_cost:
+        near = near_places(parts.spec["REACH"], list(map(len, head.levels)), sizes, tiles)
     levels = records.Levels(
         batch=2 * batch + 3,
         near_places=2 * near + 3,
@@ -350,7 +355,7 @@ def _picking(given: dict[str, Any], spec: records.Spec, head: GridHead, acc: tor
     """The launches by which rows pick predictions by their cost."""
     common = {name: value for name, value in given.items() if name != "terms"}
     width = {"WIDTH": power_of_two(spec.TABLES)}
-    most = PICK_REGISTERS if acc == torch.float64 else None
+    most = MOST_REGISTERS if acc == torch.float64 else None
     across, threads = price_tile(head.num_classes, OFFER_THREADS)
     offered, each = given | width | {"ACROSS": across}, common | {"COUNT": head.topk, "K": power_of_two(head.topk)}
     shared = common | width | {"BLOCK": AWARDED}
@@ -369,10 +374,15 @@ def _awarding(M: int) -> tuple[int]:
     return (min(max(1, 2 * M), AWARDING),)
 
 
-def _near_places(head: GridHead, shapes: Sequence[Sequence[int]], tiles: Sequence[int]) -> int:
-    """How many tiles have a part of three lines of cells, at most, on all maps."""
-    maps = [(len(own), shape[2], shape[3], tile) for own, shape, tile in zip(head.levels, shapes, tiles, strict=True)]
-    return sum(count * min(-(-height * width // tile), 2 + 3 * width // tile) for count, height, width, tile in maps)
+def near_places(reach: float, anchors: Sequence[int], sizes: Sequence[Sequence[int]], tiles: Sequence[int]) -> int:
+    """In how many tiles a row is looked at, at most, that reaches so far: of maps with so many ``anchors`` and such
+    ``sizes``, (height, width), those with a part of the lines of cells that are near it.
+    """
+    lines = math.ceil(2 * reach + grid_assign.ABOVE.value + grid_assign.BELOW.value)
+    return sum(
+        count * min(-(-height * width // tile), 2 + lines * width // tile)
+        for count, (height, width), tile in zip(anchors, sizes, tiles, strict=True)
+    )
 
 
 def _layout(strides: Sequence[Strides], maps: Sequence[Layout]) -> str:

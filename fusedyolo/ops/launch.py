@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..kernels.launch import REGISTERS, WEIGHED_REGISTERS, power_of_two
+from ..kernels.launch import MOST_REGISTERS, REGISTERS, WEIGHED_REGISTERS, power_of_two
 
 import triton.language as tl  # isort: skip
 
@@ -138,9 +138,8 @@ class Launch:
         return dict(_options(self.threads, limit, self.exact, self.stages, nvidia))
 
 
-NEWER_REGISTERS, MOST_REGISTERS = 24, 255
-"""Of a thread: more from compute capability 10 on, where ptxas spills some of what fits on older ones; and at most, as
-long as a multiprocessor has so many for all threads."""
+NEWER_REGISTERS = 24
+"""Of a thread, more from compute capability 10 on, where ptxas spills some of what fits on older ones."""
 
 
 def _generation() -> int:

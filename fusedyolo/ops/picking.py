@@ -12,11 +12,12 @@ from torch import Tensor
 from ..heads import PickHead, branches_from_key, pick_head_from_key
 from ..kernels.launch import (
     CANDIDATE_REGISTERS,
+    MOST_REGISTERS,
     PICK_DECODED,
-    PICK_REGISTERS,
     PICK_SETTLED,
     PICK_THREADS,
     PRICE_THREADS,
+    WIDE_THREADS,
     Wishes,
     pick_config,
     pick_shift,
@@ -213,7 +214,8 @@ def picking(
     predictions = [fill_parts(part, each) for part, each in zip(at, filled, strict=True)]
     lies = lies_as(at, maps)
     largest = max(height * width for height, width in maps)
-    config = pick_config(largest, lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
+    tuned = tuned_for(head, preds[0], maps, lies)
+    config = pick_config(largest, lies, head.num_classes, preds[0].dtype.itemsize, tuned)
     N, tiles = sum(height * width for height, width in maps), _tiles(maps)
     priced, acc = head.assigner == "simota", accumulator(preds[0].dtype)[1]
     each = _Branches(own, batch, N)
@@ -263,14 +265,15 @@ def picking(
         "BLOCK": PICK_THREADS if priced else PICK_SETTLED,  # of SimOTA cells that several picked: one a thread
         "K2S": tuple([0 if (limit := _limit(each)) is None else power_of_two(limit) for each in heads]),
     }
-    most = PICK_REGISTERS if acc == torch.float64 else None
+    most = MOST_REGISTERS if acc == torch.float64 else None
     programs, count = (len(heads) * batch * tiles,), len(heads)
-    boxes = Launch(decode.decode_kernel, programs, decoding, PICK_THREADS, most, exact=True)
+    wide = PICK_THREADS if most is None else WIDE_THREADS
+    boxes = Launch(decode.decode_kernel, programs, decoding, wide, most, exact=True)
     cost = Launch(costs.cost_kernel, programs, prices, threads, most, exact=True)
     # where there is no row, one program finishes
     limit = CANDIDATE_REGISTERS if priced and most is None else most
     select = Launch(pick.pick_kernel, lambda M: (max(1, M << shift) * count,), picks, PICK_THREADS, limit, exact=True)
-    end = Launch(settle.settle_kernel, lambda M: (max(1, M) * count,), ends, PICK_THREADS, exact=True)
+    end = Launch(settle.settle_kernel, lambda M: (max(1, M) * count,), ends, PICK_THREADS, most, exact=True)
     found = [Found(branch.decoded, branch.settled) for branch in branches]
     return [boxes, *([cost] if priced else ()), select, end], found
 

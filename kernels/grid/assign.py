@@ -15,6 +15,9 @@ from ..rows import load_row, load_rows, of_kind
 from .records import Found
 from .site import places_before
 
+ABOVE: tl.constexpr = tl.constexpr(1.1)  # lines of cells above a centre, and below it, beyond REACH: a row in none of
+BELOW: tl.constexpr = tl.constexpr(0.1)  # which a tile has a part cannot have a cell of it
+
 
 @triton.jit
 def _true_sides(row, site, ACC: tl.constexpr):
@@ -86,7 +89,7 @@ def _near_rows(rows, held, site, lists, done_ptr, head, terms, SPEC: tl.constexp
         cy = row.cy
         # lines from REACH above the centre to REACH below it, and some more: what is taken is decided later
         y = cy * site.H
-        taken = (last_line > y - (1.1 + SPEC.REACH)) & (first_line < y + (0.1 + SPEC.REACH))
+        taken = (last_line > y - (ABOVE + SPEC.REACH)) & (first_line < y + (BELOW + SPEC.REACH))
         taken = taken & row_valid(row, site.b, site.b + 1, head.C, head.limit)
         taken = taken & matches(row, site, head, terms, SPEC)
         if not held:

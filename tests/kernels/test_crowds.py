@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fusedyolo import ScaledYOLOv4Loss, Targets, YOLOv2Loss, YOLOv3Loss, YOLOv4Loss, YOLOv5Loss
+from fusedyolo.ops.grid import near_places
 
 CLASSES = 2
 LOSSES = {
@@ -66,6 +67,40 @@ def outcome(criterion, preds, targets):
     out = criterion(preds[0] if isinstance(criterion, YOLOv2Loss) else preds, targets)
     grads = torch.autograd.grad(out.total, preds)
     return (out.total.detach(), *out.parts.values(), out.num_pos, out.num_invalid, *grads)
+
+
+def looked_at(cy, reach, height, width, tile):
+    """Tiles of a plane in which ``_near_rows`` of ``kernels/grid/assign.py`` looks at a row."""
+    first = torch.arange(0, height * width, tile)
+    last = (first + tile).clamp(max=height * width) - 1
+    y = cy * height
+    return int(((last // width > y - (1.1 + reach)) & (first // width < y + (0.1 + reach))).sum())
+
+
+@pytest.mark.parametrize("reach", [0.5, 1.0])
+def test_there_is_room_for_a_row_in_every_tile_that_looks_at_it(reach):
+    for height, width in ((16, 60), (8, 30), (33, 7), (1, 100), (100, 1), (20, 20)):
+        for tile in (16, 64, 192, 512):
+            most = max(looked_at(cy, reach, height, width, tile) for cy in torch.linspace(0, 1, 997).tolist())
+            assert most <= near_places(reach, [1], [(height, width)], [tile]), (height, width, tile)
+    assert near_places(reach, [3, 2], [(16, 60), (1, 1)], [60, 1]) == 3 * (2 + (4 if reach == 1 else 3)) + 2
+
+
+def test_a_line_of_objects_that_reach_far_by_both_backends():
+    """All of them are looked at in as many tiles as can be: what is listed for each fills the room that there is."""
+    rows = make_rows(257)
+    rows[:, 1], rows[:, 3] = 0, (8.02 + 0.02 * rows[:, 3]) / 16
+    rows[:, 4:] = 0.05 + 0.05 * rows[:, 4:]
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(1, 6, *size, generator=generator).to(DEVICE) for size in ((16, 60), (8, 30))]
+    results = []
+    for backend in ("triton", "torch"):
+        preds = [each.to(DEVICE, torch.float32 if backend == "triton" else torch.float64) for each in maps]
+        preds = [pred.requires_grad_() for pred in preds]
+        criterion = YOLOv5Loss([[(40, 40)], [(60, 60)]], (8, 16), 1, neighbours=4, anchor_t=50.0, backend=backend)
+        results.append(outcome(criterion, preds, rows))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "scaled"])  # it is v5 in the kernels
