@@ -270,6 +270,13 @@ def lane_bits(flags):
 
 
 @triton.jit
+def of_lane(values, own):
+    """Of float32 numbers of the threads of a warp the one that is a thread's ``own``."""
+    bits = tl.where(own, values.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)  # of integers one instruction of a warp, too
+
+
+@triton.jit
 def lowest_bit(bits):
     """The lowest bit that is set: the exponent of the power of two."""
     power = (bits & -bits).to(tl.float32)

@@ -97,7 +97,8 @@ def _head_launch(
     grads_at = [parts_of(form, each, head.key, maps) for each in in_branches(alike(preds), count)] if with_grad else at
     lies = lies_as([*at, *grads_at], maps)
     areas = [rows * columns for rows, columns in maps]
-    config = pick_config(max(areas), lies, head.num_classes, tuned_for(head, preds[0], maps, lies))
+    tuned = tuned_for(head, preds[0], maps, lies)
+    config = pick_config(max(areas), lies, head.num_classes, preds[0].dtype.itemsize, tuned)
     triton_acc, acc = accumulator(preds[0].dtype)
     spec = loss.HeadSpec(
         C=head.num_classes,
@@ -118,6 +119,7 @@ def _head_launch(
         GROUP=config.group,
         LANES=power_of_two(config.group),
         PICKS=config.picks,
+        BOXES=config.boxes(head.reg_max > 1),
     )
     tiles, parts = batch * sum(_ceil(area, config.cells) for area in areas), len(head.parts)
     programs = tiles * (1 + _ceil(head.num_classes, config.group))
@@ -154,12 +156,12 @@ def _head_launch(
         "sums": sums,
         "SPEC": spec,
     }
-    settings = config.threads, config.max_registers
     return Launch(
         loss.pick_loss_kernel,
         (count * programs,),
         arguments,
-        *settings,
+        config.threads,
+        config.max_registers,
         weights=(*class_weights, targets.row_weights_ptr),
     )
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..boxes import load_corners
 from ..overlap import Corners
-from ..primitives import WARP_LANES, plain
+from ..primitives import WARP_LANES, of_lane, plain
 from ..rows import load_rows, of_kind, row_corners
 
 BACKGROUND: tl.constexpr = tl.constexpr(-1)
@@ -173,6 +173,16 @@ def lanes_of(rows, g0, b, frame, SPEC: tl.constexpr):
     row = of_kind(load_rows(rows.ptr, g, g < rows.last, LANES), g, g < rows.last, rows.row_weights_ptr, "object")
     valid, _label, box = row_corners(row, b, b + 1, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
     return g, valid, Corners(box[0], box[1], box[2], box[3])
+
+
+@triton.jit
+def corners_of_lane(row, lane, frame, SPEC: tl.constexpr):
+    """The corners of one of LANES rows, known to be valid."""
+    own = tl.arange(0, LANES) == lane
+    cx = of_lane(row.cx, own)
+    one = (cx, cx, cx, of_lane(row.cy, own), of_lane(row.w, own), of_lane(row.h, own))  # image and label do not matter
+    _valid, _label, box = row_corners(one, 0, 1, frame.classes, frame.size, SPEC.CORNERS, SPEC.ACC)
+    return Corners(box[0], box[1], box[2], box[3])
 
 
 @triton.jit

@@ -5,7 +5,8 @@ import triton.language as tl
 
 from ..overlap import iou
 from ..primitives import divide, exact, lane_bits, lowest_bit, ordered_bits, plain
-from .blocks import BACKGROUND, LANES, area, lanes_of, load_corners_of_row
+from ..rows import load_rows
+from .blocks import BACKGROUND, LANES, area, corners_of_lane, lanes_of, load_corners_of_row
 from .taken import row_below
 
 LOWEST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # less an index: of equal IoUs the lowest index has the largest key
@@ -129,12 +130,14 @@ def claimed(match, own, rows, claims, frame, SPEC: tl.constexpr):
     saved = tl.zeros([BLOCK], tl.int32) + BACKGROUND
     for g0 in range(rows.first, rows.last, LANES):
         bits = _claiming(g0, own.b, rows, claims)
+        # of all at once: each alone would be waited for
+        numbers = load_rows(rows.ptr, g0 + tl.arange(0, LANES), ((bits >> tl.arange(0, LANES)) & 1) != 0, LANES)
         while bits != 0:
             g = g0 + lowest_bit(bits)
             bits = bits & (bits - 1)
             best = tl.load(claims.best_ptr + g)
             if (SPEC.RESCUE == "equal") | (SPEC.RESCUE == "own"):
-                row = load_corners_of_row(rows, g, frame, SPEC)
+                row = corners_of_lane(numbers, g - g0, frame, SPEC)
                 value = iou(row, own.corners, area(row), areas, _quotient)
                 taken = row_below(match)
                 if SPEC.RESCUE == "own":

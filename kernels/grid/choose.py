@@ -24,6 +24,7 @@ from .offer import TOGETHER, prediction_at, taken_apart
 
 SEVERAL: tl.constexpr = tl.constexpr(-1)  # rows picked it
 SCANNED: tl.constexpr = tl.constexpr(128)  # rows at a time, for those of an image
+ROWS: tl.constexpr = tl.constexpr(4)  # whose offers are looked at at once
 
 
 class One(NamedTuple):
@@ -125,18 +126,26 @@ def _best_offered(
     key = most.key
     n = most.n
     overlap = most.overlap
+    place = tl.arange(0, ROWS * TOGETHER) % TOGETHER
+    turn = tl.arange(0, ROWS * TOGETHER) // TOGETHER
     for r0 in range(first, last, TOGETHER):
         r = r0 + tl.arange(0, TOGETHER)
         counts = tl.load(offers.count_ptr + r, mask=r < last, other=0)
         left = (counts > 0) & (_meets(one, r, counts > 0, levels, offers, SPEC.ACC) | everywhere)
-        by = tl.min(tl.where(left, r, LAST), axis=0)
-        while by < LAST:
-            count = tl.max(tl.where(r == by, counts, 0), axis=0)  # sooner there than what is loaded
-            for k0 in range(0, count, TOGETHER):
-                k = k0 + tl.arange(0, TOGETHER)
-                at = by * SPEC.TABLES + k
-                look = _look_at(one, at, k < count, maps, levels, offers, SPEC)
-                entry = tl.load(offers.place_ptr + at, mask=k < count, other=0) * offers.M + by
+        while tl.max(left.to(tl.int32), axis=0) > 0:
+            by = turn
+            count = turn * 0
+            for i in tl.static_range(ROWS):
+                next_one = tl.min(tl.where(left, r, LAST), axis=0)
+                by = tl.where(turn == i, next_one, by)
+                # sooner there than what is loaded
+                count = tl.where(turn == i, tl.max(tl.where(r == next_one, counts, 0), axis=0), count)
+                left = left & (r > next_one)
+            for k0 in range(0, tl.max(count, axis=0), TOGETHER):
+                there = k0 + place < count
+                at = by * SPEC.TABLES + (k0 + place)
+                look = _look_at(one, at, there, maps, levels, offers, SPEC)
+                entry = tl.load(offers.place_ptr + at, mask=there, other=0) * offers.M + by
                 most = keep(Kept(most_key, most_n, most_overlap), look.met, entry, look.overlap, none)
                 most_key = most.key
                 most_n = most.n
@@ -145,8 +154,6 @@ def _best_offered(
                 key = kept.key
                 n = kept.n
                 overlap = kept.overlap
-            left = left & (r > by)
-            by = tl.min(tl.where(left, r, LAST), axis=0)
     picks = dynamic_k(Kept(most_key, most_n, most_overlap), none, COUNT, SPEC.ACC)
     return picks, keys_of(Kept(key, n, overlap), none, COUNT), n
 

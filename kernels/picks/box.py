@@ -16,7 +16,7 @@ from .views import cells_in, step_of
 
 @triton.jit
 def _raw_of(columns):
-    """The four numbers of [PICKS, 4]."""
+    """The four numbers of [BOXES, 4]."""
     x, y, w, h = apart(columns)
     return Raw(x, y, w, h)
 
@@ -42,7 +42,7 @@ def _decode(a, b, DECODE: tl.constexpr):
 @triton.jit
 def _true_box(picks, site, stride, task, SPEC: tl.constexpr):
     """Centres of the rows of some cells from the middles of these, and sides, in cells."""
-    row = load_rows(task.targets.ptr, picks.row, picks.mask, SPEC.PICKS)
+    row = load_rows(task.targets.ptr, picks.row, picks.mask, SPEC.BOXES)
     x = ((picks.cells % site.tile.W).to(SPEC.ACC) + 0.5) * stride
     y = ((picks.cells // site.tile.W).to(SPEC.ACC) + 0.5) * stride
     width = tl.cast(task.head.size[0], SPEC.ACC)
@@ -96,7 +96,7 @@ def _differences(raw, true, extent, DISTANCE: tl.constexpr):
 
 @triton.jit
 def _spread(sides, AXIS: tl.constexpr):
-    """A number of each distance [PICKS, 4] for all its bins: along the last axis, or the first one."""
+    """A number of each distance [BOXES, 4] for all its bins: along the last axis, or the first one."""
     if AXIS == 2:
         result = sides[:, :, None]
     else:
@@ -124,16 +124,41 @@ def _bins_at(view, picks, site, AXIS: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _picked_bins(view, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr):
-    """Box and distance loss of some boxes whose distances are made of bins, each a sum, and the gradient.
+def _kept_bins(picks, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """Which logits of distances are there."""
+    keep = _spread(picks.mask[:, None] & (tl.arange(0, 4)[None, :] < 4), AXIS)
+    return keep & (_bins(AXIS, SPEC) < SPEC.REG_MAX)
+
+
+@triton.jit
+def _numbers_at(view, picks, site, SPEC: tl.constexpr):
+    """Pointers to the four numbers of boxes."""
+    LAYOUT: tl.constexpr = SPEC.LAYOUT
+    at = cells_in(view, picks.cells, site.tile, LAYOUT)[:, None]
+    return at + tl.arange(0, 4)[None, :] * step_of(view, LAYOUT)
+
+
+@triton.jit
+def _load_boxes(view, picks, site, SPEC: tl.constexpr):
+    """What is predicted of some boxes: logits of distances, or four numbers.
 
     Bins come first, for then a thread holds all of a distance, but where they follow each other in memory.
     """
     AXIS: tl.constexpr = 2 if SPEC.LAYOUT == "channels" else 0
+    if SPEC.DECODE == "dfl":
+        found = tl.load(_bins_at(view, picks, site, AXIS, SPEC), mask=_kept_bins(picks, AXIS, SPEC), other=0.0)
+    else:
+        found = tl.load(_numbers_at(view, picks, site, SPEC), mask=picks.mask[:, None], other=0.0)
+    return found.to(SPEC.ACC)
+
+
+@triton.jit
+def _picked_bins(logits, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr):
+    """Box and distance loss of some boxes whose distances are made of bins, and the gradient."""
+    AXIS: tl.constexpr = 2 if SPEC.LAYOUT == "channels" else 0
     off, sides, extent = place
     bins = _bins(AXIS, SPEC)
-    keep = _spread(picks.mask[:, None] & (tl.arange(0, 4)[None, :] < 4), AXIS) & (bins < SPEC.REG_MAX)
-    logits = tl.load(_bins_at(view, picks, site, AXIS, SPEC), mask=keep, other=0.0).to(SPEC.ACC)
+    keep = _kept_bins(picks, AXIS, SPEC)
     logits = tl.where(keep, logits, -1e30)  # what is padding adds nothing to a softmax
     largest = tl.max(logits, axis=AXIS, keep_dims=True)
     e, first = exponentials(logits, largest)
@@ -157,47 +182,42 @@ def _picked_bins(view, d_view, site, picks, place, head, weight, scales, SPEC: t
         d_ce = softmax_slope(e, first, rest, target, 1.0)
         d = d_sides * p * (bins - _spread(distances, AXIS)) + (scales.distance * mean) * d_ce
         tl.store(_bins_at(d_view, picks, site, AXIS, SPEC), d.to(d_view.ptr.dtype.element_ty), mask=keep)
-    box = tl.sum(tl.where(picks.mask, weight * loss_box, 0.0), axis=0)
-    return box, tl.sum(tl.sum(distance, axis=1), axis=0)
+    return tl.where(picks.mask, weight * loss_box, 0.0), tl.sum(distance, axis=1)
 
 
 @triton.jit
-def _picked_numbers(view, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr, ZEROS: tl.constexpr):
-    """Box and distance loss of some boxes that four numbers say, each a sum, and the gradient. ZEROS may be among the
-    weights.
-    """
+def _picked_numbers(numbers, d_view, site, picks, place, head, weight, scales, SPEC: tl.constexpr, ZEROS: tl.constexpr):
+    """Box and distance loss of some boxes that four numbers say, and the gradient. ZEROS may be among the weights."""
     DISTANCE: tl.constexpr = SPEC.DISTANCE
-    LAYOUT: tl.constexpr = SPEC.LAYOUT
     off, sides, extent = place
-    at = cells_in(view, picks.cells, site.tile, LAYOUT)[:, None]
-    at = at + tl.arange(0, 4)[None, :] * step_of(view, LAYOUT)
-    raw = _raw_of(tl.load(at, mask=picks.mask[:, None], other=0.0).to(SPEC.ACC))
+    raw = _raw_of(numbers)
     loss_box, d_box = _overlap(raw, off, sides, extent, head, SPEC)
     loss, d = _differences(raw, _encode(off, sides, SPEC), extent, DISTANCE)
     if SPEC.WITH_GRAD:
         d_box = _columns(d_box)
         by_box = weigh((scales.box * weight)[:, None], d_box, ZEROS)
         by_distance = _columns(d) * (scales.distance * weight)[:, None]
-        at = cells_in(d_view, picks.cells, site.tile, LAYOUT)[:, None]
-        at = at + tl.arange(0, 4)[None, :] * step_of(d_view, LAYOUT)
+        at = _numbers_at(d_view, picks, site, SPEC)
         tl.store(at, (by_box + by_distance).to(d_view.ptr.dtype.element_ty), mask=picks.mask[:, None])
-    box = tl.sum(tl.where(picks.mask, weigh(weight, loss_box, ZEROS), 0.0), axis=0)
-    return box, tl.sum(tl.where(picks.mask, weigh(weight, loss, ZEROS), 0.0), axis=0)
+    box = tl.where(picks.mask, weigh(weight, loss_box, ZEROS), 0.0)
+    return box, tl.where(picks.mask, weigh(weight, loss, ZEROS), 0.0)
 
 
 @triton.jit
 def box_program(view, d_view, site, list_ptr, stride, task, scales, SPEC: tl.constexpr):
     """Box and distance loss of a tile, and the gradient."""
     WIDTH: tl.constexpr = 4 * SPEC.REG_MAX
-    box = tl.cast(0.0, SPEC.ACC)
-    distance = tl.cast(0.0, SPEC.ACC)
+    BOXES: tl.constexpr = SPEC.BOXES
+    box = tl.zeros([BOXES], SPEC.ACC)
+    distance = tl.zeros([BOXES], SPEC.ACC)
     if SPEC.WITH_GRAD:
         store_zeros(d_view, site, 0, WIDTH, WIDTH, SPEC)
     count = list_cells(site, list_ptr)
     if count > 0:
         tl.debug_barrier()  # zeros, and the list, come first
-        for i0 in range(0, count, SPEC.PICKS):
-            picks = listed(site, list_ptr, i0, count, task.assigned.row_ptr, SPEC.PICKS)
+        for i0 in range(0, count, BOXES):
+            picks = listed(site, list_ptr, i0, count, task.assigned.row_ptr, BOXES)
+            boxes = _load_boxes(view, picks, site, SPEC)  # under way while rows are
             place = _true_box(picks, site, stride, task, SPEC)
             weight = picks.mask.to(SPEC.ACC)
             if SPEC.SOFT:
@@ -206,13 +226,13 @@ def box_program(view, d_view, site, list_ptr, stride, task, scales, SPEC: tl.con
                 weight *= row_weights(task.targets.row_weights_ptr, picks.row, picks.mask, SPEC.ACC)
             if SPEC.DECODE == "dfl":
                 more_box, more_distance = _picked_bins(
-                    view, d_view, site, picks, place, task.head, weight, scales, SPEC=SPEC
+                    boxes, d_view, site, picks, place, task.head, weight, scales, SPEC=SPEC
                 )
             else:
                 ZEROS: tl.constexpr = SPEC.SOFT or task.targets.row_weights_ptr is not None
                 more_box, more_distance = _picked_numbers(
-                    view, d_view, site, picks, place, task.head, weight, scales, SPEC=SPEC, ZEROS=ZEROS
+                    boxes, d_view, site, picks, place, task.head, weight, scales, SPEC=SPEC, ZEROS=ZEROS
                 )
             box += more_box
             distance += more_distance
-    return box, distance
+    return tl.sum(box, axis=0), tl.sum(distance, axis=0)

@@ -1,10 +1,10 @@
 """Loss and gradient of cells that predict a box each: class logits are read once, boxes where there is an object.
 
 One launch for all levels. One program owns the boxes and objectness of a tile, each of the others GROUP of its
-classes. Where an object has a cell, and where a gradient is all zeros but
-for these, a program stores zeros of the whole tile and then, behind a barrier, what is none: the cells that have a row
-are looked at PICKS at a time. Without objectness the classes are a stream in which every logit is of the background;
-those of the classes that objects have are then done again, one a cell.
+classes. Where an object has a cell, and where a gradient is all zeros but for these, a program stores zeros of the
+whole tile and then, behind a barrier, what is none: of the cells that have a row BOXES are looked at at a time, or the
+classes of PICKS. Without objectness the classes are a stream in which every logit is of the background; those of the
+classes that objects have are then done again, one a cell.
 
 Modes. WITH_LOSS leaves partial sums, which the last program to finish adds up in a fixed order. WITH_GRAD leaves the
 gradient times ``grads``. SKIP_ONE, of a gradient that is already there for ones: a program returns at once if it is
@@ -46,7 +46,8 @@ class HeadSpec(NamedTuple):
     PLANES: Any  # channels at a time
     GROUP: Any  # classes of a program, some times PLANES
     LANES: Any  # GROUP, a power of two
-    PICKS: Any
+    PICKS: Any  # cells with a row at a time, whose classes are looked at
+    BOXES: Any  # likewise boxes
 
 
 class Head(NamedTuple):
