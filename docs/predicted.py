@@ -1,4 +1,4 @@
-"""Writes the table of docs/measured.md, and docs/predicted.png: launches as predicted for an H200, and as measured there.
+"""Writes the table of docs/measured.md and docs/predicted.png: launches as predicted for an H200, and as measured.
 
 python docs/predicted.py
 """
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURE, DATA = ROOT / "docs" / "measured.md", ROOT / "docs" / "predicted.png", ROOT / "bench" / "data"
 PLACE = re.compile(r"(<!-- written by docs/predicted.py -->\n).*?(<!-- end -->)", re.DOTALL)
+KERNEL = re.compile(r"(?!all_)\w+_kernel\S*\.p50_us")
 COMMIT = "d6ebf88"  # whose kernels were measured
 PARTS = {  # what a prediction is mostly made of
     "chain_us": ("longest chain", "#c2410c"),
@@ -55,7 +56,7 @@ def launches() -> list[One]:
     measured, found = _values(DATA / "h200.csv"), []
     for case, values in _values(DATA / "predicted.csv").items():
         names = list(dict.fromkeys(name.split(".")[2] for name in values))
-        times = [t for name, t in measured.get(case, {}).items() if re.fullmatch(r"(?!all_)\w+_kernel\S*\.p50_us", name)]
+        times = [time for name, time in measured.get(case, {}).items() if KERNEL.fullmatch(name)]
         for name, time in zip(names, times, strict=False):
             parts = {part: values[f"predicted.H200.{name}.{part}"] for part in (*PARTS, "predicted_us")}
             found.append(One(case, name, parts["predicted_us"], time, parts))
@@ -74,8 +75,9 @@ def page(text: str) -> str:
         by_case.setdefault(one.case, []).append(one)
     lines = ["| loss | launches | predicted | measured |", "|---|---|---:|---:|"]
     for case, own in by_case.items():
-        columns = ["; ".join(f"{value:.1f}" for value in values) for values in zip(*[one[2:4] for one in own], strict=True)]
-        lines.append(f"| {case} | {', '.join(one.launch for one in own)} | {columns[0]} | {columns[1]} |")
+        times = [(one.predicted, one.measured) for one in own]
+        columns = ["; ".join(f"{time:.1f}" for time in column) for column in zip(*times, strict=True)]
+        lines.append(f"| {case} | {', '.join(one.launch for one in own)} | {' | '.join(columns)} |")
     return PLACE.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], text)
 
 

@@ -210,6 +210,16 @@ def test_the_matrix_is_made_from_the_registry_and_from_what_was_counted():
     assert made["page"](text.replace(number[0], "~0.900")) == text
 
 
+def test_what_was_predicted_stands_beside_what_was_measured():
+    made = runpy.run_path(str(DOCS / "predicted.py"))
+    text, found = (DOCS / "measured.md").read_text(), made["launches"]()
+    assert made["page"](text) == text, "python docs/predicted.py writes it"
+    near, nearer = (sum(1 / f < one.predicted / one.measured < f for one in found) for f in (1.5, 1.2))
+    off = made["apart"](found)
+    assert f"Of {len(found)} launches {near} are within a factor of 1.5, {nearer} within 1.2; all are off by {off:.2f}" in text
+    assert all(one.measured == pytest.approx(one.predicted, rel=2) for one in found), "launches go with others' times"
+
+
 def test_every_loss_is_listed_and_every_name_has_its_reference():
     losses = [name for name in fusedyolo.__all__ if name.endswith("Loss")]
     listed = re.findall(r"^\|.*?\| `(\w+Loss)\(", (ROOT / "README.md").read_text(), re.MULTILINE)
