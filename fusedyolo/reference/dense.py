@@ -208,8 +208,8 @@ def _class_loss(
     class_weights: Tensor | None,
     weight: Tensor | None,
 ) -> Tensor:
-    """The sum over anchors, each over the ``divisor`` [B] of its image and times its ``weight`` [B, N]. A NaN shows in
-    it, whether or not it counts.
+    """The sum over anchors, each over the ``divisor`` [B] of its image and times its ``weight`` [B, N]. What is not
+    finite shows in it, whether or not it counts.
     """
     if head.negatives:
         return _ranked_loss(logits, match, label.clamp(min=0), found, divisor, head, class_weights, weight)
@@ -237,7 +237,7 @@ def _class_loss(
     own = where_used(own, taken.used) / divisor[taken.index // N]
     loss = loss + _total(own, taken.index // N, len(match), head)
     ignored = Places((match == IGNORED).flatten())
-    unread = ignored.of(logits.detach().flatten(0, 1)).isnan() & ignored.used[:, None]
+    unread = ~(ignored.of(logits.detach().flatten(0, 1)) < math.inf) & ignored.used[:, None]
     if head.by_image:
         unread = _total(unread.any(1).to(loss.dtype), ignored.index // N, len(match), head) > 0
     else:

@@ -7,20 +7,21 @@ import triton.language as tl
 
 from ..boxes import Pair
 from ..primitives import weigh
+from ..terms.label import LOW
 from .blocks import IGNORED
 from .site import cells_at, site_of
 from .taken import is_ignored, labels_of, own_weights, share
 
 
 @triton.jit
-def _class_terms(x, is_label, columns_ptr, k, keep, used, terms, numbers):
-    """Loss of some logits of the classes k, 0 where they are not used, and its derivative by them."""
+def _class_terms(x, is_label, columns_ptr, k, keep, terms, numbers):
+    """Loss of some logits of the classes k, and its derivative by them."""
     loss, d = terms.label(x, is_label, numbers.label_args)
     if columns_ptr is not None:
         column = tl.load(columns_ptr + k, mask=keep, other=0.0).to(x.dtype)
         loss = weigh(column, loss)
         d *= column
-    return tl.where(used | (x != x), loss, 0.0), tl.where(used, d, 0.0)  # a NaN shows, used or not
+    return loss, d
 
 
 class Stream(NamedTuple):
@@ -61,7 +62,7 @@ def _load_stream(stream, e, SPEC: tl.constexpr):
     mask = e < stream.left
     anchor = (stream.skipped + e) // SPEC.C
     after = anchor >= stream.edge
-    at = stream.match_ptr + anchor + tl.where(after, stream.gap, 0)
+    at = stream.match_ptr + (anchor + tl.where(after, stream.gap, 0))
     match = tl.load(at, mask=mask, other=IGNORED)
     x = tl.load(stream.x_ptr + (e[:, None] + tl.arange(0, SPEC.GROUP)[None, :]), mask=mask[:, None], other=0.0)
     return x, match, tl.where(after, stream.shares.y, stream.shares.x), stream.skipped + e - anchor * SPEC.C, after
@@ -70,6 +71,7 @@ def _load_stream(stream, e, SPEC: tl.constexpr):
 @triton.jit
 def stream_classes(chunk, view, level, batch, matched, terms, numbers, grads, SPEC: tl.constexpr):
     """Class loss of a chunk of a level's logits, with IMAGES of the first image and of the second, and their gradient.
+    The loss of ignored anchors is multiplied by 0, so that one that is not finite shows; their gradient is 0.
 
     While a warp waits for memory others compute: the fewer registers it takes, the more of them. To load a turn ahead
     is of no use, for the compiler puts these loads off to the end of the turn.
@@ -85,13 +87,14 @@ def stream_classes(chunk, view, level, batch, matched, terms, numbers, grads, SP
         e = i * SPEC.BLOCK + lane
         x, match, weight, k0, after = _load_stream(stream, e, SPEC)
         label = labels_of(matched.rows_ptr, match) - k0  # from the group's first class on
-        used = ~is_ignored(match)[:, None]
+        used = ~is_ignored(match)
+        weight = tl.where(used, weight, 0.0)
         if matched.row_weights_ptr is not None:
             weight *= own_weights(matched, match, SPEC.ACC)
         keep = (e < stream.left)[:, None]
         is_label = label[:, None] == k
         loss, d = _class_terms(
-            x.to(SPEC.ACC), is_label, matched.columns_ptr, k0[:, None] + k, keep, used, terms, numbers=numbers
+            x.to(SPEC.ACC), is_label, matched.columns_ptr, k0[:, None] + k, keep, terms, numbers=numbers
         )
         if SPEC.WITH_LOSS:
             loss = weigh(weight[:, None], loss, matched.row_weights_ptr is not None)
@@ -105,9 +108,10 @@ def stream_classes(chunk, view, level, batch, matched, terms, numbers, grads, SP
                 weight *= tl.where(after, grads.after, grads.classes)
             else:
                 weight *= grads.classes
-            d = weight[:, None] * d
-            at = e[:, None] + k
-            tl.store(stream.d_ptr + at, d.to(view.d_ptr.dtype.element_ty), mask=(e < stream.left)[:, None])
+            d = (weight[:, None] * d).to(view.d_ptr.dtype.element_ty)
+            at = stream.d_ptr + (e[:, None] + k)
+            tl.store(at, d, mask=keep & used[:, None])
+            tl.store(at, tl.zeros_like(d), mask=keep & ~used[:, None])  # for fewer instructions than d is chosen by
     rest = tl.cast(0.0, SPEC.ACC)
     if SPEC.IMAGES:
         rest = tl.sum(tl.sum(second, axis=1), axis=0)
@@ -129,6 +133,7 @@ def plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPEC
     match = tl.load(at, mask=site.mask, other=IGNORED)
     label = labels_of(matched.rows_ptr, match)[None, :]
     used = ~is_ignored(match)[None, :]
+    once = tl.where(used, 1.0, 0.0).to(SPEC.ACC)  # of 0 times a loss that is not finite a NaN shows
     weight = share(matched.found_ptr, site.b, batch.B, SPEC.BY_IMAGE, SPEC.ACC)
     total = tl.zeros([PLANES, CELLS], SPEC.ACC)
     if matched.row_weights_ptr is not None:
@@ -136,14 +141,14 @@ def plane_classes(local, view, level, batch, matched, terms, numbers, grad, SPEC
     for k0 in tl.range(0, SPEC.C, PLANES, loop_unroll_factor=1):
         k = k0 + tl.arange(0, PLANES)[:, None]
         keep = site.mask[None, :] & (k < SPEC.C)
-        x = tl.load(x_ptr[None, :] + k * view.by.channel, mask=keep, other=0.0).to(SPEC.ACC)
-        loss, d = _class_terms(x, label == k, matched.columns_ptr, k, k < SPEC.C, used & keep, terms, numbers=numbers)
+        x = tl.load(x_ptr[None, :] + k * view.by.channel, mask=keep, other=LOW).to(SPEC.ACC)
+        loss, d = _class_terms(x, label == k, matched.columns_ptr, k, k < SPEC.C, terms, numbers=numbers)
         if matched.row_weights_ptr is not None:
             loss = weigh(own, loss)
             d *= own
         if SPEC.WITH_LOSS:
-            total += loss
+            total += once * loss
         if SPEC.WITH_GRAD:
-            d = ((grad * weight) * d).to(view.d_ptr.dtype.element_ty)
+            d = tl.where(used, (grad * weight) * d, 0.0).to(view.d_ptr.dtype.element_ty)
             tl.store(d_ptr[None, :] + k * view.d_by.channel, d, mask=keep)
     return weight * tl.sum(tl.sum(total, axis=0), axis=0)

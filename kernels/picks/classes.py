@@ -5,11 +5,9 @@ import triton.language as tl
 
 from ..primitives import weigh
 from ..rows import row_weights
-from ..terms.label import bce
+from ..terms.label import LOW, bce
 from .listed import keep_of, list_cells, listed, store_zeros
 from .views import as_wide, cells_in, is_wide, step_of, wide_mask
-
-LOW: tl.constexpr = tl.constexpr(-1e4)  # a logit of which a term, and its derivative, is 0 for the background
 
 
 @triton.jit

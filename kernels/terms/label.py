@@ -14,6 +14,8 @@ import triton.language as tl
 from ..primitives import exp_down, finite, log1p, log1p_of_share, logistic, pow_pos, safe_div
 from .records import takes
 
+LOW: tl.constexpr = tl.constexpr(-1e4)  # a logit of which a term, and its derivative, is 0 for the background
+
 
 class Power(NamedTuple):
     """An exponent, and the function that raises to it: a number that changes what is computed is structure.
@@ -68,19 +70,22 @@ def _raised(q, power):
 class Miss(NamedTuple):
     """A logit against a hard target."""
 
-    sign: Any  # 1, or -1 for a positive: times the logit, what counts from the side that is right
     wrong: Any  # probability of the wrong answer
     right: Any
     ce: Any  # cross-entropy
 
 
 @triton.jit
-def _miss(x, t):
-    """Of a hard target."""
-    sign = tl.where(t, -1.0, 1.0).to(x.dtype)
-    z = sign * x
+def _sided(x, t):
+    """A number as it counts from the side that is right: of a positive its negative."""
+    return tl.where(t, x * -1.0, x)  # not -x, which is 0 - x: an instruction of its own
+
+
+@triton.jit
+def _miss(z):
+    """Of a logit from the side that is right."""
     wrong, right, e = logistic(z)
-    return Miss(sign, wrong, right, tl.maximum(z, 0.0) + log1p_of_share(e))  # what tl.maximum drops, a NaN, is in e
+    return Miss(wrong, right, tl.maximum(z, 0.0) + log1p_of_share(e))  # what tl.maximum drops, a NaN, is in e
 
 
 @triton.jit
@@ -91,9 +96,9 @@ def bce(x, t, args):
     """
     takes(args, 0, 1)
     if t.dtype == tl.int1:
-        miss = _miss(x, t)
+        miss = _miss(_sided(x, t))
         loss = miss.ce
-        d_x = miss.sign * miss.wrong
+        d_x = _sided(miss.wrong, t)
         if len(args) == 1:
             w = tl.where(t, args[0], 1.0)
             loss = w * loss
@@ -124,19 +129,19 @@ def _weighted_bce(x, t, args):
 
 @triton.jit
 def _balance(t, alpha):
-    if t.dtype == tl.int1:
-        factor = tl.where(t, tl.where(alpha >= 0, alpha, 1.0), tl.where(alpha >= 0, 1.0 - alpha, 1.0))
-    else:
-        factor = tl.where(alpha >= 0, alpha * t + (1.0 - alpha) * (1.0 - t), 1.0)
-    return factor
+    return tl.where(alpha >= 0, alpha * t + (1.0 - alpha) * (1.0 - t), 1.0)
 
 
 @triton.jit
-def _modulated(x, t, w, gamma):
-    """Weight times wrong^gamma BCE of a hard target, wrong the probability of the wrong answer, and its derivative."""
-    miss = _miss(x, t)
-    w = w * _raised(miss.wrong, gamma)
-    return w * miss.ce, w * miss.sign * (miss.wrong + gamma.exponent * miss.right * miss.ce)
+def _modulated(x, t, alpha, positive_weight, gamma):
+    """Weight times wrong^gamma BCE of a hard target, wrong the probability of the wrong answer, and its derivative. No
+    weight is below 0, so that its sign can say on which side the logit is.
+    """
+    miss = _miss(tl.where(t, -x, x))  # here 0 - x is one instruction, which happens or not
+    positive = tl.where(alpha >= 0, alpha, 1.0) * positive_weight
+    negative = tl.where(alpha >= 0, 1.0 - alpha, 1.0)
+    w = tl.where(t, -positive, negative) * _raised(miss.wrong, gamma)
+    return tl.abs(w) * miss.ce, w * (miss.wrong + gamma.exponent * miss.right * miss.ce)
 
 
 @triton.jit
@@ -148,10 +153,10 @@ def focal(x, t, args):
     """
     takes(args, 2, 3)
     if t.dtype == tl.int1:
-        w = _balance(t, args[0])
         if len(args) > 2:
-            w = tl.where(t, args[2] * w, w)
-        loss, d_x = _modulated(x, t, w, args[1])
+            loss, d_x = _modulated(x, t, args[0], args[2], args[1])
+        else:
+            loss, d_x = _modulated(x, t, args[0], 1.0, args[1])
     else:
         ce, d_ce = _weighted_bce(x, t, args)
         p, r, _e = logistic(x)
@@ -173,7 +178,7 @@ def qfl(x, t, args):
     """
     takes(args, 2, 2)
     if t.dtype == tl.int1:
-        loss, d_x = _modulated(x, t, _balance(t, args[0]), args[1])
+        loss, d_x = _modulated(x, t, args[0], 1.0, args[1])
     else:
         ce, miss = bce(x, t, ())  # p - t, with all its digits where t is 0 or 1
         p, r, _e = logistic(x)
