@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 
 from bench import __main__ as entry
@@ -22,7 +22,7 @@ from bench.measure import EAGER, FUSED
 from bench.pictures import Pictures, generate, load
 from fusedyolo.tools.env import ROOT
 from fusedyolo.tools.objects import coco_like, crowded
-from fusedyolo.tools.registry import CASES, Workload
+from fusedyolo.tools.registry import CASES, RefusedError, Workload
 
 BOX = (0.5, 0.25, 0.5, 0.5)  # the box that each file below holds, beside others
 
@@ -263,6 +263,24 @@ def test_pixels_and_boxes_move_together(tmp_path):
     assert rows.tolist() == [[image, 0, 0.5, 0.5, 0.5, 0.25] for image in (0, 1)]
     ys, xs = (images[1, 0] > 0.75).nonzero().unbind(1)
     assert (xs.min(), xs.max(), ys.min(), ys.max()) == pytest.approx((16, 47, 24, 39), abs=1)
+
+
+def test_a_picture_is_upright_as_its_labels_are(tmp_path):
+    picture = Image.new("RGB", (80, 40))
+    exif = picture.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # lies on its side
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    shown = load([Annotation(tmp_path / "a.jpg", torch.tensor([[0.5, 0.5, 1.0, 1.0]]), torch.tensor([0]))], 64)
+    assert shown.annotations[0].boxes.tolist() == [[0.5, 0.5, 0.5, 1.0]]
+    assert (shown.pixels[0, 0] == 0).sum(0).count_nonzero() == 32
+
+
+def test_a_picture_that_cannot_be_read_is_refused(tmp_path):
+    whole = image(tmp_path / "a.png", 80, 40).read_bytes()
+    for part in (b"", whole[: len(whole) // 2]):
+        (tmp_path / "a.png").write_bytes(part)
+        with pytest.raises(RefusedError, match=r"^images: .*a\.png: "):
+            load([Annotation(tmp_path / "a.png", torch.zeros(0, 4), torch.zeros(0))], 64)
 
 
 def test_a_grid_of_any_image_is_that_of_the_map():
