@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fusedyolo.tools import terminal
 from fusedyolo.tools.codegen import TARGETS
 from fusedyolo.tools.registry import AXES, DTYPES, FORMS, LAYOUTS, SHOWN
-from fusedyolo.tools.terminal import add_loss, existing, file, folder, positive, side
+from fusedyolo.tools.terminal import add_loss, count, existing, file, folder, positive, side, source
 
 from .predict import GPUS
 
@@ -53,7 +53,7 @@ def parser() -> ArgumentParser:
     sweep.add_argument("--axis", action="append", choices=AXES, help="what is varied; repeat for more (all)")
 
     train = command("train", "where a training step goes, with the fused loss and with the one that it replaces")
-    add_loss(train, f"{SHOWN[0].name}; the first recipe that is meant")
+    add_loss(train, f"{SHOWN[0].name}; the first recipe that is meant", several=False)
     train.add_argument("--peer", metavar="NAME", help="what to compare with (an installed peer, else eager)")
     train.add_argument("--steps", type=positive, default=1000, help="of which, without a GPU, the fused loss takes 3")
     train.add_argument("--batch", type=positive, default=8)
@@ -61,17 +61,17 @@ def parser() -> ArgumentParser:
     train.add_argument("--seed", type=int, default=0)
 
     assign = command("assign", "which predictions a loss assigns to the objects of an image, drawn")
-    add_loss(assign, SHOWN[1].name)
-    assign.add_argument("--index", type=int, default=0, help="which of the images")
+    add_loss(assign, f"{SHOWN[1].name}; the first recipe that is meant", several=False)
+    assign.add_argument("--index", type=count, default=0, help="which of the images")
     assign.add_argument("--size", type=side, default=416, help="side the image is fitted into, a multiple of 32")
-    assign.add_argument("--steps", type=int, default=0, help="that a small detector is trained first (0)")
+    assign.add_argument("--steps", type=count, default=0, help="that a small detector is trained first (0)")
     assign.add_argument("--out", type=file, default="runs/assignment.png")
 
     qualify = command("qualify", "everything that wants a GPU, in one command of under eight minutes and one folder")
     for each in (main, sweep):
         each.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes at a time")
     for each in (train, assign):
-        each.add_argument("--images", type=existing, help="folder of images; drawn ones if left out")
+        each.add_argument("--images", type=source, help="folder of images; drawn ones if left out")
         each.add_argument("--labels", type=existing, help=f"{LABELS}; found beside --images")
     for each, name in ((main, "bench"), (sweep, "sweep"), (train, "train"), (qualify, "qualify")):
         each.add_argument("--out", type=folder, default=f"runs/{name}", help=FOLDER)

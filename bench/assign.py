@@ -8,25 +8,32 @@ import argparse
 from dataclasses import replace
 
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console
 from rich.progress import track
 
 import fusedyolo
-from fusedyolo.tools.registry import SHOWN, RefusedError, Workload, select
+from fusedyolo.tools.registry import SHOWN, RefusedError, Workload
 
 from . import labels, pictures
 from .measure import EAGER
-from .train import DRAWN, Run
+from .train import DRAWN, Run, chosen
 
 CALM = -4.0  # logits of predictions that are sure of nothing
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw it."""
-    case, index = select(options.loss, SHOWN[1:])[0], options.index
-    drawn = max(index + 1, DRAWN * (options.steps > 0))
+    """Draw it.
+
+    Raises:
+        RefusedError: several losses, no such image, or a kind of picture that matplotlib does not write.
+    """
+    case, index, kinds = chosen(options, SHOWN[1:]), options.index, FigureCanvasBase.get_supported_filetypes()
+    if options.out.suffix[1:].lower() not in kinds:
+        raise RefusedError(f"--out: {options.out}, want a name that ends in one of {', '.join(kinds)}")
+    drawn = DRAWN if options.steps else min(index + 1, DRAWN)
     annotations, names = pictures.annotated(options, options.out.parent / "drawn", drawn, options.size)
-    if not 0 <= index < len(annotations):
+    if index >= len(annotations):
         raise RefusedError(f"--index: {index}, want less than {len(annotations)}, the images there are")
     shown = pictures.load([annotations[index]], options.size)
     work = Workload(batch=1, size=options.size, classes=len(names), layout="nchw")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +17,8 @@ import torch
 from fusedyolo.tools.registry import Workload
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+CLASSES = 1 << 16  # of YOLO labels: a name is made for each up to the largest
+COCO = "images (id, file_name, width, height), categories (id, name), annotations (image_id, category_id, bbox)"
 OTHER_TEXT = re.compile(r"(classes|train|val|test|trainval|readme.*)\.txt", re.I)  # beside labels, but not labels
 
 
@@ -32,7 +36,7 @@ class File(NamedTuple):
     """What a label file says of an image: its name, its width and height, and class, x1, y1, x2, y2 of each object."""
 
     name: Path
-    size: tuple[int, int]
+    size: tuple[float, float]
     objects: list[tuple[float, ...]]
 
 
@@ -91,20 +95,34 @@ def load_labels(path: Path, images: Path | None = None) -> tuple[list[Annotation
     return [_annotation(file, known) for file in files], names
 
 
+@contextmanager
+def _reading(path: Path, want: str) -> Iterator[None]:
+    """Whatever a label file lacks, or has in place of what is wanted, is a ValueError that names the file."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
+        kind = type(error).__name__
+        why = str(error) if kind == "ValueError" else f"{kind}: {error}; want {want}"
+        raise ValueError(f"labels: {path}: {why}") from error
+
+
 def _coco(path: Path) -> Read:
-    data = json.loads(path.read_text())
-    if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= data.keys():
-        raise ValueError(f"labels: {path} is no COCO file, it has no images, annotations and categories")
-    names = {each["id"]: each["name"] for each in sorted(data["categories"], key=lambda each: each["id"])}
-    files = {each["id"]: File(Path(each["file_name"]), (each["width"], each["height"]), []) for each in data["images"]}
-    if not files:
-        raise ValueError(f"labels: {path} has no images")
-    for entry in data["annotations"]:
-        if entry["image_id"] not in files:
-            raise ValueError(f"labels: {path}: an annotation of image {entry['image_id']}, want one of its images")
-        if not entry.get("iscrowd", 0):
-            x, y, w, h = entry["bbox"]
-            files[entry["image_id"]].objects.append((list(names).index(entry["category_id"]), x, y, x + w, y + h))
+    with _reading(path, f"COCO's {COCO}"):
+        data = json.loads(path.read_bytes())
+        names = {each["id"]: each["name"] for each in sorted(data["categories"], key=lambda each: each["id"])}
+        classes, files = {key: index for index, key in enumerate(names)}, {}
+        for each in data["images"]:
+            files[each["id"]] = File(Path(each["file_name"]), _size(each["width"], each["height"]), [])
+        if not files:
+            raise ValueError("no images")
+        for entry in data["annotations"]:
+            if entry["image_id"] not in files:
+                raise ValueError(f"an annotation of image {entry['image_id']}, want one of its images")
+            if entry["category_id"] not in classes:
+                raise ValueError(f"an annotation of category {entry['category_id']}, want one of its categories")
+            if not entry.get("iscrowd", 0):
+                x, y, w, h = map(float, entry["bbox"])
+                files[entry["image_id"]].objects.append((classes[entry["category_id"]], x, y, x + w, y + h))
     return list(files.values()), list(names.values())
 
 
@@ -113,38 +131,51 @@ def _voc(paths: Sequence[Path]) -> Read:
     names = sorted({found.findtext("name", "") for root in roots for found in root.iter("object")})
     files = []
     for path, root in zip(paths, roots, strict=True):
-        width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
-        if width <= 0 or height <= 0:
-            raise ValueError(f"labels: {path} has no image size")
-        files.append(File(Path(root.findtext("filename") or path), (width, height), []))
-        for found in root.iter("object"):
-            corners = (float(found.findtext(f"bndbox/{each}", "nan")) for each in ("xmin", "ymin", "xmax", "ymax"))
-            files[-1].objects.append((names.index(found.findtext("name", "")), *corners))
+        with _reading(path, "VOC's XML"):
+            size = _size(*(root.findtext(f"size/{side}", "0") for side in ("width", "height")))
+            files.append(File(Path(root.findtext("filename") or path), size, []))
+            for found in root.iter("object"):
+                corners = (float(found.findtext(f"bndbox/{each}", "nan")) for each in ("xmin", "ymin", "xmax", "ymax"))
+                files[-1].objects.append((names.index(found.findtext("name", "")), *corners))
     return files, names
 
 
 def _root(path: Path) -> ElementTree.Element:
-    try:
+    with _reading(path, "VOC's XML"):
         return ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise ValueError(f"labels: {path} is no XML: {error}") from None
+
+
+def _size(width: str | float, height: str | float) -> tuple[float, float]:
+    size = float(width), float(height)
+    if not all(0 < side < math.inf for side in size):
+        raise ValueError(f"image size {width} x {height}, want more than 0")
+    return size
 
 
 def _yolo(folder: Path, paths: Sequence[Path]) -> Read:
     files = []
     for path in paths:
         files.append(File(path.relative_to(folder), (1, 1), []))
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(_lines(path), 1):
             if line.strip():
                 try:
                     label, cx, cy, w, h = map(float, line.split())
+                    valid = 0 <= label < CLASSES and label.is_integer()
                 except ValueError:
-                    raise ValueError(f"labels: {path}:{number}: {line[:60]!r}, want class cx cy w h") from None
+                    valid = False
+                if not valid:
+                    want = f"class cx cy w h, the class in 0 ... {CLASSES - 1}"
+                    raise ValueError(f"labels: {path}:{number}: {line[:60]!r}, want {want}")
                 files[-1].objects.append((label, cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
     listed = next((each for each in (folder / "classes.txt", folder.parent / "classes.txt") if each.is_file()), None)
-    names = listed.read_text().splitlines() if listed else []
+    names = _lines(listed) if listed else []
     most = max((int(label) for file in files for label, *_ in file.objects), default=0)
     return files, names + [f"class {i}" for i in range(len(names), most + 1)]
+
+
+def _lines(path: Path) -> list[str]:
+    with _reading(path, "text in UTF-8"):
+        return path.read_text("utf-8-sig").splitlines()
 
 
 def _annotation(file: File, images: dict[tuple[str, ...], Path]) -> Annotation:

@@ -56,8 +56,10 @@ def annotated(options: argparse.Namespace, drawn: Path, count: int, size: int) -
     images drawn in the folder ``drawn`` where there are none.
 
     Raises:
-        RefusedError: labels that cannot be read, or no box in any image.
+        RefusedError: labels without images, labels that cannot be read, or no box in any image.
     """
+    if options.labels and options.images is None:
+        raise RefusedError("--images: missing, want the folder of the images that --labels are of")
     images = options.images or drawn
     with asked():
         if options.images is None:
@@ -90,10 +92,17 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def load(annotations: Sequence[Annotation], size: int) -> Pictures:
-    """Read the annotated images, fitted into squares of ``size`` pixels on grey."""
+    """Read the annotated images, fitted into squares of ``size`` pixels on grey.
+
+    Raises:
+        RefusedError: one cannot be read.
+    """
     pixels, moved = [], []
     for annotation in annotations:
-        image = Image.open(annotation.image).convert("RGB")
+        try:  # upright, as EXIF says and as labels are
+            image = ImageOps.exif_transpose(Image.open(annotation.image)).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RefusedError(f"images: {annotation.image}: {error}") from error
         pixels.append(torch.from_numpy(np.array(ImageOps.pad(image, (size, size), color=GREY))).permute(2, 0, 1))
         share = torch.tensor(image.size) / max(image.size)
         boxes = annotation.boxes * share.repeat(2)

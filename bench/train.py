@@ -42,6 +42,17 @@ DRAWN = 240  # images, where there are none
 DETECTED, CONFIDENT = 6, 0.25  # images that detections are drawn on, and the least score of these
 
 
+def chosen(options: argparse.Namespace, usual: Sequence[Case]) -> Case:
+    """The one loss of a command; ``usual[0]`` if it names none.
+
+    Raises:
+        RefusedError: it names several.
+    """
+    if len(options.loss) > 1:
+        raise RefusedError(f"--loss: {', '.join(options.loss)}, want one")
+    return select(options.loss, usual)[0]
+
+
 class Run:
     """A detector in training with the loss of one provider: its curve, a dictionary a step, and its times."""
 
@@ -127,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     """Do it: 0 if the curves agree, 1 if not.
 
     Raises:
-        RefusedError: a peer that does not compute the loss, or nothing to train on.
+        RefusedError: several losses, a peer that does not compute the loss, or nothing to train on.
     """
     gpu, console, out = torch.cuda.is_available(), terminal.console(), options.out
     device = torch.device("cuda" if gpu else "cpu")
@@ -135,7 +146,7 @@ def run(options: argparse.Namespace) -> int:
         interpreter.prepare()  # before peers are looked for: some import Triton
         console.print("No GPU: the fused loss runs in Triton's interpreter, which is slow.")
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # the losses alone shall differ
-    case = select(options.loss, SHOWN)[0]
+    case = chosen(options, SHOWN)
     known = [*(peer.name for peer in peers.of(case)), EAGER]
     peer = options.peer or known[0]
     if peer not in known:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .registry import CASES, RefusedError
 
-WIDTH = 160  # where there is no terminal: in 80 columns the numbers of wide tables are cut off
+WIDTH = 160  # at least: in fewer columns, numbers of wide tables are cut off; a terminal folds lines that are too long
 PASSES = {True: "[green]passes[/]", False: "[bold red]FAILS[/]"}
 
 
@@ -24,6 +24,13 @@ def positive(text: str) -> int:
     """A number of things."""
     if int(text) < 1:
         raise ArgumentTypeError(f"{text}, want at least 1")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A number of things that may be none."""
+    if int(text) < 0:
+        raise ArgumentTypeError(f"{text}, want at least 0")
     return int(text)
 
 
@@ -38,6 +45,13 @@ def existing(text: str) -> Path:
     """A file or a folder."""
     if not Path(text).exists():
         raise ArgumentTypeError(f"{text} does not exist")
+    return Path(text)
+
+
+def source(text: str) -> Path:
+    """A folder that is there."""
+    if existing(text).is_file():
+        raise ArgumentTypeError(f"{text} is a file, want a folder")
     return Path(text)
 
 
@@ -58,16 +72,17 @@ def file(text: str) -> Path:
     return folder(str(Path(text).parent)) / Path(text).name
 
 
-def add_loss(parser: ArgumentParser, usual: str) -> None:
-    """Give a command ``--loss``, names for :func:`~fusedyolo.tools.registry.select`; ``usual`` says what none means."""
-    names = f"one of {', '.join(CASES)}; repeat for more ({usual})"
+def add_loss(parser: ArgumentParser, usual: str, several: bool = True) -> None:
+    """Give a command ``--loss``, names for :func:`~fusedyolo.tools.registry.select`; ``usual`` says what none means.
+    Where it does not take ``several``, its module refuses them.
+    """
+    names = f"one of {', '.join(CASES)}{'; repeat for more' * several} ({usual})"
     parser.add_argument("--loss", action="append", default=[], metavar="NAME", help=names)
 
 
 def console() -> Console:
     """What a command prints its tables on."""
-    made = Console()
-    return made if made.is_terminal else Console(width=max(WIDTH, made.width))
+    return Console(width=max(WIDTH, Console().width))
 
 
 @contextmanager

@@ -146,4 +146,3 @@ def test_command_line(tmp_path):
     out = tmp_path / "pictures" / "a.png"
     assert entry.main(["assign", "--size", "96", "--loss", "YOLOv3/paper", "--out", str(out)]) == 0
     assert Image.open(out).width > 500
-    assert entry.main(["assign", "--size", "96", "--index", "-1", "--out", str(out)]) == 2

@@ -376,6 +376,9 @@ def test_the_command_says_whose_losses_are_there():
         (["--times", "--predict"], "not allowed with"),
         (["--gpu", "RTX"], "invalid choice: 'RTX'"),
         (["assign", "--images", "nowhere"], "argument --images: nowhere does not exist"),
+        (["train", "--images", __file__], f"argument --images: {__file__} is a file, want a folder"),
+        (["assign", "--index", "-1"], "argument --index: -1, want at least 0"),
+        (["assign", "--steps", "-5"], "argument --steps: -5, want at least 0"),
         (["assign", "--out", "/tmp"], "argument --out: /tmp is a folder, want a file"),
     ],
 )
@@ -393,9 +396,16 @@ def test_bad_arguments_say_what_is_wrong(arguments, message, capsys):
         (["--loss", "YOLOv9"], "--loss: YOLOv9, want one of YOLOv1/paper"),
         (["sweep", "--loss", "YOLOv9"], "--loss: YOLOv9, want one of YOLOv1/paper"),
         (["qualify"], "no GPU: there is nothing to qualify"),
+        (["assign", "--loss", "YOLOv5", "--loss", "YOLOv8"], "--loss: YOLOv5, YOLOv8, want one"),
+        (["train", "--loss", "YOLOv5", "--loss", "YOLOv8"], "--loss: YOLOv5, YOLOv8, want one"),
+        (["assign", "--labels", "."], "--images: missing, want the folder of the images that --labels are of"),
+        (["assign", "--out", "runs/a"], "--out: runs/a, want a name that ends in one of"),
+        (["assign", "--out", "runs/a.xyz"], "--out: runs/a.xyz, want a name that ends in one of"),
+        (["assign", "--index", "100000", "--size", "32"], "--index: 100000, want less than 240"),
     ],
 )
-def test_what_cannot_be_done_is_refused(arguments, message, capsys):
+def test_what_cannot_be_done_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert entry.main(arguments) == 2
     assert message in capsys.readouterr().out
 
@@ -426,7 +436,9 @@ def test_what_ends_a_command_is_one_line(error, status, message, tmp_path, monke
     assert "".join(capsys.readouterr()) == f"{message}\n"
 
 
-def test_a_table_is_not_cut_off_where_there_is_no_terminal(monkeypatch):
+@pytest.mark.parametrize("terminal_there", ["", "1"])
+def test_a_table_is_not_cut_off(terminal_there, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", terminal_there)
     monkeypatch.setenv("COLUMNS", "80")
     assert terminal.console().width == terminal.WIDTH
     monkeypatch.setenv("COLUMNS", "200")

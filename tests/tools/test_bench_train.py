@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 
 from bench import __main__ as entry
@@ -22,7 +22,7 @@ from bench.measure import EAGER, FUSED
 from bench.pictures import Pictures, generate, load
 from fusedyolo.tools.env import ROOT
 from fusedyolo.tools.objects import coco_like, crowded
-from fusedyolo.tools.registry import CASES, Workload
+from fusedyolo.tools.registry import CASES, RefusedError, Workload
 
 BOX = (0.5, 0.25, 0.5, 0.5)  # the box that each file below holds, beside others
 
@@ -107,34 +107,75 @@ def test_yolo_labels_without_images(tmp_path):
     assert only.boxes.tolist() == [list(BOX)]
 
 
-ASTRAY = json.dumps(
-    {
-        "images": [{"id": 1, "file_name": "a.jpg", "width": 4, "height": 4}],
-        "annotations": [{"image_id": 2, "category_id": 1, "bbox": [0, 0, 1, 1]}],
-        "categories": [{"id": 1, "name": "cat"}],
-    }
-)
+COCO = {
+    "images": [{"id": 1, "file_name": "a.jpg", "width": 4, "height": 4}],
+    "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}],
+    "categories": [{"id": 1, "name": "cat"}],
+}
+
+
+def coco_with(part, **change):
+    """COCO's JSON with a change of the first of its images, annotations or categories; None leaves an entry out."""
+    entry = COCO[part][0] | change
+    return json.dumps(COCO | {part: [{key: value for key, value in entry.items() if value is not None}]})
+
+
+VOC_SIZE = "<annotation><size><width>20.0</width><height>4</height></size>"
 
 
 @pytest.mark.parametrize(
     ("files", "error"),
     [
         ({}, r"nothing in .*; looked for \*.xml \(VOC\) and \*.txt \(YOLO\)"),
-        ({"a.json": "[1]"}, r"a.json is no COCO file"),
+        ({"a.json": "[1]"}, r"a.json: TypeError: .*; want COCO's images"),
+        ({"a.json": ""}, r"a.json: JSONDecodeError: .*; want COCO's images"),
+        ({"a.json": "{}"}, r"a.json: KeyError: 'categories'; want COCO's images"),
+        ({"a.json": json.dumps(COCO | {"images": None})}, r"a.json: TypeError: .*; want COCO's images"),
+        ({"a.json": json.dumps(COCO | {"images": []})}, r"a.json: no images"),
+        ({"a.json": coco_with("images", width=None)}, r"a.json: KeyError: 'width'; want COCO's images"),
+        ({"a.json": coco_with("images", width=[4])}, r"a.json: TypeError: .*; want COCO's images"),
+        ({"a.json": coco_with("images", width=10**400)}, r"a.json: OverflowError: .*; want COCO's images"),
+        ({"a.json": coco_with("images", width=0)}, r"a.json: image size 0 x 4, want more than 0"),
+        ({"a.json": coco_with("categories", name=None)}, r"a.json: KeyError: 'name'; want COCO's images"),
+        ({"a.json": coco_with("annotations", bbox=None)}, r"a.json: KeyError: 'bbox'; want COCO's images"),
+        ({"a.json": coco_with("annotations", bbox=[])}, r"a.json: not enough values to unpack"),
+        ({"a.json": coco_with("annotations", bbox=list("abcd"))}, r"a.json: could not convert string .* 'a'"),
+        ({"a.json": coco_with("annotations", image_id=2)}, r"a.json: an annotation of image 2, want one of its"),
+        ({"a.json": coco_with("annotations", category_id=7)}, r"a.json: an annotation of category 7, want one of its"),
         ({"a.txt": "0 0.5 0.5\n"}, r"a.txt:1: '0 0.5 0.5', want class cx cy w h"),
         ({"a.txt": "0 0.5 0.5 0.1 0.1\nhello\n"}, r"a.txt:2: 'hello', want class cx cy w h"),
         ({"a.txt": "0 0.1 0.2 0.3 0.2 0.3 0.6\n"}, r"a.txt:1: .*, want class cx cy w h"),
-        ({"a.xml": "<annotation/>"}, r"a.xml has no image size"),
-        ({"a.xml": "<annotation>"}, r"a.xml is no XML: no element found"),
-        ({"a.json": '{"images": [], "annotations": [], "categories": []}'}, r"a.json has no images"),
-        ({"a.json": ASTRAY}, r"a.json: an annotation of image 2, want one of its images"),
+        *(
+            ({"a.txt": f"{label} .5 .5 .3 .3\n"}, rf"a.txt:1: '{label} .*, the class in 0 ... 65535")
+            for label in ("-1", "0.5", "nan", "inf", "1000000000000")
+        ),
+        ({"a.txt": b"\xff\xfe0 .5 .5 .3 .3"}, r"a.txt: UnicodeDecodeError: .*; want text in UTF-8"),
+        ({"a.xml": "<annotation/>"}, r"a.xml: image size 0 x 0, want more than 0"),
+        ({"a.xml": "<annotation>"}, r"a.xml: ParseError: no element found"),
+        ({"a.xml": VOC_SIZE.replace("20.0", "") + "</annotation>"}, r"a.xml: could not convert string to float: ''"),
+        (
+            {"a.xml": f"{VOC_SIZE}<object><bndbox><xmin>1,0</xmin></bndbox></object></annotation>"},
+            r"a.xml: could not convert string to float: '1,0'",
+        ),
     ],
 )
 def test_labels_that_cannot_be_read(tmp_path, files, error):
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises((ValueError, FileNotFoundError), match=error):
         load_labels(tmp_path / "a.json" if "a.json" in files else tmp_path)
+
+
+def test_labels_of_other_writers(tmp_path):
+    """A byte order mark, a class and a size with a point."""
+    (tmp_path / "a.json").write_text(json.dumps(COCO), "utf-8-sig")
+    (tmp_path / "yolo").mkdir()
+    (tmp_path / "yolo/a.txt").write_text("0.0 0.125 0.125 0.25 0.25\n", "utf-8-sig")
+    (tmp_path / "voc").mkdir()
+    (tmp_path / "voc/a.xml").write_text(VOC.replace(">40<", ">40.0<"))
+    for path, box in (("a.json", (0.125, 0.125, 0.25, 0.25)), ("yolo", (0.125, 0.125, 0.25, 0.25)), ("voc", BOX)):
+        (only,), _ = load_labels(tmp_path / path)
+        assert tuple(only.boxes[0].tolist()) == box
 
 
 def test_missing_path(tmp_path):
@@ -222,6 +263,24 @@ def test_pixels_and_boxes_move_together(tmp_path):
     assert rows.tolist() == [[image, 0, 0.5, 0.5, 0.5, 0.25] for image in (0, 1)]
     ys, xs = (images[1, 0] > 0.75).nonzero().unbind(1)
     assert (xs.min(), xs.max(), ys.min(), ys.max()) == pytest.approx((16, 47, 24, 39), abs=1)
+
+
+def test_a_picture_is_upright_as_its_labels_are(tmp_path):
+    picture = Image.new("RGB", (80, 40))
+    exif = picture.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # lies on its side
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    shown = load([Annotation(tmp_path / "a.jpg", torch.tensor([[0.5, 0.5, 1.0, 1.0]]), torch.tensor([0]))], 64)
+    assert shown.annotations[0].boxes.tolist() == [[0.5, 0.5, 0.5, 1.0]]
+    assert (shown.pixels[0, 0] == 0).sum(0).count_nonzero() == 32
+
+
+def test_a_picture_that_cannot_be_read_is_refused(tmp_path):
+    whole = image(tmp_path / "a.png", 80, 40).read_bytes()
+    for part in (b"", whole[: len(whole) // 2]):
+        (tmp_path / "a.png").write_bytes(part)
+        with pytest.raises(RefusedError, match=r"^images: .*a\.png: "):
+            load([Annotation(tmp_path / "a.png", torch.zeros(0, 4), torch.zeros(0))], 64)
 
 
 def test_a_grid_of_any_image_is_that_of_the_map():
