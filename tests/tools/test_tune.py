@@ -478,6 +478,15 @@ def test_environment_says_which_implementation_runs(monkeypatch, capsys, tmp_pat
     monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")
     assert main(["env"]) == 0
     assert "because FUSEDYOLO_DISABLE is set" in capsys.readouterr().out
+    monkeypatch.setenv("FUSEDYOLO_DISABLE", "0")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    (tmp_path / "own" / "cpu.json").write_text("{")
+    assert main(["env"]) == 0
+    said = capsys.readouterr().out
+    assert "torch on cpu, because PyTorch sees no GPU" in said
+    assert "0 for cpu; cpu.json: it cannot be read" in said
+    assert "FUSEDYOLO_CONFIG_DIR set" in said
+    assert str(tmp_path) not in said
 
 
 def test_check_tells_by_its_exit_status(monkeypatch, capsys):
@@ -489,3 +498,6 @@ def test_check_tells_by_its_exit_status(monkeypatch, capsys):
     assert main(["check", "--loss", "YOLOv1/paper"]) == 1
     assert "1 of 1 differ" in capsys.readouterr().out
     assert main(["check", "--loss", "none"]) == 2
+    monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")
+    assert main(["check", "--loss", "YOLOv1/paper"]) == 2
+    assert "FUSEDYOLO_DISABLE is set: no kernel would be launched" in capsys.readouterr().out
