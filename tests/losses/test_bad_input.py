@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from enum import Enum
 
 import numpy as np
 import pytest
@@ -591,6 +592,13 @@ def image(n=2):
     return {"boxes": torch.rand(n, 4), "labels": torch.zeros(n, dtype=torch.long)}
 
 
+def torchvision_boxes(name):
+    """As its ``BoundingBoxes`` are, tensors with a format."""
+    boxes = torch.rand(2, 4).as_subclass(type("BoundingBoxes", (torch.Tensor,), {}))
+    boxes.format = Enum("BoundingBoxFormat", ["XYXY", "XYWH", "CXCYWH"])[name]
+    return boxes
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -627,6 +635,10 @@ def image(n=2):
             "targets[1]['labels']: a tensor of shape (3,), want a tensor of shape (2,), one a box",
         ),
         (
+            [image(), {**image(), "boxes": torchvision_boxes("CXCYWH")}],
+            "targets[1]['boxes']: of format CXCYWH, want XYXY, or boxes='cxcywh'",
+        ),
+        (
             [image(), {**image(), "boxes": torch.zeros(2, 4, dtype=torch.bool)}],
             "targets[1]['boxes']: dtype torch.bool, want a real number type",
         ),
@@ -661,6 +673,16 @@ def image(n=2):
 def test_targets(targets, message):
     with raises(message):
         loss()(maps(), targets)
+
+
+@pytest.mark.parametrize("name", ["XYXY", "XYWH", "CXCYWH"])
+def test_boxes_may_say_what_they_are(name):
+    item = {**image(), "boxes": torchvision_boxes(name)}
+    plain = {**item, "boxes": item["boxes"].as_subclass(torch.Tensor)}
+    found, want = (Targets.from_torchvision([each], 64, boxes=name.lower()).rows for each in (item, plain))
+    assert torch.equal(found, want)
+    criterion = loss(boxes=name.lower())
+    assert criterion(maps(), [item] * 2).num_pos == criterion(maps(), [plain] * 2).num_pos
 
 
 @pytest.mark.parametrize(
