@@ -17,7 +17,7 @@ from fusedyolo import ops, tuned
 from fusedyolo.__main__ import main, parse
 from fusedyolo.ops.launch import forget_zeros
 from fusedyolo.tools import codegen, tune
-from fusedyolo.tools.registry import CASES, Workload
+from fusedyolo.tools.registry import CASES, RefusedError, Workload
 
 pytestmark = pytest.mark.interpreter("the timer is made up")
 
@@ -450,6 +450,13 @@ def test_the_command_tunes_prints_and_says_where_from(tmp_path, monkeypatch, cap
 def test_without_a_gpu_there_is_nothing_to_tune(capsys):
     assert main(["tune"]) == 2
     assert "no GPU" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "candidates", lambda point: pytest.fail("work has begun"))
+    (tmp_path / "own").write_text("")
+    with pytest.raises(RefusedError, match="^nothing can be written to .*own: .*; --out names another folder$"):
+        tune.run(parse(["tune", "--loss", "YOLOv5"]), "cpu")
 
 
 @pytest.mark.parametrize(
