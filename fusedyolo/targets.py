@@ -208,6 +208,8 @@ class Targets:
                 whose image or class is no whole number, of which a loss drops the fraction.
         """
         head = getattr(num_classes, "head", None)
+        if head is None and hasattr(num_classes, "criterion"):  # a GlobalLoss
+            checks.fail("num_classes", checks.describe(num_classes), "a number, or its .criterion")
         limit, first = getattr(head, "centre_limit", 1.0), int(getattr(head, "background", False))
         num_classes = checks.count("num_classes", num_classes if head is None else head.num_classes)
         below = "< 1" if limit == 1 else "<= 1"

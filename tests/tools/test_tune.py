@@ -455,7 +455,7 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys):
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda point: pytest.fail("work has begun"))
     (tmp_path / "own").write_text("")
-    with pytest.raises(RefusedError, match="^nothing can be written to .*own: .*; --out names another folder$"):
+    with pytest.raises(RefusedError, match=r"^nothing can be written to .*own: .*; --out names another folder$"):
         tune.run(parse(["tune", "--loss", "YOLOv5"]), "cpu")
 
 
