@@ -26,6 +26,7 @@ from fusedyolo import (
 )
 from fusedyolo.targets import as_targets
 from fusedyolo.terms import term_names
+from fusedyolo.tools.registry import CASES, Workload
 
 ANCHORS = [[(10, 13), (16, 30)], [(30, 61)]]
 NAN, INF = float("nan"), float("inf")
@@ -487,6 +488,15 @@ SPARSE = "a tensor of layout torch.sparse_coo, not torch.strided"
 def test_sparse_tensors(call, message):
     with raises(message):
         call(torch.ones(2, 6).to_sparse())
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_reference_is_mapped(case):
+    work = Workload(batch=2, size=64, classes=3)
+    bound = case.bind(case.build(3, "torch"), work)
+    preds, rows = [pred.detach() for pred in case.predictions(work)], case.targets(work)
+    found = torch.func.vmap(lambda *each: bound(list(each), rows).total)(*(torch.stack((p, p / 2)) for p in preds))
+    assert torch.allclose(found, torch.stack([bound(each, rows).total for each in (preds, [p / 2 for p in preds])]))
 
 
 def forward_mode(f, x):
