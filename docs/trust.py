@@ -138,7 +138,7 @@ GROUPS: dict[str, list[Property]] = {
         Property("2 processes: reference", MEAN + "[2-torch-{case}]"),
         Property("4 processes, one without objects", MEAN + "[4-triton-{case}]"),
         Property("4 processes: reference", MEAN + "[4-torch-{case}]"),
-        Property("threads", ROOM + "processes.py::test_threads_share_nothing[{case}]"),
+        Property("threads: reference", ROOM + "processes.py::test_threads_share_nothing[{case}]"),
         Property("nothing grows in 60 steps", ROOM + "long_run.py::test_nothing_grows[{driver}]"),
         Property(
             "weights stay together: 2,000 steps",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .emulator.compare import ARCHS, FUSION
 from .tools import terminal
+from .tools.compiled import BEGIN, END
 from .tools.registry import DTYPES, LAYOUTS
 from .tools.terminal import add_loss, folder, positive, side
 
@@ -35,7 +36,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     group.add_argument("--fusion", choices=list(FUSION), help="of products and sums (as-shipped)")
     group.add_argument("--noise", action="store_true", help="approximate instructions are off by what is documented")
     group.add_argument("--fine", action="store_true", help="other threads come in before every access")
-    group.add_argument("--markdown", type=Path, metavar="PATH", help="also write the table into this file")
+    place = f"also write the table into this file, between its lines {BEGIN} and {END}"
+    group.add_argument("--markdown", type=Path, metavar="PATH", help=place)
 
     tune = command("tune", "Measure block sizes, warps and stages on this GPU, for each loss, and keep the best.")
     add_loss(tune, "each loss in its default recipe")

@@ -19,7 +19,7 @@ BACKENDS = ("auto", "triton", "torch")
 _on_cpu = False  # whether something runs compiled kernels on CPU tensors, see kernels_on_cpu
 
 
-def _set(name: str) -> bool:
+def is_on(name: str) -> bool:
     """Whether an environment variable is on, by the spellings that Triton accepts."""
     return name in os.environ and os.environ[name].strip().lower() in ("1", "y", "yes", "t", "true", "on")
 
@@ -34,10 +34,10 @@ def _has_triton() -> bool:
 
 @torch.compiler.assume_constant_result
 def _choose(backend: str, device_type: str) -> str:
-    if _set("FUSEDYOLO_DISABLE"):
+    if is_on("FUSEDYOLO_DISABLE"):
         return "torch"
     gpu = device_type == "cuda"  # PyTorch calls a HIP device by that name too
-    runs = _has_triton() and (gpu or (device_type == "cpu" and (_on_cpu or _set("TRITON_INTERPRET"))))
+    runs = _has_triton() and (gpu or (device_type == "cpu" and (_on_cpu or is_on("TRITON_INTERPRET"))))
     if backend == "auto":
         return "triton" if runs else "torch"
     if backend == "triton" and not runs:

@@ -120,11 +120,12 @@ def select(
     """
     conf, iou = checks.number("conf", conf, 0, 1), checks.number("iou", iou, 0, 1)
     max_det, candidates = checks.count("max_det", max_det), checks.count("candidates", candidates)
+    class_agnostic = checks.flag("class_agnostic", class_agnostic)
     driver = drivers.of(criterion)
     seen = driver.view(criterion, preds, image_size, anchors)
     seen = seen._replace(preds=[pred.detach() for pred in seen.preds])
     backend = backends.resolve(backend, seen.preds[0].device)
-    settings = conf, iou, max_det, bool(class_agnostic), candidates
+    settings = conf, iou, max_det, class_agnostic, candidates
     if backend == "triton" and driver.scans:
         head: Any = criterion.head
         return Detections(*select_maps(checks.of_one_type(seen.preds), head.key, *settings))

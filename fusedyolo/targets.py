@@ -139,6 +139,7 @@ class Targets:
             capacity: see the class.
             unit: ``"pixel"`` (the default) or ``"relative"`` (the sides of the image are 1).
             boxes: ``"xyxy"`` (the default: corners), ``"xywh"`` (left upper corner, width, height) or ``"cxcywh"``.
+                Torchvision's ``BoundingBoxes`` must be of that format.
 
         Raises:
             ValueError: another layout, pixels of an unknown size, or more boxes than ``capacity``.
@@ -146,7 +147,7 @@ class Targets:
         if not isinstance(targets, list | tuple) or not targets:
             checks.fail("targets", checks.describe(targets), "a list of {'boxes', 'labels'}, one an image")
         form = chosen(checks.box_form(unit, boxes), CORNERS)
-        rows, offsets, weights = corner_rows(targets, len(targets))
+        rows, offsets, weights = corner_rows(targets, len(targets), order=form[1])
         if form[0] == "pixel":
             sizes = checks.image_sizes(image_size, len(targets))
             rows = relative(rows, form, _each(sizes, [len(item["boxes"]) for item in targets], rows))
@@ -207,6 +208,8 @@ class Targets:
                 whose image or class is no whole number, of which a loss drops the fraction.
         """
         head = getattr(num_classes, "head", None)
+        if head is None and hasattr(num_classes, "criterion"):  # a GlobalLoss
+            checks.fail("num_classes", checks.describe(num_classes), "a number, or its .criterion")
         limit, first = getattr(head, "centre_limit", 1.0), int(getattr(head, "background", False))
         num_classes = checks.count("num_classes", num_classes if head is None else head.num_classes)
         below = "< 1" if limit == 1 else "<= 1"
@@ -301,7 +304,8 @@ def as_targets(
         if targets and isinstance(targets[0], Tensor):
             rows, offsets, weights = _tensor_rows(targets, batch_size, device)
         else:
-            usual, (rows, offsets, weights) = CORNERS, corner_rows(targets, batch_size, device)
+            order = chosen(form, CORNERS)[1]
+            usual, (rows, offsets, weights) = CORNERS, corner_rows(targets, batch_size, device, order)
     else:
         checks.fail(
             "targets",
@@ -411,9 +415,9 @@ def _from_padded(padded: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def corner_rows(
-    targets: Sequence[Any], batch_size: int, device: torch.device | None = None
+    targets: Sequence[Any], batch_size: int, device: torch.device | None = None, order: str = CORNERS[1]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`as_targets`, as they are, of a torchvision list of dicts.
+    """:func:`as_targets`, as they are, of a torchvision list of dicts; ``order`` is that of a box's four numbers.
 
     Raises:
         ValueError: no such list, or for another batch size, or on another device than ``device``.
@@ -421,7 +425,7 @@ def corner_rows(
     if len(targets) != batch_size:
         kinds = "dicts" if targets and isinstance(targets[0], dict) else "dicts or tensors (n, 5)"
         checks.fail("targets", f"a list of {len(targets)}", f"{batch_size} {kinds}, one an image of preds")
-    items = [(*checks.image_boxes(i, item), _weights_of(i, item)) for i, item in enumerate(targets)]
+    items = [(*checks.image_boxes(i, item, order), _weights_of(i, item)) for i, item in enumerate(targets)]
     return _listed(items, "targets[{}]['boxes']", device)
 
 

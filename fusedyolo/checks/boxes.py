@@ -68,8 +68,10 @@ def rows(
     return value
 
 
-def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
-    """The boxes ``[N, 4]`` and labels ``[N]`` of the ``i``-th image of a torchvision target list."""
+def image_boxes(i: int, item: Any, order: str = "xyxy") -> tuple[Tensor, Tensor]:
+    """The boxes ``[N, 4]`` and labels ``[N]`` of the ``i``-th image of a torchvision target list; torchvision's
+    ``BoundingBoxes`` say themselves which numbers they are, and must agree with ``order``, one of :data:`BOXES`.
+    """
     name = f"targets[{i}]"
     if not isinstance(item, dict):
         fail(name, describe(item), "a dict with 'boxes' and 'labels'" + ", or of each image a tensor (n, 5)" * (i == 0))
@@ -78,6 +80,9 @@ def image_boxes(i: int, item: Any) -> tuple[Tensor, Tensor]:
     boxes, labels = item["boxes"], item["labels"]
     if not isinstance(boxes, Tensor) or boxes.layout is not torch.strided or boxes.dim() != 2 or boxes.shape[1] != 4:
         fail(f"{name}['boxes']", describe(boxes), "a tensor of shape (N, 4)")
+    said = getattr(getattr(boxes, "format", None), "name", "").lower()
+    if said not in ("", order):
+        fail(f"{name}['boxes']", f"of format {said.upper()}", f"{order.upper()}, or boxes={said!r}")
     if isinstance(labels, Tensor) and labels.numel() == 0 == boxes.shape[0]:
         labels = labels.reshape(0)  # as some loaders leave an empty image
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.shape[0] != boxes.shape[0]:

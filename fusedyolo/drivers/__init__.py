@@ -25,7 +25,8 @@ def of(criterion: Any) -> Driver:
     for driver in (grid.GRID, cells.CELLS, dense.DENSE, picks.PICKS):
         if kind is driver.head:
             return driver
-    checks.fail("criterion", checks.describe(criterion), "a loss of fusedyolo, such as YOLOv4Loss")
+    want = "its .criterion" if hasattr(criterion, "criterion") else "a loss of fusedyolo, such as YOLOv4Loss"
+    checks.fail("criterion", checks.describe(criterion), want)
 
 
 __all__ = ["Driver", "of"]

@@ -94,7 +94,8 @@ class YOLOv2Loss(Resumed, GridLoss):
         seen: images so far, as a call in training mode counts them before it begins, where there is a warm-up; saved in
             ``state_dict``. Set it to go on with a training run from elsewhere. Replicas of ``torch.nn.DataParallel``
             count for themselves and are dropped after each step: add the batch to ``seen`` of the loss in the training
-            loop. Under ``torch.compile`` a number that changes at every step is a recompilation at every step, unless
+            loop. Keep the loss out of functions under ``torch.utils.checkpoint``: what these do again counts again.
+            Under ``torch.compile`` a number that changes at every step is a recompilation at every step, unless
             ``torch._dynamo.config.allow_unspec_int_on_nn_module = True``, or ``coord_prefill=0``.
 
     Shapes:

@@ -51,7 +51,8 @@ def choose(found: Sequence[Candidates], preds: Sequence[Tensor], rows: Rows, hea
         boxes = rows.boxes.to(offers.boxes.dtype) * (preds[0].shape[2] * head.strides[0])
         owner = torch.full_like(offers.image, len(boxes))
         for own, now in _meetings(rows, offers, preds[0].shape[0]):
-            owner[now] = _owners(own, boxes, rows, _Offers(*(part[now] for part in offers)), head.topk)
+            who = _owners(own, boxes, rows, _Offers(*(part[now] for part in offers)), head.topk)
+            owner = owner.index_put((now,), who)  # not in place, which vmap knows nothing of
         return [
             _chosen(each, now, who, len(boxes), amount)
             for each, now, who, amount in zip(found, pairs, owner.split(list(map(len, pairs))), amounts, strict=True)
@@ -120,8 +121,8 @@ def _owners(own: Tensor, boxes: Tensor, rows: Rows, offers: _Offers, most: int) 
         order = torch.arange(index.shape[1], device=index.device)
         chosen = (value > NONE) & (order < largest.sum(1).long().clamp(min=1)[:, None])
         place = torch.where(chosen, index, E).flatten()
-        picks.scatter_add_(0, place, torch.ones_like(place))
-        picker.scatter_reduce_(0, place, row[:, None].expand_as(index).flatten(), "amin")
+        picks = picks.scatter_add(0, place, torch.ones_like(place))
+        picker = picker.scatter_reduce(0, place, row[:, None].expand_as(index).flatten(), "amin")
         if len(row):
             top = worth.amax(0)
             first = torch.where(worth == top, row[:, None], M).amin(0)

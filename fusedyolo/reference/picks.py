@@ -133,8 +133,8 @@ def _settle(assigner: Assigner, objects: Objects, shape: Sequence[int], head: Pi
         chosen = (worth > NONE) & (torch.arange(pair.shape[1], device=image.device) < wish.picks[:, None])
         at, row = image[wish.pairs.row] * N + wish.pairs.cell, wish.pairs.row
         place = torch.where(chosen, at[pair], B * N).flatten()
-        picks.scatter_add_(0, place, torch.ones_like(place))
-        picker.scatter_reduce_(0, place, row[pair].flatten(), "amin")
+        picks = picks.scatter_add(0, place, torch.ones_like(place))
+        picker = picker.scatter_reduce(0, place, row[pair].flatten(), "amin")
         claim = wish.claim
         if head.region == "range":
             own = at.new_zeros(len(at) + 1).scatter(0, torch.where(chosen, pair, len(at)).flatten(), 1)[:-1]

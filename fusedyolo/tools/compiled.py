@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .env import kernels_digest, version
 from .parity import TOLERANCE
 from .registry import CASES, RefusedError, Workload, choose
 from .registry import Case as LossCase
-from .terminal import PASSES, asked, table
+from .terminal import PASSES, table
 
 SMALL = Workload(batch=2, size=64, classes=3, seed=3)
 WEIGHTS = (1.0, 0.75)  # gradients of the total; dense heads have launches that do their work for others than 1 only
@@ -169,10 +170,7 @@ def run(options: argparse.Namespace, dtypes: Sequence[str], console: Console) ->
     """
     given = {name: getattr(options, name) for name in ("seeds", "fusion", "noise", "fine") if getattr(options, name)}
     settings, chosen = Settings(TOLERANCE, **given), choose(options.loss, cases())
-    with asked():
-        page = options.markdown.read_text() if options.markdown else ""
-    if options.markdown and not PLACE.search(page):
-        raise RefusedError(f"--markdown: {options.markdown} has no line {BEGIN}, or no line {END} after it")
+    page = _page(options.markdown) if options.markdown else ""
     try:
         with Device():
             pass
@@ -191,8 +189,20 @@ def run(options: argparse.Namespace, dtypes: Sequence[str], console: Console) ->
     failed = _print(console, results, settings)
     if options.markdown:
         lines = "".join(f"{line}\n" for line in _markdown(results, settings, len(wanted) - failed))
-        options.markdown.write_text(PLACE.sub(lambda place: place[1] + lines + place[2], page))
+        options.markdown.write_text(PLACE.sub(lambda place: place[1] + lines + place[2], page), encoding="utf-8")
     return int(failed > 0)
+
+
+def _page(path: Path) -> str:
+    """What a file holds that the table can be written into."""
+    try:
+        with path.open("r+", encoding="utf-8") as file:  # as it is opened to be written, which is found out first
+            page = file.read()
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"--markdown: {error}") from error
+    if not PLACE.search(page):
+        raise RefusedError(f"--markdown: {path} has no line {BEGIN}, or no line {END} after it")
+    return page
 
 
 def _cells(of: Mapping[str, Found]) -> list[str]:

@@ -1,5 +1,5 @@
 """The machine and the versions that a number was measured with; and the command that prints them, with which
-implementation runs and which launch configurations are found. Nothing names a person or a path.
+implementation runs and which launch configurations are found. Nothing names a person or a folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from rich.table import Table
 from .. import tuned
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIABLES = ("FUSEDYOLO_DISABLE", "FUSEDYOLO_CONFIG_DIR", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
+VARIABLES = ("FUSEDYOLO_DISABLE", "TRITON_INTERPRET")
+FOLDERS = ("FUSEDYOLO_CONFIG_DIR", "TRITON_CACHE_DIR")
 PEERS = ("torchvision", "ultralytics", "yolov5", "yolox", "libreyolo", "lightnet")
 
 
@@ -80,7 +81,7 @@ def report() -> dict[str, Any]:
     chosen, why = backend.resolve("auto", device), ""
     if chosen == "triton":
         why = " (Triton's interpreter)" * (device.type == "cpu")
-    elif os.environ.get("FUSEDYOLO_DISABLE"):
+    elif backend.is_on("FUSEDYOLO_DISABLE"):
         why = ", because FUSEDYOLO_DISABLE is set"
     else:
         why = ", because " + ("PyTorch sees no GPU" if find_spec("triton") else "Triton is not installed")
@@ -92,8 +93,9 @@ def report() -> dict[str, Any]:
             entries = tuned.read(path / tuned.file_name(gpu), gpu).values()
         old = sum(any(entry.get("provenance", {}).get(key) != now[key] for key in now) for entry in entries)
         found[name] = f"{len(entries)} for {gpu}" + f", {old} of them measured with other versions" * (old > 0)
-        found[name] += "".join(f"; {warning.message}" for warning in said)
+        found[name] += "".join(f"; {warning.message}".replace(f"{path}{os.sep}", "") for warning in said)
     found["variables"] = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    found["variables"] |= {name: "set" for name in FOLDERS if name in os.environ}
     found["peers"] = {name: version(name) for name in PEERS if version(name) != "?"}
     return found
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Group
 from rich.markup import escape
 
-from .registry import Case, Workload
+from .registry import Case, RefusedError, Workload
 from .terminal import PASSES, table
 
 TOLERANCE = 1e-5  # beyond the eager reference's own error
@@ -77,7 +77,14 @@ def parity(
     Returns:
         ``errors``, of the loss and of the gradient, by name, ours are ``eager`` and ``fused``; ``positives``;
         ``failed``, the names of those that do not pass; ``broken``, of those that raised, what they said.
+
+    Raises:
+        RefusedError: ``FUSEDYOLO_DISABLE`` is set, and the reference would be compared with itself.
     """
+    from .. import backend as backends  # loads Triton, and ``check`` must choose the interpreter before that
+
+    if backends.is_on("FUSEDYOLO_DISABLE"):
+        raise RefusedError("FUSEDYOLO_DISABLE is set: no kernel would be launched")
     work = work.small()
 
     def ours(backend: str) -> Callable[[Workload, str], Loss]:

@@ -271,7 +271,11 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise RefusedError("no GPU: there is nothing to tune; launches are configured by a heuristic")
     gpu, target = tuned.gpu_name(where), _target(where)
-    records = Records(options.out or tuned.folder(), gpu, provenance(gpu, target))
+    try:
+        own = options.out or terminal.folder(str(tuned.folder()))
+    except argparse.ArgumentTypeError as error:
+        raise RefusedError(f"{error}; --out names another folder") from None
+    records = Records(own, gpu, provenance(gpu, target))
     inspector = inspector or partial(inspect_all, target=target, jobs=options.jobs)
     made = terminal.table("Forward + backward, milliseconds", ("loss",), ("heuristic", "best", "saved", "timed"))
     made.columns[0].no_wrap = False

@@ -491,6 +491,7 @@ def test_yolov1():
         ({"max_det": 0}, "max_det: 0, want an integer >= 1"),
         ({"max_det": 10.0}, "max_det: 10.0"),
         ({"candidates": 0}, "candidates: 0, want an integer >= 1"),
+        ({"class_agnostic": "no"}, "class_agnostic: 'no', want 0 or 1"),
         ({"backend": "gpu"}, "backend: 'gpu'"),
         ({"criterion": nn.Linear(1, 1)}, "criterion: .*, want a loss of fusedyolo"),
         ({"preds": torch.zeros(1, 7, 2, 4, 7)}, r"preds\[0\]: shape"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
@@ -122,9 +123,27 @@ def test_wrong_arguments_are_named():
         fusedyolo.draw_assignment(torch.zeros(3, 8, 8), found, index=2)
     with pytest.raises(ValueError, match=r"^assignment: a tensor of shape \(3, 8, 8\), want what fusedyolo.assign"):
         fusedyolo.draw_assignment(found, torch.zeros(3, 8, 8))
-    for image in (None, torch.zeros(8), torch.zeros(2, 3, 8, 8)):
+    for index in ("0", None, 1.0):
+        with pytest.raises(ValueError, match=rf"^index: '?{index}'?, want 0 <= index < 2"):
+            fusedyolo.draw_assignment(torch.zeros(3, 8, 8), found, index)
+    pictures = np.zeros((3, 8, 8)), np.zeros((8, 8, 2)), np.zeros((8, 8, 3), complex), 255 * np.ones((8, 8, 3))
+    for image in (None, torch.zeros(8), torch.zeros(2, 3, 8, 8), torch.zeros(8, 8, 3), *pictures):
         with pytest.raises(ValueError, match=r"^image: .*, want a PIL image, an array \[H, W, 3\] or a tensor"):
             fusedyolo.draw_assignment(image, found)
+    with pytest.raises(ValueError, match=r"^image: a tensor of shape \(3, 0, 0\), want at least one pixel"):
+        fusedyolo.draw_assignment(torch.zeros(3, 0, 0), found)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3), (8, 8, 4)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float16, bool])
+def test_pictures_of_any_kind_and_classes_without_a_name(shape, dtype, tmp_path):
+    criterion, preds, rows = case_of("YOLOv1/paper")
+    found = fusedyolo.assign(criterion, preds, rows)
+    for names in (["a"], {0: "a"}):
+        figure = fusedyolo.draw_assignment(np.ones(shape, dtype), found, np.int64(1), names)
+        said = {text.get_text() for text in figure.axes[0].texts}
+        assert said == {"a" if label == 0 else str(label) for label in rows[rows[:, 0] == 1, 1].int().tolist()}
+    figure.savefig(tmp_path / "a.png")
 
 
 def test_the_picture_shows_boxes_cells_and_anchors(tmp_path):

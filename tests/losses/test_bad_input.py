@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from enum import Enum
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from fusedyolo import (
 )
 from fusedyolo.targets import as_targets
 from fusedyolo.terms import term_names
+from fusedyolo.tools.registry import CASES, Workload
 
 ANCHORS = [[(10, 13), (16, 30)], [(30, 61)]]
 NAN, INF = float("nan"), float("inf")
@@ -488,6 +490,15 @@ def test_sparse_tensors(call, message):
         call(torch.ones(2, 6).to_sparse())
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_reference_is_mapped(case):
+    work = Workload(batch=2, size=64, classes=3)
+    bound = case.bind(case.build(3, "torch"), work)
+    preds, rows = [pred.detach() for pred in case.predictions(work)], case.targets(work)
+    found = torch.func.vmap(lambda *each: bound(list(each), rows).total)(*(torch.stack((p, p / 2)) for p in preds))
+    assert torch.allclose(found, torch.stack([bound(each, rows).total for each in (preds, [p / 2 for p in preds])]))
+
+
 def forward_mode(f, x):
     with forward_ad.dual_level():
         assert forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent is not None
@@ -591,6 +602,13 @@ def image(n=2):
     return {"boxes": torch.rand(n, 4), "labels": torch.zeros(n, dtype=torch.long)}
 
 
+def torchvision_boxes(name):
+    """As its ``BoundingBoxes`` are, tensors with a format."""
+    boxes = torch.rand(2, 4).as_subclass(type("BoundingBoxes", (torch.Tensor,), {}))
+    boxes.format = Enum("BoundingBoxFormat", ["XYXY", "XYWH", "CXCYWH"])[name]
+    return boxes
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -627,6 +645,10 @@ def image(n=2):
             "targets[1]['labels']: a tensor of shape (3,), want a tensor of shape (2,), one a box",
         ),
         (
+            [image(), {**image(), "boxes": torchvision_boxes("CXCYWH")}],
+            "targets[1]['boxes']: of format CXCYWH, want XYXY, or boxes='cxcywh'",
+        ),
+        (
             [image(), {**image(), "boxes": torch.zeros(2, 4, dtype=torch.bool)}],
             "targets[1]['boxes']: dtype torch.bool, want a real number type",
         ),
@@ -661,6 +683,16 @@ def image(n=2):
 def test_targets(targets, message):
     with raises(message):
         loss()(maps(), targets)
+
+
+@pytest.mark.parametrize("name", ["XYXY", "XYWH", "CXCYWH"])
+def test_boxes_may_say_what_they_are(name):
+    item = {**image(), "boxes": torchvision_boxes(name)}
+    plain = {**item, "boxes": item["boxes"].as_subclass(torch.Tensor)}
+    found, want = (Targets.from_torchvision([each], 64, boxes=name.lower()).rows for each in (item, plain))
+    assert torch.equal(found, want)
+    criterion = loss(boxes=name.lower())
+    assert criterion(maps(), [item] * 2).num_pos == criterion(maps(), [plain] * 2).num_pos
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from fusedyolo.__main__ import main
 from fusedyolo.emulator.compare import Settings, decided
+from fusedyolo.tools import compiled
 from fusedyolo.tools.compiled import BEGIN, END
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +107,8 @@ def test_decisions_may_not_depend_on_fusion():
     [
         (["--compiled", "--loss", "none"], "--loss: none, want one of"),
         (["--compiled", "--markdown", "README.md"], "README.md has no line"),
-        (["--compiled", "--markdown", "nowhere/table.md"], "No such file or directory: 'nowhere/table.md'"),
+        (["--compiled", "--markdown", "no.md"], "--markdown: [Errno 2] No such file or directory: 'no.md'"),
+        (["--compiled", "--markdown", "docs"], "--markdown: [Errno 21] Is a directory: 'docs'"),
         (["--seeds", "3"], "--seeds: wants --compiled"),
     ],
 )
@@ -115,6 +117,22 @@ def test_arguments_are_checked(arguments, said, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["check", *arguments]) == 2
     assert said in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "table.md"
+    path.write_text(f"{BEGIN}\n{END}\n")
+    monkeypatch.setattr(compiled, "compare", lambda *arguments: pytest.fail("work has begun"))
+    through = Path.open
+
+    def read_only(self, mode="r", *arguments, **named):
+        if self == path and mode != "r":
+            raise PermissionError(13, "Permission denied", str(self))
+        return through(self, mode, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    assert main(["check", "--compiled", "--markdown", str(path)]) == 2
+    assert "--markdown: [Errno 13] Permission denied" in capsys.readouterr().out
 
 
 def test_interpreted_kernels_cannot_be_compiled():

@@ -17,7 +17,7 @@ from fusedyolo import ops, tuned
 from fusedyolo.__main__ import main, parse
 from fusedyolo.ops.launch import forget_zeros
 from fusedyolo.tools import codegen, tune
-from fusedyolo.tools.registry import CASES, Workload
+from fusedyolo.tools.registry import CASES, RefusedError, Workload
 
 pytestmark = pytest.mark.interpreter("the timer is made up")
 
@@ -452,6 +452,13 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys):
     assert "no GPU" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "candidates", lambda point: pytest.fail("work has begun"))
+    (tmp_path / "own").write_text("")
+    with pytest.raises(RefusedError, match=r"^nothing can be written to .*own: .*; --out names another folder$"):
+        tune.run(parse(["tune", "--loss", "YOLOv5"]), "cpu")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -478,6 +485,15 @@ def test_environment_says_which_implementation_runs(monkeypatch, capsys, tmp_pat
     monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")
     assert main(["env"]) == 0
     assert "because FUSEDYOLO_DISABLE is set" in capsys.readouterr().out
+    monkeypatch.setenv("FUSEDYOLO_DISABLE", "0")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    (tmp_path / "own" / "cpu.json").write_text("{")
+    assert main(["env"]) == 0
+    said = capsys.readouterr().out
+    assert "torch on cpu, because PyTorch sees no GPU" in said
+    assert "0 for cpu; cpu.json: it cannot be read" in said
+    assert "FUSEDYOLO_CONFIG_DIR set" in said
+    assert str(tmp_path) not in said
 
 
 def test_check_tells_by_its_exit_status(monkeypatch, capsys):
@@ -489,3 +505,6 @@ def test_check_tells_by_its_exit_status(monkeypatch, capsys):
     assert main(["check", "--loss", "YOLOv1/paper"]) == 1
     assert "1 of 1 differ" in capsys.readouterr().out
     assert main(["check", "--loss", "none"]) == 2
+    monkeypatch.setenv("FUSEDYOLO_DISABLE", "1")
+    assert main(["check", "--loss", "YOLOv1/paper"]) == 2
+    assert "FUSEDYOLO_DISABLE is set: no kernel would be launched" in capsys.readouterr().out

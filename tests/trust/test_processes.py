@@ -196,6 +196,17 @@ def test_what_is_no_loss_of_a_batch_is_refused():
         GlobalLoss(fusedyolo.FCOSLoss)
 
 
+def test_what_takes_a_loss_says_that_it_is_inside():
+    criterion = GlobalLoss(fusedyolo.FCOSLoss(3))
+    for call in (fusedyolo.decode, fusedyolo.select):
+        with pytest.raises(ValueError, match=r"^criterion: a GlobalLoss, want its \.criterion$"):
+            call([], criterion)
+    with pytest.raises(ValueError, match=r"^criterion: a GlobalLoss, want its \.criterion$"):
+        fusedyolo.assign(criterion, [], [])
+    with pytest.raises(ValueError, match=r"^num_classes: a GlobalLoss, want a number, or its \.criterion$"):
+        fusedyolo.Targets.from_packed(torch.zeros(0, 6), 1).validate(criterion)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_without_processes_a_loss_is_itself(name):
     problem = Problem(CASES[name])
