@@ -101,7 +101,7 @@ def load(annotations: Sequence[Annotation], size: int) -> Pictures:
     for annotation in annotations:
         try:  # upright, as EXIF says and as labels are
             image = ImageOps.exif_transpose(Image.open(annotation.image)).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except (ImportError, OSError, SyntaxError, ValueError) as error:  # Ultralytics asks for another reader first
             raise RefusedError(f"images: {annotation.image}: {error}") from error
         pixels.append(torch.from_numpy(np.array(ImageOps.pad(image, (size, size), color=GREY))).permute(2, 0, 1))
         share = torch.tensor(image.size) / max(image.size)
