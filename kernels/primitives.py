@@ -179,15 +179,14 @@ def logistic(x):
 
     In float32 1 / (1 + e) is the square of a root's reciprocal and one step of Newton's: half of what a division costs.
     """
+    # Triton takes -x for 0 - x, which is an instruction of its own; times -1 is none
+    e = exp_down(tl.abs(x) * -1.0)
+    u = 1.0 + e
     if x.dtype == tl.float64:
-        e = tl.exp(-tl.abs(x))
-        high = 1.0 / (1.0 + e)
+        high = 1.0 / u
     else:
-        e = tl.exp2(tl.abs(x) * -1.4426950408889634)
-        u = 1.0 + e
         root = tl.rsqrt(u)
         high = root * root
-        # Triton takes -u for 0 - u, which is an instruction of its own; times -1 is none
         high = tl.fma(high, tl.fma(u * -1.0, high, 1.0), high)
     low = e * high
     return tl.where(x >= 0, high, low), tl.where(x >= 0, low, high), e

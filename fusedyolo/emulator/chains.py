@@ -38,7 +38,7 @@ _WITHOUT_RESULT = ("st", "bra", "bar", "barrier", "ret", "exit", "red", "stmatri
 @dataclass(frozen=True)
 class _Step:
     """An instruction: the rows of what it reads and of what it writes, cycles between, whether it loads global memory,
-    which takes as long as that does, and whether what it loads is kept at hand.
+    which takes as long as that does, whether what it loads is kept at hand, and whether it orders other accesses.
     """
 
     reads: list[int]
@@ -46,13 +46,14 @@ class _Step:
     cycles: int
     is_load: bool
     is_kept: bool
+    orders: bool
 
 
 class Chains:
     """Cycles of the programs that run at once, in so many ``slots`` of so many ``warps`` each."""
 
     def __init__(self, program: Program, slots: int, warps: int):
-        self._program, self._warps = program, warps
+        self._warps = warps
         self._row = {name: i for i, name in enumerate(program.registers)}
         self._there = np.zeros((len(self._row), slots * warps), np.int64)  # cycle in which a register can be read
         self._next = np.zeros(slots * warps, np.int64)  # earliest cycle of the next instruction
@@ -91,7 +92,7 @@ class Chains:
             there[step.writes] = (
                 self._arrives(step.is_kept, warps, now, next(loads)) if step.is_load else now + step.cycles
             )
-            if step.cycles == FENCE:
+            if step.orders:
                 self._ordered[warps // self._warps] = now
             now += 1
         self._there[:, warps], self._next[warps] = there, now
@@ -122,16 +123,20 @@ class Chains:
     def _step(self, one: Instruction) -> _Step:
         writes = [] if one.op[0] in _WITHOUT_RESULT else self._rows(one.operands[:1])
         reads = self._rows([one.predicate or "", *one.operands[bool(writes) :]])
-        return _Step(reads, writes, _cycles(one), one.op[:2] == ["ld", "global"], "cg" not in one.op)
+        is_load, is_kept = one.op[:2] == ["ld", "global"], "cg" not in one.op
+        return _Step(reads, writes, _cycles(one), is_load, is_kept, _orders(one))
+
+
+def _orders(one: Instruction) -> bool:
+    """Whether it is an atomic that waits for other accesses of its thread."""
+    return one.is_atomic and "shared" not in one.op and "relaxed" not in one.op
 
 
 def _cycles(one: Instruction) -> int:
     """Until the result of an instruction can be used."""
     name, op = one.op[0], one.op
-    if name in ("atom", "red"):
-        if "shared" in op:
-            return 2 * SHARED
-        return GLOBAL if "relaxed" in op else FENCE
+    if one.is_atomic:
+        return FENCE if _orders(one) else 2 * SHARED if "shared" in op else GLOBAL
     if name == "ld" and op[1] == "shared":
         return SHARED
     if name == "div":
